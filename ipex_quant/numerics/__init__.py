@@ -1,0 +1,1 @@
+"""Quantization schemes, quantized weights and the arithmetic between them: plain torch, no modules."""

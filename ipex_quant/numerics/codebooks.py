@@ -1,0 +1,20 @@
+"""Codebooks: the real values that the codes of a non-uniform weight dtype stand for."""
+
+from __future__ import annotations
+
+import torch
+
+NF4_LEVELS = torch.tensor(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    dtype=torch.float32,
+    device="cpu",
+)
+"""The 16 NormalFloat levels, float32, ascending (QLoRA, arXiv 2305.14314, appendix E; values as in bitsandbytes)."""
+
+FP8_MAX = 448.0
+"""Largest finite float8 e4m3fn value (OCP 8-bit floating point specification)."""

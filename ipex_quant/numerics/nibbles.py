@@ -1,0 +1,30 @@
+"""Two 4-bit codes a byte, even column in the low nibble."""
+
+from __future__ import annotations
+
+import torch
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Pack 4-bit codes, uint8 ``[N, K]`` with values 0..15, into uint8 ``[N, ceil(K / 2)]``.
+
+    With an odd K the last high nibble of every row is 0. Raises TypeError for another dtype and ValueError for another
+    rank.
+    """
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"codes: expected dtype torch.uint8, got {codes.dtype}")
+    if codes.dim() != 2:
+        raise ValueError(f"codes: expected 2 dimensions [N, K], got shape {list(codes.shape)}")
+    packed = codes[:, 0::2].clone()
+    high = codes[:, 1::2]
+    packed[:, : high.shape[1]] |= high << 4
+    return packed
+
+
+def unpack_nibbles(packed: torch.Tensor, k: int) -> torch.Tensor:
+    """Inverse of `pack_nibbles`: uint8 ``[N, ceil(k / 2)]`` to uint8 ``[N, k]``; raises as that does."""
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"packed: expected dtype torch.uint8, got {packed.dtype}")
+    if packed.dim() != 2 or packed.shape[1] != (k + 1) // 2:
+        raise ValueError(f"packed: expected shape [N, {(k + 1) // 2}] for k = {k}, got {list(packed.shape)}")
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :k]

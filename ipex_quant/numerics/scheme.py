@@ -1,0 +1,92 @@
+"""How a weight is quantized (`WeightScheme`) and what it is computed with (`WoqLowpMode`, `WoqActQuantMode`).
+
+The enumerations keep IPEX's names and integer values, so that code and configurations written for it stay valid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class WoqWeightDtype(IntEnum):
+    """Storage type of a quantized weight."""
+
+    INT8 = 1
+    INT4 = 2
+    NF4 = 3
+    FP8 = 4
+
+
+class WoqWeightQScheme(IntEnum):
+    """Whether a weight has zero points; UNDEFINED leaves the choice to the mapping's rule."""
+
+    UNDEFINED = 0
+    ASYMMETRIC = 1
+    SYMMETRIC = 2
+
+
+class WoqLowpMode(IntEnum):
+    """Compute mode: the lowest precision a kernel may compute in. NONE is the activation's own dtype."""
+
+    NONE = 0
+    FP16 = 1
+    BF16 = 2
+    INT8 = 3
+
+
+class WoqActQuantMode(IntEnum):
+    """How activations are quantized when the compute mode is INT8.
+
+    One scale covers the whole tensor (PER_TENSOR), a block of input channels over all rows (PER_IC_BLOCK), a row
+    (PER_BATCH), or a block of input channels of one row (PER_BATCH_IC_BLOCK). The ``_SYM`` modes have no zero point.
+    """
+
+    NONE = -1
+    PER_TENSOR = 0
+    PER_IC_BLOCK = 1
+    PER_BATCH = 2
+    PER_BATCH_IC_BLOCK = 3
+    PER_TENSOR_SYM = 4
+    PER_IC_BLOCK_SYM = 5
+    PER_BATCH_SYM = 6
+    PER_BATCH_IC_BLOCK_SYM = 7
+
+
+PER_CHANNEL = -1
+"""`group_size` that stands for one group a row."""
+
+
+def check_group_size(group_size: int) -> None:
+    """Raise ValueError unless `group_size` is -1 (per channel) or a positive power of two."""
+    if group_size != PER_CHANNEL and (group_size <= 0 or group_size & (group_size - 1)):
+        raise ValueError(f"group_size: expected -1 (per channel) or a positive power of 2, got {group_size}")
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """How one weight matrix is quantized.
+
+    `symmetric` weights have no zero points; NF4 and FP8 are always symmetric. `group_size` counts input features that
+    share one scale; -1 is one scale per output channel. Raises ValueError for a combination that does not exist.
+    """
+
+    dtype: WoqWeightDtype = WoqWeightDtype.INT8
+    symmetric: bool = True
+    group_size: int = PER_CHANNEL
+
+    def __post_init__(self) -> None:
+        if self.dtype not in WoqWeightDtype.__members__.values():
+            raise ValueError(f"dtype: expected one of {[d.name for d in WoqWeightDtype]}, got {self.dtype!r}")
+        object.__setattr__(self, "dtype", WoqWeightDtype(self.dtype))
+        check_group_size(self.group_size)
+        if not self.symmetric and self.dtype in (WoqWeightDtype.NF4, WoqWeightDtype.FP8):
+            raise ValueError(f"symmetric: {self.dtype.name} weights have no zero points, expected True, got False")
+
+    def group_count(self, in_features: int) -> int:
+        """Number of groups along `in_features`; the last one may be ragged."""
+        return 1 if self.group_size == PER_CHANNEL else -(-in_features // self.group_size)
+
+    def __str__(self) -> str:
+        granularity = "per-channel" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
+        return f"{self.dtype.name.lower()} {'sym' if self.symmetric else 'asym'} {granularity}"
