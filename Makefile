@@ -1,0 +1,78 @@
+# `make help` lists the targets. Stamps in the virtual environment make a second run quick.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+# Where pip finds the CPU build of torch, if not in the configured index: https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ENV_STAMP := $(VENV)/.stamp-env
+BUILD_STAMP := $(VENV)/.stamp-build
+NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+CXX ?= g++
+SANITIZE := $(CURDIR)/build/sanitize
+
+.PHONY: help env build demo test lint format sanitize bench wheel clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+env: $(ENV_STAMP)  ## create the virtual environment with everything that building and testing need
+
+$(ENV_STAMP): constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(PIP) install --quiet -r constraints.txt
+	touch $@
+
+build: $(BUILD_STAMP)  ## compile the native code and install the package in place
+
+$(BUILD_STAMP): $(ENV_STAMP) pyproject.toml CMakeLists.txt $(NATIVE_SOURCES)
+	$(PIP) install --quiet --no-build-isolation --no-deps \
+	    --config-settings=cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON --editable .
+	touch $@
+
+demo: build  ## quantize the embedded model in several ways, compare with float, generate text
+	$(BIN)/ipex-quant demo
+
+test: build  ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
+
+lint: $(ENV_STAMP)  ## check style, formatting and import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h,$(NATIVE_SOURCES))
+	$(BIN)/python tools/check_imports.py
+
+format: $(ENV_STAMP)  ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.cpp %.h,$(NATIVE_SOURCES))
+
+# `python -S` leaves out the editable install, so that the instrumented copy is the one that is imported.
+sanitize: build  ## run the tests of the native ops under the address and undefined behaviour sanitizers
+	rm -rf $(SANITIZE)/site
+	$(PIP) install --quiet --no-build-isolation --no-deps --target $(SANITIZE)/site \
+	    --config-settings=build-dir=build/sanitize/native \
+	    --config-settings=cmake.define.IPEX_QUANT_SANITIZE=ON .
+	cd $(SANITIZE) && \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 OMP_NUM_THREADS=2 \
+	PYTHONPATH="$(SANITIZE)/site:$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	$(abspath $(BIN))/python -S -m pytest -q -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests/ops $(PYTEST_ARGS)
+
+bench: build  ## measure the linear kernels against their limits and their peers
+	$(BIN)/python benchmarks/linear.py
+
+wheel: $(ENV_STAMP)  ## build a wheel into dist/
+	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:  ## remove builds and caches, keep the virtual environment
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis $(BUILD_STAMP)

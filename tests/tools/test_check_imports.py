@@ -1,0 +1,102 @@
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "check_imports.py"
+
+
+@pytest.fixture(scope="module")
+def check_imports():
+    spec = importlib.util.spec_from_file_location("check_imports", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Write files given as {path: text} under a fresh root that holds a package and native sources."""
+
+    def write(files):
+        for name, text in ({"ipex_quant/__init__.py": "", "csrc/ops.cpp": ""} | files).items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("file", "statement", "above"),
+    [
+        ("ops/woq.py", "import ipex_quant.nn", "nn"),
+        ("ops/woq.py", "from ipex_quant.nn import weight_only_linear", "nn"),
+        ("ops/woq.py", "from ..llm.optimize import optimize", "llm"),
+        ("ops/__init__.py", "from .. import quantization", "quantization"),
+        ("numerics/affine.py", "def f():\n    from .. import ops", "ops"),
+        ("woq/rtn.py", "from ..checkpoints import gptq", "checkpoints"),
+        ("llm/optimize.py", "import ipex_quant as ipex", "ipex_quant"),
+        ("llm/optimize.py", "from ipex_quant import explain", "ipex_quant"),
+        ("evaluation.py", "from . import cli", "cli"),
+    ],
+)
+def test_import_upwards_or_sideways_is_named(check_imports, tree, file, statement, above):
+    root = tree({f"ipex_quant/{file}": statement, "ipex_quant/llm/__init__.py": "", "ipex_quant/cli.py": ""})
+    (violation,) = check_imports.python_violations(root)
+    own = file.split("/")[0].removesuffix(".py")
+    assert violation.startswith(f"ipex_quant/{file}:")
+    assert violation.endswith(f"{own} imports {above}, which is not below it")
+
+
+@pytest.mark.parametrize(
+    ("file", "statement"),
+    [
+        ("cli.py", "from . import demo, recipes\nimport ipex_quant as ipex"),
+        ("nn/linear.py", "from ..ops import woq_linear\nfrom .. import numerics\nfrom . import other"),
+        ("ops/__init__.py", "from ipex_quant import _C"),
+        ("ops/__init__.py", "import torch.nn\nfrom torch import nn"),
+        ("__init__.py", "from . import llm, quantization"),
+    ],
+)
+def test_import_downwards_or_within_a_layer_passes(check_imports, tree, file, statement):
+    assert check_imports.python_violations(tree({f"ipex_quant/{file}": statement})) == []
+
+
+def test_module_without_a_layer_is_named(check_imports, tree):
+    (violation,) = check_imports.python_violations(tree({"ipex_quant/helpers/stuff.py": ""}))
+    assert "helpers has no layer" in violation
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("pack.cpp", "#include <torch/csrc/stable/tensor.h>"),
+        ("kernels/gemm.h", '#include "ATen/ATen.h"'),
+        ("kernels/gemm.h", "  auto v = _mm512_setzero_si512();"),
+        ("layout.h", "struct A { __m256i v; };"),
+        ("isa/avx2.cpp", "#include <immintrin.h>"),
+    ],
+)
+def test_native_code_in_the_wrong_file_is_named(check_imports, tree, file, line):
+    (violation,) = check_imports.native_violations(tree({f"csrc/{file}": f"int a;\n{line}\n"}))
+    assert violation.startswith(f"csrc/{file}:2: ")
+
+
+def test_native_code_in_its_place_passes(check_imports, tree):
+    files = {
+        "csrc/ops.cpp": "#include <torch/csrc/stable/library.h>\n",
+        "csrc/check.h": "#include <torch/headeronly/util/Exception.h>\n",
+        "csrc/simd.h": "#include <immintrin.h>\n__m512i zero() { return _mm512_setzero_si512(); }\n",
+        "csrc/simd_avx2.h": "__m256i v;\n",
+        "csrc/pack.cpp": "// what _mm512_permutexvar_epi8 does, in plain C++\n",
+    }
+    assert check_imports.native_violations(tree(files)) == []
+
+
+def test_this_repository_passes():
+    result = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout

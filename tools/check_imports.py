@@ -1,0 +1,104 @@
+"""Check that imports go down only, and that native code keeps torch and intrinsics where they belong.
+
+Python: a module of `ipex_quant` may import its own layer's package and layers below it, never one above or beside it.
+Native: only `csrc/ops.cpp` and `csrc/check.h` include torch headers; only `csrc/simd*.h` hold intrinsics.
+Prints one line per violation and exits 1 when there is any.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = "ipex_quant"
+
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("numerics", "data", "evaluation", "_C"),
+    ("ops",),
+    ("nn",),
+    ("observers", "smoothquant", "woq", "checkpoints"),
+    ("quantization",),
+    ("llm", "autotune"),
+    (PACKAGE,),  # the public face: `ipex_quant/__init__.py`
+    ("recipes",),
+    ("demo",),
+    ("cli",),
+)
+"""Modules and subpackages of the package, lowest layer first. Those of one layer do not import each other."""
+
+RANK = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+NATIVE_SUFFIXES = (".cpp", ".h")
+TORCH_FILES = ("csrc/ops.cpp", "csrc/check.h")
+TORCH_INCLUDE = re.compile(r"^\s*#\s*include\s*[<\"](torch|ATen|c10)/")
+SIMD_FILES = "csrc/simd*.h"
+INTRINSIC = re.compile(r"\b_mm\d*_\w+|\b__m(128|256|512)[a-z]*\b|#\s*include\s*<\w*intrin\.h>")
+LINE_COMMENT = re.compile(r"//.*")
+
+
+def main() -> int:
+    """Check the repository this file is in; the exit status is 1 when something is wrong."""
+    root = Path(__file__).resolve().parent.parent
+    violations = [*python_violations(root), *native_violations(root)]
+    print("\n".join(violations) or "check_imports: every import goes down")
+    return 1 if violations else 0
+
+
+def python_violations(root: Path) -> list[str]:
+    """One line per import of `root/ipex_quant` that does not go down, and per module that has no layer."""
+    violations = []
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        file = path.relative_to(root)
+        own = layer_of(root, ".".join(file.with_suffix("").parts).removesuffix(".__init__"))
+        if own not in RANK:
+            violations.append(f"{file}: {own} has no layer; add it to LAYERS in tools/check_imports.py")
+            continue
+        for line, module in imported_modules(ast.parse(path.read_text(encoding="utf-8")), file.parts[:-1]):
+            other = layer_of(root, module)
+            if other in RANK and other != own and RANK[other] >= RANK[own]:
+                violations.append(f"{file}:{line}: {own} imports {other}, which is not below it")
+    return violations
+
+
+def native_violations(root: Path) -> list[str]:
+    """One line per torch include and per intrinsic in a file of `root/csrc` that must not hold one."""
+    violations = []
+    for path in sorted(p for p in (root / "csrc").rglob("*") if p.suffix in NATIVE_SUFFIXES):
+        file = path.relative_to(root)
+        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            code = LINE_COMMENT.sub("", text)
+            if TORCH_INCLUDE.search(code) and file.as_posix() not in TORCH_FILES:
+                violations.append(f"{file}:{number}: torch headers belong in {' and '.join(TORCH_FILES)} only")
+            if (found := INTRINSIC.search(code)) and not file.match(SIMD_FILES):
+                violations.append(f"{file}:{number}: {found.group()} belongs in {SIMD_FILES} only")
+    return violations
+
+
+def layer_of(root: Path, module: str) -> str | None:
+    """The part of the package that a dotted module name belongs to; None outside the package."""
+    package, *names = module.split(".")
+    if package != PACKAGE:
+        return None
+    # `from ipex_quant import x`: x is a module of ours, or else an attribute of the public face.
+    is_module = names and (
+        names[0] in RANK or any((root / PACKAGE / name).exists() for name in (names[0], f"{names[0]}.py"))
+    )
+    return names[0] if is_module else PACKAGE
+
+
+def imported_modules(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of everything that a module in `package` imports, at its top or inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *filter(None, [node.module])])
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
