@@ -1,0 +1,171 @@
+"""Measures of a causal language model: perplexity, agreement with a reference, decoding speed, size. Pure torch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+ROWS_AT_ONCE = 128
+"""Rows of logits that are held in float32 at a time."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a model does on a text beside its reference.
+
+    `kl_divergence` is the mean of ``KL(reference || model)`` per token in nats; `top1_agreement` is the share of tokens
+    for which both models rank the same token first; `tokens` counts the predicted tokens.
+    """
+
+    reference_perplexity: float
+    perplexity: float
+    kl_divergence: float
+    top1_agreement: float
+    tokens: int
+
+
+def token_windows(
+    tokenizer: PreTrainedTokenizerBase, text: str, sequence_length: int, max_tokens: int | None = None
+) -> list[torch.Tensor]:
+    """Token ids of `text` as int64 ``[1, sequence_length + 1]`` windows, the last one shorter.
+
+    Neighbours share one token, so that every token but the first is predicted exactly once. Raises ValueError when
+    there is nothing to predict.
+    """
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length: expected at least 1, got {sequence_length}")
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"]
+    if max_tokens is not None:
+        ids = ids[:, : max_tokens + 1]
+    if ids.shape[1] < 2:
+        raise ValueError(f"text: expected at least 2 tokens, got {ids.shape[1]}; give a longer text")
+    return [ids[:, start : start + sequence_length + 1] for start in range(0, ids.shape[1] - 1, sequence_length)]
+
+
+def perplexity(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    sequence_length: int = 512,
+    max_tokens: int | None = None,
+) -> float:
+    """Exponential of the mean negative log-likelihood of the tokens of `text`, in windows of `sequence_length` tokens.
+
+    At most `max_tokens` tokens are predicted. Raises ValueError when `text` has less than two tokens.
+    """
+    loss, tokens = 0.0, 0
+    with _evaluating(model):
+        for window in token_windows(tokenizer, text, sequence_length, max_tokens):
+            targets = window[0, 1:]
+            for rows, (log_probs,) in _log_probs((model,), window):
+                loss += _negative_log_likelihood(log_probs, targets[rows])
+            tokens += len(targets)
+    return math.exp(loss / tokens)
+
+
+def compare(
+    reference: nn.Module,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    sequence_length: int = 512,
+    max_tokens: int | None = None,
+) -> Comparison:
+    """Run both models over the same windows of `text` and compare their distributions of the next token.
+
+    Both models must have the same vocabulary. Raises ValueError when they do not or `text` has less than two tokens.
+    """
+    reference_loss = loss = divergence = 0.0
+    same = tokens = 0
+    with _evaluating(reference, model):
+        for window in token_windows(tokenizer, text, sequence_length, max_tokens):
+            targets = window[0, 1:]
+            for rows, (expected, actual) in _log_probs((reference, model), window):
+                if expected.shape != actual.shape:
+                    raise ValueError(
+                        f"model: expected the reference's vocabulary of {expected.shape[-1]} tokens, "
+                        f"got {actual.shape[-1]}"
+                    )
+                reference_loss += _negative_log_likelihood(expected, targets[rows])
+                loss += _negative_log_likelihood(actual, targets[rows])
+                divergence += nn.functional.kl_div(actual, expected, reduction="sum", log_target=True).item()
+                same += (expected.argmax(-1) == actual.argmax(-1)).sum().item()
+            tokens += len(targets)
+    return Comparison(
+        reference_perplexity=math.exp(reference_loss / tokens),
+        perplexity=math.exp(loss / tokens),
+        kl_divergence=divergence / tokens,
+        top1_agreement=same / tokens,
+        tokens=tokens,
+    )
+
+
+def decode_speed(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 64, repeats: int = 3
+) -> float:
+    """Tokens per second of greedy `model.generate` after its first token: the best of `repeats` runs.
+
+    `model` is a transformers model that generates. The prompt's own cost (prefill) is not in it.
+    """
+    if new_tokens < 2:
+        raise ValueError(f"new_tokens: expected at least 2, got {new_tokens}")
+    inputs = tokenizer(prompt, return_tensors="pt")
+    best = 0.0
+    with _evaluating(model):
+        for _ in range(repeats):
+            clock = _TokenClock()
+            model.generate(
+                **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, streamer=clock
+            )
+            best = max(best, (new_tokens - 1) / (clock.times[-1] - clock.times[1]))
+    return best
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, packed weights among them; memory that several share counts once."""
+    storages = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+class _TokenClock(BaseStreamer):
+    """Notes when `generate` hands over the prompt and then every new token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Inference and evaluation mode inside, each model's own mode again afterwards."""
+    with ExitStack() as stack:
+        for model in models:
+            stack.callback(model.train, model.training)
+            model.eval()
+        stack.enter_context(torch.inference_mode())
+        yield
+
+
+def _log_probs(models: tuple[nn.Module, ...], window: torch.Tensor) -> Iterator[tuple[slice, tuple[torch.Tensor, ...]]]:
+    """Float32 log-probabilities ``[rows, vocabulary]`` of every model for a window's targets, some rows at a time."""
+    logits = [model(input_ids=window[:, :-1]).logits[0] for model in models]
+    for start in range(0, window.shape[1] - 1, ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        yield rows, tuple(torch.log_softmax(each[rows].float(), dim=-1) for each in logits)
+
+
+def _negative_log_likelihood(log_probs: torch.Tensor, targets: torch.Tensor) -> float:
+    return nn.functional.nll_loss(log_probs, targets, reduction="sum").item()
