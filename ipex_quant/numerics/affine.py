@@ -74,13 +74,16 @@ def dequantize(qw: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch
 
 def code_values(qw: QuantizedWeight) -> torch.Tensor:
     """What the codes stand for before zero point and scale, float32 ``[N, K]``; symmetric INT4 is -8..7."""
-    dtype = qw.scheme.dtype
-    if dtype == WoqWeightDtype.NF4:
-        return NF4_LEVELS[unpack_nibbles(qw.codes, qw.shape[1]).int()]
-    if dtype == WoqWeightDtype.INT4:
-        values = unpack_nibbles(qw.codes, qw.shape[1]).float()
-        return values.sub_(INT4_OFFSET) if qw.scheme.symmetric else values
-    return qw.codes.to(torch.float32, copy=True)
+    codes = stored_codes(qw)
+    if qw.scheme.dtype == WoqWeightDtype.NF4:
+        return NF4_LEVELS[codes.int()]
+    values = codes.to(torch.float32)
+    return values.sub_(INT4_OFFSET) if qw.scheme.dtype == WoqWeightDtype.INT4 and qw.scheme.symmetric else values
+
+
+def stored_codes(qw: QuantizedWeight) -> torch.Tensor:
+    """Codes as they are stored, one an element, ``[N, K]``: uint8 for INT4 and NF4, else the dtype of `qw.codes`."""
+    return unpack_nibbles(qw.codes, qw.shape[1]) if qw.codes.dtype == torch.uint8 else qw.codes
 
 
 def feature_groups(qw: QuantizedWeight) -> torch.Tensor:

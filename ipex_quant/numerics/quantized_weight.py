@@ -16,6 +16,9 @@ CODE_DTYPES = {
 }
 """torch dtype that holds the codes of each weight dtype; INT4 and NF4 hold two codes a byte."""
 
+ZERO_POINT_RANGE = {WoqWeightDtype.INT8: (-128, 128), WoqWeightDtype.INT4: (0, 16)}
+"""Lowest and highest zero point: those of the codes, and the one above that version 1 GPTQ files can write."""
+
 
 def code_columns(dtype: WoqWeightDtype, in_features: int) -> int:
     """Second dimension of `codes`: bytes (or elements) that one row of `in_features` codes takes."""
@@ -29,13 +32,14 @@ class QuantizedWeight:
     - `codes`: int8 ``[N, K]`` (INT8); uint8 ``[N, ceil(K / 2)]``, even k in the low nibble and 0 in the spare one of an
       odd K (INT4 as 0..15, NF4 as codebook index); float8_e4m3fn ``[N, K]`` (FP8).
     - `scales`: float32 ``[N, groups]``.
-    - `zero_points`: int16 ``[N, groups]`` in the range of the codes (INT4 may hold 16, which GPTQ files write), or None
-      when the scheme is symmetric; a symmetric INT4 code stands for ``code - 8``.
+    - `zero_points`: int16 ``[N, groups]`` within `ZERO_POINT_RANGE`, or None when the scheme is symmetric; a symmetric
+      INT4 code stands for ``code - 8``.
     - `g_idx`: int32 ``[K]``, the group of every input feature (act-order), or None when feature k is in group
       ``k // group_size``. It orders features otherwise, but every group has as many of them as without it.
     - `shape`: the logical ``(out_features, in_features)``.
 
-    Raises ValueError or TypeError when the tensors do not fit the scheme and the shape.
+    Raises ValueError or TypeError when the tensors do not fit the scheme and the shape, or hold values that no weight
+    has: a scale or FP8 code that is not finite, a zero point out of range.
     """
 
     codes: torch.Tensor
@@ -55,6 +59,11 @@ class QuantizedWeight:
             raise ValueError(f"zero_points: a {self.scheme} weight must {'not ' * self.scheme.symmetric}have them")
         if self.zero_points is not None:
             _check_tensor("zero_points", self.zero_points, torch.int16, (out_features, groups))
+            _check_zero_points(self.zero_points, dtype)
+        if not torch.isfinite(self.scales).all():
+            raise ValueError("scales: expected finite values, got NaN or Inf; check where the weight comes from")
+        if dtype == WoqWeightDtype.FP8 and (self.codes.view(torch.uint8) & 0x7F == 0x7F).any():
+            raise ValueError("codes: expected finite FP8 values, got NaN; check where the weight comes from")
         if self.g_idx is not None:
             _check_tensor("g_idx", self.g_idx, torch.int32, (in_features,))
             _check_group_order(self.g_idx, self.scheme)
@@ -64,6 +73,14 @@ class QuantizedWeight:
         """Bytes of all tensors together."""
         tensors = (self.codes, self.scales, self.zero_points, self.g_idx)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _check_zero_points(zero_points: torch.Tensor, dtype: WoqWeightDtype) -> None:
+    lowest, highest = ZERO_POINT_RANGE[dtype]
+    if zero_points.numel() and (zero_points.min() < lowest or zero_points.max() > highest):
+        raise ValueError(
+            f"zero_points: expected {lowest}..{highest} for {dtype.name}, got {zero_points.min()}..{zero_points.max()}"
+        )
 
 
 def _check_group_order(g_idx: torch.Tensor, scheme: WeightScheme) -> None:
