@@ -1,0 +1,7 @@
+#define IPEX_QUANT_ISA_NS avx512_bf16
+#include "../kernels/table.h"
+
+namespace ipex_quant {
+extern const KernelTable kAvx512Bf16Table;
+const KernelTable kAvx512Bf16Table = avx512_bf16::make_table("avx512_bf16");
+}  // namespace ipex_quant

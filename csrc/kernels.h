@@ -1,0 +1,103 @@
+// What the kernels of every ISA level take, and the table through which one level's kernels are called. No torch here.
+#pragma once
+
+#include "layout.h"
+
+namespace ipex_quant {
+
+enum FloatType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+inline int64_t float_size(FloatType t) { return t == kFloat32 ? 4 : 2; }
+
+// The values are those of WoqLowpMode, WoqActQuantMode and PostOp in Python.
+enum LowpMode : int32_t { kLowpNone = 0, kLowpFp16 = 1, kLowpBf16 = 2, kLowpInt8 = 3 };
+enum ActQuantMode : int32_t { kActNone = -1, kPerTensor = 0, kPerIcBlock = 1, kPerBatch = 2, kPerBatchIcBlock = 3 };
+constexpr int32_t kSymmetricActOffset = 4;  // the symmetric modes follow the four asymmetric ones
+enum PostOp : int32_t { kNone, kRelu, kGelu, kNewGelu, kSilu, kAdd, kAddAdd, kMul, kPostOpCount };
+
+// What the multiply-accumulate of a call runs in. kInt8 x FP8 weights computes in float on quantized activations.
+enum class Compute : int32_t { kFloat, kBf16, kByte };
+
+constexpr int64_t kDecodeRows = 8;       // up to here the packed weight is streamed, above it is unpacked tile by tile
+constexpr int64_t kActBlock = 128;       // activation block of a per-channel weight
+constexpr int64_t kMaxByteFold = 32768;  // 255 * 255 * 32768 fits int32
+constexpr int64_t kFloatFold = 256;      // short float sums keep fp32 error near that of one rounding
+
+// Activations as the kernels read them: rows of `padded_k` elements in group order, zero in the padding.
+// A *fold* is a run of k after which the partial sum is scaled into fp32; it never crosses a group.
+struct Staged {
+  Compute compute;
+  bool unsigned_bytes;    // bytes are stored as u8 = s8 + 128 (prefill) instead of s8 (decode)
+  bool quantize, symmetric;
+  int64_t rows;
+  int64_t max_fold;
+  int64_t folds;          // per row
+  void* data;             // float, bf16 or byte [rows, padded_k]
+  float* scales;          // [rows, folds], quantized activations only
+  int32_t* zeros;         // [rows, folds], in the domain of the stored bytes; asymmetric only
+  int32_t* sums;          // [rows, folds], of the stored bytes; quantized only
+  float* float_sums;      // [rows, folds]; bf16 only
+};
+
+struct StageArgs {
+  const void* x;  // [rows, k] contiguous
+  FloatType type;
+  FloatType rounding;    // precision that x is rounded to first (compute mode FP16, BF16)
+  const int32_t* perm;   // staged position -> input feature, or null
+  int32_t range_scope;   // ActQuantMode without the symmetric offset
+  float* ranges;         // [rows, folds, 2] low and high; reduced over rows where the scope says so
+  const WoqGeometry* geometry;
+  Staged* staged;
+};
+
+struct GemmArgs {
+  const WoqGeometry* geometry;
+  const uint8_t* tiles;
+  const Staged* staged;
+  const float* bias;  // [n] or null
+  PostOp post_op;
+  FloatType type;           // of y and others
+  const void* others[2];  // [rows, n]
+  void* y;                  // [rows, n]
+};
+
+// Bytes of scratch that one thread needs, at any ISA level.
+inline int64_t stage_scratch(const WoqGeometry& g, const Staged& s) { return (2 * g.padded_k + 2 * s.folds) * 4; }
+inline int64_t gemm_scratch(const WoqGeometry& g, const Staged& s, int64_t rows) {
+  if (s.rows <= kDecodeRows) return 0;
+  if (s.compute == Compute::kByte) return kTileN * (g.padded_k + 4 * s.folds + 4 * g.groups);
+  return kTileN * 4 * (kFloatFold + rows);
+}
+
+struct QuantizeArgs {
+  const void* weight;  // [n, k]
+  FloatType type;
+  int32_t dtype;
+  bool symmetric;
+  int64_t n, k, group;
+  uint8_t* codes;        // as in QuantizedWeight
+  float* scales;         // [n, groups]
+  int16_t* zero_points;  // [n, groups], null when symmetric
+};
+
+inline int64_t quantize_scratch(int64_t k) { return k + 1; }
+
+struct KernelTable {
+  const char* name;
+  bool bf16_dot;
+  // Ranges of rows [begin, end), then (after any reduction over rows) their staged form.
+  void (*stage_ranges)(const StageArgs&, int64_t begin, int64_t end, uint8_t* scratch);
+  void (*stage_rows)(const StageArgs&, int64_t begin, int64_t end, uint8_t* scratch);
+  // One tile of columns for rows [begin, end).
+  void (*gemm_tile)(const GemmArgs&, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch);
+  // False when a value is NaN or infinite.
+  bool (*quantize_rows)(const QuantizeArgs&, int64_t begin, int64_t end, uint8_t* scratch);
+};
+
+enum IsaLevel : int32_t { kGeneric, kAvx2, kAvx512Vnni, kAvx512Bf16, kIsaLevels };
+IsaLevel supported_isa();
+// The level that runs: the best supported one, or what IPEX_QUANT_ISA names. Throws std::runtime_error that lists the
+// choices when it names anything else.
+IsaLevel active_isa();
+const KernelTable& kernels();
+
+}  // namespace ipex_quant

@@ -1,0 +1,114 @@
+// Round-to-nearest quantization of a float weight, in one pass over each group. The formulas, and their order of
+// operations, are those of ipex_quant/numerics/affine.py: both give the same bits.
+#pragma once
+
+#include "weights.h"
+
+namespace ipex_quant {
+namespace IPEX_QUANT_ISA_NS {
+
+constexpr float kFloatEpsilon = 1.1920928955078125e-7f;
+
+inline float code_steps(int32_t dtype, bool symmetric) {
+  switch (dtype) {
+    case kInt8:
+      return symmetric ? 127.0f : 255.0f;
+    case kInt4:
+      return symmetric ? 7.0f : 15.0f;
+    default:
+      return dtype == kNf4 ? 1.0f : 448.0f;
+  }
+}
+
+// Index of the nearest level; a midpoint belongs to the lower one.
+inline vi nf4_codes(vf x) {
+  vi code = zero_i();
+  for (int i = 0; i < 15; ++i) {
+    const float midpoint = (kNf4Levels[i + 1] + kNf4Levels[i]) / 2;
+    code = add_i(code, srl_i<31>(as_i(sub_f(set1_f(midpoint), x))));
+  }
+  return code;
+}
+
+inline vi e4m3_codes(vf x) {
+  const vi bits = as_i(x), magnitude = and_i(bits, set1_i(0x7FFFFFFF));
+  const vi half = add_i(set1_i(0x7FFFF), and_i(srl_i<20>(magnitude), set1_i(1)));  // ties to even
+  const vi normal = sub_i(srl_i<20>(add_i(magnitude, half)), set1_i(120 << 3));
+  const vi subnormal = round_i(mul_f(as_f(magnitude), set1_f(512.0f)));
+  const vi is_normal = max_i(sub_i(magnitude, set1_i(0x3C7FFFFF)), zero_i());  // |x| >= 2^-6
+  const vi code = as_i(if_zero(is_normal, as_f(subnormal), as_f(normal)));
+  return or_i(code, and_i(srl_i<24>(bits), set1_i(0x80)));
+}
+
+// Codes of x = w / scale, one to a lane; `zero` is added to integer codes, which are stored as unsigned bytes.
+inline vi weight_codes(int32_t dtype, vf x, int32_t zero) {
+  if (dtype == kNf4) return nf4_codes(x);
+  if (dtype == kFp8) return e4m3_codes(x);
+  const vi code = add_i(round_i(x), set1_i(zero));
+  if (dtype == kInt4) return max_i(min_i(code, set1_i(15)), zero_i());
+  return max_i(min_i(code, set1_i(127)), set1_i(-128));
+}
+
+inline bool quantize_group(const QuantizeArgs& args, int64_t row, int64_t group, int64_t groups, uint8_t* codes) {
+  const int64_t begin = group * args.group;
+  const int64_t length = args.k - begin < args.group ? args.k - begin : args.group, at = row * args.k + begin;
+  const auto load = [&](int64_t k) {
+    const int64_t left = length - k;
+    return left >= kLanes ? load_float(args.weight, args.type, at + k) : load_tail(args.weight, args.type, at + k, left);
+  };
+  vi magnitude = zero_i();
+  vf low = zero_f(), high = zero_f();
+  for (int64_t k = 0; k < length; k += kLanes) {
+    const vf w = load(k);
+    magnitude = max_i(magnitude, and_i(as_i(w), set1_i(0x7FFFFFFF)));
+    low = min_f(w, low);
+    high = max_f(w, high);
+  }
+  int32_t bits[kLanes], largest = 0;
+  float lows[kLanes], highs[kLanes], mn = 0.0f, mx = 0.0f;
+  store_i(bits, magnitude), store_f(lows, low), store_f(highs, high);
+  for (int i = 0; i < kLanes; ++i) {
+    largest = bits[i] > largest ? bits[i] : largest;
+    mn = lows[i] < mn ? lows[i] : mn;
+    mx = highs[i] > mx ? highs[i] : mx;
+  }
+  const float span = args.symmetric ? (-mn > mx ? -mn : mx) : mx - mn;
+  if (largest >= 0x7F800000 || span > 3.40282347e38f) return false;
+
+  float scale = span / code_steps(args.dtype, args.symmetric);
+  if (scale < kFloatEpsilon) scale = kFloatEpsilon;
+  int32_t zero = args.dtype == kInt4 ? 8 : 0;
+  if (!args.symmetric) {
+    zero = (args.dtype == kInt8 ? -128 : 0) - int32_t(__builtin_rintf(mn / scale));
+    args.zero_points[row * groups + group] = int16_t(zero);
+  }
+  args.scales[row * groups + group] = scale;
+  const vf inverse = set1_f(1.0f / scale);
+  for (int64_t k = 0; k < length; k += kLanes) {
+    uint8_t bytes[kLanes];
+    store_u8(bytes, weight_codes(args.dtype, mul_f(load(k), inverse), zero));
+    const int64_t left = length - k;
+    std::memcpy(codes + begin + k, bytes, left < kLanes ? left : kLanes);
+  }
+  return true;
+}
+
+inline bool quantize_rows(const QuantizeArgs& args, int64_t begin, int64_t end, uint8_t* scratch) {
+  const int64_t groups = (args.k + args.group - 1) / args.group;
+  const bool four_bit = is_four_bit(args.dtype);
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t group = 0; group < groups; ++group)
+      if (!quantize_group(args, row, group, groups, scratch)) return false;
+    if (!four_bit) {
+      std::memcpy(args.codes + row * args.k, scratch, args.k);
+      continue;
+    }
+    scratch[args.k] = 0;  // the spare nibble of an odd row
+    uint8_t* out = args.codes + row * ((args.k + 1) / 2);
+    for (int64_t k = 0; k < args.k; k += 2) out[k / 2] = uint8_t(scratch[k] | scratch[k + 1] << 4);
+  }
+  return true;
+}
+
+}  // namespace IPEX_QUANT_ISA_NS
+}  // namespace ipex_quant

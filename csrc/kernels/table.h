@@ -1,0 +1,44 @@
+// One ISA level's kernel table; isa/*.cpp include this after naming their namespace.
+#pragma once
+
+#include "quantize_weight.h"
+#include "stage.h"
+#include "woq_decode.h"
+#include "woq_prefill.h"
+
+namespace ipex_quant {
+namespace IPEX_QUANT_ISA_NS {
+
+template <int Dtype>
+inline void typed_tile(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch) {
+  if (args.staged->rows <= kDecodeRows)
+    decode_tile<Dtype>(args, tile);
+  else
+    prefill_tile<Dtype>(args, tile, begin, end, scratch);
+}
+
+inline void gemm_tile(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch) {
+  switch (args.geometry->dtype) {
+    case kInt8:
+      return typed_tile<kInt8>(args, tile, begin, end, scratch);
+    case kInt4:
+      return typed_tile<kInt4>(args, tile, begin, end, scratch);
+    case kNf4:
+      return typed_tile<kNf4>(args, tile, begin, end, scratch);
+    default:
+      return typed_tile<kFp8>(args, tile, begin, end, scratch);
+  }
+}
+
+#if defined(IPEX_QUANT_BF16_DOT)
+constexpr bool kHasBf16Dot = true;
+#else
+constexpr bool kHasBf16Dot = false;
+#endif
+
+constexpr KernelTable make_table(const char* name) {
+  return {name, kHasBf16Dot, stage_ranges, stage_rows, gemm_tile, quantize_rows};
+}
+
+}  // namespace IPEX_QUANT_ISA_NS
+}  // namespace ipex_quant

@@ -1,0 +1,133 @@
+// Reading code lines: what is common to the decode and the prefill kernels.
+#pragma once
+
+#include "elementwise.h"
+#include "stage.h"
+
+namespace ipex_quant {
+namespace IPEX_QUANT_ISA_NS {
+
+constexpr bool is_four_bit(int dtype) { return dtype == kInt4 || dtype == kNf4; }
+// Integer codes are unsigned in the packed weight; this is the zero point of a symmetric one (NF4: of its byte table).
+constexpr int32_t symmetric_zero(int dtype) { return dtype == kInt4 ? 8 : dtype == kFp8 ? 0 : 128; }
+// |code * s8| pair sums stay below 2^15 only for INT4.
+constexpr bool is_narrow(int dtype) { return dtype == kInt4; }
+constexpr int64_t line_group_bytes(int dtype) { return is_four_bit(dtype) ? 256 : 512; }  // of 8 k
+
+// QLoRA's 4-bit NormalFloat levels (Dettmers et al. 2023), as bitsandbytes rounds them.
+constexpr float kNf4Levels[16] = {-1.0f,
+                                  -0.6961928009986877f,
+                                  -0.5250730514526367f,
+                                  -0.39491748809814453f,
+                                  -0.28444138169288635f,
+                                  -0.18477343022823334f,
+                                  -0.09105003625154495f,
+                                  0.0f,
+                                  0.07958029955625534f,
+                                  0.16093020141124725f,
+                                  0.24611230194568634f,
+                                  0.33791524171829224f,
+                                  0.44070982933044434f,
+                                  0.5626170039176941f,
+                                  0.7229568362236023f,
+                                  1.0f};
+// round(127 * level), the byte form for INT8 compute; the scale is divided by 127 to match.
+constexpr int8_t kNf4Bytes[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
+
+// Scales and zero points of one group, column by column.
+struct GroupHead {
+  const uint8_t* scales;
+  const uint8_t* zeros;  // null when symmetric
+  bool half_scales;
+  int32_t symmetric;
+
+  GroupHead(const WoqGeometry& g, const uint8_t* group)
+      : scales(group),
+        zeros(g.asymmetric ? group + kTileN * (g.half_scales ? 2 : 4) : nullptr),
+        half_scales(g.half_scales),
+        symmetric(symmetric_zero(g.dtype)) {}
+
+  vf scale(int64_t column) const {
+    return half_scales ? load_half(scales + 2 * column) : load_f(reinterpret_cast<const float*>(scales) + column);
+  }
+  vi zero(int64_t column) const { return zeros ? load_u8(zeros + column) : set1_i(symmetric); }
+};
+
+// The nibbles of a line as unsigned bytes (or, for NF4, table bytes): k 0..3 and k 4..7 of every column.
+template <int Dtype>
+struct Nibbles {
+  ByteLut16 table;
+
+  explicit Nibbles(int32_t offset) {
+    uint8_t bytes[16];
+    for (int i = 0; i < 16; ++i) bytes[i] = uint8_t(kNf4Bytes[i] + offset);
+    table = make_byte_lut16(bytes);
+  }
+  vi low(vi line) const { return decode(and_i(line, set1_i(0x0F0F0F0F))); }
+  vi high(vi line) const { return decode(and_i(srl_i<4>(line), set1_i(0x0F0F0F0F))); }
+
+ private:
+  vi decode(vi index) const {
+    if constexpr (Dtype == kNf4)
+      return lookup(table, index);
+    else
+      return index;
+  }
+};
+
+// e4m3: rebias the exponent from 7 to 127; a subnormal is built in the binade above and brought down, so that the
+// result does not depend on the denormal mode of the processor.
+inline vf e4m3_to_f(vi byte) {
+  const vi magnitude = sll_i<20>(and_i(byte, set1_i(0x7F)));
+  const vi exponent = and_i(magnitude, set1_i(0x07800000));
+  const vf normal = as_f(add_i(magnitude, set1_i(120 << 23)));
+  const vf subnormal = sub_f(as_f(add_i(magnitude, set1_i(121 << 23))), set1_f(0x1p-6f));
+  return as_f(or_i(as_i(if_zero(exponent, subnormal, normal)), sll_i<24>(and_i(byte, set1_i(0x80)))));
+}
+
+// Codes as floats with their zero point taken off; exact but for NF4, whose levels are fp32.
+// value<J>(line) is byte j of an 8-bit line, or nibble position J of a 4-bit line, whose k is kOrder[J].
+template <int Dtype>
+struct FloatCodes {
+  static constexpr int kPerLine = is_four_bit(Dtype) ? 8 : 4;
+  static constexpr int kOrder[8] = {0, is_four_bit(Dtype) ? 4 : 1, is_four_bit(Dtype) ? 1 : 2,
+                                    is_four_bit(Dtype) ? 5 : 3, 2, 6, 3, 7};
+  Lut16 table;
+
+  FloatCodes() {
+    float levels[16];
+    for (int i = 0; i < 16; ++i) levels[i] = Dtype == kNf4 ? kNf4Levels[i] : float(i);
+    table = make_lut16(levels);
+  }
+
+  template <int J>
+  vf value(vi line, vf zero) const {
+    if constexpr (Dtype == kNf4) {
+      return lookup(table, srl_i<4 * J>(line));
+    } else if constexpr (Dtype == kInt4) {
+      return sub_f(lookup(table, srl_i<4 * J>(line)), zero);
+    } else {
+      const vi byte = and_i(srl_i<8 * J>(line), set1_i(0xFF));
+      if constexpr (Dtype == kFp8)
+        return e4m3_to_f(byte);
+      else
+        return sub_f(cvt_f(byte), zero);
+    }
+  }
+};
+
+// Calls f with std::integral_constant-like tags 0..Count-1, unrolled.
+template <int I>
+struct Index {
+  static constexpr int value = I;
+};
+template <int Count, int I = 0, class F>
+inline void unroll(F&& f) {
+  if constexpr (I < Count) {
+    f(Index<I>{});
+    unroll<Count, I + 1>(f);
+  }
+}
+
+}  // namespace IPEX_QUANT_ISA_NS
+}  // namespace ipex_quant

@@ -1,0 +1,279 @@
+// Prefill: many activation rows against one tile. The tile is unpacked once into a panel that stays in the second-level
+// cache, then every block of rows runs a register-tiled multiply over it.
+#pragma once
+
+#include "weights.h"
+
+namespace ipex_quant {
+namespace IPEX_QUANT_ISA_NS {
+
+// Register tile. AVX-512: 6 x 4 accumulators + 4 weight vectors + 1 broadcast = 29 of 32 registers. AVX2 bytes:
+// 4 x 2 + 4 (even and odd halves) + 2 + temporaries of 16; AVX2 floats: 6 x 2 + 2 + 1 = 15 of 16.
+constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
+constexpr int kByteRows = kLanes == 16 ? 6 : 4;
+constexpr int kFloatRows = 6;
+
+// ----------------------------------------------------------------------------------------------------------- bytes
+// Panel [padded_k / 4][kTileN][4] of s8 codes with the symmetric zero point (asymmetric INT4: its own) taken off.
+struct BytePanel {
+  int8_t* codes;
+  int32_t* sums;       // [folds, kTileN] of the codes over each fold
+  int32_t* residuals;  // [groups, kTileN] zero points left in the codes; asymmetric INT8 only
+};
+
+template <int Dtype>
+inline vi unpack_bytes(vi codes, vi zero_bytes) {
+  return Dtype == kNf4 ? codes : sub_i8(codes, zero_bytes);
+}
+
+template <int Dtype>
+inline void unpack_byte_panel(const GemmArgs& args, int64_t tile, const BytePanel& panel) {
+  const WoqGeometry& g = *args.geometry;
+  const Staged& s = *args.staged;
+  const Nibbles<Dtype> nibbles(0);
+  const U8<true> ones = as_u8<true>(set1_i(0x01010101));
+  const uint8_t* group_data = args.tiles + tile * g.tile_bytes;
+  int8_t* out = panel.codes;
+  int64_t fold = 0;
+  for (int64_t group = 0; group < g.groups; ++group) {
+    const int64_t padded = g.padded(group);
+    const GroupHead head(g, group_data);
+    for (int64_t k = 0; k < padded; k += s.max_fold, ++fold) {
+      const int64_t length = padded - k < s.max_fold ? padded - k : s.max_fold;
+      for (int64_t column = 0; column < kTileN; column += kLanes) {
+        const bool own_zero = is_four_bit(Dtype) && head.zeros;
+        const vi zero = own_zero ? head.zero(column) : set1_i(symmetric_zero(Dtype));
+        const vi zero_bytes = mul_i(zero, set1_i(0x01010101));
+        if (panel.residuals) {
+          const vi residual = sub_i(head.zero(column), set1_i(symmetric_zero(Dtype)));
+          store_i(panel.residuals + group * kTileN + column, residual);
+        }
+        const uint8_t* line = group_data + g.head_bytes + g.code_bytes(k) + 4 * column;
+        int8_t* to = out + 4 * column;
+        vi sum = zero_i();
+        const auto put = [&](vi codes) {
+          const vi bytes = unpack_bytes<Dtype>(codes, zero_bytes);
+          dot<true>(sum, ones, as_s8<true>(bytes));
+          store_i(to, bytes);
+          to += 4 * kTileN;
+        };
+        for (int64_t i = 0; i < length; i += 8, line += line_group_bytes(Dtype)) {
+          const vi first = load_i(line);
+          if constexpr (is_four_bit(Dtype)) {
+            put(nibbles.low(first));
+            put(nibbles.high(first));
+          } else {
+            put(first);
+            put(load_i(line + 256));
+          }
+        }
+        store_i(panel.sums + fold * kTileN + column, sum);
+      }
+      out += length * kTileN;
+    }
+    group_data += g.head_bytes + g.code_bytes(padded);
+  }
+}
+
+// acc = sum over the fold of x * w, for unsigned x; dot() then adds to what it starts from.
+template <int Rows, bool Narrow>
+inline void multiply_bytes(vi (&acc)[Rows][kTileVectors], const uint8_t* x, int64_t stride, const int8_t* panel,
+                           int64_t length) {
+  for (int64_t k = 0; k < length; k += 4, x += 4, panel += 4 * kTileN) {
+    S8<Narrow> w[kTileVectors];
+    for (int v = 0; v < kTileVectors; ++v) w[v] = as_s8<Narrow>(load_i(panel + v * kVectorBytes));
+    for (int m = 0; m < Rows; ++m) {
+      const U8<Narrow> a = as_u8<Narrow>(broadcast4(x + m * stride));
+      for (int v = 0; v < kTileVectors; ++v) dot<Narrow>(acc[m][v], a, w[v]);
+    }
+  }
+}
+
+template <int Dtype, int Rows>
+inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t row) {
+  const WoqGeometry& g = *args.geometry;
+  const Staged& s = *args.staged;
+  const uint8_t* x = static_cast<const uint8_t*>(s.data) + row * g.padded_k;
+  float out[Rows * kTileN] = {};
+  for (int64_t column = 0; column < kTileN; column += kTileVectors * kLanes) {
+    const uint8_t* group_data = args.tiles + tile * g.tile_bytes;
+    int64_t start = 0, fold = 0;
+    for (int64_t group = 0; group < g.groups; ++group) {
+      const int64_t padded = g.padded(group);
+      const GroupHead head(g, group_data);
+      for (int64_t k = 0; k < padded; k += s.max_fold, ++fold) {
+        const int64_t length = padded - k < s.max_fold ? padded - k : s.max_fold;
+        // Start from what the zero points contribute, so that the end of the fold needs no correction.
+        vi acc[Rows][kTileVectors];
+        for (int v = 0; v < kTileVectors; ++v) {
+          const int64_t at = column + v * kLanes;
+          const vi sums = load_i(panel.sums + fold * kTileN + at);
+          for (int m = 0; m < Rows; ++m) {
+            const int64_t i = (row + m) * s.folds + fold;
+            const int32_t zero = s.symmetric ? 128 : s.zeros[i];
+            acc[m][v] = mul_i(sums, set1_i(-zero));
+            if (panel.residuals) {
+              const vi residual = load_i(panel.residuals + group * kTileN + at);
+              acc[m][v] = sub_i(acc[m][v], mul_i(residual, set1_i(s.sums[i] - int32_t(length) * zero)));
+            }
+          }
+        }
+        multiply_bytes<Rows, is_narrow(Dtype)>(acc, x + start + k, g.padded_k,
+                                              panel.codes + (start + k) * kTileN + 4 * column, length);
+        for (int v = 0; v < kTileVectors; ++v) {
+          const int64_t at = column + v * kLanes;
+          vf scale = head.scale(at);
+          if constexpr (Dtype == kNf4) scale = mul_f(scale, set1_f(1.0f / 127));
+          for (int m = 0; m < Rows; ++m) {
+            const vf factor = mul_f(set1_f(s.scales[(row + m) * s.folds + fold]), scale);
+            store_f(out + m * kTileN + at, fma_f(cvt_f(acc[m][v]), factor, load_f(out + m * kTileN + at)));
+          }
+        }
+      }
+      start += padded;
+      group_data += g.head_bytes + g.code_bytes(padded);
+    }
+  }
+  for (int m = 0; m < Rows; ++m) finish_row(args, row + m, tile, out + m * kTileN);
+}
+
+template <int Dtype, int Rows>
+inline void byte_row_blocks(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t row, int64_t end) {
+  for (; row + Rows <= end; row += Rows) byte_rows<Dtype, Rows>(args, tile, panel, row);
+  if constexpr (Rows > 1) {
+    if (row < end) byte_row_blocks<Dtype, Rows - 1>(args, tile, panel, row, end);
+  }
+}
+
+template <int Dtype>
+inline void prefill_bytes(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch) {
+  const WoqGeometry& g = *args.geometry;
+  int32_t* sums = reinterpret_cast<int32_t*>(scratch + kTileN * g.padded_k);
+  int32_t* residuals = sums + kTileN * args.staged->folds;
+  const BytePanel panel{reinterpret_cast<int8_t*>(scratch), sums, Dtype == kInt8 && g.asymmetric ? residuals : nullptr};
+  unpack_byte_panel<Dtype>(args, tile, panel);
+  byte_row_blocks<Dtype, kByteRows>(args, tile, panel, begin, end);
+}
+
+// ---------------------------------------------------------------------------------------------------------- floats
+// Panel of one fold: [length][kTileN] floats, or [length / 2][kTileN][2] bf16 in the staged pair order.
+template <int Dtype, bool Bf16>
+inline void unpack_float_panel(const GroupHead& head, const uint8_t* lines, int64_t length, float* panel) {
+  using Codes = FloatCodes<Dtype>;
+  const Codes codes;
+  for (int64_t column = 0; column < kTileN; column += kLanes) {
+    const vf zero = cvt_f(head.zero(column));
+    const uint8_t* line = lines + 4 * column;
+    for (int64_t k = 0; k < length; k += Codes::kPerLine, line += 256) {
+      const vi word = load_i(line);
+      if constexpr (Bf16) {
+        // Pair p of a line holds k = kPairs[p], kPairs[p] + 2: lane positions 4-bit (p, p + 4), 8-bit (p, p + 2).
+        constexpr int kHalf = Codes::kPerLine / 2;
+        unroll<kHalf>([&](auto p) {
+          const vi low = bf16_bits(codes.template value<decltype(p)::value>(word, zero));
+          const vi high = bf16_bits(codes.template value<decltype(p)::value + kHalf>(word, zero));
+          const vi pair = or_i(srl_i<16>(low), and_i(high, set1_i(int32_t(0xFFFF0000))));
+          store_i(panel + (k / 2 + p.value) * kTileN + column, pair);
+        });
+      } else {
+        unroll<Codes::kPerLine>([&](auto j) {
+          store_f(panel + (k + Codes::kOrder[j.value]) * kTileN + column,
+                  codes.template value<decltype(j)::value>(word, zero));
+        });
+      }
+    }
+  }
+}
+
+template <int Rows, bool Bf16>
+inline void multiply_floats(vf (&acc)[Rows][kTileVectors], const float* x, int64_t stride, const float* panel,
+                            int64_t steps) {
+  for (int64_t k = 0; k < steps; ++k, panel += kTileN) {
+    vf w[kTileVectors];
+    for (int v = 0; v < kTileVectors; ++v) w[v] = load_f(panel + v * kLanes);
+    for (int m = 0; m < Rows; ++m) {
+      const vf a = set1_f(x[m * stride + k]);
+      for (int v = 0; v < kTileVectors; ++v) {
+#if defined(IPEX_QUANT_BF16_DOT)
+        if constexpr (Bf16) {
+          dot_bf16(acc[m][v], as_i(w[v]), as_i(a));
+          continue;
+        }
+#endif
+        acc[m][v] = fma_f(a, w[v], acc[m][v]);
+      }
+    }
+  }
+}
+
+struct FloatFold {
+  GroupHead head;
+  const float* panel;
+  const float* x;  // row 0; a bf16 pair counts as one float
+  int64_t stride, steps;
+  float* sums;  // [rows, kTileN]
+};
+
+template <int Rows, bool Bf16>
+inline void float_row_blocks(const FloatFold& f, int64_t row, int64_t end) {
+  for (; row + Rows <= end; row += Rows) {
+    for (int64_t column = 0; column < kTileN; column += kTileVectors * kLanes) {
+      vf acc[Rows][kTileVectors];
+      for (int m = 0; m < Rows; ++m)
+        for (int v = 0; v < kTileVectors; ++v) acc[m][v] = zero_f();
+      multiply_floats<Rows, Bf16>(acc, f.x + row * f.stride, f.stride, f.panel + column, f.steps);
+      for (int v = 0; v < kTileVectors; ++v) {
+        const vf scale = f.head.scale(column + v * kLanes);
+        for (int m = 0; m < Rows; ++m) {
+          float* out = f.sums + (row + m) * kTileN + column + v * kLanes;
+          store_f(out, fma_f(acc[m][v], scale, load_f(out)));
+        }
+      }
+    }
+  }
+  if constexpr (Rows > 1) {
+    if (row < end) float_row_blocks<Rows - 1, Bf16>(f, row, end);
+  }
+}
+
+template <int Dtype, bool Bf16>
+inline void prefill_floats(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch) {
+  const WoqGeometry& g = *args.geometry;
+  const Staged& s = *args.staged;
+  float* panel = reinterpret_cast<float*>(scratch);
+  float* sums = panel + kTileN * kFloatFold;
+  std::memset(sums, 0, (end - begin) * kTileN * sizeof(float));
+  constexpr int64_t kPerFloat = Bf16 ? 2 : 1;
+  const float* rows = static_cast<const float*>(s.data) + begin * (g.padded_k / kPerFloat);
+  const uint8_t* group_data = args.tiles + tile * g.tile_bytes;
+  int64_t start = 0;
+  for (int64_t group = 0; group < g.groups; ++group) {
+    const int64_t padded = g.padded(group);
+    const GroupHead head(g, group_data);
+    for (int64_t k = 0; k < padded; k += kFloatFold) {
+      const int64_t length = padded - k < kFloatFold ? padded - k : kFloatFold;
+      unpack_float_panel<Dtype, Bf16>(head, group_data + g.head_bytes + g.code_bytes(k), length, panel);
+      const FloatFold fold{head,   panel, rows + (start + k) / kPerFloat, g.padded_k / kPerFloat, length / kPerFloat,
+                           sums};
+      float_row_blocks<kFloatRows, Bf16>(fold, 0, end - begin);
+    }
+    start += padded;
+    group_data += g.head_bytes + g.code_bytes(padded);
+  }
+  for (int64_t m = begin; m < end; ++m) finish_row(args, m, tile, sums + (m - begin) * kTileN);
+}
+
+template <int Dtype>
+inline void prefill_tile(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch) {
+  if constexpr (Dtype != kFp8) {
+    if (args.staged->compute == Compute::kByte) return prefill_bytes<Dtype>(args, tile, begin, end, scratch);
+#if defined(IPEX_QUANT_BF16_DOT)
+    if (args.staged->compute == Compute::kBf16)
+      return prefill_floats<Dtype, true>(args, tile, begin, end, scratch);
+#endif
+  }
+  prefill_floats<Dtype, false>(args, tile, begin, end, scratch);
+}
+
+}  // namespace IPEX_QUANT_ISA_NS
+}  // namespace ipex_quant

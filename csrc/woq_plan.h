@@ -1,0 +1,71 @@
+// What a weight-only linear computes in, and how its activations are staged: decided once per call, without torch.
+#pragma once
+
+#include "kernels.h"
+
+namespace ipex_quant {
+
+struct WoqCall {
+  FloatType type;      // of x
+  int32_t lowp_mode;   // LowpMode
+  int32_t act_mode;    // WoqActQuantMode of Python, symmetric offset included
+  int64_t group_size;  // as in the header
+  int64_t rows;
+  bool bf16_dot;
+};
+
+struct WoqPlan {
+  Staged staged;
+  FloatType rounding;
+  int32_t range_scope;
+  int64_t data_bytes;
+};
+
+inline WoqPlan make_plan(const WoqGeometry& g, const WoqCall& call) {
+  WoqPlan plan{};
+  Staged& s = plan.staged;
+  s.rows = call.rows;
+  s.quantize = call.lowp_mode == kLowpInt8;
+  plan.rounding = call.type;
+  if (s.quantize) {
+    s.symmetric = call.act_mode >= kSymmetricActOffset;
+    plan.range_scope = call.act_mode % kSymmetricActOffset;
+    s.compute = g.dtype == kFp8 ? Compute::kFloat : Compute::kByte;
+    s.unsigned_bytes = call.rows > kDecodeRows;
+    const bool blocks = plan.range_scope == kPerIcBlock || plan.range_scope == kPerBatchIcBlock;
+    s.max_fold = blocks && call.group_size < 0 ? kActBlock : kMaxByteFold;
+  } else {
+    if (call.lowp_mode == kLowpFp16) plan.rounding = kFloat16;
+    if (call.lowp_mode == kLowpBf16) plan.rounding = kBFloat16;
+    const bool bf16 = plan.rounding == kBFloat16 && call.bf16_dot && g.dtype != kFp8;
+    s.compute = bf16 ? Compute::kBf16 : Compute::kFloat;
+    s.max_fold = kFloatFold;
+  }
+  const auto folds = [&](int64_t padded) { return (padded + s.max_fold - 1) / s.max_fold; };
+  s.folds = (g.groups - 1) * folds(g.padded_full) + folds(g.padded_last);
+  const int64_t element = s.compute == Compute::kByte ? 1 : s.compute == Compute::kBf16 ? 2 : 4;
+  plan.data_bytes = round_up(s.rows * g.padded_k * element, 64);
+  return plan;
+}
+
+inline bool ranges_cross_rows(const WoqPlan& plan) {
+  return plan.staged.quantize && (plan.range_scope == kPerTensor || plan.range_scope == kPerIcBlock);
+}
+
+// Gives every row the widest range of all rows, fold by fold; a NaN spreads to all of them.
+inline void merge_ranges(float* ranges, int64_t rows, int64_t folds) {
+  for (int64_t i = 0; i < folds; ++i) {
+    float low = 0.0f, high = 0.0f;
+    for (int64_t m = 0; m < rows; ++m) {
+      const float* r = ranges + (m * folds + i) * 2;
+      if (r[0] < low) low = r[0];
+      if (!(r[1] <= high) && high == high) high = r[1];
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      float* r = ranges + (m * folds + i) * 2;
+      r[0] = low, r[1] = high;
+    }
+  }
+}
+
+}  // namespace ipex_quant

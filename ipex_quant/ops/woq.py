@@ -1,0 +1,182 @@
+"""Weight-only quantized linear: quantizing and packing a weight, and multiplying by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+from ..numerics.quantized_weight import QuantizedWeight, code_columns
+from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
+from .isa import isa_name
+
+_ops = torch.ops.ipex_quant
+
+
+class PostOp(IntEnum):
+    """What `woq_linear` does to its result; the last three take other tensors of the result's shape and dtype."""
+
+    NONE = 0
+    RELU = 1
+    GELU = 2
+    NEW_GELU = 3
+    SILU = 4
+    ADD = 5
+    ADD_ADD = 6
+    MUL = 7
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight in the blocked form that the kernels read, the same at every ISA level (``csrc/layout.h``).
+
+    - `data`: uint8, one dimension; begins with a header that describes the rest.
+    - `perm`: int32 ``[K]``, the input feature at every position in group order (act-order), or None.
+    """
+
+    data: torch.Tensor
+    perm: torch.Tensor | None
+    scheme: WeightScheme
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both tensors."""
+        return self.data.nbytes + (0 if self.perm is None else self.perm.nbytes)
+
+
+def quantize_weight(weight: torch.Tensor, scheme: WeightScheme) -> QuantizedWeight:
+    """Quantize a weight by rounding to nearest, with the bits of `ipex_quant.numerics.affine.quantize`, but faster.
+
+    `weight` is float32, bfloat16 or float16 ``[N, K]`` on the CPU. Raises TypeError for another dtype, ValueError for
+    another shape or device and for NaN or Inf.
+    """
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"weight: expected float32, bfloat16 or float16, got {weight.dtype}")
+    if weight.dim() != 2 or weight.shape[1] == 0 or weight.device.type != "cpu":
+        raise ValueError(
+            f"weight: expected a CPU tensor [N, K] with K > 0, got {list(weight.shape)} on {weight.device}"
+        )
+    try:
+        codes, scales, zero_points = _ops.woq_quantize(
+            weight.detach(), scheme.dtype, scheme.group_size, scheme.symmetric
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{error}; check the checkpoint, or leave this module in float") from None
+    return QuantizedWeight(
+        codes, scales, None if scheme.symmetric else zero_points, None, scheme, tuple(weight.shape)
+    )
+
+
+def pack_weight(qw: QuantizedWeight) -> PackedWeight:
+    """Lay a quantized weight out for the kernels; scales that are half-precision numbers are stored as such.
+
+    Raises ValueError when `g_idx` does not fill every group, or a zero point does not fit a byte.
+    """
+    perm = None if qw.g_idx is None else _group_order(qw)
+    zero_points = None if qw.zero_points is None else qw.zero_points.contiguous()
+    try:
+        data = _ops.woq_pack(
+            qw.codes.contiguous(),
+            qw.scales.contiguous(),
+            zero_points,
+            perm,
+            qw.shape[1],
+            qw.scheme.dtype,
+            qw.scheme.group_size,
+        )
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    return PackedWeight(data, perm, qw.scheme, qw.shape)
+
+
+def unpack_weight(packed: PackedWeight) -> QuantizedWeight:
+    """Return the quantized weight that `pack_weight` was given, bit for bit."""
+    scheme, (out_features, in_features) = packed.scheme, packed.shape
+    codes, scales, zero_points = _ops.woq_unpack(
+        packed.data, packed.perm, out_features, in_features, scheme.dtype, scheme.group_size, not scheme.symmetric
+    )
+    g_idx = None
+    if packed.perm is not None:
+        group_size = scheme.group_size if scheme.group_size > 0 else in_features
+        g_idx = torch.empty(in_features, dtype=torch.int32)
+        g_idx[packed.perm.long()] = torch.arange(in_features, dtype=torch.int32) // group_size
+    return QuantizedWeight(codes, scales, None if scheme.symmetric else zero_points, g_idx, scheme, packed.shape)
+
+
+def woq_linear(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    out_features: int,
+    bias: torch.Tensor | None = None,
+    perm: torch.Tensor | None = None,
+    lowp_mode: WoqLowpMode = WoqLowpMode.NONE,
+    act_quant_mode: WoqActQuantMode = WoqActQuantMode.NONE,
+    post_op: PostOp = PostOp.NONE,
+    others: Sequence[torch.Tensor] = (),
+) -> torch.Tensor:
+    """``post_op(x @ weight.T + bias, others)`` for a packed weight, as `ipex_quant.ops.reference.woq_linear` defines it.
+
+    `x` is float32, bfloat16 or float16 ``[..., K]``; `data` and `perm` are a PackedWeight's; `bias` is float32 ``[N]``.
+    Returns ``[..., N]`` in the dtype of `x`. Raises RuntimeError when an argument does not fit the packed weight.
+    """
+    return _ops.woq_linear(
+        x, data, bias, perm, list(others), out_features, int(lowp_mode), int(act_quant_mode), int(post_op)
+    )
+
+
+def kernel_name(scheme: WeightScheme, lowp_mode: WoqLowpMode, dtype: torch.dtype) -> str:
+    """Arithmetic that `woq_linear` uses for this weight and compute mode when the activations have `dtype`."""
+    if lowp_mode == WoqLowpMode.INT8:
+        return "fp32 fma, int8 activations" if scheme.dtype == WoqWeightDtype.FP8 else "int8 dot"
+    compute = {WoqLowpMode.FP16: torch.float16, WoqLowpMode.BF16: torch.bfloat16}.get(lowp_mode, dtype)
+    bf16_dot = compute == torch.bfloat16 and isa_name() == "avx512_bf16" and scheme.dtype != WoqWeightDtype.FP8
+    return "bf16 dot" if bf16_dot else "fp32 fma"
+
+
+def _group_order(qw: QuantizedWeight) -> torch.Tensor:
+    """Input features sorted by group, int32 ``[K]``; every group must have its nominal length."""
+    in_features = qw.shape[1]
+    group_size = qw.scheme.group_size if qw.scheme.group_size > 0 else in_features
+    order = torch.argsort(qw.g_idx, stable=True)
+    expected = torch.arange(in_features, dtype=torch.int32) // group_size
+    if not torch.equal(qw.g_idx[order], expected):
+        raise ValueError(
+            f"g_idx: expected {group_size} input features in every group (fewer in the last), got counts "
+            f"{torch.bincount(qw.g_idx.clamp(min=0)).tolist()[:8]}..."
+        )
+    return order.to(torch.int32)
+
+
+@torch.library.register_fake("ipex_quant::woq_linear")
+def _(x, packed, bias, perm, others, out_features, lowp_mode, act_quant_mode, post_op):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("ipex_quant::woq_pack")
+def _(codes, scales, zero_points, perm, in_features, dtype, group_size):
+    # The byte count also depends on the values of the scales (half or single precision).
+    return codes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+
+
+def _fake_plain(like, out_features, in_features, dtype, group_size, symmetric):
+    scheme = WeightScheme(WoqWeightDtype(dtype), symmetric, group_size)
+    groups = scheme.group_count(in_features)
+    code_dtype = {1: torch.int8, 4: torch.float8_e4m3fn}.get(dtype, torch.uint8)
+    return (
+        like.new_empty(out_features, code_columns(scheme.dtype, in_features), dtype=code_dtype),
+        like.new_empty(out_features, groups, dtype=torch.float32),
+        like.new_empty(0 if symmetric else out_features, groups, dtype=torch.int16),
+    )
+
+
+@torch.library.register_fake("ipex_quant::woq_unpack")
+def _(packed, perm, out_features, in_features, dtype, group_size, asymmetric):
+    return _fake_plain(packed, out_features, in_features, dtype, group_size, not asymmetric)
+
+
+@torch.library.register_fake("ipex_quant::woq_quantize")
+def _(weight, dtype, group_size, symmetric):
+    return _fake_plain(weight, weight.shape[0], weight.shape[1], dtype, group_size, symmetric)
