@@ -62,7 +62,7 @@ class QuantizedWeight:
             _check_zero_points(self.zero_points, dtype)
         if not torch.isfinite(self.scales).all():
             raise ValueError("scales: expected finite values, got NaN or Inf; check where the weight comes from")
-        if dtype == WoqWeightDtype.FP8 and (self.codes.view(torch.uint8) & 0x7F == 0x7F).any():
+        if dtype == WoqWeightDtype.FP8 and self.codes.isnan().any():
             raise ValueError("codes: expected finite FP8 values, got NaN; check where the weight comes from")
         if self.g_idx is not None:
             _check_tensor("g_idx", self.g_idx, torch.int32, (in_features,))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -61,6 +61,7 @@ def test_golden_file_covers_every_kind_ipex_has() -> None:
     assert kinds == {(d.name, "sym" if sym else "asym") for d, sym in KINDS if d != WoqWeightDtype.FP8}
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 9), k=st.integers(1, 300), scheme=schemes, seed=st.integers(0, 9))
 def test_error_is_at_most_half_a_step(n: int, k: int, scheme: WeightScheme, seed: int) -> None:
     weight = random_weight(n, k, seed)
@@ -78,6 +79,7 @@ def test_error_is_at_most_half_a_step(n: int, k: int, scheme: WeightScheme, seed
     assert ((restored - weight).abs() <= step * (1 + 1e-4)).all()
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 5), k=st.integers(1, 70), scheme=schemes)
 def test_groups_are_independent(n: int, k: int, scheme: WeightScheme) -> None:
     weight = random_weight(n, k)

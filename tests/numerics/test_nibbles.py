@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipex_quant.numerics.nibbles import pack_nibbles, unpack_nibbles
@@ -13,6 +13,7 @@ def test_even_column_is_in_the_low_nibble() -> None:
     assert pack_nibbles(codes).tolist() == [[0x21, 0x03], [0x0F, 0x09]]
 
 
+@settings(deadline=None)
 @given(n=st.integers(0, 5), k=st.integers(0, 33))
 def test_unpack_is_the_inverse(n: int, k: int) -> None:
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)

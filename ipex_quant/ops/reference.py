@@ -1,0 +1,169 @@
+"""Plain-torch definition of the native ops: what they are tested against, written to be read, not to be fast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..numerics import affine
+from ..numerics.codebooks import NF4_LEVELS
+from ..numerics.quantized_weight import QuantizedWeight
+from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
+from .woq import PostOp
+
+ACT_BLOCK = 128
+"""Input features that share an activation scale in the ``*_IC_BLOCK`` modes when the weight is per channel."""
+
+MAX_FOLD = 32768
+"""Longest run of 8-bit products (at most 255 * 255 each) whose sum is sure to fit int32."""
+
+MIN_RANGE = 2.0**-118
+"""Smallest activation range that is told from zero: the inverse of a smaller one overflows float32."""
+
+_COMPUTE_DTYPE = {WoqLowpMode.FP16: torch.float16, WoqLowpMode.BF16: torch.bfloat16}
+_ACTIVATIONS = {
+    PostOp.NONE: lambda r: r,
+    PostOp.RELU: torch.relu,
+    PostOp.GELU: F.gelu,
+    PostOp.NEW_GELU: lambda r: F.gelu(r, approximate="tanh"),
+    PostOp.SILU: F.silu,
+}
+
+
+def quantize_weight(weight: torch.Tensor, scheme: WeightScheme) -> QuantizedWeight:
+    """Round-to-nearest quantization of ``[N, K]``; raises as `ipex_quant.numerics.affine.quantize` does."""
+    return affine.quantize(weight, scheme)
+
+
+def woq_linear(
+    x: torch.Tensor,
+    qw: QuantizedWeight,
+    bias: torch.Tensor | None = None,
+    lowp_mode: WoqLowpMode = WoqLowpMode.NONE,
+    act_quant_mode: WoqActQuantMode = WoqActQuantMode.NONE,
+    post_op: PostOp = PostOp.NONE,
+    others: Sequence[torch.Tensor] = (),
+) -> torch.Tensor:
+    """``post_op(x @ dequantize(qw).T + bias, others)``: ``[..., K]`` to ``[..., N]`` in the dtype of `x`.
+
+    Compute modes NONE, FP16 and BF16 round `x` to the compute dtype and keep the weight exact. Compute mode INT8
+    quantizes `x` as `act_quant_mode` says and sums integers. `bias` is float32 ``[N]`` and is added in float32; the sum
+    is rounded to the dtype of `x` before `post_op`. Raises ValueError when INT8 comes without an activation mode.
+    """
+    if lowp_mode == WoqLowpMode.INT8 and act_quant_mode == WoqActQuantMode.NONE:
+        raise ValueError("act_quant_mode: compute mode INT8 needs one, got NONE")
+    rows = x.reshape(-1, qw.shape[1])
+    if lowp_mode != WoqLowpMode.INT8:
+        acc = _float_matmul(rows.to(_COMPUTE_DTYPE.get(lowp_mode, x.dtype)), qw)
+    else:
+        acc = _byte_matmul(rows.float(), qw, act_quant_mode)
+    if bias is not None:
+        acc = acc + bias
+    return _finish(acc.to(x.dtype).reshape(*x.shape[:-1], qw.shape[0]), post_op, others)
+
+
+def group_order(qw: QuantizedWeight) -> torch.Tensor:
+    """Input features sorted by their group, int64 ``[K]``: the order in which K is walked."""
+    return affine.feature_groups(qw).argsort(stable=True)
+
+
+class QuantizedActivation(NamedTuple):
+    """Rows ``[M, K]`` as integers, with what they stand for: ``x = (codes - zero_points) * scales``.
+
+    All float32: `codes` ``[M, K]``, `scales` and `zero_points` ``[M, blocks]``; `block` counts the features of a block.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor
+    block: int
+
+
+def quantize_activation(x: torch.Tensor, block: int, mode: WoqActQuantMode) -> QuantizedActivation:
+    """Quantize float32 ``[M, K]`` dynamically, one scale for each block of `block` features of a row.
+
+    PER_TENSOR and PER_BATCH ignore `block` and take all of K; PER_TENSOR and PER_IC_BLOCK share ranges among the rows.
+    """
+    symmetric = mode >= WoqActQuantMode.PER_TENSOR_SYM
+    scope = WoqActQuantMode(mode - WoqActQuantMode.PER_TENSOR_SYM) if symmetric else mode
+    whole_row = scope in (WoqActQuantMode.PER_TENSOR, WoqActQuantMode.PER_BATCH)
+    block = x.shape[1] if whole_row else min(block, x.shape[1])
+    parts = x.split(block, dim=1)
+    low = torch.stack([part.amin(1) for part in parts], 1).clamp(max=0)
+    high = torch.stack([part.amax(1) for part in parts], 1).clamp(min=0)
+    if scope in (WoqActQuantMode.PER_TENSOR, WoqActQuantMode.PER_IC_BLOCK) and len(x) > 0:
+        low, high = low.amin(0).expand_as(low), high.amax(0).expand_as(high)
+    span, steps = (torch.maximum(-low, high), 127.0) if symmetric else (high - low, 255.0)
+    # A true division: `float / tensor` would multiply by a rounded reciprocal.
+    inverse = torch.where(span < MIN_RANGE, torch.zeros_like(span), torch.full_like(span, steps) / span)
+    zero_points = torch.zeros_like(span) if symmetric else (-low * inverse).round().clamp(0, 255)
+    blocks = torch.arange(x.shape[1]) // block
+    codes = (x * inverse[:, blocks]).round() + zero_points[:, blocks]
+    codes = codes.clamp(-127, 127) if symmetric else codes.clamp(0, 255)
+    return QuantizedActivation(codes, span / steps, zero_points, block)
+
+
+def _float_matmul(x: torch.Tensor, qw: QuantizedWeight) -> torch.Tensor:
+    return (x.double() @ affine.dequantize(qw).double().T).float()
+
+
+def _byte_matmul(x: torch.Tensor, qw: QuantizedWeight, mode: WoqActQuantMode) -> torch.Tensor:
+    order = group_order(qw)
+    group = qw.shape[1] if qw.scheme.group_size == PER_CHANNEL else qw.scheme.group_size
+    act = quantize_activation(x[:, order], ACT_BLOCK if qw.scheme.group_size == PER_CHANNEL else group, mode)
+    if qw.scheme.dtype == WoqWeightDtype.FP8:
+        blocks = torch.arange(x.shape[1]) // act.block
+        restored = (act.codes - act.zero_points[:, blocks]) * act.scales[:, blocks]
+        return (restored.double() @ affine.dequantize(qw)[:, order].double().T).float()
+    weight, scales = _integer_weight(qw)
+    weight = weight[:, order]
+    result = torch.zeros(len(x), qw.shape[0])
+    fold = min(group, act.block, MAX_FOLD)
+    for start in range(0, x.shape[1], fold):
+        k = slice(start, start + fold)
+        block = start // act.block
+        shifted = act.codes[:, k] - act.zero_points[:, block, None]
+        dot = (shifted.double() @ weight[:, k].double().T).float()  # the integer sum, rounded once
+        result = _fma(dot, act.scales[:, block, None] * scales[:, start // group], result)
+    return result
+
+
+def _integer_weight(qw: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes less their zero points, ``[N, K]`` in float32, and the scales that go with them."""
+    if qw.scheme.dtype == WoqWeightDtype.NF4:
+        codes = (NF4_LEVELS * 127).round()[affine.stored_codes(qw).int()]
+        return codes, qw.scales * torch.tensor(1 / 127, dtype=torch.float32)
+    codes = affine.code_values(qw)
+    if qw.zero_points is not None:
+        codes -= qw.zero_points[:, affine.feature_groups(qw)]
+    return codes, qw.scales
+
+
+def _fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """``a * b + c`` of float32 tensors, rounded once.
+
+    The product is exact in float64. The sum is rounded there to odd (Boldo and Melquiond, "Emulation of FMA and
+    correctly rounded sums", 2008), which makes the second rounding, to float32, that of the exact value.
+    """
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    other = total - product
+    error = (product - (total - other)) + (addend - other)
+    bits = total.view(torch.int64)
+    away = (error > 0) == (total > 0)
+    odd = torch.where(away, bits + 1, bits - 1)
+    inexact = (error != 0) & (bits % 2 == 0) & torch.isfinite(total)
+    return torch.where(inexact, odd, bits).view(torch.float64).float()
+
+
+def _finish(result: torch.Tensor, post_op: PostOp, others: Sequence[torch.Tensor]) -> torch.Tensor:
+    if post_op in _ACTIVATIONS:
+        return _ACTIVATIONS[post_op](result.float()).to(result.dtype)
+    if post_op == PostOp.MUL:
+        return result * others[0]
+    for other in others:
+        result = result + other
+    return result
