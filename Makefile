@@ -36,7 +36,7 @@ build: $(BUILD_STAMP)  ## compile the native code and install the package in pla
 
 $(BUILD_STAMP): $(ENV_STAMP) pyproject.toml CMakeLists.txt $(NATIVE_SOURCES)
 	$(PIP) install --quiet --no-build-isolation --no-deps \
-	    --config-settings=cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON --editable .
+	    --config-settings=cmake.define.IPEX_QUANT_WERROR=ON --editable .
 	touch $@
 
 demo: build  ## quantize the embedded model in several ways, compare with float, generate text

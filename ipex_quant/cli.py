@@ -1,0 +1,193 @@
+"""`ipex-quant`: quantize, generate, eval, explain and demo from a shell.
+
+Commands import what they need when they run, so that `--help` and wrong usage answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ipex_quant as ipex
+
+from .recipes import recipe_names
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from .recipes.recipe import Recipe
+
+FAILED = 1
+BAD_INPUT = 2
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 for a failure, or 2 for wrong usage or bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if options.traceback:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"ipex-quant {options.command}: error: {message}", file=sys.stderr)
+        return BAD_INPUT if isinstance(error, (OSError, TypeError, ValueError)) else FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ipex-quant", description="Weight-only quantization of LLMs for CPUs.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {ipex.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.add_argument("--traceback", action="store_true", help="show where an error comes from")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("quantize", _quantize, "Quantize a model directory and save the result.")
+    sub.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="float model with its tokenizer")
+    sub.add_argument(
+        "--recipe", required=True, help=f"{', '.join(recipe_names())}, or a YAML file (see CONTRIBUTING.md)"
+    )
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the result")
+    sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations (default %(default)s)")
+    sub.add_argument("--dataset", type=Path, metavar="FILE", help="calibration text for GPTQ (default: Python's)")
+    sub.add_argument("--samples", type=_positive, metavar="N", help="windows of the text to calibrate on")
+
+    sub = command("generate", _generate, "Continue a prompt with a quantized model.")
+    sub.add_argument("directory", type=Path, metavar="DIR", help="result of `ipex-quant quantize`")
+    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+
+    sub = command("eval", _eval, "Compare a quantized model with its float model on a text.")
+    sub.add_argument("directory", type=Path, metavar="DIR", help="result of `ipex-quant quantize`")
+    sub.add_argument("--reference", type=Path, required=True, metavar="FLOAT_DIR", help="the float model")
+    sub.add_argument("--text", type=Path, required=True, metavar="FILE")
+    sub.add_argument("--sequence-length", type=_positive, default=512, metavar="N")
+    sub.add_argument("--max-tokens", type=_positive, metavar="N", help="predict at most N tokens of the text")
+
+    sub = command("explain", _explain, "Show how each module of a quantized model is computed.")
+    sub.add_argument("directory", type=Path, metavar="DIR", help="result of `ipex-quant quantize`")
+
+    command("demo", _demo, "Quantize the embedded model in several ways and check the results.")
+    return parser
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from . import evaluation
+    from .recipes.apply import apply_recipe
+    from .recipes.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe)
+    if options.out.exists():
+        raise ValueError(f"--out: expected a directory that does not exist yet, got {options.out}")
+    if recipe.algorithm == "rtn" and (options.dataset or options.samples):
+        raise ValueError(f"--dataset, --samples: recipe {recipe.name} does not calibrate; leave them out")
+    model, tokenizer = _float_model(options.model_dir, options.dtype), _tokenizer(options.model_dir)
+    before = evaluation.model_bytes(model)
+    calibration = _calibration(options, recipe, tokenizer) if recipe.algorithm == "gptq" else []
+    model = apply_recipe(recipe, model, calibration, model.dtype)
+    ipex.llm.save(model, options.out)
+    tokenizer.save_pretrained(options.out)
+    after = evaluation.model_bytes(model)
+    print(f"{options.out}: {recipe.name}, {after / 1e6:.1f} MB in memory, before {before / 1e6:.1f} MB")
+    return 0
+
+
+def _calibration(options: argparse.Namespace, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
+    from . import data
+    from .recipes.apply import calibration_windows
+
+    text = options.dataset.read_text(encoding="utf-8") if options.dataset else data.calibration_text()
+    return calibration_windows(tokenizer, text, options.samples or recipe.gptq.samples, recipe.gptq.sequence_length)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from .demo import continuation
+
+    model, tokenizer = _quantized_model(options.directory), _tokenizer(options.directory)
+    print(continuation(model, tokenizer, options.prompt, options.max_new_tokens))
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from . import evaluation
+
+    text = options.text.read_text(encoding="utf-8")
+    model, tokenizer = _quantized_model(options.directory), _tokenizer(options.directory)
+    reference = _float_model(options.reference, "float32")
+    result = evaluation.compare(reference, model, tokenizer, text, options.sequence_length, options.max_tokens)
+    float_size, size = (f"{evaluation.model_bytes(each) / 1e6:.1f} MB" for each in (reference, model))
+    print(f"tokens                {result.tokens}")
+    print(f"reference perplexity  {result.reference_perplexity:.4f}  ({float_size})")
+    print(f"perplexity            {result.perplexity:.4f}  ({size})")
+    print(f"KL(reference||model)  {result.kl_divergence:.6f} nats per token")
+    print(f"top-1 agreement       {result.top1_agreement:.2%}")
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    print(ipex.explain(_quantized_model(options.directory)))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from transformers.utils.logging import disable_progress_bar
+
+    from . import demo
+
+    disable_progress_bar()  # a line for each of a dozen loads and saves would bury the table
+    return demo.run()
+
+
+def _quantized_model(directory: Path) -> nn.Module:
+    with _naming(directory):
+        return ipex.llm.load(_model_directory(directory))
+
+
+def _float_model(directory: Path, dtype: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    with _naming(directory):
+        return AutoModelForCausalLM.from_pretrained(
+            _model_directory(directory), dtype=dtype, local_files_only=True
+        ).eval()
+
+
+@contextmanager
+def _naming(directory: Path) -> Iterator[None]:
+    """Damaged safetensors are bad input; their errors do not say where."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{directory}: {error}") from error
+
+
+def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(_model_directory(directory), local_files_only=True)
+
+
+def _model_directory(path: Path) -> Path:
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path}: expected a model directory with a config.json")
+    return path
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)

@@ -1,0 +1,190 @@
+"""`ipex-quant demo`: quantize the embedded model in several ways, measure the results against float, and check them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from . import data, evaluation, llm
+from .nn import WeightOnlyQuantizedLinear
+from .recipes.apply import apply_recipe, calibration_windows
+from .recipes.recipe import Recipe, load_recipe
+
+SEQUENCE_LENGTH = 256
+HELD_OUT_TOKENS = 16384
+SPEED_TOKENS = 64
+PROMPT = "The following statement"
+GENERATED_TOKENS = 80
+TABLE_HEAD = f"{'model':<10}{'recipe':<16}{'MB':>7}{'perplexity':>12}{'KL':>9}{'top-1':>8}{'decode token/s':>16}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a quantized model must reach: upper limits of its size, relative to bfloat16, of its perplexity, relative to
+    float32, and of its KL divergence in nats per token; a lower limit of the top-1 agreement.
+    """
+
+    size: float
+    perplexity: float
+    kl_divergence: float
+    top1_agreement: float
+
+
+VARIANTS: dict[str, tuple[str, Limits]] = {
+    "INT8": ("w8a16", Limits(0.75, 1.01, 0.005, 0.95)),
+    "FP8": ("fp8-g128", Limits(0.75, 1.02, 0.02, 0.90)),
+    "INT4 RTN": ("w4a8-g128", Limits(0.55, 1.15, 0.15, 0.75)),
+    "INT4 GPTQ": ("w4a8-gptq-g128", Limits(0.55, 1.10, 0.10, 0.80)),
+    "NF4": ("nf4-g64", Limits(0.55, 1.10, 0.10, 0.80)),
+}
+"""Label of each row of the table: its recipe and what it must reach."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one model; `tokens_per_second` is its decoding speed."""
+
+    label: str
+    recipe: str
+    bytes: int
+    comparison: evaluation.Comparison
+    tokens_per_second: float
+    linears: int
+    float_linears: int
+    reloads_bit_equal: bool
+
+
+@dataclass(frozen=True)
+class Check:
+    """A statement that must hold, and whether it does."""
+
+    name: str
+    passed: bool
+
+
+def run() -> int:
+    """Print the table, a generated text and the outcome of every check; the exit status is 1 when a check fails."""
+    tokenizer = AutoTokenizer.from_pretrained(data.embedded_model_dir(), local_files_only=True)
+    reference = float_model(torch.float32)
+    rows: dict[str, Row] = {}
+    text = ""
+
+    def add(label: str, recipe: str, model: nn.Module) -> None:
+        rows[label] = measure(label, recipe, model, reference, tokenizer)
+        print(table_line(rows[label]), flush=True)
+
+    print(f"{TABLE_HEAD}\n{'-' * len(TABLE_HEAD)}", flush=True)
+    add("float32", "", reference)
+    add("bfloat16", "", float_model(torch.bfloat16))
+    for label, (recipe, _) in VARIANTS.items():
+        model = quantized_model(load_recipe(recipe), tokenizer)
+        add(label, recipe, model)
+        if label == "INT4 RTN":
+            text = continuation(model, tokenizer, PROMPT, GENERATED_TOKENS)
+    tokens = rows["float32"].comparison.tokens
+    print(f"perplexity, KL(float32 || model) in nats and top-1 agreement over {tokens} held-out tokens")
+    print(f"\nINT4 RTN continues {PROMPT!r}:\n{text}\n")
+    outcomes = checks(rows, text)
+    failed = [check.name for check in outcomes if not check.passed]
+    print("\n".join(f"FAILED  {name}" for name in failed) or f"all {len(outcomes)} checks passed")
+    return 1 if failed else 0
+
+
+def float_model(dtype: torch.dtype) -> nn.Module:
+    """The embedded model as it was trained, in `dtype`."""
+    return AutoModelForCausalLM.from_pretrained(data.embedded_model_dir(), dtype=dtype, local_files_only=True).eval()
+
+
+def quantized_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """The embedded model, quantized by `recipe`; GPTQ calibrates on text that is not in the held-out one."""
+    calibration = []
+    if recipe.algorithm == "gptq":
+        options = recipe.gptq
+        calibration = calibration_windows(tokenizer, data.calibration_text(), options.samples, options.sequence_length)
+    return apply_recipe(recipe, float_model(torch.bfloat16), calibration)
+
+
+def measure(label: str, recipe: str, model: nn.Module, reference: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """Compare `model` with the float `reference` on the held-out text, and time it."""
+    modules = list(model.modules())
+    return Row(
+        label=label,
+        recipe=recipe,
+        bytes=evaluation.model_bytes(model),
+        comparison=evaluation.compare(
+            reference, model, tokenizer, data.held_out_text(), SEQUENCE_LENGTH, HELD_OUT_TOKENS
+        ),
+        tokens_per_second=evaluation.decode_speed(model, tokenizer, PROMPT, SPEED_TOKENS),
+        linears=sum(isinstance(module, WeightOnlyQuantizedLinear) for module in modules),
+        float_linears=sum(isinstance(module, nn.Linear) for module in modules),
+        reloads_bit_equal=not recipe or reloads_bit_equal(model, tokenizer),
+    )
+
+
+def reloads_bit_equal(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether `model`, saved and loaded again, has the same state and answers with the same bits."""
+    window = evaluation.token_windows(tokenizer, data.held_out_text(), SEQUENCE_LENGTH, SEQUENCE_LENGTH)[0]
+    with tempfile.TemporaryDirectory(prefix="ipex_quant_demo_") as folder, torch.inference_mode():
+        llm.save(model, Path(folder) / "model")
+        loaded = llm.load(Path(folder) / "model")
+        state, loaded_state = model.state_dict(), loaded.state_dict()
+        return (
+            state.keys() == loaded_state.keys()
+            and all(torch.equal(state[name], loaded_state[name]) for name in state)
+            and torch.equal(model(input_ids=window).logits, loaded(input_ids=window).logits)
+        )
+
+
+def continuation(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
+    """`prompt` and the text of at most `new_tokens` tokens that greedy decoding adds to it."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def table_line(row: Row) -> str:
+    """The measurements of one model, under `TABLE_HEAD`."""
+    return (
+        f"{row.label:<10}{row.recipe or '(float)':<16}{row.bytes / 1e6:>7.2f}{row.comparison.perplexity:>12.3f}"
+        f"{row.comparison.kl_divergence:>9.4f}{row.comparison.top1_agreement:>8.1%}{row.tokens_per_second:>16.0f}"
+    )
+
+
+def checks(rows: dict[str, Row], text: str) -> list[Check]:
+    """Everything that must hold for the measured rows and the generated text."""
+    found = [check for label, (_, limits) in VARIANTS.items() for check in row_checks(rows, label, limits)]
+    gptq, rtn = (rows[label].comparison.kl_divergence for label in ("INT4 GPTQ", "INT4 RTN"))
+    found.append(Check(f"INT4 GPTQ diverges less than INT4 RTN ({gptq:.4f} < {rtn:.4f})", gptq < rtn))
+    found.append(Check(f"at least 10 words are generated: {text!r}", len(text.split()) >= 10))
+    return found
+
+
+def row_checks(rows: dict[str, Row], label: str, limits: Limits) -> Iterator[Check]:
+    """What must hold for one quantized model."""
+    row, result = rows[label], rows[label].comparison
+    size = row.bytes / rows["bfloat16"].bytes
+    perplexity = result.perplexity / rows["float32"].comparison.perplexity
+    # A comparison with nan is false, so that these fail for a model that does not compute numbers.
+    for name, passed in (
+        (f"something is quantized ({row.linears} modules)", row.linears > 0),
+        (f"no linear module stays in float ({row.float_linears} do)", row.float_linears == 0),
+        (f"size is {size:.2f} of bfloat16's, at most {limits.size}", size <= limits.size),
+        (f"perplexity is {perplexity:.3f} of float32's, at most {limits.perplexity}", perplexity <= limits.perplexity),
+        (
+            f"KL divergence is {result.kl_divergence:.4f}, at most {limits.kl_divergence}",
+            result.kl_divergence <= limits.kl_divergence,
+        ),
+        (
+            f"top-1 agreement is {result.top1_agreement:.3f}, at least {limits.top1_agreement}",
+            result.top1_agreement >= limits.top1_agreement,
+        ),
+        ("saved and loaded again it is bit-equal", row.reloads_bit_equal),
+    ):
+        yield Check(f"{label}: {name}", passed)

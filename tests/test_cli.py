@@ -1,0 +1,125 @@
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+import ipex_quant as ipex
+from ipex_quant import cli, data
+
+
+@pytest.fixture(scope="module")
+def float_dir(tmp_path_factory):
+    """A one-layer model with the embedded model's tokenizer and shape, quick to quantize."""
+    folder = tmp_path_factory.mktemp("models") / "float"
+    model = AutoModelForCausalLM.from_pretrained(data.embedded_model_dir(), local_files_only=True)
+    model.config.num_hidden_layers = 1
+    small = LlamaForCausalLM(model.config)
+    small.load_state_dict(model.state_dict(), strict=False)
+    small.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(data.embedded_model_dir(), local_files_only=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text(data.held_out_text()[:6000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantized_dir(float_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("models") / "quantized"
+    assert cli.main(["quantize", str(float_dir), "--recipe", "w4a8-g128", "--out", str(out)]) == 0
+    return out
+
+
+def test_quantize_writes_a_smaller_directory_that_loads(quantized_dir, float_dir):
+    size = {d: sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in (quantized_dir, float_dir)}
+    assert 0 < size[quantized_dir] < size[float_dir]
+    model = ipex.llm.load(quantized_dir)
+    assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
+
+
+def test_generate_prints_the_prompt_and_its_continuation(quantized_dir, capsys):
+    assert cli.main(["generate", str(quantized_dir), "--prompt", "Return the", "--max-new-tokens", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Return the")
+    assert len(printed.strip()) > len("Return the")
+
+
+def test_eval_prints_every_measure(quantized_dir, float_dir, text_file, capsys):
+    arguments = ["--reference", str(float_dir), "--text", str(text_file), "--max-tokens", "300"]
+    assert cli.main(["eval", str(quantized_dir), *arguments]) == 0
+    printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    values = {name: float(value.split()[0].rstrip("%")) for name, value in printed.items()}
+    assert list(values) == ["tokens", "reference perplexity", "perplexity", "KL(reference||model)", "top-1 agreement"]
+    assert values["tokens"] == 300
+    assert 0 < values["KL(reference||model)"] < 1
+    assert 50 < values["top-1 agreement"] <= 100
+
+
+def test_explain_names_every_quantized_module(quantized_dir, capsys):
+    assert cli.main(["explain", str(quantized_dir)]) == 0
+    printed = capsys.readouterr().out
+    assert "model.layers.0.self_attn.q_proj" in printed
+    assert "lm_head" in printed
+
+
+def test_gptq_calibrates_on_the_given_text(float_dir, text_file, tmp_path, quantized_dir):
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(
+        "algorithm: gptq\nweight_dtype: int4\nweight_qscheme: symmetric\ngroup_size: 128\nlowp_mode: int8\n"
+        "gptq: {sequence_length: 64}\n"
+    )
+    out = tmp_path / "out"
+    arguments = ["--recipe", str(recipe), "--out", str(out), "--dataset", str(text_file), "--samples", "4"]
+    assert cli.main(["quantize", str(float_dir), *arguments]) == 0
+    gptq, rtn = (load_file(next(d.glob("*.safetensors"))) for d in (out, quantized_dir))
+    assert gptq.keys() == rtn.keys()
+    assert any(not torch.equal(gptq[name], rtn[name]) for name in gptq)
+
+
+@pytest.mark.parametrize("arguments", [[], ["quantize"], ["frobnicate"], ["generate", "x", "--max-new-tokens", "0"]])
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: ipex-quant" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("quantize {float} --recipe w3 --out {tmp}/out", "expected a file or one of"),
+        ("quantize {tmp}/none --recipe w8a16 --out {tmp}/out", "with a config.json"),
+        ("quantize {tmp}/broken --recipe w8a16 --out {tmp}/out", "broken: Error while deserializing"),
+        ("quantize {float} --recipe w8a16 --out {tmp}/broken", "does not exist yet"),
+        ("quantize {float} --recipe w8a16 --out {tmp}/out --dataset {tmp}/short.txt", "does not calibrate"),
+        ("quantize {float} --recipe w4a8-gptq-g128 --out {tmp}/out --dataset {tmp}/short.txt", "at least 512 tokens"),
+        ("quantize {float} --recipe w4a8-gptq-g128 --out {tmp}/out --dataset {tmp}/none.txt", "none.txt"),
+        ("generate {tmp}/none --prompt x", "with a config.json"),
+        ("generate {float} --prompt x", ""),
+        ("explain {tmp}/none", "with a config.json"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr(command, message, float_dir, tmp_path, capsys):
+    shutil.copytree(float_dir, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not safetensors")
+    (tmp_path / "short.txt").write_text("short")
+    arguments = command.format(float=float_dir, tmp=tmp_path).split()
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    errors = [line for line in printed.err.splitlines() if line.startswith("ipex-quant ")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"ipex-quant {arguments[0]}: error: ")
+    assert message in errors[0]
+    assert "Traceback" not in printed.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_traceback_on_request(tmp_path):
+    with pytest.raises(ValueError, match=r"with a config\.json"):
+        cli.main(["explain", str(tmp_path), "--traceback"])
