@@ -1,0 +1,52 @@
+"""Fields of 1 to 8 bits in a little-endian bit stream of int32 words: field i starts at bit ``bits * i``.
+
+GPTQ's 2, 4 and 8 bit words and its 3 bit triples of words (32 values in 96 bits, some across two words) are all such
+streams. Eight fields fill exactly `bits` bytes, so both directions are eight shifts over bytes, whatever the width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+FIELDS = 8
+"""Fields in one unit of `bits` bytes."""
+
+
+def word_count(count: int, bits: int) -> int:
+    """int32 words that `count` fields take."""
+    return -(-count * bits // 32)
+
+
+def unpack_fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Fields of every row: int32 ``[M, word_count(count, bits)]`` to uint8 ``[M, count]``."""
+    stream = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return stream[:, :count]
+    units = -(-count // FIELDS)
+    stream = F.pad(stream, (0, max(0, units * bits - stream.shape[1])))[:, : units * bits].unflatten(1, (units, bits))
+    fields = stream.new_empty(len(words), units, FIELDS)
+    for field in range(FIELDS):
+        byte, shift = divmod(field * bits, 8)
+        value = stream[..., byte] >> shift
+        if shift + bits > 8:
+            value |= stream[..., byte + 1] << (8 - shift)
+        fields[..., field] = value & ((1 << bits) - 1)
+    return fields.flatten(1)[:, :count]
+
+
+def pack_fields(fields: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of `unpack_fields`: uint8 ``[M, count]``, values below ``2**bits``, to int32; spare bits are 0."""
+    rows, count = fields.shape
+    units = -(-count // FIELDS)
+    fields = F.pad(fields, (0, units * FIELDS - count)).unflatten(1, (units, FIELDS))
+    stream = fields.new_zeros(rows, units, bits)
+    for field in range(FIELDS):
+        byte, shift = divmod(field * bits, 8)
+        stream[..., byte] |= fields[..., field] << shift
+        if shift + bits > 8:
+            stream[..., byte + 1] |= fields[..., field] >> (8 - shift)
+    words = fields.new_zeros(rows, 4 * word_count(count, bits))
+    width = min(words.shape[1], units * bits)
+    words[:, :width] = stream.flatten(1)[:, :width]
+    return words.view(torch.int32)

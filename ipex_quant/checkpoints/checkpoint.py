@@ -1,0 +1,132 @@
+"""`Checkpoint`: the quantized weights in a state dict, whatever the format they are stored in."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..numerics.quantized_weight import QuantizedWeight
+from .gptq import GptqFormat
+from .ipex_default import IpexDefaultFormat
+from .registry import CheckpointFormat, format_from_config
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
+    """The quantized weights of a state dict, by module name; each is read when it is asked for.
+
+    As a mapping it goes from the names of the quantized modules to ``(weight, bias or None)``, with shapes as stored.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    format: CheckpointFormat
+
+    def quantized_weight(
+        self, module_name: str, in_features: int | None = None, out_features: int | None = None
+    ) -> tuple[QuantizedWeight, torch.Tensor | None] | None:
+        """Weight and bias of one module, or None when the checkpoint does not hold it quantized.
+
+        The bias is ``[out_features]`` in the file's dtype, None when the file has none. Raises ValueError or TypeError,
+        with the module named, for tensors that are missing, truncated or do not fit `in_features` and `out_features`.
+        """
+        parts = {key: self._find(module_name, key) for key in self.format.keys}
+        parts = {key: tensor for key, tensor in parts.items() if tensor is not None}
+        if not parts:
+            return None
+        try:
+            weight = self.format.read(module_name, parts, (out_features, in_features))
+            return weight, self._bias(module_name, weight.shape[0])
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{module_name}.{error}") from error
+
+    def other_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor that is no part of a quantized module: embeddings, norms, linears left in float."""
+        own = {*self.format.keys, self.format.bias_key}
+        taken = {f"{name}.{key}" for name in self for key in own}
+        return {name: tensor for name, tensor in self.tensors.items() if name not in taken}
+
+    def __getitem__(self, module_name: str) -> tuple[QuantizedWeight, torch.Tensor | None]:
+        found = self.quantized_weight(module_name)
+        if found is None:
+            raise KeyError(module_name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        suffix = f".{self.format.keys[0]}"
+        return (name.removesuffix(suffix) for name in self.tensors if name.endswith(suffix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _find(self, module_name: str, key: str) -> torch.Tensor | None:
+        return self.tensors.get(f"{module_name}.{key}")
+
+    def _bias(self, module_name: str, out_features: int) -> torch.Tensor | None:
+        key = self.format.bias_key
+        bias = self._find(module_name, key)
+        if bias is not None and (tuple(bias.shape) != (out_features,) or not bias.is_floating_point()):
+            raise ValueError(f"{key}: expected floats of shape {[out_features]}, got {bias.dtype} {list(bias.shape)}")
+        return bias
+
+
+def open_checkpoint(low_precision_checkpoint: object) -> Checkpoint:
+    """The `Checkpoint` in any form that `llm.optimize(low_precision_checkpoint=...)` takes:
+
+    - a state dict, in the API document's form if it has its names, else taken for GPTQ version 1, with a warning;
+    - ``(state_dict, config)`` with a `quantization_config`, as `load_low_precision_checkpoint` returns;
+    - ``(state_dict, keys)`` with the names of the tensors, such as ``{"weight_key": "packed_weight", ...}``.
+
+    Raises TypeError for another type, and ValueError for a tuple, configuration or state dict that is none of these.
+    """
+    if isinstance(low_precision_checkpoint, Mapping):
+        state_dict = _state_dict(low_precision_checkpoint)
+        return _not_empty(Checkpoint(state_dict, _format_of(state_dict)))
+    if not isinstance(low_precision_checkpoint, (tuple, list)):
+        raise TypeError(
+            "low_precision_checkpoint should be a state_dict or a tuple (state_dict, config), "
+            f"got {type(low_precision_checkpoint).__name__}"
+        )
+    if len(low_precision_checkpoint) != 2:
+        raise ValueError(
+            "Invalid low_precision_checkpoint: a tuple should be (state_dict, config), "
+            f"got {len(low_precision_checkpoint)} elements"
+        )
+    state_dict, config = low_precision_checkpoint
+    state_dict = _state_dict(state_dict)
+    if not isinstance(config, Mapping):
+        raise TypeError(f"checkpoint config: should be a dict, got {type(config).__name__}")
+    by_method = "quant_method" in config
+    form = format_from_config(config) if by_method else IpexDefaultFormat.from_config(config)
+    return _not_empty(Checkpoint(state_dict, form))
+
+
+def _state_dict(state_dict: object) -> Mapping[str, torch.Tensor]:
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"low_precision_checkpoint should be a state_dict, got {type(state_dict).__name__}")
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"state_dict: expected tensors only, got {type(tensor).__name__} for {name!r}")
+    return state_dict
+
+
+def _format_of(state_dict: Mapping[str, torch.Tensor]) -> CheckpointFormat:
+    default = IpexDefaultFormat()
+    if any(name.endswith(f".{default.weight_key}") for name in state_dict):
+        return default
+    warnings.warn(
+        "low_precision_checkpoint has no config: taking it for GPTQ version 1; give (state_dict, config) to be sure",
+        stacklevel=3,
+    )
+    return GptqFormat()
+
+
+def _not_empty(checkpoint: Checkpoint) -> Checkpoint:
+    if len(checkpoint) == 0:
+        raise ValueError(
+            f"low_precision_checkpoint: no tensor is named '<module>.{checkpoint.format.keys[0]}': the format "
+            f"and the config do not match, or it is not quantized; the first names are {sorted(checkpoint.tensors)[:5]}"
+        )
+    return checkpoint

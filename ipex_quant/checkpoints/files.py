@@ -1,0 +1,140 @@
+"""Reading a checkpoint directory: its tensors and its quantization configuration."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from .registry import format_from_config
+
+CONFIG_FILES = ("config.json", "quant_config.json", "quantize_config.json")
+"""Where the quantization configuration may be, in order; in config.json it is the entry `quantization_config`."""
+
+METHOD_OF_FILE = {"quant_config.json": "awq", "quantize_config.json": "gptq"}
+"""Which method's tools write a file of that name, for files that do not name it."""
+
+MAIN_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Files that are the whole checkpoint when there is no index, whatever lies beside them."""
+
+
+def load_low_precision_checkpoint(
+    path: str | Path, rank: int = 0, world_size: int = 1
+) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """Read a quantized checkpoint directory: ``(state_dict, config)`` for `llm.optimize`.
+
+    The tensors come from safetensors files, else .bin, .pt or .pth files, sharded ones by their index or all together;
+    no file may hold anything but tensors. `config` is the quantization configuration as stored, with `quant_method` and
+    whatever of `bits`, `group_size`, `desc_act`, ... the method has. Only ``world_size=1`` is supported. Raises
+    ValueError for anything missing, broken or not supported.
+    """
+    if (rank, world_size) != (0, 1):
+        raise ValueError(f"world_size: only 1 is supported yet, got rank {rank} of {world_size}")
+    directory = Path(path)
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: expected a checkpoint directory, and there is none")
+    config = read_quantization_config(directory)
+    format_from_config(config)  # says what is not supported before gigabytes are read
+    return read_tensors(directory), config
+
+
+def read_quantization_config(directory: Path) -> dict[str, object]:
+    """The quantization configuration of a checkpoint directory; raises ValueError naming the files looked for."""
+    for name in CONFIG_FILES:
+        if not (directory / name).is_file():
+            continue
+        config = _read_json(directory / name)
+        if name == "config.json":
+            config = config.get("quantization_config")
+        if config is None:
+            continue
+        if not isinstance(config, dict):
+            raise ValueError(
+                f"{directory / name}: expected a JSON object as configuration, got {type(config).__name__}"
+            )
+        method = METHOD_OF_FILE.get(name)
+        return config if "quant_method" in config or method is None else config | {"quant_method": method}
+    raise ValueError(
+        f"{directory}: no quantization configuration; looked for config.json with an entry quantization_config, "
+        + ", ".join(CONFIG_FILES[1:])
+    )
+
+
+def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint directory, memory-mapped where the file allows it."""
+    for suffix, read_file in _READERS.items():
+        files = _files(directory, suffix)
+        if files:
+            return _merged(files, read_file)
+    raise ValueError(f"{directory}: no checkpoint file; looked for {', '.join('*' + suffix for suffix in _READERS)}")
+
+
+def _files(directory: Path, suffix: str) -> list[Path]:
+    indexes = sorted(directory.glob(f"*{suffix}.index.json"))
+    if len(indexes) > 1:
+        raise ValueError(f"{directory}: expected one index, found {', '.join(index.name for index in indexes)}")
+    if not indexes:
+        files = sorted(directory.glob(f"*{suffix}"))
+        return [file for file in files if file.name in MAIN_FILES] or files
+    shards = _read_json(indexes[0]).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{indexes[0]}: expected an entry weight_map of tensor names to file names")
+    files = []
+    for name in sorted(set(shards.values())):
+        if Path(name).name != name:
+            raise ValueError(f"{indexes[0]}: expected file names beside the index, got {name!r}")
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory / name}: missing, though {indexes[0].name} names it; download it again")
+        files.append(directory / name)
+    return files
+
+
+def _merged(files: Iterable[Path], read_file: Callable[[Path], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    merged: dict[str, torch.Tensor] = {}
+    for file in files:
+        tensors = read_file(file)
+        twice = merged.keys() & tensors.keys()
+        if twice:
+            raise ValueError(f"{file}: tensor {min(twice)!r} is in another file of the checkpoint too")
+        merged |= tensors
+    return merged
+
+
+def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file}: truncated or no safetensors file ({error})") from error
+
+
+def _read_torch(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # a broken pickle can raise anything
+        raise ValueError(f"{file}: truncated, or holds other things than tensors ({error})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{file}: expected a dict of tensors")
+    return tensors
+
+
+def _read_json(file: Path) -> dict[str, object]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+_READERS: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {
+    ".safetensors": _read_safetensors,
+    ".bin": _read_torch,
+    ".pt": _read_torch,
+    ".pth": _read_torch,
+}

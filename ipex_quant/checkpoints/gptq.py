@@ -1,0 +1,232 @@
+"""The GPTQ checkpoint format, versions 1 and 2, in 2, 3, 4 and 8 bits.
+
+A linear with weight ``[N, K]`` is stored as
+
+- ``qweight`` int32 ``[ceil(K * bits / 32), N]``: the codes, a bit stream along K (see `bit_fields`);
+- ``qzeros`` int32 ``[groups, ceil(N * bits / 32)]``: the zero points, a bit stream along N; version 1 stores them
+  minus one, version 2 as they are;
+- ``scales`` ``[groups, N]``;
+- ``g_idx`` int32 ``[K]``, optional: the group of every input feature, unordered when `desc_act` is set;
+
+and stands for ``w[n, k] = scales[g, n] * (code[k, n] - zero_point[g, n])`` with ``g = g_idx[k]``. Sources: AutoGPTQ's
+``QuantLinear.pack`` and GPTQModel's ``QuantizeConfig``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..numerics.affine import INT4_OFFSET
+from ..numerics.nibbles import pack_nibbles, unpack_nibbles
+from ..numerics.quantized_weight import QuantizedWeight
+from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
+from .bit_fields import pack_fields, unpack_fields, word_count
+from .tensors import FLOAT_DTYPES, INDEX_DTYPES, check, check_rank, infer_group_size, integer_weight, require
+
+BITS = (4, 8, 3, 2)
+"""Widths that are read, commonest first: fewer than 32 in_features can leave several to choose from."""
+
+VERSIONS = {"gptq": False, "gptq_v2": True}
+"""Names of the layouts that are read; the value says whether zero points are stored as they are."""
+
+INT8_OFFSET = 128
+"""Difference of a stored 8-bit code, 0..255, to an INT8 code."""
+
+_WEIGHT, _ZEROS, _SCALES, _G_IDX = "qweight", "qzeros", "scales", "g_idx"
+
+
+@dataclass(frozen=True)
+class GptqFormat:
+    """How the modules of one GPTQ checkpoint are stored.
+
+    `bits` and `group_size` None are inferred from each module's shapes. `dynamic` holds GPTQModel's overrides a module:
+    a regular expression matched at the start of the name, with prefix ``-:`` to leave the module in float, with
+    ``+:`` or none to override `bits` and `group_size`; the first match counts. Raises ValueError for other bits.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+    v2: bool = False
+    dynamic: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+
+    keys = (_WEIGHT, _ZEROS, _SCALES, _G_IDX)
+    bias_key = "bias"
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and self.bits not in BITS:
+            raise ValueError(f"bits: expected one of {sorted(BITS)} for GPTQ, got {self.bits!r}")
+        if self.group_size is not None and not isinstance(self.group_size, int):
+            raise ValueError(f"group_size: expected an integer, got {self.group_size!r}")
+        for pattern, overrides in self.dynamic.items():
+            try:
+                re.compile(_regex(pattern))
+            except re.error as error:
+                raise ValueError(f"dynamic: {pattern!r} is not a regular expression: {error}") from error
+            if not pattern.startswith("-:") and not isinstance(overrides, Mapping):
+                raise ValueError(f"dynamic: expected a mapping of overrides for {pattern!r}, got {overrides!r}")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object]) -> GptqFormat:
+        """The format that a `quantization_config` describes; raises ValueError for a layout that is not read."""
+        layout = config.get("checkpoint_format") or config.get("format") or "gptq"
+        if layout not in VERSIONS or config.get("is_marlin_format"):
+            layout = "marlin" if layout in VERSIONS else layout
+            raise ValueError(
+                f"checkpoint_format: expected one of {list(VERSIONS)}, got {layout!r}; save the checkpoint as 'gptq'"
+            )
+        meta = config.get("meta") if isinstance(config.get("meta"), Mapping) else {}
+        pack_dtype = config.get("pack_dtype") or meta.get("pack_dtype") or "int32"
+        if str(pack_dtype).removeprefix("torch.") != "int32":
+            raise ValueError(f"pack_dtype: expected 'int32', got {pack_dtype!r}; save the checkpoint with int32 words")
+        dynamic = config.get("dynamic") or {}
+        if not isinstance(dynamic, Mapping):
+            raise ValueError(f"dynamic: expected a mapping of patterns to overrides, got {type(dynamic).__name__}")
+        return cls(config.get("bits"), config.get("group_size"), VERSIONS[layout], dynamic)
+
+    def read(
+        self, module_name: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int | None, int | None]
+    ) -> QuantizedWeight:
+        """The weight of one module from its `tensors`; raises as `read_gptq` does."""
+        settings = self._overridden(module_name)
+        return read_gptq(tensors, settings.bits, settings.group_size, v2=settings.v2, shape=shape)
+
+    def _overridden(self, module_name: str) -> GptqFormat:
+        for pattern, overrides in self.dynamic.items():
+            if re.match(_regex(pattern), module_name):
+                if pattern.startswith("-:"):
+                    raise ValueError(f"{_WEIGHT}: stored, though dynamic leaves the module in float by {pattern!r}")
+                return replace(self, **{key: overrides[key] for key in ("bits", "group_size") if key in overrides})
+        return self
+
+
+def read_gptq(
+    tensors: Mapping[str, torch.Tensor],
+    bits: int | None = None,
+    group_size: int | None = None,
+    *,
+    v2: bool = False,
+    shape: tuple[int | None, int | None] = (None, None),
+) -> QuantizedWeight:
+    """Read ``qweight``, ``qzeros``, ``scales`` and, if there, ``g_idx`` of one module.
+
+    2, 3 and 4 bits become INT4 with the codes and zero points as they are, 8 bits become INT8. `shape` is the expected
+    ``(out_features, in_features)``. `bits` None needs the in_features, from `shape` or ``g_idx``. Raises ValueError for
+    missing, truncated or inconsistent tensors, and TypeError for another dtype.
+    """
+    qweight, qzeros, scales = require(tensors, (_WEIGHT, _ZEROS, _SCALES))
+    g_idx = tensors.get(_G_IDX)
+    check_rank(_WEIGHT, qweight, 2)
+    check_rank(_SCALES, scales, 2)
+    groups, out_features = scales.shape
+    if shape[0] is not None and out_features != shape[0]:
+        raise ValueError(f"{_SCALES}: expected shape [groups, {shape[0]}], got {list(scales.shape)}")
+    in_features = shape[1] if shape[1] is not None else _stored_in_features(qweight, g_idx, bits)
+    bits = bits if bits is not None else _infer_bits(qweight, in_features)
+    scheme = WeightScheme(
+        WoqWeightDtype.INT8 if bits == 8 else WoqWeightDtype.INT4,
+        symmetric=False,
+        group_size=_resolve_group_size(group_size, in_features, groups),
+    )
+
+    check(_WEIGHT, qweight, (torch.int32,), (word_count(in_features, bits), out_features))
+    check(_SCALES, scales, FLOAT_DTYPES, (scheme.group_count(in_features), out_features))
+    check(_ZEROS, qzeros, (torch.int32,), (groups, word_count(out_features, bits)))
+    if g_idx is not None:
+        check(_G_IDX, g_idx, INDEX_DTYPES, (in_features,))
+
+    zero_points = unpack_fields(qzeros, bits, out_features).t().to(torch.int16) + (0 if v2 else 1)
+    if bits == 8:
+        zero_points -= INT8_OFFSET
+    return integer_weight(
+        _codes(qweight, bits, in_features), scales.t(), zero_points, g_idx, scheme, (out_features, in_features)
+    )
+
+
+def gptq_tensors(
+    qw: QuantizedWeight, bits: int | None = None, *, v2: bool = False, scale_dtype: torch.dtype = torch.float16
+) -> dict[str, torch.Tensor]:
+    """``qweight``, ``qzeros``, ``scales`` and ``g_idx`` of an INT4 or INT8 weight: the inverse of `read_gptq`.
+
+    `bits` defaults to the dtype's; 2 or 3 store an INT4 weight whose codes fit. Scales are rounded to `scale_dtype`.
+    Raises ValueError for another dtype and for values the format cannot express: codes or zero points beyond `bits`,
+    zero point 0 in version 1, scales that overflow or vanish.
+    """
+    if qw.scheme.dtype not in (WoqWeightDtype.INT4, WoqWeightDtype.INT8):
+        raise ValueError(f"dtype: GPTQ files hold INT4 or INT8 weights, got {qw.scheme.dtype.name}")
+    in_features = qw.shape[1]
+    if qw.scheme.dtype == WoqWeightDtype.INT8:
+        widths, offset = (8,), INT8_OFFSET
+        codes = qw.codes.view(torch.uint8) ^ INT8_OFFSET
+    else:
+        widths, offset = (4, 3, 2), INT4_OFFSET
+        codes = unpack_nibbles(qw.codes, in_features)
+    bits = widths[0] if bits is None else bits
+    if bits not in widths:
+        raise ValueError(f"bits: expected one of {widths} for {qw.scheme.dtype.name} codes, got {bits}")
+    if codes.numel() and int(codes.max()) >= 1 << bits:
+        raise ValueError(f"codes: expected values below {1 << bits} for {bits} bits, got {int(codes.max())}")
+
+    if qw.zero_points is None:
+        zero_points = torch.full_like(qw.scales, offset, dtype=torch.int16)
+    else:
+        zero_points = qw.zero_points + (INT8_OFFSET if bits == 8 else 0)
+    first = 0 if v2 else 1
+    if ((zero_points < first) | (zero_points >= first + (1 << bits))).any():
+        raise ValueError(
+            f"zero_points: GPTQ version {2 if v2 else 1} stores {first}..{first + (1 << bits) - 1} in {bits} bits, got "
+            f"{int(zero_points.min())}..{int(zero_points.max())}; write version {1 if v2 else 2}"
+        )
+    scales = qw.scales.to(scale_dtype)
+    if not (torch.isfinite(scales) & ((scales != 0) | (qw.scales == 0))).all():
+        raise ValueError(f"scales: not representable in {scale_dtype}, range {qw.scales.aminmax()}")
+
+    group_size = in_features if qw.scheme.group_size == PER_CHANNEL else qw.scheme.group_size
+    return {
+        _WEIGHT: pack_fields(codes, bits).t().contiguous(),
+        _ZEROS: pack_fields((zero_points - first).t().to(torch.uint8), bits),
+        _SCALES: scales.t().contiguous(),
+        _G_IDX: torch.arange(in_features, dtype=torch.int32) // group_size if qw.g_idx is None else qw.g_idx,
+    }
+
+
+def _regex(pattern: str) -> str:
+    return pattern[2:] if pattern.startswith(("-:", "+:")) else pattern
+
+
+def _stored_in_features(qweight: torch.Tensor, g_idx: torch.Tensor | None, bits: int | None) -> int:
+    if g_idx is not None:
+        return g_idx.numel()
+    if bits is None:
+        raise ValueError("bits: neither the configuration nor the tensors tell; give (state_dict, config) with bits")
+    return qweight.shape[0] * 32 // bits
+
+
+def _infer_bits(qweight: torch.Tensor, in_features: int) -> int:
+    for bits in BITS:
+        if word_count(in_features, bits) == qweight.shape[0]:
+            return bits
+    expected = [[word_count(in_features, bits), "N"] for bits in BITS]
+    raise ValueError(
+        f"{_WEIGHT}: expected one of the shapes {expected} for in_features {in_features}, got {list(qweight.shape)}"
+    )
+
+
+def _resolve_group_size(group_size: int | None, in_features: int, groups: int) -> int:
+    if group_size is None:
+        return infer_group_size(in_features, groups)
+    power_of_two = group_size > 0 and group_size & (group_size - 1) == 0
+    # A group as long as the row, whatever its size, is one scale per output channel.
+    return PER_CHANNEL if group_size >= in_features and not power_of_two else group_size
+
+
+def _codes(qweight: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
+    rows = qweight.t().contiguous()
+    if bits == 8:
+        return (unpack_fields(rows, bits, in_features) ^ INT8_OFFSET).view(torch.int8)
+    if bits == 4 and in_features % 2 == 0:
+        return rows.view(torch.uint8)[:, : in_features // 2]  # the same bytes as ours
+    return pack_nibbles(unpack_fields(rows, bits, in_features))

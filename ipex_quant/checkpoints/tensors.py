@@ -1,0 +1,96 @@
+"""What every integer format shares: checking the tensors of one module and making a `QuantizedWeight` of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from ..numerics.affine import INT4_OFFSET
+from ..numerics.quantized_weight import QuantizedWeight
+from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INDEX_DTYPES = (torch.int32, torch.int64)
+SYMMETRIC_ZERO_POINT = {WoqWeightDtype.INT8: 0, WoqWeightDtype.INT4: INT4_OFFSET}
+
+
+def require(tensors: Mapping[str, torch.Tensor], keys: Iterable[str]) -> list[torch.Tensor]:
+    """The tensors named `keys`; raises ValueError for one that is missing."""
+    missing = [key for key in keys if key not in tensors]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: missing, the checkpoint holds only {sorted(tensors)} of this module")
+    return [tensors[key] for key in keys]
+
+
+def check(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
+    """Raise unless `tensor` is in CPU memory with one of `dtypes` (TypeError) and has `shape` (ValueError)."""
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name}: expected a tensor in CPU memory, got one on {tensor.device}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def check_rank(name: str, tensor: torch.Tensor, rank: int) -> None:
+    """Raise ValueError unless `tensor` has `rank` dimensions."""
+    if tensor.dim() != rank:
+        raise ValueError(f"{name}: expected {rank} dimensions, got shape {list(tensor.shape)}")
+
+
+def infer_group_size(in_features: int, groups: int) -> int:
+    """The power of two that splits `in_features` into `groups`, -1 for one group; ValueError when there is none."""
+    if groups == 1:
+        return PER_CHANNEL
+    group_size = 1 << (-(-in_features // max(groups, 1)) - 1).bit_length()
+    if -(-in_features // group_size) != groups:
+        raise ValueError(f"scales: {groups} groups do not fit in_features {in_features} with any power of two")
+    return group_size
+
+
+def normalize_g_idx(g_idx: torch.Tensor, group_size: int, groups: int) -> torch.Tensor | None:
+    """int32 `g_idx` for a `QuantizedWeight`: None when it only says ``k // group_size``, or is a filler of zeros.
+
+    Raises ValueError when a group lies outside ``0..groups - 1`` or has another number of members than
+    `group_size` (the last one: the rest).
+    """
+    features = torch.arange(len(g_idx), dtype=torch.int32)
+    natural = features.zero_() if group_size == PER_CHANNEL else features // group_size
+    if torch.equal(g_idx.int(), natural) or not g_idx.any():
+        return None
+    if g_idx.min() < 0 or g_idx.max() >= groups:
+        raise ValueError(f"g_idx: expected groups 0..{groups - 1}, got {int(g_idx.min())}..{int(g_idx.max())}")
+    counts, regular = g_idx.bincount(minlength=groups), natural.bincount(minlength=groups)
+    if not torch.equal(counts, regular):
+        group = int((counts != regular).nonzero()[0])
+        raise ValueError(f"g_idx: expected {regular[group]} features in group {group}, got {counts[group]}")
+    return g_idx.int()
+
+
+def integer_weight(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    scheme: WeightScheme,
+    shape: tuple[int, int],
+) -> QuantizedWeight:
+    """A `QuantizedWeight` of INT4 or INT8 `codes` in their final form, with `scales` and `zero_points` ``[N, groups]``.
+
+    The zero points are dropped, and the scheme is symmetric, when all are what a symmetric code is shifted by.
+    Raises ValueError for scales that are not finite or an irregular `g_idx`.
+    """
+    if not torch.isfinite(scales).all():
+        raise ValueError("scales: expected finite values, got NaN or Inf")
+    symmetric = bool((zero_points == SYMMETRIC_ZERO_POINT[scheme.dtype]).all())
+    if g_idx is not None:
+        g_idx = normalize_g_idx(g_idx, scheme.group_size, scheme.group_count(shape[1]))
+    return QuantizedWeight(
+        codes.contiguous(),
+        scales.float().contiguous(),
+        None if symmetric else zero_points.to(torch.int16).contiguous(),
+        g_idx,
+        WeightScheme(scheme.dtype, symmetric, scheme.group_size),
+        shape,
+    )

@@ -1,0 +1,185 @@
+"""GPTQ: quantize input feature by input feature and let the later ones make up for the error of the earlier ones.
+
+Source: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", arXiv 2210.17323. Scales and zero points are those of `numerics.affine`, so that for a diagonal Hessian,
+where no feature can make up for another, the result is exactly round to nearest.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from ..numerics.affine import INT4_OFFSET, quantize
+from ..numerics.nibbles import pack_nibbles
+from ..numerics.quantized_weight import QuantizedWeight
+from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
+from .rtn import round_scales
+
+MAX_DAMPING = 10.0
+"""`percdamp` beyond which a Hessian that still cannot be inverted is given up."""
+
+_CODES = {WoqWeightDtype.INT4: (0, 15, INT4_OFFSET), WoqWeightDtype.INT8: (-128, 127, 0)}
+"""Lowest code, highest code and the code of 0.0 in a symmetric scheme."""
+
+
+@dataclass(frozen=True)
+class GptqOptions:
+    """How GPTQ runs.
+
+    - `percdamp`: what is added to the Hessian's diagonal, as a fraction of its mean.
+    - `act_order`: quantize the features with the largest inputs first. Groups are then made in that order, which needs
+      a `g_idx`, unless `static_groups` is set.
+    - `static_groups`: scales and zero points from the original weight, before any error is passed on.
+    - `block_size`: features after which the accumulated error is passed on to all later ones.
+    - `scale_dtype`: scales are rounded to it before anything is quantized with them.
+
+    Raises ValueError for a negative `percdamp` or a `block_size` below 1.
+    """
+
+    percdamp: float = 0.01
+    act_order: bool = False
+    static_groups: bool = False
+    block_size: int = 128
+    scale_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.percdamp <= MAX_DAMPING:
+            raise ValueError(f"percdamp: expected a fraction of at least 0, usually 0.01, got {self.percdamp}")
+        if self.block_size < 1:
+            raise ValueError(f"block_size: expected at least 1, got {self.block_size}")
+
+
+class HessianAccumulator:
+    """Running mean of ``x x^T`` over the input vectors of one linear layer, float32 ``[K, K]``."""
+
+    def __init__(self, in_features: int) -> None:
+        self.hessian = torch.zeros(in_features, in_features)
+        self.count = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Take in a batch of inputs ``[..., K]``; raises ValueError when K is another."""
+        if inputs.dim() == 0 or inputs.shape[-1] != len(self.hessian):
+            raise ValueError(f"inputs: expected shape [..., {len(self.hessian)}], got {list(inputs.shape)}")
+        vectors = inputs.detach().reshape(-1, len(self.hessian)).float()
+        total = self.count + len(vectors)
+        if total:
+            self.hessian.addmm_(vectors.t(), vectors, beta=self.count / total, alpha=1 / total)
+        self.count = total
+
+
+def quantize_weight(
+    weight: torch.Tensor, hessian: torch.Tensor, scheme: WeightScheme, options: GptqOptions | None = None
+) -> QuantizedWeight:
+    """Quantize `weight` ``[N, K]`` to INT4 or INT8 so that ``x @ weight.T`` changes least for the inputs of `hessian`.
+
+    `hessian` is the mean of ``x x^T``, ``[K, K]``, up to a factor. Features whose input is always zero are rounded to
+    nearest. Raises TypeError for a weight that is no float, ValueError for other shapes or dtypes, NaN or Inf,
+    and RuntimeError for a Hessian that cannot be inverted; warns when that takes more damping than asked for.
+    """
+    options = options or GptqOptions()
+    if scheme.dtype not in _CODES:
+        raise ValueError(f"dtype: GPTQ quantizes to INT4 or INT8, got {scheme.dtype.name}")
+    static = quantize(weight, scheme)  # also checks the weight
+    in_features = weight.shape[1]
+    if tuple(hessian.shape) != (in_features, in_features):
+        raise ValueError(f"hessian: expected shape {[in_features, in_features]}, got {list(hessian.shape)}")
+    if not torch.isfinite(hessian).all():
+        raise ValueError("hessian: expected finite values, got NaN or Inf; check the calibration inputs")
+
+    features = torch.arange(in_features)
+    if options.act_order:
+        features = hessian.diagonal().argsort(descending=True, stable=True)
+    factor = _inverse_factor(hessian.float()[features][:, features], options.percdamp)
+    columns = weight.detach().float().t()[features].contiguous()
+
+    grid = _Grid(scheme, static, options)
+    for start in range(0, in_features, options.block_size):
+        stop = min(start + options.block_size, in_features)
+        errors = torch.empty(stop - start, columns.shape[1])
+        for i in range(start, stop):
+            grid.enter(i, int(features[i]), columns)
+            snapped = grid.snap(columns[i])
+            error = (columns[i] - snapped) / factor[i, i]
+            columns[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
+            errors[i - start] = error
+        columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    return grid.quantized_weight(features)
+
+
+class _Grid:
+    """The codes found so far, and the scale and zero point of the group that the current feature is in."""
+
+    def __init__(self, scheme: WeightScheme, static: QuantizedWeight, options: GptqOptions) -> None:
+        self.scheme, self.shape = scheme, static.shape
+        self.group_size = static.shape[1] if scheme.group_size == PER_CHANNEL else scheme.group_size
+        self.scale_dtype = options.scale_dtype
+        self.scales = round_scales(static.scales, options.scale_dtype)
+        self.zero_points = None if static.zero_points is None else static.zero_points.clone()
+        # A row that is one group has no earlier group whose error could reach it.
+        self.fixed = options.static_groups or self.scales.shape[1] == 1
+        self.codes: list[torch.Tensor] = []
+
+    def enter(self, position: int, feature: int, columns: torch.Tensor) -> None:
+        """Make the group of `feature`, the `position`-th to be quantized, the current one."""
+        group = (feature if self.fixed else position) // self.group_size
+        if not self.fixed and position % self.group_size == 0:
+            members = columns[position : position + self.group_size].t()
+            found = quantize(members, WeightScheme(self.scheme.dtype, self.scheme.symmetric))
+            self.scales[:, group] = round_scales(found.scales[:, 0], self.scale_dtype)
+            if self.zero_points is not None:
+                self.zero_points[:, group] = found.zero_points[:, 0]
+        lowest, highest, zero = _CODES[self.scheme.dtype]
+        self.scale = self.scales[:, group]
+        self.zero = zero if self.zero_points is None else self.zero_points[:, group].float()
+        self.inverse = 1.0 / self.scale
+        self.range = (lowest, highest)
+
+    def snap(self, column: torch.Tensor) -> torch.Tensor:
+        """`column` ``[N]`` on the grid of the current group; its codes are kept."""
+        codes = (column * self.inverse).round_().add_(self.zero).clamp_(*self.range)
+        self.codes.append(codes.to(torch.int16))
+        return (codes - self.zero) * self.scale
+
+    def quantized_weight(self, features: torch.Tensor) -> QuantizedWeight:
+        """All codes, in the order of the input features instead of that of `features`."""
+        codes = torch.stack(self.codes)[features.argsort()].t()
+        if self.scheme.dtype == WoqWeightDtype.INT4:
+            codes = pack_nibbles(codes.to(torch.uint8))
+        else:
+            codes = codes.to(torch.int8).contiguous()
+        g_idx = None
+        if not self.fixed:
+            groups = features.argsort() // self.group_size
+            g_idx = None if groups.equal(groups.sort().values) else groups.int()
+        return QuantizedWeight(codes, self.scales, self.zero_points, g_idx, self.scheme, self.shape)
+
+
+def _inverse_factor(hessian: torch.Tensor, percdamp: float) -> torch.Tensor:
+    """Upper triangular U with ``U^T U`` the inverse of the damped `hessian`, which is overwritten.
+
+    ``H = R R^T`` with R upper triangular (a Cholesky factorization in reversed order) gives ``U = R^-1``, without
+    forming the inverse of H.
+    """
+    diagonal = hessian.diagonal()
+    mean = float(diagonal.mean())
+    diagonal[diagonal == 0] = mean or 1.0
+    mean = float(diagonal.mean())
+    damping, dtype = percdamp, torch.float32
+    while damping <= MAX_DAMPING:
+        damped = hessian.to(dtype, copy=True)
+        damped.diagonal().add_(damping * mean)
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if info == 0:
+            factor = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(lower), dtype=dtype), upper=True)
+            factor = factor.float()
+            if torch.isfinite(factor).all():
+                return factor
+        if dtype == torch.float32:
+            dtype = torch.float64
+            continue
+        damping = max(10 * damping, 1e-4)
+        warnings.warn(f"GPTQ: the Hessian is near singular; trying percdamp {damping:g}", stacklevel=3)
+    raise RuntimeError(f"GPTQ: the Hessian cannot be inverted even with percdamp {MAX_DAMPING:g}; use more samples")

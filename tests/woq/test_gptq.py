@@ -1,0 +1,232 @@
+import itertools
+
+import pytest
+import torch
+
+from ipex_quant.numerics.affine import code_values, dequantize
+from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
+from ipex_quant.woq.gptq import GptqOptions, HessianAccumulator, quantize_weight
+from ipex_quant.woq.rtn import rtn
+
+INT4, INT8 = WoqWeightDtype.INT4, WoqWeightDtype.INT8
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(24, 96, generator=torch.Generator().manual_seed(1)) * 0.05
+
+
+@pytest.fixture
+def inputs():
+    """Correlated inputs with a few large features, as in language models."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(600, 24, generator=generator) @ torch.randn(24, 96, generator=generator)
+    x += 0.3 * torch.randn(600, 96, generator=generator)
+    x[:, ::9] *= 6
+    return x
+
+
+@pytest.fixture
+def hessian(inputs):
+    return inputs.t() @ inputs / len(inputs)
+
+
+def _output_error(inputs, weight, qw):
+    return float((inputs @ (weight - dequantize(qw)).t()).norm())
+
+
+ALL_OPTIONS = list(itertools.product((False, True), (False, True), (32, 128)))
+
+
+@pytest.mark.parametrize("group_size", [-1, 16, 64])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [INT4, INT8])
+def test_beats_round_to_nearest_with_all_options(dtype, symmetric, group_size, weight, inputs, hessian):
+    scheme = WeightScheme(dtype, symmetric, group_size)
+    nearest = _output_error(inputs, weight, rtn(weight, scheme))
+    for act_order, static_groups, block_size in ALL_OPTIONS:
+        options = GptqOptions(act_order=act_order, static_groups=static_groups, block_size=block_size)
+        error = _output_error(inputs, weight, quantize_weight(weight, hessian, scheme, options))
+        assert error < 0.6 * nearest, (options, error / nearest)
+
+
+@pytest.mark.parametrize(("in_features", "group_size"), [(96, -1), (96, 32), (81, 16), (33, 64)])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [INT4, INT8])
+def test_diagonal_hessian_is_round_to_nearest(dtype, symmetric, in_features, group_size):
+    weight, scheme = torch.randn(8, in_features), WeightScheme(dtype, symmetric, group_size)
+    hessian = torch.diag(torch.rand(in_features) + 0.1)
+    nearest = rtn(weight, scheme)
+    for act_order, static_groups in ((False, False), (False, True), (True, True)):
+        qw = quantize_weight(weight, hessian, scheme, GptqOptions(act_order=act_order, static_groups=static_groups))
+        assert torch.equal(qw.codes, nearest.codes)
+        assert torch.equal(qw.scales, nearest.scales)
+        assert symmetric or torch.equal(qw.zero_points, nearest.zero_points)
+        assert qw.g_idx is None
+
+
+def _obq(weight, hessian, percdamp, scales, zero_points):
+    """The paper's recursion as it is derived, with a fresh inverse of what is left for each feature, in float64."""
+    w, h = weight.double().clone(), hessian.double()
+    h = h + percdamp * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    group = w.shape[1] // scales.shape[1]
+    for k in range(w.shape[1]):
+        inverse = torch.linalg.inv(h[k:, k:])
+        s, z = scales[:, k // group].double(), zero_points[:, k // group].double()
+        snapped = ((w[:, k] / s).round() + z).clamp(0, 15).sub(z).mul(s)
+        error = (w[:, k] - snapped) / inverse[0, 0]
+        w[:, k:] -= error[:, None] * inverse[0]
+        w[:, k] = snapped
+    return w.float()
+
+
+@pytest.mark.parametrize("block_size", [1, 20, 128])
+def test_agrees_with_the_recursion_of_the_paper(block_size, weight, hessian):
+    scheme = WeightScheme(INT4, False, 32)
+    qw = quantize_weight(weight, hessian, scheme, GptqOptions(static_groups=True, block_size=block_size))
+    expected = _obq(weight, hessian, 0.01, qw.scales, qw.zero_points)
+    # Both round, and once in a while a value lies at a rounding boundary.
+    assert ((dequantize(qw) - expected).abs() < 1e-5).float().mean() > 0.97
+
+
+def test_act_order_is_a_permutation_of_the_problem(weight, hessian):
+    scheme = WeightScheme(INT4, True, 32)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    qw = quantize_weight(weight, hessian, scheme, GptqOptions(act_order=True))
+    permuted = quantize_weight(weight[:, order], hessian[order][:, order], scheme)
+    assert torch.equal(code_values(qw)[:, order], code_values(permuted))
+    assert torch.equal(dequantize(qw)[:, order], dequantize(permuted))
+    assert torch.equal(qw.g_idx[order], torch.arange(96, dtype=torch.int32) // 32)
+
+
+def test_act_order_needs_a_g_idx_only_with_groups_of_its_own(weight, hessian):
+    for group_size, static_groups in ((32, True), (-1, False), (128, False)):
+        options = GptqOptions(act_order=True, static_groups=static_groups)
+        assert quantize_weight(weight, hessian, WeightScheme(INT4, True, group_size), options).g_idx is None
+
+
+def test_ragged_last_group(inputs, weight):
+    x, w = inputs[:, :75], weight[:, :75]
+    for act_order in (False, True):
+        scheme = WeightScheme(INT4, False, 32)
+        qw = quantize_weight(w, x.t() @ x, scheme, GptqOptions(act_order=act_order))
+        assert _output_error(x, w, qw) < 0.6 * _output_error(x, w, rtn(w, scheme))
+        if act_order:
+            assert qw.g_idx.bincount().tolist() == [32, 32, 11]
+
+
+def test_a_factor_of_the_hessian_does_not_matter(weight, hessian):
+    scheme = WeightScheme(INT4, True, 32)
+    reference = quantize_weight(weight, hessian, scheme)
+    for factor in (2.0**-40, 2.0**40):
+        assert torch.equal(quantize_weight(weight, factor * hessian, scheme).codes, reference.codes)
+
+
+def test_features_without_input_are_rounded_to_nearest(weight, inputs):
+    inputs[:, 5:20] = 0
+    inputs[:, 90:] = 0
+    scheme = WeightScheme(INT4, True)
+    qw = quantize_weight(weight, inputs.t() @ inputs, scheme)
+    nearest = rtn(weight, scheme)
+    dead = [*range(5, 20), *range(90, 96)]
+    assert torch.equal(code_values(qw)[:, dead], code_values(nearest)[:, dead])
+    assert _output_error(inputs, weight, qw) < 0.6 * _output_error(inputs, weight, nearest)
+
+
+def test_no_input_at_all_is_round_to_nearest(weight):
+    scheme = WeightScheme(INT8, False, 32)
+    qw = quantize_weight(weight, torch.zeros(96, 96), scheme, GptqOptions(percdamp=0))
+    assert torch.equal(qw.codes, rtn(weight, scheme).codes)
+
+
+def test_singular_hessian_takes_more_damping(weight, inputs):
+    few = inputs[:10]  # rank 10 of 96
+    scheme = WeightScheme(INT4, True, 32)
+    with pytest.warns(UserWarning, match="the Hessian is near singular; trying percdamp 0.0001"):
+        qw = quantize_weight(weight, few.t() @ few, scheme, GptqOptions(percdamp=0))
+    assert _output_error(few, weight, qw) < 0.2 * _output_error(few, weight, rtn(weight, scheme))
+
+
+def test_hessian_that_is_not_one_raises(weight):
+    with (
+        pytest.warns(UserWarning, match="near singular"),
+        pytest.raises(RuntimeError, match="the Hessian cannot be inverted"),
+    ):
+        quantize_weight(weight, -torch.eye(96), WeightScheme(INT4))
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_scales_fit_the_dtype_they_are_stored_in(act_order, weight, hessian, inputs):
+    scheme = WeightScheme(INT4, False, 32)
+    options = GptqOptions(act_order=act_order, scale_dtype=torch.float16)
+    qw = quantize_weight(weight, hessian, scheme, options)
+    assert torch.equal(qw.scales.half().float(), qw.scales)
+    assert _output_error(inputs, weight, qw) < 0.6 * _output_error(inputs, weight, rtn(weight, scheme))
+
+
+def test_half_precision_weights_are_not_changed(hessian, weight):
+    half = weight.bfloat16()
+    before = half.clone()
+    qw = quantize_weight(half, hessian, WeightScheme(INT4, True, 32))
+    assert torch.equal(half, before)
+    assert torch.equal(qw.codes, quantize_weight(before.float(), hessian, WeightScheme(INT4, True, 32)).codes)
+
+
+def test_the_hessian_is_not_changed(hessian, weight):
+    before = hessian.clone()
+    quantize_weight(weight, hessian, WeightScheme(INT4, True, 32))
+    assert torch.equal(hessian, before)
+
+
+@pytest.mark.parametrize(
+    ("weight", "hessian", "scheme", "error", "message"),
+    [
+        (torch.full((2, 4), float("nan")), torch.eye(4), WeightScheme(INT4), ValueError, "weight: expected finite"),
+        (
+            torch.ones(2, 4),
+            torch.full((4, 4), float("inf")),
+            WeightScheme(INT4),
+            ValueError,
+            "hessian: expected finite",
+        ),
+        (
+            torch.ones(2, 4),
+            torch.eye(5),
+            WeightScheme(INT4),
+            ValueError,
+            r"hessian: expected shape \[4, 4\], got \[5, 5\]",
+        ),
+        (torch.ones(4), torch.eye(4), WeightScheme(INT4), ValueError, "weight: expected shape"),
+        (torch.ones(2, 4, dtype=torch.int32), torch.eye(4), WeightScheme(INT4), TypeError, "weight: expected dtype"),
+        (torch.ones(2, 4), torch.eye(4), WeightScheme(WoqWeightDtype.NF4), ValueError, "INT4 or INT8, got NF4"),
+    ],
+)
+def test_bad_input(weight, hessian, scheme, error, message):
+    with pytest.raises(error, match=message):
+        quantize_weight(weight, hessian, scheme)
+
+
+def test_bad_options():
+    for percdamp in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match="percdamp: expected a fraction"):
+            GptqOptions(percdamp=percdamp)
+    with pytest.raises(ValueError, match="block_size: expected at least 1, got 0"):
+        GptqOptions(block_size=0)
+
+
+def test_accumulation_is_the_mean_of_outer_products(inputs):
+    seen = HessianAccumulator(96)
+    seen.add(inputs[:100].view(4, 25, 96))
+    seen.add(inputs[100:100])
+    seen.add(inputs[100].bfloat16())
+    seen.add(inputs[101:])
+    exact = inputs.clone()
+    exact[100] = exact[100].bfloat16().float()
+    assert seen.count == 600
+    torch.testing.assert_close(seen.hessian, exact.t() @ exact / 600, rtol=1e-4, atol=1e-3)
+
+
+def test_accumulation_refuses_another_width():
+    for inputs in (torch.ones(3, 5), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"inputs: expected shape \[..., 4\]"):
+            HessianAccumulator(4).add(inputs)
