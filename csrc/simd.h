@@ -53,6 +53,10 @@ template <int Bits>
 inline vi sll_i(vi x) {
   return _mm512_slli_epi32(x, Bits);
 }
+template <int Bits>
+inline vi sra_i(vi x) {
+  return _mm512_srai_epi32(x, Bits);
+}
 inline vf if_zero(vi test, vf yes, vf no) {
   return _mm512_mask_blend_ps(_mm512_testn_epi32_mask(test, test), no, yes);
 }
@@ -75,6 +79,12 @@ inline void store_half(void* p, vf x) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 inline vf round_to_half(vf x) { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+
+inline float reduce_add(vf x) { return _mm512_reduce_add_ps(x); }
+inline float reduce_min(vf x) { return _mm512_reduce_min_ps(x); }
+inline float reduce_max(vf x) { return _mm512_reduce_max_ps(x); }
+inline int32_t reduce_add(vi x) { return _mm512_reduce_add_epi32(x); }
+inline int32_t reduce_max(vi x) { return _mm512_reduce_max_epi32(x); }
 
 using Lut16 = vf;
 inline Lut16 make_lut16(const float* table) { return _mm512_loadu_ps(table); }
@@ -149,6 +159,10 @@ template <int Bits>
 inline vi sll_i(vi x) {
   return _mm256_slli_epi32(x, Bits);
 }
+template <int Bits>
+inline vi sra_i(vi x) {
+  return _mm256_srai_epi32(x, Bits);
+}
 inline vf if_zero(vi test, vf yes, vf no) {
   return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(_mm256_cmpeq_epi32(test, _mm256_setzero_si256())));
 }
@@ -174,6 +188,36 @@ inline void store_half(void* p, vf x) {
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 inline vf round_to_half(vf x) { return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+
+// Combines the two halves of a vector, then lanes 0 and 2, then 0 and 1.
+template <class F>
+inline __m128i fold_lanes(vi x, F combine) {
+  __m128i y = combine(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  y = combine(y, _mm_shuffle_epi32(y, 0x4E));
+  return combine(y, _mm_shuffle_epi32(y, 0xB1));
+}
+template <class F>
+inline float fold_floats(vf x, F combine) {
+  const __m128i y = fold_lanes(_mm256_castps_si256(x), [&](__m128i a, __m128i b) {
+    return _mm_castps_si128(combine(_mm_castsi128_ps(a), _mm_castsi128_ps(b)));
+  });
+  return _mm_cvtss_f32(_mm_castsi128_ps(y));
+}
+inline float reduce_add(vf x) {
+  return fold_floats(x, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
+}
+inline float reduce_min(vf x) {
+  return fold_floats(x, [](__m128 a, __m128 b) { return _mm_min_ps(a, b); });
+}
+inline float reduce_max(vf x) {
+  return fold_floats(x, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
+}
+inline int32_t reduce_add(vi x) {
+  return _mm_cvtsi128_si32(fold_lanes(x, [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); }));
+}
+inline int32_t reduce_max(vi x) {
+  return _mm_cvtsi128_si32(fold_lanes(x, [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); }));
+}
 
 struct Lut16 {
   vf low, high;
@@ -307,6 +351,10 @@ template <int Bits>
 inline vi sll_i(vi x) {
   IPEX_QUANT_EACH(vi, x.v[i] << Bits);
 }
+template <int Bits>
+inline vi sra_i(vi x) {
+  IPEX_QUANT_EACH(vi, uint32_t(to_signed(x.v[i]) >> Bits));
+}
 inline vf if_zero(vi test, vf yes, vf no) { IPEX_QUANT_EACH(vf, test.v[i] ? no.v[i] : yes.v[i]); }
 
 inline vf cvt_f(vi x) { IPEX_QUANT_EACH(vf, float(to_signed(x.v[i]))); }
@@ -335,6 +383,32 @@ inline void store_u16(void* p, vi x) {
   uint16_t h[kLanes];
   for (int i = 0; i < kLanes; ++i) h[i] = uint16_t(x.v[i]);
   std::memcpy(p, h, sizeof h);
+}
+
+inline float reduce_add(vf x) {
+  float r = 0.0f;
+  for (const float lane : x.v) r += lane;
+  return r;
+}
+inline float reduce_min(vf x) {
+  float r = x.v[0];
+  for (const float lane : x.v) r = lane < r ? lane : r;
+  return r;
+}
+inline float reduce_max(vf x) {
+  float r = x.v[0];
+  for (const float lane : x.v) r = lane > r ? lane : r;
+  return r;
+}
+inline int32_t reduce_add(vi x) {
+  uint32_t r = 0;
+  for (const uint32_t lane : x.v) r += lane;
+  return to_signed(r);
+}
+inline int32_t reduce_max(vi x) {
+  int32_t r = to_signed(x.v[0]);
+  for (const uint32_t lane : x.v) r = to_signed(lane) > r ? to_signed(lane) : r;
+  return r;
 }
 
 // IEEE binary16 by hand: no type for it is portable in C++17.
@@ -418,6 +492,26 @@ inline void dot(vi& acc, const vi& u8, const vi& s8) {
 // --------------------------------------------------------------------------------------------------- on every level
 constexpr int64_t kVectorBytes = 4 * kLanes;
 
+// Loops over the registers of a tile, unrolled by templates: an accumulator array stays in registers only if every
+// index is a constant before the compiler's first passes. A lambda body is marked with IPEX_QUANT_INLINE.
+#define IPEX_QUANT_INLINE __attribute__((always_inline))
+template <int I>
+struct Index {
+  static constexpr int value = I;
+  constexpr operator int() const { return I; }
+};
+template <int Count, int I = 0, class F>
+IPEX_QUANT_INLINE inline void unroll(F&& f) {
+  if constexpr (I < Count) {
+    f(Index<I>{});
+    unroll<Count, I + 1>(f);
+  }
+}
+template <int Rows, int Columns, class F>
+IPEX_QUANT_INLINE inline void unroll2(F&& f) {
+  unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { unroll<Columns>([&](auto v) IPEX_QUANT_INLINE { f(m, v); }); });
+}
+
 inline vf zero_f() { return set1_f(0.0f); }
 inline vi zero_i() { return set1_i(0); }
 
@@ -439,11 +533,10 @@ inline vi bf16_bits(vf x) {
 inline vf round_to_bf16(vf x) { return as_f(and_i(bf16_bits(x), set1_i(int32_t(0xFFFF0000)))); }
 inline void store_bf16(void* p, vf x) { store_u16(p, srl_i<16>(bf16_bits(x))); }
 
-inline float reduce_add(vf x) {
-  float lanes[kLanes], sum = 0;
-  store_f(lanes, x);
-  for (float lane : lanes) sum += lane;
-  return sum;
+inline float bits_to_float(int32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
 }
 
 }  // namespace IPEX_QUANT_ISA_NS

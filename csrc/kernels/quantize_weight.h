@@ -64,14 +64,8 @@ inline bool quantize_group(const QuantizeArgs& args, int64_t row, int64_t group,
     low = min_f(w, low);
     high = max_f(w, high);
   }
-  int32_t bits[kLanes], largest = 0;
-  float lows[kLanes], highs[kLanes], mn = 0.0f, mx = 0.0f;
-  store_i(bits, magnitude), store_f(lows, low), store_f(highs, high);
-  for (int i = 0; i < kLanes; ++i) {
-    largest = bits[i] > largest ? bits[i] : largest;
-    mn = lows[i] < mn ? lows[i] : mn;
-    mx = highs[i] > mx ? highs[i] : mx;
-  }
+  const int32_t largest = reduce_max(magnitude);
+  const float mn = reduce_min(low), mx = reduce_max(high);
   const float span = args.symmetric ? (-mn > mx ? -mn : mx) : mx - mn;
   if (largest >= 0x7F800000 || span > 3.40282347e38f) return false;
 

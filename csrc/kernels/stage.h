@@ -51,31 +51,29 @@ struct Range {
   }
 };
 
-inline Range range_of(const float* x, int64_t length) {
-  // As integers, the bits of |x| order like |x| with NaN on top, so that the integer maximum does not lose a NaN.
+// Calls f(vector) for x[0..length), the last one filled with zeros.
+template <class F>
+inline void for_each_vector(const float* x, int64_t length, F f) {
+  int64_t k = 0;
+  for (; k + kLanes <= length; k += kLanes) f(load_f(x + k));
+  if (k < length) f(load_tail(x, kFloat32, k, length - k));
+}
+
+inline Range range_of(const float* x, int64_t length, bool symmetric) {
+  // As integers, the bits of |x| order like |x| with NaN on top, so that their maximum does not lose a NaN.
   vi magnitude = zero_i();
+  for_each_vector(x, length, [&](vf v) { magnitude = max_i(magnitude, and_i(as_i(v), set1_i(0x7FFFFFFF))); });
+  const float largest = bits_to_float(reduce_max(magnitude));
+  if (symmetric || largest != largest) return {0.0f, largest};
   vf low = zero_f(), high = zero_f();
-  for (int64_t k = 0; k < length; k += kLanes) {
-    const vf v = length - k >= kLanes ? load_f(x + k) : load_tail(x, kFloat32, k, length - k);
-    magnitude = max_i(magnitude, and_i(as_i(v), set1_i(0x7FFFFFFF)));
-    low = min_f(v, low);
-    high = max_f(v, high);
-  }
-  float m[kLanes], lo[kLanes], hi[kLanes];
-  store_f(m, as_f(magnitude)), store_f(lo, low), store_f(hi, high);
-  Range r{0.0f, 0.0f};
-  for (int i = 0; i < kLanes; ++i) {
-    r.widen(lo[i], hi[i]);
-    if (m[i] != m[i]) r.high = m[i];
-  }
-  return r;
+  for_each_vector(x, length, [&](vf v) { low = min_f(v, low), high = max_f(v, high); });
+  return {reduce_min(low), reduce_max(high)};
 }
 
 inline void row_ranges(const StageArgs& args, const float* row, float* ranges) {
   const Staged& s = *args.staged;
   for_each_fold(*args.geometry, s.max_fold, [&](int64_t start, int64_t length, int64_t fold) {
-    Range r = range_of(row + start, length);
-    if (s.symmetric && -r.low > r.high) r.high = -r.low;
+    const Range r = range_of(row + start, length, s.symmetric);
     ranges[2 * fold] = r.low, ranges[2 * fold + 1] = r.high;
   });
   // Folds of one activation block share a range: the whole row, or a group that is longer than a fold.
@@ -113,44 +111,50 @@ struct ActQuantizer {
   }
 };
 
+// One fold as bytes q + offset; returns their sum.
+inline int32_t quantize_bytes(const float* x, int64_t length, const ActQuantizer& quantizer, int32_t offset,
+                              uint8_t* out) {
+  const vi shift = set1_i(offset);
+  vi sum = zero_i();
+  int64_t k = 0;
+  for (; k + kLanes <= length; k += kLanes) {
+    const vi stored = add_i(quantizer(load_f(x + k)), shift);
+    store_u8(out + k, stored);
+    sum = add_i(sum, stored);
+  }
+  int32_t total = reduce_add(sum);
+  if (k < length) {  // a fold is a multiple of 8, a vector may be 16
+    int32_t lanes[kLanes];
+    store_i(lanes, add_i(quantizer(load_tail(x, kFloat32, k, length - k)), shift));
+    for (int64_t i = 0; k < length; ++i, ++k) {
+      out[k] = uint8_t(lanes[i]);
+      total += lanes[i];
+    }
+  }
+  return total;
+}
+
+// One fold quantized and back in floats.
+inline void quantize_floats(const float* x, int64_t length, const ActQuantizer& quantizer, float* out) {
+  for (int64_t k = 0; k < length; k += kLanes) {
+    const int64_t count = length - k < kLanes ? length - k : kLanes;
+    const vi q = sub_i(quantizer(load_tail(x, kFloat32, k, count)), set1_i(quantizer.zero));
+    store_tail(out, kFloat32, k, count, mul_f(cvt_f(q), set1_f(quantizer.scale)));
+  }
+}
+
 inline void quantize_row(const StageArgs& args, const float* row, int64_t index, const float* ranges) {
   const Staged& s = *args.staged;
   const int64_t padded_k = args.geometry->padded_k;
-  // Stored bytes: q + offset.
   const int32_t offset = s.symmetric ? (s.unsigned_bytes ? 128 : 0) : (s.unsigned_bytes ? 0 : -128);
   for_each_fold(*args.geometry, s.max_fold, [&](int64_t start, int64_t length, int64_t fold) {
     const ActQuantizer quantizer({ranges[2 * fold], ranges[2 * fold + 1]}, s.symmetric);
-    const int64_t at = index * s.folds + fold;
-    vi sum = zero_i();
-    for (int64_t k = 0; k < length; k += kLanes) {
-      const int64_t count = length - k < kLanes ? length - k : kLanes;
-      const vf x = count == kLanes ? load_f(row + start + k) : load_tail(row, kFloat32, start + k, count);
-      const vi q = quantizer(x);
-      if (s.compute == Compute::kFloat) {
-        const vf y = mul_f(cvt_f(sub_i(q, set1_i(quantizer.zero))), set1_f(quantizer.scale));
-        store_tail(s.data, kFloat32, index * padded_k + start + k, count, y);
-        continue;
-      }
-      const vi stored = add_i(q, set1_i(offset));
-      uint8_t bytes[kLanes];
-      store_u8(bytes, stored);
-      std::memcpy(static_cast<uint8_t*>(s.data) + index * padded_k + start + k, bytes, count);
-      if (count == kLanes) {
-        sum = add_i(sum, stored);
-      } else {
-        int32_t lanes[kLanes] = {}, zeros[kLanes];
-        store_i(zeros, stored);
-        std::memcpy(lanes, zeros, count * 4);
-        sum = add_i(sum, load_i(lanes));
-      }
-    }
-    if (s.compute == Compute::kFloat) return;
-    int32_t lanes[kLanes], total = 0;
-    store_i(lanes, sum);
-    for (const int32_t lane : lanes) total += lane;
-    s.scales[at] = quantizer.scale;
-    s.sums[at] = total;
-    if (s.zeros) s.zeros[at] = quantizer.zero + offset;
+    const int64_t at = index * padded_k + start, i = index * s.folds + fold;
+    if (s.compute == Compute::kFloat)
+      return quantize_floats(row + start, length, quantizer, static_cast<float*>(s.data) + at);
+    s.sums[i] = quantize_bytes(row + start, length, quantizer, offset, static_cast<uint8_t*>(s.data) + at);
+    s.scales[i] = quantizer.scale;
+    if (s.zeros) s.zeros[i] = quantizer.zero + offset;
   });
 }
 

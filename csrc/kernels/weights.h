@@ -65,6 +65,8 @@ struct Nibbles {
   }
   vi low(vi line) const { return decode(and_i(line, set1_i(0x0F0F0F0F))); }
   vi high(vi line) const { return decode(and_i(srl_i<4>(line), set1_i(0x0F0F0F0F))); }
+  // 16 times the high nibble, without the shift.
+  static vi high_times_16(vi line) { return and_i(line, set1_i(int32_t(0xF0F0F0F0))); }
 
  private:
   vi decode(vi index) const {
@@ -115,19 +117,6 @@ struct FloatCodes {
     }
   }
 };
-
-// Calls f with std::integral_constant-like tags 0..Count-1, unrolled.
-template <int I>
-struct Index {
-  static constexpr int value = I;
-};
-template <int Count, int I = 0, class F>
-inline void unroll(F&& f) {
-  if constexpr (I < Count) {
-    f(Index<I>{});
-    unroll<Count, I + 1>(f);
-  }
-}
 
 }  // namespace IPEX_QUANT_ISA_NS
 }  // namespace ipex_quant

@@ -18,8 +18,9 @@ struct DecodeFold {
   GroupHead head;
   const uint8_t* codes;
   int64_t start, length, fold;
-  int64_t row;  // first of the pass
-  float* acc;   // [kPassRows, kTileN]
+  int64_t row;       // first of the pass
+  float* acc;        // [kPassRows, kTileN]
+  int64_t prefetch;  // distance in bytes, or 0
 };
 
 // Sum over the fold of (x - zx) * (code - zw), exact in int32, then one fma into fp32.
@@ -27,56 +28,66 @@ template <int Dtype, int Rows, bool Symmetric>
 inline void decode_bytes(const DecodeFold& f) {
   constexpr int kVectors = kPassVectors<Rows>;
   constexpr bool kNarrow = is_narrow(Dtype);
+  // With registers to spare, high nibbles are summed apart as 16 times their value: a mask each instead of mask and
+  // shift, which leaves the port of the shift to the dot products.
+  constexpr bool kApart = Dtype == kInt4 && Rows <= 2 && kLanes == 16;
   const Staged& s = *f.args.staged;
   const int64_t stride = f.args.geometry->padded_k;
   const Nibbles<Dtype> nibbles(128);
   const S8<kNarrow> ones = as_s8<kNarrow>(set1_i(0x01010101));
   for (int64_t column = 0; column < kTileN; column += kVectors * kLanes) {
-    vi acc[Rows][kVectors], code_sums[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      code_sums[v] = zero_i();
-      for (int m = 0; m < Rows; ++m) acc[m][v] = zero_i();
-    }
+    // Start from what the weight's zero point contributes.
+    vi acc[Rows][kVectors], apart[Rows][kVectors], code_sums[kVectors];
+    unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
+      const vi zero = f.head.zero(column + v * kLanes);
+      code_sums[v] = mul_i(zero, set1_i(-int32_t(f.length)));
+      unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+        acc[m][v] = mul_i(zero, set1_i(-s.sums[(f.row + m) * s.folds + f.fold]));
+        apart[m][v] = zero_i();
+      });
+    });
     const uint8_t* line = f.codes + 4 * column;
     const uint8_t* x = static_cast<const uint8_t*>(s.data) + f.row * stride + f.start;
-    const auto accumulate = [&](const S8<kNarrow>(&a)[Rows], vi codes, int v) {
-      const U8<kNarrow> w = as_u8<kNarrow>(codes);
-      for (int m = 0; m < Rows; ++m) dot<kNarrow>(acc[m][v], w, a[m]);
-      if constexpr (!Symmetric) dot<kNarrow>(code_sums[v], w, ones);
-    };
     for (int64_t k = 0; k < f.length; k += 8, line += line_group_bytes(Dtype), x += 8) {
+      if (f.prefetch)
+        unroll<4>([&](auto v) IPEX_QUANT_INLINE { __builtin_prefetch(line + f.prefetch + v * kLineBytes); });
       S8<kNarrow> low[Rows], high[Rows];
-      for (int m = 0; m < Rows; ++m) {
+      unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
         low[m] = as_s8<kNarrow>(broadcast4(x + m * stride));
         high[m] = as_s8<kNarrow>(broadcast4(x + m * stride + 4));
-      }
-      for (int v = 0; v < kVectors; ++v) {
+      });
+      unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
         const vi first = load_i(line + v * kVectorBytes);
-        if constexpr (is_four_bit(Dtype)) {
-          accumulate(low, nibbles.low(first), v);
-          accumulate(high, nibbles.high(first), v);
-        } else {
-          accumulate(low, first, v);
-          accumulate(high, load_i(line + 256 + v * kVectorBytes), v);
+        const U8<kNarrow> codes = as_u8<kNarrow>(is_four_bit(Dtype) ? nibbles.low(first) : first);
+        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot<kNarrow>(acc[m][v], codes, low[m]); });
+        if constexpr (kApart) {
+          const U8<kNarrow> shifted = as_u8<kNarrow>(nibbles.high_times_16(first));
+          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot<kNarrow>(apart[m][v], shifted, high[m]); });
+          if constexpr (Symmetric) return;
         }
-      }
+        const U8<kNarrow> others =
+            as_u8<kNarrow>(is_four_bit(Dtype) ? nibbles.high(first) : load_i(line + 256 + v * kVectorBytes));
+        if constexpr (!kApart)
+          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot<kNarrow>(acc[m][v], others, high[m]); });
+        if constexpr (!Symmetric) {
+          dot<kNarrow>(code_sums[v], codes, ones);
+          dot<kNarrow>(code_sums[v], others, ones);
+        }
+      });
     }
-    for (int v = 0; v < kVectors; ++v) {
+    unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
       const int64_t at = column + v * kLanes;
-      const vi zero = f.head.zero(at);
       vf scale = f.head.scale(at);
       if constexpr (Dtype == kNf4) scale = mul_f(scale, set1_f(1.0f / 127));
-      for (int m = 0; m < Rows; ++m) {
+      unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
         const int64_t i = (f.row + m) * s.folds + f.fold;
-        vi total = sub_i(acc[m][v], mul_i(zero, set1_i(s.sums[i])));
-        if constexpr (!Symmetric) {
-          const vi weight_sum = sub_i(code_sums[v], mul_i(zero, set1_i(int32_t(f.length))));
-          total = sub_i(total, mul_i(weight_sum, set1_i(s.zeros[i])));
-        }
+        vi total = acc[m][v];
+        if constexpr (kApart) total = add_i(total, sra_i<4>(apart[m][v]));
+        if constexpr (!Symmetric) total = sub_i(total, mul_i(code_sums[v], set1_i(s.zeros[i])));
         float* out = f.acc + m * kTileN + at;
         store_f(out, fma_f(cvt_f(total), mul_f(set1_f(s.scales[i]), scale), load_f(out)));
-      }
-    }
+      });
+    });
   }
 }
 
@@ -88,31 +99,29 @@ inline void decode_float(const DecodeFold& f) {
   const Codes codes;
   for (int64_t column = 0; column < kTileN; column += kVectors * kLanes) {
     vf acc[Rows][kVectors], zero[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      zero[v] = cvt_f(f.head.zero(column + v * kLanes));
-      for (int m = 0; m < Rows; ++m) acc[m][v] = zero_f();
-    }
+    unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE { zero[v] = cvt_f(f.head.zero(column + v * kLanes)); });
+    unroll2<Rows, kVectors>([&](auto m, auto v) IPEX_QUANT_INLINE { acc[m][v] = zero_f(); });
     const uint8_t* line = f.codes + 4 * column;
     const float* x = static_cast<const float*>(f.args.staged->data) + f.row * stride + f.start;
     for (int64_t k = 0; k < f.length; k += Codes::kPerLine, line += 256, x += Codes::kPerLine) {
       vi lines[kVectors];
-      for (int v = 0; v < kVectors; ++v) lines[v] = load_i(line + v * kVectorBytes);
-      unroll<Codes::kPerLine>([&](auto j) {
+      unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE { lines[v] = load_i(line + v * kVectorBytes); });
+      unroll<Codes::kPerLine>([&](auto j) IPEX_QUANT_INLINE {
         vf a[Rows];
-        for (int m = 0; m < Rows; ++m) a[m] = set1_f(x[m * stride + Codes::kOrder[j.value]]);
-        for (int v = 0; v < kVectors; ++v) {
+        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { a[m] = set1_f(x[m * stride + Codes::kOrder[j]]); });
+        unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
           const vf w = codes.template value<decltype(j)::value>(lines[v], zero[v]);
-          for (int m = 0; m < Rows; ++m) acc[m][v] = fma_f(a[m], w, acc[m][v]);
-        }
+          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { acc[m][v] = fma_f(a[m], w, acc[m][v]); });
+        });
       });
     }
-    for (int v = 0; v < kVectors; ++v) {
+    unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
       const vf scale = f.head.scale(column + v * kLanes);
-      for (int m = 0; m < Rows; ++m) {
+      unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
         float* out = f.acc + m * kTileN + column + v * kLanes;
         store_f(out, fma_f(acc[m][v], scale, load_f(out)));
-      }
-    }
+      });
+    });
   }
 }
 
@@ -139,40 +148,39 @@ inline void decode_bf16(const DecodeFold& f) {
   const vi low = make_bf16_lut32(low_table), high = make_bf16_lut32(high_table);
   const int64_t stride = 2 * f.args.geometry->padded_k;
   vf acc[Rows][kVectors][kChains];
-  for (int m = 0; m < Rows; ++m)
-    for (int v = 0; v < kVectors; ++v)
-      for (int c = 0; c < kChains; ++c) acc[m][v][c] = zero_f();
+  unroll2<Rows, kVectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
+    unroll<kChains>([&](auto c) IPEX_QUANT_INLINE { acc[m][v][c] = zero_f(); });
+  });
   const uint8_t* line = f.codes;
   const uint8_t* x = static_cast<const uint8_t*>(f.args.staged->data) + f.row * stride + 2 * f.start;
   constexpr int64_t kStep = is_four_bit(Dtype) ? 8 : 4;  // k of one line
   for (int64_t k = 0; k < f.length; k += kStep, line += 256, x += 2 * kStep) {
     vi lines[kVectors];
-    for (int v = 0; v < kVectors; ++v) lines[v] = load_i(line + v * kVectorBytes);
-    unroll<4>([&](auto j) {
+    unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE { lines[v] = load_i(line + v * kVectorBytes); });
+    unroll<4>([&](auto j) IPEX_QUANT_INLINE {
       constexpr int kShift = decltype(j)::value;
       const vi table = is_four_bit(Dtype) || kShift % 2 == 0 ? low : high;
       constexpr int kPair = is_four_bit(Dtype) ? kShift : kShift / 2;
       vi a[Rows];
-      for (int m = 0; m < Rows; ++m) a[m] = broadcast4(x + m * stride + 4 * kPair);
-      for (int v = 0; v < kVectors; ++v) {
+      unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { a[m] = broadcast4(x + m * stride + 4 * kPair); });
+      unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
         const vi w = lookup_bf16(table, srl_i<4 * kShift>(lines[v]));
-        for (int m = 0; m < Rows; ++m) dot_bf16(acc[m][v][kShift % kChains], w, a[m]);
-      }
+        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot_bf16(acc[m][v][kShift % kChains], w, a[m]); });
+      });
     });
   }
   const Staged& s = *f.args.staged;
-  for (int v = 0; v < kVectors; ++v) {
+  unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
     const vf scale = f.head.scale(v * kLanes);
     const vf residual = cvt_f(sub_i(f.head.zero(v * kLanes), set1_i(symmetric_zero(Dtype))));
-    for (int m = 0; m < Rows; ++m) {
+    unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
       vf total = acc[m][v][0];
       if constexpr (kChains == 2) total = add_f(total, acc[m][v][1]);
-      if (f.head.zeros)
-        total = sub_f(total, mul_f(residual, set1_f(s.float_sums[(f.row + m) * s.folds + f.fold])));
+      if (f.head.zeros) total = sub_f(total, mul_f(residual, set1_f(s.float_sums[(f.row + m) * s.folds + f.fold])));
       float* out = f.acc + m * kTileN + v * kLanes;
       store_f(out, fma_f(total, scale, load_f(out)));
-    }
-  }
+    });
+  });
 }
 #endif
 
@@ -224,8 +232,11 @@ inline void decode_tile(const GemmArgs& args, int64_t tile) {
       const int64_t length = padded - k < s.max_fold ? padded - k : s.max_fold;
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t row = pass * s.rows / passes, rows = (pass + 1) * s.rows / passes - row;
-        decode_rows<Dtype>({args, head, codes + g.code_bytes(k), start + k, length, fold, row, acc + row * kTileN},
-                           rows);
+        // A first pass leaves prefetching to the hardware, which is better at it. A second one finds the group in the
+        // cache and would leave the memory idle, so it asks for the next group.
+        const int64_t prefetch = pass > 0 ? g.group_bytes() : 0;
+        decode_rows<Dtype>(
+            {args, head, codes + g.code_bytes(k), start + k, length, fold, row, acc + row * kTileN, prefetch}, rows);
       }
     }
     start += padded;

@@ -75,21 +75,22 @@ inline void unpack_byte_panel(const GemmArgs& args, int64_t tile, const BytePane
   }
 }
 
-// acc = sum over the fold of x * w, for unsigned x; dot() then adds to what it starts from.
+// Adds the sum over a fold of x * w, for unsigned x.
 template <int Rows, bool Narrow>
-inline void multiply_bytes(vi (&acc)[Rows][kTileVectors], const uint8_t* x, int64_t stride, const int8_t* panel,
-                           int64_t length) {
+IPEX_QUANT_INLINE inline void multiply_bytes(vi (&acc)[Rows][kTileVectors], const uint8_t* x, int64_t stride,
+                                             const int8_t* panel, int64_t length) {
   for (int64_t k = 0; k < length; k += 4, x += 4, panel += 4 * kTileN) {
     S8<Narrow> w[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) w[v] = as_s8<Narrow>(load_i(panel + v * kVectorBytes));
-    for (int m = 0; m < Rows; ++m) {
+    unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE { w[v] = as_s8<Narrow>(load_i(panel + v * kVectorBytes)); });
+    unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
       const U8<Narrow> a = as_u8<Narrow>(broadcast4(x + m * stride));
-      for (int v = 0; v < kTileVectors; ++v) dot<Narrow>(acc[m][v], a, w[v]);
-    }
+      unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE { dot<Narrow>(acc[m][v], a, w[v]); });
+    });
   }
 }
 
-template <int Dtype, int Rows>
+// Symmetric activations have the zero point 128; Residual tells whether the panel has residuals.
+template <int Dtype, int Rows, bool Symmetric, bool Residual>
 inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t row) {
   const WoqGeometry& g = *args.geometry;
   const Staged& s = *args.staged;
@@ -105,30 +106,30 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
         const int64_t length = padded - k < s.max_fold ? padded - k : s.max_fold;
         // Start from what the zero points contribute, so that the end of the fold needs no correction.
         vi acc[Rows][kTileVectors];
-        for (int v = 0; v < kTileVectors; ++v) {
+        unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
           const int64_t at = column + v * kLanes;
           const vi sums = load_i(panel.sums + fold * kTileN + at);
-          for (int m = 0; m < Rows; ++m) {
+          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
             const int64_t i = (row + m) * s.folds + fold;
-            const int32_t zero = s.symmetric ? 128 : s.zeros[i];
-            acc[m][v] = mul_i(sums, set1_i(-zero));
-            if (panel.residuals) {
+            const int32_t zero = Symmetric ? 128 : s.zeros[i];
+            acc[m][v] = Symmetric ? sub_i(zero_i(), sll_i<7>(sums)) : mul_i(sums, set1_i(-zero));
+            if constexpr (Residual) {
               const vi residual = load_i(panel.residuals + group * kTileN + at);
               acc[m][v] = sub_i(acc[m][v], mul_i(residual, set1_i(s.sums[i] - int32_t(length) * zero)));
             }
-          }
-        }
+          });
+        });
         multiply_bytes<Rows, is_narrow(Dtype)>(acc, x + start + k, g.padded_k,
                                               panel.codes + (start + k) * kTileN + 4 * column, length);
-        for (int v = 0; v < kTileVectors; ++v) {
+        unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
           const int64_t at = column + v * kLanes;
           vf scale = head.scale(at);
           if constexpr (Dtype == kNf4) scale = mul_f(scale, set1_f(1.0f / 127));
-          for (int m = 0; m < Rows; ++m) {
+          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
             const vf factor = mul_f(set1_f(s.scales[(row + m) * s.folds + fold]), scale);
             store_f(out + m * kTileN + at, fma_f(cvt_f(acc[m][v]), factor, load_f(out + m * kTileN + at)));
-          }
-        }
+          });
+        });
       }
       start += padded;
       group_data += g.head_bytes + g.code_bytes(padded);
@@ -137,12 +138,20 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
   for (int m = 0; m < Rows; ++m) finish_row(args, row + m, tile, out + m * kTileN);
 }
 
-template <int Dtype, int Rows>
+template <int Dtype, int Rows, bool Symmetric, bool Residual>
 inline void byte_row_blocks(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t row, int64_t end) {
-  for (; row + Rows <= end; row += Rows) byte_rows<Dtype, Rows>(args, tile, panel, row);
+  for (; row + Rows <= end; row += Rows) byte_rows<Dtype, Rows, Symmetric, Residual>(args, tile, panel, row);
   if constexpr (Rows > 1) {
-    if (row < end) byte_row_blocks<Dtype, Rows - 1>(args, tile, panel, row, end);
+    if (row < end) byte_row_blocks<Dtype, Rows - 1, Symmetric, Residual>(args, tile, panel, row, end);
   }
+}
+
+template <int Dtype, bool Residual>
+inline void multiply_byte_panel(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t row, int64_t end) {
+  if (args.staged->symmetric)
+    byte_row_blocks<Dtype, kByteRows, true, Residual>(args, tile, panel, row, end);
+  else
+    byte_row_blocks<Dtype, kByteRows, false, Residual>(args, tile, panel, row, end);
 }
 
 template <int Dtype>
@@ -152,7 +161,10 @@ inline void prefill_bytes(const GemmArgs& args, int64_t tile, int64_t begin, int
   int32_t* residuals = sums + kTileN * args.staged->folds;
   const BytePanel panel{reinterpret_cast<int8_t*>(scratch), sums, Dtype == kInt8 && g.asymmetric ? residuals : nullptr};
   unpack_byte_panel<Dtype>(args, tile, panel);
-  byte_row_blocks<Dtype, kByteRows>(args, tile, panel, begin, end);
+  if constexpr (Dtype == kInt8) {
+    if (panel.residuals) return multiply_byte_panel<Dtype, true>(args, tile, panel, begin, end);
+  }
+  multiply_byte_panel<Dtype, false>(args, tile, panel, begin, end);
 }
 
 // ---------------------------------------------------------------------------------------------------------- floats
@@ -186,23 +198,20 @@ inline void unpack_float_panel(const GroupHead& head, const uint8_t* lines, int6
 }
 
 template <int Rows, bool Bf16>
-inline void multiply_floats(vf (&acc)[Rows][kTileVectors], const float* x, int64_t stride, const float* panel,
-                            int64_t steps) {
+IPEX_QUANT_INLINE inline void multiply_floats(vf (&acc)[Rows][kTileVectors], const float* x, int64_t stride,
+                                              const float* panel, int64_t steps) {
   for (int64_t k = 0; k < steps; ++k, panel += kTileN) {
     vf w[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) w[v] = load_f(panel + v * kLanes);
-    for (int m = 0; m < Rows; ++m) {
+    unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE { w[v] = load_f(panel + v * kLanes); });
+    unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
       const vf a = set1_f(x[m * stride + k]);
-      for (int v = 0; v < kTileVectors; ++v) {
-#if defined(IPEX_QUANT_BF16_DOT)
-        if constexpr (Bf16) {
+      unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
+        if constexpr (Bf16)
           dot_bf16(acc[m][v], as_i(w[v]), as_i(a));
-          continue;
-        }
-#endif
-        acc[m][v] = fma_f(a, w[v], acc[m][v]);
-      }
-    }
+        else
+          acc[m][v] = fma_f(a, w[v], acc[m][v]);
+      });
+    });
   }
 }
 
@@ -219,16 +228,15 @@ inline void float_row_blocks(const FloatFold& f, int64_t row, int64_t end) {
   for (; row + Rows <= end; row += Rows) {
     for (int64_t column = 0; column < kTileN; column += kTileVectors * kLanes) {
       vf acc[Rows][kTileVectors];
-      for (int m = 0; m < Rows; ++m)
-        for (int v = 0; v < kTileVectors; ++v) acc[m][v] = zero_f();
+      unroll2<Rows, kTileVectors>([&](auto m, auto v) IPEX_QUANT_INLINE { acc[m][v] = zero_f(); });
       multiply_floats<Rows, Bf16>(acc, f.x + row * f.stride, f.stride, f.panel + column, f.steps);
-      for (int v = 0; v < kTileVectors; ++v) {
+      unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
         const vf scale = f.head.scale(column + v * kLanes);
-        for (int m = 0; m < Rows; ++m) {
+        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
           float* out = f.sums + (row + m) * kTileN + column + v * kLanes;
           store_f(out, fma_f(acc[m][v], scale, load_f(out)));
-        }
-      }
+        });
+      });
     }
   }
   if constexpr (Rows > 1) {
