@@ -26,6 +26,7 @@ constexpr int64_t kFloatFold = 256;      // short float sums keep fp32 error nea
 // A *fold* is a run of k after which the partial sum is scaled into fp32; it never crosses a group.
 struct Staged {
   Compute compute;
+  FloatType rounding;     // what x was rounded to
   bool unsigned_bytes;    // bytes are stored as u8 = s8 + 128 (prefill) instead of s8 (decode)
   bool quantize, symmetric;
   int64_t rows;
@@ -41,7 +42,6 @@ struct Staged {
 struct StageArgs {
   const void* x;  // [rows, k] contiguous
   FloatType type;
-  FloatType rounding;    // precision that x is rounded to first (compute mode FP16, BF16)
   const int32_t* perm;   // staged position -> input feature, or null
   int32_t range_scope;   // ActQuantMode without the symmetric offset
   float* ranges;         // [rows, folds, 2] low and high; reduced over rows where the scope says so

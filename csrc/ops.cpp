@@ -81,6 +81,8 @@ WoqHeader read_header(const Tensor& packed) {
 
 WoqGeometry geometry_of(const WoqHeader& h, const Tensor& packed) {
   const WoqGeometry g(h.dtype, h.out_features, h.in_features, h.group_size, h.asymmetric, h.half_scales);
+  constexpr int64_t kLargest = int64_t(1) << 62;  // tile_bytes itself is below 2^42
+  IPEX_QUANT_CHECK(g.tiles == 0 || g.tile_bytes < kLargest / g.tiles, "packed: sizes overflow");
   IPEX_QUANT_CHECK(packed.numel() == g.total_bytes(), "packed: expected ", g.total_bytes(), " bytes, got ",
                    packed.numel());
   return g;
@@ -228,7 +230,7 @@ Tensor woq_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::opti
   s.sums = reinterpret_cast<int32_t*>(data + plan.data_bytes + per_fold);
   s.zeros = s.quantize && !s.symmetric ? s.sums + per_fold / 4 : nullptr;
   stage(g, plan,
-        {rows_of_x.const_data_ptr(), type, plan.rounding,
+        {rows_of_x.const_data_ptr(), type,
          perm ? static_cast<const int32_t*>(perm->const_data_ptr()) : nullptr, plan.range_scope, nullptr, &g, &s});
 
   GemmArgs args{};

@@ -115,6 +115,7 @@ inline void dot(vi& acc, vi u8, vi s8) {
 
 #if defined(__AVX512BF16__)
 #define IPEX_QUANT_BF16_DOT 1
+inline vi and_or_i(vi x, vi mask, vi bits) { return _mm512_ternarylogic_epi32(x, mask, bits, 0xEA); }
 // 32-entry table of bf16, indexed by the low five bits of every 16-bit lane.
 inline vi make_bf16_lut32(const uint16_t* table) { return load_i(table); }
 inline vi lookup_bf16(vi table, vi index) { return _mm512_permutexvar_epi16(index, table); }

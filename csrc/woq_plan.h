@@ -16,7 +16,6 @@ struct WoqCall {
 
 struct WoqPlan {
   Staged staged;
-  FloatType rounding;
   int32_t range_scope;
   int64_t data_bytes;
 };
@@ -26,7 +25,7 @@ inline WoqPlan make_plan(const WoqGeometry& g, const WoqCall& call) {
   Staged& s = plan.staged;
   s.rows = call.rows;
   s.quantize = call.lowp_mode == kLowpInt8;
-  plan.rounding = call.type;
+  s.rounding = call.type;
   if (s.quantize) {
     s.symmetric = call.act_mode >= kSymmetricActOffset;
     plan.range_scope = call.act_mode % kSymmetricActOffset;
@@ -35,9 +34,9 @@ inline WoqPlan make_plan(const WoqGeometry& g, const WoqCall& call) {
     const bool blocks = plan.range_scope == kPerIcBlock || plan.range_scope == kPerBatchIcBlock;
     s.max_fold = blocks && call.group_size < 0 ? kActBlock : kMaxByteFold;
   } else {
-    if (call.lowp_mode == kLowpFp16) plan.rounding = kFloat16;
-    if (call.lowp_mode == kLowpBf16) plan.rounding = kBFloat16;
-    const bool bf16 = plan.rounding == kBFloat16 && call.bf16_dot && g.dtype != kFp8;
+    if (call.lowp_mode == kLowpFp16) s.rounding = kFloat16;
+    if (call.lowp_mode == kLowpBf16) s.rounding = kBFloat16;
+    const bool bf16 = s.rounding == kBFloat16 && call.bf16_dot && g.dtype != kFp8;
     s.compute = bf16 ? Compute::kBf16 : Compute::kFloat;
     s.max_fold = kFloatFold;
   }

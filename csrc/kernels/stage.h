@@ -25,10 +25,10 @@ inline void gather_row(const StageArgs& args, int64_t row, float* out) {
   float* plain = direct ? out : out + g.padded_k;
   int64_t i = 0;
   for (; i + kLanes <= g.k; i += kLanes)
-    store_f(plain + i, round_to(load_float(args.x, args.type, row * g.k + i), args.rounding));
+    store_f(plain + i, round_to(load_float(args.x, args.type, row * g.k + i), args.staged->rounding));
   if (i < g.k)
     store_tail(plain, kFloat32, i, g.k - i,
-               round_to(load_tail(args.x, args.type, row * g.k + i, g.k - i), args.rounding));
+               round_to(load_tail(args.x, args.type, row * g.k + i, g.k - i), args.staged->rounding));
   if (direct) {
     for (i = g.k; i < g.padded_k; ++i) out[i] = 0.0f;
     return;

@@ -31,6 +31,13 @@ constexpr float kNf4Levels[16] = {-1.0f,
                                   0.5626170039176941f,
                                   0.7229568362236023f,
                                   1.0f};
+inline float nf4_level(int code, bool bf16) {
+  if (!bf16) return kNf4Levels[code];
+  uint32_t bits;
+  std::memcpy(&bits, &kNf4Levels[code], 4);
+  bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000;
+  return bits_to_float(int32_t(bits));
+}
 // round(127 * level), the byte form for INT8 compute; the scale is divided by 127 to match.
 constexpr int8_t kNf4Bytes[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
 
@@ -96,9 +103,10 @@ struct FloatCodes {
                                     is_four_bit(Dtype) ? 5 : 3, 2, 6, 3, 7};
   Lut16 table;
 
-  FloatCodes() {
+  // Compute mode BF16 rounds the NF4 levels, at every ISA level.
+  explicit FloatCodes(FloatType rounding) {
     float levels[16];
-    for (int i = 0; i < 16; ++i) levels[i] = Dtype == kNf4 ? kNf4Levels[i] : float(i);
+    for (int i = 0; i < 16; ++i) levels[i] = Dtype != kNf4 ? float(i) : nf4_level(i, rounding == kBFloat16);
     table = make_lut16(levels);
   }
 

@@ -170,9 +170,9 @@ inline void prefill_bytes(const GemmArgs& args, int64_t tile, int64_t begin, int
 // ---------------------------------------------------------------------------------------------------------- floats
 // Panel of one fold: [length][kTileN] floats, or [length / 2][kTileN][2] bf16 in the staged pair order.
 template <int Dtype, bool Bf16>
-inline void unpack_float_panel(const GroupHead& head, const uint8_t* lines, int64_t length, float* panel) {
+inline void unpack_float_panel(const GroupHead& head, const FloatCodes<Dtype>& codes, const uint8_t* lines,
+                               int64_t length, float* panel) {
   using Codes = FloatCodes<Dtype>;
-  const Codes codes;
   for (int64_t column = 0; column < kTileN; column += kLanes) {
     const vf zero = cvt_f(head.zero(column));
     const uint8_t* line = lines + 4 * column;
@@ -254,13 +254,14 @@ inline void prefill_floats(const GemmArgs& args, int64_t tile, int64_t begin, in
   constexpr int64_t kPerFloat = Bf16 ? 2 : 1;
   const float* rows = static_cast<const float*>(s.data) + begin * (g.padded_k / kPerFloat);
   const uint8_t* group_data = args.tiles + tile * g.tile_bytes;
+  const FloatCodes<Dtype> codes(s.rounding);
   int64_t start = 0;
   for (int64_t group = 0; group < g.groups; ++group) {
     const int64_t padded = g.padded(group);
     const GroupHead head(g, group_data);
     for (int64_t k = 0; k < padded; k += kFloatFold) {
       const int64_t length = padded - k < kFloatFold ? padded - k : kFloatFold;
-      unpack_float_panel<Dtype, Bf16>(head, group_data + g.head_bytes + g.code_bytes(k), length, panel);
+      unpack_float_panel<Dtype, Bf16>(head, codes, group_data + g.head_bytes + g.code_bytes(k), length, panel);
       const FloatFold fold{head,   panel, rows + (start + k) / kPerFloat, g.padded_k / kPerFloat, length / kPerFloat,
                            sums};
       float_row_blocks<kFloatRows, Bf16>(fold, 0, end - begin);

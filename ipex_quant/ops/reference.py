@@ -49,7 +49,8 @@ def woq_linear(
 ) -> torch.Tensor:
     """``post_op(x @ dequantize(qw).T + bias, others)``: ``[..., K]`` to ``[..., N]`` in the dtype of `x`.
 
-    Compute modes NONE, FP16 and BF16 round `x` to the compute dtype and keep the weight exact. Compute mode INT8
+    Compute modes NONE, FP16 and BF16 round `x` to the compute dtype and keep the weight exact, but for the levels of
+    NF4, which BF16 rounds as well. Compute mode INT8
     quantizes `x` as `act_quant_mode` says and sums integers. `bias` is float32 ``[N]`` and is added in float32; the sum
     is rounded to the dtype of `x` before `post_op`. Raises ValueError when INT8 comes without an activation mode.
     """
@@ -107,7 +108,11 @@ def quantize_activation(x: torch.Tensor, block: int, mode: WoqActQuantMode) -> Q
 
 
 def _float_matmul(x: torch.Tensor, qw: QuantizedWeight) -> torch.Tensor:
-    return (x.double() @ affine.dequantize(qw).double().T).float()
+    weight = affine.dequantize(qw).double()
+    if qw.scheme.dtype == WoqWeightDtype.NF4 and x.dtype == torch.bfloat16:
+        levels = NF4_LEVELS.bfloat16().double()[affine.stored_codes(qw).int()]
+        weight = levels * qw.scales.double()[:, affine.feature_groups(qw)]
+    return (x.double() @ weight.T).float()
 
 
 def _byte_matmul(x: torch.Tensor, qw: QuantizedWeight, mode: WoqActQuantMode) -> torch.Tensor:

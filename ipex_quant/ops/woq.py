@@ -65,9 +65,7 @@ def quantize_weight(weight: torch.Tensor, scheme: WeightScheme) -> QuantizedWeig
         )
     except RuntimeError as error:
         raise ValueError(f"{error}; check the checkpoint, or leave this module in float") from None
-    return QuantizedWeight(
-        codes, scales, None if scheme.symmetric else zero_points, None, scheme, tuple(weight.shape)
-    )
+    return QuantizedWeight(codes, scales, None if scheme.symmetric else zero_points, None, scheme, tuple(weight.shape))
 
 
 def pack_weight(qw: QuantizedWeight) -> PackedWeight:
@@ -152,6 +150,11 @@ def _group_order(qw: QuantizedWeight) -> torch.Tensor:
 
 @torch.library.register_fake("ipex_quant::woq_linear")
 def _(x, packed, bias, perm, others, out_features, lowp_mode, act_quant_mode, post_op):
+    for tensor in (packed, bias, perm, *others):
+        torch._check(
+            tensor is None or tensor.device == x.device,
+            lambda tensor=tensor: f"woq_linear: expected all tensors on device {x.device}, got {tensor.device}",
+        )
     return x.new_empty(*x.shape[:-1], out_features)
 
 

@@ -1,0 +1,144 @@
+"""Run a fixed set of cases in a process of its own, since the ISA level is chosen once a process.
+
+``python isa_worker.py native OUT`` computes them with the native ops, ``reference`` with the plain-torch definition.
+Every result is saved under a name that says what was computed; both must produce the same names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import sys
+from collections.abc import Iterator
+
+import torch
+from safetensors.torch import save_file
+
+from ipex_quant import ops
+from ipex_quant.numerics import affine
+from ipex_quant.numerics.nibbles import pack_nibbles
+from ipex_quant.numerics.quantized_weight import QuantizedWeight
+from ipex_quant.numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
+from ipex_quant.ops import PostOp, reference
+
+KINDS = [
+    (WoqWeightDtype.INT8, True),
+    (WoqWeightDtype.INT8, False),
+    (WoqWeightDtype.INT4, True),
+    (WoqWeightDtype.INT4, False),
+    (WoqWeightDtype.NF4, True),
+    (WoqWeightDtype.FP8, True),
+]
+GROUP_SIZES = [-1, 1, 2, 4, 8, 16, 32, 64, 128, 256]
+MODES = [
+    *((mode, WoqActQuantMode.NONE) for mode in WoqLowpMode if mode != WoqLowpMode.INT8),
+    *((WoqLowpMode.INT8, act) for act in WoqActQuantMode if act != WoqActQuantMode.NONE),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROWS = [0, 1, 2, 3, 5, 7, 8, 9, 13, 33, 130]
+FEATURES = [(1, 1), (64, 128), (65, 96), (3, 257), (130, 64), (31, 31), (127, 300), (64, 4), (40, 513), (200, 8)]
+LONG_MODES = [WoqActQuantMode.PER_TENSOR, WoqActQuantMode.PER_BATCH_SYM, WoqActQuantMode.PER_IC_BLOCK]
+# "signs" and "ones" make every code and every sum of products as large as can be.
+VALUES = ["normal", "normal", "signs", "ones"]
+POST_OPS = {PostOp.ADD: 1, PostOp.ADD_ADD: 2, PostOp.MUL: 1}
+
+
+class Case:
+    """One call of `woq_linear`: scheme and modes are given, the rest is drawn by chance from the lists above."""
+
+    def __init__(self, index: int, scheme: WeightScheme, lowp_mode: WoqLowpMode, act_quant_mode: WoqActQuantMode):
+        chance = random.Random(index)
+        self.index = index
+        self.scheme = scheme
+        self.modes = (lowp_mode, act_quant_mode)
+        self.x_dtype = chance.choice(DTYPES)
+        self.weight_dtype = chance.choice(DTYPES)
+        self.rows = chance.choice(ROWS)
+        self.features = chance.choice(FEATURES)
+        self.values = chance.choice(VALUES)
+        # Half of the cases have none, so that nothing stands between the sums and their comparison.
+        self.post_op = chance.choice([PostOp.NONE, chance.choice(list(PostOp))])
+        self.has_bias = chance.random() < 0.8
+        self.act_order = chance.random() < 0.25
+
+    @property
+    def name(self) -> str:
+        features = "x".join(map(str, self.features))
+        modes = "|".join(mode.name for mode in self.modes)
+        x_dtype = str(self.x_dtype).removeprefix("torch.")
+        return f"{self.scheme}|{modes}|{x_dtype}|{self.post_op.name}|m{self.rows}|{features}|{self.index}"
+
+
+def draw(shape: tuple[int, ...], values: str, generator: torch.Generator) -> torch.Tensor:
+    normal = torch.randn(shape, generator=generator)
+    return {"normal": normal, "signs": normal.sign(), "ones": torch.ones(shape)}[values]
+
+
+def long_cases(first: int) -> Iterator[Case]:
+    """Sums of more products than fit 32 bits, which must be folded in between; small weights of large values."""
+    kinds = [kind for kind in KINDS if kind[0] != WoqWeightDtype.FP8]
+    for index, ((dtype, symmetric), mode) in enumerate(itertools.product(kinds, LONG_MODES), first):
+        case = Case(index, WeightScheme(dtype, symmetric, (-1, 2**16)[index % 2]), WoqLowpMode.INT8, mode)
+        case.features = (3, 66001)
+        case.values = VALUES[1 + index % 3]
+        case.rows = (2, 9)[index // 2 % 2]
+        yield case
+
+
+def cases() -> Iterator[Case]:
+    combinations = itertools.product(KINDS, GROUP_SIZES, MODES)
+    for index, ((dtype, symmetric), group_size, (lowp_mode, act_quant_mode)) in enumerate(combinations):
+        yield Case(index, WeightScheme(dtype, symmetric, group_size), lowp_mode, act_quant_mode)
+    yield from long_cases(index + 1)
+
+
+def weight_of(case: Case, generator: torch.Generator) -> torch.Tensor:
+    weight = draw(case.features, case.values, generator) / case.features[1] ** 0.5
+    return weight.to(case.weight_dtype)
+
+
+def act_order(qw: QuantizedWeight, generator: torch.Generator) -> QuantizedWeight:
+    order = torch.randperm(qw.shape[1], generator=generator)
+    codes = affine.stored_codes(qw)[:, order]
+    codes = pack_nibbles(codes) if codes.dtype == torch.uint8 else codes.contiguous()
+    return dataclasses.replace(qw, codes=codes, g_idx=affine.feature_groups(qw)[order].int())
+
+
+def run(case: Case, native: bool) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(case.index)
+    quantize = ops.quantize_weight if native else reference.quantize_weight
+    qw = quantize(weight_of(case, generator), case.scheme)
+    results = {"codes": qw.codes, "scales": qw.scales}
+    if qw.zero_points is not None:
+        results["zero_points"] = qw.zero_points
+    if case.act_order:
+        qw = act_order(qw, generator)
+
+    out_features, in_features = case.features
+    x = draw((case.rows, in_features), case.values, generator).to(case.x_dtype)
+    bias = torch.randn(out_features, generator=generator) if case.has_bias else None
+    others = [
+        torch.randn(case.rows, out_features, generator=generator).to(case.x_dtype)
+        for _ in range(POST_OPS.get(case.post_op, 0))
+    ]
+    options = (*case.modes, case.post_op, others)
+    if native:
+        packed = ops.pack_weight(qw)
+        results["packed"] = packed.data
+        results["y"] = ops.woq_linear(x, packed.data, out_features, bias, packed.perm, *options)
+    else:
+        results["y"] = reference.woq_linear(x, qw, bias, *options)
+    return {f"{case.name}/{key}": value for key, value in results.items()}
+
+
+def main(kind: str, path: str) -> None:
+    torch.set_num_threads(1)
+    results: dict[str, torch.Tensor] = {}
+    for case in cases():
+        results |= run(case, kind == "native")
+    save_file(results, path, {"isa": ops.isa_name()})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,127 @@
+"""Every ISA level that this machine runs, against the plain-torch definition and against the others."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import ipex_quant
+from ipex_quant import ops
+
+Results = dict[str, torch.Tensor]
+
+LEVELS = ops.supported_isas()
+# The sums are of unit variance and made in float32, in any order; then comes one rounding to the result's dtype. A post
+# op starts from the rounded sum, whose last bit may have fallen either way, and can cancel all but the difference.
+RTOL = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+ATOL = {torch.float32: 2e-6, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+ATOL_POST_OP = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
+
+
+def run_python(*arguments: str, level: str | None, **options) -> subprocess.CompletedProcess[str]:
+    """A process that finds this very package and runs at `level`, None being its own choice."""
+    paths = [str(Path(ipex_quant.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    variables.pop("IPEX_QUANT_ISA", None)
+    if level is not None:
+        variables["IPEX_QUANT_ISA"] = level
+    command = [sys.executable, *(["-S"] if sys.flags.no_site else []), *arguments]
+    return subprocess.run(command, env=variables, text=True, timeout=300, **options)
+
+
+def run_worker(kind: str, path: Path, level: str | None = None) -> tuple[Results, str]:
+    run_python(str(Path(__file__).with_name("isa_worker.py")), kind, str(path), level=level, check=True)
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["isa"]  # noqa: SIM118
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("isa")
+
+
+@pytest.fixture(scope="module")
+def expected(directory: Path) -> Results:
+    return run_worker("reference", directory / "reference.safetensors")[0]
+
+
+@pytest.fixture(scope="module")
+def results(directory: Path) -> dict[str, Results]:
+    computed = {level: run_worker("native", directory / level, level) for level in LEVELS}
+    assert {level: isa for level, (_, isa) in computed.items()} == {level: level for level in LEVELS}
+    return {level: tensors for level, (tensors, _) in computed.items()}
+
+
+def is_integer(name: str) -> bool:
+    """Whether the sums of this case are of integers, and so have one right result on every machine."""
+    scheme, lowp_mode, *_ = name.split("|")
+    return lowp_mode == "INT8" and not scheme.startswith("fp8")
+
+
+def post_op_of(name: str) -> str:
+    return name.split("|")[4]
+
+
+def has_exact_post_op(name: str) -> bool:
+    return post_op_of(name) not in ("GELU", "NEW_GELU", "SILU")
+
+
+def check(mismatches: list[str], total: int) -> None:
+    assert total > 0
+    assert not mismatches, f"{len(mismatches)} of {total} differ, among them " + "; ".join(mismatches[:5])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_quantized_weight_is_bit_equal_to_the_definition(results, expected: Results, level: str) -> None:
+    names = [name for name in expected if not name.endswith("/y")]
+    got = results[level]
+    as_bytes = {name: (got[name].contiguous().view(torch.uint8), expected[name].view(torch.uint8)) for name in names}
+    check([name for name, (a, b) in as_bytes.items() if not torch.equal(a, b)], len(names))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_integer_compute_is_bit_equal_to_the_definition(results, expected: Results, level: str) -> None:
+    names = [name for name in expected if name.endswith("/y") and is_integer(name) and has_exact_post_op(name)]
+    check([name for name in names if not torch.equal(results[level][name], expected[name])], len(names))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_result_is_close_to_the_definition(results, expected: Results, level: str) -> None:
+    names = [name for name in expected if name.endswith("/y")]
+    mismatches = []
+    for name in names:
+        value, reference = results[level][name], expected[name]
+        assert value.dtype == reference.dtype
+        atol = (ATOL if post_op_of(name) == "NONE" else ATOL_POST_OP)[reference.dtype]
+        if not torch.allclose(value.double(), reference.double(), RTOL[reference.dtype], atol):
+            mismatches.append(f"{name} by {(value.double() - reference.double()).abs().max():.3g}")
+    check(mismatches, len(names))
+
+
+@pytest.mark.skipif(len(LEVELS) < 2, reason="this machine runs one level")
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_packed_bytes_and_integer_results_do_not_depend_on_the_level(results, level: str) -> None:
+    names = [
+        name for name in results[LEVELS[0]] if name.endswith("/packed") or (name.endswith("/y") and is_integer(name))
+    ]
+    generic, other = results[LEVELS[0]], results[level]
+    exact = [name for name in names if name.endswith("/packed") or has_exact_post_op(name)]
+    check([name for name in exact if not torch.equal(generic[name], other[name])], len(exact))
+
+
+def test_unknown_level_is_an_error_that_lists_the_choices() -> None:
+    done = run_python("-c", "from ipex_quant import ops; ops.isa_name()", level="avx9000", capture_output=True)
+    assert done.returncode == 1
+    for words in ("IPEX_QUANT_ISA", "avx9000", *LEVELS):
+        assert words in done.stderr
+
+
+def test_default_level_is_the_highest() -> None:
+    code = "from ipex_quant import ops; print(ops.isa_name())"
+    assert run_python("-c", code, level=None, capture_output=True).stdout.strip() == LEVELS[-1]
