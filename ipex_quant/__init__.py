@@ -1,0 +1,45 @@
+"""Weight-only quantization of large language models for CPUs, with the API of Intel Extension for PyTorch.
+
+Importing this is cheap: submodules load when they are first used, native kernels with them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_SUBMODULES = ("llm", "nn", "ops", "quantization")
+
+__all__ = ["explain", "show_config", *_SUBMODULES]
+
+
+def show_config() -> None:
+    """Print the versions of this package and torch, the instruction set its kernels use, and torch's threads."""
+    from importlib.metadata import version
+
+    import torch
+
+    from . import ops
+
+    print(f"ipex_quant  {version('ipex_quant')}")
+    print(f"torch       {torch.__version__}")
+    print(f"ISA         {ops.isa_name()}")
+    print(f"threads     {torch.get_num_threads()}")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name == "explain":
+        from .llm.explain import explain
+
+        return explain
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version(__name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

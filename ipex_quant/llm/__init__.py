@@ -1,0 +1,14 @@
+"""Quantized large language models: `optimize`, `save`, `load` and what they are made of.
+
+Importing this registers the quantization method ``ipex_quant`` with transformers, so that `from_pretrained` loads what
+`save` or `save_pretrained` wrote.
+"""
+
+from . import utils
+from ._optimize import optimize
+from .hf_quantizer import register
+from .saving import load, save
+
+__all__ = ["load", "optimize", "save", "utils"]
+
+register()

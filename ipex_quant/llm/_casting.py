@@ -1,0 +1,51 @@
+"""Casting what stays in float to the dtype a model computes in."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import torch
+from torch import nn
+
+from ..nn import WeightOnlyQuantizedLinear
+
+
+def cast_float(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the float parameters and saved buffers of `model` to `dtype`, in place.
+
+    As when transformers loads a model in `dtype`, three things keep their precision: parameters whose dtype is not the
+    model's main one, those that the model's class keeps in float32, and buffers that are not saved, such as rotary
+    frequencies.
+    """
+    exceptions = _kept_in_float32(model, dtype)
+    main = main_dtype(model)
+    for name, module in model.named_modules():
+        if isinstance(module, WeightOnlyQuantizedLinear):
+            module.to(dtype)
+            continue
+        saved = {key for key in module._buffers if key not in module._non_persistent_buffers_set}
+        for key, tensor in (*module._parameters.items(), *((key, module._buffers[key]) for key in saved)):
+            path = f"{name}.{key}" if name else key
+            if tensor is not None and tensor.dtype == main and not (exceptions and exceptions.search(path)):
+                tensor.data = tensor.data.to(dtype)
+
+
+def main_dtype(model: nn.Module) -> torch.dtype:
+    """Dtype of most float parameters of `model`, by number of elements; float32 when it has none."""
+    counts = Counter({torch.float32: 0})
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] += parameter.numel()
+    return max(counts, key=counts.__getitem__)
+
+
+def _kept_in_float32(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """Patterns that transformers classes declare: `_strict` ones for any narrow dtype, the others for float16."""
+    names = set()
+    for module in model.modules():
+        if dtype != torch.float32:
+            names.update(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+        if dtype == torch.float16:
+            names.update(getattr(module, "_keep_in_fp32_modules", None) or ())
+    return re.compile("|".join(name.replace("*", ".*") for name in sorted(names))) if names else None

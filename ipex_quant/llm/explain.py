@@ -1,0 +1,102 @@
+"""`explain`: how each module of a model is computed, or why it stayed in float."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, fields
+
+from torch import nn
+
+from .. import ops
+from ..nn import WeightOnlyQuantizedLinear
+from ..nn.linears import is_linear, weight_matrix
+from ..numerics.scheme import WoqLowpMode
+from ..quantization._quantize import FLOAT_REASONS
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one module is computed. `nbytes` counts its own tensors; `reason` says why it is in float, if it is."""
+
+    module: str
+    scheme: str
+    shape: tuple[int, ...]
+    compute: str
+    kernel: str
+    isa: str
+    nbytes: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: `rows`, one a module; printed as a table."""
+
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        header = [field.name for field in fields(Row)]
+        header[header.index("nbytes")], header[header.index("reason")] = "bytes", "why float"
+        cells = [header, *([_cell(value) for value in astuple(row)] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+        ]
+        quantized = [row.nbytes for row in self.rows if not row.reason]
+        rest = [row.nbytes for row in self.rows if row.reason]
+        lines.append(
+            f"{len(quantized)} modules quantized, {sum(quantized):,} bytes; {len(rest)} in float, {sum(rest):,} bytes"
+        )
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module) -> Explanation:
+    """How each module of `model` that holds a weight matrix is computed: scheme, shape, compute mode, kernel, bytes.
+
+    A module in float comes with the reason. Norms and other modules with nothing but vectors are left out.
+    """
+    reasons = getattr(model, FLOAT_REASONS, {})
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, WeightOnlyQuantizedLinear):
+            rows.append(_quantized_row(name, module))
+        elif any(p.dim() > 1 for p in module.parameters(recurse=False)):
+            rows.append(_float_row(name, module, reasons.get(name) or _reason(module)))
+    return Explanation(tuple(rows))
+
+
+def _quantized_row(name: str, module: WeightOnlyQuantizedLinear) -> Row:
+    dtype = module.weight.dtype
+    mode, act = module._lowp_mode, module._act_quant_mode
+    compute = mode.name.lower() if mode != WoqLowpMode.NONE else str(dtype).removeprefix("torch.")
+    if mode == WoqLowpMode.INT8:
+        compute += f" ({act.name.lower()})"
+    shape = (module.out_features, module.in_features)
+    if module.scheme is None:
+        return Row(name, module.dtype.name.lower(), shape, compute, "", "", 0, "it has no weight yet")
+    kernel = ops.kernel_name(module.scheme, mode, dtype)
+    return Row(name, str(module.scheme), shape, compute, kernel, ops.isa_name(), module.nbytes)
+
+
+def _float_row(name: str, module: nn.Module, reason: str) -> Row:
+    parameters = list(module.parameters(recurse=False))
+    largest = weight_matrix(module) if is_linear(module) else max(parameters, key=lambda p: p.numel())
+    dtype = str(largest.dtype).removeprefix("torch.")
+    nbytes = sum(p.numel() * p.element_size() for p in parameters)
+    return Row(name, dtype, tuple(largest.shape), dtype, "torch", "", nbytes, reason)
+
+
+def _reason(module: nn.Module) -> str:
+    if is_linear(module):
+        return "not asked to be quantized"
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    if not convolution and any(p.dim() == 3 for p in module.parameters(recurse=False)):
+        return "experts in 3-D parameters are not supported yet"
+    return f"{type(module).__name__} is no linear layer"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,82 @@
+"""Directories of quantized models: what `save` writes, `load` reads back bit-equal."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+
+from .hf_quantizer import METHOD
+
+MAX_SHARD_SIZE = "5GB"
+
+
+def save(model: PreTrainedModel, directory: str | os.PathLike, tokenizer: Any = None) -> None:
+    """Write a model that `optimize` quantized, and its `tokenizer` if given, to `directory`.
+
+    The files are those of `save_pretrained`: config.json and plain tensors in safetensors, several files when large.
+    They are complete before the first appears under its name. Other files in `directory` stay. Raises TypeError for
+    another kind of model, ValueError for one that is not quantized.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
+    config = getattr(model.config, "quantization_config", None) or {}
+    if dict(config).get("quant_method") != METHOD:
+        raise ValueError("model: expected one that ipex_quant.llm.optimize quantized")
+    directory = Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as folder:
+        staging = Path(folder) / "model"
+        staging.mkdir()
+        # The model's own names: conversions to those of the original checkpoint do not know quantized tensors.
+        model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE, save_original_format=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        _publish(staging, directory)
+
+
+def load(directory: str | os.PathLike) -> PreTrainedModel:
+    """Load a directory that `save` or the model's `save_pretrained` wrote; no float weight is made on the way.
+
+    Raises ValueError for a directory without a quantized model's config.json, and for missing, additional or unfitting
+    tensors.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory}: expected a directory with a config.json")
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        method = (config.get("quantization_config") or {}).get("quant_method")
+        (architecture,) = config["architectures"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{directory / 'config.json'}: not a model's configuration ({error!r})") from error
+    if method != METHOD:
+        raise ValueError(
+            f"{directory}: expected quant_method {METHOD!r} in config.json, got {method!r}; load other models with "
+            "transformers and llm.optimize"
+        )
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise ValueError(f"{directory}: transformers {transformers.__version__} has no {architecture}")
+    model, info = model_class.from_pretrained(directory, local_files_only=True, output_loading_info=True)
+    wrong = {kind: sorted(names) for kind, names in info.items() if names}
+    if wrong:
+        raise ValueError(f"{directory}: the tensors do not fit the model: {wrong}")
+    return model
+
+
+def _publish(staging: Path, directory: Path) -> None:
+    if not directory.exists():
+        staging.rename(directory)
+        return
+    new = {file.name for file in staging.iterdir()}
+    for old in directory.glob("model*.safetensors*"):
+        if old.name not in new:  # of an earlier save, with other shards
+            old.unlink()
+    for name in sorted(new, key=lambda name: (name == "config.json", name)):
+        os.replace(staging / name, directory / name)

@@ -1,0 +1,6 @@
+"""Quantized modules."""
+
+from .weight_only_linear import WeightOnlyQuantizedLinear
+from .weight_tensors import QuantDtype, QuantMethod, WoqWeightFormat
+
+__all__ = ["QuantDtype", "QuantMethod", "WeightOnlyQuantizedLinear", "WoqWeightFormat"]

@@ -1,0 +1,49 @@
+"""Which modules are linear layers, and where their weight is."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Weight and activation dtypes that weight-only quantization takes."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is an ``nn.Linear`` or transformers ``Conv1D``, or a subclass of one."""
+    return isinstance(module, (nn.Linear, *_conv1d()))
+
+
+def weight_matrix(module: nn.Module) -> torch.Tensor:
+    """Weight of a linear layer as ``[out_features, in_features]``; a view, since ``Conv1D`` stores it transposed."""
+    return module.weight.detach().t() if isinstance(module, _conv1d()) else module.weight.detach()
+
+
+def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
+    """Why no quantized layer can stand where the linear layer `module`, a child of `parent`, is; None when one can."""
+    base = next(cls for cls in (nn.Linear, *_conv1d()) if isinstance(module, cls))
+    if type(module).forward is not base.forward:
+        return f"{type(module).__name__} overrides {base.__name__}.forward"
+    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return f"its parent nn.{type(parent).__name__} reads the weight without calling the module"
+    return None
+
+
+def weight_obstacle(module: nn.Module) -> str | None:
+    """Why the weight of the linear layer `module` cannot be quantized; None when it can."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from other parameters"
+    if weight.dtype not in FLOAT_DTYPES:
+        return f"its weight is {weight.dtype}, not float32, bfloat16 or float16"
+    if weight.device.type != "cpu":
+        return f"its weight is on device {weight.device}, not cpu"
+    return "its weight is empty" if weight.numel() == 0 else None
+
+
+def _conv1d() -> tuple[type, ...]:
+    # Without transformers imported no instance of its class can exist, so there is no need to import it here.
+    library = sys.modules.get("transformers.pytorch_utils")
+    return (library.Conv1D,) if library else ()

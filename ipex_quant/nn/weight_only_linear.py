@@ -1,0 +1,405 @@
+"""`WeightOnlyQuantizedLinear`: a linear layer that holds its weight packed, in 8 or 4 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from .. import ops
+from ..numerics import affine
+from ..numerics.quantized_weight import CODE_DTYPES, QuantizedWeight
+from ..numerics.scheme import (
+    PER_CHANNEL,
+    WeightScheme,
+    WoqActQuantMode,
+    WoqLowpMode,
+    WoqWeightDtype,
+    WoqWeightQScheme,
+)
+from .linears import weight_matrix
+from .weight_tensors import QuantDtype, QuantMethod, WoqWeightFormat, read_tensors
+
+_WEIGHT_NAMES = ("codes", "scales", "zero_points", "g_idx")
+
+
+class WeightOnlyQuantizedLinear(nn.Module):
+    """``y = x @ dequantize(weight).T + bias`` with a packed weight ``[out_features, in_features]``.
+
+    `x` is float32, bfloat16 or float16 ``[..., in_features]`` on the CPU, the result ``[..., out_features]`` in its
+    dtype. The state dict holds plain tensors: `codes`, `scales`, `zero_points` and `g_idx` of `QuantizedWeight`, and
+    `bias` in float32, each where there is one; saving unpacks the weight and loading packs it. The constructor makes a
+    module without a weight, whose scheme `load_state_dict` finds from the tensors; `from_float` and
+    `from_quantized_weight` make one with it. RuntimeError when it is called without a weight or moved off the CPU.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias_: bool = True, dtype: WoqWeightDtype = WoqWeightDtype.INT8
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self._has_bias = bias_
+        self.dtype = WoqWeightDtype(dtype)
+        self.scheme: WeightScheme | None = None
+        self._lowp_mode = WoqLowpMode.NONE
+        self._act_quant_mode = WoqActQuantMode.NONE
+        self._cache_weight_for_large_batch = False
+        self.register_buffer("_packed", None, persistent=False)
+        self.register_buffer("_perm", None, persistent=False)
+        self.register_buffer("_bias", None, persistent=False)
+        # Remembers the dtype that `.to(dtype)` asked for, which only `weight` reports.
+        self.register_buffer("_float", torch.empty(0), persistent=False)
+
+    @classmethod
+    def from_quantized_weight(
+        cls,
+        qw: QuantizedWeight,
+        bias: torch.Tensor | None = None,
+        lowp_mode: WoqLowpMode = WoqLowpMode.NONE,
+        act_quant_mode: WoqActQuantMode = WoqActQuantMode.NONE,
+    ) -> WeightOnlyQuantizedLinear:
+        """Pack `qw`, with a float `bias` ``[out_features]``; ValueError when the bias has another shape."""
+        out_features, in_features = qw.shape
+        module = cls(in_features, out_features, bias is not None, qw.scheme.dtype)
+        module._lowp_mode = WoqLowpMode(lowp_mode)
+        module._act_quant_mode = WoqActQuantMode(act_quant_mode)
+        module._set_weight(qw)
+        module._set_bias(bias)
+        return module
+
+    @classmethod
+    def from_float(
+        cls, mod: nn.Module, scales: torch.Tensor | None = None, zero_points: torch.Tensor | None = None
+    ) -> nn.Module:
+        """Quantize the linear layer `mod` as its attribute `qconfig`, a `QConfigWoq`, says.
+
+        `scales` and `zero_points`, ``[out_features]`` or ``[out_features, groups]``, are used as they are when given. A
+        bias of zeros is dropped. `mod` itself is returned when its qconfig is not a weight-only one. ValueError when it
+        has none, or when the weight holds NaN or Inf.
+        """
+        qconfig = getattr(mod, "qconfig", None)
+        if qconfig is None:
+            raise ValueError("mod.qconfig: expected a QConfigWoq, got none; run prepare() or set it")
+        if not hasattr(qconfig, "weight_dtype"):
+            return mod
+        weight = weight_matrix(mod)
+        symmetric = qconfig.weight_qscheme == WoqWeightQScheme.SYMMETRIC
+        scheme = WeightScheme(qconfig.weight_dtype, symmetric, qconfig.group_size)
+        if scales is None:
+            qw = ops.quantize_weight(weight, scheme)
+        else:
+            rows = len(weight)
+            zero_points = None if zero_points is None else zero_points.reshape(rows, -1).to(torch.int16)
+            qw = affine.quantize(weight, scheme, scales.reshape(rows, -1).float(), zero_points)
+        bias = mod.bias if mod.bias is not None and mod.bias.any() else None
+        return cls._like(mod, qw, bias).to(weight.dtype)
+
+    @classmethod
+    def from_float_and_qweight(
+        cls,
+        mod: nn.Module,
+        qweight: torch.Tensor,
+        dtype: WoqWeightDtype,
+        scales: torch.Tensor,
+        zero_points: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
+        group_size: int = PER_CHANNEL,
+        g_idx: torch.Tensor | None = None,
+        weight_format: WoqWeightFormat = WoqWeightFormat.PLAIN_FORMAT,
+    ) -> WeightOnlyQuantizedLinear:
+        """Replace the linear layer `mod`, whose weight is not read, by one with the quantized tensors given.
+
+        Layouts are those of `read_tensors`. `bias` is `mod`'s own when None. The compute mode is that of
+        ``mod.qconfig`` when there is one. Raises ValueError or TypeError for tensors that do not fit.
+        """
+        tensors = {"qweight": qweight, "scales": scales, "zero_points": zero_points, "g_idx": g_idx}
+        shape = (mod.out_features, mod.in_features)
+        qw = read_tensors(tensors, WoqWeightDtype(dtype), shape, group_size, WoqWeightFormat(weight_format))
+        return cls._like(mod, qw, mod.bias if bias is None else bias)
+
+    @classmethod
+    def from_float_and_int4_weight(
+        cls,
+        mod: nn.Module,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        zero_points: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
+        group_size: int = PER_CHANNEL,
+        g_idx: torch.Tensor | None = None,
+        weight_format: WoqWeightFormat = WoqWeightFormat.PLAIN_FORMAT,
+    ) -> WeightOnlyQuantizedLinear:
+        """`from_float_and_qweight` with INT4 codes."""
+        return cls.from_float_and_qweight(
+            mod, qweight, WoqWeightDtype.INT4, scales, zero_points, bias, group_size, g_idx, weight_format
+        )
+
+    @classmethod
+    def from_int4_weight(
+        cls,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        zero_points: torch.Tensor | None,
+        in_features: int,
+        out_features: int,
+        quant_method: QuantMethod,
+        qconfig: Any = None,
+        bias: torch.Tensor | None = None,
+        group_size: int = PER_CHANNEL,
+        g_idx: torch.Tensor | None = None,
+    ) -> WeightOnlyQuantizedLinear:
+        """Make a layer of an INT4 checkpoint's tensors, in the layout of `quant_method`.
+
+        `qconfig` (a `QConfigWoq` or a mapping with a global one) sets the compute mode; None is BF16. Raises ValueError
+        or TypeError for tensors that do not fit the shape or each other.
+        """
+        formats = {QuantMethod.GPTQ_GEMM: WoqWeightFormat.GPTQ_FORMAT, QuantMethod.AWQ_GEMM: WoqWeightFormat.AWQ_FORMAT}
+        tensors = {"qweight": qweight, "scales": scales, "zero_points": zero_points, "g_idx": g_idx}
+        weight_format = formats[QuantMethod(quant_method)]
+        qw = read_tensors(tensors, WoqWeightDtype.INT4, (out_features, in_features), group_size, weight_format)
+        module = cls.from_quantized_weight(qw, bias, WoqLowpMode.BF16)
+        module._set_compute(getattr(qconfig, "global_qconfig", qconfig))
+        return module
+
+    @classmethod
+    def from_weight(
+        cls,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        zero_points: torch.Tensor | None,
+        in_features: int,
+        out_features: int,
+        qconfig: Any = None,
+        bias: torch.Tensor | None = None,
+        group_size: int = PER_CHANNEL,
+        g_idx: torch.Tensor | None = None,
+        quant_method: QuantMethod = QuantMethod.GPTQ_GEMM,
+        dtype: QuantDtype = QuantDtype.INT4,
+        **kwargs: Any,
+    ) -> WeightOnlyQuantizedLinear:
+        """`from_int4_weight` with IPEX's other order of arguments; further keywords are ignored, as IPEX does."""
+        QuantDtype(dtype)
+        shape = (in_features, out_features)
+        return cls.from_int4_weight(
+            qweight, scales, zero_points, *shape, quant_method, qconfig, bias, group_size, g_idx
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_fused(x, ops.PostOp.NONE)
+
+    def forward_fused(self, x: torch.Tensor, post_op: ops.PostOp, *others: torch.Tensor) -> torch.Tensor:
+        """The layer followed by `post_op`, whose further operands `others` are ``[..., out_features]``, in one call."""
+        if self._packed is None:
+            raise RuntimeError("WeightOnlyQuantizedLinear has no weight yet; load a state dict or use from_float")
+        return ops.woq_linear(
+            x,
+            self._packed,
+            self.out_features,
+            bias=self._bias,
+            perm=self._perm,
+            lowp_mode=self._lowp_mode,
+            act_quant_mode=self._act_quant_mode,
+            post_op=post_op,
+            others=others,
+        )
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The plain form of the weight, unpacked into new tensors; RuntimeError when there is none."""
+        if self._packed is None:
+            raise RuntimeError("WeightOnlyQuantizedLinear has no weight yet; load a state dict or use from_float")
+        shape = (self.out_features, self.in_features)
+        return ops.unpack_weight(ops.PackedWeight(self._packed, self._perm, self.scheme, shape))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as a float tensor that is only dequantized when its values are read.
+
+        Model code asks linear layers for ``weight.dtype``, ``.shape`` and ``.device``; these cost nothing.
+        """
+        return _DequantizedOnRead(self)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias ``[out_features]`` in the dtype of `weight`, or None."""
+        return None if self._bias is None else self._bias.to(self._float.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the layer holds: packed weight, bias and input permutation."""
+        return sum(b.numel() * b.element_size() for b in (self._packed, self._bias, self._perm) if b is not None)
+
+    @property
+    def _group_size(self) -> int:
+        return PER_CHANNEL if self.scheme is None else self.scheme.group_size
+
+    @property
+    def _weight_qscheme(self) -> WoqWeightQScheme:
+        if self.scheme is None:
+            return WoqWeightQScheme.UNDEFINED
+        return WoqWeightQScheme.SYMMETRIC if self.scheme.symmetric else WoqWeightQScheme.ASYMMETRIC
+
+    def extra_repr(self) -> str:
+        fields = {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "dtype": self.dtype.name.lower(),
+            "bias": self._has_bias,
+            "lowp_mode": self._lowp_mode.name.lower(),
+            "act_quant_mode": self._act_quant_mode.name.lower(),
+            "group_size": self._group_size,
+            "cache_weight_for_large_batch": self._cache_weight_for_large_batch,
+            "weight_qscheme": self._weight_qscheme.name.lower(),
+        }
+        return ", ".join(f"{name}={value}" for name, value in fields.items())
+
+    @classmethod
+    def _like(cls, mod: nn.Module, qw: QuantizedWeight, bias: torch.Tensor | None) -> WeightOnlyQuantizedLinear:
+        module = cls.from_quantized_weight(qw, bias)
+        module._set_compute(getattr(mod, "qconfig", None))
+        return module.train(mod.training)
+
+    def _set_compute(self, qconfig: Any) -> None:
+        if qconfig is not None:
+            self._lowp_mode = WoqLowpMode(qconfig.lowp_mode)
+            self._act_quant_mode = WoqActQuantMode(qconfig.act_quant_mode)
+            self._cache_weight_for_large_batch = qconfig.cache_weight_for_large_batch
+
+    def _set_weight(self, qw: QuantizedWeight) -> None:
+        packed = ops.pack_weight(qw)
+        self.dtype, self.scheme = qw.scheme.dtype, qw.scheme
+        self._packed, self._perm = packed.data, packed.perm
+
+    def _set_bias(self, bias: torch.Tensor | None) -> None:
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ValueError(f"bias: expected shape [{self.out_features}], got {list(bias.shape)}")
+        self._bias = None if bias is None else bias.detach().to(torch.float32, copy=True)
+        self._has_bias = bias is not None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> WeightOnlyQuantizedLinear:
+        device = fn(torch.empty(0)).device
+        if device.type != "cpu":
+            raise RuntimeError(f"WeightOnlyQuantizedLinear is packed for the CPU, it cannot be moved to {device}")
+        bias = self._bias
+        super()._apply(fn, recurse)
+        if bias is not None and self._bias.dtype != bias.dtype:
+            self._bias = bias  # the op takes it in float32, whatever the dtype of the activations
+        return self
+
+    def _plain_tensors(self) -> dict[str, torch.Tensor]:
+        qw = None if self._packed is None else self.quantized_weight()
+        tensors = {name: getattr(qw, name, None) for name in _WEIGHT_NAMES} | {"bias": self._bias}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self._plain_tensors().items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = {prefix + name: name for name in (*_WEIGHT_NAMES, "bias")}
+        own = {names[key]: value for key, value in state_dict.items() if key in names}
+        rest = {key: value for key, value in state_dict.items() if key not in names}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        expected = self._expected_names(own)
+        missing = [name for name in expected if name not in own]
+        unexpected = [name for name in own if name not in expected]
+        missing_keys += [prefix + name for name in missing]
+        unexpected_keys += [prefix + name for name in unexpected]
+        weight_names = [name for name in _WEIGHT_NAMES if name in own]
+        if weight_names and set(_WEIGHT_NAMES).isdisjoint(missing + unexpected):
+            self._load(prefix, self._load_weight, own, error_msgs)
+        elif weight_names:  # not even without `strict`, of which torch tells only its caller
+            error_msgs.append(f"{prefix}codes: a weight loads whole or not at all, got {weight_names} of {expected}")
+        if "bias" in own and "bias" in expected:
+            self._load(prefix, self._set_bias, own["bias"], error_msgs)
+
+    @staticmethod
+    def _load(prefix: str, load: Any, value: Any, error_msgs: list[str]) -> None:
+        try:
+            load(value)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(prefix + str(error))
+
+    def _expected_names(self, given: dict[str, torch.Tensor]) -> list[str]:
+        if self.scheme is None:
+            names = ["codes", "scales", *(name for name in ("zero_points", "g_idx") if name in given)]
+        else:
+            optional = {"zero_points": not self.scheme.symmetric, "g_idx": self._perm is not None}
+            names = ["codes", "scales", *(name for name, present in optional.items() if present)]
+        return [*names, "bias"] if self._has_bias else names
+
+    def _load_weight(self, tensors: dict[str, torch.Tensor]) -> None:
+        scheme = self.scheme or self._find_scheme(tensors)
+        shape = (self.out_features, self.in_features)
+        self._set_weight(
+            QuantizedWeight(
+                tensors["codes"],
+                tensors["scales"],
+                tensors.get("zero_points"),
+                tensors.get("g_idx"),
+                scheme,
+                shape,
+            )
+        )
+
+    def _find_scheme(self, tensors: dict[str, torch.Tensor]) -> WeightScheme:
+        """Scheme of a plain weight: the number of groups of a row leaves only one power of two for their size."""
+        if tensors["codes"].dtype != CODE_DTYPES[self.dtype]:
+            raise TypeError(
+                f"codes: {self.dtype.name} has {CODE_DTYPES[self.dtype]}, got {tensors['codes'].dtype}; "
+                "give the module the right dtype"
+            )
+        groups = tensors["scales"].shape[-1]
+        sizes = [PER_CHANNEL] + [1 << bit for bit in range(max(self.in_features - 1, 1).bit_length())]
+        symmetric = "zero_points" not in tensors
+        for size in sizes:
+            scheme = WeightScheme(self.dtype, symmetric, size)
+            if scheme.group_count(self.in_features) == groups:
+                return scheme
+        raise ValueError(f"scales: no group size divides {self.in_features} input features into {groups} groups")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickles may be read by another machine or version, so they hold the plain weight.
+        plain = None if self._packed is None else self.quantized_weight()
+        buffers = {**self._buffers, "_packed": None, "_perm": None}
+        return {**self.__dict__, "_buffers": buffers, "_plain": plain}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        plain = state.pop("_plain")
+        super().__setstate__(state)
+        if plain is not None:
+            self._set_weight(plain)
+
+
+class _DequantizedOnRead(torch.Tensor):
+    """Float ``[out_features, in_features]`` stand-in for a packed weight: dtype and shape now, values when used."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, layer: WeightOnlyQuantizedLinear) -> torch.Tensor:
+        shape = (layer.out_features, layer.in_features)
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layer._float.dtype, device=layer._float.device)
+
+    def __init__(self, layer: WeightOnlyQuantizedLinear) -> None:
+        self._layer = layer
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(cls, cls._read, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _read(self) -> torch.Tensor:
+        return affine.dequantize(self._layer.quantized_weight(), self.dtype)

@@ -1,0 +1,83 @@
+"""IPEX's helpers to quantize and dequantize one weight tensor."""
+
+from __future__ import annotations
+
+import torch
+
+from ..numerics import affine
+from ..numerics.quantized_weight import QuantizedWeight
+from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
+
+Parameters = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
+_TWO_A_BYTE = (WoqWeightDtype.INT4, WoqWeightDtype.NF4)
+
+
+def quantize_per_channel(
+    t: torch.Tensor,
+    dtype: WoqWeightDtype,
+    scales: torch.Tensor | None = None,
+    zero_points: torch.Tensor | None = None,
+    sym_quant: bool = False,
+) -> Parameters:
+    """Quantize `t`, float ``[N, K]``, with one scale a row; see `quantize_per_block`."""
+    return quantize_per_block(t, dtype, PER_CHANNEL, scales, zero_points, sym_quant)
+
+
+def quantize_per_block(
+    t: torch.Tensor,
+    dtype: WoqWeightDtype,
+    group_size: int,
+    scales: torch.Tensor | None = None,
+    zero_points: torch.Tensor | None = None,
+    sym_quant: bool = False,
+) -> Parameters:
+    """Quantize `t`, float ``[N, K]``, with one scale for `group_size` columns of a row.
+
+    Returns the codes (int8 ``[N, K]``, uint8 ``[N, ceil(K / 2)]`` with even k low, or float8), `scales` float32 and
+    `zero_points` int16 ``[N, groups]``, or None when symmetric, as NF4 and FP8 always are. Given `scales` and
+    `zero_points` are used as they are. Raises as `numerics.affine.quantize` does.
+    """
+    symmetric = sym_quant or dtype in (WoqWeightDtype.NF4, WoqWeightDtype.FP8)
+    scheme = WeightScheme(dtype, symmetric, group_size)
+    if scales is not None:
+        scales = scales.reshape(len(t), -1).float()
+    qw = affine.quantize(t, scheme, scales, _zero_points(zero_points, len(t)))
+    return qw.codes, qw.scales, qw.zero_points
+
+
+def dequantize_per_channel(
+    qt: torch.Tensor,
+    scales: torch.Tensor,
+    zps: torch.Tensor | None,
+    dtype: WoqWeightDtype,
+    weight_shape: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """Float32 ``[N, K]`` of codes with one scale a row; see `dequantize_per_block`."""
+    return dequantize_per_block(qt, scales, zps, dtype, PER_CHANNEL, weight_shape)
+
+
+def dequantize_per_block(
+    qt: torch.Tensor,
+    scales: torch.Tensor,
+    zps: torch.Tensor | None,
+    dtype: WoqWeightDtype,
+    group_size: int,
+    weight_shape: tuple[int, int] | None = None,
+    g_idx: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Float32 ``[N, K]`` of what `quantize_per_block` returns.
+
+    `weight_shape` tells an odd K of two codes a byte; `g_idx`, int ``[K]``, is the group of every column (act-order).
+    Raises ValueError or TypeError when the tensors do not fit each other.
+    """
+    rows = len(qt)
+    columns = qt.shape[1] * 2 if dtype in _TWO_A_BYTE else qt.shape[1]
+    shape = (rows, columns) if weight_shape is None else tuple(weight_shape)
+    scheme = WeightScheme(dtype, zps is None, group_size)
+    g_idx = None if g_idx is None else g_idx.to(torch.int32)
+    scales = scales.reshape(rows, -1).float()
+    return affine.dequantize(QuantizedWeight(qt, scales, _zero_points(zps, rows), g_idx, scheme, shape))
+
+
+def _zero_points(zero_points: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+    return None if zero_points is None else zero_points.reshape(rows, -1).to(torch.int16)

@@ -1,0 +1,79 @@
+"""Which linear layers of a model a torch `QConfigMapping` quantizes, and why it leaves the others in float."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+from torch import nn
+from torch.ao.quantization import QConfigMapping
+
+from ..nn.linears import is_linear, obstacle, weight_obstacle
+from ._qconfig import QConfigWoq
+
+
+def choose_qconfigs(
+    mapping: QConfigMapping, model: nn.Module, read_weights: bool = True
+) -> tuple[dict[str, QConfigWoq], dict[str, str]]:
+    """Configuration of every linear layer of `model` to quantize, and why each other one stays in float, by name.
+
+    Without `read_weights` the layers' own weights do not matter. Raises ValueError for a configuration that is not
+    weight-only.
+    """
+    _check_rules(mapping, model)
+    chosen, reasons = {}, {}
+    for name, module in model.named_modules():
+        if not is_linear(module):
+            continue
+        path = name.split(".") if name else []
+        lineage = [model.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1)]
+        qconfig, rule = _find_qconfig(mapping, name, lineage)
+        if qconfig is None:
+            reasons[name] = f"the mapping's {rule} is None"
+            continue
+        if not isinstance(qconfig, QConfigWoq):
+            raise ValueError(
+                f"{name or 'the model'}: the mapping's {rule} is a {type(qconfig).__name__}, not a weight-only "
+                "configuration; make one with get_weight_only_quant_qconfig_mapping (static and dynamic quantization "
+                "of activations are not supported yet)"
+            )
+        reason = obstacle(module, lineage[1] if path else None) or (read_weights and weight_obstacle(module))
+        if reason:
+            reasons[name] = reason
+        else:
+            chosen[name] = qconfig
+    return chosen, reasons
+
+
+def _check_rules(mapping: QConfigMapping, model: nn.Module) -> None:
+    """Raise ValueError for a kind of rule that is not supported; warn about a module name that `model` lacks."""
+    if mapping.module_name_object_type_order_qconfigs:
+        raise ValueError("QConfigMapping.set_module_name_object_type_order is not supported; use set_module_name")
+    unknown = mapping.module_name_qconfigs.keys() - {name for name, _ in model.named_modules(remove_duplicate=False)}
+    if unknown:
+        warnings.warn(f"QConfigMapping.set_module_name: the model has no module {sorted(unknown)}", stacklevel=4)
+
+
+def _find_qconfig(mapping: QConfigMapping, name: str, lineage: list[nn.Module]) -> tuple[Any, str]:
+    """QConfig of the module `name` and the rule that gave it, by torch's precedence.
+
+    That is: the rule for its name or that of the nearest module containing it, the first regex that matches, the rule
+    for its type or that of the nearest module containing it, the global one. `lineage` lists the module and the ones
+    that contain it, innermost first.
+    """
+    for prefix in _name_and_parents(name):
+        if prefix in mapping.module_name_qconfigs:
+            return mapping.module_name_qconfigs[prefix], f"set_module_name({prefix!r})"
+    for pattern, qconfig in mapping.module_name_regex_qconfigs.items():
+        if re.match(pattern, name):
+            return qconfig, f"set_module_name_regex({pattern!r})"
+    for module in lineage:
+        if type(module) in mapping.object_type_qconfigs:
+            return mapping.object_type_qconfigs[type(module)], f"set_object_type({type(module).__name__})"
+    return mapping.global_qconfig, "set_global"
+
+
+def _name_and_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]

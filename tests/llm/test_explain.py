@@ -1,0 +1,64 @@
+import pytest
+import torch
+from torch import nn
+
+import ipex_quant as ipex
+from ipex_quant.nn import WeightOnlyQuantizedLinear
+from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, get_weight_only_quant_qconfig_mapping
+
+
+def rows(model):
+    return {row.module: row for row in ipex.explain(model).rows}
+
+
+@pytest.fixture
+def mapping():
+    return get_weight_only_quant_qconfig_mapping(
+        weight_dtype=WoqWeightDtype.INT4, group_size=32, lowp_mode=WoqLowpMode.INT8
+    ).set_module_name("lm_head", None)
+
+
+def test_every_module_with_a_matrix_has_a_row(make_model, mapping):
+    found = rows(ipex.llm.optimize(make_model("qwen3_moe"), dtype=torch.bfloat16, quantization_config=mapping))
+    layer = "model.layers.0"
+    assert list(found)[:4] == ["model.embed_tokens", *(f"{layer}.self_attn.{name}_proj" for name in "qkv")]
+    row = found[f"{layer}.self_attn.q_proj"]
+    assert (row.scheme, row.shape, row.compute) == ("int4 asym g32", (64, 64), "int8 (per_batch_ic_block_sym)")
+    assert row.isa == ipex.ops.isa_name()
+    assert row.kernel
+    assert row.reason == ""
+    assert 64 * 64 // 2 < row.nbytes < 64 * 64
+    assert found[f"{layer}.mlp.experts"].reason == "experts in 3-D parameters are not supported yet"
+    assert found[f"{layer}.mlp.experts"].shape == (4, 64, 64)
+    assert found["lm_head"].reason == "the mapping's set_module_name('lm_head') is None"
+    assert found["lm_head"].nbytes == 96 * 64 * 2
+    assert found["model.embed_tokens"].reason == "Embedding is no linear layer"
+    assert f"{layer}.input_layernorm" not in found
+
+
+def test_the_table(llama, mapping):
+    text = str(ipex.explain(ipex.llm.optimize(llama, quantization_config=mapping)))
+    lines = text.splitlines()
+    assert lines[0].split() == ["module", "scheme", "shape", "compute", "kernel", "isa", "bytes", "why", "float"]
+    assert len(lines) == 1 + 16 + 1
+    assert "96x64" in text
+    assert lines[-1].startswith("14 modules quantized, ")
+    assert repr(ipex.explain(llama)) == str(ipex.explain(llama))
+
+
+def test_compute_modes(mapping):
+    model = nn.Sequential(nn.Linear(64, 64))
+    for mode, expected in [(WoqLowpMode.NONE, "float32"), (WoqLowpMode.BF16, "bf16"), (WoqLowpMode.FP16, "fp16")]:
+        mapping = get_weight_only_quant_qconfig_mapping(lowp_mode=mode)
+        converted = ipex.quantization.convert(ipex.quantization.prepare(model, mapping))
+        assert rows(converted)["0"].compute == expected
+    assert rows(converted.to(torch.bfloat16))["0"].compute == "fp16"
+
+
+def test_modules_nobody_asked_for():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 3), WeightOnlyQuantizedLinear(4, 4), nn.LayerNorm(4))
+    found = rows(model)
+    assert found["0"].reason == "not asked to be quantized"
+    assert found["1"].reason == "Conv1d is no linear layer"
+    assert found["2"].reason == "it has no weight yet"
+    assert "3" not in found

@@ -1,0 +1,194 @@
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import ipex_quant as ipex
+from ipex_quant.nn import WeightOnlyQuantizedLinear
+from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, get_weight_only_quant_qconfig_mapping
+
+
+def optimized(model, dtype=torch.bfloat16, **options):
+    options = {"weight_dtype": WoqWeightDtype.INT4, "group_size": 32, "lowp_mode": WoqLowpMode.INT8, **options}
+    mapping = get_weight_only_quant_qconfig_mapping(**options)
+    return ipex.llm.optimize(model, dtype=dtype, quantization_config=mapping, inplace=True)
+
+
+@pytest.fixture
+def saved(llama, tmp_path):
+    ipex.llm.save(optimized(llama), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_config(directory, change):
+    config = json.loads((directory / "config.json").read_text())
+    change(config)
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def test_any_model_comes_back_bit_equal(any_model, logits, tmp_path):
+    model = optimized(any_model)
+    ipex.llm.save(model, tmp_path / "model")
+    loaded = ipex.llm.load(tmp_path / "model")
+    assert torch.equal(logits(loaded), logits(model))
+    assert str(ipex.explain(loaded)).splitlines()[-1] == str(ipex.explain(model)).splitlines()[-1]
+    assert loaded.config.quantization_config == model.config.quantization_config
+    loaded.tie_weights()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("weight_dtype", list(WoqWeightDtype))
+def test_every_weight_and_activation_dtype(llama, logits, tmp_path, weight_dtype, dtype):
+    model = optimized(llama, dtype, weight_dtype=weight_dtype, lowp_mode=WoqLowpMode.NONE)
+    ipex.llm.save(model, tmp_path / "model")
+    loaded = ipex.llm.load(tmp_path / "model")
+    assert loaded.dtype == dtype
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_every_tensor_keeps_its_own_dtype(llama, logits, tmp_path):
+    llama.model.norm.to(torch.float64)
+    model = optimized(llama)
+    model.model.norm.to(torch.float32).weight.normal_()
+    ipex.llm.save(model, tmp_path / "model")
+    loaded = ipex.llm.load(tmp_path / "model")
+    assert loaded.model.norm.weight.dtype == torch.float32
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_transformers_saves_and_loads_it_too(llama, logits, tmp_path):
+    model = optimized(llama)
+    model.save_pretrained(tmp_path / "first")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "second")
+    again = ipex.llm.load(tmp_path / "second")
+    assert torch.equal(logits(again), logits(model))
+    assert isinstance(loaded.lm_head, WeightOnlyQuantizedLinear)
+
+
+def test_the_files_hold_plain_tensors(saved):
+    tensors = load_file(saved / "model.safetensors")
+    assert tensors["model.layers.0.mlp.up_proj.codes"].shape == (96, 32)
+    assert tensors["model.layers.0.mlp.up_proj.scales"].dtype == torch.float32
+    assert "lm_head.weight" not in tensors
+    assert not any("_packed" in name for name in tensors)
+
+
+def test_a_large_model_is_sharded(llama, logits, tmp_path, monkeypatch):
+    monkeypatch.setattr("ipex_quant.llm.saving.MAX_SHARD_SIZE", "40KB")
+    model = optimized(llama)
+    ipex.llm.save(model, tmp_path / "model")
+    assert len(list((tmp_path / "model").glob("model-*-of-*.safetensors"))) > 1
+    assert torch.equal(logits(ipex.llm.load(tmp_path / "model")), logits(model))
+
+
+def test_saving_again_replaces_the_model_and_keeps_other_files(llama, logits, tmp_path, monkeypatch):
+    directory = tmp_path / "model"
+    model = optimized(llama)
+    ipex.llm.save(model, directory)
+    (directory / "README.md").write_text("mine")
+    model.model.norm.weight.fill_(2)
+    monkeypatch.setattr("ipex_quant.llm.saving.MAX_SHARD_SIZE", "40KB")
+    ipex.llm.save(model, directory)
+    assert not (directory / "model.safetensors").exists()
+    assert (directory / "README.md").read_text() == "mine"
+    assert torch.equal(logits(ipex.llm.load(directory)), logits(model))
+
+
+def test_nothing_is_left_when_saving_fails(llama, tmp_path, monkeypatch):
+    model = optimized(llama)
+
+    def fail(folder, **options):
+        (folder / "config.json").write_text("{}")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(model, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        ipex.llm.save(model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_is_saved_with_it(llama, tmp_path):
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (folder / "tokenizer.json").write_text("{}")
+
+    ipex.llm.save(optimized(llama), tmp_path / "model", Tokenizer())
+    assert (tmp_path / "model" / "tokenizer.json").exists()
+
+
+def test_the_device_map_may_name_the_cpu_only(saved):
+    assert ipex.llm.load(saved).device.type == "cpu"
+    assert transformers.AutoModelForCausalLM.from_pretrained(saved, device_map="cpu").device.type == "cpu"
+    with pytest.raises(ValueError, match="run on the cpu"):
+        transformers.AutoModelForCausalLM.from_pretrained(saved, device_map={"": "meta"})
+
+
+def test_only_quantized_transformers_models_are_saved(llama, tmp_path):
+    with pytest.raises(TypeError, match="expected a transformers model, got Linear"):
+        ipex.llm.save(torch.nn.Linear(2, 2), tmp_path / "model")
+    with pytest.raises(ValueError, match=r"expected one that ipex_quant.llm.optimize quantized"):
+        ipex.llm.save(llama, tmp_path / "model")
+
+
+def test_other_directories_are_refused(llama, tmp_path):
+    with pytest.raises(ValueError, match=r"expected a directory with a config\.json"):
+        ipex.llm.load(tmp_path)
+    llama.save_pretrained(tmp_path / "float")
+    with pytest.raises(ValueError, match=r"expected quant_method 'ipex_quant' in config.json, got None"):
+        ipex.llm.load(tmp_path / "float")
+    (tmp_path / "float" / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="not a model's configuration"):
+        ipex.llm.load(tmp_path / "float")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.update(version=2), r"quantization_config\.version: expected 1, got 2"),
+        (lambda q: q.pop("dtype"), r"quantization_config\.dtype: expected one of .*, got None"),
+        (lambda q: q.update(modules=[]), r"quantization_config\.modules: expected names"),
+        (lambda q: q["modules"].update(lm_head=None), "lm_head: expected .*, got None"),
+        (lambda q: q["modules"].update({"model.nothing": q["modules"]["lm_head"]}), "no module 'model.nothing'"),
+        (lambda q: q["modules"].update({"model.norm": q["modules"]["lm_head"]}), "model.norm is a LlamaRMSNorm"),
+        (lambda q: q["modules"]["lm_head"].pop("bias"), "lm_head: expected "),
+        (lambda q: q["modules"]["lm_head"].update(weight_dtype="int5"), r"expected one of \['int8'"),
+        (lambda q: q["modules"]["lm_head"].update(group_size=3), "group_size: expected"),
+        (lambda q: q["modules"]["lm_head"].update(act_order=True), r"lm_head: g_idx: missing in the checkpoint"),
+    ],
+)
+def test_a_damaged_configuration_raises(saved, change, message):
+    edit_config(saved, lambda config: change(config["quantization_config"]))
+    with pytest.raises(ValueError, match=message):
+        ipex.llm.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("lm_head.codes"), "lm_head: codes: missing in the checkpoint"),
+        (lambda t: t.pop("model.norm.weight"), r"missing_keys.*model\.norm\.weight"),
+        (lambda t: t.update({"model.extra": torch.ones(2)}), r"unexpected_keys.*model\.extra"),
+        (lambda t: t.update({"lm_head.codes": t["lm_head.codes"].view(torch.int8)}), "lm_head: codes: expected dtype"),
+        (lambda t: t["lm_head.scales"].fill_(float("nan")), "lm_head: scales: "),
+    ],
+)
+def test_damaged_tensors_raise(saved, change, message):
+    edit_tensors(saved, change)
+    with pytest.raises((ValueError, TypeError), match=message):
+        ipex.llm.load(saved)
+
+
+def test_tensors_of_another_shape_raise(saved):
+    edit_tensors(saved, lambda t: t.update({"lm_head.codes": t["lm_head.codes"][:-1].contiguous()}))
+    with pytest.raises(RuntimeError, match=r"lm_head\.codes|mismatch"):
+        ipex.llm.load(saved)

@@ -1,0 +1,63 @@
+import pytest
+import torch
+from torch import nn
+
+from ipex_quant.nn.linears import is_linear, obstacle, weight_matrix, weight_obstacle
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Named(nn.Linear):
+    pass
+
+
+def test_transformers_conv1d_is_a_linear_with_a_transposed_weight():
+    from transformers.pytorch_utils import Conv1D
+
+    layer = Conv1D(nf=5, nx=3)
+    assert is_linear(layer)
+    assert weight_matrix(layer).shape == (5, 3)
+    assert obstacle(layer) is None
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight_matrix(layer), layer.bias))
+
+
+def test_other_layers_are_no_linears():
+    assert not is_linear(nn.Conv1d(3, 3, 1))
+    assert not is_linear(nn.Embedding(3, 3))
+    assert not is_linear(nn.Bilinear(3, 3, 3))
+
+
+def test_only_an_unchanged_forward_can_be_replaced():
+    assert obstacle(nn.Linear(2, 2)) is None
+    assert obstacle(Named(2, 2)) is None
+    assert obstacle(Scaled(2, 2)) == "Scaled overrides Linear.forward"
+
+
+@pytest.mark.parametrize("parent", [nn.MultiheadAttention(4, 1), nn.TransformerEncoderLayer(4, 1, 4)])
+def test_parents_that_read_the_weight_keep_their_linears(parent):
+    layer = next(child for child in parent.children() if is_linear(child))
+    assert "reads the weight" in obstacle(layer, parent)
+    assert obstacle(layer, nn.Sequential()) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_float_weights_can_be_quantized(dtype):
+    assert weight_obstacle(nn.Linear(2, 3, dtype=dtype)) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: nn.Linear(2, 3, dtype=torch.float64), "float64"),
+        (lambda: nn.Linear(2, 3, device="meta"), "on device meta"),
+        (lambda: nn.Linear(2, 0, bias=False), "empty"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)), "computed from other parameters"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_weights_that_cannot_be_quantized_say_why(make, reason):
+    assert reason in weight_obstacle(make())

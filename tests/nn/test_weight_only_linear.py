@@ -1,0 +1,364 @@
+import copy
+import io
+import pickle
+from unittest.mock import Mock
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ipex_quant import ops
+from ipex_quant.nn import QuantMethod, WeightOnlyQuantizedLinear
+from ipex_quant.numerics import affine
+from ipex_quant.numerics.quantized_weight import QuantizedWeight
+from ipex_quant.numerics.scheme import (
+    WeightScheme,
+    WoqActQuantMode,
+    WoqLowpMode,
+    WoqWeightDtype,
+    WoqWeightQScheme,
+)
+from ipex_quant.ops import PostOp, reference
+from ipex_quant.quantization import get_weight_only_quant_qconfig_mapping
+
+SCHEMES = [
+    WeightScheme(WoqWeightDtype.INT8, True),
+    WeightScheme(WoqWeightDtype.INT8, False, 32),
+    WeightScheme(WoqWeightDtype.INT4, True, 16),
+    WeightScheme(WoqWeightDtype.INT4, False, 32),
+    WeightScheme(WoqWeightDtype.NF4, True, 64),
+    WeightScheme(WoqWeightDtype.FP8, True),
+]
+
+
+def quantized(scheme, out_features=24, in_features=70, act_order=False):
+    qw = affine.quantize(torch.randn(out_features, in_features), scheme)
+    if not act_order:
+        return qw
+    size = in_features if scheme.group_size < 0 else scheme.group_size
+    g_idx = (torch.arange(in_features) // size)[torch.randperm(in_features)].to(torch.int32)
+    return QuantizedWeight(qw.codes, qw.scales, qw.zero_points, g_idx, scheme, qw.shape)
+
+
+def layer_of(qw, bias=True, **compute):
+    return WeightOnlyQuantizedLinear.from_quantized_weight(qw, torch.randn(qw.shape[0]) if bias else None, **compute)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def layer():
+    return layer_of(quantized(SCHEMES[3]))
+
+
+def with_qconfig(linear, **options):
+    linear.qconfig = get_weight_only_quant_qconfig_mapping(**options).global_qconfig
+    return linear
+
+
+class TestForward:
+    @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_multiplies_by_the_dequantized_weight(self, scheme, bias):
+        qw = quantized(scheme)
+        layer = layer_of(qw, bias)
+        x = torch.randn(2, 3, 70)
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, affine.dequantize(qw), layer.bias))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("shape", [(70,), (0, 70), (1, 70), (2, 5, 70)])
+    def test_keeps_leading_dimensions_and_dtype(self, layer, dtype, shape):
+        y = layer(torch.randn(shape).to(dtype))
+        assert y.shape == (*shape[:-1], 24)
+        assert y.dtype == dtype
+
+    def test_takes_strided_input(self, layer):
+        x = torch.randn(70, 5).t()
+        assert torch.equal(layer(x), layer(x.contiguous()))
+
+    def test_quantizes_activations_when_told_to(self):
+        qw = quantized(SCHEMES[3], in_features=64)
+        mode = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
+        layer = layer_of(qw, lowp_mode=WoqLowpMode.INT8, act_quant_mode=mode)
+        x = torch.randn(3, 64)
+        torch.testing.assert_close(layer(x), reference.woq_linear(x, qw, layer.bias, WoqLowpMode.INT8, mode))
+        assert not torch.allclose(layer(x), nn.functional.linear(x, affine.dequantize(qw), layer.bias), atol=1e-4)
+
+    def test_act_order_permutes_the_input(self):
+        qw = quantized(SCHEMES[3], act_order=True)
+        x = torch.randn(3, 70)
+        torch.testing.assert_close(layer_of(qw, bias=False)(x), x @ affine.dequantize(qw).t())
+
+    def test_fused_operations(self, layer):
+        x, y, z = torch.randn(3, 70), torch.randn(3, 24), torch.randn(3, 24)
+        torch.testing.assert_close(layer.forward_fused(x, PostOp.SILU), nn.functional.silu(layer(x)))
+        torch.testing.assert_close(layer.forward_fused(x, PostOp.ADD_ADD, y, z), layer(x) + y + z)
+
+    def test_a_layer_without_a_weight_says_so(self):
+        with pytest.raises(RuntimeError, match="no weight yet"):
+            WeightOnlyQuantizedLinear(4, 4)(torch.randn(1, 4))
+
+    def test_input_that_does_not_fit_raises(self, layer):
+        with pytest.raises(RuntimeError, match="70"):
+            layer(torch.randn(2, 71))
+        with pytest.raises(RuntimeError):
+            layer(torch.zeros(2, 70, dtype=torch.int32))
+
+
+class TestStateDict:
+    @settings(max_examples=40, deadline=None)
+    @given(
+        st.sampled_from(list(WoqWeightDtype)),
+        st.booleans(),
+        st.sampled_from([-1, 1, 4, 32, 128]),
+        st.tuples(st.integers(1, 40), st.integers(1, 140)),
+        st.booleans(),
+        st.booleans(),
+    )
+    def test_round_trip_into_an_empty_layer_is_bit_equal(self, dtype, symmetric, group_size, shape, act_order, bias):
+        symmetric = symmetric or dtype in (WoqWeightDtype.NF4, WoqWeightDtype.FP8)
+        qw = quantized(WeightScheme(dtype, symmetric, group_size), *shape, act_order)
+        layer = layer_of(qw, bias)
+        state = layer.state_dict()
+        optional = {"zero_points": not symmetric, "g_idx": state.get("g_idx") is not None, "bias": bias}
+        assert list(state) == ["codes", "scales", *(name for name, present in optional.items() if present)]
+        other = WeightOnlyQuantizedLinear(shape[1], shape[0], bias, dtype)
+        other.load_state_dict(state)
+        x = torch.randn(3, shape[1])
+        assert torch.equal(other(x), layer(x))
+
+    def test_holds_the_plain_weight(self, layer):
+        qw = layer.quantized_weight()
+        state = layer.state_dict(prefix="a.")
+        assert torch.equal(state["a.codes"], qw.codes)
+        assert torch.equal(state["a.scales"], qw.scales)
+        assert state["a.bias"].dtype == torch.float32
+
+    def test_replaces_the_weight_of_a_full_layer(self, layer):
+        other = layer_of(quantized(SCHEMES[3]))
+        layer.load_state_dict(other.state_dict())
+        x = torch.randn(2, 70)
+        assert torch.equal(layer(x), other(x))
+
+    def test_missing_and_unexpected_keys_are_torchs(self, layer):
+        model = nn.Sequential(layer)
+        state = model.state_dict()
+        del state["0.scales"], state["0.bias"]
+        with pytest.raises(RuntimeError, match=r'Missing key.*"0.scales", "0.bias"'):
+            model.load_state_dict(state)
+        symmetric = nn.Sequential(layer_of(quantized(SCHEMES[2])))
+        with pytest.raises(RuntimeError, match=r'Unexpected key.*"0.zero_points"'):
+            symmetric.load_state_dict(model.state_dict())
+
+    def test_without_strict_a_bias_may_be_missing_but_no_part_of_a_weight(self, layer):
+        state = layer_of(quantized(SCHEMES[3])).state_dict()
+        del state["bias"]
+        before = layer.bias
+        result = layer.load_state_dict(state, strict=False)
+        assert result.missing_keys == ["bias"]
+        assert torch.equal(layer.bias, before)
+        assert torch.equal(layer.state_dict()["codes"], state["codes"])
+        assert layer.load_state_dict({}, strict=False).missing_keys == ["codes", "scales", "zero_points", "bias"]
+        del state["zero_points"]
+        with pytest.raises(RuntimeError, match="whole or not at all"):
+            layer.load_state_dict(state, strict=False)
+
+    @pytest.mark.parametrize(
+        ("name", "tensor", "message"),
+        [
+            ("codes", torch.zeros(24, 34, dtype=torch.uint8), r"0.codes: expected shape \[24, 35\], got \[24, 34\]"),
+            ("codes", torch.zeros(24, 35, dtype=torch.int8), r"0.codes: expected dtype torch.uint8"),
+            ("scales", torch.ones(24, 2), r"0.scales: expected shape \[24, 3\]"),
+            ("bias", torch.ones(23), r"0.bias: expected shape \[24\]"),
+        ],
+    )
+    def test_tensors_that_do_not_fit_are_named(self, layer, name, tensor, message):
+        model = nn.Sequential(layer)
+        with pytest.raises(RuntimeError, match=message):
+            model.load_state_dict(model.state_dict() | {f"0.{name}": tensor})
+
+    def test_an_empty_layer_needs_the_right_dtype_and_a_group_size(self, layer):
+        with pytest.raises(RuntimeError, match=r"INT8 has torch.int8, got torch.uint8"):
+            WeightOnlyQuantizedLinear(70, 24, True, WoqWeightDtype.INT8).load_state_dict(layer.state_dict())
+        state = layer.state_dict() | {"scales": torch.ones(24, 7)}
+        with pytest.raises(RuntimeError, match="70 input features into 7 groups"):
+            WeightOnlyQuantizedLinear(70, 24, True, WoqWeightDtype.INT4).load_state_dict(state)
+
+
+class TestCopies:
+    def check(self, layer, other):
+        x = torch.randn(2, 70)
+        assert torch.equal(layer(x), other(x))
+        assert layer._packed.data_ptr() != other._packed.data_ptr()
+        assert repr(layer) == repr(other)
+
+    @pytest.mark.parametrize("act_order", [False, True])
+    def test_deepcopy_and_pickle(self, act_order):
+        layer = layer_of(quantized(SCHEMES[3], act_order=act_order), lowp_mode=WoqLowpMode.BF16)
+        self.check(layer, copy.deepcopy(layer))
+        self.check(layer, pickle.loads(pickle.dumps(layer)))
+        assert layer._perm is None or layer._packed is not None
+
+    def test_a_pickle_holds_no_packed_bytes(self, layer):
+        assert layer.__getstate__()["_buffers"]["_packed"] is None
+
+    def test_an_empty_layer_copies(self):
+        assert copy.deepcopy(WeightOnlyQuantizedLinear(4, 4)).scheme is None
+
+    def test_torch_save(self, layer):
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        self.check(layer, torch.load(file, weights_only=False))
+
+    def test_safetensors(self, layer, tmp_path):
+        safetensors.torch.save_model(nn.Sequential(layer), tmp_path / "model.safetensors")
+        other = WeightOnlyQuantizedLinear(70, 24, True, WoqWeightDtype.INT4)
+        safetensors.torch.load_model(nn.Sequential(other), tmp_path / "model.safetensors")
+        self.check(layer, other)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_jit_trace_save_and_load(self, layer):
+        x = torch.randn(2, 70)
+        file = io.BytesIO()
+        torch.jit.save(torch.jit.trace(nn.Sequential(layer, nn.ReLU()), x), file)
+        file.seek(0)
+        x = torch.randn(3, 70)
+        assert torch.equal(torch.jit.load(file)(x), layer(x).relu())
+
+    def test_compiles_without_a_graph_break(self, layer):
+        model = nn.Sequential(layer, nn.ReLU(), layer_of(quantized(SCHEMES[2], 5, 24, act_order=True)))
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+        for rows in (2, 3):
+            x = torch.randn(rows, 70)
+            assert torch.equal(compiled(x), model(x))
+
+
+class TestDtypeAndDevice:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_casting_changes_no_value(self, layer, dtype):
+        before = layer.state_dict()
+        model = nn.Sequential(layer).to(dtype)
+        for name, tensor in model[0].state_dict().items():
+            assert tensor.dtype == before[name].dtype
+            assert torch.equal(tensor, before[name])
+        assert layer.weight.dtype == layer.bias.dtype == dtype
+
+    def test_half_and_float_agree_with_to(self, layer):
+        x = torch.randn(2, 70)
+        before = layer(x)
+        assert layer.half().weight.dtype == torch.float16
+        assert torch.equal(layer.float()(x), before)
+
+    def test_moving_off_the_cpu_raises_and_changes_nothing(self, layer):
+        x = torch.randn(2, 70)
+        before = layer(x)
+        with pytest.raises(RuntimeError, match="packed for the CPU, it cannot be moved to meta"):
+            layer.to("meta")
+        assert torch.equal(layer.to("cpu")(x), before)
+
+    def test_weight_tells_shape_and_dtype_at_no_cost_and_values_when_read(self, layer, monkeypatch):
+        expected = affine.dequantize(layer.quantized_weight())
+        unpack = Mock(wraps=ops.unpack_weight)
+        monkeypatch.setattr(ops, "unpack_weight", unpack)
+        weight = layer.weight
+        assert weight.shape == (24, 70)
+        assert weight.dtype == torch.float32
+        assert weight.device.type == "cpu"
+        assert weight.size() == (24, 70)
+        assert not unpack.called
+        assert torch.equal(weight + 0, expected)
+        x = torch.randn(2, 70)
+        torch.testing.assert_close(nn.functional.linear(x, layer.weight, layer.bias), layer(x))
+        assert unpack.called
+
+    def test_one_copy_of_the_weight_in_memory(self):
+        layer = layer_of(quantized(WeightScheme(WoqWeightDtype.INT4, False, 128), 256, 512), bias=False)
+        held = [t for t in (*layer.parameters(), *layer.buffers()) if t.numel()]
+        assert [t.data_ptr() for t in held] == [layer._packed.data_ptr()]
+        assert layer.nbytes == layer._packed.nbytes < 256 * 512 * 0.6
+
+
+class TestConstructors:
+    def test_from_float_follows_the_qconfig(self):
+        linear = with_qconfig(nn.Linear(70, 24), weight_dtype=WoqWeightDtype.INT4, group_size=32)
+        layer = WeightOnlyQuantizedLinear.from_float(linear.eval())
+        assert layer.scheme == WeightScheme(WoqWeightDtype.INT4, False, 32)
+        assert not layer.training
+        expected = affine.dequantize(affine.quantize(linear.weight, layer.scheme))
+        x = torch.randn(2, 70)
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, expected, linear.bias))
+        assert linear.weight.numel()  # the float layer is left as it was
+
+    def test_from_float_takes_given_parameters(self):
+        linear = with_qconfig(nn.Linear(70, 24), weight_qscheme=WoqWeightQScheme.ASYMMETRIC)
+        scales, zero_points = torch.full((24,), 0.01), torch.full((24,), 3)
+        qw = WeightOnlyQuantizedLinear.from_float(linear, scales, zero_points).quantized_weight()
+        assert torch.equal(qw.scales, scales[:, None])
+        assert torch.equal(qw.zero_points, zero_points[:, None].to(torch.int16))
+
+    def test_from_float_drops_a_bias_of_zeros(self):
+        linear = with_qconfig(nn.Linear(70, 24))
+        nn.init.zeros_(linear.bias)
+        assert WeightOnlyQuantizedLinear.from_float(linear).bias is None
+
+    def test_from_float_without_a_weight_only_qconfig(self):
+        linear = nn.Linear(4, 4)
+        with pytest.raises(ValueError, match=r"mod.qconfig: expected a QConfigWoq"):
+            WeightOnlyQuantizedLinear.from_float(linear)
+        linear.qconfig = torch.ao.quantization.default_qconfig
+        assert WeightOnlyQuantizedLinear.from_float(linear) is linear
+
+    def test_from_float_and_qweight(self):
+        qw = quantized(SCHEMES[1])
+        linear = with_qconfig(nn.Linear(70, 24), lowp_mode=WoqLowpMode.BF16)
+        layer = WeightOnlyQuantizedLinear.from_float_and_qweight(
+            linear, qw.codes, WoqWeightDtype.INT8, qw.scales, qw.zero_points, group_size=32
+        )
+        assert torch.equal(layer.quantized_weight().codes, qw.codes)
+        assert torch.equal(layer.bias, linear.bias)
+        assert layer._lowp_mode == WoqLowpMode.BF16
+
+    def test_from_float_and_int4_weight(self):
+        qw, bias = quantized(SCHEMES[2]), torch.randn(24)
+        layer = WeightOnlyQuantizedLinear.from_float_and_int4_weight(
+            nn.Linear(70, 24), qw.codes, qw.scales, None, bias, group_size=16
+        )
+        assert torch.equal(affine.dequantize(layer.quantized_weight()), affine.dequantize(qw))
+        assert torch.equal(layer.bias, bias)
+
+    def test_from_weight_reads_gptq_tensors(self):
+        qweight = torch.randint(-(2**31), 2**31, (8, 16), dtype=torch.int32)
+        qzeros = torch.zeros(2, 2, dtype=torch.int32)  # stands for zero points of 1
+        layer = WeightOnlyQuantizedLinear.from_weight(qweight, torch.ones(2, 16), qzeros, 64, 16, group_size=32)
+        assert layer._lowp_mode == WoqLowpMode.BF16
+        expected = (qweight.t()[:, :, None] >> torch.arange(0, 32, 4) & 15).flatten(1) - 1
+        assert torch.equal(affine.dequantize(layer.quantized_weight()), expected.float())
+
+    def test_from_int4_weight_takes_the_compute_mode_of_a_mapping(self):
+        mapping = get_weight_only_quant_qconfig_mapping(lowp_mode=WoqLowpMode.INT8)
+        qweight, scales, qzeros = torch.zeros(8, 16, dtype=torch.int32), torch.ones(1, 16), torch.zeros(1, 2).int()
+        layer = WeightOnlyQuantizedLinear.from_int4_weight(
+            qweight, scales, qzeros, 64, 16, QuantMethod.GPTQ_GEMM, qconfig=mapping
+        )
+        assert layer._lowp_mode == WoqLowpMode.INT8
+        assert layer._act_quant_mode == WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
+        with pytest.raises(ValueError, match="AWQ_FORMAT is not supported yet"):
+            WeightOnlyQuantizedLinear.from_int4_weight(qweight, scales, qzeros, 64, 16, QuantMethod.AWQ_GEMM)
+
+    def test_a_bias_of_another_length_raises(self):
+        with pytest.raises(ValueError, match=r"bias: expected shape \[24\], got \[23\]"):
+            WeightOnlyQuantizedLinear.from_quantized_weight(quantized(SCHEMES[0]), torch.zeros(23))
+
+
+def test_repr_has_ipexs_fields(layer):
+    assert layer.extra_repr() == (
+        "in_features=70, out_features=24, dtype=int4, bias=True, lowp_mode=none, act_quant_mode=none, group_size=32, "
+        "cache_weight_for_large_batch=False, weight_qscheme=asymmetric"
+    )

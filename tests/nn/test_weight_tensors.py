@@ -1,0 +1,133 @@
+import pytest
+import torch
+
+from ipex_quant.nn.weight_tensors import WoqWeightFormat, read_tensors
+from ipex_quant.numerics import affine
+from ipex_quant.numerics.nibbles import unpack_nibbles
+from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
+
+N, K, GROUP = 16, 64, 16
+
+
+@pytest.fixture
+def weight():
+    torch.manual_seed(0)
+    return torch.randn(N, K)
+
+
+def int4(weight, symmetric=False, group_size=GROUP):
+    return affine.quantize(weight, WeightScheme(WoqWeightDtype.INT4, symmetric, group_size))
+
+
+def words(codes):
+    """Eight 4-bit codes an int32, the first in the lowest bits."""
+    codes = torch.nn.functional.pad(codes.to(torch.int64), (0, -codes.shape[1] % 8)).unflatten(1, (-1, 8))
+    packed = (codes << torch.arange(0, 32, 4)).sum(-1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+def gptq(qw):
+    codes = unpack_nibbles(qw.codes, qw.shape[1])
+    return {
+        "qweight": words(codes).t().contiguous(),
+        "scales": qw.scales.t().contiguous(),
+        "zero_points": words(qw.zero_points.t() - 1),
+        "g_idx": qw.g_idx,
+    }
+
+
+def assert_same(actual, expected):
+    assert actual.scheme == expected.scheme
+    torch.testing.assert_close(affine.dequantize(actual), affine.dequantize(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", [WoqWeightDtype.INT8, WoqWeightDtype.INT4])
+def test_plain_tensors_as_they_are(weight, dtype, symmetric):
+    qw = affine.quantize(weight, WeightScheme(dtype, symmetric, GROUP))
+    zero_points = None if symmetric else qw.zero_points.float()
+    tensors = {"qweight": qw.codes, "scales": qw.scales, "zero_points": zero_points}
+    assert_same(read_tensors(tensors, dtype, (N, K), GROUP), qw)
+
+
+def test_plain_per_channel_tensors_may_have_one_dimension(weight):
+    qw = affine.quantize(weight, WeightScheme(WoqWeightDtype.INT8, False))
+    tensors = {"qweight": qw.codes, "scales": qw.scales[:, 0], "zero_points": qw.zero_points[:, 0]}
+    assert_same(read_tensors(tensors, WoqWeightDtype.INT8, (N, K)), qw)
+
+
+@pytest.mark.parametrize("columns", [64, 61])
+def test_plain_int32_words(columns):
+    qw = int4(torch.randn(N, columns))
+    tensors = {
+        "qweight": words(unpack_nibbles(qw.codes, columns)),
+        "scales": qw.scales,
+        "zero_points": words(qw.zero_points),
+    }
+    assert_same(read_tensors(tensors, WoqWeightDtype.INT4, (N, columns), GROUP), qw)
+
+
+def test_group_size_follows_from_the_scales(weight):
+    qw = int4(weight)
+    tensors = {"qweight": qw.codes, "scales": qw.scales, "zero_points": qw.zero_points}
+    assert read_tensors(tensors, WoqWeightDtype.INT4, (N, K)).scheme.group_size == GROUP
+
+
+def test_gptq_tensors(weight):
+    qw = int4(weight)
+    assert_same(read_tensors(gptq(qw), WoqWeightDtype.INT4, (N, K), GROUP, WoqWeightFormat.GPTQ_FORMAT), qw)
+
+
+def test_gptq_act_order(weight):
+    qw = int4(weight)
+    g_idx = (torch.arange(K, dtype=torch.int32) // GROUP).flip(0)
+    read = read_tensors(gptq(qw) | {"g_idx": g_idx}, WoqWeightDtype.INT4, (N, K), GROUP, WoqWeightFormat.GPTQ_FORMAT)
+    assert torch.equal(read.g_idx, g_idx)
+
+
+@pytest.mark.parametrize("g_idx", [torch.arange(K) // GROUP, torch.zeros(K, dtype=torch.int32)])
+def test_a_g_idx_that_says_nothing_is_dropped(weight, g_idx):
+    qw = int4(weight)
+    tensors = gptq(qw) | {"g_idx": g_idx}
+    assert read_tensors(tensors, WoqWeightDtype.INT4, (N, K), GROUP, WoqWeightFormat.GPTQ_FORMAT).g_idx is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qweight": torch.zeros(K // 8 - 1, N, dtype=torch.int32)}, "qweight: expected int32"),
+        ({"qweight": torch.zeros(K // 8, N, dtype=torch.int64)}, "qweight: expected int32"),
+        ({"scales": torch.zeros(4, N - 1)}, "scales: expected shape"),
+        ({"zero_points": None}, "zero_points: expected int32"),
+        ({"zero_points": torch.zeros(3, N // 8, dtype=torch.int32)}, "zero_points: expected int32"),
+        ({"zero_points": torch.zeros(4, N // 8 - 1, dtype=torch.int32)}, "zero_points: expected 16 codes"),
+        ({"g_idx": torch.full((K,), 7)}, "g_idx"),
+    ],
+)
+def test_damaged_gptq_tensors_raise(weight, change, message):
+    tensors = gptq(int4(weight)) | change
+    with pytest.raises(ValueError, match=message):
+        read_tensors(tensors, WoqWeightDtype.INT4, (N, K), GROUP, WoqWeightFormat.GPTQ_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qweight": torch.zeros(N - 1, K // 2, dtype=torch.uint8)}, "codes: expected shape"),
+        ({"scales": torch.ones(N - 1, 4)}, "scales: expected shape"),
+        ({"scales": torch.ones(N, 4, 1)}, "scales: expected shape"),
+        ({"zero_points": torch.ones(N, 3)}, "zero_points: expected shape"),
+    ],
+)
+def test_damaged_plain_tensors_raise(weight, change, message):
+    qw = int4(weight)
+    tensors = {"qweight": qw.codes, "scales": qw.scales, "zero_points": qw.zero_points} | change
+    with pytest.raises(ValueError, match=message):
+        read_tensors(tensors, WoqWeightDtype.INT4, (N, K), GROUP)
+
+
+def test_formats_that_are_not_there_say_so(weight):
+    with pytest.raises(ValueError, match="AWQ_FORMAT is not supported yet"):
+        read_tensors(gptq(int4(weight)), WoqWeightDtype.INT4, (N, K), GROUP, WoqWeightFormat.AWQ_FORMAT)
+    with pytest.raises(ValueError, match="GPTQ_FORMAT holds INT4 codes"):
+        read_tensors(gptq(int4(weight)), WoqWeightDtype.INT8, (N, K), GROUP, WoqWeightFormat.GPTQ_FORMAT)
