@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> woq_unpack(Tensor packed, std::optional<Tenso
 void stage(const WoqGeometry& g, WoqPlan& plan, StageArgs args) {
   const KernelTable& table = kernels();
   const int64_t rows = plan.staged.rows, scratch_bytes = stage_scratch(g, plan.staged);
-  const int64_t grain = 1 + (int64_t(1) << 15) / g.padded_k;  // below this a thread costs more than it gives
+  const int64_t grain = 1 + (int64_t(1) << 13) / g.padded_k;  // below this a thread costs more than it gives
   Buffer ranges;
   if (ranges_cross_rows(plan)) {
     ranges = make_buffer(rows * plan.staged.folds * 8);

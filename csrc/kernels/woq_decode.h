@@ -288,9 +288,9 @@ inline void decode_tile(const GemmArgs& args, int64_t tile) {
   } else {
     const int64_t half = s.rows / 2;
     for (; cursor.fold < s.folds; cursor.advance()) {
-      // The first pass leaves prefetching to the hardware, which is better at it. The second finds the fold in the
-      // cache and would leave the memory idle, so it asks for what follows.
-      decode_rows<Dtype>({args, 0, acc, 1, false}, cursor, half);
+      // A single pass leaves prefetching to the hardware, which is better at it. Two passes leave the memory idle in
+      // between, so they ask for what follows.
+      decode_rows<Dtype>({args, 0, acc, 1, true}, cursor, half);
       decode_rows<Dtype>({args, half, acc + half * kTileN, 1, true}, cursor, s.rows - half);
     }
   }
