@@ -56,17 +56,20 @@ format: $(ENV_STAMP)  ## rewrite the sources in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.cpp %.h,$(NATIVE_SOURCES))
 
-# `python -S` leaves out the editable install, so that the instrumented copy is the one that is imported.
-sanitize: build  ## run the tests of the native ops under the address and undefined behaviour sanitizers
+# The instrumented copy comes first on PYTHONPATH; its sitecustomize takes the editable install's import hook out.
+sanitize: $(ENV_STAMP)  ## run the tests of the native ops under the address and undefined behaviour sanitizers
 	rm -rf $(SANITIZE)/site
 	$(PIP) install --quiet --no-build-isolation --no-deps --target $(SANITIZE)/site \
 	    --config-settings=build-dir=build/sanitize/native \
 	    --config-settings=cmake.define.IPEX_QUANT_SANITIZE=ON .
-	cd $(SANITIZE) && \
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 OMP_NUM_THREADS=2 \
-	PYTHONPATH="$(SANITIZE)/site:$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-	$(abspath $(BIN))/python -S -m pytest -q -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests/ops $(PYTEST_ARGS)
+	printf '%s\n' 'import sys' \
+	    'sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__name__.startswith("ScikitBuild")]' \
+	    > $(SANITIZE)/site/sitecustomize.py
+	cd $(SANITIZE) && PYTHONPATH=$(SANITIZE)/site OMP_NUM_THREADS=2 \
+	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	    $(abspath $(BIN))/python -m pytest -q -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+	    $(CURDIR)/tests/ops $(PYTEST_ARGS)
 
 bench: build  ## measure the linear kernels against their limits and their peers
 	$(BIN)/python benchmarks/linear.py
