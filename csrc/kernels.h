@@ -26,25 +26,25 @@ constexpr int64_t kFloatFold = 256;      // short float sums keep fp32 error nea
 // A *fold* is a run of k after which the partial sum is scaled into fp32; it never crosses a group.
 struct Staged {
   Compute compute;
-  FloatType rounding;     // what x was rounded to
-  bool unsigned_bytes;    // bytes are stored as u8 = s8 + 128 (prefill) instead of s8 (decode)
+  FloatType rounding;   // what x was rounded to
+  bool unsigned_bytes;  // bytes are stored as u8 = s8 + 128 (prefill) instead of s8 (decode)
   bool quantize, symmetric;
   int64_t rows;
   int64_t max_fold;
-  int64_t folds;          // per row
-  void* data;             // float, bf16 or byte [rows, padded_k]
-  float* scales;          // [rows, folds], quantized activations only
-  int32_t* zeros;         // [rows, folds], in the domain of the stored bytes; asymmetric only
-  int32_t* sums;          // [rows, folds], of the stored bytes; quantized only
-  float* float_sums;      // [rows, folds]; bf16 only
+  int64_t folds;      // per row
+  void* data;         // float, bf16 or byte [rows, padded_k]
+  float* scales;      // [rows, folds], quantized activations only
+  int32_t* zeros;     // [rows, folds], in the domain of the stored bytes; asymmetric only
+  int32_t* sums;      // [rows, folds], of the stored bytes; quantized only
+  float* float_sums;  // [rows, folds]; bf16 only
 };
 
 struct StageArgs {
   const void* x;  // [rows, k] contiguous
   FloatType type;
-  const int32_t* perm;   // staged position -> input feature, or null
-  int32_t range_scope;   // ActQuantMode without the symmetric offset
-  float* ranges;         // [rows, folds, 2] low and high; reduced over rows where the scope says so
+  const int32_t* perm;  // staged position -> input feature, or null
+  int32_t range_scope;  // ActQuantMode without the symmetric offset
+  float* ranges;        // [rows, folds, 2] low and high; reduced over rows where the scope says so
   const WoqGeometry* geometry;
   Staged* staged;
 };
@@ -55,9 +55,9 @@ struct GemmArgs {
   const Staged* staged;
   const float* bias;  // [n] or null
   PostOp post_op;
-  FloatType type;           // of y and others
+  FloatType type;         // of y and others
   const void* others[2];  // [rows, n]
-  void* y;                  // [rows, n]
+  void* y;                // [rows, n]
 };
 
 // Bytes of scratch that one thread needs, at any ISA level.

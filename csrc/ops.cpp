@@ -1,10 +1,11 @@
-// Every op: schema, argument checks, memory and threads. Nothing else in csrc talks to torch, and this file only through
-// its stable ABI.
+// Every op: schema, argument checks, memory and threads. Nothing else in csrc talks to torch, and this file only
+// through its stable ABI.
 #include <Python.h>
 #include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -29,9 +30,23 @@ void parallel(int64_t count, int64_t grain, F f) {
   torch::stable::parallel_for(0, count, grain, f);
 }
 
-Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::empty(shape, dtype);
+// Runs f(next) on every thread, where next() hands out runs [begin, end) of at most `run` tasks until it returns an
+// empty one: threads that the system slows down take fewer.
+struct Tasks {
+  int64_t begin, end;
+};
+template <class F>
+void parallel_tasks(int64_t count, int64_t run, F f) {
+  std::atomic<int64_t> taken{0};
+  const auto next = [&] {
+    const int64_t begin = taken.fetch_add(run, std::memory_order_relaxed);
+    return Tasks{std::min(begin, count), std::min(begin + run, count)};
+  };
+  const int64_t workers = std::min<int64_t>((count + run - 1) / run, torch::stable::get_num_threads());
+  parallel(workers, 1, [&](int64_t, int64_t) { f(next); });
 }
+
+Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) { return torch::stable::empty(shape, dtype); }
 
 FloatType float_type(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
@@ -140,8 +155,7 @@ Tensor woq_pack(Tensor codes, Tensor scales, std::optional<Tensor> zero_points, 
 }
 
 std::tuple<Tensor, Tensor, Tensor> woq_unpack(Tensor packed, std::optional<Tensor> perm, int64_t out_features,
-                                              int64_t in_features, int64_t dtype, int64_t group_size,
-                                              bool asymmetric) {
+                                              int64_t in_features, int64_t dtype, int64_t group_size, bool asymmetric) {
   const WoqHeader h = read_header(packed);
   IPEX_QUANT_CHECK(h.out_features == out_features && h.in_features == in_features && h.dtype == dtype &&
                        h.group_size == group_size && bool(h.asymmetric) == asymmetric,
@@ -180,9 +194,8 @@ void stage(const WoqGeometry& g, WoqPlan& plan, StageArgs args) {
     });
     merge_ranges(args.ranges, rows, plan.staged.folds);
   }
-  parallel(rows, grain, [&](int64_t begin, int64_t end) {
-    table.stage_rows(args, begin, end, make_buffer(scratch_bytes).get());
-  });
+  parallel(rows, grain,
+           [&](int64_t begin, int64_t end) { table.stage_rows(args, begin, end, make_buffer(scratch_bytes).get()); });
 }
 
 Tensor woq_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::optional<Tensor> perm,
@@ -230,8 +243,8 @@ Tensor woq_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::opti
   s.sums = reinterpret_cast<int32_t*>(data + plan.data_bytes + per_fold);
   s.zeros = s.quantize && !s.symmetric ? s.sums + per_fold / 4 : nullptr;
   stage(g, plan,
-        {rows_of_x.const_data_ptr(), type,
-         perm ? static_cast<const int32_t*>(perm->const_data_ptr()) : nullptr, plan.range_scope, nullptr, &g, &s});
+        {rows_of_x.const_data_ptr(), type, perm ? static_cast<const int32_t*>(perm->const_data_ptr()) : nullptr,
+         plan.range_scope, nullptr, &g, &s});
 
   GemmArgs args{};
   args.geometry = &g;
@@ -248,12 +261,15 @@ Tensor woq_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::opti
   int64_t row_parts = 1;
   if (rows > kDecodeRows && g.tiles < 4 * threads)
     row_parts = std::max<int64_t>(1, std::min((4 * threads + g.tiles - 1) / g.tiles, rows / 64));
-  parallel(g.tiles * row_parts, 1, [&](int64_t begin, int64_t end) {
+  // Decode reads memory fastest in long forward streams, so its threads take long runs of tiles.
+  const int64_t run = rows > kDecodeRows ? 1 : (g.tiles + 4 * threads - 1) / (4 * threads);
+  parallel_tasks(g.tiles * row_parts, run, [&](auto next) {
     const Buffer scratch = make_buffer(gemm_scratch(g, s, (rows + row_parts - 1) / row_parts));
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t part = task % row_parts;
-      table.gemm_tile(args, task / row_parts, part * rows / row_parts, (part + 1) * rows / row_parts, scratch.get());
-    }
+    for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next())
+      for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+        const int64_t part = task % row_parts, begin = part * rows / row_parts, end = (part + 1) * rows / row_parts;
+        table.gemm_tile(args, task / row_parts, begin, end, scratch.get());
+      }
   });
   return y;
 }

@@ -58,9 +58,8 @@ void read_row(const PackArgs& args, int64_t row, uint8_t* slots, uint8_t* plain)
 
 void write_row(const PackArgs& args, int64_t row, const uint8_t* slots, uint8_t* plain) {
   const WoqGeometry& g = *args.geometry;
-  for_each_slot(g, [&](int64_t slot, int64_t position) {
-    plain[args.perm ? args.perm[position] : position] = slots[slot];
-  });
+  for_each_slot(
+      g, [&](int64_t slot, int64_t position) { plain[args.perm ? args.perm[position] : position] = slots[slot]; });
   if (g.four_bit()) {
     plain[g.k] = 0;  // the spare nibble of an odd row
     uint8_t* out = args.codes + row * ((g.k + 1) / 2);
@@ -134,8 +133,7 @@ void pack_tile(const PackArgs& args, int64_t tile, uint8_t* scratch) {
       else
         std::memcpy(at + 4 * column, &scale, 4);
       if (g.asymmetric)
-        at[g.head_bytes - kTileN + column] =
-            uint8_t(args.zero_points[row * g.groups + group] + byte_offset(g.dtype));
+        at[g.head_bytes - kTileN + column] = uint8_t(args.zero_points[row * g.groups + group] + byte_offset(g.dtype));
       for (int64_t k = 0; k < g.padded(group); k += 8)
         put8(g.four_bit(), at + g.head_bytes + code_position(g.four_bit(), k, column).byte, scratch + slot + k);
     });
@@ -153,8 +151,7 @@ void unpack_tile(const PackArgs& args, int64_t tile, uint8_t* scratch) {
       std::memcpy(&half, at + 2 * column, 2), std::memcpy(&scale, at + 4 * column, g.half_scales ? 2 : 4);
       args.scales[row * g.groups + group] = g.half_scales ? half_to_float(half) : scale;
       if (g.asymmetric)
-        args.zero_points[row * g.groups + group] =
-            int16_t(at[g.head_bytes - kTileN + column] - byte_offset(g.dtype));
+        args.zero_points[row * g.groups + group] = int16_t(at[g.head_bytes - kTileN + column] - byte_offset(g.dtype));
       for (int64_t k = 0; k < g.padded(group); k += 8)
         get8(g.four_bit(), at + g.head_bytes + code_position(g.four_bit(), k, column).byte, scratch + slot + k);
     });

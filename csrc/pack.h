@@ -7,9 +7,9 @@ namespace ipex_quant {
 
 struct PackArgs {
   const WoqGeometry* geometry;
-  const int32_t* perm;  // position in group order -> input feature, or null
-  uint8_t* codes;       // as in QuantizedWeight; read by pack, written by unpack (as are the next two)
-  float* scales;        // [n, groups]
+  const int32_t* perm;   // position in group order -> input feature, or null
+  uint8_t* codes;        // as in QuantizedWeight; read by pack, written by unpack (as are the next two)
+  float* scales;         // [n, groups]
   int16_t* zero_points;  // [n, groups], null when symmetric
   uint8_t* tiles;
 };

@@ -1,6 +1,6 @@
-// The only file with intrinsics. Each ISA level compiles it into a namespace of its own (IPEX_QUANT_ISA_NS); the kernels
-// are written once over the names below. Nothing here may call an out-of-line std:: template: the linker could keep the
-// copy that was compiled for a newer CPU.
+// The only file with intrinsics. Each ISA level compiles it into a namespace of its own (IPEX_QUANT_ISA_NS); the
+// kernels are written once over the names below. Nothing here may call an out-of-line std:: template: the linker could
+// keep the copy that was compiled for a newer CPU.
 //
 //   vf, vi            kLanes floats / kLanes int32 (or 4 * kLanes bytes)
 //   U8, S8            byte operands of dot(); Narrow promises |u8 * s8 + u8 * s8| < 2^15, which AVX2 can exploit
@@ -57,21 +57,15 @@ template <int Bits>
 inline vi sra_i(vi x) {
   return _mm512_srai_epi32(x, Bits);
 }
-inline vf if_zero(vi test, vf yes, vf no) {
-  return _mm512_mask_blend_ps(_mm512_testn_epi32_mask(test, test), no, yes);
-}
+inline vf if_zero(vi test, vf yes, vf no) { return _mm512_mask_blend_ps(_mm512_testn_epi32_mask(test, test), no, yes); }
 
 inline vf cvt_f(vi x) { return _mm512_cvtepi32_ps(x); }
 inline vi round_i(vf x) { return _mm512_cvtps_epi32(x); }
 inline vf as_f(vi x) { return _mm512_castsi512_ps(x); }
 inline vi as_i(vf x) { return _mm512_castps_si512(x); }
 
-inline vi load_u8(const void* p) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
-}
-inline vi load_u16(const void* p) {
-  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
-}
+inline vi load_u8(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+inline vi load_u16(const void* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
 inline void store_u8(void* p, vi x) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
 inline void store_u16(void* p, vi x) { _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x)); }
 inline vf load_half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
@@ -119,9 +113,7 @@ inline vi and_or_i(vi x, vi mask, vi bits) { return _mm512_ternarylogic_epi32(x,
 // 32-entry table of bf16, indexed by the low five bits of every 16-bit lane.
 inline vi make_bf16_lut32(const uint16_t* table) { return load_i(table); }
 inline vi lookup_bf16(vi table, vi index) { return _mm512_permutexvar_epi16(index, table); }
-inline void dot_bf16(vf& acc, vi a, vi b) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
-}
+inline void dot_bf16(vf& acc, vi a, vi b) { asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
 #endif
 
 // ------------------------------------------------------------------------------------------------------------ AVX2
@@ -303,8 +295,8 @@ struct vi {
   uint32_t v[kLanes];  // unsigned, so that wrap-around is defined
 };
 
-#define IPEX_QUANT_EACH(Result, expression)            \
-  Result r;                                            \
+#define IPEX_QUANT_EACH(Result, expression)             \
+  Result r;                                             \
   for (int i = 0; i < kLanes; ++i) r.v[i] = expression; \
   return r
 
@@ -362,7 +354,7 @@ inline vf cvt_f(vi x) { IPEX_QUANT_EACH(vf, float(to_signed(x.v[i]))); }
 // Out of range and NaN give INT_MIN, as the x86 conversion does.
 inline vi round_i(vf x) {
   IPEX_QUANT_EACH(vi, x.v[i] >= -2147483648.0f && x.v[i] < 2147483648.0f ? uint32_t(int32_t(__builtin_rintf(x.v[i])))
-                                                                        : 0x80000000u);
+                                                                         : 0x80000000u);
 }
 inline vf as_f(vi x) {
   vf r;

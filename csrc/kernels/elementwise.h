@@ -53,9 +53,7 @@ inline vf exp_f(vf x) {
   return mul_f(p, as_f(sll_i<23>(add_i(n, set1_i(127)))));
 }
 
-inline vf silu(vf x) {
-  return div_f(x, add_f(set1_f(1.0f), exp_f(sub_f(zero_f(), x))));
-}
+inline vf silu(vf x) { return div_f(x, add_f(set1_f(1.0f), exp_f(sub_f(zero_f(), x)))); }
 
 inline vf gelu_tanh(vf x) {  // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u))
   const vf cubic = mul_f(mul_f(x, x), mul_f(x, set1_f(0.044715f)));

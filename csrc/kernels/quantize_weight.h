@@ -54,7 +54,8 @@ inline bool quantize_group(const QuantizeArgs& args, int64_t row, int64_t group,
   const int64_t length = args.k - begin < args.group ? args.k - begin : args.group, at = row * args.k + begin;
   const auto load = [&](int64_t k) {
     const int64_t left = length - k;
-    return left >= kLanes ? load_float(args.weight, args.type, at + k) : load_tail(args.weight, args.type, at + k, left);
+    return left >= kLanes ? load_float(args.weight, args.type, at + k)
+                          : load_tail(args.weight, args.type, at + k, left);
   };
   vi magnitude = zero_i();
   vf low = zero_f(), high = zero_f();

@@ -174,7 +174,8 @@ inline void stage_bf16_row(const StageArgs& args, const float* row, int64_t inde
   for_each_fold(g, s.max_fold, [&](int64_t start, int64_t length, int64_t fold) {
     vf sum = zero_f();
     for (int64_t k = 0; k < length; k += kLanes)
-      sum = add_f(sum, length - k >= kLanes ? load_f(row + start + k) : load_tail(row, kFloat32, start + k, length - k));
+      sum =
+          add_f(sum, length - k >= kLanes ? load_f(row + start + k) : load_tail(row, kFloat32, start + k, length - k));
     s.float_sums[index * s.folds + fold] = reduce_add(sum);
   });
 }

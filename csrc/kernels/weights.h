@@ -99,8 +99,8 @@ inline vf e4m3_to_f(vi byte) {
 template <int Dtype>
 struct FloatCodes {
   static constexpr int kPerLine = is_four_bit(Dtype) ? 8 : 4;
-  static constexpr int kOrder[8] = {0, is_four_bit(Dtype) ? 4 : 1, is_four_bit(Dtype) ? 1 : 2,
-                                    is_four_bit(Dtype) ? 5 : 3, 2, 6, 3, 7};
+  static constexpr int kOrder[8] = {
+      0, is_four_bit(Dtype) ? 4 : 1, is_four_bit(Dtype) ? 1 : 2, is_four_bit(Dtype) ? 5 : 3, 2, 6, 3, 7};
   Lut16 table;
 
   // Compute mode BF16 rounds the NF4 levels, at every ISA level.

@@ -11,7 +11,9 @@ namespace IPEX_QUANT_ISA_NS {
 // (32 with AVX-512, else 16).
 constexpr int kPassRows = 4;
 template <int Rows>
-constexpr int kPassVectors = kLanes == 16 ? 4 : Rows <= 2 ? 4 : 2;
+constexpr int kPassVectors = kLanes == 16 ? 4
+                             : Rows <= 2  ? 4
+                                          : 2;
 
 // A position in the walk over the folds of a tile.
 struct FoldCursor {
@@ -40,8 +42,8 @@ struct FoldCursor {
 // Some rows over some folds of a tile.
 struct DecodePass {
   const GemmArgs& args;
-  int64_t row;    // first
-  float* acc;     // [rows, kTileN]
+  int64_t row;  // first
+  float* acc;   // [rows, kTileN]
   int64_t folds;
   bool prefetch;  // ask for the memory that follows a fold
 };
@@ -212,9 +214,8 @@ IPEX_QUANT_INLINE inline void decode_bf16(const DecodeFold& f) {
     unroll<4>([&](auto j) IPEX_QUANT_INLINE {
       constexpr int kTerm = decltype(j)::value;
       vi a[Rows];
-      unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
-        a[m] = broadcast4(x + m * stride + 4 * Codes::template kPair<kTerm>);
-      });
+      unroll<Rows>([&](auto m)
+                       IPEX_QUANT_INLINE { a[m] = broadcast4(x + m * stride + 4 * Codes::template kPair<kTerm>); });
       unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
         const vi w = codes.template term<kTerm>(lines[v]);
         unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot_bf16(acc[m][v][kTerm % kChains], w, a[m]); });

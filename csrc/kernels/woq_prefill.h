@@ -120,7 +120,7 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
           });
         });
         multiply_bytes<Rows, is_narrow(Dtype)>(acc, x + start + k, g.padded_k,
-                                              panel.codes + (start + k) * kTileN + 4 * column, length);
+                                               panel.codes + (start + k) * kTileN + 4 * column, length);
         unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
           const int64_t at = column + v * kLanes;
           vf scale = head.scale(at);
@@ -262,7 +262,7 @@ inline void prefill_floats(const GemmArgs& args, int64_t tile, int64_t begin, in
     for (int64_t k = 0; k < padded; k += kFloatFold) {
       const int64_t length = padded - k < kFloatFold ? padded - k : kFloatFold;
       unpack_float_panel<Dtype, Bf16>(head, codes, group_data + g.head_bytes + g.code_bytes(k), length, panel);
-      const FloatFold fold{head,   panel, rows + (start + k) / kPerFloat, g.padded_k / kPerFloat, length / kPerFloat,
+      const FloatFold fold{head, panel, rows + (start + k) / kPerFloat, g.padded_k / kPerFloat, length / kPerFloat,
                            sums};
       float_row_blocks<kFloatRows, Bf16>(fold, 0, end - begin);
     }
@@ -277,8 +277,7 @@ inline void prefill_tile(const GemmArgs& args, int64_t tile, int64_t begin, int6
   if constexpr (Dtype != kFp8) {
     if (args.staged->compute == Compute::kByte) return prefill_bytes<Dtype>(args, tile, begin, end, scratch);
 #if defined(IPEX_QUANT_BF16_DOT)
-    if (args.staged->compute == Compute::kBf16)
-      return prefill_floats<Dtype, true>(args, tile, begin, end, scratch);
+    if (args.staged->compute == Compute::kBf16) return prefill_floats<Dtype, true>(args, tile, begin, end, scratch);
 #endif
   }
   prefill_floats<Dtype, false>(args, tile, begin, end, scratch);

@@ -1,0 +1,91 @@
+// Limits of this machine that the benchmarks divide by: memory read bandwidth and 8-bit integer multiply-accumulate
+// rate, on the number of threads that the measured kernels use.
+#include <immintrin.h>
+#include <sys/mman.h>
+
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace {
+
+double seconds_of(int threads, void (*work)(int, int, void*), void* context) {
+  std::vector<std::thread> pool;
+  const auto start = std::chrono::steady_clock::now();
+  for (int i = 1; i < threads; ++i) pool.emplace_back(work, i, threads, context);
+  work(0, threads, context);
+  for (std::thread& t : pool) t.join();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+struct Memory {
+  const uint8_t* data;
+  int64_t bytes;
+};
+
+volatile uint64_t sink;
+
+void read_part(int part, int parts, void* context) {
+  const Memory& memory = *static_cast<Memory*>(context);
+  const int64_t share = memory.bytes / parts / 512 * 512;
+  const uint8_t* p = memory.data + part * share;
+  __m256i sums[4] = {};
+  for (int64_t i = 0; i < share; i += 512)
+    for (int j = 0; j < 16; ++j)
+      sums[j % 4] = _mm256_xor_si256(sums[j % 4],
+                                     _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i + 32 * j)));
+  for (int j = 1; j < 4; ++j) sums[0] = _mm256_xor_si256(sums[0], sums[j]);
+  sink = uint64_t(_mm256_extract_epi64(sums[0], 0));
+}
+
+constexpr int64_t kRounds = 4000000;
+
+#if defined(__AVX512VNNI__)
+constexpr double kOpsPerRound = 12.0 * 128;  // 12 chains hide a latency of 4 at 2 a cycle
+void multiply(int, int, void*) {
+  __m512i acc[12] = {}, a = _mm512_set1_epi8(1), b = _mm512_set1_epi8(2);
+  for (int64_t i = 0; i < kRounds; ++i)
+#pragma GCC unroll 12
+    for (int j = 0; j < 12; ++j) asm volatile("vpdpbusd %2, %1, %0" : "+v"(acc[j]) : "v"(a), "v"(b));
+#pragma GCC unroll 12
+  for (int j = 1; j < 12; ++j) acc[0] = _mm512_add_epi32(acc[0], acc[j]);
+  sink = uint64_t(_mm_cvtsi128_si32(_mm512_castsi512_si128(acc[0])));
+}
+#else
+constexpr double kOpsPerRound = 10.0 * 64;
+void multiply(int, int, void*) {
+  __m256i acc[10] = {}, a = _mm256_set1_epi8(1), b = _mm256_set1_epi8(2), one = _mm256_set1_epi16(1), pair;
+  for (int64_t i = 0; i < kRounds; ++i)
+#pragma GCC unroll 10
+    for (int j = 0; j < 10; ++j) {
+      asm volatile("vpmaddubsw %2, %1, %0" : "=x"(pair) : "x"(a), "x"(b));
+      asm volatile("vpmaddwd %2, %1, %0" : "=x"(pair) : "x"(pair), "x"(one));
+      acc[j] = _mm256_add_epi32(acc[j], pair);
+    }
+#pragma GCC unroll 10
+  for (int j = 1; j < 10; ++j) acc[0] = _mm256_add_epi32(acc[0], acc[j]);
+  sink = uint64_t(_mm256_extract_epi64(acc[0], 0));
+}
+#endif
+
+}  // namespace
+
+// Memory to read, in large pages where the system gives them.
+extern "C" uint8_t* allocate(int64_t bytes) {
+  void* data = mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) return nullptr;
+  madvise(data, size_t(bytes), MADV_HUGEPAGE);
+  std::memset(data, 1, size_t(bytes));
+  return static_cast<uint8_t*>(data);
+}
+
+// Bytes per second of one pass over `data`.
+extern "C" double read_bandwidth(const uint8_t* data, int64_t bytes, int threads) {
+  Memory memory{data, bytes};
+  return double(bytes) / seconds_of(threads, read_part, &memory);
+}
+
+// 8-bit operations per second; a multiply-accumulate counts as two.
+extern "C" double int8_rate(int threads) { return threads * kRounds * kOpsPerRound / seconds_of(threads, multiply, nullptr); }

@@ -1,0 +1,68 @@
+"""What every benchmark shares: the machine's limits, measured in the same run, and its description."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from ipex_quant import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+READ_BYTES = 512 << 20
+
+
+class Limits:
+    """Memory read bandwidth and INT8 multiply-accumulate rate of this machine on `threads` threads."""
+
+    def __init__(self, threads: int) -> None:
+        self._library = ctypes.CDLL(str(_build()))
+        self._library.read_bandwidth.restype = self._library.int8_rate.restype = ctypes.c_double
+        self._library.read_bandwidth.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        self._library.allocate.restype = ctypes.c_void_p
+        self._library.allocate.argtypes = [ctypes.c_int64]
+        self._buffer = self._library.allocate(READ_BYTES)
+        self.threads = threads
+
+    def read_bandwidth(self) -> float:
+        """Bytes per second, the better of two passes over half a gigabyte."""
+        return max(self._library.read_bandwidth(self._buffer, READ_BYTES, self.threads) for _ in range(2))
+
+    def int8_rate(self) -> float:
+        """Operations per second, a multiply-accumulate counting as two; the better of two short loops."""
+        return max(self._library.int8_rate(self.threads) for _ in range(2))
+
+
+def describe(threads: int) -> dict[str, str | int]:
+    """CPU, ISA level, threads and versions, for the head of a table and of a JSON file."""
+    return {
+        "cpu": _cpu_name(),
+        "isa": ops.isa_name(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    fields = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if line.count(":") == 1)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    return (
+        f"{fields.get('model name', platform.processor())} "
+        f"(family {fields.get('cpu family')}, model {fields.get('model')})"
+    )
+
+
+def _build() -> Path:
+    source = ROOT / "benchmarks" / "limits.cpp"
+    library = ROOT / "build" / "benchmarks" / "liblimits.so"
+    if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        flags = ["-O3", "-march=native", "-shared", "-fPIC", "-pthread", "-w"]
+        subprocess.run([os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(library)], check=True)
+    return library
