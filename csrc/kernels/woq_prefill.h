@@ -12,6 +12,9 @@ namespace IPEX_QUANT_ISA_NS {
 constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
 constexpr int kByteRows = kLanes == 16 ? 6 : 4;
 constexpr int kFloatRows = 6;
+// What is left over after blocks of 6 rows is done by 4, 2 and 1.
+template <int Rows>
+constexpr int kFewerRows = Rows > 4 ? 4 : Rows / 2;
 
 // ----------------------------------------------------------------------------------------------------------- bytes
 // Panel [padded_k / 4][kTileN][4] of s8 codes with the symmetric zero point (asymmetric INT4: its own) taken off.
@@ -141,9 +144,7 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
 template <int Dtype, int Rows, bool Symmetric, bool Residual>
 inline void byte_row_blocks(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t row, int64_t end) {
   for (; row + Rows <= end; row += Rows) byte_rows<Dtype, Rows, Symmetric, Residual>(args, tile, panel, row);
-  if constexpr (Rows > 1) {
-    if (row < end) byte_row_blocks<Dtype, Rows - 1, Symmetric, Residual>(args, tile, panel, row, end);
-  }
+  if constexpr (Rows > 1) byte_row_blocks<Dtype, kFewerRows<Rows>, Symmetric, Residual>(args, tile, panel, row, end);
 }
 
 template <int Dtype, bool Residual>
@@ -239,9 +240,7 @@ inline void float_row_blocks(const FloatFold& f, int64_t row, int64_t end) {
       });
     }
   }
-  if constexpr (Rows > 1) {
-    if (row < end) float_row_blocks<Rows - 1, Bf16>(f, row, end);
-  }
+  if constexpr (Rows > 1) float_row_blocks<kFewerRows<Rows>, Bf16>(f, row, end);
 }
 
 template <int Dtype, bool Bf16>
