@@ -6,7 +6,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-# Where pip finds the CPU build of torch, if not in the configured index: https://download.pytorch.org/whl/cpu
+# Index where pip finds the CPU build of torch, if the configured one would give another.
 TORCH_INDEX ?=
 JOBS ?= 2
 PYTEST_ARGS ?=

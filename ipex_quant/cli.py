@@ -137,7 +137,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    print(ipex.explain(_quantized_model(options.directory)))
+    ipex.explain(_quantized_model(options.directory))
     return 0
 
 

@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: `rows`, one a module; printed as a table."""
+    """What `explain` found: `rows`, one a module; ``str()`` is the table."""
 
     rows: tuple[Row, ...]
 
@@ -41,20 +41,24 @@ class Explanation:
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
         ]
+        return "\n".join([*lines, self.summary])
+
+    def __repr__(self) -> str:
+        return f"<{self.summary}>"
+
+    @property
+    def summary(self) -> str:
+        """One line: how many modules are quantized and in float, and their bytes."""
         quantized = [row.nbytes for row in self.rows if not row.reason]
         rest = [row.nbytes for row in self.rows if row.reason]
-        lines.append(
-            f"{len(quantized)} modules quantized, {sum(quantized):,} bytes; {len(rest)} in float, {sum(rest):,} bytes"
-        )
-        return "\n".join(lines)
-
-    __repr__ = __str__
+        return f"{len(quantized)} modules quantized, {sum(quantized):,} bytes; {len(rest)} in float, {sum(rest):,} bytes"
 
 
 def explain(model: nn.Module) -> Explanation:
-    """How each module of `model` that holds a weight matrix is computed: scheme, shape, compute mode, kernel, bytes.
+    """Print how each module of `model` that holds a weight matrix is computed: scheme, shape, compute mode, kernel, bytes.
 
-    A module in float comes with the reason. Norms and other modules with nothing but vectors are left out.
+    A module in float comes with the reason. Norms and other modules with nothing but vectors are left out. The table is
+    returned as well, with its data in `rows`.
     """
     reasons = getattr(model, FLOAT_REASONS, {})
     rows = []
@@ -63,7 +67,9 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(_quantized_row(name, module))
         elif any(p.dim() > 1 for p in module.parameters(recurse=False)):
             rows.append(_float_row(name, module, reasons.get(name) or _reason(module)))
-    return Explanation(tuple(rows))
+    explanation = Explanation(tuple(rows))
+    print(explanation)
+    return explanation
 
 
 def _quantized_row(name: str, module: WeightOnlyQuantizedLinear) -> Row:

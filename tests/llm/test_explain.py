@@ -36,14 +36,16 @@ def test_every_module_with_a_matrix_has_a_row(make_model, mapping):
     assert f"{layer}.input_layernorm" not in found
 
 
-def test_the_table(llama, mapping):
-    text = str(ipex.explain(ipex.llm.optimize(llama, quantization_config=mapping)))
+def test_the_table(llama, mapping, capsys):
+    explanation = ipex.explain(ipex.llm.optimize(llama, quantization_config=mapping))
+    text = str(explanation)
+    assert capsys.readouterr().out == text + "\n"
     lines = text.splitlines()
     assert lines[0].split() == ["module", "scheme", "shape", "compute", "kernel", "isa", "bytes", "why", "float"]
     assert len(lines) == 1 + 16 + 1
     assert "96x64" in text
     assert lines[-1].startswith("14 modules quantized, ")
-    assert repr(ipex.explain(llama)) == str(ipex.explain(llama))
+    assert repr(explanation) == f"<{text.splitlines()[-1]}>"
 
 
 def test_compute_modes(mapping):
