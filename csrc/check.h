@@ -4,11 +4,24 @@
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#define IPEX_QUANT_CHECK(condition, ...) STD_TORCH_CHECK(condition, "ipex_quant: ", __VA_ARGS__)
+#include <sstream>
+#include <stdexcept>
+
+// Unlike torch's macro, without the path of the source file in the message.
+#define IPEX_QUANT_CHECK(condition, ...) \
+  do {                                   \
+    if (!(condition)) fail(__VA_ARGS__); \
+  } while (0)
 
 namespace ipex_quant {
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;

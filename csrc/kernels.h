@@ -82,7 +82,6 @@ struct QuantizeArgs {
 inline int64_t quantize_scratch(int64_t k) { return k + 1; }
 
 struct KernelTable {
-  const char* name;
   bool bf16_dot;
   // Ranges of rows [begin, end), then (after any reduction over rows) their staged form.
   void (*stage_ranges)(const StageArgs&, int64_t begin, int64_t end, uint8_t* scratch);

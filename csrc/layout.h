@@ -23,6 +23,7 @@ enum WeightDtype : int32_t { kInt8 = 1, kInt4 = 2, kNf4 = 3, kFp8 = 4 };
 constexpr int64_t kTileN = 64;
 constexpr int64_t kPadK = 8;
 constexpr int64_t kLineBytes = 64;
+constexpr int64_t kInt4MaxZero = 16;  // GPTQ files write 16, one above the largest code
 
 struct WoqHeader {
   static constexpr uint32_t kMagic = 0x31515749;  // "IWQ1"

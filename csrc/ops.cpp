@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -25,9 +26,19 @@ using Buffer = std::unique_ptr<uint8_t[]>;
 // Uninitialised, unlike std::vector.
 Buffer make_buffer(int64_t bytes) { return Buffer(new uint8_t[size_t(bytes)]); }
 
+// Rethrows the first exception of f, whose text torch's own loop would lose.
 template <class F>
 void parallel(int64_t count, int64_t grain, F f) {
-  torch::stable::parallel_for(0, count, grain, f);
+  std::exception_ptr error;
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    try {
+      f(begin, end);
+    } catch (...) {
+      if (!failed.test_and_set()) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
 }
 
 // Runs f(next) on every thread, where next() hands out runs [begin, end) of at most `run` tasks until it returns an
@@ -76,12 +87,26 @@ void check_scheme(int64_t n, int64_t k, int64_t dtype, int64_t group_size, bool 
   IPEX_QUANT_CHECK(!asymmetric || dtype == kInt8 || dtype == kInt4, "only INT8 and INT4 have zero points");
 }
 
-void check_perm(const Tensor& perm, int64_t k) {
-  check_tensor("perm", perm, ScalarType::Int, 1);
-  IPEX_QUANT_CHECK(perm.size(0) == k, "perm: expected ", k, " elements, got ", perm.size(0));
-  const int32_t* p = static_cast<const int32_t*>(perm.const_data_ptr());
+// The data of a perm, or null without one.
+const int32_t* perm_data(const std::optional<Tensor>& perm, int64_t k) {
+  if (!perm) return nullptr;
+  check_tensor("perm", *perm, ScalarType::Int, 1);
+  IPEX_QUANT_CHECK(perm->size(0) == k, "perm: expected ", k, " elements, got ", perm->size(0));
+  const int32_t* p = static_cast<const int32_t*>(perm->const_data_ptr());
   for (int64_t i = 0; i < k; ++i)
     IPEX_QUANT_CHECK(p[i] >= 0 && p[i] < k, "perm: expected values in 0..", k - 1, ", got ", p[i]);
+  return p;
+}
+
+// Packing and unpacking write through the perm, so there it must hit every feature.
+const int32_t* permutation_data(const std::optional<Tensor>& perm, int64_t k) {
+  const int32_t* p = perm_data(perm, k);
+  if (!p) return nullptr;
+  std::vector<bool> seen(size_t(k), false);
+  for (int64_t i = 0; i < k; ++i) seen[size_t(p[i])] = true;
+  IPEX_QUANT_CHECK(std::find(seen.begin(), seen.end(), false) == seen.end(), "perm: expected a permutation of 0..",
+                   k - 1);
+  return p;
 }
 
 WoqHeader read_header(const Tensor& packed) {
@@ -129,12 +154,11 @@ Tensor woq_pack(Tensor codes, Tensor scales, std::optional<Tensor> zero_points, 
     check_tensor("zero_points", *zero_points, ScalarType::Short, 2);
     check_shape("zero_points", *zero_points, n, g.groups);
     const int16_t* z = static_cast<const int16_t*>(zero_points->const_data_ptr());
-    const int16_t lowest = dtype == kInt8 ? -128 : 0;
+    const int16_t lowest = dtype == kInt8 ? -128 : 0, highest = dtype == kInt8 ? 127 : kInt4MaxZero;
     for (int64_t i = 0; i < zero_points->numel(); ++i)
-      IPEX_QUANT_CHECK(z[i] >= lowest && z[i] < lowest + 256, "zero_points: expected values in ", lowest, "..",
-                       lowest + 255, ", got ", z[i]);
+      IPEX_QUANT_CHECK(z[i] >= lowest && z[i] <= highest, "zero_points: expected values in ", lowest, "..", highest,
+                       ", got ", z[i]);
   }
-  if (perm) check_perm(*perm, g.k);
 
   Tensor packed = empty({g.total_bytes()}, ScalarType::Byte);
   uint8_t* data = static_cast<uint8_t*>(packed.mutable_data_ptr());
@@ -142,7 +166,7 @@ Tensor woq_pack(Tensor codes, Tensor scales, std::optional<Tensor> zero_points, 
   const WoqHeader header{WoqHeader::kMagic, int32_t(dtype), n, g.k, group_size, g.asymmetric, g.half_scales, {}};
   std::memcpy(data, &header, sizeof header);
   const PackArgs args{&g,
-                      perm ? static_cast<const int32_t*>(perm->const_data_ptr()) : nullptr,
+                      permutation_data(perm, g.k),
                       static_cast<uint8_t*>(const_cast<void*>(codes.const_data_ptr())),
                       const_cast<float*>(scale_data),
                       zero_points ? static_cast<int16_t*>(const_cast<void*>(zero_points->const_data_ptr())) : nullptr,
@@ -162,13 +186,12 @@ std::tuple<Tensor, Tensor, Tensor> woq_unpack(Tensor packed, std::optional<Tenso
                    "packed: holds another weight: [", h.out_features, ", ", h.in_features, "], dtype ", h.dtype,
                    ", group size ", h.group_size);
   const WoqGeometry g = geometry_of(h, packed);
-  if (perm) check_perm(*perm, g.k);
   Tensor codes = empty({g.n, g.four_bit() ? (g.k + 1) / 2 : g.k}, code_type(g.dtype));
   Tensor scales = empty({g.n, g.groups}, ScalarType::Float);
   Tensor zero_points = empty({asymmetric ? g.n : 0, g.groups}, ScalarType::Short);
   const uint8_t* data = static_cast<const uint8_t*>(packed.const_data_ptr());
   const PackArgs args{&g,
-                      perm ? static_cast<const int32_t*>(perm->const_data_ptr()) : nullptr,
+                      permutation_data(perm, g.k),
                       static_cast<uint8_t*>(codes.mutable_data_ptr()),
                       static_cast<float*>(scales.mutable_data_ptr()),
                       static_cast<int16_t*>(zero_points.mutable_data_ptr()),
@@ -217,7 +240,6 @@ Tensor woq_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::opti
     check_tensor("bias", *bias, ScalarType::Float, 1);
     IPEX_QUANT_CHECK(bias->size(0) == g.n, "bias: expected ", g.n, " elements, got ", bias->size(0));
   }
-  if (perm) check_perm(*perm, g.k);
 
   const Tensor rows_of_x = torch::stable::contiguous(x);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
@@ -242,9 +264,7 @@ Tensor woq_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::opti
   s.scales = s.float_sums = reinterpret_cast<float*>(data + plan.data_bytes);
   s.sums = reinterpret_cast<int32_t*>(data + plan.data_bytes + per_fold);
   s.zeros = s.quantize && !s.symmetric ? s.sums + per_fold / 4 : nullptr;
-  stage(g, plan,
-        {rows_of_x.const_data_ptr(), type, perm ? static_cast<const int32_t*>(perm->const_data_ptr()) : nullptr,
-         plan.range_scope, nullptr, &g, &s});
+  stage(g, plan, {rows_of_x.const_data_ptr(), type, perm_data(perm, g.k), plan.range_scope, nullptr, &g, &s});
 
   GemmArgs args{};
   args.geometry = &g;
@@ -294,11 +314,14 @@ std::tuple<Tensor, Tensor, Tensor> woq_quantize(Tensor weight, int64_t dtype, in
                           static_cast<uint8_t*>(codes.mutable_data_ptr()),
                           static_cast<float*>(scales.mutable_data_ptr()),
                           symmetric ? nullptr : static_cast<int16_t*>(zero_points.mutable_data_ptr())};
+  const KernelTable& table = kernels();
   std::atomic<bool> finite{true};
   parallel(n, 1 + (int64_t(1) << 16) / k, [&](int64_t begin, int64_t end) {
-    if (!kernels().quantize_rows(args, begin, end, make_buffer(quantize_scratch(k)).get())) finite = false;
+    if (!table.quantize_rows(args, begin, end, make_buffer(quantize_scratch(k)).get())) finite = false;
   });
-  IPEX_QUANT_CHECK(finite, "weight: expected finite values whose range fits float32, got NaN, Inf or larger");
+  IPEX_QUANT_CHECK(finite,
+                   "weight: expected finite values whose range fits float32, got NaN, Inf or larger; check "
+                   "the checkpoint, or leave this module in float");
   return {codes, scales, zero_points};
 }
 

@@ -2,29 +2,10 @@
 
 #include <cstring>
 
+#include "half.h"
+
 namespace ipex_quant {
 namespace {
-
-// fp32 value of a half, and back for values that fits_half() accepted.
-float half_to_float(uint16_t half) {
-  const uint32_t exponent = half >> 10 & 31, mantissa = half & 0x3FF;
-  float x = float(mantissa) * 0x1p-24f;
-  if (exponent) {
-    const uint32_t bits = (exponent + 112) << 23 | mantissa << 13;
-    std::memcpy(&x, &bits, 4);
-  }
-  return half & 0x8000 ? -x : x;
-}
-
-// The half nearest towards zero; exact when `x` is one.
-uint16_t truncate_to_half(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
-  if (magnitude >= 0x47800000) return uint16_t(sign | 0x7BFF);
-  if (magnitude < 0x38800000) return uint16_t(sign | uint32_t((x < 0 ? -x : x) * 0x1p24f));
-  return uint16_t(sign | ((magnitude >> 13) - (112u << 10)));
-}
 
 // INT8 codes and zero points are shifted by 128 to be unsigned.
 uint8_t byte_offset(int32_t dtype) { return dtype == kInt8 ? 128 : 0; }
@@ -114,7 +95,7 @@ int64_t rows_of(const WoqGeometry& g, int64_t tile) {
 
 bool fits_half(const float* scales, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
-    if (half_to_float(truncate_to_half(scales[i])) != scales[i]) return false;
+    if (half_to_float(float_to_half(scales[i])) != scales[i]) return false;
   return true;
 }
 
@@ -127,7 +108,7 @@ void pack_tile(const PackArgs& args, int64_t tile, uint8_t* scratch) {
     read_row(args, row, scratch, plain);
     for_each_group(args, tile, [&](int64_t group, int64_t slot, uint8_t* at) {
       const float scale = args.scales[row * g.groups + group];
-      const uint16_t half = truncate_to_half(scale);
+      const uint16_t half = uint16_t(float_to_half(scale));
       if (g.half_scales)
         std::memcpy(at + 2 * column, &half, 2);
       else

@@ -3,5 +3,5 @@
 
 namespace ipex_quant {
 extern const KernelTable kAvx2Table;
-const KernelTable kAvx2Table = avx2::make_table("avx2");
+const KernelTable kAvx2Table = avx2::make_table();
 }  // namespace ipex_quant

@@ -3,5 +3,5 @@
 
 namespace ipex_quant {
 extern const KernelTable kAvx2VnniTable;
-const KernelTable kAvx2VnniTable = avx2_vnni::make_table("avx2_vnni");
+const KernelTable kAvx2VnniTable = avx2_vnni::make_table();
 }  // namespace ipex_quant

@@ -3,5 +3,5 @@
 
 namespace ipex_quant {
 extern const KernelTable kAvx512Bf16Table;
-const KernelTable kAvx512Bf16Table = avx512_bf16::make_table("avx512_bf16");
+const KernelTable kAvx512Bf16Table = avx512_bf16::make_table();
 }  // namespace ipex_quant

@@ -3,5 +3,5 @@
 
 namespace ipex_quant {
 extern const KernelTable kAvx512VnniTable;
-const KernelTable kAvx512VnniTable = avx512_vnni::make_table("avx512_vnni");
+const KernelTable kAvx512VnniTable = avx512_vnni::make_table();
 }  // namespace ipex_quant

@@ -3,5 +3,5 @@
 
 namespace ipex_quant {
 extern const KernelTable kGenericTable;
-const KernelTable kGenericTable = generic::make_table("generic");
+const KernelTable kGenericTable = generic::make_table();
 }  // namespace ipex_quant

@@ -42,7 +42,7 @@ inline void store_tail(void* base, FloatType type, int64_t i, int64_t count, vf 
 
 // exp(x) = 2^n * exp(r), |r| <= ln(2) / 2, with a degree 6 Taylor polynomial: relative error below 2e-7.
 inline vf exp_f(vf x) {
-  x = max_f(min_f(x, set1_f(88.0f)), set1_f(-87.0f));
+  x = max_f(min_f(x, set1_f(89.0f)), set1_f(-87.0f));  // exp(89) comes out as infinity
   const vi n = round_i(mul_f(x, set1_f(1.44269504f)));
   const vf nf = cvt_f(n);
   vf r = fma_f(nf, set1_f(-0.693359375f), x);  // ln(2) in two parts

@@ -36,9 +36,7 @@ constexpr bool kHasBf16Dot = true;
 constexpr bool kHasBf16Dot = false;
 #endif
 
-constexpr KernelTable make_table(const char* name) {
-  return {name, kHasBf16Dot, stage_ranges, stage_rows, gemm_tile, quantize_rows};
-}
+constexpr KernelTable make_table() { return {kHasBf16Dot, stage_ranges, stage_rows, gemm_tile, quantize_rows}; }
 
 }  // namespace IPEX_QUANT_ISA_NS
 }  // namespace ipex_quant

@@ -10,8 +10,12 @@ namespace IPEX_QUANT_ISA_NS {
 constexpr bool is_four_bit(int dtype) { return dtype == kInt4 || dtype == kNf4; }
 // Integer codes are unsigned in the packed weight; this is the zero point of a symmetric one (NF4: of its byte table).
 constexpr int32_t symmetric_zero(int dtype) { return dtype == kInt4 ? 8 : dtype == kFp8 ? 0 : 128; }
-// |code * s8| pair sums stay below 2^15 only for INT4.
+// Integer compute, for activations x with zero point zx and codes c with zero point zc over a fold of L:
+//   sum (x - zx) * (c - zc) = sum x * c - zc * sum x - zx * (sum c - L * zc)
+// exactly in int32, whatever operand is the unsigned one. Only INT4 keeps sums of two products below 2^15.
 constexpr bool is_narrow(int dtype) { return dtype == kInt4; }
+static_assert(2 * 255 * kInt4MaxZero < 1 << 15, "u8 activations times INT4 codes less their zero point");
+static_assert(255 * 255 * kMaxByteFold < int64_t(1) << 31, "a fold fits int32");
 constexpr int64_t line_group_bytes(int dtype) { return is_four_bit(dtype) ? 256 : 512; }  // of 8 k
 
 // QLoRA's 4-bit NormalFloat levels (Dettmers et al. 2023), as bitsandbytes rounds them.
@@ -60,6 +64,42 @@ struct GroupHead {
   vi zero(int64_t column) const { return zeros ? load_u8(zeros + column) : set1_i(symmetric); }
 };
 
+// The scale that goes with integer codes.
+template <int Dtype>
+inline vf byte_scale(const GroupHead& head, int64_t column) {
+  return Dtype == kNf4 ? mul_f(head.scale(column), set1_f(1.0f / 127)) : head.scale(column);
+}
+
+// The walk over the folds of a tile: runs of at most max_fold k that do not cross a group.
+class FoldCursor {
+ public:
+  int64_t group = 0, fold = 0;
+
+  FoldCursor(const GemmArgs& args, int64_t tile, int64_t max_fold)
+      : g_(*args.geometry), max_fold_(max_fold), data_(args.tiles + tile * args.geometry->tile_bytes) {}
+
+  bool more() const { return group < g_.groups; }
+  GroupHead head() const { return GroupHead(g_, data_); }
+  const uint8_t* codes() const { return data_ + g_.head_bytes + g_.code_bytes(k_); }
+  int64_t start() const { return group_start_ + k_; }  // in a staged row
+  int64_t length() const { return g_.padded(group) - k_ < max_fold_ ? g_.padded(group) - k_ : max_fold_; }
+  void advance() {
+    const int64_t padded = g_.padded(group);
+    ++fold;
+    k_ += max_fold_;
+    if (k_ < padded) return;
+    group_start_ += padded;
+    data_ += g_.head_bytes + g_.code_bytes(padded);
+    ++group, k_ = 0;
+  }
+
+ private:
+  const WoqGeometry& g_;
+  int64_t max_fold_;
+  const uint8_t* data_;
+  int64_t k_ = 0, group_start_ = 0;
+};
+
 // The nibbles of a line as unsigned bytes (or, for NF4, table bytes): k 0..3 and k 4..7 of every column.
 template <int Dtype>
 struct Nibbles {
@@ -84,8 +124,8 @@ struct Nibbles {
   }
 };
 
-// e4m3: rebias the exponent from 7 to 127; a subnormal is built in the binade above and brought down, so that the
-// result does not depend on the denormal mode of the processor.
+// e4m3 without NaN, which no packed weight holds: rebias the exponent from 7 to 127; a subnormal is built in the binade
+// above and brought down, so that the result does not depend on the denormal mode of the processor.
 inline vf e4m3_to_f(vi byte) {
   const vi magnitude = sll_i<20>(and_i(byte, set1_i(0x7F)));
   const vi exponent = and_i(magnitude, set1_i(0x07800000));

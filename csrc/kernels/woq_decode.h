@@ -15,30 +15,6 @@ constexpr int kPassVectors = kLanes == 16 ? 4
                              : Rows <= 2  ? 4
                                           : 2;
 
-// A position in the walk over the folds of a tile.
-struct FoldCursor {
-  const WoqGeometry& g;
-  int64_t max_fold;
-  const uint8_t* group_data;
-  int64_t group = 0, k = 0, start = 0, fold = 0;  // start: of the group in a staged row; k: within the group
-
-  FoldCursor(const GemmArgs& args, int64_t tile)
-      : g(*args.geometry), max_fold(args.staged->max_fold), group_data(args.tiles + tile * args.geometry->tile_bytes) {}
-
-  GroupHead head() const { return GroupHead(g, group_data); }
-  const uint8_t* codes() const { return group_data + g.head_bytes + g.code_bytes(k); }
-  int64_t length() const { return g.padded(group) - k < max_fold ? g.padded(group) - k : max_fold; }
-  void advance() {
-    const int64_t padded = g.padded(group);
-    ++fold;
-    k += max_fold;
-    if (k < padded) return;
-    start += padded;
-    group_data += g.head_bytes + g.code_bytes(padded);
-    ++group, k = 0;
-  }
-};
-
 // Some rows over some folds of a tile.
 struct DecodePass {
   const GemmArgs& args;
@@ -55,7 +31,7 @@ struct DecodeFold {
   int64_t start, length, fold;
 
   DecodeFold(const DecodePass& p, const FoldCursor& at)
-      : pass(p), head(at.head()), codes(at.codes()), start(at.start + at.k), length(at.length()), fold(at.fold) {}
+      : pass(p), head(at.head()), codes(at.codes()), start(at.start()), length(at.length()), fold(at.fold) {}
 };
 
 // Sum over the fold of (x - zx) * (code - zw), exact in int32, then one fma into fp32.
@@ -113,8 +89,7 @@ IPEX_QUANT_INLINE inline void decode_bytes(const DecodeFold& f) {
     }
     unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
       const int64_t at = column + v * kLanes;
-      vf scale = f.head.scale(at);
-      if constexpr (Dtype == kNf4) scale = mul_f(scale, set1_f(1.0f / 127));
+      const vf scale = byte_scale<Dtype>(f.head, at);
       unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
         const int64_t i = (f.pass.row + m) * s.folds + f.fold;
         vi total = acc[m][v];
@@ -283,12 +258,12 @@ template <int Dtype>
 inline void decode_tile(const GemmArgs& args, int64_t tile) {
   const Staged& s = *args.staged;
   float acc[kDecodeRows * kTileN] = {};
-  FoldCursor cursor(args, tile);
+  FoldCursor cursor(args, tile, s.max_fold);
   if (s.rows <= kPassRows) {
     decode_rows<Dtype>({args, 0, acc, s.folds, false}, cursor, s.rows);
   } else {
     const int64_t half = s.rows / 2;
-    for (; cursor.fold < s.folds; cursor.advance()) {
+    for (; cursor.more(); cursor.advance()) {
       // A single pass leaves prefetching to the hardware, which is better at it. Two passes leave the memory idle in
       // between, so they ask for what follows.
       decode_rows<Dtype>({args, 0, acc, 1, true}, cursor, half);

@@ -31,50 +31,37 @@ inline vi unpack_bytes(vi codes, vi zero_bytes) {
 
 template <int Dtype>
 inline void unpack_byte_panel(const GemmArgs& args, int64_t tile, const BytePanel& panel) {
-  const WoqGeometry& g = *args.geometry;
-  const Staged& s = *args.staged;
   const Nibbles<Dtype> nibbles(0);
   const U8<true> ones = as_u8<true>(set1_i(0x01010101));
-  const uint8_t* group_data = args.tiles + tile * g.tile_bytes;
-  int8_t* out = panel.codes;
-  int64_t fold = 0;
-  for (int64_t group = 0; group < g.groups; ++group) {
-    const int64_t padded = g.padded(group);
-    const GroupHead head(g, group_data);
-    for (int64_t k = 0; k < padded; k += s.max_fold, ++fold) {
-      const int64_t length = padded - k < s.max_fold ? padded - k : s.max_fold;
-      for (int64_t column = 0; column < kTileN; column += kLanes) {
-        const bool own_zero = is_four_bit(Dtype) && head.zeros;
-        const vi zero = own_zero ? head.zero(column) : set1_i(symmetric_zero(Dtype));
-        const vi zero_bytes = mul_i(zero, set1_i(0x01010101));
-        if (panel.residuals) {
-          const vi residual = sub_i(head.zero(column), set1_i(symmetric_zero(Dtype)));
-          store_i(panel.residuals + group * kTileN + column, residual);
+  for (FoldCursor at(args, tile, args.staged->max_fold); at.more(); at.advance()) {
+    const GroupHead head = at.head();
+    for (int64_t column = 0; column < kTileN; column += kLanes) {
+      const bool own_zero = is_four_bit(Dtype) && head.zeros;
+      const vi zero = own_zero ? head.zero(column) : set1_i(symmetric_zero(Dtype));
+      const vi zero_bytes = mul_i(zero, set1_i(0x01010101));
+      if (panel.residuals)
+        store_i(panel.residuals + at.group * kTileN + column, sub_i(head.zero(column), set1_i(symmetric_zero(Dtype))));
+      const uint8_t* line = at.codes() + 4 * column;
+      int8_t* to = panel.codes + at.start() * kTileN + 4 * column;
+      vi sum = zero_i();
+      const auto put = [&](vi codes) {
+        const vi bytes = unpack_bytes<Dtype>(codes, zero_bytes);
+        dot<true>(sum, ones, as_s8<true>(bytes));
+        store_i(to, bytes);
+        to += 4 * kTileN;
+      };
+      for (int64_t k = 0; k < at.length(); k += 8, line += line_group_bytes(Dtype)) {
+        const vi first = load_i(line);
+        if constexpr (is_four_bit(Dtype)) {
+          put(nibbles.low(first));
+          put(nibbles.high(first));
+        } else {
+          put(first);
+          put(load_i(line + 256));
         }
-        const uint8_t* line = group_data + g.head_bytes + g.code_bytes(k) + 4 * column;
-        int8_t* to = out + 4 * column;
-        vi sum = zero_i();
-        const auto put = [&](vi codes) {
-          const vi bytes = unpack_bytes<Dtype>(codes, zero_bytes);
-          dot<true>(sum, ones, as_s8<true>(bytes));
-          store_i(to, bytes);
-          to += 4 * kTileN;
-        };
-        for (int64_t i = 0; i < length; i += 8, line += line_group_bytes(Dtype)) {
-          const vi first = load_i(line);
-          if constexpr (is_four_bit(Dtype)) {
-            put(nibbles.low(first));
-            put(nibbles.high(first));
-          } else {
-            put(first);
-            put(load_i(line + 256));
-          }
-        }
-        store_i(panel.sums + fold * kTileN + column, sum);
       }
-      out += length * kTileN;
+      store_i(panel.sums + at.fold * kTileN + column, sum);
     }
-    group_data += g.head_bytes + g.code_bytes(padded);
   }
 }
 
@@ -95,47 +82,38 @@ IPEX_QUANT_INLINE inline void multiply_bytes(vi (&acc)[Rows][kTileVectors], cons
 // Symmetric activations have the zero point 128; Residual tells whether the panel has residuals.
 template <int Dtype, int Rows, bool Symmetric, bool Residual>
 inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t row) {
-  const WoqGeometry& g = *args.geometry;
   const Staged& s = *args.staged;
-  const uint8_t* x = static_cast<const uint8_t*>(s.data) + row * g.padded_k;
+  const int64_t stride = args.geometry->padded_k;
+  const uint8_t* x = static_cast<const uint8_t*>(s.data) + row * stride;
   float out[Rows * kTileN] = {};
   for (int64_t column = 0; column < kTileN; column += kTileVectors * kLanes) {
-    const uint8_t* group_data = args.tiles + tile * g.tile_bytes;
-    int64_t start = 0, fold = 0;
-    for (int64_t group = 0; group < g.groups; ++group) {
-      const int64_t padded = g.padded(group);
-      const GroupHead head(g, group_data);
-      for (int64_t k = 0; k < padded; k += s.max_fold, ++fold) {
-        const int64_t length = padded - k < s.max_fold ? padded - k : s.max_fold;
-        // Start from what the zero points contribute, so that the end of the fold needs no correction.
-        vi acc[Rows][kTileVectors];
-        unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
-          const int64_t at = column + v * kLanes;
-          const vi sums = load_i(panel.sums + fold * kTileN + at);
-          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
-            const int64_t i = (row + m) * s.folds + fold;
-            const int32_t zero = Symmetric ? 128 : s.zeros[i];
-            acc[m][v] = Symmetric ? sub_i(zero_i(), sll_i<7>(sums)) : mul_i(sums, set1_i(-zero));
-            if constexpr (Residual) {
-              const vi residual = load_i(panel.residuals + group * kTileN + at);
-              acc[m][v] = sub_i(acc[m][v], mul_i(residual, set1_i(s.sums[i] - int32_t(length) * zero)));
-            }
-          });
+    for (FoldCursor at(args, tile, s.max_fold); at.more(); at.advance()) {
+      // Start from what the zero points contribute, so that the end of the fold needs no correction.
+      vi acc[Rows][kTileVectors];
+      unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
+        const int64_t n = column + v * kLanes;
+        const vi sums = load_i(panel.sums + at.fold * kTileN + n);
+        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+          const int64_t i = (row + m) * s.folds + at.fold;
+          const int32_t zero = Symmetric ? 128 : s.zeros[i];
+          acc[m][v] = Symmetric ? sub_i(zero_i(), sll_i<7>(sums)) : mul_i(sums, set1_i(-zero));
+          if constexpr (Residual) {
+            const vi residual = load_i(panel.residuals + at.group * kTileN + n);
+            acc[m][v] = sub_i(acc[m][v], mul_i(residual, set1_i(s.sums[i] - int32_t(at.length()) * zero)));
+          }
         });
-        multiply_bytes<Rows, is_narrow(Dtype)>(acc, x + start + k, g.padded_k,
-                                               panel.codes + (start + k) * kTileN + 4 * column, length);
-        unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
-          const int64_t at = column + v * kLanes;
-          vf scale = head.scale(at);
-          if constexpr (Dtype == kNf4) scale = mul_f(scale, set1_f(1.0f / 127));
-          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
-            const vf factor = mul_f(set1_f(s.scales[(row + m) * s.folds + fold]), scale);
-            store_f(out + m * kTileN + at, fma_f(cvt_f(acc[m][v]), factor, load_f(out + m * kTileN + at)));
-          });
+      });
+      multiply_bytes<Rows, is_narrow(Dtype)>(acc, x + at.start(), stride,
+                                             panel.codes + at.start() * kTileN + 4 * column, at.length());
+      const GroupHead head = at.head();
+      unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
+        const int64_t n = column + v * kLanes;
+        const vf scale = byte_scale<Dtype>(head, n);
+        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+          const vf factor = mul_f(set1_f(s.scales[(row + m) * s.folds + at.fold]), scale);
+          store_f(out + m * kTileN + n, fma_f(cvt_f(acc[m][v]), factor, load_f(out + m * kTileN + n)));
         });
-      }
-      start += padded;
-      group_data += g.head_bytes + g.code_bytes(padded);
+      });
     }
   }
   for (int m = 0; m < Rows; ++m) finish_row(args, row + m, tile, out + m * kTileN);
@@ -251,22 +229,13 @@ inline void prefill_floats(const GemmArgs& args, int64_t tile, int64_t begin, in
   float* sums = panel + kTileN * kFloatFold;
   std::memset(sums, 0, (end - begin) * kTileN * sizeof(float));
   constexpr int64_t kPerFloat = Bf16 ? 2 : 1;
-  const float* rows = static_cast<const float*>(s.data) + begin * (g.padded_k / kPerFloat);
-  const uint8_t* group_data = args.tiles + tile * g.tile_bytes;
+  const int64_t stride = g.padded_k / kPerFloat;
+  const float* rows = static_cast<const float*>(s.data) + begin * stride;
   const FloatCodes<Dtype> codes(s.rounding);
-  int64_t start = 0;
-  for (int64_t group = 0; group < g.groups; ++group) {
-    const int64_t padded = g.padded(group);
-    const GroupHead head(g, group_data);
-    for (int64_t k = 0; k < padded; k += kFloatFold) {
-      const int64_t length = padded - k < kFloatFold ? padded - k : kFloatFold;
-      unpack_float_panel<Dtype, Bf16>(head, codes, group_data + g.head_bytes + g.code_bytes(k), length, panel);
-      const FloatFold fold{head, panel, rows + (start + k) / kPerFloat, g.padded_k / kPerFloat, length / kPerFloat,
-                           sums};
-      float_row_blocks<kFloatRows, Bf16>(fold, 0, end - begin);
-    }
-    start += padded;
-    group_data += g.head_bytes + g.code_bytes(padded);
+  for (FoldCursor at(args, tile, kFloatFold); at.more(); at.advance()) {
+    unpack_float_panel<Dtype, Bf16>(at.head(), codes, at.codes(), at.length(), panel);
+    const FloatFold fold{at.head(), panel, rows + at.start() / kPerFloat, stride, at.length() / kPerFloat, sums};
+    float_row_blocks<kFloatRows, Bf16>(fold, 0, end - begin);
   }
   for (int64_t m = begin; m < end; ++m) finish_row(args, m, tile, sums + (m - begin) * kTileN);
 }

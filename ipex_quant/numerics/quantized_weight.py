@@ -16,7 +16,7 @@ CODE_DTYPES = {
 }
 """torch dtype that holds the codes of each weight dtype; INT4 and NF4 hold two codes a byte."""
 
-ZERO_POINT_RANGE = {WoqWeightDtype.INT8: (-128, 128), WoqWeightDtype.INT4: (0, 16)}
+ZERO_POINT_RANGE = {WoqWeightDtype.INT8: (-128, 127), WoqWeightDtype.INT4: (0, 16)}
 """Lowest and highest zero point: those of the codes, and the one above that version 1 GPTQ files can write."""
 
 

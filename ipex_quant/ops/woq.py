@@ -64,7 +64,7 @@ def quantize_weight(weight: torch.Tensor, scheme: WeightScheme) -> QuantizedWeig
             weight.detach(), scheme.dtype, scheme.group_size, scheme.symmetric
         )
     except RuntimeError as error:
-        raise ValueError(f"{error}; check the checkpoint, or leave this module in float") from None
+        raise ValueError(str(error)) from None
     return QuantizedWeight(codes, scales, None if scheme.symmetric else zero_points, None, scheme, tuple(weight.shape))
 
 
@@ -118,6 +118,7 @@ def woq_linear(
     """``post_op(x @ weight.T + bias, others)`` for a packed weight, as `ipex_quant.ops.reference.woq_linear` defines it.
 
     `x` is float32, bfloat16 or float16 ``[..., K]``; `data` and `perm` are a PackedWeight's; `bias` is float32 ``[N]``.
+    Sums run over codes before scales, so that activations beyond about 1e35 overflow float32.
     Returns ``[..., N]`` in the dtype of `x`. Raises RuntimeError when an argument does not fit the packed weight.
     """
     return _ops.woq_linear(

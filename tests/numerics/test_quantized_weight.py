@@ -61,7 +61,7 @@ def test_nan_among_fp8_codes_is_an_error() -> None:
         dataclasses.replace(weight, codes=codes)
 
 
-@pytest.mark.parametrize(("dtype", "extremes"), [(WoqWeightDtype.INT4, (0, 16)), (WoqWeightDtype.INT8, (-128, 128))])
+@pytest.mark.parametrize(("dtype", "extremes"), [(WoqWeightDtype.INT4, (0, 16)), (WoqWeightDtype.INT8, (-128, 127))])
 def test_extreme_zero_points_are_accepted(dtype: WoqWeightDtype, extremes: tuple[int, int]) -> None:
     weight = quantize(torch.randn(2, 4), WeightScheme(dtype, False))
     zero_points = torch.tensor(extremes, dtype=torch.int16)[:, None]

@@ -296,3 +296,11 @@ def test_names_for_explain() -> None:
     }
     assert len(names) > 1
     assert all(isinstance(name, str) and name for name in names)
+
+
+@pytest.mark.parametrize("post_op", [PostOp.SILU, PostOp.GELU, PostOp.NEW_GELU])
+def test_activations_of_extreme_values(post_op: PostOp) -> None:
+    packed = ops.pack_weight(ops.quantize_weight(torch.eye(2), WeightScheme(WoqWeightDtype.INT8)))
+    x = torch.tensor([[-1e36, -1e35], [-100.0, -20.0], [0.0, 1e36]])
+    result = ops.woq_linear(x, packed.data, 2, post_op=post_op)
+    torch.testing.assert_close(result, reference.woq_linear(x, ops.unpack_weight(packed), post_op=post_op))

@@ -142,11 +142,21 @@ def test_extreme_zero_points_survive(dtype: WoqWeightDtype, zero_points: tuple[i
     assert_same(ops.unpack_weight(ops.pack_weight(qw)), qw)
 
 
-def test_int8_zero_point_beyond_a_byte_is_an_error() -> None:
-    qw = affine.quantize(random_weight(2, 8), WeightScheme(WoqWeightDtype.INT8, False))
-    qw = dataclasses.replace(qw, zero_points=torch.full((2, 1), 128, dtype=torch.int16))
-    with pytest.raises(ValueError, match="zero_points"):
-        ops.pack_weight(qw)
+@pytest.mark.parametrize(("dtype", "zero_point"), [("INT8", 128), ("INT8", -129), ("INT4", 17), ("INT4", -1)])
+def test_the_op_itself_refuses_zero_points_that_its_kernels_cannot_hold(dtype: str, zero_point: int) -> None:
+    qw = affine.quantize(random_weight(2, 8), WeightScheme(WoqWeightDtype[dtype], False))
+    zero_points = torch.full((2, 1), zero_point, dtype=torch.int16)
+    with pytest.raises(RuntimeError, match=r"^zero_points: expected values in"):
+        torch.ops.ipex_quant.woq_pack(qw.codes, qw.scales, zero_points, None, 8, WoqWeightDtype[dtype], -1)
+
+
+def test_packing_through_a_perm_needs_a_permutation() -> None:
+    qw = affine.quantize(random_weight(2, 8), WeightScheme(WoqWeightDtype.INT8))
+    perm = torch.zeros(8, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="permutation"):
+        torch.ops.ipex_quant.woq_pack(qw.codes, qw.scales, None, perm, 8, WoqWeightDtype.INT8, -1)
+    with pytest.raises(RuntimeError, match="permutation"):
+        torch.ops.ipex_quant.woq_unpack(ops.pack_weight(qw).data, perm, 2, 8, WoqWeightDtype.INT8, -1, False)
 
 
 def test_scales_of_any_size_survive() -> None:

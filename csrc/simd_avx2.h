@@ -1,0 +1,179 @@
+// simd.h for AVX2 with FMA and F16C, and AVX-VNNI where the file is compiled for it.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace ipex_quant {
+namespace IPEX_QUANT_ISA_NS {
+
+constexpr int64_t kLanes = 8;
+using vf = __m256;
+using vi = __m256i;
+
+inline vf set1_f(float x) { return _mm256_set1_ps(x); }
+inline vf load_f(const float* p) { return _mm256_loadu_ps(p); }
+inline void store_f(float* p, vf x) { _mm256_storeu_ps(p, x); }
+inline vf fma_f(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+inline vf mul_f(vf a, vf b) { return _mm256_mul_ps(a, b); }
+inline vf add_f(vf a, vf b) { return _mm256_add_ps(a, b); }
+inline vf sub_f(vf a, vf b) { return _mm256_sub_ps(a, b); }
+inline vf div_f(vf a, vf b) { return _mm256_div_ps(a, b); }
+inline vf min_f(vf a, vf b) { return _mm256_min_ps(a, b); }
+inline vf max_f(vf a, vf b) { return _mm256_max_ps(a, b); }
+
+inline vi set1_i(int32_t x) { return _mm256_set1_epi32(x); }
+inline vi load_i(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_i(void* p, vi x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+inline vi add_i(vi a, vi b) { return _mm256_add_epi32(a, b); }
+inline vi sub_i(vi a, vi b) { return _mm256_sub_epi32(a, b); }
+inline vi mul_i(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
+inline vi max_i(vi a, vi b) { return _mm256_max_epi32(a, b); }
+inline vi min_i(vi a, vi b) { return _mm256_min_epi32(a, b); }
+inline vi and_i(vi a, vi b) { return _mm256_and_si256(a, b); }
+inline vi or_i(vi a, vi b) { return _mm256_or_si256(a, b); }
+inline vi sub_i8(vi a, vi b) { return _mm256_sub_epi8(a, b); }
+template <int Bits>
+inline vi srl_i(vi x) {
+  return _mm256_srli_epi32(x, Bits);
+}
+template <int Bits>
+inline vi sll_i(vi x) {
+  return _mm256_slli_epi32(x, Bits);
+}
+template <int Bits>
+inline vi sra_i(vi x) {
+  return _mm256_srai_epi32(x, Bits);
+}
+inline vf if_zero(vi test, vf yes, vf no) {
+  return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(_mm256_cmpeq_epi32(test, _mm256_setzero_si256())));
+}
+
+inline vf cvt_f(vi x) { return _mm256_cvtepi32_ps(x); }
+inline vi round_i(vf x) { return _mm256_cvtps_epi32(x); }
+inline vf as_f(vi x) { return _mm256_castsi256_ps(x); }
+inline vi as_i(vf x) { return _mm256_castps_si256(x); }
+
+inline vi load_u8(const void* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))); }
+inline vi load_u16(const void* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+inline __m128i low_u16(vi x) {  // the low 16 bits of every lane
+  x = _mm256_and_si256(x, _mm256_set1_epi32(0xFFFF));
+  return _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+}
+inline void store_u16(void* p, vi x) { _mm_storeu_si128(static_cast<__m128i*>(p), low_u16(x)); }
+inline void store_u8(void* p, vi x) {
+  const __m128i words = _mm_and_si128(low_u16(x), _mm_set1_epi16(0xFF));
+  _mm_storel_epi64(static_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+inline vf load_half(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+inline void store_half(void* p, vf x) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline vf round_to_half(vf x) { return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+
+// Combines the two halves of a vector, then lanes 0 and 2, then 0 and 1.
+template <class F>
+inline __m128i fold_lanes(vi x, F combine) {
+  __m128i y = combine(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  y = combine(y, _mm_shuffle_epi32(y, 0x4E));
+  return combine(y, _mm_shuffle_epi32(y, 0xB1));
+}
+template <class F>
+inline float fold_floats(vf x, F combine) {
+  const __m128i y = fold_lanes(_mm256_castps_si256(x), [&](__m128i a, __m128i b) {
+    return _mm_castps_si128(combine(_mm_castsi128_ps(a), _mm_castsi128_ps(b)));
+  });
+  return _mm_cvtss_f32(_mm_castsi128_ps(y));
+}
+inline float reduce_add(vf x) {
+  return fold_floats(x, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
+}
+inline float reduce_min(vf x) {
+  return fold_floats(x, [](__m128 a, __m128 b) { return _mm_min_ps(a, b); });
+}
+inline float reduce_max(vf x) {
+  return fold_floats(x, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
+}
+inline int32_t reduce_add(vi x) {
+  return _mm_cvtsi128_si32(fold_lanes(x, [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); }));
+}
+inline int32_t reduce_max(vi x) {
+  return _mm_cvtsi128_si32(fold_lanes(x, [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); }));
+}
+
+struct Lut16 {
+  vf low, high;
+};
+inline Lut16 make_lut16(const float* table) { return {load_f(table), load_f(table + 8)}; }
+inline vf lookup(const Lut16& table, vi index) {
+  const vf bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index), _mm256_permutevar8x32_ps(table.high, index),
+                          bit3);
+}
+using ByteLut16 = vi;
+inline ByteLut16 make_byte_lut16(const uint8_t* table) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+}
+inline vi lookup(const ByteLut16& table, vi index) { return _mm256_shuffle_epi8(table, index); }
+
+#if defined(__AVXVNNI__)
+template <bool Narrow>
+using U8 = vi;
+template <bool Narrow>
+using S8 = vi;
+template <bool Narrow>
+inline vi as_u8(vi x) {
+  return x;
+}
+template <bool Narrow>
+inline vi as_s8(vi x) {
+  return x;
+}
+template <bool Narrow>
+inline void dot(vi& acc, vi u8, vi s8) {
+  acc = _mm256_dpbusd_avx_epi32(acc, u8, s8);
+}
+#else
+// Without VNNI vpmaddubsw does narrow products; its int16 pair sums would saturate on wide ones, which go through
+// 16-bit even and odd halves instead.
+template <bool Narrow>
+struct Bytes {
+  vi all;
+};
+template <>
+struct Bytes<false> {
+  vi even, odd;
+};
+template <bool Narrow>
+using U8 = Bytes<Narrow>;
+template <bool Narrow>
+using S8 = Bytes<Narrow>;
+template <bool Narrow>
+inline Bytes<Narrow> as_u8(vi x) {
+  if constexpr (Narrow)
+    return {x};
+  else
+    return {_mm256_and_si256(x, _mm256_set1_epi16(0xFF)), _mm256_srli_epi16(x, 8)};
+}
+template <bool Narrow>
+inline Bytes<Narrow> as_s8(vi x) {
+  if constexpr (Narrow)
+    return {x};
+  else
+    return {_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srai_epi16(x, 8)};
+}
+template <bool Narrow>
+inline void dot(vi& acc, const Bytes<Narrow>& u8, const Bytes<Narrow>& s8) {
+  if constexpr (Narrow) {
+    const vi pairs = _mm256_maddubs_epi16(u8.all, s8.all);
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  } else {
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(u8.even, s8.even));
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(u8.odd, s8.odd));
+  }
+}
+#endif
+
+}  // namespace IPEX_QUANT_ISA_NS
+}  // namespace ipex_quant

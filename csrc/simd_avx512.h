@@ -1,0 +1,109 @@
+// simd.h for AVX-512 with VNNI, and BF16 where the file is compiled for it.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace ipex_quant {
+namespace IPEX_QUANT_ISA_NS {
+
+constexpr int64_t kLanes = 16;
+using vf = __m512;
+using vi = __m512i;
+
+inline vf set1_f(float x) { return _mm512_set1_ps(x); }
+inline vf load_f(const float* p) { return _mm512_loadu_ps(p); }
+inline void store_f(float* p, vf x) { _mm512_storeu_ps(p, x); }
+inline vf fma_f(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+inline vf mul_f(vf a, vf b) { return _mm512_mul_ps(a, b); }
+inline vf add_f(vf a, vf b) { return _mm512_add_ps(a, b); }
+inline vf sub_f(vf a, vf b) { return _mm512_sub_ps(a, b); }
+inline vf div_f(vf a, vf b) { return _mm512_div_ps(a, b); }
+inline vf min_f(vf a, vf b) { return _mm512_min_ps(a, b); }  // b where either is NaN
+inline vf max_f(vf a, vf b) { return _mm512_max_ps(a, b); }
+
+inline vi set1_i(int32_t x) { return _mm512_set1_epi32(x); }
+inline vi load_i(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_i(void* p, vi x) { _mm512_storeu_si512(p, x); }
+inline vi add_i(vi a, vi b) { return _mm512_add_epi32(a, b); }
+inline vi sub_i(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+inline vi mul_i(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+inline vi max_i(vi a, vi b) { return _mm512_max_epi32(a, b); }
+inline vi min_i(vi a, vi b) { return _mm512_min_epi32(a, b); }
+inline vi and_i(vi a, vi b) { return _mm512_and_si512(a, b); }
+inline vi or_i(vi a, vi b) { return _mm512_or_si512(a, b); }
+inline vi sub_i8(vi a, vi b) { return _mm512_sub_epi8(a, b); }
+template <int Bits>
+inline vi srl_i(vi x) {
+  return _mm512_srli_epi32(x, Bits);
+}
+template <int Bits>
+inline vi sll_i(vi x) {
+  return _mm512_slli_epi32(x, Bits);
+}
+template <int Bits>
+inline vi sra_i(vi x) {
+  return _mm512_srai_epi32(x, Bits);
+}
+inline vf if_zero(vi test, vf yes, vf no) { return _mm512_mask_blend_ps(_mm512_testn_epi32_mask(test, test), no, yes); }
+
+inline vf cvt_f(vi x) { return _mm512_cvtepi32_ps(x); }
+inline vi round_i(vf x) { return _mm512_cvtps_epi32(x); }
+inline vf as_f(vi x) { return _mm512_castsi512_ps(x); }
+inline vi as_i(vf x) { return _mm512_castps_si512(x); }
+
+inline vi load_u8(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+inline vi load_u16(const void* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+inline void store_u8(void* p, vi x) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
+inline void store_u16(void* p, vi x) { _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x)); }
+inline vf load_half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+inline void store_half(void* p, vf x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline vf round_to_half(vf x) { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+
+inline float reduce_add(vf x) { return _mm512_reduce_add_ps(x); }
+inline float reduce_min(vf x) { return _mm512_reduce_min_ps(x); }
+inline float reduce_max(vf x) { return _mm512_reduce_max_ps(x); }
+inline int32_t reduce_add(vi x) { return _mm512_reduce_add_epi32(x); }
+inline int32_t reduce_max(vi x) { return _mm512_reduce_max_epi32(x); }
+
+using Lut16 = vf;
+inline Lut16 make_lut16(const float* table) { return _mm512_loadu_ps(table); }
+inline vf lookup(const Lut16& table, vi index) { return _mm512_permutexvar_ps(index, table); }
+using ByteLut16 = vi;
+inline ByteLut16 make_byte_lut16(const uint8_t* table) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+}
+inline vi lookup(const ByteLut16& table, vi index) { return _mm512_shuffle_epi8(table, index); }
+
+template <bool Narrow>
+using U8 = vi;
+template <bool Narrow>
+using S8 = vi;
+template <bool Narrow>
+inline vi as_u8(vi x) {
+  return x;
+}
+template <bool Narrow>
+inline vi as_s8(vi x) {
+  return x;
+}
+// GCC 12 spills the accumulators of a tile written with _mm512_dpbusd_epi32 and halves its speed; not so with asm.
+template <bool Narrow>
+inline void dot(vi& acc, vi u8, vi s8) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
+}
+
+#if defined(__AVX512BF16__)
+#define IPEX_QUANT_BF16_DOT 1
+inline vi and_or_i(vi x, vi mask, vi bits) { return _mm512_ternarylogic_epi32(x, mask, bits, 0xEA); }
+// 32-entry table of bf16, indexed by the low five bits of every 16-bit lane.
+inline vi make_bf16_lut32(const uint16_t* table) { return load_i(table); }
+inline vi lookup_bf16(vi table, vi index) { return _mm512_permutexvar_epi16(index, table); }
+inline void dot_bf16(vf& acc, vi a, vi b) { asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
+#endif
+
+}  // namespace IPEX_QUANT_ISA_NS
+}  // namespace ipex_quant

@@ -1,0 +1,185 @@
+// simd.h in portable C++: the oracle of the other levels, and what other architectures run.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "half.h"
+
+namespace ipex_quant {
+namespace IPEX_QUANT_ISA_NS {
+
+constexpr int64_t kLanes = 8;
+struct vf {
+  float v[kLanes];
+};
+struct vi {
+  uint32_t v[kLanes];  // unsigned, so that wrap-around is defined
+};
+
+#define IPEX_QUANT_EACH(Result, expression)             \
+  Result r;                                             \
+  for (int i = 0; i < kLanes; ++i) r.v[i] = expression; \
+  return r
+
+inline vf set1_f(float x) { IPEX_QUANT_EACH(vf, x); }
+inline vf load_f(const float* p) { IPEX_QUANT_EACH(vf, p[i]); }
+inline void store_f(float* p, vf x) { std::memcpy(p, x.v, sizeof x.v); }
+inline vf fma_f(vf a, vf b, vf c) { IPEX_QUANT_EACH(vf, __builtin_fmaf(a.v[i], b.v[i], c.v[i])); }
+inline vf mul_f(vf a, vf b) { IPEX_QUANT_EACH(vf, a.v[i] * b.v[i]); }
+inline vf add_f(vf a, vf b) { IPEX_QUANT_EACH(vf, a.v[i] + b.v[i]); }
+inline vf sub_f(vf a, vf b) { IPEX_QUANT_EACH(vf, a.v[i] - b.v[i]); }
+inline vf div_f(vf a, vf b) { IPEX_QUANT_EACH(vf, a.v[i] / b.v[i]); }
+inline vf min_f(vf a, vf b) { IPEX_QUANT_EACH(vf, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+inline vf max_f(vf a, vf b) { IPEX_QUANT_EACH(vf, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+
+inline int32_t to_signed(uint32_t x) {
+  int32_t y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+inline vi set1_i(int32_t x) { IPEX_QUANT_EACH(vi, uint32_t(x)); }
+inline vi load_i(const void* p) {
+  vi r;
+  std::memcpy(r.v, p, sizeof r.v);
+  return r;
+}
+inline void store_i(void* p, vi x) { std::memcpy(p, x.v, sizeof x.v); }
+inline vi add_i(vi a, vi b) { IPEX_QUANT_EACH(vi, a.v[i] + b.v[i]); }
+inline vi sub_i(vi a, vi b) { IPEX_QUANT_EACH(vi, a.v[i] - b.v[i]); }
+inline vi mul_i(vi a, vi b) { IPEX_QUANT_EACH(vi, a.v[i] * b.v[i]); }
+inline vi max_i(vi a, vi b) { IPEX_QUANT_EACH(vi, to_signed(a.v[i]) > to_signed(b.v[i]) ? a.v[i] : b.v[i]); }
+inline vi min_i(vi a, vi b) { IPEX_QUANT_EACH(vi, to_signed(a.v[i]) < to_signed(b.v[i]) ? a.v[i] : b.v[i]); }
+inline vi and_i(vi a, vi b) { IPEX_QUANT_EACH(vi, a.v[i] & b.v[i]); }
+inline vi or_i(vi a, vi b) { IPEX_QUANT_EACH(vi, a.v[i] | b.v[i]); }
+inline vi sub_i8(vi a, vi b) {
+  uint8_t x[4 * kLanes], y[4 * kLanes];
+  store_i(x, a), store_i(y, b);
+  for (int i = 0; i < 4 * kLanes; ++i) x[i] = uint8_t(x[i] - y[i]);
+  return load_i(x);
+}
+template <int Bits>
+inline vi srl_i(vi x) {
+  IPEX_QUANT_EACH(vi, x.v[i] >> Bits);
+}
+template <int Bits>
+inline vi sll_i(vi x) {
+  IPEX_QUANT_EACH(vi, x.v[i] << Bits);
+}
+template <int Bits>
+inline vi sra_i(vi x) {
+  IPEX_QUANT_EACH(vi, uint32_t(to_signed(x.v[i]) >> Bits));
+}
+inline vf if_zero(vi test, vf yes, vf no) { IPEX_QUANT_EACH(vf, test.v[i] ? no.v[i] : yes.v[i]); }
+
+inline vf cvt_f(vi x) { IPEX_QUANT_EACH(vf, float(to_signed(x.v[i]))); }
+// Out of range and NaN give INT_MIN, as the x86 conversion does.
+inline vi round_i(vf x) {
+  IPEX_QUANT_EACH(vi, x.v[i] >= -2147483648.0f && x.v[i] < 2147483648.0f ? uint32_t(int32_t(__builtin_rintf(x.v[i])))
+                                                                         : 0x80000000u);
+}
+inline vf as_f(vi x) {
+  vf r;
+  std::memcpy(r.v, x.v, sizeof r.v);
+  return r;
+}
+inline vi as_i(vf x) { return load_i(x.v); }
+
+inline vi load_u8(const void* p) { IPEX_QUANT_EACH(vi, static_cast<const uint8_t*>(p)[i]); }
+inline vi load_u16(const void* p) {
+  uint16_t h[kLanes];
+  std::memcpy(h, p, sizeof h);
+  IPEX_QUANT_EACH(vi, h[i]);
+}
+inline void store_u8(void* p, vi x) {
+  for (int i = 0; i < kLanes; ++i) static_cast<uint8_t*>(p)[i] = uint8_t(x.v[i]);
+}
+inline void store_u16(void* p, vi x) {
+  uint16_t h[kLanes];
+  for (int i = 0; i < kLanes; ++i) h[i] = uint16_t(x.v[i]);
+  std::memcpy(p, h, sizeof h);
+}
+
+inline float reduce_add(vf x) {
+  float r = 0.0f;
+  for (const float lane : x.v) r += lane;
+  return r;
+}
+inline float reduce_min(vf x) {
+  float r = x.v[0];
+  for (const float lane : x.v) r = lane < r ? lane : r;
+  return r;
+}
+inline float reduce_max(vf x) {
+  float r = x.v[0];
+  for (const float lane : x.v) r = lane > r ? lane : r;
+  return r;
+}
+inline int32_t reduce_add(vi x) {
+  uint32_t r = 0;
+  for (const uint32_t lane : x.v) r += lane;
+  return to_signed(r);
+}
+inline int32_t reduce_max(vi x) {
+  int32_t r = to_signed(x.v[0]);
+  for (const uint32_t lane : x.v) r = to_signed(lane) > r ? to_signed(lane) : r;
+  return r;
+}
+
+inline vf load_half(const void* p) {
+  const vi h = load_u16(p);
+  IPEX_QUANT_EACH(vf, half_to_float(h.v[i]));
+}
+inline void store_half(void* p, vf x) {
+  vi h;
+  for (int i = 0; i < kLanes; ++i) h.v[i] = float_to_half(x.v[i]);
+  store_u16(p, h);
+}
+inline vf round_to_half(vf x) { IPEX_QUANT_EACH(vf, half_to_float(float_to_half(x.v[i]))); }
+
+struct Lut16 {
+  float v[16];
+};
+inline Lut16 make_lut16(const float* table) {
+  Lut16 r;
+  std::memcpy(r.v, table, sizeof r.v);
+  return r;
+}
+inline vf lookup(const Lut16& table, vi index) { IPEX_QUANT_EACH(vf, table.v[index.v[i] & 15]); }
+struct ByteLut16 {
+  uint8_t v[16];
+};
+inline ByteLut16 make_byte_lut16(const uint8_t* table) {
+  ByteLut16 r;
+  std::memcpy(r.v, table, sizeof r.v);
+  return r;
+}
+inline vi lookup(const ByteLut16& table, vi index) {
+  uint8_t bytes[4 * kLanes];
+  store_i(bytes, index);
+  for (uint8_t& b : bytes) b = table.v[b & 15];
+  return load_i(bytes);
+}
+
+template <bool Narrow>
+using U8 = vi;
+template <bool Narrow>
+using S8 = vi;
+template <bool Narrow>
+inline vi as_u8(vi x) {
+  return x;
+}
+template <bool Narrow>
+inline vi as_s8(vi x) {
+  return x;
+}
+template <bool Narrow>
+inline void dot(vi& acc, const vi& u8, const vi& s8) {
+  for (int i = 0; i < kLanes; ++i)
+    for (int shift = 0; shift < 32; shift += 8)
+      acc.v[i] += uint32_t(int32_t(u8.v[i] >> shift & 0xFF) * int32_t(int8_t(s8.v[i] >> shift & 0xFF)));
+}
+#undef IPEX_QUANT_EACH
+
+}  // namespace IPEX_QUANT_ISA_NS
+}  // namespace ipex_quant
