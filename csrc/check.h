@@ -7,6 +7,7 @@
 
 #include <sstream>
 #include <stdexcept>
+#include <string>
 
 // Unlike torch's macro, without the path of the source file in the message.
 #define IPEX_QUANT_CHECK(condition, ...) \
@@ -26,17 +27,30 @@ template <class... Parts>
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline void check_tensor(const char* name, const Tensor& t, ScalarType dtype, int64_t dim) {
+// "[2, 3]"
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << "]";
+  return text.str();
+}
+
+inline void check_cpu(const char* name, const Tensor& t) {
   IPEX_QUANT_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
-  IPEX_QUANT_CHECK(t.scalar_type() == dtype, name, ": unexpected dtype ", int(t.scalar_type()), ", expected ",
-                   int(dtype));
-  IPEX_QUANT_CHECK(t.dim() == dim, name, ": expected ", dim, " dimensions, got ", t.dim());
+}
+
+inline void check_tensor(const char* name, const Tensor& t, ScalarType dtype, int64_t dim) {
+  check_cpu(name, t);
+  IPEX_QUANT_CHECK(t.scalar_type() == dtype, name, ": expected dtype ", torch::headeronly::toString(dtype), ", got ",
+                   torch::headeronly::toString(t.scalar_type()));
+  IPEX_QUANT_CHECK(t.dim() == dim, name, ": expected ", dim, " dimensions, got shape ", shape_of(t));
   IPEX_QUANT_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
 }
 
 inline void check_shape(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
   IPEX_QUANT_CHECK(t.size(0) == rows && t.size(1) == columns, name, ": expected shape [", rows, ", ", columns,
-                   "], got [", t.size(0), ", ", t.size(1), "]");
+                   "], got ", shape_of(t));
 }
 
 }  // namespace ipex_quant

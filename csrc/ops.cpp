@@ -68,9 +68,8 @@ FloatType float_type(const char* name, const Tensor& t) {
     case ScalarType::Half:
       return kFloat16;
     default:
-      IPEX_QUANT_CHECK(false, name, ": expected float32, bfloat16 or float16");
+      fail(name, ": expected float32, bfloat16 or float16, got ", torch::headeronly::toString(t.scalar_type()));
   }
-  return kFloat32;
 }
 
 ScalarType code_type(int64_t dtype) {
@@ -140,7 +139,7 @@ void advise_huge_pages(uint8_t* data, int64_t bytes) {
 
 Tensor woq_pack(Tensor codes, Tensor scales, std::optional<Tensor> zero_points, std::optional<Tensor> perm,
                 int64_t in_features, int64_t dtype, int64_t group_size) {
-  IPEX_QUANT_CHECK(codes.dim() == 2, "codes: expected 2 dimensions, got ", codes.dim());
+  IPEX_QUANT_CHECK(codes.dim() == 2, "codes: expected 2 dimensions, got shape ", shape_of(codes));
   const int64_t n = codes.size(0);
   check_scheme(n, in_features, dtype, group_size, zero_points.has_value());
   check_tensor("codes", codes, code_type(dtype), 2);
@@ -203,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> woq_unpack(Tensor packed, std::optional<Tenso
   return {codes, scales, zero_points};
 }
 
-// Stages x into `plan`, whose buffers the caller has set.
+// Stages x as `plan` says, into the buffers of the plan.
 void stage(const WoqGeometry& g, WoqPlan& plan, StageArgs args) {
   const KernelTable& table = kernels();
   const int64_t rows = plan.staged.rows, scratch_bytes = stage_scratch(g, plan.staged);
@@ -221,81 +220,88 @@ void stage(const WoqGeometry& g, WoqPlan& plan, StageArgs args) {
            [&](int64_t begin, int64_t end) { table.stage_rows(args, begin, end, make_buffer(scratch_bytes).get()); });
 }
 
+// One task a tile of columns. When tiles are fewer than threads can share evenly, rows are divided as well.
+void multiply(const GemmArgs& args) {
+  const KernelTable& table = kernels();
+  const Staged& s = *args.staged;
+  const int64_t tiles = args.geometry->tiles, threads = torch::stable::get_num_threads();
+  const bool decode = s.rows <= kDecodeRows;
+  int64_t row_parts = 1;
+  if (!decode && tiles < 4 * threads)
+    row_parts = std::max<int64_t>(1, std::min((4 * threads + tiles - 1) / tiles, s.rows / 64));
+  // Decode reads memory fastest in long forward streams, so its threads take long runs of tiles.
+  const int64_t run = decode ? (tiles + 4 * threads - 1) / (4 * threads) : 1;
+  parallel_tasks(tiles * row_parts, run, [&](auto next) {
+    const Buffer scratch = make_buffer(gemm_scratch(*args.geometry, s, (s.rows + row_parts - 1) / row_parts));
+    for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next())
+      for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+        const int64_t part = task % row_parts;
+        const int64_t begin = part * s.rows / row_parts, end = (part + 1) * s.rows / row_parts;
+        table.gemm_tile(args, task / row_parts, begin, end, scratch.get());
+      }
+  });
+}
+
+void check_modes(int64_t lowp_mode, int64_t act_quant_mode, int64_t post_op, size_t others) {
+  IPEX_QUANT_CHECK(lowp_mode >= kLowpNone && lowp_mode <= kLowpInt8, "lowp_mode: expected 0..3, got ", lowp_mode);
+  IPEX_QUANT_CHECK(lowp_mode != kLowpInt8 || (act_quant_mode >= kPerTensor && act_quant_mode < 2 * kSymmetricActOffset),
+                   "act_quant_mode: INT8 compute needs 0..7, got ", act_quant_mode);
+  IPEX_QUANT_CHECK(post_op >= kNone && post_op < kPostOpCount, "post_op: expected 0..7, got ", post_op);
+  const size_t operands = post_op == kAddAdd ? 2 : post_op == kAdd || post_op == kMul ? 1 : 0;
+  IPEX_QUANT_CHECK(others == operands, "others: expected ", operands, " tensors, got ", others);
+}
+
 Tensor woq_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::optional<Tensor> perm,
                   std::vector<Tensor> others, int64_t out_features, int64_t lowp_mode, int64_t act_quant_mode,
                   int64_t post_op) {
   const WoqHeader h = read_header(packed);
   const WoqGeometry g = geometry_of(h, packed);
+  check_modes(lowp_mode, act_quant_mode, post_op, others.size());
   IPEX_QUANT_CHECK(g.n == out_features, "out_features: expected ", g.n, ", got ", out_features);
-  IPEX_QUANT_CHECK(x.is_cpu(), "x: expected a CPU tensor");
+  check_cpu("x", x);
   const FloatType type = float_type("x", x);
-  IPEX_QUANT_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == g.k, "x: expected shape [..., ", g.k, "]");
-  IPEX_QUANT_CHECK(lowp_mode >= kLowpNone && lowp_mode <= kLowpInt8, "lowp_mode: expected 0..3, got ", lowp_mode);
-  IPEX_QUANT_CHECK(lowp_mode != kLowpInt8 || (act_quant_mode >= kPerTensor && act_quant_mode < 8),
-                   "act_quant_mode: INT8 compute needs 0..7, got ", act_quant_mode);
-  IPEX_QUANT_CHECK(post_op >= kNone && post_op < kPostOpCount, "post_op: expected 0..7, got ", post_op);
-  const size_t operands = post_op == kAddAdd ? 2 : post_op == kAdd || post_op == kMul ? 1 : 0;
-  IPEX_QUANT_CHECK(others.size() == operands, "others: expected ", operands, " tensors, got ", others.size());
+  IPEX_QUANT_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == g.k, "x: expected shape [..., ", g.k, "], got ", shape_of(x));
   if (bias) {
     check_tensor("bias", *bias, ScalarType::Float, 1);
     IPEX_QUANT_CHECK(bias->size(0) == g.n, "bias: expected ", g.n, " elements, got ", bias->size(0));
   }
-
   const Tensor rows_of_x = torch::stable::contiguous(x);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = g.n;
   Tensor y = torch::stable::empty(shape, x.scalar_type());
   for (Tensor& other : others) {
-    IPEX_QUANT_CHECK(other.is_cpu() && other.scalar_type() == x.scalar_type(), "others: expected the dtype of x");
+    check_cpu("others", other);
+    IPEX_QUANT_CHECK(other.scalar_type() == x.scalar_type(), "others: expected the dtype of x");
     IPEX_QUANT_CHECK(other.dim() == y.dim() && std::equal(shape.begin(), shape.end(), other.sizes().begin()),
-                     "others: expected the shape of the result");
+                     "others: expected the shape of the result, ", shape_of(y), ", got ", shape_of(other));
     other = torch::stable::contiguous(other);
   }
+  const int32_t* feature_of = perm_data(perm, g.k);
   const int64_t rows = x.numel() / g.k;
   if (rows == 0 || g.n == 0) return y;
 
-  const KernelTable& table = kernels();
-  WoqPlan plan = make_plan(g, {type, int32_t(lowp_mode), int32_t(act_quant_mode), h.group_size, rows, table.bf16_dot});
-  Staged& s = plan.staged;
-  const int64_t per_fold = round_up(rows * s.folds * 4, 64);
-  const Buffer staged = make_buffer(64 + plan.data_bytes + 3 * per_fold);
-  uint8_t* data = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(staged.get()), 64));
-  s.data = data;
-  s.scales = s.float_sums = reinterpret_cast<float*>(data + plan.data_bytes);
-  s.sums = reinterpret_cast<int32_t*>(data + plan.data_bytes + per_fold);
-  s.zeros = s.quantize && !s.symmetric ? s.sums + per_fold / 4 : nullptr;
-  stage(g, plan, {rows_of_x.const_data_ptr(), type, perm_data(perm, g.k), plan.range_scope, nullptr, &g, &s});
+  WoqPlan plan =
+      make_plan(g, {type, int32_t(lowp_mode), int32_t(act_quant_mode), h.group_size, rows, kernels().bf16_dot});
+  const Buffer memory = make_buffer(staged_bytes(plan) + 64);
+  place_buffers(plan, reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(memory.get()), 64)));
+  stage(g, plan, {rows_of_x.const_data_ptr(), type, feature_of, plan.range_scope, nullptr, &g, &plan.staged});
 
   GemmArgs args{};
   args.geometry = &g;
   args.tiles = static_cast<const uint8_t*>(packed.const_data_ptr()) + sizeof h;
-  args.staged = &s;
+  args.staged = &plan.staged;
   args.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
   args.post_op = PostOp(post_op);
   args.type = type;
   for (size_t i = 0; i < others.size(); ++i) args.others[i] = others[i].const_data_ptr();
   args.y = y.mutable_data_ptr();
-
-  // One task a tile of columns. When tiles are fewer than threads can share evenly, rows are divided as well.
-  const int64_t threads = torch::stable::get_num_threads();
-  int64_t row_parts = 1;
-  if (rows > kDecodeRows && g.tiles < 4 * threads)
-    row_parts = std::max<int64_t>(1, std::min((4 * threads + g.tiles - 1) / g.tiles, rows / 64));
-  // Decode reads memory fastest in long forward streams, so its threads take long runs of tiles.
-  const int64_t run = rows > kDecodeRows ? 1 : (g.tiles + 4 * threads - 1) / (4 * threads);
-  parallel_tasks(g.tiles * row_parts, run, [&](auto next) {
-    const Buffer scratch = make_buffer(gemm_scratch(g, s, (rows + row_parts - 1) / row_parts));
-    for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next())
-      for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-        const int64_t part = task % row_parts, begin = part * rows / row_parts, end = (part + 1) * rows / row_parts;
-        table.gemm_tile(args, task / row_parts, begin, end, scratch.get());
-      }
-  });
+  multiply(args);
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> woq_quantize(Tensor weight, int64_t dtype, int64_t group_size, bool symmetric) {
-  IPEX_QUANT_CHECK(weight.is_cpu() && weight.dim() == 2, "weight: expected a CPU tensor of 2 dimensions");
+  check_cpu("weight", weight);
+  IPEX_QUANT_CHECK(weight.dim() == 2, "weight: expected 2 dimensions, got shape ", shape_of(weight));
   const FloatType type = float_type("weight", weight);
   const int64_t n = weight.size(0), k = weight.size(1);
   check_scheme(n, k, dtype, group_size, !symmetric);
