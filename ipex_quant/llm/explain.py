@@ -8,7 +8,7 @@ from torch import nn
 
 from .. import ops
 from ..nn import WeightOnlyQuantizedLinear
-from ..nn.linears import is_linear, weight_matrix
+from ..nn.linears import holds_experts, is_linear, weight_matrix
 from ..numerics.scheme import WoqLowpMode
 from ..quantization._quantize import FLOAT_REASONS
 
@@ -49,13 +49,13 @@ class Explanation:
     @property
     def summary(self) -> str:
         """One line: how many modules are quantized and in float, and their bytes."""
-        quantized = [row.nbytes for row in self.rows if not row.reason]
+        packed = [row.nbytes for row in self.rows if not row.reason]
         rest = [row.nbytes for row in self.rows if row.reason]
-        return f"{len(quantized)} modules quantized, {sum(quantized):,} bytes; {len(rest)} in float, {sum(rest):,} bytes"
+        return f"{len(packed)} modules quantized, {sum(packed):,} bytes; {len(rest)} in float, {sum(rest):,} bytes"
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Print how each module of `model` that holds a weight matrix is computed: scheme, shape, compute mode, kernel, bytes.
+    """Print how each module of `model` with a weight matrix is computed: scheme, shape, compute mode, kernel, bytes.
 
     A module in float comes with the reason. Norms and other modules with nothing but vectors are left out. The table is
     returned as well, with its data in `rows`.
@@ -96,8 +96,7 @@ def _float_row(name: str, module: nn.Module, reason: str) -> Row:
 def _reason(module: nn.Module) -> str:
     if is_linear(module):
         return "not asked to be quantized"
-    convolution = isinstance(module, nn.modules.conv._ConvNd)
-    if not convolution and any(p.dim() == 3 for p in module.parameters(recurse=False)):
+    if holds_experts(module):
         return "experts in 3-D parameters are not supported yet"
     return f"{type(module).__name__} is no linear layer"
 

@@ -115,7 +115,7 @@ def woq_linear(
     post_op: PostOp = PostOp.NONE,
     others: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
-    """``post_op(x @ weight.T + bias, others)`` for a packed weight, as `ipex_quant.ops.reference.woq_linear` defines it.
+    """``post_op(x @ weight.T + bias, others)`` of a packed weight, as `ipex_quant.ops.reference.woq_linear` defines it.
 
     `x` is float32, bfloat16 or float16 ``[..., K]``; `data` and `perm` are a PackedWeight's; `bias` is float32 ``[N]``.
     Sums run over codes before scales, so that activations beyond about 1e35 overflow float32.
