@@ -34,8 +34,7 @@ void read_part(int part, int parts, void* context) {
   __m256i sums[4] = {};
   for (int64_t i = 0; i < share; i += 512)
     for (int j = 0; j < 16; ++j)
-      sums[j % 4] = _mm256_xor_si256(sums[j % 4],
-                                     _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i + 32 * j)));
+      sums[j % 4] = _mm256_xor_si256(sums[j % 4], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i + 32 * j)));
   for (int j = 1; j < 4; ++j) sums[0] = _mm256_xor_si256(sums[0], sums[j]);
   sink = uint64_t(_mm256_extract_epi64(sums[0], 0));
 }
@@ -88,4 +87,6 @@ extern "C" double read_bandwidth(const uint8_t* data, int64_t bytes, int threads
 }
 
 // 8-bit operations per second; a multiply-accumulate counts as two.
-extern "C" double int8_rate(int threads) { return threads * kRounds * kOpsPerRound / seconds_of(threads, multiply, nullptr); }
+extern "C" double int8_rate(int threads) {
+  return threads * kRounds * kOpsPerRound / seconds_of(threads, multiply, nullptr);
+}

@@ -42,10 +42,6 @@ template <int Bits>
 inline vi sll_i(vi x) {
   return _mm256_slli_epi32(x, Bits);
 }
-template <int Bits>
-inline vi sra_i(vi x) {
-  return _mm256_srai_epi32(x, Bits);
-}
 inline vf if_zero(vi test, vf yes, vf no) {
   return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(_mm256_cmpeq_epi32(test, _mm256_setzero_si256())));
 }

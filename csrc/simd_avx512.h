@@ -42,10 +42,6 @@ template <int Bits>
 inline vi sll_i(vi x) {
   return _mm512_slli_epi32(x, Bits);
 }
-template <int Bits>
-inline vi sra_i(vi x) {
-  return _mm512_srai_epi32(x, Bits);
-}
 inline vf if_zero(vi test, vf yes, vf no) { return _mm512_mask_blend_ps(_mm512_testn_epi32_mask(test, test), no, yes); }
 
 inline vf cvt_f(vi x) { return _mm512_cvtepi32_ps(x); }

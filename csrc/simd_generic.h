@@ -66,10 +66,6 @@ template <int Bits>
 inline vi sll_i(vi x) {
   IPEX_QUANT_EACH(vi, x.v[i] << Bits);
 }
-template <int Bits>
-inline vi sra_i(vi x) {
-  IPEX_QUANT_EACH(vi, uint32_t(to_signed(x.v[i]) >> Bits));
-}
 inline vf if_zero(vi test, vf yes, vf no) { IPEX_QUANT_EACH(vf, test.v[i] ? no.v[i] : yes.v[i]); }
 
 inline vf cvt_f(vi x) { IPEX_QUANT_EACH(vf, float(to_signed(x.v[i]))); }

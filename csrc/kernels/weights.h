@@ -112,8 +112,6 @@ struct Nibbles {
   }
   vi low(vi line) const { return decode(and_i(line, set1_i(0x0F0F0F0F))); }
   vi high(vi line) const { return decode(and_i(srl_i<4>(line), set1_i(0x0F0F0F0F))); }
-  // 16 times the high nibble, without the shift.
-  static vi high_times_16(vi line) { return and_i(line, set1_i(int32_t(0xF0F0F0F0))); }
 
  private:
   vi decode(vi index) const {

@@ -39,9 +39,6 @@ template <int Dtype, int Rows, bool Symmetric>
 IPEX_QUANT_INLINE inline void decode_bytes(const DecodeFold& f) {
   constexpr int kVectors = kPassVectors<Rows>;
   constexpr bool kNarrow = is_narrow(Dtype);
-  // With registers to spare, high nibbles are summed apart as 16 times their value: a mask each instead of mask and
-  // shift, which leaves the port of the shift to the dot products.
-  constexpr bool kApart = Dtype == kInt4 && Rows <= 2 && kLanes == 16;
   const Staged& s = *f.pass.args.staged;
   const int64_t stride = f.pass.args.geometry->padded_k;
   const int64_t ahead = f.pass.args.geometry->code_bytes(f.length);
@@ -49,13 +46,12 @@ IPEX_QUANT_INLINE inline void decode_bytes(const DecodeFold& f) {
   const S8<kNarrow> ones = as_s8<kNarrow>(set1_i(0x01010101));
   for (int64_t column = 0; column < kTileN; column += kVectors * kLanes) {
     // Start from what the weight's zero point contributes.
-    vi acc[Rows][kVectors], apart[Rows][kVectors], code_sums[kVectors];
+    vi acc[Rows][kVectors], code_sums[kVectors];
     unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
       const vi zero = f.head.zero(column + v * kLanes);
       code_sums[v] = mul_i(zero, set1_i(-int32_t(f.length)));
       unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
         acc[m][v] = mul_i(zero, set1_i(-s.sums[(f.pass.row + m) * s.folds + f.fold]));
-        apart[m][v] = zero_i();
       });
     });
     const uint8_t* line = f.codes + 4 * column;
@@ -72,15 +68,9 @@ IPEX_QUANT_INLINE inline void decode_bytes(const DecodeFold& f) {
         const vi first = load_i(line + v * kVectorBytes);
         const U8<kNarrow> codes = as_u8<kNarrow>(is_four_bit(Dtype) ? nibbles.low(first) : first);
         unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot<kNarrow>(acc[m][v], codes, low[m]); });
-        if constexpr (kApart) {
-          const U8<kNarrow> shifted = as_u8<kNarrow>(nibbles.high_times_16(first));
-          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot<kNarrow>(apart[m][v], shifted, high[m]); });
-          if constexpr (Symmetric) return;
-        }
         const U8<kNarrow> others =
             as_u8<kNarrow>(is_four_bit(Dtype) ? nibbles.high(first) : load_i(line + 256 + v * kVectorBytes));
-        if constexpr (!kApart)
-          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot<kNarrow>(acc[m][v], others, high[m]); });
+        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot<kNarrow>(acc[m][v], others, high[m]); });
         if constexpr (!Symmetric) {
           dot<kNarrow>(code_sums[v], codes, ones);
           dot<kNarrow>(code_sums[v], others, ones);
@@ -93,7 +83,6 @@ IPEX_QUANT_INLINE inline void decode_bytes(const DecodeFold& f) {
       unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
         const int64_t i = (f.pass.row + m) * s.folds + f.fold;
         vi total = acc[m][v];
-        if constexpr (kApart) total = add_i(total, sra_i<4>(apart[m][v]));
         if constexpr (!Symmetric) total = sub_i(total, mul_i(code_sums[v], set1_i(s.zeros[i])));
         float* out = f.pass.acc + m * kTileN + at;
         store_f(out, fma_f(cvt_f(total), mul_f(set1_f(s.scales[i]), scale), load_f(out)));
