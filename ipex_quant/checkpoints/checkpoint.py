@@ -12,6 +12,7 @@ from ..numerics.quantized_weight import QuantizedWeight
 from .gptq import GptqFormat
 from .ipex_default import IpexDefaultFormat
 from .registry import CheckpointFormat, format_from_config
+from .tensors import require
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +33,7 @@ class Checkpoint(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
         The bias is ``[out_features]`` in the file's dtype, None when the file has none. Raises ValueError or TypeError,
         with the module named, for tensors that are missing, truncated or do not fit `in_features` and `out_features`.
         """
-        parts = {key: self._find(module_name, key) for key in self.format.keys}
-        parts = {key: tensor for key, tensor in parts.items() if tensor is not None}
+        parts = self._parts(module_name)
         if not parts:
             return None
         try:
@@ -41,6 +41,18 @@ class Checkpoint(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
             return weight, self._bias(module_name, weight.shape[0])
         except (ValueError, TypeError) as error:
             raise type(error)(f"{module_name}.{error}") from error
+
+    def holds(self, module_name: str) -> bool:
+        """Whether any tensor of the format is stored for a module, be it complete or not."""
+        return bool(self._parts(module_name))
+
+    def check_complete(self) -> None:
+        """Raise ValueError, with the module and the tensor named, for a quantized module without its weight."""
+        for module_name in self:
+            try:
+                require(self._parts(module_name), self.format.keys[:1])
+            except ValueError as error:
+                raise ValueError(f"{module_name}.{error}; get a complete checkpoint") from error
 
     def other_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor that is no part of a quantized module: embeddings, norms, linears left in float."""
@@ -55,14 +67,23 @@ class Checkpoint(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
         return found
 
     def __iter__(self) -> Iterator[str]:
-        suffix = f".{self.format.keys[0]}"
-        return (name.removesuffix(suffix) for name in self.tensors if name.endswith(suffix))
+        found: dict[str, list[str]] = {}
+        for name in self.tensors:
+            for key in self.format.keys:
+                if name.endswith(f".{key}"):
+                    found.setdefault(name.removesuffix(f".{key}"), []).append(key)
+        # One tensor that is not the weight makes no quantized module: norms have a `scale` too.
+        return (module for module, keys in found.items() if len(keys) > 1 or self.format.keys[0] in keys)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def _find(self, module_name: str, key: str) -> torch.Tensor | None:
         return self.tensors.get(f"{module_name}.{key}")
+
+    def _parts(self, module_name: str) -> dict[str, torch.Tensor]:
+        found = {key: self._find(module_name, key) for key in self.format.keys}
+        return {key: tensor for key, tensor in found.items() if tensor is not None}
 
     def _bias(self, module_name: str, out_features: int) -> torch.Tensor | None:
         key = self.format.bias_key
@@ -79,11 +100,12 @@ def open_checkpoint(low_precision_checkpoint: object) -> Checkpoint:
     - ``(state_dict, config)`` with a `quantization_config`, as `load_low_precision_checkpoint` returns;
     - ``(state_dict, keys)`` with the names of the tensors, such as ``{"weight_key": "packed_weight", ...}``.
 
-    Raises TypeError for another type, and ValueError for a tuple, configuration or state dict that is none of these.
+    Raises TypeError for another type, and ValueError for a tuple, configuration or state dict that is none of these or
+    has parts of a module without its weight.
     """
     if isinstance(low_precision_checkpoint, Mapping):
         state_dict = _state_dict(low_precision_checkpoint)
-        return _not_empty(Checkpoint(state_dict, _format_of(state_dict)))
+        return _checked(Checkpoint(state_dict, _format_of(state_dict)))
     if not isinstance(low_precision_checkpoint, (tuple, list)):
         raise TypeError(
             "low_precision_checkpoint should be a state_dict or a tuple (state_dict, config), "
@@ -100,7 +122,7 @@ def open_checkpoint(low_precision_checkpoint: object) -> Checkpoint:
         raise TypeError(f"checkpoint config: should be a dict, got {type(config).__name__}")
     by_method = "quant_method" in config
     form = format_from_config(config) if by_method else IpexDefaultFormat.from_config(config)
-    return _not_empty(Checkpoint(state_dict, form))
+    return _checked(Checkpoint(state_dict, form))
 
 
 def _state_dict(state_dict: object) -> Mapping[str, torch.Tensor]:
@@ -123,10 +145,11 @@ def _format_of(state_dict: Mapping[str, torch.Tensor]) -> CheckpointFormat:
     return GptqFormat()
 
 
-def _not_empty(checkpoint: Checkpoint) -> Checkpoint:
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
     if len(checkpoint) == 0:
         raise ValueError(
             f"low_precision_checkpoint: no tensor is named '<module>.{checkpoint.format.keys[0]}': the format "
             f"and the config do not match, or it is not quantized; the first names are {sorted(checkpoint.tensors)[:5]}"
         )
+    checkpoint.check_complete()
     return checkpoint

@@ -24,7 +24,7 @@ MAIN_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def load_low_precision_checkpoint(
-    path: str | Path, rank: int = 0, world_size: int = 1
+    pathname: str | Path, rank: int = 0, world_size: int = 1
 ) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Read a quantized checkpoint directory: ``(state_dict, config)`` for `llm.optimize`.
 
@@ -35,7 +35,12 @@ def load_low_precision_checkpoint(
     """
     if (rank, world_size) != (0, 1):
         raise ValueError(f"world_size: only 1 is supported yet, got rank {rank} of {world_size}")
-    directory = Path(path)
+    directory = Path(pathname)
+    if directory.is_file():
+        raise ValueError(
+            f"pathname: expected a checkpoint directory, got the file {directory}; give the directory that it and its "
+            "configuration are in"
+        )
     if not directory.is_dir():
         raise ValueError(f"{directory}: expected a checkpoint directory, and there is none")
     config = read_quantization_config(directory)

@@ -6,7 +6,8 @@ A linear with weight ``[N, K]`` is stored as
 - ``qzeros`` int32 ``[groups, ceil(N * bits / 32)]``: the zero points, a bit stream along N; version 1 stores them
   minus one, version 2 as they are;
 - ``scales`` ``[groups, N]``;
-- ``g_idx`` int32 ``[K]``, optional: the group of every input feature, unordered when `desc_act` is set;
+- ``g_idx`` int32 ``[K]``: the group of every input feature; unordered when `desc_act` is set without `static_groups`,
+  else ``k // group_size``, which some files leave out or fill with zeros;
 
 and stands for ``w[n, k] = scales[g, n] * (code[k, n] - zero_point[g, n])`` with ``g = g_idx[k]``. Sources: AutoGPTQ's
 ``QuantLinear.pack`` and GPTQModel's ``QuantizeConfig``.
@@ -36,6 +37,8 @@ VERSIONS = {"gptq": False, "gptq_v2": True}
 INT8_OFFSET = 128
 """Difference of a stored 8-bit code, 0..255, to an INT8 code."""
 
+_OVERRIDABLE = ("bits", "group_size", "desc_act", "static_groups")
+
 _WEIGHT, _ZEROS, _SCALES, _G_IDX = "qweight", "qzeros", "scales", "g_idx"
 
 
@@ -45,13 +48,17 @@ class GptqFormat:
 
     `bits` and `group_size` None are inferred from each module's shapes. `dynamic` holds GPTQModel's overrides a module:
     a regular expression matched at the start of the name, with prefix ``-:`` to leave the module in float, with
-    ``+:`` or none to override `bits` and `group_size`; the first match counts. Raises ValueError for other bits.
+    ``+:`` or none to override the other fields that a module may have of its own; the first match counts. `desc_act`
+    says that only ``g_idx`` tells the groups, unless `static_groups` left them in natural order. Raises ValueError for
+    other bits.
     """
 
     bits: int | None = None
     group_size: int | None = None
     v2: bool = False
     dynamic: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    desc_act: bool = False
+    static_groups: bool = False
 
     keys = (_WEIGHT, _ZEROS, _SCALES, _G_IDX)
     bias_key = "bias"
@@ -61,6 +68,9 @@ class GptqFormat:
             raise ValueError(f"bits: expected one of {sorted(BITS)} for GPTQ, got {self.bits!r}")
         if self.group_size is not None and not isinstance(self.group_size, int):
             raise ValueError(f"group_size: expected an integer, got {self.group_size!r}")
+        for name in ("desc_act", "static_groups"):
+            if getattr(self, name) not in (False, True):
+                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         for pattern, overrides in self.dynamic.items():
             try:
                 re.compile(_regex(pattern))
@@ -85,21 +95,34 @@ class GptqFormat:
         dynamic = config.get("dynamic") or {}
         if not isinstance(dynamic, Mapping):
             raise ValueError(f"dynamic: expected a mapping of patterns to overrides, got {type(dynamic).__name__}")
-        return cls(config.get("bits"), config.get("group_size"), VERSIONS[layout], dynamic)
+        flags = {"desc_act": config.get("desc_act"), "static_groups": config.get("static_groups")}
+        if flags["static_groups"] is None:
+            flags["static_groups"] = meta.get("static_groups")  # where GPTQModel records it
+        flags = {name: value for name, value in flags.items() if value is not None}
+        return cls(config.get("bits"), config.get("group_size"), VERSIONS[layout], dynamic, **flags)
 
     def read(
         self, module_name: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int | None, int | None]
     ) -> QuantizedWeight:
-        """The weight of one module from its `tensors`; raises as `read_gptq` does."""
+        """The weight of one module from its `tensors`; raises as `read_gptq` does, and for a ``g_idx`` left out."""
         settings = self._overridden(module_name)
-        return read_gptq(tensors, settings.bits, settings.group_size, v2=settings.v2, shape=shape)
+        weight = read_gptq(tensors, settings.bits, settings.group_size, v2=settings.v2, shape=shape)
+        if settings.desc_act and not settings.static_groups and weight.scales.shape[1] > 1:
+            g_idx = tensors.get(_G_IDX)
+            if g_idx is None or not g_idx.any():
+                raise ValueError(
+                    f"{_G_IDX}: {'missing' if g_idx is None else 'all zero'}, though the configuration says desc_act: "
+                    f"nothing tells which of {weight.scales.shape[1]} groups a feature is in; get a complete "
+                    "checkpoint, or set static_groups in the configuration if it was quantized with it"
+                )
+        return weight
 
     def _overridden(self, module_name: str) -> GptqFormat:
         for pattern, overrides in self.dynamic.items():
             if re.match(_regex(pattern), module_name):
                 if pattern.startswith("-:"):
                     raise ValueError(f"{_WEIGHT}: stored, though dynamic leaves the module in float by {pattern!r}")
-                return replace(self, **{key: overrides[key] for key in ("bits", "group_size") if key in overrides})
+                return replace(self, **{key: overrides[key] for key in _OVERRIDABLE if key in overrides})
         return self
 
 

@@ -17,7 +17,7 @@ class CheckpointFormat(Protocol):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Names of one module's tensors; the first, the weight, says that the module is quantized."""
+        """Names of one module's tensors; the first is the weight."""
 
     @property
     def bias_key(self) -> str:

@@ -25,11 +25,11 @@ def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, mapping: QConfigM
     `mapping` says which layers and what they compute in; the checkpoint says how they are quantized. A layer that it
     does not hold keeps its float weight and bias, a quantized layer without a bias in it the float layer's bias. Float
     weights may be on the meta device if the checkpoint has them. Raises ValueError for layers that `model` does not
-    have, a tensor that does not fit, and parameters that are left without values.
+    have, a tensor that is missing or does not fit, and parameters that are left without values.
     """
     chosen, reasons = choose_qconfigs(mapping, model, read_weights=False)
-    stored = set(checkpoint)
-    _check_stored(stored, chosen, reasons, model)
+    _check_stored(set(checkpoint), chosen, reasons, model)
+    stored = {name for name in chosen if checkpoint.holds(name)}
     replacements = {
         name: partial(_from_checkpoint, checkpoint, name, qconfig) for name, qconfig in chosen.items() if name in stored
     }

@@ -76,6 +76,33 @@ def test_errors_name_the_module(state_dict):
         checkpoint.quantized_weight("model.q", 64, 32)
 
 
+@pytest.mark.parametrize("gone", [("qweight",), ("qweight", "g_idx"), ("qweight", "scales")])
+def test_a_module_without_its_weight_raises(state_dict, make_gptq_module, gone):
+    state_dict |= {f"model.k.{key}": tensor for key, tensor in make_gptq_module(4, 32, 64, 32).tensors.items()}
+    for key in gone:
+        del state_dict[f"model.k.{key}"]
+    with pytest.raises(ValueError, match=r"^model.k.qweight: missing, .* only \[.*'qzeros'.*\] of this module; get"):
+        open_checkpoint((state_dict, GPTQ))
+    with (
+        pytest.warns(UserWarning, match="has no config"),
+        pytest.raises(ValueError, match=r"^model.k.qweight: missing"),
+    ):
+        open_checkpoint(state_dict)
+
+
+def test_a_module_of_the_documents_form_without_its_weight_raises(make_gptq_module):
+    state_dict = _document_form(make_gptq_module)[0]
+    state_dict |= {name.replace("fc.", "fc2."): t for name, t in state_dict.items() if "packed_weight" not in name}
+    with pytest.raises(ValueError, match=r"^fc2.packed_weight: missing, .* only \['packed_zp', 'scale'\]"):
+        open_checkpoint(state_dict)
+
+
+def test_the_scale_of_a_norm_is_no_quantized_module(make_gptq_module):
+    checkpoint = open_checkpoint(_document_form(make_gptq_module)[0] | {"norm.scale": torch.ones(8)})
+    assert list(checkpoint) == ["fc"]
+    assert checkpoint.other_tensors().keys() == {"norm.scale"}
+
+
 def test_a_bare_dict_is_taken_for_gptq_with_a_warning(state_dict, weight):
     with pytest.warns(UserWarning, match="has no config: taking it for GPTQ version 1"):
         checkpoint = open_checkpoint(state_dict)

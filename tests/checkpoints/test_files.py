@@ -121,6 +121,20 @@ def test_no_directory_no_config_no_file(tmp_path, tensors):
         load_low_precision_checkpoint(tmp_path)
 
 
+def test_a_file_is_no_directory(tmp_path, tensors):
+    save_file(tensors, tmp_path / "model.safetensors")
+    _write_config(tmp_path)
+    with pytest.raises(ValueError, match=r"expected a checkpoint directory, got the file .*model\.safetensors; give"):
+        load_low_precision_checkpoint(tmp_path / "model.safetensors")
+
+
+def test_the_arguments_have_the_names_of_ipex(tmp_path, tensors):
+    save_file(tensors, tmp_path / "model.safetensors")
+    _write_config(tmp_path)
+    state_dict, _ = load_low_precision_checkpoint(pathname=tmp_path, rank=0, world_size=1)
+    assert _same(state_dict, tensors)
+
+
 def test_more_than_one_rank_is_refused(tmp_path):
     with pytest.raises(ValueError, match="world_size: only 1 is supported yet, got rank 1 of 2"):
         load_low_precision_checkpoint(tmp_path, rank=1, world_size=2)

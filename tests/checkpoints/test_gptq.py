@@ -222,6 +222,8 @@ def test_config_names_the_layout():
         ({"bits": 5}, r"bits: expected one of \[2, 3, 4, 8\] for GPTQ, got 5"),
         ({"bits": "4"}, "bits: expected one of"),
         ({"group_size": "128"}, "group_size: expected an integer, got '128'"),
+        ({"desc_act": "false"}, "desc_act: expected true or false, got 'false'"),
+        ({"static_groups": 2}, "static_groups: expected true or false, got 2"),
         ({"dynamic": ["a"]}, "dynamic: expected a mapping of patterns to overrides, got list"),
         ({"dynamic": {"+:(": {}}}, "is not a regular expression"),
         ({"dynamic": {"a": 8}}, "dynamic: expected a mapping of overrides for 'a', got 8"),
@@ -255,3 +257,40 @@ def test_dynamic_overrides_a_module(make_gptq_module):
         assert torch.equal(dequantize(form.read(name, module.tensors, shape)), module.weight)
     with pytest.raises(ValueError, match="qweight: stored, though dynamic leaves the module in float"):
         form.read("model.1.gate", module.tensors, shape)
+
+
+NO_G_IDX = [("missing", None), ("all zero", torch.zeros(64, dtype=torch.int32))]
+
+
+@pytest.mark.parametrize(("what", "g_idx"), NO_G_IDX)
+def test_desc_act_needs_a_g_idx(what, g_idx, make_gptq_module):
+    form = GptqFormat.from_config({"bits": 4, "group_size": 32, "desc_act": True, "static_groups": False})
+    module = make_gptq_module(4, 8, 64, 32, act_order=True)
+    assert torch.equal(dequantize(form.read("m", module.tensors, (8, 64))), module.weight)
+    with pytest.raises(ValueError, match=f"^g_idx: {what}, though the configuration says desc_act: .* 2 groups"):
+        form.read("m", _broken(module.tensors, g_idx=g_idx), (8, 64))
+
+
+@pytest.mark.parametrize(("what", "g_idx"), NO_G_IDX)
+def test_desc_act_needs_none_for_one_group(what, g_idx, make_gptq_module):
+    form = GptqFormat.from_config({"bits": 4, "group_size": -1, "desc_act": True})
+    module = make_gptq_module(4, 8, 64, -1)
+    assert torch.equal(dequantize(form.read("m", _broken(module.tensors, g_idx=g_idx), (8, 64))), module.weight)
+
+
+@pytest.mark.parametrize("recorded", [{"static_groups": True}, {"meta": {"static_groups": True}}])
+def test_static_groups_are_in_natural_order(recorded, make_gptq_module):
+    form = GptqFormat.from_config({"bits": 4, "group_size": 32, "desc_act": True} | recorded)
+    module = make_gptq_module(4, 8, 64, 32)
+    for g_idx in (module.tensors["g_idx"], *(g_idx for _, g_idx in NO_G_IDX)):
+        assert torch.equal(dequantize(form.read("m", _broken(module.tensors, g_idx=g_idx), (8, 64))), module.weight)
+
+
+def test_dynamic_overrides_desc_act(make_gptq_module):
+    config = {"bits": 4, "group_size": 32, "desc_act": True, "dynamic": {"m": {"desc_act": False}}}
+    form = GptqFormat.from_config(config)
+    module = make_gptq_module(4, 8, 64, 32)
+    tensors = _broken(module.tensors, g_idx=None)
+    assert torch.equal(dequantize(form.read("m", tensors, (8, 64))), module.weight)
+    with pytest.raises(ValueError, match="g_idx: missing"):
+        form.read("n", tensors, (8, 64))

@@ -139,6 +139,26 @@ def test_a_tensor_of_another_shape_is_named(llama, state):
         applied(llama, state)
 
 
+@pytest.mark.parametrize("left", [("scales", "qzeros", "g_idx"), ("scales", "qzeros"), ("scales",)])
+def test_a_layer_without_its_weight_raises(llama, state, left):
+    name = "model.layers.0.mlp.up_proj"
+    for key in {"qweight", "scales", "qzeros", "g_idx"} - set(left):
+        del state[f"{name}.{key}"]
+    with pytest.raises(
+        ValueError, match=r"^model\.layers\.0\.mlp\.up_proj\.qweight.*: missing, the checkpoint holds only"
+    ):
+        applied(llama, state)
+
+
+def test_desc_act_without_the_order_of_the_groups_raises(llama, state):
+    config = CONFIG | {"desc_act": True}
+    applied(llama, state, config)  # a stored g_idx is taken at its word
+    state["model.layers.0.mlp.up_proj.g_idx"].zero_()
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.mlp\.up_proj\.g_idx: all zero, .* desc_act"):
+        applied(llama, state, config)
+    applied(llama, state, config | {"static_groups": True})
+
+
 def test_tensors_without_a_place_warn(llama, state):
     with pytest.warns(UserWarning, match=r"no place for 1 tensors of the checkpoint: \['model.extra'\]"):
         applied(llama, state | {"model.extra": torch.ones(2)})
