@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 
 import torch
 from torch import nn
 
 from ..nn import WeightOnlyQuantizedLinear
+from ..quantization._description import main_dtype
 
 
 def cast_float(model: nn.Module, dtype: torch.dtype) -> None:
@@ -29,15 +29,6 @@ def cast_float(model: nn.Module, dtype: torch.dtype) -> None:
             path = f"{name}.{key}" if name else key
             if tensor is not None and tensor.dtype == main and not (exceptions and exceptions.search(path)):
                 tensor.data = tensor.data.to(dtype)
-
-
-def main_dtype(model: nn.Module) -> torch.dtype:
-    """Dtype of most float parameters of `model`, by number of elements; float32 when it has none."""
-    counts = Counter({torch.float32: 0})
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            counts[parameter.dtype] += parameter.numel()
-    return max(counts, key=counts.__getitem__)
 
 
 def _kept_in_float32(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:

@@ -13,10 +13,10 @@ from ..checkpoints import Checkpoint
 from ..nn import WeightOnlyQuantizedLinear
 from ..nn.linears import is_linear, weight_matrix
 from ..quantization._qconfig import QConfigWoq
-from ..quantization._quantize import FLOAT_REASONS, check_any_quantized
-from ..quantization._rules import choose_qconfigs
-from ..quantization._swap import copy_sharing_parameters, swap_modules
-from ._tying import untie
+from ..quantization._quantize import FLOAT_REASONS, check_any_quantized, warn_if_mostly_float
+from ..quantization._rules import choose_qconfigs, refused_modules
+from ..quantization._swap import copy_sharing_parameters, own_parameters, swap_modules
+from ..quantization._tying import untie
 
 
 def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, mapping: QConfigMapping, inplace: bool) -> nn.Module:
@@ -30,18 +30,18 @@ def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, mapping: QConfigM
     chosen, reasons = choose_qconfigs(mapping, model, read_weights=False)
     _check_stored(set(checkpoint), chosen, reasons, model)
     stored = {name for name in chosen if checkpoint.holds(name)}
+    refused = refused_modules(reasons)
     replacements = {
         name: partial(_from_checkpoint, checkpoint, name, qconfig) for name, qconfig in chosen.items() if name in stored
     }
     reasons |= {name: "it is not quantized in the checkpoint" for name in chosen if name not in stored}
     model = model if inplace else copy_sharing_parameters(model)
     untie(model, replacements)
-    swap_modules(model, replacements, inplace=True)
+    swap_modules(model, replacements)
     setattr(model, FLOAT_REASONS, reasons)
     check_any_quantized(model)
-    if not inplace:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
+    warn_if_mostly_float(model, refused)
+    own_parameters(model)
     _load_others(model, checkpoint.other_tensors())
     return model
 

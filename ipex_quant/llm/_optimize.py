@@ -15,12 +15,10 @@ from ..checkpoints import open_checkpoint
 from ..nn import WeightOnlyQuantizedLinear
 from ..nn.linears import FLOAT_DTYPES
 from ..quantization import WoqWeightDtype, convert, get_weight_only_quant_qconfig_mapping, prepare
-from ..quantization._quantize import marked_modules
 from ..quantization._swap import return_freed_memory
 from ._casting import cast_float
 from ._checkpoint import apply_checkpoint
-from ._tying import untie
-from .hf_quantizer import describe
+from .hf_quantizer import attach
 
 
 def optimize(
@@ -67,7 +65,7 @@ def optimize(
         mapping = quantization_config or get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4)
         model = apply_checkpoint(model, checkpoint, mapping, inplace)
     elif quantization_config is not None:
-        model = _quantize(model, quantization_config, inplace)
+        model = convert(prepare(model, quantization_config, inplace=inplace), inplace=True)
     elif not inplace:
         model = copy.deepcopy(model)
     cast_float(model, dtype)
@@ -76,14 +74,8 @@ def optimize(
     for module in quantized:
         module._cache_weight_for_large_batch |= cache_weight_for_large_batch
     if quantized and isinstance(model, PreTrainedModel):
-        model.config.quantization_config = describe(model)
+        attach(model)
     return model
-
-
-def _quantize(model: nn.Module, mapping: QConfigMapping, inplace: bool) -> nn.Module:
-    prepared = prepare(model, mapping, inplace=inplace)
-    untie(prepared, marked_modules(prepared))
-    return convert(prepared, inplace=inplace)
 
 
 def _check(

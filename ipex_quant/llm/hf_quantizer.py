@@ -20,12 +20,8 @@ from ..nn import WeightOnlyQuantizedLinear
 from ..nn.linears import FLOAT_DTYPES, is_linear, weight_matrix
 from ..numerics.quantized_weight import CODE_DTYPES, QuantizedWeight, code_columns
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
-from ._casting import main_dtype
-from ._tying import untie
-
-METHOD = "ipex_quant"
-VERSION = 1
-"""Version of the entry and of the tensors it describes."""
+from ..quantization._description import METHOD, VERSION, describe
+from ..quantization._tying import untie
 
 _ENTRY_KEYS = {"weight_dtype", "symmetric", "group_size", "act_order", "bias", "lowp_mode", "act_quant_mode"}
 
@@ -59,12 +55,10 @@ class IpexQuantConfig(QuantizationConfigMixin):
         return _DTYPES[self.dtype]
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """The entry `quantization_config` for the quantized modules of `model`."""
-    modules = {
-        name: _entry(module) for name, module in model.named_modules() if isinstance(module, WeightOnlyQuantizedLinear)
-    }
-    return IpexQuantConfig(modules, str(main_dtype(model)).removeprefix("torch."), VERSION).to_dict()
+def attach(model: PreTrainedModel) -> None:
+    """Make transformers know that `model` is quantized, so that `save_pretrained` describes it as it is by then."""
+    model.config.quantization_config = describe(model)
+    model.hf_quantizer = IpexQuantizer(IpexQuantConfig(**model.config.quantization_config), pre_quantized=True)
 
 
 class IpexQuantizer(HfQuantizer):
@@ -85,6 +79,10 @@ class IpexQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> None:
         """Every tensor keeps the dtype it was saved in, so that the loaded model computes what the saved one did."""
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        model.config.quantization_config = describe(model)  # modules and dtypes may have changed since
+        return None, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -168,18 +166,6 @@ def _linear(model: nn.Module, name: str) -> nn.Module:
     if not is_linear(module):
         raise ValueError(f"quantization_config: {name} is a {type(module).__name__}, no linear layer")
     return module
-
-
-def _entry(module: WeightOnlyQuantizedLinear) -> dict[str, Any]:
-    return {
-        "weight_dtype": module.dtype.name.lower(),
-        "symmetric": module.scheme.symmetric,
-        "group_size": module.scheme.group_size,
-        "act_order": module._perm is not None,
-        "bias": module._bias is not None,
-        "lowp_mode": module._lowp_mode.name.lower(),
-        "act_quant_mode": module._act_quant_mode.name.lower(),
-    }
 
 
 def _member(enum: Any, name: str) -> Any:

@@ -11,13 +11,14 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 
-from .hf_quantizer import METHOD
+from ..nn import WeightOnlyQuantizedLinear
+from ..quantization._description import METHOD, describe
 
 MAX_SHARD_SIZE = "5GB"
 
 
 def save(model: PreTrainedModel, directory: str | os.PathLike, tokenizer: Any = None) -> None:
-    """Write a model that `optimize` quantized, and its `tokenizer` if given, to `directory`.
+    """Write a model that `optimize` or `convert` quantized, as it is now, and its `tokenizer` if given, to `directory`.
 
     The files are those of `save_pretrained`: config.json and plain tensors in safetensors, several files when large.
     They are complete before the first appears under its name. Other files in `directory` stay. Raises TypeError for
@@ -25,9 +26,9 @@ def save(model: PreTrainedModel, directory: str | os.PathLike, tokenizer: Any = 
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
-    config = getattr(model.config, "quantization_config", None) or {}
-    if dict(config).get("quant_method") != METHOD:
-        raise ValueError("model: expected one that ipex_quant.llm.optimize quantized")
+    if not any(isinstance(module, WeightOnlyQuantizedLinear) for module in model.modules()):
+        raise ValueError("model: expected one that ipex_quant.llm.optimize or quantization.convert quantized")
+    model.config.quantization_config = describe(model)
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as folder:

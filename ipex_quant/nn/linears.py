@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
 
 import torch
@@ -24,7 +26,7 @@ def weight_matrix(module: nn.Module) -> torch.Tensor:
 def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
     """Why no quantized layer can stand where the linear layer `module`, a child of `parent`, is; None when one can."""
     base = next(cls for cls in (nn.Linear, *_conv1d()) if isinstance(module, cls))
-    if type(module).forward is not base.forward:
+    if type(module).forward is not base.forward and not _computes_linear(module):
         return f"{type(module).__name__} overrides {base.__name__}.forward"
     if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
         return f"its parent nn.{type(parent).__name__} reads the weight without calling the module"
@@ -41,6 +43,31 @@ def weight_obstacle(module: nn.Module) -> str | None:
     if weight.device.type != "cpu":
         return f"its weight is on device {weight.device}, not cpu"
     return "its weight is empty" if weight.numel() == 0 else None
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether `module`, no convolution, holds 3-D parameters: how transformers stacks the experts of a layer."""
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    return not convolution and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+
+
+def _computes_linear(module: nn.Module) -> bool:
+    """Whether the forward of an ``nn.Linear`` subclass, tried with a small weight, gives what ``F.linear`` does."""
+    own = {*module._parameters, *module._buffers, *module._modules}
+    if not isinstance(module, nn.Linear) or own != {"weight", "bias"}:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(shape, generator=generator) for shape in ((5, 7), (5,), (2, 4, 7)))
+    x *= torch.tensor([1e-3, 1.0, 1e2, 1e5])[:, None]  # a forward that clamps or rounds differs at some size
+    bias = None if module.bias is None else bias
+    probe = copy.copy(module)
+    probe.__dict__ |= {"_parameters": {"weight": weight, "bias": bias}, "in_features": 7, "out_features": 5}
+    try:
+        takes_more = len(inspect.signature(type(module).forward).parameters) != 2
+        result = type(module).forward(probe, x)
+        return not takes_more and torch.allclose(result, nn.functional.linear(x, weight, bias), rtol=1e-4, atol=1e-6)
+    except Exception:  # whatever goes wrong in code that is not ours, the layer is no plain linear
+        return False
 
 
 def _conv1d() -> tuple[type, ...]:

@@ -10,10 +10,12 @@ from torch import nn
 from torch.ao.quantization import QConfig, QConfigMapping
 
 from ..nn import WeightOnlyQuantizedLinear
-from ..nn.linears import is_linear
+from ..nn.linears import holds_experts, is_linear
+from ._description import describe, is_pretrained
 from ._qconfig import QConfigWoq
-from ._rules import choose_qconfigs
-from ._swap import copy_sharing_parameters, swap_modules
+from ._rules import choose_qconfigs, refused_modules
+from ._swap import copy_sharing_parameters, own_parameters, swap_modules
+from ._tying import untie
 
 FLOAT_REASONS = "_ipex_quant_float_reasons"
 """Attribute of a prepared or converted model: ``{module name: why it stays in float}`` of its linear layers."""
@@ -60,10 +62,15 @@ def convert(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Replace the linear layers that `prepare` marked by quantized ones, one at a time.
 
     With `inplace` each float weight is freed as its layer is replaced, unless something else refers to it; without, the
-    result is a copy and `model` stays as it is, so that no more than both exist. A `model` that is itself a linear
-    layer is not changed but its replacement returned. Raises TypeError for another kind of model, RuntimeError for one
-    that was not prepared, ValueError when no layer is or can be quantized, saying why, and when a weight holds NaN or
-    Inf, naming the module.
+    result is a copy and `model` stays as it is, so that no more than both exist. The result shares no memory with the
+    model that `prepare` copied: what stays in float is copied now. A `model` that is itself a linear layer is not
+    changed but its replacement returned.
+
+    The configuration of a transformers model gets the entry that `from_pretrained` and `ipex_quant.llm.load` need;
+    should the model change after that, `ipex_quant.llm.save` describes it anew. Quantized weights are untied from
+    others. Warns when most weights stay in float for another reason than the mapping. Raises TypeError for another kind
+    of model, RuntimeError for one that was not prepared, ValueError when no layer is or can be quantized, saying why,
+    and when a weight holds NaN or Inf, naming the module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Only support nn.Module convert for quantization path, got {type(model).__name__}")
@@ -72,12 +79,18 @@ def convert(model: nn.Module, inplace: bool = False) -> nn.Module:
     marked = marked_modules(model)
     if not marked:
         check_any_quantized(model)
-    model = swap_modules(model, {name: partial(_from_float, name) for name in marked}, inplace)
+    model = model if inplace else copy_sharing_parameters(model)
+    untie(model, marked)
+    model = swap_modules(model, {name: partial(_from_float, name) for name in marked})
+    own_parameters(model)
+    warn_if_mostly_float(model, refused_modules(getattr(model, FLOAT_REASONS, {})))
     for module in model.modules():
         if hasattr(module, "qconfig"):
             del module.qconfig
     if hasattr(model, _PREPARED):
         delattr(model, _PREPARED)
+    if is_pretrained(model):
+        model.config.quantization_config = describe(model)
     return model
 
 
@@ -100,6 +113,21 @@ def check_any_quantized(model: nn.Module) -> None:
     shown = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(reasons.items())[:5])
     more = "; ..." if len(reasons) > 5 else ""
     raise ValueError(f"none of the {len(reasons)} linear layers can be quantized: {shown}{more}")
+
+
+def warn_if_mostly_float(model: nn.Module, refused: list[str]) -> None:
+    """Warn when the `refused` linear layers and the experts of `model` outweigh what is quantized."""
+    experts = [name for name, module in model.named_modules() if holds_experts(module)]
+    parameters = (p for name in (*refused, *experts) for p in model.get_submodule(name).parameters())
+    in_float = sum(parameter.numel() for parameter in parameters if parameter.dim() > 1)
+    quantized = (module for module in model.modules() if isinstance(module, WeightOnlyQuantizedLinear))
+    if in_float > sum(module.in_features * module.out_features for module in quantized):
+        kinds = [f"{len(refused)} linear layers"] * bool(refused)
+        kinds += [f"the experts in 3-D parameters of {len(experts)} modules"] * bool(experts)
+        warnings.warn(
+            f"most weights stay in float: {' and '.join(kinds)} cannot be quantized; ipex.explain(model) says why",
+            stacklevel=3,
+        )
 
 
 def _from_float(name: str, module: nn.Module) -> nn.Module:

@@ -12,6 +12,8 @@ from torch.ao.quantization import QConfigMapping
 from ..nn.linears import is_linear, obstacle, weight_obstacle
 from ._qconfig import QConfigWoq
 
+_BY_RULE = "the mapping's "
+
 
 def choose_qconfigs(
     mapping: QConfigMapping, model: nn.Module, read_weights: bool = True
@@ -30,7 +32,7 @@ def choose_qconfigs(
         lineage = [model.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1)]
         qconfig, rule = _find_qconfig(mapping, name, lineage)
         if qconfig is None:
-            reasons[name] = f"the mapping's {rule} is None"
+            reasons[name] = f"{_BY_RULE}{rule} is None"
             continue
         if not isinstance(qconfig, QConfigWoq):
             raise ValueError(
@@ -44,6 +46,11 @@ def choose_qconfigs(
         else:
             chosen[name] = qconfig
     return chosen, reasons
+
+
+def refused_modules(reasons: dict[str, str]) -> list[str]:
+    """Names of the layers that no rule of the user's leaves in float, of the reasons that `choose_qconfigs` gives."""
+    return [name for name, reason in reasons.items() if not reason.startswith(_BY_RULE)]
 
 
 def _check_rules(mapping: QConfigMapping, model: nn.Module) -> None:

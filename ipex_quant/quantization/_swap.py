@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 _MANY_LAYERS = 16
+_SHARING = "_ipex_quant_sharing"
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -20,49 +21,51 @@ _HOOKS = (
 )
 
 
-def swap_modules(
-    model: nn.Module, replacements: dict[str, Callable[[nn.Module], nn.Module]], inplace: bool
-) -> nn.Module:
+def swap_modules(model: nn.Module, replacements: dict[str, Callable[[nn.Module], nn.Module]]) -> nn.Module:
     """Replace each named module by what its function makes of it, wherever `model` refers to that module.
 
-    New modules take over forward hooks. With `inplace` an old module is let go before the next new one is made;
-    without, the result is a copy of `model`, made around the new modules.
+    New modules take over forward hooks. An old module is let go before the next new one is made. The result is `model`,
+    or what takes its place when it is itself replaced.
     """
+    if "" in replacements:
+        return _successor(model, replacements[""])
     progress = tqdm(replacements.items(), desc="quantizing", unit="layer", disable=len(replacements) < _MANY_LAYERS)
-    if not inplace or "" in replacements:
-        # deepcopy takes what the memo holds for an object instead of copying it.
-        memo = {}
-        for name, make in progress:
-            module = model.get_submodule(name)
-            memo[id(module)] = new = make(module)
-            for hooks in _HOOKS:
-                setattr(new, hooks, copy.copy(getattr(module, hooks)))
-        return copy.deepcopy(model, memo)
     names = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[id(module)].append(name)
     for name, make in progress:
-        _replace(model, names[id(model.get_submodule(name))], make)
+        same = names[id(model.get_submodule(name))]
+        new = _successor(model.get_submodule(name), make)
+        for each in same:
+            model.set_submodule(each, new)
     return_freed_memory()
     return model
 
 
-def _replace(model: nn.Module, names: list[str], make: Callable[[nn.Module], nn.Module]) -> None:
-    old = model.get_submodule(names[0])
+def _successor(old: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
     new = make(old)
     for hooks in _HOOKS:
         setattr(new, hooks, getattr(old, hooks))
-    for name in names:
-        model.set_submodule(name, new)
+    return new
 
 
 def copy_sharing_parameters(model: nn.Module) -> nn.Module:
     """Copy of `model` with new Parameter objects over the same memory, so that modules can be replaced at no cost.
 
-    Casting or replacing the copy's parameters does not change the caller's; writing into them does.
+    Casting or replacing the copy's parameters does not change the caller's; writing into them does, until
+    `own_parameters`.
     """
     memo = {id(p): nn.Parameter(p.data, p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
-    return copy.deepcopy(model, memo)
+    shared = copy.deepcopy(model, memo)
+    setattr(shared, _SHARING, True)
+    return shared
+
+
+def own_parameters(model: nn.Module) -> None:
+    """Give a model that `copy_sharing_parameters` made memory of its own; any other is left as it is."""
+    if vars(model).pop(_SHARING, False):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
 
 
 def return_freed_memory() -> None:

@@ -25,7 +25,7 @@ MODELS = {
             "intermediate_size": 96,
             "num_key_value_heads": 2,
             "head_dim": 16,
-            "moe_intermediate_size": 32,
+            "moe_intermediate_size": 16,
             "num_experts": 4,
             "num_experts_per_tok": 2,
         },

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.ao.quantization import QConfigMapping, default_qconfig
 
@@ -188,6 +189,18 @@ def test_a_weight_that_is_not_finite_is_named(llama):
 def test_a_scripted_model_is_refused():
     with pytest.raises(TypeError, match="not scripted"):
         ipex.llm.optimize(torch.jit.script(nn.Linear(2, 2)), quantization_config=int4())
+
+
+def test_falcon_is_quantized_and_experts_that_are_not_are_warned_about(logits):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
+    falcon = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes)).eval()
+    optimized = ipex.llm.optimize(falcon, quantization_config=int4())
+    assert len(quantized(optimized)) == 5
+    torch.testing.assert_close(logits(optimized), logits(dequantized(falcon, optimized)), rtol=1e-4, atol=1e-4)
+    config = transformers.MixtralConfig(**sizes, intermediate_size=96, num_key_value_heads=2, num_local_experts=4)
+    mixtral = transformers.MixtralForCausalLM(config).eval()
+    with pytest.warns(UserWarning, match=r"^most weights stay in float: the experts in 3-D parameters of 1 modules"):
+        ipex.llm.optimize(mixtral, quantization_config=int4())
 
 
 def test_a_plain_module_is_fine_too():

@@ -7,7 +7,13 @@ from safetensors.torch import load_file, save_file
 
 import ipex_quant as ipex
 from ipex_quant.nn import WeightOnlyQuantizedLinear
-from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, get_weight_only_quant_qconfig_mapping
+from ipex_quant.quantization import (
+    WoqLowpMode,
+    WoqWeightDtype,
+    convert,
+    get_weight_only_quant_qconfig_mapping,
+    prepare,
+)
 
 
 def optimized(model, dtype=torch.bfloat16, **options):
@@ -75,6 +81,38 @@ def test_transformers_saves_and_loads_it_too(llama, logits, tmp_path):
     assert isinstance(loaded.lm_head, WeightOnlyQuantizedLinear)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
+def test_a_converted_model_is_saved_as_it_is(make_model, logits, tmp_path, name):
+    float_model = make_model(name)
+    prepared = prepare(float_model, get_weight_only_quant_qconfig_mapping())
+    model = convert(prepared)
+    model.save_pretrained(tmp_path / "first")
+    ipex.llm.save(model, tmp_path / "second")
+    first = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    second = ipex.llm.load(tmp_path / "second")
+    assert isinstance(first.lm_head, WeightOnlyQuantizedLinear)
+    assert torch.equal(logits(first), logits(model))
+    assert torch.equal(logits(second), logits(model))
+    model.tie_weights()
+    assert torch.equal(logits(second), logits(model))
+    for untouched in (float_model, prepared):
+        assert not hasattr(untouched.config, "quantization_config")
+        assert untouched.all_tied_weights_keys == make_model(name).all_tied_weights_keys
+
+
+@pytest.mark.parametrize("save", [ipex.llm.save, lambda model, folder: model.save_pretrained(folder)])
+def test_the_description_is_that_of_the_model_when_it_is_saved(llama, logits, tmp_path, save):
+    model = optimized(llama).half()
+    model.lm_head = torch.nn.Linear(64, 96, bias=False, dtype=torch.float16)
+    save(model, tmp_path / "model")
+    loaded = ipex.llm.load(tmp_path / "model")
+    assert loaded.dtype == torch.float16
+    assert type(loaded.lm_head) is torch.nn.Linear
+    assert loaded.model.layers[0].mlp.up_proj.weight.dtype == torch.float16
+    model.model.rotary_emb = loaded.model.rotary_emb  # half() rounds its frequencies too, and they are not saved
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_the_files_hold_plain_tensors(saved):
     tensors = load_file(saved / "model.safetensors")
     assert tensors["model.layers.0.mlp.up_proj.codes"].shape == (96, 32)
@@ -136,7 +174,9 @@ def test_the_device_map_may_name_the_cpu_only(saved):
 def test_only_quantized_transformers_models_are_saved(llama, tmp_path):
     with pytest.raises(TypeError, match="expected a transformers model, got Linear"):
         ipex.llm.save(torch.nn.Linear(2, 2), tmp_path / "model")
-    with pytest.raises(ValueError, match=r"expected one that ipex_quant.llm.optimize quantized"):
+    with pytest.raises(
+        ValueError, match=r"expected one that ipex_quant.llm.optimize or quantization.convert quantized"
+    ):
         ipex.llm.save(llama, tmp_path / "model")
 
 

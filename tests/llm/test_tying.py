@@ -1,6 +1,6 @@
 import pytest
 
-from ipex_quant.llm._tying import _without, untie
+from ipex_quant.quantization._tying import _without, untie
 
 
 def test_ties_of_other_parameters_stay():

@@ -2,12 +2,36 @@ import pytest
 import torch
 from torch import nn
 
-from ipex_quant.nn.linears import is_linear, obstacle, weight_matrix, weight_obstacle
+from ipex_quant.nn.linears import holds_experts, is_linear, obstacle, weight_matrix, weight_obstacle
 
 
 class Scaled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+class Clamped(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.clamp(-50, 50))
+
+
+class Gated(nn.Linear):
+    def forward(self, x, gate=None):
+        return super().forward(x)
+
+
+class Broken(nn.Linear):
+    def forward(self, x):
+        raise KeyError("x")
+
+
+class Adapted(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.adapter = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return super().forward(x) + self.adapter
 
 
 class Named(nn.Linear):
@@ -31,10 +55,28 @@ def test_other_layers_are_no_linears():
     assert not is_linear(nn.Bilinear(3, 3, 3))
 
 
-def test_only_an_unchanged_forward_can_be_replaced():
+def test_only_a_forward_that_computes_a_linear_can_be_replaced():
     assert obstacle(nn.Linear(2, 2)) is None
     assert obstacle(Named(2, 2)) is None
-    assert obstacle(Scaled(2, 2)) == "Scaled overrides Linear.forward"
+    for layer in (Scaled, Clamped, Gated, Broken, Adapted):
+        assert obstacle(layer(2, 2)) == f"{layer.__name__} overrides Linear.forward"
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"device": "meta"}, {"dtype": torch.bfloat16}])
+def test_a_forward_that_writes_the_same_differently_can_be_replaced(options):
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    torch.manual_seed(3)
+    assert obstacle(FalconLinear(2, 2, **options)) is None
+    assert torch.initial_seed() == 3
+
+
+def test_stacked_experts_are_no_convolution():
+    module = nn.Module()
+    module.weights = nn.Parameter(torch.ones(2, 3, 4))
+    assert holds_experts(module)
+    assert not holds_experts(nn.Conv1d(2, 2, 2))
+    assert not holds_experts(nn.Sequential(module))
 
 
 @pytest.mark.parametrize("parent", [nn.MultiheadAttention(4, 1), nn.TransformerEncoderLayer(4, 1, 4)])

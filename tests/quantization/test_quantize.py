@@ -72,6 +72,12 @@ def test_the_float_model_is_unchanged_unless_inplace(model, mapping):
     assert torch.equal(prepared(TOKENS), before(TOKENS))
 
 
+def test_what_stays_in_float_is_copied(model, mapping):
+    converted = convert(prepare(model, mapping), inplace=True)
+    assert converted.embedding.weight.data_ptr() != model.embedding.weight.data_ptr()
+    assert converted.norm.weight.data_ptr() != model.norm.weight.data_ptr()
+
+
 def test_a_prepared_copy_shares_memory_but_no_parameters(model, mapping):
     prepared = prepare(model, mapping)
     assert prepared.head.weight.data_ptr() == model.head.weight.data_ptr()
@@ -171,6 +177,21 @@ def test_nothing_to_quantize_raises_with_the_reasons(model, mapping):
         convert(prepare(model, mapping))
     with pytest.raises(ValueError, match=r"head: the mapping's set_global is None"):
         convert(prepare(model, QConfigMapping()))
+
+
+def test_a_model_that_stays_mostly_in_float_warns_unless_told_so(mapping, recwarn):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Scaled(8, 8), Scaled(8, 8), nn.Linear(8, 8))
+    convert(prepare(model, copy.deepcopy(mapping).set_module_name("0", None).set_module_name("1", None)))
+    convert(prepare(model[1:], mapping))
+    assert not recwarn
+    with pytest.warns(
+        UserWarning, match=r"float: 2 linear layers cannot be quantized; ipex\.explain\(model\) says why"
+    ):
+        convert(prepare(model, mapping))
 
 
 def test_convert_needs_a_prepared_model(model, mapping):

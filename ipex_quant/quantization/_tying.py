@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from torch import nn
-from transformers import PreTrainedModel
+
+from ._description import is_pretrained
 
 
 def untie(model: nn.Module, quantized: Collection[str]) -> None:
@@ -14,11 +15,11 @@ def untie(model: nn.Module, quantized: Collection[str]) -> None:
     Call it while these modules still are float. The others of a tie stay tied; the configuration stays as it is, since
     models read its `tie_word_embeddings` for more than the tie. Models that are not transformers' are left alone.
     """
-    if not isinstance(model, PreTrainedModel):
+    if not is_pretrained(model):
         return
     quantized = set(quantized)
     for prefix, part in list(model.named_modules()):
-        if isinstance(part, PreTrainedModel):
+        if is_pretrained(part):
             start = f"{prefix}." if prefix else ""
             ties = part.get_expanded_tied_weights_keys()
             kept = _without(ties, {name.removeprefix(start) for name in quantized if name.startswith(start)})
