@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_any, tree_map_only
 
 from .. import ops
 from ..numerics import affine
@@ -19,7 +19,7 @@ from ..numerics.scheme import (
     WoqWeightDtype,
     WoqWeightQScheme,
 )
-from .linears import weight_matrix
+from .linears import FLOAT_DTYPES, weight_matrix
 from .weight_tensors import QuantDtype, QuantMethod, WoqWeightFormat, read_tensors
 
 _WEIGHT_NAMES = ("codes", "scales", "zero_points", "g_idx")
@@ -29,10 +29,11 @@ class WeightOnlyQuantizedLinear(nn.Module):
     """``y = x @ dequantize(weight).T + bias`` with a packed weight ``[out_features, in_features]``.
 
     `x` is float32, bfloat16 or float16 ``[..., in_features]`` on the CPU, the result ``[..., out_features]`` in its
-    dtype. The state dict holds plain tensors: `codes`, `scales`, `zero_points` and `g_idx` of `QuantizedWeight`, and
-    `bias` in float32, each where there is one; saving unpacks the weight and loading packs it. The constructor makes a
-    module without a weight, whose scheme `load_state_dict` finds from the tensors; `from_float` and
-    `from_quantized_weight` make one with it. RuntimeError when it is called without a weight or moved off the CPU.
+    dtype, or under torch.autocast in autocast's. Gradients reach `x` alone. The state dict holds plain tensors:
+    `codes`, `scales`, `zero_points` and `g_idx` of `QuantizedWeight`, and `bias` in float32, each where there is one;
+    saving unpacks the weight and loading packs it. The constructor makes a module without a weight, whose scheme
+    `load_state_dict` finds from the tensors; `from_float` and `from_quantized_weight` make one with it. RuntimeError
+    when it is called without a weight or moved off the CPU.
     """
 
     def __init__(
@@ -194,6 +195,8 @@ class WeightOnlyQuantizedLinear(nn.Module):
         """The layer followed by `post_op`, whose further operands `others` are ``[..., out_features]``, in one call."""
         if self._packed is None:
             raise RuntimeError("WeightOnlyQuantizedLinear has no weight yet; load a state dict or use from_float")
+        if torch.is_autocast_enabled("cpu"):
+            x, *others = map(_autocast, (x, *others))
         return ops.woq_linear(
             x,
             self._packed,
@@ -217,8 +220,12 @@ class WeightOnlyQuantizedLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         """The weight as a float tensor that is only dequantized when its values are read.
 
-        Model code asks linear layers for ``weight.dtype``, ``.shape`` and ``.device``; these cost nothing.
+        Model code asks linear layers for ``weight.dtype``, ``.shape`` and ``.device``; these cost nothing. Writing to
+        it raises RuntimeError.
         """
+        if torch.compiler.is_compiling():  # which cannot trace the stand-in, but drops values that nothing reads
+            shape = (self.out_features, self.in_features)
+            return ops.woq_dequantize(self._packed, self._perm, *shape, self._float.dtype)
         return _DequantizedOnRead(self)
 
     @property
@@ -383,10 +390,31 @@ class WeightOnlyQuantizedLinear(nn.Module):
             self._set_weight(plain)
 
 
+def _autocast(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.get_autocast_dtype("cpu")) if tensor.dtype in FLOAT_DTYPES else tensor
+
+
+def _on_values(name: str) -> Any:
+    """A method of the stand-in that torch would not dispatch, since it wants memory or finds nothing to convert."""
+    return lambda self, *args, **kwargs: getattr(self._read(), name)(*args, **kwargs)
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise RuntimeError(
+        "weight: a packed weight cannot be written to, trained or shared; take a float copy with weight.clone(), or "
+        "give the layer another weight with load_state_dict"
+    )
+
+
 class _DequantizedOnRead(torch.Tensor):
     """Float ``[out_features, in_features]`` stand-in for a packed weight: dtype and shape now, values when used."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+    float, to, numpy, tolist, __array__, __deepcopy__, __reduce_ex__ = map(
+        _on_values, ("float", "to", "numpy", "tolist", "__array__", "__deepcopy__", "__reduce_ex__")
+    )
+    data = property(lambda self: self, _refuse)
+    __setitem__ = requires_grad_ = data_ptr = untyped_storage = _refuse
 
     @staticmethod
     def __new__(cls, layer: WeightOnlyQuantizedLinear) -> torch.Tensor:
@@ -398,7 +426,15 @@ class _DequantizedOnRead(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(cls, cls._read, (args, kwargs or {}))
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.detach.default:  # a copy here would lose what is written to it
+            return cls(args[0]._layer)
+        parameters = func._schema.arguments
+        given = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
+        written = [given.get(p.name) for p in parameters if p.alias_info and p.alias_info.is_write]
+        if tree_any(lambda value: isinstance(value, cls), written):
+            _refuse()
+        args, kwargs = tree_map_only(cls, cls._read, (args, kwargs))
         return func(*args, **kwargs)
 
     def _read(self) -> torch.Tensor:

@@ -59,7 +59,7 @@ def read_tensors(
     else:
         codes, scales, zero_points = _plain_tensors(tensors, dtype, shape)
     scheme = WeightScheme(dtype, zero_points is None, _group_size(group_size, shape[1], scales.shape[1]))
-    g_idx = _g_idx(tensors.get("g_idx"), scheme)
+    g_idx = _g_idx(tensors.get("g_idx"), scheme, shape[1])
     return QuantizedWeight(codes, scales, zero_points, g_idx, scheme, shape)
 
 
@@ -68,7 +68,7 @@ def _plain_tensors(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     rows = shape[0]
     codes, scales, zero_points = tensors["qweight"], tensors["scales"], tensors.get("zero_points")
-    scales = _rows("scales", scales, rows).float().contiguous()
+    scales = _rows("scales", _floating(scales), rows).float().contiguous()
     packed = codes.dtype == torch.int32
     if packed:
         codes = _rows("qweight", codes, rows).contiguous().view(torch.uint8)[:, : code_columns(dtype, shape[1])]
@@ -90,12 +90,20 @@ def _gptq_tensors(
         raise ValueError(f"qweight: expected int32 [{columns // 8}, {rows}], got {qweight.dtype} {list(qweight.shape)}")
     if scales.dim() != 2 or scales.shape[1] != rows:
         raise ValueError(f"scales: expected shape [groups, {rows}], got {list(scales.shape)}")
-    if zero_points is None or zero_points.dtype != torch.int32 or zero_points.shape[0] != scales.shape[0]:
-        raise ValueError(f"zero_points: expected int32 [{scales.shape[0]}, {rows // 8}]")
+    groups = len(scales)
+    if zero_points is None or zero_points.dtype != torch.int32 or zero_points.dim() != 2 or len(zero_points) != groups:
+        got = None if zero_points is None else f"{zero_points.dtype} {list(zero_points.shape)}"
+        raise ValueError(f"zero_points: expected int32 [{groups}, {rows // 8}], got {got}")
     # Eight codes an int32 with the first in the lowest bits is, byte by byte, two a byte with the even one low.
     codes = qweight.t().contiguous().view(torch.uint8)
     zero_points = _nibbles("zero_points", zero_points, rows).t() + 1
-    return codes, scales.t().float().contiguous(), zero_points.to(torch.int16).contiguous()
+    return codes, _floating(scales).t().float().contiguous(), zero_points.to(torch.int16).contiguous()
+
+
+def _floating(scales: torch.Tensor) -> torch.Tensor:
+    if not scales.is_floating_point():
+        raise ValueError(f"scales: expected a floating-point dtype, got {scales.dtype}")
+    return scales
 
 
 def _rows(name: str, tensor: torch.Tensor, rows: int) -> torch.Tensor:
@@ -117,9 +125,13 @@ def _group_size(group_size: int, columns: int, groups: int) -> int:
     return 1 << (-(-columns // groups) - 1).bit_length()
 
 
-def _g_idx(g_idx: torch.Tensor | None, scheme: WeightScheme) -> torch.Tensor | None:
-    if g_idx is None or scheme.group_size == PER_CHANNEL or not g_idx.any():  # some files hold zeros for "none"
+def _g_idx(g_idx: torch.Tensor | None, scheme: WeightScheme, columns: int) -> torch.Tensor | None:
+    if g_idx is None:
+        return None
+    if g_idx.is_floating_point() or tuple(g_idx.shape) != (columns,):
+        raise ValueError(f"g_idx: expected integers [{columns}], got {g_idx.dtype} {list(g_idx.shape)}")
+    if scheme.group_size == PER_CHANNEL or not g_idx.any():  # some files hold zeros for "none"
         return None
     g_idx = g_idx.to(torch.int32)
-    natural = torch.arange(g_idx.numel(), dtype=torch.int32) // scheme.group_size
+    natural = torch.arange(columns, dtype=torch.int32) // scheme.group_size
     return None if torch.equal(g_idx, natural) else g_idx

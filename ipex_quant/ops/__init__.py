@@ -11,6 +11,7 @@ from .woq import (
     pack_weight,
     quantize_weight,
     unpack_weight,
+    woq_dequantize,
     woq_linear,
 )
 
@@ -24,5 +25,6 @@ __all__ = [
     "quantize_weight",
     "supported_isas",
     "unpack_weight",
+    "woq_dequantize",
     "woq_linear",
 ]

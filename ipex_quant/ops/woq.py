@@ -8,6 +8,7 @@ from enum import IntEnum
 
 import torch
 
+from ..numerics import affine
 from ..numerics.quantized_weight import QuantizedWeight, code_columns
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
 from .isa import isa_name
@@ -119,11 +120,60 @@ def woq_linear(
 
     `x` is float32, bfloat16 or float16 ``[..., K]``; `data` and `perm` are a PackedWeight's; `bias` is float32 ``[N]``.
     Sums run over codes before scales, so that activations beyond about 1e35 overflow float32.
-    Returns ``[..., N]`` in the dtype of `x`. Raises RuntimeError when an argument does not fit the packed weight.
+    Returns ``[..., N]`` in the dtype of `x`. Of the arguments only `x` has a gradient, that of a product with the
+    dequantized weight. Raises RuntimeError when an argument does not fit the packed weight, or a post op needs one.
     """
-    return _ops.woq_linear(
-        x, data, bias, perm, list(others), out_features, int(lowp_mode), int(act_quant_mode), int(post_op)
-    )
+    modes = int(lowp_mode), int(act_quant_mode)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others)):
+        if post_op != PostOp.NONE:
+            raise RuntimeError(
+                f"post_op: expected NONE where a gradient is needed, got {PostOp(post_op).name}; apply it to the "
+                "result or call under torch.no_grad()"
+            )
+        return _Differentiable.apply(x, data, out_features, bias, perm, *modes)
+    return _ops.woq_linear(x, data, bias, perm, list(others), out_features, *modes, int(post_op))
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, data, out_features, bias, perm, lowp_mode, act_quant_mode):
+        # save_for_backward refuses inference tensors, which a weight packed under inference_mode is.
+        ctx.weight = data, perm, out_features, x.shape[-1]
+        return _ops.woq_linear(x, data, bias, perm, [], out_features, lowp_mode, act_quant_mode, int(PostOp.NONE))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ woq_dequantize(*ctx.weight, grad.dtype), *[None] * 6
+
+
+def woq_dequantize(
+    data: torch.Tensor,
+    perm: torch.Tensor | None,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Real values ``[out_features, in_features]`` of a PackedWeight's tensors: `affine.dequantize`, in one op.
+
+    Raises RuntimeError or ValueError when `data` is not a packed weight of that shape.
+    """
+    return _ops.woq_dequantize(data, perm, out_features, in_features, dtype)
+
+
+@torch.library.custom_op(
+    "ipex_quant::woq_dequantize",
+    mutates_args=(),
+    schema="(Tensor data, Tensor? perm, SymInt out_features, SymInt in_features, ScalarType dtype) -> Tensor",
+)
+def _dequantize(data, perm, out_features, in_features, dtype):
+    _, code, *_, group_size, _, asymmetric, _ = data[:40].view(torch.int32).tolist()  # WoqHeader, whose sizes are int64
+    scheme = WeightScheme(WoqWeightDtype(code), not asymmetric, group_size)
+    return affine.dequantize(unpack_weight(PackedWeight(data, perm, scheme, (out_features, in_features))), dtype)
+
+
+@_dequantize.register_fake
+def _(data, perm, out_features, in_features, dtype):
+    return data.new_empty(out_features, in_features, dtype=dtype)
 
 
 def kernel_name(scheme: WeightScheme, lowp_mode: WoqLowpMode, dtype: torch.dtype) -> str:

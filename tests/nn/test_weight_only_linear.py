@@ -3,6 +3,7 @@ import io
 import pickle
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -238,6 +239,100 @@ class TestCopies:
         for rows in (2, 3):
             x = torch.randn(rows, 70)
             assert torch.equal(compiled(x), model(x))
+
+    def test_compiles_where_model_code_reads_the_weight(self, layer):
+        def run(x):
+            return layer(x.to(layer.weight.dtype)), x @ layer.weight.t()
+
+        x = torch.randn(2, 70)
+        compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+        assert all(map(torch.equal, compiled(x), run(x)))
+
+
+class TestGradients:
+    @pytest.fixture
+    def layer(self):
+        with torch.inference_mode():
+            return layer_of(quantized(SCHEMES[3], act_order=True))
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    @pytest.mark.parametrize("shape", [(70,), (2, 3, 70)])
+    def test_input_gets_that_of_the_dequantized_weight(self, layer, shape, compiled):
+        run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+        x = torch.randn(shape, requires_grad=True)
+        grad = torch.randn(*shape[:-1], 24)
+        run(x).backward(grad)
+        torch.testing.assert_close(x.grad, grad @ affine.dequantize(layer.quantized_weight()))
+
+    @pytest.mark.parametrize("needs", [0, 1])
+    def test_fused_operations_refuse(self, layer, needs):
+        tensors = [torch.randn(2, 70), torch.randn(2, 24)]
+        tensors[needs].requires_grad_()
+        with pytest.raises(RuntimeError, match="post_op: expected NONE where a gradient is needed, got ADD"):
+            layer.forward_fused(tensors[0], PostOp.ADD, tensors[1])
+        with torch.no_grad():
+            assert layer.forward_fused(tensors[0], PostOp.ADD, tensors[1]).shape == (2, 24)
+
+
+class TestAutocast:
+    @pytest.mark.parametrize("compiled", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_computes_in_its_dtype(self, layer, dtype, compiled):
+        run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+        x = torch.randn(2, 70)
+        with torch.autocast("cpu", dtype):
+            y = run(x)
+            assert y.dtype == nn.Linear(70, 24)(x).dtype
+            fused = layer.forward_fused(x, PostOp.ADD, torch.ones(2, 24))
+        assert torch.equal(y, layer(x.to(dtype)))
+        assert torch.equal(fused, y + 1)
+        assert run(x).dtype == torch.float32
+
+    def test_accepts_no_more_dtypes(self, layer):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="x: expected"):
+            layer(torch.zeros(2, 70, dtype=torch.int32))
+
+
+class TestWeight:
+    @pytest.mark.parametrize(
+        "read",
+        [
+            torch.Tensor.clone,
+            copy.deepcopy,
+            copy.copy,
+            lambda w: pickle.loads(pickle.dumps(w)),
+            lambda w: w.float(),
+            lambda w: w.to(torch.float32),
+            lambda w: w.detach().to("cpu"),
+            lambda w: torch.from_numpy(w.numpy()),
+            lambda w: torch.from_numpy(np.asarray(w)),
+            lambda w: torch.tensor(w.tolist()),
+            lambda w: torch.zeros(24, 70).copy_(w),
+        ],
+    )
+    def test_reading_it_gives_a_real_tensor(self, layer, read):
+        tensor = read(layer.weight)
+        assert type(tensor) is torch.Tensor
+        assert torch.equal(tensor, affine.dequantize(layer.quantized_weight()))
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda w: w.__setitem__((0, 0), 5),
+            lambda w: w.data.mul_(2),
+            lambda w: w.detach().mul_(2),
+            lambda w: setattr(w, "data", torch.ones(24, 70)),
+            lambda w: torch.neg(torch.ones(24, 70), out=w),
+            lambda w: torch._foreach_mul_([w], 2),
+            nn.init.zeros_,
+            nn.Parameter,
+            lambda w: safetensors.torch.save({"weight": w}),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+    def test_writing_to_it_raises(self, layer, write):
+        with pytest.raises(RuntimeError, match=r"weight: a packed weight cannot be .* weight\.clone\(\)"):
+            write(layer.weight)
 
 
 class TestDtypeAndDevice:

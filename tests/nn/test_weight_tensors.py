@@ -101,7 +101,14 @@ def test_a_g_idx_that_says_nothing_is_dropped(weight, g_idx):
         ({"zero_points": None}, "zero_points: expected int32"),
         ({"zero_points": torch.zeros(3, N // 8, dtype=torch.int32)}, "zero_points: expected int32"),
         ({"zero_points": torch.zeros(4, N // 8 - 1, dtype=torch.int32)}, "zero_points: expected 16 codes"),
+        (
+            {"zero_points": torch.zeros(4, dtype=torch.int32)},
+            r"zero_points: expected int32 \[4, 2\], got .*int32 \[4\]",
+        ),
+        ({"scales": torch.ones(4, N, dtype=torch.int32)}, "scales: expected a floating-point dtype, got torch.int32"),
         ({"g_idx": torch.full((K,), 7)}, "g_idx"),
+        ({"g_idx": torch.zeros(K - 1, dtype=torch.int32)}, r"g_idx: expected integers \[64\], got torch.int32 \[63\]"),
+        ({"g_idx": torch.zeros(K)}, r"g_idx: expected integers \[64\], got torch.float32 \[64\]"),
     ],
 )
 def test_damaged_gptq_tensors_raise(weight, change, message):
@@ -116,6 +123,7 @@ def test_damaged_gptq_tensors_raise(weight, change, message):
         ({"qweight": torch.zeros(N - 1, K // 2, dtype=torch.uint8)}, "codes: expected shape"),
         ({"scales": torch.ones(N - 1, 4)}, "scales: expected shape"),
         ({"scales": torch.ones(N, 4, 1)}, "scales: expected shape"),
+        ({"scales": torch.ones(N, 4, dtype=torch.int64)}, "scales: expected a floating-point dtype, got torch.int64"),
         ({"zero_points": torch.ones(N, 3)}, "zero_points: expected shape"),
     ],
 )

@@ -265,6 +265,33 @@ def test_opcheck_of_the_other_ops(shuffle_features, symmetric: bool) -> None:
     torch.library.opcheck(namespace.woq_unpack.default, unpack)
 
 
+@pytest.mark.parametrize(("dtype", "symmetric"), KINDS)
+@pytest.mark.parametrize("group_size", [-1, 4])
+@pytest.mark.parametrize("real", [torch.float32, torch.bfloat16])
+def test_dequantize_reads_the_header(shuffle_features, dtype, symmetric, group_size, real) -> None:
+    qw = shuffle_features(make(10, 17, WeightScheme(dtype, symmetric, group_size)))
+    packed = ops.pack_weight(qw)
+    arguments = (packed.data, packed.perm, 10, 17, real)
+    assert torch.equal(ops.woq_dequantize(*arguments), affine.dequantize(qw, real))
+    torch.library.opcheck(torch.ops.ipex_quant.woq_dequantize.default, arguments)
+
+
+def test_dequantize_of_another_shape_raises() -> None:
+    data = ops.pack_weight(make(10, 16, WeightScheme())).data
+    with pytest.raises(RuntimeError, match="holds another weight"):
+        ops.woq_dequantize(data, None, 16, 10)
+
+
+@pytest.mark.parametrize("modes", [NONE, W4A8])
+def test_gradient_of_the_activations(shuffle_features, modes: tuple) -> None:
+    qw = shuffle_features(make(10, 16, WeightScheme(WoqWeightDtype.INT4, False, 4)))
+    x = activations(3, 16, dtype=torch.bfloat16).requires_grad_()
+    y = linear(x, qw, *modes, bias=activations(10))
+    assert torch.equal(y, linear(x.detach(), qw, *modes, bias=activations(10)))
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(grad, torch.ones_like(y) @ affine.dequantize(qw, torch.bfloat16))
+
+
 @pytest.mark.parametrize("shape", [(16,), (2, 16), (2, 3, 16), (0, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fake_tensors_tell_shape_and_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> None:
