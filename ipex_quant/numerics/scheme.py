@@ -58,7 +58,9 @@ PER_CHANNEL = -1
 
 
 def check_group_size(group_size: int) -> None:
-    """Raise ValueError unless `group_size` is -1 (per channel) or a positive power of two."""
+    """Raise TypeError unless `group_size` is an int, ValueError unless it is -1 (per channel) or a power of two."""
+    if not isinstance(group_size, int) or isinstance(group_size, bool):
+        raise TypeError(f"group_size: expected an int, got {group_size!r}")
     if group_size != PER_CHANNEL and (group_size <= 0 or group_size & (group_size - 1)):
         raise ValueError(f"group_size: expected -1 (per channel) or a positive power of 2, got {group_size}")
 
@@ -68,7 +70,8 @@ class WeightScheme:
     """How one weight matrix is quantized.
 
     `symmetric` weights have no zero points; NF4 and FP8 are always symmetric. `group_size` counts input features that
-    share one scale; -1 is one scale per output channel. Raises ValueError for a combination that does not exist.
+    share one scale; -1 is one scale per output channel. Raises TypeError for a `group_size` that is no int,
+    ValueError for a combination that does not exist.
     """
 
     dtype: WoqWeightDtype = WoqWeightDtype.INT8

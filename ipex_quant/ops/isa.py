@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .. import _C  # noqa: F401  (importing it registers torch.ops.ipex_quant)
+try:
+    from .. import _C  # noqa: F401  (importing it registers torch.ops.ipex_quant)
+except ImportError as error:
+    raise ImportError(f"ipex_quant's native library: {error}; run `make build` or `pip install .`") from error
 
 ISA_LEVELS = ("generic", "avx2", "avx512_vnni", "avx512_bf16")
 """All levels, lowest first; each includes those before it. ``avx2`` uses AVX-VNNI where the CPU has it."""

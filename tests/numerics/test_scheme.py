@@ -21,6 +21,12 @@ def test_group_count(group_size: int, in_features: int, expected: int) -> None:
     assert WeightScheme(group_size=group_size).group_count(in_features) == expected
 
 
+@pytest.mark.parametrize("group_size", [128.0, "128", True, None])
+def test_group_size_must_be_an_int(group_size: object) -> None:
+    with pytest.raises(TypeError, match=f"group_size: expected an int, got {group_size!r}"):
+        WeightScheme(group_size=group_size)
+
+
 @pytest.mark.parametrize("group_size", [0, 3, -2, 96])
 def test_group_size_must_be_a_power_of_two(group_size: int) -> None:
     with pytest.raises(ValueError, match=rf"group_size: expected -1 .* positive power of 2, got {group_size}"):

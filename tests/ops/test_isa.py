@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from safetensors import safe_open
 
 import ipex_quant
 from ipex_quant import ops
+from ipex_quant.ops import isa
 
 Results = dict[str, torch.Tensor]
 
@@ -125,3 +127,10 @@ def test_unknown_level_is_an_error_that_lists_the_choices() -> None:
 def test_default_level_is_the_highest() -> None:
     code = "from ipex_quant import ops; print(ops.isa_name())"
     assert run_python("-c", code, level=None, capture_output=True).stdout.strip() == LEVELS[-1]
+
+
+def test_without_the_native_library_the_import_says_how_to_build_it(monkeypatch) -> None:
+    monkeypatch.delattr(ipex_quant, "_C")
+    monkeypatch.setitem(sys.modules, "ipex_quant._C", None)
+    with pytest.raises(ImportError, match=r"native library: .*; run `make build` or `pip install \.`"):
+        importlib.reload(isa)
