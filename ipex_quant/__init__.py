@@ -15,16 +15,23 @@ __all__ = ["explain", "show_config", *_SUBMODULES]
 
 def show_config() -> None:
     """Print the versions of this package and torch, the instruction set its kernels use, and torch's threads."""
-    from importlib.metadata import version
-
     import torch
 
     from . import ops
 
-    print(f"ipex_quant  {version('ipex_quant')}")
+    print(f"ipex_quant  {_version()}")
     print(f"torch       {torch.__version__}")
     print(f"ISA         {ops.isa_name()}")
     print(f"threads     {torch.get_num_threads()}")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(__name__)
+    except PackageNotFoundError:  # a source tree on the path
+        return "unknown (not installed)"
 
 
 def __getattr__(name: str) -> Any:
@@ -35,9 +42,7 @@ def __getattr__(name: str) -> Any:
 
         return explain
     if name == "__version__":
-        from importlib.metadata import version
-
-        return version(__name__)
+        return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,3 +1,4 @@
+import importlib.metadata
 import subprocess
 import sys
 
@@ -25,6 +26,24 @@ def test_submodules_load_on_first_use():
     assert {"llm", "quantization", "explain", "show_config"} <= set(dir(ipex))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         ipex.nonsense  # noqa: B018
+
+
+def test_the_names_of_ipex_are_there():
+    linear = ipex.nn.WeightOnlyQuantizedLinear
+    assert ipex.nn.modules.WeightOnlyQuantizedLinear is linear
+    assert ipex.llm.quantization.IPEXWeightOnlyQuantizedLinear is linear
+    assert ipex.llm.quantization.QuantMethod.AWQ_GEMM == 1
+    assert ipex.llm.quantization.QuantDtype.INT4 == 0
+
+
+def test_a_source_tree_has_no_version(monkeypatch, capsys):
+    def fail(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", fail)
+    assert ipex.__version__ == "unknown (not installed)"
+    ipex.show_config()
+    assert "unknown (not installed)" in capsys.readouterr().out
 
 
 def test_show_config(capsys):

@@ -65,17 +65,24 @@ def optimize(
         mapping = quantization_config or get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4)
         model = apply_checkpoint(model, checkpoint, mapping, inplace)
     elif quantization_config is not None:
+        before = len(_quantized(model))
         model = convert(prepare(model, quantization_config, inplace=inplace), inplace=True)
+        if len(_quantized(model)) == before:
+            warnings.warn(f"nothing changed: {before} modules are quantized already and stay as they are", stacklevel=2)
     elif not inplace:
         model = copy.deepcopy(model)
     cast_float(model, dtype)
     return_freed_memory()
-    quantized = [module for module in model.modules() if isinstance(module, WeightOnlyQuantizedLinear)]
+    quantized = _quantized(model)
     for module in quantized:
         module._cache_weight_for_large_batch |= cache_weight_for_large_batch
     if quantized and isinstance(model, PreTrainedModel):
         attach(model)
     return model
+
+
+def _quantized(model: nn.Module) -> list[WeightOnlyQuantizedLinear]:
+    return [module for module in model.modules() if isinstance(module, WeightOnlyQuantizedLinear)]
 
 
 def _check(

@@ -25,6 +25,9 @@ from ..quantization._tying import untie
 
 _ENTRY_KEYS = {"weight_dtype", "symmetric", "group_size", "act_order", "bias", "lowp_mode", "act_quant_mode"}
 
+_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Values of `device_map` that leave the choice to the library."""
+
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
@@ -70,9 +73,14 @@ class IpexQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized:
             raise ValueError("from_pretrained does not quantize with ipex_quant; use ipex_quant.llm.optimize")
+        if device_map in _AUTOMATIC:
+            return
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
         if any(torch.device(device).type != "cpu" for device in devices if device is not None):
             raise ValueError(f"device_map: ipex_quant models run on the cpu, got {device_map!r}")
+
+    def update_device_map(self, device_map: Any) -> Any:
+        return {"": "cpu"} if device_map in _AUTOMATIC else device_map
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
         return self.quantization_config.torch_dtype
@@ -132,6 +140,8 @@ class _PlainLinear(nn.Module):
             _member(WoqWeightDtype, entry["weight_dtype"]), entry["symmetric"], entry["group_size"]
         )
         self.modes = _member(WoqLowpMode, entry["lowp_mode"]), _member(WoqActQuantMode, entry["act_quant_mode"])
+        if self.modes == (WoqLowpMode.INT8, WoqActQuantMode.NONE):
+            raise ValueError("quantization_config: lowp_mode int8 quantizes activations, got act_quant_mode none")
         rows, columns = self.shape
         grid = (rows, self.scheme.group_count(columns))
         kinds = {
@@ -153,7 +163,7 @@ class _PlainLinear(nn.Module):
     def pack(self) -> WeightOnlyQuantizedLinear:
         missing = [name for name, tensor in self.named_buffers() if not getattr(tensor, "_is_hf_initialized", False)]
         if missing:
-            raise ValueError(f"{', '.join(missing)}: missing in the checkpoint")
+            raise ValueError(f"{', '.join(missing)}: missing in the checkpoint, or of another shape")
         qw = QuantizedWeight(self.codes, self.scales, self.zero_points, self.g_idx, self.scheme, self.shape)
         return WeightOnlyQuantizedLinear.from_quantized_weight(qw, self.bias, *self.modes)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..nn import WeightOnlyQuantizedLinear
@@ -44,8 +45,8 @@ def save(model: PreTrainedModel, directory: str | os.PathLike, tokenizer: Any = 
 def load(directory: str | os.PathLike) -> PreTrainedModel:
     """Load a directory that `save` or the model's `save_pretrained` wrote; no float weight is made on the way.
 
-    Raises ValueError for a directory without a quantized model's config.json, and for missing, additional or unfitting
-    tensors.
+    Raises ValueError for a directory without a quantized model's config.json, for damaged files, and for missing,
+    additional or unfitting tensors.
     """
     directory = Path(directory)
     if not (directory / "config.json").is_file():
@@ -61,10 +62,15 @@ def load(directory: str | os.PathLike) -> PreTrainedModel:
             f"{directory}: expected quant_method {METHOD!r} in config.json, got {method!r}; load other models with "
             "transformers and llm.optimize"
         )
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise ValueError(f"{directory}: transformers {transformers.__version__} has no {architecture}")
-    model, info = model_class.from_pretrained(directory, local_files_only=True, output_loading_info=True)
+    model_class = getattr(transformers, str(architecture), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise ValueError(f"{directory}: transformers {transformers.__version__} has no model {architecture}")
+    try:
+        # Tensors of another shape are reported below, by name, like all that do not fit.
+        options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = model_class.from_pretrained(directory, **options)
+    except SafetensorError as error:
+        raise ValueError(f"{directory}: a safetensors file is damaged ({error})") from error
     wrong = {kind: sorted(names) for kind, names in info.items() if names}
     if wrong:
         raise ValueError(f"{directory}: the tensors do not fit the model: {wrong}")

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..checkpoints import gptq_tensors
+from ..nn.linears import is_linear, weight_matrix
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqWeightDtype
 from ..woq.gptq import GptqOptions
@@ -79,6 +80,9 @@ def gptq(
         logger.info("gptq: layer_wise=True needs nothing more, the walk holds one block's inputs at any time")
     batches = calibration_batches(dataloader, nsamples, pad_max_length, use_max_length)
 
+    for name, module in model.named_modules():
+        if is_linear(module) and not torch.isfinite(weight_matrix(module)).all():
+            raise ValueError(f"{name}: weight: expected finite values, got NaN or Inf")
     weights = quantize_blocks(model, batches, scheme, options)
     config = {
         "quant_method": "gptq",

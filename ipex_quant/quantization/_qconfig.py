@@ -69,6 +69,10 @@ def get_weight_only_quant_qconfig_mapping(
         check_group_size(group_size)
     except ValueError:
         raise ValueError(f"Group size must be -1 or a positive power of 2, but got {group_size}") from None
+    choices = {"lowp_mode": lowp_mode, "act_quant_mode": act_quant_mode, "weight_qscheme": weight_qscheme}
+    for (name, value), enum in zip(choices.items(), (WoqLowpMode, WoqActQuantMode, WoqWeightQScheme), strict=True):
+        if value not in enum.__members__.values():
+            raise ValueError(f"{name}: expected one of {[str(each) for each in enum.__members__]}, got {value!r}")
     weight_dtype, lowp_mode = WoqWeightDtype(weight_dtype), WoqLowpMode(lowp_mode)
     act_quant_mode = WoqActQuantMode(act_quant_mode) if lowp_mode == WoqLowpMode.INT8 else WoqActQuantMode.NONE
     if lowp_mode == WoqLowpMode.INT8 and act_quant_mode == WoqActQuantMode.NONE:

@@ -40,7 +40,7 @@ def quantize_per_block(
     symmetric = sym_quant or dtype in (WoqWeightDtype.NF4, WoqWeightDtype.FP8)
     scheme = WeightScheme(dtype, symmetric, group_size)
     if scales is not None:
-        scales = scales.reshape(len(t), -1).float()
+        scales = _grid("scales", scales, len(t)).float()
     qw = affine.quantize(t, scheme, scales, _zero_points(zero_points, len(t)))
     return qw.codes, qw.scales, qw.zero_points
 
@@ -75,9 +75,15 @@ def dequantize_per_block(
     shape = (rows, columns) if weight_shape is None else tuple(weight_shape)
     scheme = WeightScheme(dtype, zps is None, group_size)
     g_idx = None if g_idx is None else g_idx.to(torch.int32)
-    scales = scales.reshape(rows, -1).float()
+    scales = _grid("scales", scales, rows).float()
     return affine.dequantize(QuantizedWeight(qt, scales, _zero_points(zps, rows), g_idx, scheme, shape))
 
 
 def _zero_points(zero_points: torch.Tensor | None, rows: int) -> torch.Tensor | None:
-    return None if zero_points is None else zero_points.reshape(rows, -1).to(torch.int16)
+    return None if zero_points is None else _grid("zero_points", zero_points, rows).to(torch.int16)
+
+
+def _grid(name: str, tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    if not rows or tensor.numel() % rows:
+        raise ValueError(f"{name}: expected a multiple of {rows} elements, as many a row, got {list(tensor.shape)}")
+    return tensor.reshape(rows, -1)

@@ -57,6 +57,11 @@ def _check_rules(mapping: QConfigMapping, model: nn.Module) -> None:
     """Raise ValueError for a kind of rule that is not supported; warn about a module name that `model` lacks."""
     if mapping.module_name_object_type_order_qconfigs:
         raise ValueError("QConfigMapping.set_module_name_object_type_order is not supported; use set_module_name")
+    for pattern in mapping.module_name_regex_qconfigs:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"QConfigMapping.set_module_name_regex: {pattern!r} is no regex: {error}") from error
     unknown = mapping.module_name_qconfigs.keys() - {name for name, _ in model.named_modules(remove_duplicate=False)}
     if unknown:
         warnings.warn(f"QConfigMapping.set_module_name: the model has no module {sorted(unknown)}", stacklevel=4)

@@ -167,6 +167,7 @@ def test_a_tokenizer_is_saved_with_it(llama, tmp_path):
 def test_the_device_map_may_name_the_cpu_only(saved):
     assert ipex.llm.load(saved).device.type == "cpu"
     assert transformers.AutoModelForCausalLM.from_pretrained(saved, device_map="cpu").device.type == "cpu"
+    assert transformers.AutoModelForCausalLM.from_pretrained(saved, device_map="auto").device.type == "cpu"
     with pytest.raises(ValueError, match="run on the cpu"):
         transformers.AutoModelForCausalLM.from_pretrained(saved, device_map={"": "meta"})
 
@@ -202,6 +203,7 @@ def test_other_directories_are_refused(llama, tmp_path):
         (lambda q: q["modules"].update({"model.norm": q["modules"]["lm_head"]}), "model.norm is a LlamaRMSNorm"),
         (lambda q: q["modules"]["lm_head"].pop("bias"), "lm_head: expected "),
         (lambda q: q["modules"]["lm_head"].update(weight_dtype="int5"), r"expected one of \['int8'"),
+        (lambda q: q["modules"]["lm_head"].update(act_quant_mode="none"), "lowp_mode int8 quantizes activations"),
         (lambda q: q["modules"]["lm_head"].update(group_size=3), "group_size: expected"),
         (lambda q: q["modules"]["lm_head"].update(act_order=True), r"lm_head: g_idx: missing in the checkpoint"),
     ],
@@ -228,7 +230,23 @@ def test_damaged_tensors_raise(saved, change, message):
         ipex.llm.load(saved)
 
 
-def test_tensors_of_another_shape_raise(saved):
-    edit_tensors(saved, lambda t: t.update({"lm_head.codes": t["lm_head.codes"][:-1].contiguous()}))
-    with pytest.raises(RuntimeError, match=r"lm_head\.codes|mismatch"):
+@pytest.mark.parametrize("name", ["lm_head.codes", "model.norm.weight"])
+def test_tensors_of_another_shape_raise(saved, name):
+    edit_tensors(saved, lambda t: t.update({name: t[name][:-1].contiguous()}))
+    owner, _, key = name.rpartition(".")
+    with pytest.raises(ValueError, match=rf"{owner}.*{key}.* shape|mismatched_keys.*{name}"):
+        ipex.llm.load(saved)
+
+
+def test_a_truncated_file_is_named(saved):
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"^{saved}: a safetensors file is damaged"):
+        ipex.llm.load(saved)
+
+
+@pytest.mark.parametrize("name", ["NoSuchModel", "set_seed", "AutoModelForCausalLM", "LlamaConfig", 3])
+def test_an_architecture_that_is_no_model_is_refused(saved, name):
+    edit_config(saved, lambda config: config.update(architectures=[name]))
+    with pytest.raises(ValueError, match=f"has no model {name}"):
         ipex.llm.load(saved)

@@ -286,3 +286,11 @@ def test_items_that_are_no_samples(item):
         calibration_batches([item], 128, 2048)
     with pytest.raises(ValueError, match=r"input_ids: expected shape \[B, T\] or \[T\], got \[1, 2, 6\]"):
         calibration_batches([IDS[None]], 128, 2048)
+
+
+def test_a_weight_that_is_not_finite_is_named(model, samples, tmp_path):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj: weight: expected finite values"):
+        gptq(model, samples, save_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

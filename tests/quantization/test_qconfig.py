@@ -88,10 +88,6 @@ def test_powers_of_two_are_taken(group_size):
 def test_unknown_values_raise():
     with pytest.raises(ValueError, match="Invalid weight data type for weight only quantization: 9"):
         qconfig(weight_dtype=9)
-    with pytest.raises(ValueError, match="7 is not a valid WoqLowpMode"):
-        qconfig(lowp_mode=7)
-    with pytest.raises(ValueError, match="9 is not a valid WoqActQuantMode"):
-        qconfig(lowp_mode=L.INT8, act_quant_mode=9)
 
 
 def test_int8_compute_needs_an_activation_mode():
@@ -103,3 +99,11 @@ def test_int8_compute_needs_an_activation_mode():
 def test_torch_dtypes_are_deprecated(old, new):
     with pytest.warns(DeprecationWarning, match=f"use WoqWeightDtype.{new.name}"):
         assert qconfig(weight_dtype=old).weight_dtype == new
+
+
+@pytest.mark.parametrize(
+    ("name", "choice"), [("lowp_mode", "BF16"), ("act_quant_mode", "PER_BATCH"), ("weight_qscheme", "SYM")]
+)
+def test_an_unknown_choice_lists_those_there_are(name, choice):
+    with pytest.raises(ValueError, match=f"{name}: expected one of .*{choice}.*, got 9"):
+        get_weight_only_quant_qconfig_mapping(**{name: 9})

@@ -228,3 +228,8 @@ def test_the_package_offers_them(model, mapping):
     assert callable(ipex.quantization.gptq)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         ipex.quantization.nonsense  # noqa: B018
+
+
+def test_a_bad_regex_raises(model, mapping):
+    with pytest.raises(ValueError, match=r"set_module_name_regex: '\(' is no regex"):
+        prepare(model, mapping.set_module_name_regex("(", None))

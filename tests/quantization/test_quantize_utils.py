@@ -62,3 +62,8 @@ def test_tensors_that_do_not_fit_raise():
         dequantize_per_block(codes, scales, zero_points, WoqWeightDtype.INT8, 8)
     with pytest.raises(TypeError, match="codes: expected dtype"):
         dequantize_per_block(codes, scales, None, WoqWeightDtype.FP8, 16)
+
+
+def test_scales_of_another_size_raise():
+    with pytest.raises(ValueError, match=r"scales: expected a multiple of 4 elements, as many a row, got \[3\]"):
+        quantize_per_channel(torch.ones(4, 8), WoqWeightDtype.INT8, torch.ones(3))
