@@ -70,24 +70,11 @@ def quantize_weight(weight: torch.Tensor, scheme: WeightScheme) -> QuantizedWeig
 
 
 def pack_weight(qw: QuantizedWeight) -> PackedWeight:
-    """Lay a quantized weight out for the kernels; scales that are half-precision numbers are stored as such.
-
-    Raises ValueError when `g_idx` does not fill every group, or a zero point does not fit a byte.
-    """
-    perm = None if qw.g_idx is None else _group_order(qw)
+    """Lay a quantized weight out for the kernels; scales that are half-precision numbers are stored as such."""
+    perm = None if qw.g_idx is None else torch.argsort(qw.g_idx, stable=True).to(torch.int32)
     zero_points = None if qw.zero_points is None else qw.zero_points.contiguous()
-    try:
-        data = _ops.woq_pack(
-            qw.codes.contiguous(),
-            qw.scales.contiguous(),
-            zero_points,
-            perm,
-            qw.shape[1],
-            qw.scheme.dtype,
-            qw.scheme.group_size,
-        )
-    except RuntimeError as error:
-        raise ValueError(str(error)) from None
+    codes, scales = qw.codes.contiguous(), qw.scales.contiguous()
+    data = _ops.woq_pack(codes, scales, zero_points, perm, qw.shape[1], qw.scheme.dtype, qw.scheme.group_size)
     return PackedWeight(data, perm, qw.scheme, qw.shape)
 
 
@@ -183,20 +170,6 @@ def kernel_name(scheme: WeightScheme, lowp_mode: WoqLowpMode, dtype: torch.dtype
     compute = {WoqLowpMode.FP16: torch.float16, WoqLowpMode.BF16: torch.bfloat16}.get(lowp_mode, dtype)
     bf16_dot = compute == torch.bfloat16 and isa_name() == "avx512_bf16" and scheme.dtype != WoqWeightDtype.FP8
     return "bf16 dot" if bf16_dot else "fp32 fma"
-
-
-def _group_order(qw: QuantizedWeight) -> torch.Tensor:
-    """Input features sorted by group, int32 ``[K]``; every group must have its nominal length."""
-    in_features = qw.shape[1]
-    group_size = qw.scheme.group_size if qw.scheme.group_size > 0 else in_features
-    order = torch.argsort(qw.g_idx, stable=True)
-    expected = torch.arange(in_features, dtype=torch.int32) // group_size
-    if not torch.equal(qw.g_idx[order], expected):
-        raise ValueError(
-            f"g_idx: expected {group_size} input features in every group (fewer in the last), got counts "
-            f"{torch.bincount(qw.g_idx.clamp(min=0)).tolist()[:8]}..."
-        )
-    return order.to(torch.int32)
 
 
 @torch.library.register_fake("ipex_quant::woq_linear")
