@@ -1,8 +1,8 @@
 """Weight-only linears against the limits of the machine and against torch's own kernels, all in one run.
 
-Every shape is measured in rounds: a round times each kernel once and the memory bandwidth once, and ratios are taken
-within a round, so that a machine whose speed drifts does not distort them. Weights rotate through more memory than the
-caches hold. The figures are medians over the rounds.
+Every shape is measured in rounds: a round times each kernel once, with the machine's limits measured right before and
+after it, and ratios are taken within a round, so that a machine whose speed drifts does not distort them. Weights
+rotate through more memory than the caches hold. The figures are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -110,9 +110,13 @@ def measure(n: int, k: int, rows: tuple[int, ...], rounds: int, limits: Limits) 
         calls = {r.kernel.name: max(1, min(len(r.operands), int(0.03 / max(r.seconds(x, 1), 1e-6)))) for r in rotations}
         samples: dict[str, list[tuple[float, float, float]]] = {r.kernel.name: [] for r in rotations}
         for _ in range(rounds):
-            bandwidth, peak = limits.read_bandwidth(), limits.int8_rate()
+            before = limits.measure()
             for r in rotations:
-                samples[r.kernel.name].append((r.seconds(x, calls[r.kernel.name]), bandwidth, peak))
+                seconds = r.seconds(x, calls[r.kernel.name])
+                after = limits.measure()
+                bandwidth, peak = ((a + b) / 2 for a, b in zip(before, after, strict=True))
+                samples[r.kernel.name].append((seconds, bandwidth, peak))
+                before = after
         baseline = [s[0] for s in samples["torch bf16 linear"]]
         for r in rotations:
             seconds = [s[0] for s in samples[r.kernel.name]]
@@ -177,7 +181,7 @@ def main() -> None:
 
     limits = Limits(args.threads)
     machine = describe(args.threads)
-    machine["read_bandwidth"], machine["int8_rate"] = limits.read_bandwidth(), limits.int8_rate()
+    machine["read_bandwidth"], machine["int8_rate"] = limits.measure()
     print(", ".join(f"{key}: {value}" for key, value in machine.items()))
     shapes = [shape for model in args.models for shape in SHAPES[model]]
     records = []

@@ -28,13 +28,10 @@ class Limits:
         self._buffer = self._library.allocate(READ_BYTES)
         self.threads = threads
 
-    def read_bandwidth(self) -> float:
-        """Bytes per second, the better of two passes over half a gigabyte."""
-        return max(self._library.read_bandwidth(self._buffer, READ_BYTES, self.threads) for _ in range(2))
-
-    def int8_rate(self) -> float:
-        """Operations per second, a multiply-accumulate counting as two; the better of two short loops."""
-        return max(self._library.int8_rate(self.threads) for _ in range(2))
+    def measure(self) -> tuple[float, float]:
+        """Bytes read a second, over half a gigabyte, and operations a second, a multiply-accumulate counting as two."""
+        bandwidth = self._library.read_bandwidth(self._buffer, READ_BYTES, self.threads)
+        return bandwidth, self._library.int8_rate(self.threads)
 
 
 def describe(threads: int) -> dict[str, str | int]:
