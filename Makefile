@@ -52,7 +52,7 @@ lint: $(ENV_STAMP)  ## check style, formatting and import layers
 	$(BIN)/python tools/check_imports.py
 
 format: $(ENV_STAMP)  ## rewrite the sources in the project's style
-	$(BIN)/ruff check --fix .
+	$(BIN)/ruff check --no-cache --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.cpp %.h,$(NATIVE_SOURCES))
 
