@@ -1,8 +1,8 @@
 """Weight-only linears against the limits of the machine and against torch's own kernels, all in one run.
 
 Every shape is measured in rounds: a round times each kernel once, with the machine's limits measured right before and
-after it, and ratios are taken within a round, so that a machine whose speed drifts does not distort them. Weights
-rotate through more memory than the caches hold. The figures are medians over the rounds.
+after it (the higher counts), and ratios are taken within a round, so that a machine whose speed drifts does not distort
+them. Weights rotate through more memory than the caches hold. The figures are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def measure(n: int, k: int, rows: tuple[int, ...], rounds: int, limits: Limits) 
             for r in rotations:
                 seconds = r.seconds(x, calls[r.kernel.name])
                 after = limits.measure()
-                bandwidth, peak = ((a + b) / 2 for a, b in zip(before, after, strict=True))
+                bandwidth, peak = map(max, before, after)
                 samples[r.kernel.name].append((seconds, bandwidth, peak))
                 before = after
         baseline = [s[0] for s in samples["torch bf16 linear"]]
