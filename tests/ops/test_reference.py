@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ipex_quant.ops.woq import PostOp
 
 from ipex_quant.numerics import affine
 from ipex_quant.numerics.codebooks import NF4_LEVELS
 from ipex_quant.numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
 from ipex_quant.ops import reference
+from ipex_quant.ops.woq import PostOp
 
 ACT_MODES = [mode for mode in WoqActQuantMode if mode != WoqActQuantMode.NONE]
 
