@@ -109,13 +109,14 @@ def measure(n: int, k: int, rows: tuple[int, ...], rounds: int, limits: Limits) 
         x = torch.randn(m, k).bfloat16()
         calls = {r.kernel.name: max(1, min(len(r.operands), int(0.03 / max(r.seconds(x, 1), 1e-6)))) for r in rotations}
         samples: dict[str, list[tuple[float, float, float]]] = {r.kernel.name: [] for r in rotations}
-        for _ in range(rounds):
+        for number in range(rounds + 1):
             before = limits.measure()
             for r in rotations:
                 seconds = r.seconds(x, calls[r.kernel.name])
                 after = limits.measure()
                 bandwidth, peak = map(max, before, after)
-                samples[r.kernel.name].append((seconds, bandwidth, peak))
+                if number > 0:  # the first round warms up: the system may still be moving pages of the new weights
+                    samples[r.kernel.name].append((seconds, bandwidth, peak))
                 before = after
         baseline = [s[0] for s in samples["torch bf16 linear"]]
         for r in rotations:
