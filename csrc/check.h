@@ -1,5 +1,4 @@
-// Argument checks of the native ops. Python wrappers check first and with more words; these keep the native code within
-// bounds for any argument whatever.
+// Argument checks of the native ops, which keep the native code within bounds for any argument that Python can pass.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -70,20 +70,13 @@ struct WoqGeometry {
   int64_t code_bytes(int64_t padded) const { return padded * kTileN / (four_bit() ? 2 : 1); }
   int64_t padded(int64_t g) const { return g + 1 == groups ? padded_last : padded_full; }
   int64_t length(int64_t g) const { return g + 1 == groups ? k - g * group : group; }
-  int64_t group_bytes() const { return head_bytes + code_bytes(padded_full); }
   int64_t total_bytes() const { return int64_t(sizeof(WoqHeader)) + tiles * tile_bytes; }
 };
 
-// Byte offset of code (k, column) from the start of a group's code lines, and the shift of its nibble.
-struct CodePosition {
-  int64_t byte;
-  int shift;
-};
-
-inline CodePosition code_position(bool four_bit, int64_t k, int64_t column) {
-  const int64_t line = column / 16, lane = column % 16;
-  if (four_bit) return {((k / 8) * 4 + line) * kLineBytes + lane * 4 + k % 4, k % 8 < 4 ? 0 : 4};
-  return {((k / 4) * 4 + line) * kLineBytes + lane * 4 + k % 4, 0};
+// Byte offset of code (k, column) from the start of a group's code lines.
+inline int64_t code_offset(bool four_bit, int64_t k, int64_t column) {
+  const int64_t line = (four_bit ? k / 8 : k / 4) * 4 + column / 16;
+  return line * kLineBytes + column % 16 * 4 + k % 4;
 }
 
 }  // namespace ipex_quant

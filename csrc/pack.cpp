@@ -116,7 +116,7 @@ void pack_tile(const PackArgs& args, int64_t tile, uint8_t* scratch) {
       if (g.asymmetric)
         at[g.head_bytes - kTileN + column] = uint8_t(args.zero_points[row * g.groups + group] + byte_offset(g.dtype));
       for (int64_t k = 0; k < g.padded(group); k += 8)
-        put8(g.four_bit(), at + g.head_bytes + code_position(g.four_bit(), k, column).byte, scratch + slot + k);
+        put8(g.four_bit(), at + g.head_bytes + code_offset(g.four_bit(), k, column), scratch + slot + k);
     });
   }
 }
@@ -134,7 +134,7 @@ void unpack_tile(const PackArgs& args, int64_t tile, uint8_t* scratch) {
       if (g.asymmetric)
         args.zero_points[row * g.groups + group] = int16_t(at[g.head_bytes - kTileN + column] - byte_offset(g.dtype));
       for (int64_t k = 0; k < g.padded(group); k += 8)
-        get8(g.four_bit(), at + g.head_bytes + code_position(g.four_bit(), k, column).byte, scratch + slot + k);
+        get8(g.four_bit(), at + g.head_bytes + code_offset(g.four_bit(), k, column), scratch + slot + k);
     });
     write_row(args, row, scratch, plain);
   }
