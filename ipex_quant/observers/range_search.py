@@ -1,0 +1,87 @@
+"""The quantization range with the least expected squared error on a histogram."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+COARSE = 0.75 ** torch.arange(16.0)
+"""Shares of the full range that the first round of the search tries: heavy tails need ranges down to a hundredth."""
+
+REFINEMENTS = (0.12, 0.04, 0.012)
+"""Half widths of the neighbourhoods, relative to the best range so far, that the later rounds try."""
+
+Affine = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Values as a density between `edges` and a number of them at each end, all float64.
+
+    `slopes` ``[E]`` is how much the density falls at each of the ascending `edges` ``[E]``: the integral of a function
+    against the density is the sum of its antiderivative at the edges times these.
+    """
+
+    edges: torch.Tensor
+    slopes: torch.Tensor
+    low: float
+    high: float
+    low_count: int
+    high_count: int
+
+    @classmethod
+    def of(cls, indices: torch.Tensor, counts: torch.Tensor, exponent: int, low: float, high: float) -> Histogram:
+        """Make it of the ascending bins `indices` with `counts`, which `low` and `high` bound exactly.
+
+        The values of a bin are taken to be spread evenly over it, those of the first and the last bin to be `low` and
+        `high`: that is exact where a bound is a frequent value (of a clamp, a ReLU or a constant), and elsewhere these
+        bins hold few.
+        """
+        counts_at = counts.tolist()
+        inner = slice(1, -1)
+        width = math.ldexp(1.0, exponent)
+        left = (indices[inner] - (indices[inner] <= 0).long()).double() * width
+        right = (indices[inner] + (indices[inner] >= 0).long()).double() * width
+        density = counts[inner].double() / (right - left)
+        edges, position = torch.cat([left, right]).unique(return_inverse=True)
+        slopes = torch.zeros_like(edges).index_add_(0, position, torch.cat([-density, density]))
+        return cls(edges, slopes, low, high, counts_at[0], counts_at[-1] if len(counts_at) > 1 else 0)
+
+    def squared_error(self, scale: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
+        """Sum of squared errors, float64 ``[C]``, of rounding to ``scale * n`` with integers n in lowest..highest."""
+        scale, lowest, highest = (value.double()[:, None] for value in (scale, lowest, highest))
+        level, rest = _nearest(self.edges, scale, lowest, highest)
+        # The antiderivative of the squared error from 0 on: scale^3 / 12 for each whole step and the rest's own share.
+        spread = (level @ self.slopes) * (scale[:, 0] ** 3 / 12) + (rest * rest * rest) @ self.slopes / 3
+        ends = torch.tensor([self.low, self.high], dtype=torch.float64)
+        counts = torch.tensor([self.low_count, self.high_count], dtype=torch.float64)
+        return spread + _nearest(ends, scale, lowest, highest)[1].square() @ counts
+
+
+def best_range(histogram: Histogram, affine: Affine, quant_range: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Low and high, float32 ``[1]``, between the histogram's own, with the least squared error.
+
+    `affine` turns ranges into scales and zero points, `quant_range` is the smallest and the largest code. The whole
+    range is among those that are tried, so that no result is worse.
+    """
+    low, high = (torch.tensor([end]) for end in (min(histogram.low, 0.0), max(histogram.high, 0.0)))
+    best_low, best_high = torch.ones(1), torch.ones(1)  # as shares of the whole range
+    for shares in (COARSE, *(1 + width * torch.linspace(-1, 1, 9) for width in REFINEMENTS)):
+        low_shares = (best_low * shares).clamp(max=1.0) if low < 0 else best_low
+        high_shares = (best_high * shares).clamp(max=1.0) if high > 0 else best_high
+        candidates = torch.cartesian_prod(low_shares, high_shares).reshape(-1, 2)
+        scale, zero_point = affine(low * candidates[:, 0], high * candidates[:, 1])
+        errors = histogram.squared_error(scale, quant_range[0] - zero_point, quant_range[1] - zero_point)
+        best_low, best_high = candidates[errors.argmin()][:, None]
+    return low * best_low, high * best_high
+
+
+def _nearest(
+    x: torch.Tensor, scale: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For values `x` ``[E]`` the level ``[C, E]`` that each rounds to, and the error."""
+    level = (x / scale).round_().clamp_(lowest, highest)
+    return level, torch.addcmul(x, level, scale, value=-1.0)
