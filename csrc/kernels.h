@@ -1,6 +1,7 @@
 // What the kernels of every ISA level take, and the table through which one level's kernels are called. No torch here.
 #pragma once
 
+#include "int8_layout.h"
 #include "layout.h"
 
 namespace ipex_quant {
@@ -49,15 +50,24 @@ struct StageArgs {
   Staged* staged;
 };
 
+// y = post_op(acc + bias), rounding to the type of y wherever eager code would. With a multiplier y is stored as bytes,
+// clamp(round(y * multiplier) + zero_point, 0, 255).
+struct Output {
+  int64_t n;
+  const float* bias;  // [n] or null
+  PostOp post_op;
+  FloatType type;           // of y and others
+  const void* others[2];    // [rows, n]
+  const float* multiplier;  // [n] or null
+  int32_t zero_point;
+  void* y;  // [rows, n]
+};
+
 struct GemmArgs {
   const WoqGeometry* geometry;
   const uint8_t* tiles;
   const Staged* staged;
-  const float* bias;  // [n] or null
-  PostOp post_op;
-  FloatType type;         // of y and others
-  const void* others[2];  // [rows, n]
-  void* y;                // [rows, n]
+  Output output;
 };
 
 // Bytes of scratch that one thread needs, at any ISA level.
@@ -81,6 +91,28 @@ struct QuantizeArgs {
 
 inline int64_t quantize_scratch(int64_t k) { return k + 1; }
 
+struct QuantizeActivationArgs {
+  const void* x;  // [rows, k]
+  FloatType type;
+  int64_t k;
+  const float* multiplier;  // [k], or null: every row gets a scale and a zero point of its own
+  int32_t zero_point;       // 0..255
+  uint8_t* codes;           // [rows, k]
+  float* scales;            // [rows], as the next only without a multiplier
+  int32_t* zero_points;
+};
+
+struct Int8Args {
+  const Int8Geometry* geometry;
+  const uint8_t* x;  // rows of `stride` bytes, of which padded_k can be read
+  int64_t stride;
+  const float* scales;         // [1] or [rows]
+  const int32_t* zero_points;  // 0..255
+  int64_t row_step;            // of both: 0 or 1
+};
+
+inline int64_t int8_scratch(const Int8Geometry& g, int64_t rows) { return rows * kTileN * (g.folds > 1 ? 12 : 4); }
+
 struct KernelTable {
   bool bf16_dot;
   // Ranges of rows [begin, end), then (after any reduction over rows) their staged form.
@@ -90,6 +122,10 @@ struct KernelTable {
   void (*gemm_tile)(const GemmArgs&, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch);
   // False when a value is NaN or infinite.
   bool (*quantize_rows)(const QuantizeArgs&, int64_t begin, int64_t end, uint8_t* scratch);
+  void (*quantize_activation)(const QuantizeActivationArgs&, int64_t begin, int64_t end);
+  // One tile, whose first column is `column` of the output, for rows [begin, end).
+  void (*int8_tile)(const Int8Args&, const Output&, const uint8_t* tile, int64_t column, int64_t begin, int64_t end,
+                    uint8_t* scratch);
 };
 
 enum IsaLevel : int32_t { kGeneric, kAvx2, kAvx512Vnni, kAvx512Bf16, kIsaLevels };

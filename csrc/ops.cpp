@@ -1,76 +1,23 @@
-// Every op: schema, argument checks, memory and threads. Nothing else in csrc talks to torch, and this file only
-// through its stable ABI.
+// The weight-only ops: schema, argument checks, memory and threads. Nothing in csrc but ops*.cpp talks to torch, and
+// they do so only through its stable ABI.
+#include "ops.h"
+
 #include <Python.h>
-#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <exception>
-#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "check.h"
 #include "pack.h"
 #include "woq_plan.h"
 
 namespace ipex_quant {
 namespace {
-
-using Buffer = std::unique_ptr<uint8_t[]>;
-
-// Uninitialised, unlike std::vector.
-Buffer make_buffer(int64_t bytes) { return Buffer(new uint8_t[size_t(bytes)]); }
-
-// Rethrows the first exception of f, whose text torch's own loop would lose.
-template <class F>
-void parallel(int64_t count, int64_t grain, F f) {
-  std::exception_ptr error;
-  std::atomic_flag failed = ATOMIC_FLAG_INIT;
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    try {
-      f(begin, end);
-    } catch (...) {
-      if (!failed.test_and_set()) error = std::current_exception();
-    }
-  });
-  if (error) std::rethrow_exception(error);
-}
-
-// Runs f(next) on every thread, where next() hands out runs [begin, end) of at most `run` tasks until it returns an
-// empty one: threads that the system slows down take fewer.
-struct Tasks {
-  int64_t begin, end;
-};
-template <class F>
-void parallel_tasks(int64_t count, int64_t run, F f) {
-  std::atomic<int64_t> taken{0};
-  const auto next = [&] {
-    const int64_t begin = taken.fetch_add(run, std::memory_order_relaxed);
-    return Tasks{std::min(begin, count), std::min(begin + run, count)};
-  };
-  const int64_t workers = std::min<int64_t>((count + run - 1) / run, torch::stable::get_num_threads());
-  parallel(workers, 1, [&](int64_t, int64_t) { f(next); });
-}
-
-Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) { return torch::stable::empty(shape, dtype); }
-
-FloatType float_type(const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return kFloat32;
-    case ScalarType::BFloat16:
-      return kBFloat16;
-    case ScalarType::Half:
-      return kFloat16;
-    default:
-      fail(name, ": expected float32, bfloat16 or float16, got ", torch::headeronly::toString(t.scalar_type()));
-  }
-}
 
 ScalarType code_type(int64_t dtype) {
   return dtype == kInt8 ? ScalarType::Char : dtype == kFp8 ? ScalarType::Float8_e4m3fn : ScalarType::Byte;
@@ -125,16 +72,6 @@ WoqGeometry geometry_of(const WoqHeader& h, const Tensor& packed) {
   IPEX_QUANT_CHECK(packed.numel() == g.total_bytes(), "packed: expected ", g.total_bytes(), " bytes, got ",
                    packed.numel());
   return g;
-}
-
-// Large pages spare the decode kernels, which read all of a weight once a token, most address translation.
-void advise_huge_pages(uint8_t* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & ~(kHuge - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may be refused
-#endif
 }
 
 Tensor woq_pack(Tensor codes, Tensor scales, std::optional<Tensor> zero_points, std::optional<Tensor> perm,
@@ -242,13 +179,10 @@ void multiply(const GemmArgs& args) {
   });
 }
 
-void check_modes(int64_t lowp_mode, int64_t act_quant_mode, int64_t post_op, size_t others) {
+void check_modes(int64_t lowp_mode, int64_t act_quant_mode) {
   IPEX_QUANT_CHECK(lowp_mode >= kLowpNone && lowp_mode <= kLowpInt8, "lowp_mode: expected 0..3, got ", lowp_mode);
   IPEX_QUANT_CHECK(lowp_mode != kLowpInt8 || (act_quant_mode >= kPerTensor && act_quant_mode < 2 * kSymmetricActOffset),
                    "act_quant_mode: INT8 compute needs 0..7, got ", act_quant_mode);
-  IPEX_QUANT_CHECK(post_op >= kNone && post_op < kPostOpCount, "post_op: expected 0..7, got ", post_op);
-  const size_t operands = post_op == kAddAdd ? 2 : post_op == kAdd || post_op == kMul ? 1 : 0;
-  IPEX_QUANT_CHECK(others == operands, "others: expected ", operands, " tensors, got ", others);
 }
 
 Tensor woq_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::optional<Tensor> perm,
@@ -256,26 +190,18 @@ Tensor woq_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::opti
                   int64_t post_op) {
   const WoqHeader h = read_header(packed);
   const WoqGeometry g = geometry_of(h, packed);
-  check_modes(lowp_mode, act_quant_mode, post_op, others.size());
+  check_modes(lowp_mode, act_quant_mode);
+  check_post_op(post_op, others.size());
   IPEX_QUANT_CHECK(g.n == out_features, "out_features: expected ", g.n, ", got ", out_features);
   check_cpu("x", x);
-  const FloatType type = float_type("x", x);
+  const FloatType type = float_type("x", x.scalar_type());
   IPEX_QUANT_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == g.k, "x: expected shape [..., ", g.k, "], got ", shape_of(x));
-  if (bias) {
-    check_tensor("bias", *bias, ScalarType::Float, 1);
-    IPEX_QUANT_CHECK(bias->size(0) == g.n, "bias: expected ", g.n, " elements, got ", bias->size(0));
-  }
+  const float* bias_data = optional_vector("bias", bias, g.n);
   const Tensor rows_of_x = torch::stable::contiguous(x);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = g.n;
   Tensor y = torch::stable::empty(shape, x.scalar_type());
-  for (Tensor& other : others) {
-    check_cpu("others", other);
-    IPEX_QUANT_CHECK(other.scalar_type() == x.scalar_type(), "others: expected the dtype of x");
-    IPEX_QUANT_CHECK(other.dim() == y.dim() && std::equal(shape.begin(), shape.end(), other.sizes().begin()),
-                     "others: expected the shape of the result, ", shape_of(y), ", got ", shape_of(other));
-    other = torch::stable::contiguous(other);
-  }
+  const Output output = make_output(y, x.scalar_type(), bias_data, post_op, others);
   const int32_t* feature_of = perm_data(perm, g.k);
   const int64_t rows = x.numel() / g.k;
   if (rows == 0 || g.n == 0) return y;
@@ -286,23 +212,14 @@ Tensor woq_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::opti
   place_buffers(plan, reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(memory.get()), 64)));
   stage(g, plan, {rows_of_x.const_data_ptr(), type, feature_of, plan.range_scope, nullptr, &g, &plan.staged});
 
-  GemmArgs args{};
-  args.geometry = &g;
-  args.tiles = static_cast<const uint8_t*>(packed.const_data_ptr()) + sizeof h;
-  args.staged = &plan.staged;
-  args.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
-  args.post_op = PostOp(post_op);
-  args.type = type;
-  for (size_t i = 0; i < others.size(); ++i) args.others[i] = others[i].const_data_ptr();
-  args.y = y.mutable_data_ptr();
-  multiply(args);
+  multiply({&g, static_cast<const uint8_t*>(packed.const_data_ptr()) + sizeof h, &plan.staged, output});
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> woq_quantize(Tensor weight, int64_t dtype, int64_t group_size, bool symmetric) {
   check_cpu("weight", weight);
   IPEX_QUANT_CHECK(weight.dim() == 2, "weight: expected 2 dimensions, got shape ", shape_of(weight));
-  const FloatType type = float_type("weight", weight);
+  const FloatType type = float_type("weight", weight.scalar_type());
   const int64_t n = weight.size(0), k = weight.size(1);
   check_scheme(n, k, dtype, group_size, !symmetric);
   const WoqGeometry g(int32_t(dtype), n, k, group_size, !symmetric, false);

@@ -1,7 +1,7 @@
 """Check that imports go down only, and that native code keeps torch and intrinsics where they belong.
 
 Python: a module of `ipex_quant` may import its own layer's package and layers below it, never one above or beside it.
-Native: only `csrc/ops.cpp` and `csrc/check.h` include torch headers; only `csrc/simd*.h` hold intrinsics.
+Native: only `csrc/ops*` and `csrc/check.h` include torch headers; only `csrc/simd*.h` hold intrinsics.
 Prints one line per violation and exits 1 when there is any.
 """
 
@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 RANK = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 NATIVE_SUFFIXES = (".cpp", ".h")
-TORCH_FILES = ("csrc/ops.cpp", "csrc/check.h")
+TORCH_FILES = ("csrc/ops.cpp", "csrc/ops_int8.cpp", "csrc/ops.h", "csrc/check.h")
 TORCH_INCLUDE = re.compile(r"^\s*#\s*include\s*[<\"](torch|ATen|c10)/")
 SIMD_FILES = "csrc/simd*.h"
 INTRINSIC = re.compile(r"\b_mm\d*_\w+|\b__m(128|256|512)[a-z]*\b|#\s*include\s*<\w*intrin\.h>")

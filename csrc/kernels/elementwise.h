@@ -74,7 +74,7 @@ inline vf gelu_erf(vf x) {
   return mul_f(half_x, if_zero(negative, sub_f(set1_f(2.0f), erfc), erfc));
 }
 
-// y = post_op(acc + bias) for `count` columns of one row, rounding to the type of y wherever eager code would.
+// What follows a sum that has its bias.
 struct Epilogue {
   PostOp op;
   FloatType type;
@@ -101,25 +101,47 @@ struct Epilogue {
   }
 };
 
-inline void finish_row(const GemmArgs& args, int64_t row, int64_t tile, const float* acc) {
-  const int64_t n = args.geometry->n, column = tile * kTileN;
-  const int64_t count = n - column < kTileN ? n - column : kTileN, at = row * n + column;
-  const Epilogue epilogue{args.post_op, args.type};
+// The low bytes of the first `count` <= kLanes lanes.
+inline void store_codes(uint8_t* to, vi codes, int64_t count) {
+  if (count == kLanes) return store_u8(to, codes);
+  uint8_t buffer[kLanes];
+  store_u8(buffer, codes);
+  std::memcpy(to, buffer, count);
+}
+
+// Codes clamp(round(x) + zero_point, 0, 255). The clamp comes first, since an integer conversion overflows; NaN gives
+// 0.
+struct CodeRange {
+  vf low, high;
+  vi zero;
+
+  explicit CodeRange(int32_t zero_point)
+      : low(set1_f(float(-zero_point))), high(set1_f(float(255 - zero_point))), zero(set1_i(zero_point)) {}
+  vi codes(vf x) const { return add_i(round_i(min_f(max_f(x, low), high)), zero); }
+};
+
+// The columns of one row that a tile covers, the first of them being `column`.
+inline void finish_row(const Output& output, int64_t row, int64_t column, const float* acc) {
+  const int64_t count = output.n - column < kTileN ? output.n - column : kTileN, at = row * output.n + column;
+  const Epilogue epilogue{output.post_op, output.type};
+  const CodeRange range(output.zero_point);
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t left = count - i;
     const bool whole = left >= kLanes;
-    const auto other = [&](const void* p) {
+    const auto load = [&](const void* p, FloatType type, int64_t index) {
       if (!p) return zero_f();
-      return whole ? load_float(p, args.type, at + i) : load_tail(p, args.type, at + i, left);
+      return whole ? load_float(p, type, index) : load_tail(p, type, index, left);
     };
     vf x = load_f(acc + i);
-    if (args.bias)
-      x = add_f(x, whole ? load_f(args.bias + column + i) : load_tail(args.bias, kFloat32, column + i, left));
-    x = epilogue.apply(x, other(args.others[0]), other(args.others[1]));
-    if (whole)
-      store_float(args.y, args.type, at + i, x);
+    if (output.bias) x = add_f(x, load(output.bias, kFloat32, column + i));
+    x = epilogue.apply(x, load(output.others[0], output.type, at + i), load(output.others[1], output.type, at + i));
+    if (output.multiplier)
+      store_codes(static_cast<uint8_t*>(output.y) + at + i,
+                  range.codes(mul_f(x, load(output.multiplier, kFloat32, column + i))), whole ? kLanes : left);
+    else if (whole)
+      store_float(output.y, output.type, at + i, x);
     else
-      store_tail(args.y, args.type, at + i, left, x);
+      store_tail(output.y, output.type, at + i, left, x);
   }
 }
 

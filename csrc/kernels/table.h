@@ -1,6 +1,8 @@
 // One ISA level's kernel table; isa/*.cpp include this after naming their namespace.
 #pragma once
 
+#include "int8_linear.h"
+#include "quantize_activation.h"
 #include "quantize_weight.h"
 #include "stage.h"
 #include "woq_decode.h"
@@ -36,7 +38,9 @@ constexpr bool kHasBf16Dot = true;
 constexpr bool kHasBf16Dot = false;
 #endif
 
-constexpr KernelTable make_table() { return {kHasBf16Dot, stage_ranges, stage_rows, gemm_tile, quantize_rows}; }
+constexpr KernelTable make_table() {
+  return {kHasBf16Dot, stage_ranges, stage_rows, gemm_tile, quantize_rows, quantize_activation, int8_tile};
+}
 
 }  // namespace IPEX_QUANT_ISA_NS
 }  // namespace ipex_quant

@@ -259,7 +259,7 @@ inline void decode_tile(const GemmArgs& args, int64_t tile) {
       decode_rows<Dtype>({args, half, acc + half * kTileN, 1, true}, cursor, s.rows - half);
     }
   }
-  for (int64_t m = 0; m < s.rows; ++m) finish_row(args, m, tile, acc + m * kTileN);
+  for (int64_t m = 0; m < s.rows; ++m) finish_row(args.output, m, tile * kTileN, acc + m * kTileN);
 }
 
 }  // namespace IPEX_QUANT_ISA_NS

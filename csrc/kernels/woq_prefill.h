@@ -2,15 +2,12 @@
 // cache, then every block of rows runs a register-tiled multiply over it.
 #pragma once
 
+#include "byte_tile.h"
 #include "weights.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
 
-// Register tile. AVX-512: 6 x 4 accumulators + 4 weight vectors + 1 broadcast = 29 of 32 registers. AVX2 bytes:
-// 4 x 2 + 4 (even and odd halves) + 2 + temporaries of 16; AVX2 floats: 6 x 2 + 2 + 1 = 15 of 16.
-constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
-constexpr int kByteRows = kLanes == 16 ? 6 : 4;
 constexpr int kFloatRows = 6;
 // What is left over after blocks of 6 rows is done by 4, 2 and 1.
 template <int Rows>
@@ -65,20 +62,6 @@ inline void unpack_byte_panel(const GemmArgs& args, int64_t tile, const BytePane
   }
 }
 
-// Adds the sum over a fold of x * w, for unsigned x.
-template <int Rows, bool Narrow>
-IPEX_QUANT_INLINE inline void multiply_bytes(vi (&acc)[Rows][kTileVectors], const uint8_t* x, int64_t stride,
-                                             const int8_t* panel, int64_t length) {
-  for (int64_t k = 0; k < length; k += 4, x += 4, panel += 4 * kTileN) {
-    S8<Narrow> w[kTileVectors];
-    unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE { w[v] = as_s8<Narrow>(load_i(panel + v * kVectorBytes)); });
-    unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
-      const U8<Narrow> a = as_u8<Narrow>(broadcast4(x + m * stride));
-      unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE { dot<Narrow>(acc[m][v], a, w[v]); });
-    });
-  }
-}
-
 // Symmetric activations have the zero point 128; Residual tells whether the panel has residuals.
 template <int Dtype, int Rows, bool Symmetric, bool Residual>
 inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t row) {
@@ -103,8 +86,8 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
           }
         });
       });
-      multiply_bytes<Rows, is_narrow(Dtype)>(acc, x + at.start(), stride,
-                                             panel.codes + at.start() * kTileN + 4 * column, at.length());
+      multiply_bytes<Rows, kTileVectors, is_narrow(Dtype)>(acc, x + at.start(), stride,
+                                                           panel.codes + at.start() * kTileN + 4 * column, at.length());
       const GroupHead head = at.head();
       unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
         const int64_t n = column + v * kLanes;
@@ -116,7 +99,7 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
       });
     }
   }
-  for (int m = 0; m < Rows; ++m) finish_row(args, row + m, tile, out + m * kTileN);
+  for (int m = 0; m < Rows; ++m) finish_row(args.output, row + m, tile * kTileN, out + m * kTileN);
 }
 
 template <int Dtype, int Rows, bool Symmetric, bool Residual>
@@ -237,7 +220,7 @@ inline void prefill_floats(const GemmArgs& args, int64_t tile, int64_t begin, in
     const FloatFold fold{at.head(), panel, rows + at.start() / kPerFloat, stride, at.length() / kPerFloat, sums};
     float_row_blocks<kFloatRows, Bf16>(fold, 0, end - begin);
   }
-  for (int64_t m = begin; m < end; ++m) finish_row(args, m, tile, sums + (m - begin) * kTileN);
+  for (int64_t m = begin; m < end; ++m) finish_row(args.output, m, tile * kTileN, sums + (m - begin) * kTileN);
 }
 
 template <int Dtype>

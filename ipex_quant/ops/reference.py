@@ -63,7 +63,7 @@ def woq_linear(
         acc = _byte_matmul(rows.float(), qw, act_quant_mode)
     if bias is not None:
         acc = acc + bias
-    return _finish(acc.to(x.dtype).reshape(*x.shape[:-1], qw.shape[0]), post_op, others)
+    return finish(acc.to(x.dtype).reshape(*x.shape[:-1], qw.shape[0]), post_op, others)
 
 
 def group_order(qw: QuantizedWeight) -> torch.Tensor:
@@ -164,7 +164,8 @@ def _fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     return torch.where(inexact, odd, bits).view(torch.float64).float()
 
 
-def _finish(result: torch.Tensor, post_op: PostOp, others: Sequence[torch.Tensor]) -> torch.Tensor:
+def finish(result: torch.Tensor, post_op: PostOp, others: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Apply a post op in the dtype of `result`, as eager code does."""
     if post_op in _ACTIVATIONS:
         return _ACTIVATIONS[post_op](result.float()).to(result.dtype)
     if post_op == PostOp.MUL:

@@ -1,0 +1,30 @@
+// The register-tiled multiply of unsigned bytes by a panel of signed bytes [k / 4][kTileN][4].
+#pragma once
+
+#include "../layout.h"
+#include "../simd.h"
+
+namespace ipex_quant {
+namespace IPEX_QUANT_ISA_NS {
+
+// Register tile. AVX-512: 6 x 4 accumulators + 4 weight vectors + 1 broadcast = 29 of 32 registers. AVX2 bytes:
+// 4 x 2 + 4 (even and odd halves) + 2 + temporaries of 16; AVX2 floats: 6 x 2 + 2 + 1 = 15 of 16.
+constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
+constexpr int kByteRows = kLanes == 16 ? 6 : 4;
+
+// Adds the sum over a fold of x * w, for unsigned x.
+template <int Rows, int Vectors, bool Narrow>
+IPEX_QUANT_INLINE inline void multiply_bytes(vi (&acc)[Rows][Vectors], const uint8_t* x, int64_t stride,
+                                             const int8_t* panel, int64_t length) {
+  for (int64_t k = 0; k < length; k += 4, x += 4, panel += 4 * kTileN) {
+    S8<Narrow> w[Vectors];
+    unroll<Vectors>([&](auto v) IPEX_QUANT_INLINE { w[v] = as_s8<Narrow>(load_i(panel + v * kVectorBytes)); });
+    unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+      const U8<Narrow> a = as_u8<Narrow>(broadcast4(x + m * stride));
+      unroll<Vectors>([&](auto v) IPEX_QUANT_INLINE { dot<Narrow>(acc[m][v], a, w[v]); });
+    });
+  }
+}
+
+}  // namespace IPEX_QUANT_ISA_NS
+}  // namespace ipex_quant

@@ -1,0 +1,83 @@
+// W8A8 linear: unsigned activations against one tile of signed codes, which need no unpacking.
+#pragma once
+
+#include "byte_tile.h"
+#include "elementwise.h"
+
+namespace ipex_quant {
+namespace IPEX_QUANT_ISA_NS {
+
+// Adds x * w over `length` of k to Rows rows of int32 sums [.., kTileN].
+template <int Rows>
+inline void add_products(const uint8_t* x, int64_t stride, const int8_t* codes, int64_t length, int32_t* sums) {
+  constexpr int kVectors = kLanes == 16 || Rows == 1 ? 4 : 2;
+  for (int64_t column = 0; column < kTileN; column += kVectors * kLanes) {
+    vi acc[Rows][kVectors];
+    unroll2<Rows, kVectors>([&](auto m, auto v)
+                                IPEX_QUANT_INLINE { acc[m][v] = load_i(sums + m * kTileN + column + v * kLanes); });
+    multiply_bytes<Rows, kVectors, false>(acc, x, stride, codes + 4 * column, length);
+    unroll2<Rows, kVectors>([&](auto m, auto v)
+                                IPEX_QUANT_INLINE { store_i(sums + m * kTileN + column + v * kLanes, acc[m][v]); });
+  }
+}
+
+// The same for any number of rows, in register tiles as equal as can be: none is too low to be fast.
+inline void add_row_products(const uint8_t* x, int64_t stride, const int8_t* codes, int64_t length, int64_t rows,
+                             int32_t* sums) {
+  const int64_t blocks = (rows + kByteRows - 1) / kByteRows;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t begin = block * rows / blocks, count = (block + 1) * rows / blocks - begin;
+    unroll<kByteRows>([&](auto i) {
+      constexpr int kRows = decltype(i)::value + 1;
+      if (count == kRows) add_products<kRows>(x + begin * stride, stride, codes, length, sums + begin * kTileN);
+    });
+  }
+}
+
+// k after which the next block of rows takes its turn. A single block streams the tile; two blocks share what stays in
+// the first-level cache; more share what stays in the second-level cache.
+inline int64_t int8_chunk(int64_t rows) {
+  if (kLanes == 16 && rows <= kByteRows) return kInt8Fold;
+  return rows <= kDecodeRows ? 256 : 4096;
+}
+
+inline void int8_tile(const Int8Args& args, const Output& output, const uint8_t* tile, int64_t column, int64_t begin,
+                      int64_t end, uint8_t* scratch) {
+  const Int8Geometry& g = *args.geometry;
+  const int64_t rows = end - begin, chunk = int8_chunk(rows);
+  const float* scales = reinterpret_cast<const float*>(tile);
+  const int32_t* code_sums = reinterpret_cast<const int32_t*>(tile) + kTileN;
+  const int8_t* codes = reinterpret_cast<const int8_t*>(tile + g.head_bytes);
+  int32_t* sums = reinterpret_cast<int32_t*>(scratch);  // of one fold, [rows, kTileN]
+  int64_t* totals = nullptr;                            // of all folds if there are more
+  if (g.folds > 1) {
+    totals = reinterpret_cast<int64_t*>(sums + rows * kTileN);
+    std::memset(totals, 0, size_t(rows * kTileN) * sizeof *totals);
+  }
+  for (int64_t fold = 0; fold < g.folds; ++fold, code_sums += kTileN) {
+    // Start from what the zero points contribute, so that the end of the fold needs no correction.
+    for (int64_t m = 0; m < rows; ++m) {
+      const vi zero = set1_i(-args.zero_points[(begin + m) * args.row_step]);
+      for (int64_t n = 0; n < kTileN; n += kLanes) store_i(sums + m * kTileN + n, mul_i(load_i(code_sums + n), zero));
+    }
+    const int64_t fold_end = fold + 1 < g.folds ? (fold + 1) * kInt8Fold : g.padded_k;
+    for (int64_t k = fold * kInt8Fold; k < fold_end; k += chunk)
+      add_row_products(args.x + begin * args.stride + k, args.stride, codes + k * kTileN,
+                       fold_end - k < chunk ? fold_end - k : chunk, rows, sums);
+    for (int64_t i = 0; totals && i < rows * kTileN; ++i) totals[i] += sums[i];
+  }
+  for (int64_t m = 0; m < rows; ++m) {
+    float y[kTileN];
+    const vf scale = set1_f(args.scales[(begin + m) * args.row_step]);
+    if (totals)
+      for (int64_t n = 0; n < kTileN; ++n) y[n] = float(totals[m * kTileN + n]);
+    for (int64_t n = 0; n < kTileN; n += kLanes) {
+      const vf sum = totals ? load_f(y + n) : cvt_f(load_i(sums + m * kTileN + n));
+      store_f(y + n, mul_f(sum, mul_f(scale, load_f(scales + n))));
+    }
+    finish_row(output, begin + m, column, y);
+  }
+}
+
+}  // namespace IPEX_QUANT_ISA_NS
+}  // namespace ipex_quant

@@ -1,0 +1,341 @@
+// The W8A8 ops: schema, argument checks, memory and threads.
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <tuple>
+
+#include "ops.h"
+
+namespace ipex_quant {
+namespace {
+
+constexpr int64_t kTaskRows = 512;  // whose sums, 64 columns wide, leave a tile room in the second-level cache
+
+// The packed weights of a share group, checked against what the caller knows of them.
+struct PackedGroup {
+  Int8Geometry geometry;
+  std::vector<int64_t> out_features;
+  std::vector<int64_t> first_tiles{0};  // of every member, then the end
+
+  PackedGroup(std::vector<int64_t> out_features_, int64_t in_features)
+      : geometry(check_in_features(in_features)), out_features(std::move(out_features_)) {
+    constexpr int64_t kLargest = int64_t(1) << 31;
+    IPEX_QUANT_CHECK(!out_features.empty() && int64_t(out_features.size()) < kLargest,
+                     "out_features: expected one count or more, got ", out_features.size());
+    for (const int64_t n : out_features) {
+      IPEX_QUANT_CHECK(n >= 0 && n < kLargest, "out_features: expected 0 <= out_features < 2^31, got ", n);
+      first_tiles.push_back(first_tiles.back() + Int8Geometry::tiles(n));
+    }
+    IPEX_QUANT_CHECK(tiles() < (int64_t(1) << 62) / geometry.tile_bytes, "out_features: sizes overflow");
+  }
+
+  static int64_t check_in_features(int64_t k) {
+    IPEX_QUANT_CHECK(k > 0 && k < int64_t(1) << 31, "expected 0 < in_features < 2^31, got ", k);
+    return k;
+  }
+  int64_t tiles() const { return first_tiles.back(); }
+  int64_t total_bytes() const { return int64_t(sizeof(Int8Header)) + tiles() * geometry.tile_bytes; }
+  size_t member_of(int64_t tile) const {
+    return size_t(std::upper_bound(first_tiles.begin(), first_tiles.end(), tile) - first_tiles.begin() - 1);
+  }
+
+  Int8Header header() const {
+    Int8Header h{Int8Header::kMagic, int32_t(out_features.size()), geometry.k, 0xCBF29CE484222325u, {}};
+    for (const int64_t n : out_features) h.out_features_hash = (h.out_features_hash ^ uint64_t(n)) * 0x100000001B3u;
+    return h;
+  }
+
+  const uint8_t* tiles_of(const Tensor& packed) const {
+    check_tensor("packed", packed, ScalarType::Byte, 1);
+    Int8Header h;
+    const Int8Header expected = header();
+    IPEX_QUANT_CHECK(packed.numel() >= int64_t(sizeof h), "packed: too short for a header");
+    const uint8_t* data = static_cast<const uint8_t*>(packed.const_data_ptr());
+    std::memcpy(&h, data, sizeof h);
+    IPEX_QUANT_CHECK(h.magic == Int8Header::kMagic, "packed: not packed INT8 weights; use int8_pack");
+    IPEX_QUANT_CHECK(!std::memcmp(&h, &expected, sizeof h), "packed: holds ", h.members, " weights of ", h.in_features,
+                     " input features, which are not the ", out_features.size(), " weights of ", geometry.k,
+                     " input features that out_features names");
+    IPEX_QUANT_CHECK(packed.numel() == total_bytes(), "packed: expected ", total_bytes(), " bytes, got ",
+                     packed.numel());
+    return data + sizeof h;
+  }
+
+  // Calls f(tile, first row of the plain weights, count of rows), in parallel.
+  template <class F>
+  void for_each_tile(F f) const {
+    std::vector<int64_t> first_rows{0};
+    for (const int64_t n : out_features) first_rows.push_back(first_rows.back() + n);
+    parallel(tiles(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const size_t member = member_of(tile);
+        const int64_t row = (tile - first_tiles[member]) * kTileN;
+        f(tile, first_rows[member] + row, std::min(kTileN, out_features[member] - row));
+      }
+    });
+  }
+};
+
+int64_t sum_of(const std::vector<int64_t>& values) {
+  int64_t sum = 0;
+  for (const int64_t value : values) sum += value;
+  return sum;
+}
+
+Tensor new_packed(const PackedGroup& group) {
+  Tensor packed = empty({group.total_bytes()}, ScalarType::Byte);
+  uint8_t* data = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  advise_huge_pages(data, group.total_bytes());
+  const Int8Header header = group.header();
+  std::memcpy(data, &header, sizeof header);
+  return packed;
+}
+
+Tensor int8_pack(Tensor codes, Tensor scales, std::vector<int64_t> out_features) {
+  check_tensor("codes", codes, ScalarType::Char, 2);
+  check_tensor("scales", scales, ScalarType::Float, 1);
+  const PackedGroup group(out_features, codes.size(1));
+  const Int8Geometry& g = group.geometry;
+  const int64_t n = sum_of(out_features);
+  check_shape("codes", codes, n, g.k);
+  IPEX_QUANT_CHECK(scales.size(0) == n, "scales: expected ", n, " elements, got ", scales.size(0));
+  Tensor packed = new_packed(group);
+  const int8_t* code_data = static_cast<const int8_t*>(codes.const_data_ptr());
+  const float* scale_data = static_cast<const float*>(scales.const_data_ptr());
+  uint8_t* tiles = static_cast<uint8_t*>(packed.mutable_data_ptr()) + sizeof(Int8Header);
+  group.for_each_tile([&](int64_t tile, int64_t row, int64_t rows) {
+    pack_int8_tile(g, code_data + row * g.k, scale_data + row, rows, tiles + tile * g.tile_bytes);
+  });
+  return packed;
+}
+
+std::tuple<Tensor, Tensor> int8_unpack(Tensor packed, std::vector<int64_t> out_features, int64_t in_features) {
+  const PackedGroup group(out_features, in_features);
+  const Int8Geometry& g = group.geometry;
+  const uint8_t* tiles = group.tiles_of(packed);
+  const int64_t n = sum_of(out_features);
+  Tensor codes = empty({n, g.k}, ScalarType::Char), scales = empty({n}, ScalarType::Float);
+  int8_t* code_data = static_cast<int8_t*>(codes.mutable_data_ptr());
+  float* scale_data = static_cast<float*>(scales.mutable_data_ptr());
+  group.for_each_tile([&](int64_t tile, int64_t row, int64_t rows) {
+    unpack_int8_tile(g, tiles + tile * g.tile_bytes, rows, code_data + row * g.k, scale_data + row);
+  });
+  return {codes, scales};
+}
+
+Tensor int8_member(Tensor packed, std::vector<int64_t> out_features, int64_t in_features, int64_t index) {
+  const PackedGroup group(out_features, in_features);
+  const uint8_t* tiles = group.tiles_of(packed);
+  IPEX_QUANT_CHECK(index >= 0 && size_t(index) < out_features.size(), "index: expected 0..", out_features.size() - 1,
+                   ", got ", index);
+  const PackedGroup alone({out_features[size_t(index)]}, in_features);
+  Tensor member = new_packed(alone);
+  const int64_t bytes = group.geometry.tile_bytes;
+  std::memcpy(static_cast<uint8_t*>(member.mutable_data_ptr()) + sizeof(Int8Header),
+              tiles + group.first_tiles[size_t(index)] * bytes, size_t(alone.tiles() * bytes));
+  return member;
+}
+
+// ------------------------------------------------------------------------------------------------- activations
+void check_zero_point(const char* name, int64_t zero_point) {
+  IPEX_QUANT_CHECK(zero_point >= 0 && zero_point <= 255, name, ": expected 0..255, got ", zero_point);
+}
+
+// `length` multipliers, of which all may be one.
+struct Multipliers {
+  std::vector<float> repeated;
+  const float* data;
+
+  Multipliers(const char* name, const Tensor& t, int64_t length) {
+    check_tensor(name, t, ScalarType::Float, 1);
+    IPEX_QUANT_CHECK(t.size(0) == length || t.size(0) == 1, name, ": expected ", length, " elements or 1, got ",
+                     t.size(0));
+    data = static_cast<const float*>(t.const_data_ptr());
+    if (t.size(0) == length) return;
+    repeated.assign(size_t(length), data[0]);
+    data = repeated.data();
+  }
+};
+
+int64_t check_activations(const Tensor& x) {
+  check_cpu("x", x);
+  IPEX_QUANT_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) > 0, "x: expected shape [..., K] with K > 0, got ", shape_of(x));
+  return x.size(x.dim() - 1);
+}
+
+void quantize_rows(const QuantizeActivationArgs& args, int64_t rows) {
+  const KernelTable& table = kernels();
+  parallel(rows, 1 + (int64_t(1) << 15) / args.k,
+           [&](int64_t begin, int64_t end) { table.quantize_activation(args, begin, end); });
+}
+
+Tensor empty_codes(const Tensor& x) {
+  return torch::stable::empty(std::vector<int64_t>(x.sizes().begin(), x.sizes().end()), ScalarType::Byte);
+}
+
+Tensor quantize_activation(Tensor x, Tensor multiplier, int64_t zero_point) {
+  const int64_t k = check_activations(x);
+  const FloatType type = float_type("x", x.scalar_type());
+  const Multipliers multipliers("multiplier", multiplier, k);
+  check_zero_point("zero_point", zero_point);
+  const Tensor rows = torch::stable::contiguous(x);
+  Tensor codes = empty_codes(x);
+  quantize_rows({rows.const_data_ptr(), type, k, multipliers.data, int32_t(zero_point),
+                 static_cast<uint8_t*>(codes.mutable_data_ptr()), nullptr, nullptr},
+                x.numel() / k);
+  return codes;
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_activation_per_token(Tensor x) {
+  const int64_t k = check_activations(x);
+  const FloatType type = float_type("x", x.scalar_type());
+  const Tensor rows = torch::stable::contiguous(x);
+  Tensor codes = empty_codes(x);
+  Tensor scales = empty({x.numel() / k}, ScalarType::Float), zero_points = empty({x.numel() / k}, ScalarType::Int);
+  quantize_rows({rows.const_data_ptr(), type, k, nullptr, 0, static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                 static_cast<float*>(scales.mutable_data_ptr()), static_cast<int32_t*>(zero_points.mutable_data_ptr())},
+                x.numel() / k);
+  return {codes, scales, zero_points};
+}
+
+// ------------------------------------------------------------------------------------------------------ linear
+// The activations of a call as the kernels read them, with the memory that backs them.
+struct Activations {
+  Tensor x;
+  Buffer padded;
+  int64_t rows;
+  Int8Args args;
+
+  Activations(const Tensor& x_, const Tensor& scales, const Tensor& zero_points, const Int8Geometry& g) : x(x_) {
+    IPEX_QUANT_CHECK(x.scalar_type() == ScalarType::Byte, "x: expected dtype Byte, got ",
+                     torch::headeronly::toString(x.scalar_type()));
+    rows = x.numel() / g.k;
+    check_tensor("scales", scales, ScalarType::Float, 1);
+    check_tensor("zero_points", zero_points, ScalarType::Int, 1);
+    const int64_t count = scales.size(0);
+    IPEX_QUANT_CHECK(count == rows || count == 1, "scales: expected ", rows, " elements or 1, got ", count);
+    IPEX_QUANT_CHECK(zero_points.size(0) == count, "zero_points: expected ", count, " elements as scales has, got ",
+                     zero_points.size(0));
+    const int32_t* zeros = static_cast<const int32_t*>(zero_points.const_data_ptr());
+    for (int64_t i = 0; i < count; ++i) check_zero_point("zero_points", zeros[i]);
+    x = torch::stable::contiguous(x);
+    args = {&g,    static_cast<const uint8_t*>(x.const_data_ptr()),
+            g.k,   static_cast<const float*>(scales.const_data_ptr()),
+            zeros, count == 1 ? 0 : 1};
+    if (g.padded_k != g.k) pad();
+  }
+
+  // Copies the rows to where they can be read by four bytes; what is in the padding meets codes of zero.
+  void pad() {
+    const Int8Geometry& g = *args.geometry;
+    padded = make_buffer(rows * g.padded_k);
+    parallel(rows, 1 + (int64_t(1) << 15) / g.k, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) {
+        uint8_t* to = padded.get() + m * g.padded_k;
+        std::memset(to + g.padded_k - 4, 0, 4);
+        std::memcpy(to, args.x + m * g.k, size_t(g.k));
+      }
+    });
+    args.x = padded.get();
+    args.stride = g.padded_k;
+  }
+};
+
+// One task a tile of columns. When tiles are fewer than threads can share evenly, rows are divided as well.
+void multiply(const PackedGroup& group, const uint8_t* tiles, const Activations& act,
+              const std::vector<Output>& outputs) {
+  const KernelTable& table = kernels();
+  const int64_t threads = torch::stable::get_num_threads(), rows = act.rows, tile_count = group.tiles();
+  if (rows == 0 || tile_count == 0) return;
+  const bool decode = rows <= kDecodeRows;
+  int64_t row_parts = (rows + kTaskRows - 1) / kTaskRows;
+  if (!decode && tile_count * row_parts < 4 * threads)
+    row_parts = std::max(row_parts, std::min((4 * threads + tile_count - 1) / tile_count, rows / 64));
+  // Decode reads memory fastest in long forward streams, so its threads take long runs of tiles.
+  const int64_t run = decode ? (tile_count + 4 * threads - 1) / (4 * threads) : 1;
+  parallel_tasks(tile_count * row_parts, run, [&](auto next) {
+    const Buffer scratch = make_buffer(int8_scratch(group.geometry, (rows + row_parts - 1) / row_parts));
+    for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next())
+      for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+        const int64_t tile = task / row_parts, part = task % row_parts;
+        const size_t member = group.member_of(tile);
+        table.int8_tile(act.args, outputs[member], tiles + tile * group.geometry.tile_bytes,
+                        (tile - group.first_tiles[member]) * kTileN, part * rows / row_parts,
+                        (part + 1) * rows / row_parts, scratch.get());
+      }
+  });
+}
+
+std::vector<int64_t> result_shape(const Tensor& x, int64_t out_features) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = out_features;
+  return shape;
+}
+
+std::vector<Tensor> int8_linear(Tensor x, Tensor scales, Tensor zero_points, Tensor packed, std::optional<Tensor> bias,
+                                std::vector<Tensor> others, std::vector<int64_t> out_features, ScalarType dtype,
+                                int64_t post_op) {
+  const PackedGroup group(out_features, check_activations(x));
+  const uint8_t* tiles = group.tiles_of(packed);
+  float_type("dtype", dtype);
+  check_post_op(post_op, others.size());
+  IPEX_QUANT_CHECK(out_features.size() == 1 || post_op == kNone,
+                   "post_op: expected 0 (none) with several weights, got ", post_op);
+  const float* bias_data = optional_vector("bias", bias, sum_of(out_features));
+  const Activations act(x, scales, zero_points, group.geometry);
+  std::vector<Tensor> results;
+  std::vector<Output> outputs;
+  for (const int64_t n : out_features) {
+    results.push_back(torch::stable::empty(result_shape(x, n), dtype));
+    outputs.push_back(make_output(results.back(), dtype, bias_data, post_op, others));
+    if (bias_data) bias_data += n;
+  }
+  multiply(group, tiles, act, outputs);
+  return results;
+}
+
+Tensor int8_linear_requantized(Tensor x, Tensor scales, Tensor zero_points, Tensor packed, std::optional<Tensor> bias,
+                               std::vector<Tensor> others, int64_t out_features, Tensor out_multiplier,
+                               int64_t out_zero_point, int64_t post_op) {
+  const PackedGroup group({out_features}, check_activations(x));
+  const uint8_t* tiles = group.tiles_of(packed);
+  check_post_op(post_op, others.size());
+  const Multipliers multipliers("out_multiplier", out_multiplier, out_features);
+  check_zero_point("out_zero_point", out_zero_point);
+  const float* bias_data = optional_vector("bias", bias, out_features);
+  const Activations act(x, scales, zero_points, group.geometry);
+  Tensor codes = torch::stable::empty(result_shape(x, out_features), ScalarType::Byte);
+  Output output = make_output(codes, ScalarType::Float, bias_data, post_op, others);
+  output.multiplier = multipliers.data;
+  output.zero_point = int32_t(out_zero_point);
+  multiply(group, tiles, act, {output});
+  return codes;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
+  m.def("quantize_activation(Tensor x, Tensor multiplier, int zero_point) -> Tensor");
+  m.def("quantize_activation_per_token(Tensor x) -> (Tensor, Tensor, Tensor)");
+  m.def("int8_pack(Tensor codes, Tensor scales, int[] out_features) -> Tensor");
+  m.def("int8_unpack(Tensor packed, int[] out_features, int in_features) -> (Tensor, Tensor)");
+  m.def("int8_member(Tensor packed, int[] out_features, int in_features, int index) -> Tensor");
+  m.def(
+      "int8_linear(Tensor x, Tensor scales, Tensor zero_points, Tensor packed, Tensor? bias, Tensor[] others, "
+      "int[] out_features, ScalarType dtype, int post_op) -> Tensor[]");
+  m.def(
+      "int8_linear_requantized(Tensor x, Tensor scales, Tensor zero_points, Tensor packed, Tensor? bias, "
+      "Tensor[] others, int out_features, Tensor out_multiplier, int out_zero_point, int post_op) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ipex_quant, CPU, m) {
+  m.impl("quantize_activation", TORCH_BOX(&quantize_activation));
+  m.impl("quantize_activation_per_token", TORCH_BOX(&quantize_activation_per_token));
+  m.impl("int8_pack", TORCH_BOX(&int8_pack));
+  m.impl("int8_unpack", TORCH_BOX(&int8_unpack));
+  m.impl("int8_member", TORCH_BOX(&int8_member));
+  m.impl("int8_linear", TORCH_BOX(&int8_linear));
+  m.impl("int8_linear_requantized", TORCH_BOX(&int8_linear_requantized));
+}
+
+}  // namespace ipex_quant

@@ -1,0 +1,203 @@
+"""W8A8: quantizing activations to unsigned bytes, packing INT8 weights, and multiplying the two as integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..numerics.quantized_weight import QuantizedWeight
+from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
+from .woq import PostOp
+
+_ops = torch.ops.ipex_quant
+
+INT8_PER_CHANNEL = WeightScheme(WoqWeightDtype.INT8, True, PER_CHANNEL)
+"""The weights that `pack_int8` takes: signed bytes with one scale per output channel."""
+
+
+def quantize_activation(x: torch.Tensor, multiplier: torch.Tensor, zero_point: int) -> torch.Tensor:
+    """``clamp(round(x * multiplier) + zero_point, 0, 255)``, computed in float32 and rounded to even; NaN gives 0.
+
+    `x` is float32, bfloat16 or float16 ``[..., K]``; `multiplier` is float32 ``[K]`` or ``[1]``. Returns uint8
+    ``[..., K]``. Raises RuntimeError when the shapes or dtypes do not fit, or `zero_point` is not in 0..255.
+    """
+    return _ops.quantize_activation(x, multiplier, zero_point)
+
+
+def quantize_activation_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize every row to its own range, which is made to include 0: ``x ~ (codes - zero_point) * scale``.
+
+    `x` is float32, bfloat16 or float16 ``[..., K]``, M rows in all. Returns codes uint8 ``[..., K]``, scales float32
+    ``[M]`` and zero points int32 ``[M]``. A row with NaN has the scale NaN. Raises RuntimeError for another dtype.
+    """
+    return _ops.quantize_activation_per_token(x)
+
+
+@dataclass(frozen=True)
+class PackedInt8:
+    """The INT8 weights of a share group in the one buffer that the kernels read, the same at every ISA level.
+
+    `data` is uint8, one dimension, laid out as ``csrc/int8_layout.h`` says; `out_features` has one count per weight.
+    """
+
+    data: torch.Tensor
+    out_features: tuple[int, ...]
+    in_features: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer."""
+        return self.data.nbytes
+
+    def member(self, index: int) -> PackedInt8:
+        """A copy of one weight alone. Raises IndexError when there is none of that index."""
+        if not 0 <= index < len(self.out_features):
+            raise IndexError(f"index: expected 0..{len(self.out_features) - 1}, got {index}")
+        data = _ops.int8_member(self.data, self.out_features, self.in_features, index)
+        return PackedInt8(data, (self.out_features[index],), self.in_features)
+
+
+def pack_int8(weights: Sequence[QuantizedWeight]) -> PackedInt8:
+    """Lay out the weights of a share group, which all multiply the same activations, in one buffer.
+
+    Raises ValueError when there is none, when one is not INT8, symmetric and per channel, or when they differ in K.
+    """
+    if not weights:
+        raise ValueError("weights: expected one or more, got none")
+    for weight in weights:
+        if weight.scheme != INT8_PER_CHANNEL:
+            raise ValueError(f"weights: expected {INT8_PER_CHANNEL}, got {weight.scheme}; quantize them per channel")
+    in_features = {weight.shape[1] for weight in weights}
+    if len(in_features) > 1:
+        raise ValueError(f"weights: expected the same number of input features, got {sorted(in_features)}")
+    out_features = tuple(weight.shape[0] for weight in weights)
+    codes, scales = _joined([w.codes for w in weights]), _joined([w.scales.flatten() for w in weights])
+    return PackedInt8(_ops.int8_pack(codes, scales, out_features), out_features, in_features.pop())
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0].contiguous() if len(tensors) == 1 else torch.cat(tensors)
+
+
+def unpack_int8(packed: PackedInt8) -> list[QuantizedWeight]:
+    """Return the weights that `pack_int8` was given, bit for bit."""
+    codes, scales = _ops.int8_unpack(packed.data, packed.out_features, packed.in_features)
+    return [
+        QuantizedWeight(c, s[:, None], None, None, INT8_PER_CHANNEL, tuple(c.shape))
+        for c, s in zip(codes.split(packed.out_features), scales.split(packed.out_features), strict=True)
+    ]
+
+
+def int8_linear(
+    x: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    packed: PackedInt8,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    post_op: PostOp = PostOp.NONE,
+    others: Sequence[torch.Tensor] = (),
+) -> list[torch.Tensor]:
+    """Multiply quantized activations by all weights of a share group: one result ``[..., N_i]`` in `dtype` for each.
+
+    ``post_op(sum((x - zero_point) * codes) * (scale * weight_scale) + bias, others)``: the sum is exact, what follows
+    is float32, rounded to `dtype` before the post op; `ipex_quant.ops.reference_int8` defines it.
+
+    `x` is uint8 ``[..., K]``, M rows in all; `scales` float32 and `zero_points` int32 (0..255) are both ``[1]`` or
+    ``[M]``; `bias` is float32 ``[sum of N_i]``; `others` are in `dtype` and of the result's shape. `dtype` is float32,
+    bfloat16 or float16. Raises RuntimeError when an argument does not fit, or several weights come with a post op.
+    """
+    return _ops.int8_linear(
+        x, scales, zero_points, packed.data, bias, list(others), packed.out_features, dtype, int(post_op)
+    )
+
+
+def int8_linear_requantized(
+    x: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    packed: PackedInt8,
+    bias: torch.Tensor | None,
+    out_multiplier: torch.Tensor,
+    out_zero_point: int,
+    post_op: PostOp = PostOp.NONE,
+    others: Sequence[torch.Tensor] = (),
+) -> torch.Tensor:
+    """`int8_linear` of a single weight in float32, quantized as `quantize_activation` does: what the next one reads.
+
+    `out_multiplier` is float32 ``[N]`` or ``[1]``; `others` are float32. Returns uint8 ``[..., N]``. Raises ValueError
+    for several weights, RuntimeError when another argument does not fit.
+    """
+    if len(packed.out_features) != 1:
+        raise ValueError(f"packed: expected a single weight, got {len(packed.out_features)}; use its member()")
+    (out_features,) = packed.out_features
+    return _ops.int8_linear_requantized(
+        x,
+        scales,
+        zero_points,
+        packed.data,
+        bias,
+        list(others),
+        out_features,
+        out_multiplier,
+        out_zero_point,
+        int(post_op),
+    )
+
+
+@torch.library.register_fake("ipex_quant::quantize_activation")
+def _(x, multiplier, zero_point):
+    return torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+
+
+@torch.library.register_fake("ipex_quant::quantize_activation_per_token")
+def _(x):
+    rows = x.shape[:-1].numel()
+    return (
+        torch.empty(x.shape, dtype=torch.uint8, device=x.device),
+        x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(rows, dtype=torch.int32),
+    )
+
+
+def _packed_bytes(out_features: Sequence[int], in_features: int) -> int:
+    folds, lines = -(-in_features // 65536), -(-in_features // 4)
+    return 64 + sum(-(-n // 64) for n in out_features) * (256 * (1 + folds) + 256 * lines)
+
+
+@torch.library.register_fake("ipex_quant::int8_pack")
+def _(codes, scales, out_features):
+    return codes.new_empty(_packed_bytes(out_features, codes.shape[1]), dtype=torch.uint8)
+
+
+@torch.library.register_fake("ipex_quant::int8_unpack")
+def _(packed, out_features, in_features):
+    rows = sum(out_features)
+    return packed.new_empty(rows, in_features, dtype=torch.int8), packed.new_empty(rows, dtype=torch.float32)
+
+
+@torch.library.register_fake("ipex_quant::int8_member")
+def _(packed, out_features, in_features, index):
+    return packed.new_empty(_packed_bytes([out_features[index]], in_features))
+
+
+def _check_devices(x: torch.Tensor, *tensors: torch.Tensor | None) -> None:
+    for tensor in tensors:
+        torch._check(
+            tensor is None or tensor.device == x.device,
+            lambda tensor=tensor: f"int8_linear: expected all tensors on device {x.device}, got {tensor.device}",
+        )
+
+
+@torch.library.register_fake("ipex_quant::int8_linear")
+def _(x, scales, zero_points, packed, bias, others, out_features, dtype, post_op):
+    _check_devices(x, scales, zero_points, packed, bias, *others)
+    return [x.new_empty(*x.shape[:-1], n, dtype=dtype) for n in out_features]
+
+
+@torch.library.register_fake("ipex_quant::int8_linear_requantized")
+def _(x, scales, zero_points, packed, bias, others, out_features, out_multiplier, out_zero_point, post_op):
+    _check_devices(x, scales, zero_points, packed, bias, out_multiplier, *others)
+    return x.new_empty(*x.shape[:-1], out_features)

@@ -1,0 +1,71 @@
+"""Plain-torch definition of the W8A8 ops: what they are tested against, written to be read, not to be fast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..numerics.quantized_weight import QuantizedWeight
+from .reference import MIN_RANGE, finish
+from .woq import PostOp
+
+
+def quantize_activation(x: torch.Tensor, multiplier: torch.Tensor, zero_point: int) -> torch.Tensor:
+    """``clamp(round(x * multiplier) + zero_point, 0, 255)`` as uint8; NaN gives 0."""
+    # In float64, where adding the zero point to a large product is not rounded.
+    codes = (x.float() * multiplier).double().round() + zero_point
+    return codes.clamp(0, 255).nan_to_num(0).to(torch.uint8)
+
+
+def quantize_activation_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes uint8 like `x`, scales float32 ``[M]`` and zero points int32 ``[M]``, one a row, whose range includes 0."""
+    rows = x.float().reshape(-1, x.shape[-1])
+    low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+    span = high - low
+    # A true division: `float / tensor` would multiply by a rounded reciprocal.
+    inverse = torch.where(span >= MIN_RANGE, torch.full_like(span, 255) / span, 0.0)
+    zero_points = (-low * inverse).round().clamp(0, 255).nan_to_num(0)
+    codes = ((rows * inverse[:, None]).round() + zero_points[:, None]).clamp(0, 255).nan_to_num(0)
+    return codes.reshape(x.shape).to(torch.uint8), span / 255, zero_points.to(torch.int32)
+
+
+def int8_linear(
+    x: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    weights: Sequence[QuantizedWeight],
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    post_op: PostOp = PostOp.NONE,
+    others: Sequence[torch.Tensor] = (),
+) -> list[torch.Tensor]:
+    """As `ipex_quant.ops.int8_linear`, with plain weights; a single one where there is a post op."""
+    rows = x.reshape(-1, x.shape[-1])
+    centred = rows.double() - zero_points[:, None]
+    results, start = [], 0
+    for weight in weights:
+        out_features = weight.shape[0]
+        sums = (centred @ weight.codes.double().T).float()  # exact below 2^53, then rounded once
+        y = sums * (scales[:, None] * weight.scales.T)
+        if bias is not None:
+            y = y + bias[start : start + out_features]
+        start += out_features
+        results.append(finish(y.to(dtype).reshape(*x.shape[:-1], out_features), post_op, others))
+    return results
+
+
+def int8_linear_requantized(
+    x: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    weight: QuantizedWeight,
+    bias: torch.Tensor | None,
+    out_multiplier: torch.Tensor,
+    out_zero_point: int,
+    post_op: PostOp = PostOp.NONE,
+    others: Sequence[torch.Tensor] = (),
+) -> torch.Tensor:
+    """`int8_linear` in float32, then `quantize_activation`."""
+    (y,) = int8_linear(x, scales, zero_points, [weight], bias, torch.float32, post_op, others)
+    return quantize_activation(y, out_multiplier, out_zero_point)
