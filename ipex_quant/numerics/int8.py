@@ -1,0 +1,100 @@
+"""Eight-bit quantization of activations and of the weights they meet, with torch.ao's rounding.
+
+Activations are unsigned with one scale and zero point a tensor, weights signed and symmetric with one scale a row. The
+weight's scale differs from that of weight-only INT8: it spreads 255 steps over the range rather than 127 over half.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .affine import quantize
+from .quantized_weight import QuantizedWeight
+from .scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
+
+ACTIVATION_MAX = 255
+"""Highest code of an activation; the lowest is 0."""
+
+_EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class StaticActivation:
+    """How calibration found a linear's input to be quantized: ``clamp(round(x * multiplier) + zero_point, 0, 255)``.
+
+    `scale` is a float32 value, `zero_point` 0..255 and `smoothing_factor` float32 ``[K]`` what SmoothQuant multiplies
+    the input channels by, or None. Raises ValueError or TypeError when they are not.
+    """
+
+    scale: float
+    zero_point: int
+    smoothing_factor: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale: expected a finite number above 0, got {self.scale}; calibrate again")
+        if not 0 <= self.zero_point <= ACTIVATION_MAX:
+            raise ValueError(f"zero_point: expected 0..{ACTIVATION_MAX}, got {self.zero_point}")
+        factor = self.smoothing_factor
+        if factor is None:
+            return
+        if factor.dtype != torch.float32:
+            raise TypeError(f"smoothing_factor: expected dtype torch.float32, got {factor.dtype}")
+        if factor.dim() != 1:
+            raise ValueError(f"smoothing_factor: expected shape [K], got {list(factor.shape)}")
+        if not torch.isfinite(factor).all():
+            raise ValueError("smoothing_factor: expected finite values, got NaN or Inf; calibrate again")
+
+    @property
+    def multiplier(self) -> torch.Tensor:
+        """What an input is multiplied by before it is rounded, float32 ``[K]``, or ``[1]`` without smoothing."""
+        factor = torch.ones(1) if self.smoothing_factor is None else self.smoothing_factor
+        return factor / torch.tensor(self.scale, dtype=torch.float32, device=factor.device)
+
+
+def affine_parameters(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale, float32, and zero point, int32, of unsigned 8-bit codes for the ranges ``low..high``, elementwise.
+
+    Every range is widened to hold 0; the scale is at least float32's eps. Raises ValueError for a NaN, an Inf, a range
+    wider than float32 holds, or a low above its high. Source: torch.ao's quint8 affine observers.
+    """
+    low, high = low.float(), high.float()
+    if not (low <= high).all():
+        raise ValueError("low, high: expected low <= high, got the reverse or NaN; check the calibration data")
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    span = high - low
+    if not torch.isfinite(span).all():
+        raise ValueError("low, high: expected a finite range, got Inf or one that float32 does not hold")
+    scale = (span / ACTIVATION_MAX).clamp_(min=_EPS)
+    zero_point = torch.round(low / scale).neg_().clamp_(0, ACTIVATION_MAX).to(torch.int32)
+    return scale, zero_point
+
+
+def channel_scales(weight: torch.Tensor) -> torch.Tensor:
+    """Scale of every output channel of a floating-point `weight` ``[N, ...]``: float32 ``[N]``, ``max|w| / 127.5``.
+
+    It is at least float32's eps. Raises ValueError for NaN, Inf or a weight without values in a channel. Source:
+    torch.ao's qint8 per-channel symmetric observer.
+    """
+    if weight.dim() < 2 or weight[:1].numel() == 0 < weight.shape[0]:
+        raise ValueError(f"weight: expected shape [N, K] or [N, K, ...] with K > 0, got {list(weight.shape)}")
+    low, high = torch.aminmax(weight.detach().float().flatten(1), dim=1)
+    largest = torch.maximum(high, -low)
+    if not torch.isfinite(largest).all():
+        raise ValueError("weight: expected finite values, got NaN or Inf; check the checkpoint")
+    # 255 steps over twice the largest value; a value at the top rounds to 128 and is clamped.
+    return (largest / 127.5).clamp_(min=_EPS)
+
+
+def quantize_per_channel(weight: torch.Tensor, scales: torch.Tensor | None = None) -> QuantizedWeight:
+    """Quantize `weight`, float32, bfloat16 or float16 ``[N, K]``, to INT8, symmetric per output channel.
+
+    `scales`, float32 ``[N]``, are used as they are when given and are `channel_scales(weight)` otherwise. The codes are
+    bit for bit those of `torch.quantize_per_channel`, except that one beyond int32 is clamped too. Raises TypeError for
+    another dtype and ValueError for another rank, NaN or Inf, or scales that do not fit.
+    """
+    scales = channel_scales(weight) if scales is None else scales
+    return quantize(weight, WeightScheme(WoqWeightDtype.INT8, True, PER_CHANNEL), scales.reshape(-1, 1))

@@ -1,0 +1,77 @@
+"""SmoothQuant's factors and the quantization parameters that follow from them.
+
+With ``X`` the largest absolute value of each input channel over the calibration and ``W`` that of each column of the
+weight, both plus 1e-6, the activation is multiplied by ``W^(1-alpha) / X^alpha`` and the weight by the reciprocal
+(arXiv 2211.10438, equation 4). Everything is float32 and rounded as IPEX 2.8 rounds it, which finds the weight's factor
+by powers of its own rather than by dividing 1 by the activation's.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..numerics.int8 import StaticActivation, affine_parameters, quantize_per_channel
+from ..numerics.quantized_weight import QuantizedWeight
+
+_EPS = 1e-6
+"""Keeps the factor of a channel that is always 0 finite; IPEX's value."""
+
+
+def smoothing_factor(
+    act_low: torch.Tensor, act_high: torch.Tensor, weight_low: torch.Tensor, weight_high: torch.Tensor, alpha: float
+) -> torch.Tensor:
+    """What every input channel is multiplied by, float32 ``[K]``.
+
+    The ranges are float ``[K]``: of the activation over the calibration, and of the weight's columns over every member
+    of a share group. Raises ValueError for an `alpha` outside 0..1, shapes that differ, NaN or Inf.
+    """
+    act, weight = _largest(act_low, act_high, weight_low, weight_high, alpha)
+    return torch.pow(weight, 1 - alpha) / torch.pow(act, alpha)
+
+
+def weight_smoothing_factor(
+    act_low: torch.Tensor, act_high: torch.Tensor, weight_low: torch.Tensor, weight_high: torch.Tensor, alpha: float
+) -> torch.Tensor:
+    """What every column of the weight is multiplied by, float32 ``[K]``; arguments and errors of `smoothing_factor`."""
+    act, weight = _largest(act_low, act_high, weight_low, weight_high, alpha)
+    return torch.pow(act, alpha) / torch.pow(weight, 1 - alpha)
+
+
+def smooth_activation(act_low: torch.Tensor, act_high: torch.Tensor, s_act: torch.Tensor) -> StaticActivation:
+    """Quantization of an activation with per-channel ranges, float ``[K]``, once multiplied by `s_act` float32 ``[K]``.
+
+    Raises ValueError as `affine_parameters` does, or when the shapes differ.
+    """
+    if not act_low.shape == act_high.shape == s_act.shape:
+        raise ValueError(
+            "act_low, act_high, s_act: expected the same shape [K], "
+            f"got {list(act_low.shape)}, {list(act_high.shape)} and {list(s_act.shape)}"
+        )
+    scale, zero_point = affine_parameters((act_low.float() * s_act).min(), (act_high.float() * s_act).max())
+    return StaticActivation(scale.item(), int(zero_point), s_act)
+
+
+def smooth_weight(weight: torch.Tensor, s_act: torch.Tensor, s_weight: torch.Tensor | None = None) -> QuantizedWeight:
+    """INT8 codes of a weight ``[N, K]`` for an activation multiplied by `s_act`, float32 ``[K]``.
+
+    The columns are multiplied by `s_weight`, float32 ``[K]``, which gives IPEX's bits when it is
+    `weight_smoothing_factor`'s or read from a summary, and by ``1 / s_act`` when it is None. Raises as
+    `quantize_per_channel` does.
+    """
+    return quantize_per_channel(weight.detach().float() * (1.0 / s_act if s_weight is None else s_weight))
+
+
+def _largest(
+    act_low: torch.Tensor, act_high: torch.Tensor, weight_low: torch.Tensor, weight_high: torch.Tensor, alpha: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest absolute values of the activation's and the weight's channels, off zero."""
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha}")
+    if not act_low.shape == act_high.shape == weight_low.shape == weight_high.shape:
+        shapes = [list(t.shape) for t in (act_low, act_high, weight_low, weight_high)]
+        raise ValueError(f"act_low, act_high, weight_low, weight_high: expected the same shape [K], got {shapes}")
+    act = torch.maximum(act_low.float().abs(), act_high.float().abs()) + _EPS
+    weight = torch.maximum(weight_low.float().abs(), weight_high.float().abs()) + _EPS
+    if not (torch.isfinite(act).all() and torch.isfinite(weight).all()):
+        raise ValueError("smoothing factor: expected finite ranges, got NaN or Inf; check inputs and weight")
+    return act, weight
