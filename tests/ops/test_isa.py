@@ -117,6 +117,13 @@ def test_packed_bytes_and_integer_results_do_not_depend_on_the_level(results, le
     check([name for name in exact if not torch.equal(generic[name], other[name])], len(exact))
 
 
+@pytest.mark.parametrize("level", LEVELS[:-1])  # the highest one runs them anyway
+def test_w8a8_ops_pass_their_tests(level: str) -> None:
+    tests = str(Path(__file__).with_name("test_int8.py"))
+    done = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, level=level, capture_output=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_unknown_level_is_an_error_that_lists_the_choices() -> None:
     done = run_python("-c", "from ipex_quant import ops; ops.isa_name()", level="avx9000", capture_output=True)
     assert done.returncode == 1
