@@ -1,0 +1,48 @@
+"""Folding a smoothing factor into the norm whose output it multiplies, so that it costs nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+_VECTORS = ("weight", "bias")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether `module` looks like a LayerNorm or RMSNorm over the last dimension: by its name and its vectors."""
+    own = {name: p for name, p in module.named_parameters(recurse=False) if p is not None}
+    weight = own.get("weight")
+    return (
+        "norm" in type(module).__name__.lower()
+        and weight is not None
+        and weight.dim() == 1
+        and own.keys() <= set(_VECTORS)
+        and next(module.children(), None) is None
+    )
+
+
+@torch.no_grad()
+def fold_into_norm(norm: nn.Module, factor: torch.Tensor) -> bool:
+    """Scale the vectors of `norm` so that its output is multiplied by `factor`, float32 ``[K]``; False if it cannot.
+
+    It cannot when the vectors are not float32, where folding would round the factor, and when the norm does more with
+    its weight than multiply (Gemma's adds one), which trying it shows. The parameters are replaced, not written to.
+    """
+    vectors = {name: getattr(norm, name) for name in _VECTORS if getattr(norm, name, None) is not None}
+    if any(vector.dtype != torch.float32 or vector.shape != factor.shape for vector in vectors.values()):
+        return False
+    folded = copy.copy(norm)
+    scaled = {name: nn.Parameter(vector * factor, vector.requires_grad) for name, vector in vectors.items()}
+    folded._parameters = {**norm._parameters, **scaled}
+    folded._forward_hooks, folded._forward_pre_hooks = {}, {}
+    width = len(factor)
+    x = torch.randn(2, width + 1, width, generator=torch.Generator().manual_seed(0))  # channels last, and only there
+    try:
+        same = torch.allclose(folded.forward(x), norm.forward(x) * factor, rtol=1e-4, atol=1e-6)
+    except Exception:  # whatever a forward that is not ours needs, the factor can stay where it is
+        return False
+    if same:
+        norm._parameters.update(scaled)
+    return same

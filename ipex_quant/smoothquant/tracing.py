@@ -1,0 +1,133 @@
+"""Which modules consume the same tensor, and which tensors only one group of modules reads: found by one run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+_METADATA = frozenset(
+    (
+        *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "size", "dim", "numel", "stride"),
+        *("is_cpu", "is_cuda", "is_meta", "is_contiguous", "is_floating_point", "is_complex", "element_size"),
+        *("__len__", "__hash__"),
+    )
+)
+"""What may be asked of a tensor without reading its values."""
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """Modules with one parent that consume the same tensor of `rank` dimensions, in call order; often only one.
+
+    `producer` is the module whose output that tensor is, when nothing but the members reads it.
+    """
+
+    members: tuple[str, ...]
+    producer: str | None = None
+    rank: int = 0
+
+
+@dataclass
+class _Tensor:
+    """A tensor that was met, kept so that its identity stays its own while the run lasts."""
+
+    value: torch.Tensor
+    producer: str | None = None
+    consumers: list[str] = field(default_factory=list)
+    versions: set[int] = field(default_factory=set)
+    private: bool = True  # nothing but consumers has read it
+
+
+def input_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The first tensor that a module is called with, positional or not."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+
+
+@torch.no_grad()
+def trace_groups(
+    model: nn.Module, consumers: Collection[str], producers: Collection[str], run: Callable[[], Any]
+) -> list[SharedInput]:
+    """Groups of the modules named `consumers`, in the order of their calls, while ``run()`` runs `model`.
+
+    Modules that `run` does not reach are left out. One that is called more than once is alone in its group, and so is
+    one whose tensor has been written to since its sibling read it. `producers` are the modules whose outputs are
+    watched.
+    """
+    recorder = _Recorder()
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            if name in consumers:
+                enter = partial(recorder.enter, name)
+                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            # Always called, so that an exception cannot leave the recorder inside a consumer.
+            leave = partial(recorder.leave, name, name in consumers, name in producers)
+            handles.append(module.register_forward_hook(leave, always_call=True))
+        with recorder:
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(_groups(list(recorder.tensors.values())))
+
+
+def _groups(tensors: Sequence[_Tensor]) -> Iterator[SharedInput]:
+    calls = Counter(name for tensor in tensors for name in tensor.consumers)
+    outputs = Counter(tensor.producer for tensor in tensors)
+    grouped: set[str] = set()
+    for tensor in tensors:
+        unchanged = len(tensor.versions) <= 1
+        groups: dict[str, list[str]] = {}
+        for name in dict.fromkeys(name for name in tensor.consumers if name not in grouped):
+            together = unchanged and calls[name] == 1
+            groups.setdefault(f"{name.rpartition('.')[0]}.*" if together else name, []).append(name)
+        grouped.update(tensor.consumers)
+        private = tensor.private and unchanged and len(groups) == 1 and outputs[tensor.producer] == 1
+        for members in groups.values():
+            yield SharedInput(tuple(members), tensor.producer if private else None, tensor.value.dim())
+
+
+class _Recorder(TorchFunctionMode):
+    """Sees every call of a watched module, and every torch function that is given a tensor one of them produced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: dict[int, _Tensor] = {}
+        self._inside = 0  # calls of consumers that have begun and not ended: what these do with their input is theirs
+
+    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._inside += 1
+        value = input_tensor(args, kwargs)
+        if value is not None and self._inside == 1:
+            tensor = self.tensors.setdefault(id(value), _Tensor(value))
+            tensor.consumers.append(name)
+            if not value.is_inference():
+                tensor.versions.add(value._version)
+
+    def leave(self, name: str, consumes: bool, produces: bool, module: nn.Module, args: Any, output: Any) -> None:
+        self._inside -= consumes
+        if produces and isinstance(output, torch.Tensor):
+            tensor = self.tensors.setdefault(id(output), _Tensor(output))
+            tensor.producer = name
+        else:
+            self._mark(tree_leaves(output))  # a module that hands a tensor on makes it public
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(getattr(func, "__self__", None), "__name__", None) or getattr(func, "__name__", "")
+        if not self._inside and name not in _METADATA:
+            self._mark(tree_leaves((args, kwargs)))
+        return func(*args, **kwargs)
+
+    def _mark(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if isinstance(value, torch.Tensor) and id(value) in self.tensors:
+                self.tensors[id(value)].private = False

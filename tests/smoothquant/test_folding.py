@@ -1,0 +1,49 @@
+"""Folding a factor into a norm leaves the function what it was; where it would not, nothing happens."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from ipex_quant.smoothquant.folding import fold_into_norm, is_norm
+
+FACTOR = torch.tensor([0.5, 2.0, 1.0, 3.0])
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.RMSNorm(4), LlamaRMSNorm(4), nn.LayerNorm(4, bias=False)])
+def test_output_is_multiplied(norm):
+    torch.manual_seed(0)
+    for vector in norm.parameters():
+        nn.init.normal_(vector)
+    x = torch.randn(3, 5, 4)
+    expected = norm(x) * FACTOR
+    before = norm.weight.clone(), norm.weight
+    assert is_norm(norm) and fold_into_norm(norm, FACTOR)
+    torch.testing.assert_close(norm(x), expected)
+    assert isinstance(norm.weight, nn.Parameter)
+    assert torch.equal(before[1], before[0]), "another module may hold the old parameter"
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [GemmaRMSNorm(4), nn.LayerNorm(4).bfloat16(), nn.LayerNorm(8)],
+    ids=["adds one to its weight", "would round the factor", "another size"],
+)
+def test_left_alone(norm):
+    before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    assert not fold_into_norm(norm, FACTOR)
+    assert all(torch.equal(before[name], tensor) for name, tensor in norm.state_dict().items())
+
+
+def test_hooks_are_not_run_by_the_trial():
+    norm = nn.LayerNorm(4)
+    norm.register_forward_hook(lambda *_: pytest.fail("called"))
+    assert fold_into_norm(norm, FACTOR)
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Linear(4, 4), nn.LayerNorm(4, elementwise_affine=False), nn.LayerNorm((2, 4)), nn.GroupNorm(2, 4)]
+)
+def test_what_is_no_norm_over_the_last_dimension(module):
+    assert not is_norm(module) or not fold_into_norm(module, FACTOR)
