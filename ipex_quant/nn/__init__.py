@@ -1,7 +1,21 @@
 """Quantized modules."""
 
 from . import modules
+from .int8_conv2d import Int8Conv2d
+from .int8_linear import Int8Linear
+from .quantized_module import Placeholder, QuantizedModule, is_quantized
 from .weight_only_linear import WeightOnlyQuantizedLinear
 from .weight_tensors import QuantDtype, QuantMethod, WoqWeightFormat
 
-__all__ = ["QuantDtype", "QuantMethod", "WeightOnlyQuantizedLinear", "WoqWeightFormat", "modules"]
+__all__ = [
+    "Int8Conv2d",
+    "Int8Linear",
+    "Placeholder",
+    "QuantDtype",
+    "QuantMethod",
+    "QuantizedModule",
+    "WeightOnlyQuantizedLinear",
+    "WoqWeightFormat",
+    "is_quantized",
+    "modules",
+]

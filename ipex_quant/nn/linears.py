@@ -1,4 +1,4 @@
-"""Which modules are linear layers, and where their weight is."""
+"""Which modules are linear layers, where their weight is, and which layers cannot be quantized."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Weight and activation dtypes that weight-only quantization takes."""
+"""Dtypes of the weights and activations that can be quantized."""
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -30,6 +30,15 @@ def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
         return f"{type(module).__name__} overrides {base.__name__}.forward"
     if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
         return f"its parent nn.{type(parent).__name__} reads the weight without calling the module"
+    return None
+
+
+def conv_obstacle(conv: nn.Conv2d) -> str | None:
+    """Why no quantized convolution can stand where `conv` is; None when one can."""
+    if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
+        return f"{type(conv).__name__} overrides Conv2d.forward"
+    if conv.padding_mode != "zeros":
+        return f"it pads with padding_mode {conv.padding_mode!r}, not zeros"
     return None
 
 

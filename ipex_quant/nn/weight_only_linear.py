@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_any, tree_map_only
 
 from .. import ops
 from ..numerics import affine
-from ..numerics.quantized_weight import CODE_DTYPES, QuantizedWeight
+from ..numerics.quantized_weight import CODE_DTYPES, QuantizedWeight, code_columns
 from ..numerics.scheme import (
     PER_CHANNEL,
     WeightScheme,
@@ -19,13 +20,12 @@ from ..numerics.scheme import (
     WoqWeightDtype,
     WoqWeightQScheme,
 )
-from .linears import FLOAT_DTYPES, weight_matrix
+from .linears import weight_matrix
+from .quantized_module import Placeholder, QuantizedModule, autocast, check_bias
 from .weight_tensors import QuantDtype, QuantMethod, WoqWeightFormat, read_tensors
 
-_WEIGHT_NAMES = ("codes", "scales", "zero_points", "g_idx")
 
-
-class WeightOnlyQuantizedLinear(nn.Module):
+class WeightOnlyQuantizedLinear(QuantizedModule):
     """``y = x @ dequantize(weight).T + bias`` with a packed weight ``[out_features, in_features]``.
 
     `x` is float32, bfloat16 or float16 ``[..., in_features]`` on the CPU, the result ``[..., out_features]`` in its
@@ -35,6 +35,12 @@ class WeightOnlyQuantizedLinear(nn.Module):
     `load_state_dict` finds from the tensors; `from_float` and `from_quantized_weight` make one with it. RuntimeError
     when it is called without a weight or moved off the CPU.
     """
+
+    kind = "weight_only"
+    entry_names = frozenset(
+        ("weight_dtype", "symmetric", "group_size", "act_order", "bias", "lowp_mode", "act_quant_mode")
+    )
+    weight_names = ("codes", "scales", "zero_points", "g_idx")
 
     def __init__(
         self, in_features: int, out_features: int, bias_: bool = True, dtype: WoqWeightDtype = WoqWeightDtype.INT8
@@ -51,8 +57,6 @@ class WeightOnlyQuantizedLinear(nn.Module):
         self.register_buffer("_packed", None, persistent=False)
         self.register_buffer("_perm", None, persistent=False)
         self.register_buffer("_bias", None, persistent=False)
-        # Remembers the dtype that `.to(dtype)` asked for, which only `weight` reports.
-        self.register_buffer("_float", torch.empty(0), persistent=False)
 
     @classmethod
     def from_quantized_weight(
@@ -195,8 +199,7 @@ class WeightOnlyQuantizedLinear(nn.Module):
         """The layer followed by `post_op`, whose further operands `others` are ``[..., out_features]``, in one call."""
         if self._packed is None:
             raise RuntimeError("WeightOnlyQuantizedLinear has no weight yet; load a state dict or use from_float")
-        if torch.is_autocast_enabled("cpu"):
-            x, *others = map(_autocast, (x, *others))
+        x, *others = map(autocast, (x, *others))
         return ops.woq_linear(
             x,
             self._packed,
@@ -217,26 +220,64 @@ class WeightOnlyQuantizedLinear(nn.Module):
         return ops.unpack_weight(ops.PackedWeight(self._packed, self._perm, self.scheme, shape))
 
     @property
-    def weight(self) -> torch.Tensor:
-        """The weight as a float tensor that is only dequantized when its values are read.
-
-        Model code asks linear layers for ``weight.dtype``, ``.shape`` and ``.device``; these cost nothing. Writing to
-        it raises RuntimeError.
-        """
-        if torch.compiler.is_compiling():  # which cannot trace the stand-in, but drops values that nothing reads
-            shape = (self.out_features, self.in_features)
-            return ops.woq_dequantize(self._packed, self._perm, *shape, self._float.dtype)
-        return _DequantizedOnRead(self)
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The bias ``[out_features]`` in the dtype of `weight`, or None."""
-        return None if self._bias is None else self._bias.to(self._float.dtype)
+    def weight_shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)``."""
+        return self.out_features, self.in_features
 
     @property
     def nbytes(self) -> int:
         """Bytes that the layer holds: packed weight, bias and input permutation."""
         return sum(b.numel() * b.element_size() for b in (self._packed, self._bias, self._perm) if b is not None)
+
+    def plain_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of `quantized_weight` and the bias, those that there are."""
+        qw = None if self._packed is None else self.quantized_weight()
+        tensors = {name: getattr(qw, name, None) for name in self.weight_names} | {"bias": self._bias}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """``[out_features, in_features]`` in a new tensor; RuntimeError when there is no weight."""
+        return affine.dequantize(self.quantized_weight(), dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """Scheme, compute mode, and which tensors there are."""
+        return {
+            "weight_dtype": self.dtype.name.lower(),
+            "symmetric": self.scheme.symmetric,
+            "group_size": self.scheme.group_size,
+            "act_order": self._perm is not None,
+            "bias": self._bias is not None,
+            "lowp_mode": self._lowp_mode.name.lower(),
+            "act_quant_mode": self._act_quant_mode.name.lower(),
+        }
+
+    @classmethod
+    def placeholder(cls, module: nn.Module, entry: dict[str, Any]) -> Placeholder:
+        """Tensors of the scheme in `entry` for the linear layer `module`; ValueError for a combination that is none."""
+        scheme, (lowp_mode, act_quant_mode) = _scheme(entry), _modes(entry)
+        if lowp_mode == WoqLowpMode.INT8 and act_quant_mode == WoqActQuantMode.NONE:
+            raise ValueError("lowp_mode int8 quantizes activations, got act_quant_mode none")
+        rows, columns = weight_matrix(module).shape
+        grid = (rows, scheme.group_count(columns))
+        tensors = {
+            "codes": (CODE_DTYPES[scheme.dtype], (rows, code_columns(scheme.dtype, columns))),
+            "scales": (torch.float32, grid),
+            "zero_points": None if scheme.symmetric else (torch.int16, grid),
+            "g_idx": (torch.int32, (columns,)) if entry["act_order"] else None,
+            "bias": (torch.float32, (rows,)) if entry["bias"] else None,
+        }
+        return Placeholder((rows, columns), entry, tensors)
+
+    @classmethod
+    def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[WeightOnlyQuantizedLinear]:
+        """One module for each; ValueError or TypeError for tensors that do not fit the scheme."""
+        modules = []
+        for place in loaded:
+            tensors = place.loaded()
+            bias = tensors.pop("bias")
+            qw = QuantizedWeight(**tensors, scheme=_scheme(place.entry), shape=place.shape)
+            modules.append(cls.from_quantized_weight(qw, bias, *_modes(place.entry)))
+        return modules
 
     @property
     def _group_size(self) -> int:
@@ -280,64 +321,14 @@ class WeightOnlyQuantizedLinear(nn.Module):
         self._packed, self._perm = packed.data, packed.perm
 
     def _set_bias(self, bias: torch.Tensor | None) -> None:
-        if bias is not None and bias.shape != (self.out_features,):
-            raise ValueError(f"bias: expected shape [{self.out_features}], got {list(bias.shape)}")
-        self._bias = None if bias is None else bias.detach().to(torch.float32, copy=True)
+        self._bias = None if bias is None else check_bias(bias, self.out_features)
         self._has_bias = bias is not None
 
-    def _apply(self, fn: Any, recurse: bool = True) -> WeightOnlyQuantizedLinear:
-        device = fn(torch.empty(0)).device
-        if device.type != "cpu":
-            raise RuntimeError(f"WeightOnlyQuantizedLinear is packed for the CPU, it cannot be moved to {device}")
-        bias = self._bias
-        super()._apply(fn, recurse)
-        if bias is not None and self._bias.dtype != bias.dtype:
-            self._bias = bias  # the op takes it in float32, whatever the dtype of the activations
-        return self
+    def _float_bias(self) -> torch.Tensor | None:
+        return self._bias
 
-    def _plain_tensors(self) -> dict[str, torch.Tensor]:
-        qw = None if self._packed is None else self.quantized_weight()
-        tensors = {name: getattr(qw, name, None) for name in _WEIGHT_NAMES} | {"bias": self._bias}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, tensor in self._plain_tensors().items():
-            destination[prefix + name] = tensor
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict,
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        names = {prefix + name: name for name in (*_WEIGHT_NAMES, "bias")}
-        own = {names[key]: value for key, value in state_dict.items() if key in names}
-        rest = {key: value for key, value in state_dict.items() if key not in names}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        expected = self._expected_names(own)
-        missing = [name for name in expected if name not in own]
-        unexpected = [name for name in own if name not in expected]
-        missing_keys += [prefix + name for name in missing]
-        unexpected_keys += [prefix + name for name in unexpected]
-        weight_names = [name for name in _WEIGHT_NAMES if name in own]
-        if weight_names and set(_WEIGHT_NAMES).isdisjoint(missing + unexpected):
-            self._load(prefix, self._load_weight, own, error_msgs)
-        elif weight_names:  # not even without `strict`, of which torch tells only its caller
-            error_msgs.append(f"{prefix}codes: a weight loads whole or not at all, got {weight_names} of {expected}")
-        if "bias" in own and "bias" in expected:
-            self._load(prefix, self._set_bias, own["bias"], error_msgs)
-
-    @staticmethod
-    def _load(prefix: str, load: Any, value: Any, error_msgs: list[str]) -> None:
-        try:
-            load(value)
-        except (TypeError, ValueError) as error:
-            error_msgs.append(prefix + str(error))
+    def _traced_weight(self) -> torch.Tensor:
+        return ops.woq_dequantize(self._packed, self._perm, *self.weight_shape, self._float.dtype)
 
     def _expected_names(self, given: dict[str, torch.Tensor]) -> list[str]:
         if self.scheme is None:
@@ -390,52 +381,16 @@ class WeightOnlyQuantizedLinear(nn.Module):
             self._set_weight(plain)
 
 
-def _autocast(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.get_autocast_dtype("cpu")) if tensor.dtype in FLOAT_DTYPES else tensor
+def _scheme(entry: dict[str, Any]) -> WeightScheme:
+    return WeightScheme(_member(WoqWeightDtype, entry["weight_dtype"]), entry["symmetric"], entry["group_size"])
 
 
-def _on_values(name: str) -> Any:
-    """A method of the stand-in that torch would not dispatch, since it wants memory or finds nothing to convert."""
-    return lambda self, *args, **kwargs: getattr(self._read(), name)(*args, **kwargs)
+def _modes(entry: dict[str, Any]) -> tuple[WoqLowpMode, WoqActQuantMode]:
+    return _member(WoqLowpMode, entry["lowp_mode"]), _member(WoqActQuantMode, entry["act_quant_mode"])
 
 
-def _refuse(*_: Any, **__: Any) -> None:
-    raise RuntimeError(
-        "weight: a packed weight cannot be written to, trained or shared; take a float copy with weight.clone(), or "
-        "give the layer another weight with load_state_dict"
-    )
-
-
-class _DequantizedOnRead(torch.Tensor):
-    """Float ``[out_features, in_features]`` stand-in for a packed weight: dtype and shape now, values when used."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    float, to, numpy, tolist, __array__, __deepcopy__, __reduce_ex__ = map(
-        _on_values, ("float", "to", "numpy", "tolist", "__array__", "__deepcopy__", "__reduce_ex__")
-    )
-    data = property(lambda self: self, _refuse)
-    __setitem__ = requires_grad_ = data_ptr = untyped_storage = _refuse
-
-    @staticmethod
-    def __new__(cls, layer: WeightOnlyQuantizedLinear) -> torch.Tensor:
-        shape = (layer.out_features, layer.in_features)
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layer._float.dtype, device=layer._float.device)
-
-    def __init__(self, layer: WeightOnlyQuantizedLinear) -> None:
-        self._layer = layer
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.ops.aten.detach.default:  # a copy here would lose what is written to it
-            return cls(args[0]._layer)
-        parameters = func._schema.arguments
-        given = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
-        written = [given.get(p.name) for p in parameters if p.alias_info and p.alias_info.is_write]
-        if tree_any(lambda value: isinstance(value, cls), written):
-            _refuse()
-        args, kwargs = tree_map_only(cls, cls._read, (args, kwargs))
-        return func(*args, **kwargs)
-
-    def _read(self) -> torch.Tensor:
-        return affine.dequantize(self._layer.quantized_weight(), self.dtype)
+def _member(enum: type[IntEnum], name: Any) -> Any:
+    names = {member.name.lower(): member for member in enum}
+    if name not in names:
+        raise ValueError(f"expected one of {list(names)}, got {name!r}")
+    return names[name]

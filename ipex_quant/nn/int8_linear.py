@@ -1,0 +1,342 @@
+"""`Int8Linear`: a linear layer that quantizes its input to 8 bits and multiplies integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..numerics import affine
+from ..numerics.int8 import StaticActivation
+from ..numerics.quantized_weight import QuantizedWeight
+from ..ops.int8 import INT8_PER_CHANNEL
+from .linears import weight_matrix
+from .quantized_module import Placeholder, QuantizedModule, autocast, autocast_dtype, check_bias, flag, read_activation
+
+ACTIVATIONS = ("static", "per_token")
+"""How the input is quantized: with one scale that calibration found, or every row to its own range."""
+
+
+class Int8Linear(QuantizedModule):
+    """``y = quantize(x) @ weight.T + bias`` in integers, with an INT8 weight ``[out_features, in_features]``.
+
+    `x` is float32, bfloat16 or float16 ``[..., in_features]`` on the CPU, the result ``[..., out_features]`` in its
+    dtype, or under torch.autocast in autocast's. The result has no gradient. `make_group` makes modules.
+
+    The members of a share group hold one packed weight. The first one, called with a tensor, computes the results of
+    all; the others take theirs when they are called with the same tensor, and compute it alone otherwise. A tensor that
+    changed in between is noticed by its version, which neither tensors of inference mode have nor writes through
+    ``.data`` count.
+
+    The state dict holds plain tensors: `codes` int8 ``[out_features, in_features]``, `scales` float32
+    ``[out_features, 1]``, and where there are such `bias` float32, `smoothing_factor` float32 ``[in_features]``,
+    `input_scale` float32 ``[1]`` and `input_zero_point` int32 ``[1]``.
+    """
+
+    kind = "int8"
+    entry_names = frozenset(("activation", "smoothed", "bias"))
+    weight_names = ("codes", "scales", "smoothing_factor", "input_scale", "input_zero_point")
+
+    def __init__(self, share_group: ShareGroup, member: int, has_bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features = share_group.packed.in_features
+        self.out_features = share_group.packed.out_features[member]
+        self.share_group = share_group
+        self.member = member
+        self._has_bias = has_bias
+        self._float = self._float.to(dtype)
+
+    @classmethod
+    def make_group(
+        cls,
+        weights: Sequence[QuantizedWeight],
+        biases: Sequence[torch.Tensor | None],
+        activation: StaticActivation | None,
+        dtype: torch.dtype,
+    ) -> list[Int8Linear]:
+        """One module for each of `weights`, which all multiply the same tensor; a single one is a group of its own.
+
+        The weights are INT8, symmetric per channel, `biases` float ``[out_features]`` or None. `activation` says how
+        calibration found the input to be quantized; None quantizes every token to its own range. `dtype` is what
+        `weight` reports. Raises ValueError for tensors that do not fit each other.
+        """
+        if len(biases) != len(weights):
+            raise ValueError(f"biases: expected one for each of {len(weights)} weights, got {len(biases)}")
+        group = ShareGroup(list(weights), list(biases), [QuantizedInput(activation)] * len(weights))
+        return [cls(group, i, bias is not None, dtype) for i, bias in enumerate(biases)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.share_group.output(self.member, x)
+
+    @property
+    def activation(self) -> StaticActivation | None:
+        """How the input is quantized; None is per token."""
+        return self.share_group.inputs[self.member].activation
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)``."""
+        return self.out_features, self.in_features
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the module's own part of what its group holds."""
+        return self.share_group.nbytes(self.member)
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The plain form of the weight, which multiplies the smoothed input, unpacked into new tensors."""
+        return ops.unpack_int8(self.share_group.packed.member(self.member))[0]
+
+    def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """``[out_features, in_features]``: what the input is multiplied by, before it is smoothed."""
+        return _effective_weight(self.quantized_weight(), self._smoothing_factor, dtype)
+
+    def plain_tensors(self) -> dict[str, torch.Tensor]:
+        """Weight, bias and what the input is quantized with, as the state dict has them."""
+        qw = self.quantized_weight()
+        bias = self._float_bias()
+        tensors = {"codes": qw.codes, "scales": qw.scales} | self.share_group.inputs[self.member].plain_tensors()
+        return tensors if bias is None else tensors | {"bias": bias}
+
+    def describe(self) -> dict[str, Any]:
+        """How the input is quantized, and whether there is a bias."""
+        return {
+            "activation": ACTIVATIONS[self.activation is None],
+            "smoothed": self._smoothing_factor is not None,
+            "bias": self._has_bias,
+        }
+
+    @classmethod
+    def placeholder(cls, module: nn.Module, entry: dict[str, Any]) -> Placeholder:
+        """Tensors of the linear layer `module`; ValueError for an entry that describes none."""
+        if entry["activation"] not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {list(ACTIVATIONS)}, got {entry['activation']!r}")
+        static, smoothed = entry["activation"] == "static", flag(entry, "smoothed")
+        if smoothed and not static:
+            raise ValueError("smoothed: expected false where the input is quantized per token, got true")
+        rows, columns = weight_matrix(module).shape
+        tensors = {
+            "codes": (torch.int8, (rows, columns)),
+            "scales": (torch.float32, (rows, 1)),
+            "smoothing_factor": (torch.float32, (columns,)) if smoothed else None,
+            "input_scale": (torch.float32, (1,)) if static else None,
+            "input_zero_point": (torch.int32, (1,)) if static else None,
+            "bias": (torch.float32, (rows,)) if flag(entry, "bias") else None,
+        }
+        return Placeholder((rows, columns), entry, tensors)
+
+    @classmethod
+    def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[Int8Linear]:
+        """The members of one share group; ValueError or TypeError for tensors that do not fit each other."""
+        tensors = [place.loaded() for place in loaded]
+        activations = [read_activation(each) for each in tensors]
+        if not all(_same(activation, activations[0]) for activation in activations):
+            raise ValueError("input_scale, input_zero_point, smoothing_factor: expected the same in a share group")
+        weights = [_weight(each, place.shape) for each, place in zip(tensors, loaded, strict=True)]
+        return cls.make_group(weights, [each["bias"] for each in tensors], activations[0], torch.float32)
+
+    def extra_repr(self) -> str:
+        fields = {"in_features": self.in_features, "out_features": self.out_features, **self.describe()}
+        fields["group"] = len(self.share_group.inputs)
+        return ", ".join(f"{name}={value}" for name, value in fields.items())
+
+    def _float_bias(self) -> torch.Tensor | None:
+        return self.share_group.bias_of(self.member) if self._has_bias else None
+
+    @property
+    def _smoothing_factor(self) -> torch.Tensor | None:
+        return None if self.activation is None else self.activation.smoothing_factor
+
+    def _traced_weight(self) -> torch.Tensor:
+        packed = self.share_group.packed
+        place = (packed.out_features, packed.in_features, self.member)
+        return torch.ops.ipex_quant.int8_dequantize(packed.data, self._smoothing_factor, *place, self._float.dtype)
+
+    def _load_weight(self, tensors: dict[str, torch.Tensor]) -> None:
+        activation = None if self.activation is None else read_activation(tensors)
+        self.share_group.replace(self.member, _weight(tensors, self.weight_shape), activation)
+
+    def _set_bias(self, bias: torch.Tensor) -> None:
+        self.share_group.set_bias(self.member, bias)
+
+
+class QuantizedInput:
+    """How a share group quantizes its input, with the tensors that this takes."""
+
+    def __init__(self, activation: StaticActivation | None) -> None:
+        self.activation = activation
+        if activation is not None:
+            self.multiplier = activation.multiplier
+            self.scale = torch.tensor([activation.scale], dtype=torch.float32)
+            self.zero_point = torch.tensor([activation.zero_point], dtype=torch.int32)
+
+    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes uint8 ``[..., K]``, with scales and zero points ``[1]`` or ``[M]``."""
+        if self.activation is None:
+            return ops.quantize_activation_per_token(x)
+        return ops.quantize_activation(x, self.multiplier, self.activation.zero_point), self.scale, self.zero_point
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return (
+            0 if self.activation is None else sum(t.nbytes for t in (self.multiplier, *self.plain_tensors().values()))
+        )
+
+    def plain_tensors(self) -> dict[str, torch.Tensor]:
+        """What a state dict holds of it."""
+        if self.activation is None:
+            return {}
+        tensors = {"input_scale": self.scale, "input_zero_point": self.zero_point}
+        factor = self.activation.smoothing_factor
+        return tensors if factor is None else {"smoothing_factor": factor} | tensors
+
+
+class _Pending(NamedTuple):
+    """Results that the first member computed from `x`, as it was at `version`; None where they were taken."""
+
+    x: torch.Tensor
+    version: int | None
+    outputs: tuple[torch.Tensor | None, ...]
+
+
+class ShareGroup:
+    """What the members of a share group hold together: packed weights, biases, and results not taken yet.
+
+    `inputs` has one entry a member, which are the same object unless members were loaded with different activations;
+    such members compute alone. `packed` and `bias` are replaced, never written to, so that threads may go on reading.
+    """
+
+    def __init__(
+        self, weights: list[QuantizedWeight], biases: list[torch.Tensor | None], inputs: list[QuantizedInput]
+    ) -> None:
+        self.packed = ops.pack_int8(weights)
+        self.inputs = inputs
+        self.bias: torch.Tensor | None = None
+        self._pending: _Pending | None = None
+        for member, bias in enumerate(biases):
+            if bias is not None:
+                self.set_bias(member, bias)
+        for each in inputs:
+            _check_smoothing(each.activation, self.packed.in_features)
+
+    def output(self, member: int, x: torch.Tensor) -> torch.Tensor:
+        """The result of one member for `x`."""
+        if len(self.inputs) == 1:
+            return self._multiply(self.inputs[0], x, self.packed, self.bias)[0]
+        if any(each is not self.inputs[0] for each in self.inputs):
+            return self._alone(member, x)
+        pending, version = self._pending, _version(x)
+        outputs = None
+        if pending is not None and pending.x is x and _same_version(pending.version, version):
+            outputs = pending.outputs
+        if outputs is None or outputs[member] is None or outputs[member].dtype != autocast_dtype(x):
+            if member != 0:
+                return self._alone(member, x)
+            outputs = self._multiply(self.inputs[0], x, self.packed, self.bias)
+        left = tuple(None if i == member else output for i, output in enumerate(outputs))
+        self._pending = None if all(output is None for output in left) else _Pending(x, version, left)
+        return outputs[member]
+
+    def bias_of(self, member: int) -> torch.Tensor | None:
+        """A view of the bias of one member; None when no member has one."""
+        return None if self.bias is None else self.bias.split(self.packed.out_features)[member]
+
+    def set_bias(self, member: int, bias: torch.Tensor) -> None:
+        """Give one member another bias; ValueError when its shape is not ``[out_features]``."""
+        counts = self.packed.out_features
+        joined = torch.zeros(sum(counts)) if self.bias is None else self.bias.clone()
+        joined.split(counts)[member].copy_(check_bias(bias, counts[member]))
+        self.bias = joined
+
+    def replace(self, member: int, weight: QuantizedWeight, activation: StaticActivation | None) -> None:
+        """Give one member another weight and activation; ValueError when they do not fit."""
+        _check_smoothing(activation, self.packed.in_features)
+        weights = ops.unpack_int8(self.packed)
+        weights[member] = weight
+        self.packed = ops.pack_int8(weights)
+        same = [each for each in self.inputs if _same(each.activation, activation)]
+        self.inputs[member] = same[0] if same else QuantizedInput(activation)
+        self._pending = None
+
+    def nbytes(self, member: int) -> int:
+        """Bytes of one member's part; those of all members add up to what the group holds."""
+        inputs = {id(each): each.nbytes for each in self.inputs}
+        total = self.packed.nbytes + (0 if self.bias is None else self.bias.nbytes) + sum(inputs.values())
+        counts = self.packed.out_features
+        before, rows = sum(counts[:member]), max(sum(counts), 1)
+        return total * (before + counts[member]) // rows - total * before // rows
+
+    def _alone(self, member: int, x: torch.Tensor) -> torch.Tensor:
+        return self._multiply(self.inputs[member], x, self.packed.member(member), self.bias_of(member))[0]
+
+    def _multiply(
+        self, quantized_input: QuantizedInput, x: torch.Tensor, packed: ops.PackedInt8, bias: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        x = autocast(x).detach()
+        return ops.int8_linear(*quantized_input.quantize(x), packed, bias, x.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickles may be read by another machine or version, so they hold plain weights; results stay here.
+        return {"weights": ops.unpack_int8(self.packed), "inputs": self.inputs, "bias": self.bias}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.packed = ops.pack_int8(state["weights"])
+        self.inputs, self.bias, self._pending = state["inputs"], state["bias"], None
+
+
+def _version(x: torch.Tensor) -> int | None:
+    # Dynamo traces the version but not the question; tensors of inference mode have versions once they are functional.
+    return x._version if torch.compiler.is_compiling() or not x.is_inference() else None
+
+
+def _same_version(before: int | None, now: int | None) -> bool:
+    if not torch.compiler.is_compiling():
+        return before == now
+    # A graph cannot be traced both ways, so that one that writes to a shared input does not compile.
+    torch._check(before == now, lambda: "Int8Linear: the input of a share group changed between its members' calls")
+    return True
+
+
+def _weight(tensors: dict[str, torch.Tensor], shape: tuple[int, ...]) -> QuantizedWeight:
+    return QuantizedWeight(tensors["codes"], tensors["scales"], None, None, INT8_PER_CHANNEL, tuple(shape))
+
+
+def _same(one: StaticActivation | None, other: StaticActivation | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    factors = one.smoothing_factor, other.smoothing_factor
+    if (factors[0] is None) != (factors[1] is None):
+        return False
+    same_factor = factors[0] is None or torch.equal(*factors)
+    return (one.scale, one.zero_point) == (other.scale, other.zero_point) and same_factor
+
+
+def _check_smoothing(activation: StaticActivation | None, in_features: int) -> None:
+    factor = None if activation is None else activation.smoothing_factor
+    if factor is not None and factor.shape != (in_features,):
+        raise ValueError(f"smoothing_factor: expected shape [{in_features}], got {list(factor.shape)}")
+
+
+@torch.library.custom_op(
+    "ipex_quant::int8_dequantize",
+    mutates_args=(),
+    schema="(Tensor data, Tensor? factor, SymInt[] out_features, SymInt in_features, int member, ScalarType dtype) "
+    "-> Tensor",
+)
+def _dequantize(data, factor, out_features, in_features, member, dtype):
+    packed = ops.PackedInt8(data, tuple(out_features), in_features)
+    return _effective_weight(ops.unpack_int8(packed.member(member))[0], factor, dtype)
+
+
+@_dequantize.register_fake
+def _(data, factor, out_features, in_features, member, dtype):
+    return data.new_empty(out_features[member], in_features, dtype=dtype)
+
+
+def _effective_weight(qw: QuantizedWeight, factor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    weight = affine.dequantize(qw, torch.float32)
+    return (weight if factor is None else weight * factor).to(dtype)

@@ -1,0 +1,228 @@
+"""`QuantizedModule`, the base of the modules with a packed weight, and `Placeholder`, which they are loaded into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..numerics.int8 import StaticActivation
+from .dequantized import DequantizedOnRead
+from .linears import FLOAT_DTYPES
+
+
+class QuantizedModule(nn.Module):
+    """A module that holds its weight packed for the CPU, and saves and loads it as plain tensors.
+
+    The state dict holds the tensors of `plain_tensors`; those named in `weight_names` load whole or not at all. Only
+    what `weight` and `bias` report follows ``.to(dtype)``. RuntimeError when it is moved off the CPU.
+    """
+
+    kind: ClassVar[str]
+    """Name of the class in saved configurations."""
+
+    entry_names: ClassVar[frozenset[str]]
+    """What `describe` tells of a module."""
+
+    weight_names: ClassVar[tuple[str, ...]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Remembers the dtype that `.to(dtype)` asked for, which only `weight` and `bias` report.
+        self.register_buffer("_float", torch.empty(0), persistent=False)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of `weight`."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the module holds: weight, bias and what its input is quantized with."""
+        raise NotImplementedError
+
+    def plain_tensors(self) -> dict[str, torch.Tensor]:
+        """What the state dict holds, by name; empty without a weight."""
+        raise NotImplementedError
+
+    def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The real values of the weight, in a new tensor; RuntimeError when there is none."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """What a saved configuration tells of the module, as JSON has it, for `placeholder` to read."""
+        raise NotImplementedError
+
+    @classmethod
+    def placeholder(cls, module: nn.Module, entry: dict[str, Any]) -> Placeholder:
+        """Where to load what `entry` describes, in the place of the float `module`; ValueError when they do not fit."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[QuantizedModule]:
+        """Modules with the loaded tensors, which share what they can; ValueError or TypeError when these do not fit."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as a float tensor that is only dequantized when its values are read.
+
+        Model code asks layers for ``weight.dtype``, ``.shape`` and ``.device``; these cost nothing. Writing to it
+        raises RuntimeError.
+        """
+        if torch.compiler.is_compiling():  # which cannot trace the stand-in, but drops values that nothing reads
+            return self._traced_weight()
+        return DequantizedOnRead(self)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias ``[out_features]`` in the dtype of `weight`, or None."""
+        bias = self._float_bias()
+        return None if bias is None else bias.to(self._float.dtype)
+
+    def _traced_weight(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _float_bias(self) -> torch.Tensor | None:
+        raise NotImplementedError
+
+    def _expected_names(self, given: dict[str, torch.Tensor]) -> list[str]:
+        """Names of the tensors that the module needs, when `given` are offered."""
+        return list(self.plain_tensors())
+
+    def _load_weight(self, tensors: dict[str, torch.Tensor]) -> None:
+        raise NotImplementedError
+
+    def _set_bias(self, bias: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedModule:
+        device = fn(torch.empty(0)).device
+        if device.type != "cpu":
+            raise RuntimeError(f"{type(self).__name__} is packed for the CPU, it cannot be moved to {device}")
+        before = {name: buffer for name, buffer in self._buffers.items() if name != "_float"}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if buffer is not None and self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer  # the ops take it in float32, whatever the dtype of the activations
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self.plain_tensors().items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = {prefix + name: name for name in (*self.weight_names, "bias")}
+        own = {names[key]: value for key, value in state_dict.items() if key in names}
+        rest = {key: value for key, value in state_dict.items() if key not in names}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        expected = self._expected_names(own)
+        missing = [name for name in expected if name not in own]
+        unexpected = [name for name in own if name not in expected]
+        missing_keys += [prefix + name for name in missing]
+        unexpected_keys += [prefix + name for name in unexpected]
+        weight_names = [name for name in self.weight_names if name in own]
+        if weight_names and set(self.weight_names).isdisjoint(missing + unexpected):
+            self._load(prefix, self._load_weight, own, error_msgs)
+        elif weight_names:  # not even without `strict`, of which torch tells only its caller
+            error_msgs.append(f"{prefix}codes: a weight loads whole or not at all, got {weight_names} of {expected}")
+        if "bias" in own and "bias" in expected:
+            self._load(prefix, self._set_bias, own["bias"], error_msgs)
+
+    @staticmethod
+    def _load(prefix: str, load: Any, value: Any, error_msgs: list[str]) -> None:
+        try:
+            load(value)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(prefix + str(error))
+
+
+class Placeholder(nn.Module):
+    """Where transformers loads the plain tensors of one quantized module to, before there is a module.
+
+    `tensors` gives dtype and shape of each, or None for one that the module does not have; `entry` is what a saved
+    configuration tells of the module, `shape` that of its weight.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        entry: dict[str, Any],
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]] | None],
+    ) -> None:
+        super().__init__()
+        self.entry = entry
+        self.shape = tuple(shape)
+        for name, kind in tensors.items():
+            tensor = None if kind is None else torch.empty(kind[1], dtype=kind[0], device="meta")
+            self.register_buffer(name, tensor)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        # Initializers of some models reach for the weights of their children; this one takes whatever they write.
+        return torch.empty(self.shape, device="meta")
+
+    def loaded(self) -> dict[str, torch.Tensor | None]:
+        """The tensors; ValueError for those that transformers did not find."""
+        missing = [name for name, tensor in self.named_buffers() if not getattr(tensor, "_is_hf_initialized", False)]
+        if missing:
+            raise ValueError(f"{', '.join(missing)}: missing in the checkpoint, or of another shape")
+        return dict(self._buffers)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether `module` has a packed weight."""
+    return isinstance(module, QuantizedModule)
+
+
+def autocast(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the dtype that torch.autocast asks for where it is on, as torch's own linear layers take it."""
+    return x.to(autocast_dtype(x))
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """Dtype of what `autocast` makes of `x`."""
+    on = torch.is_autocast_enabled("cpu") and x.dtype in FLOAT_DTYPES
+    return torch.get_autocast_dtype("cpu") if on else x.dtype
+
+
+def check_bias(bias: torch.Tensor, out_features: int) -> torch.Tensor:
+    """A float32 copy of `bias`; ValueError unless its shape is ``[out_features]``."""
+    if bias.shape != (out_features,):
+        raise ValueError(f"bias: expected shape [{out_features}], got {list(bias.shape)}")
+    return bias.detach().to(torch.float32, copy=True)
+
+
+def flag(entry: dict[str, Any], name: str) -> bool:
+    """Value `name` of a saved configuration's entry; ValueError when it is no bool."""
+    if not isinstance(entry[name], bool):
+        raise ValueError(f"{name}: expected true or false, got {entry[name]!r}")
+    return entry[name]
+
+
+def read_activation(tensors: dict[str, torch.Tensor | None]) -> StaticActivation | None:
+    """What `input_scale`, `input_zero_point` and `smoothing_factor` stand for, None without them.
+
+    Raises ValueError or TypeError when they are not float32 ``[1]``, int32 ``[1]`` and float32 ``[K]``.
+    """
+    scale, zero_point = tensors.get("input_scale"), tensors.get("input_zero_point")
+    if scale is None:
+        return None
+    for name, tensor, dtype in (("input_scale", scale, torch.float32), ("input_zero_point", zero_point, torch.int32)):
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+        if tensor.shape != (1,):
+            raise ValueError(f"{name}: expected shape [1], got {list(tensor.shape)}")
+    return StaticActivation(scale.item(), zero_point.item(), tensors.get("smoothing_factor"))
