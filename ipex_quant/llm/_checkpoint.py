@@ -28,6 +28,8 @@ def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, mapping: QConfigM
     have, a tensor that is missing or does not fit, and parameters that are left without values.
     """
     chosen, reasons = choose_qconfigs(mapping, model, read_weights=False)
+    if not all(isinstance(qconfig, QConfigWoq) for qconfig in chosen.values()):
+        raise ValueError("low_precision_checkpoint: it goes with a weight-only quantization_config")
     _check_stored(set(checkpoint), chosen, reasons, model)
     stored = {name for name in chosen if checkpoint.holds(name)}
     refused = refused_modules(reasons)

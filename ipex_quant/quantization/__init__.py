@@ -2,8 +2,17 @@
 
 from typing import Any
 
+from torch.ao.quantization import QConfigMapping
+
 from ..numerics.scheme import WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
-from ._qconfig import QConfigWoq, get_weight_only_quant_qconfig_mapping
+from . import _qconfig
+from ._calibration import calibrate, calibration_dataloader
+from ._qconfig import (
+    QConfigSmoothQuant,
+    QConfigWoq,
+    get_smooth_quant_qconfig_mapping,
+    get_weight_only_quant_qconfig_mapping,
+)
 from ._quantize import convert, prepare
 from ._quantize_utils import (
     dequantize_per_block,
@@ -13,14 +22,22 @@ from ._quantize_utils import (
 )
 
 __all__ = [
+    "QConfigSmoothQuant",
     "QConfigWoq",
     "WoqActQuantMode",
     "WoqLowpMode",
     "WoqWeightDtype",
     "WoqWeightQScheme",
+    "calibrate",
+    "calibration_dataloader",
     "convert",
+    "default_dynamic_qconfig",
+    "default_dynamic_qconfig_mapping",
+    "default_static_qconfig",
+    "default_static_qconfig_mapping",
     "dequantize_per_block",
     "dequantize_per_channel",
+    "get_smooth_quant_qconfig_mapping",
     "get_weight_only_quant_qconfig_mapping",
     "gptq",
     "prepare",
@@ -29,7 +46,14 @@ __all__ = [
 ]
 
 
+_DEFAULTS = ("default_dynamic_qconfig", "default_static_qconfig")
+
+
 def __getattr__(name: str) -> Any:
+    # A mapping can be changed, so each one who asks for a default gets a new one.
+    if name.removesuffix("_mapping") in _DEFAULTS:
+        qconfig = getattr(_qconfig, name.removesuffix("_mapping"))()
+        return QConfigMapping().set_global(qconfig) if name.endswith("_mapping") else qconfig
     # GPTQ brings transformers in, which quantizing a plain module does without.
     if name == "gptq":
         from ._gptq import gptq

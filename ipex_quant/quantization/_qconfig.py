@@ -1,12 +1,14 @@
-"""Configurations of weight-only quantization: `QConfigWoq` and the mapping that carries it."""
+"""Quantization configurations and the mappings that carry them: weight-only, SmoothQuant, static and dynamic."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
-from torch.ao.quantization import PlaceholderObserver, QConfigMapping
+from torch.ao.quantization import PlaceholderObserver, QConfig, QConfigMapping
 
 from ..numerics.scheme import (
     PER_CHANNEL,
@@ -15,6 +17,12 @@ from ..numerics.scheme import (
     WoqWeightDtype,
     WoqWeightQScheme,
     check_group_size,
+)
+from ..observers import (
+    HistogramObserver,
+    PerChannelMinMaxObserver,
+    SmoothQuantActivationObserver,
+    SmoothQuantWeightObserver,
 )
 
 _TORCH_DTYPES = {torch.qint8: WoqWeightDtype.INT8, torch.quint4x2: WoqWeightDtype.INT4}
@@ -35,6 +43,96 @@ class QConfigWoq(NamedTuple):
     group_size: int
     cache_weight_for_large_batch: bool
     weight_qscheme: WoqWeightQScheme
+
+
+class QConfigSmoothQuant(NamedTuple):
+    """How a linear layer is quantized with SmoothQuant.
+
+    `activation` and `weight` make its observers. With `share_weight_observers` linear layers of one parent that consume
+    the same tensor get one smoothing factor and so one quantized activation, else each its own.
+    """
+
+    activation: Callable[[], Any]
+    weight: Callable[[], Any]
+    share_weight_observers: bool = True
+
+
+class QuantizationKind(Enum):
+    """What a configuration asks for."""
+
+    WEIGHT_ONLY = "weight-only"
+    SMOOTH_QUANT = "SmoothQuant"
+    STATIC = "static"
+    DYNAMIC = "dynamic"
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self in (QuantizationKind.STATIC, QuantizationKind.SMOOTH_QUANT)
+
+
+def kind_of(qconfig: Any) -> QuantizationKind:
+    """Kind of a configuration; TypeError when it is none that this package knows."""
+    if isinstance(qconfig, QConfigWoq):
+        return QuantizationKind.WEIGHT_ONLY
+    if isinstance(qconfig, QConfigSmoothQuant):
+        return QuantizationKind.SMOOTH_QUANT
+    if isinstance(qconfig, QConfig):
+        observer = qconfig.activation()
+        if not isinstance(observer, PlaceholderObserver):
+            return QuantizationKind.STATIC
+        if observer.is_dynamic:
+            return QuantizationKind.DYNAMIC
+    raise TypeError(
+        "expected a weight-only, SmoothQuant, static or dynamic configuration, as get_*_qconfig_mapping and "
+        f"default_*_qconfig make them, got {qconfig!r}"
+    )
+
+
+def needs_calibration(configure: Any) -> bool:
+    """Whether a configuration, or any rule of a mapping, quantizes activations with what calibration finds."""
+    rules = [configure]
+    if isinstance(configure, QConfigMapping):
+        by_rule = configure.object_type_qconfigs, configure.module_name_regex_qconfigs, configure.module_name_qconfigs
+        rules = [configure.global_qconfig, *(qconfig for rule in by_rule for qconfig in rule.values())]
+    kinds = (kind_of(rule) for rule in rules if isinstance(rule, (QConfig, QConfigSmoothQuant)))
+    return any(kind.needs_calibration for kind in kinds)
+
+
+def default_static_qconfig() -> QConfig:
+    """IPEX's default for static quantization: histograms of activations, one range a channel of weights."""
+    return QConfig(activation=HistogramObserver.with_args(reduce_range=False), weight=_per_channel_weight())
+
+
+def default_dynamic_qconfig() -> QConfig:
+    """Activations quantized as they come, a scale a token; one range a channel of weights."""
+    dynamic = PlaceholderObserver.with_args(dtype=torch.float, is_dynamic=True)
+    return QConfig(activation=dynamic, weight=_per_channel_weight())
+
+
+def get_smooth_quant_qconfig_mapping(
+    alpha: float = 0.5,
+    act_observer: Callable[[], Any] | None = None,
+    act_ic_observer: Callable[[], Any] | None = None,
+    wei_observer: Callable[[], Any] | None = None,
+    wei_ic_observer: Callable[[], Any] | None = None,
+    share_weight_observers: bool = True,
+) -> QConfigMapping:
+    """Mapping whose global configuration quantizes linear layers with SmoothQuant (Xiao et al. 2023).
+
+    `alpha` in 0..1 is how much of the difficulty moves from activations to weights. The observers, ours or torch's, are
+    factories: of whole activations (for layers that are not smoothed), of activations per input channel, of weights per
+    output channel, and per input channel. Other alphas for some modules: give ``set_module_name`` or
+    ``set_module_name_regex`` of the mapping the `global_qconfig` of another one. Raises ValueError for an `alpha`
+    outside 0..1, TypeError for one that is no number.
+    """
+    activation = SmoothQuantActivationObserver.with_args(
+        alpha=alpha, act_observer=act_observer, act_ic_observer=act_ic_observer
+    )
+    weight = SmoothQuantWeightObserver.with_args(
+        alpha=alpha, wei_observer=wei_observer, wei_ic_observer=wei_ic_observer
+    )
+    activation(), weight()  # bad arguments are refused here rather than by prepare
+    return QConfigMapping().set_global(QConfigSmoothQuant(activation, weight, share_weight_observers))
 
 
 def get_weight_only_quant_qconfig_mapping(
@@ -88,6 +186,10 @@ def get_weight_only_quant_qconfig_mapping(
         weight_qscheme=_resolve_qscheme(WoqWeightQScheme(weight_qscheme), weight_dtype, lowp_mode),
     )
     return QConfigMapping().set_global(qconfig)
+
+
+def _per_channel_weight() -> Callable[[], Any]:
+    return PerChannelMinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_channel_symmetric)
 
 
 def _resolve_qscheme(

@@ -1,47 +1,66 @@
-"""`prepare` and `convert`: from a float model to one with quantized linear layers."""
+"""`prepare` and `convert`: from a float model to one with quantized layers."""
 
 from __future__ import annotations
 
+import math
+import os
 import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.ao.quantization import QConfig, QConfigMapping
 
-from ..nn import WeightOnlyQuantizedLinear
+from ..nn import QuantizedModule, WeightOnlyQuantizedLinear
 from ..nn.linears import holds_experts, is_linear
+from ..smoothquant.folding import is_norm
+from ..smoothquant.tracing import SharedInput, trace_groups
 from ._description import describe, is_pretrained
-from ._qconfig import QConfigWoq
+from ._example import Example
+from ._int8 import int8_replacements
+from ._observed import ATTRIBUTE, Observed, make_groups, observed
+from ._qconfig import QConfigSmoothQuant, QConfigWoq, QuantizationKind, kind_of
 from ._rules import choose_qconfigs, refused_modules
+from ._summary import load_qconf_summary, read_summary, save_qconf_summary, summary_groups
 from ._swap import copy_sharing_parameters, own_parameters, swap_modules
+from ._tidy import drop_dropout, fold_batch_norms
 from ._tying import untie
 
 FLOAT_REASONS = "_ipex_quant_float_reasons"
-"""Attribute of a prepared or converted model: ``{module name: why it stays in float}`` of its linear layers."""
+"""Attribute of a prepared or converted model: ``{module name: why it stays in float}`` of its layers."""
 
 _PREPARED = "q_config"
+_SUMMARY_METHODS = {"save_qconf_summary": save_qconf_summary, "load_qconf_summary": load_qconf_summary}
 
 
 def prepare(
     model: nn.Module,
-    configure: QConfigMapping | QConfig | QConfigWoq,
+    configure: QConfigMapping | QConfig | QConfigSmoothQuant | QConfigWoq,
     example_inputs: Any = None,
     inplace: bool = False,
     bn_folding: bool = True,
     example_kwarg_inputs: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Mark the linear layers of `model` that `configure` quantizes, for `convert` to replace.
+    """Mark the layers of `model` that `configure` quantizes, and observe their inputs where calibration needs them.
 
     Every rule of the mapping counts, by torch's precedence (module name, regex, type, global); None leaves a module in
-    float. Weight-only quantization needs no examples and traces nothing, so `example_inputs`, `bn_folding` and
-    `example_kwarg_inputs` have no effect on it. Without `inplace` a copy is marked that shares the parameters' memory
-    with `model`. Raises TypeError for another kind of model or configuration, ValueError for one that is not
-    weight-only.
+    float. Linear layers are quantized, with static configurations ``nn.Conv2d`` too.
+
+    Static and SmoothQuant configurations need an example, `example_inputs` (a tensor or a tuple of positional
+    arguments) or `example_kwarg_inputs`, which `model` is run on once: layers of one parent that consume the same
+    tensor will share its quantization. Then calibrate: run batches through the result, here or with `calibrate`.
+    Dynamic ones may have an example, to the same end; weight-only ones ignore it. Where activations are quantized,
+    dropout becomes identity, and with `bn_folding` a BatchNorm is folded into the layer whose output only it reads; the
+    model keeps its class. The result has the methods `save_qconf_summary` and `load_qconf_summary`.
+
+    Without `inplace` a copy is prepared that shares the parameters' memory with `model`. Raises TypeError for another
+    kind of model or configuration, ValueError without an example where one is needed, with both, or when the model
+    cannot be called with it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Only support nn.Module prepare for quantization path, got {type(model).__name__}")
-    if isinstance(configure, (QConfig, QConfigWoq)):
+    if isinstance(configure, (QConfig, QConfigSmoothQuant, QConfigWoq)):
         warnings.warn("QConfig are deprecated. Please use QConfigMapping instead", DeprecationWarning, stacklevel=2)
         configure = QConfigMapping().set_global(configure)
     if not isinstance(configure, QConfigMapping):
@@ -50,48 +69,132 @@ def prepare(
             f"but got {type(configure)}"
         )
     chosen, reasons = choose_qconfigs(configure, model)
+    kinds = {kind_of(qconfig) for qconfig in chosen.values()}
+    example = None
+    if kinds - {QuantizationKind.WEIGHT_ONLY}:
+        needed = any(kind.needs_calibration for kind in kinds)
+        example = Example.of(model, example_inputs, example_kwarg_inputs, needed)
+    model = mark(model, configure, chosen, reasons, inplace)
+    activations = {name: qconfig for name, qconfig in chosen.items() if not isinstance(qconfig, QConfigWoq)}
+    if activations:
+        drop_dropout(model)
+        if example is not None and bn_folding:
+            fold_batch_norms(model, activations, example)
+        observe(model, activations, example)
+    return model
+
+
+def mark(
+    model: nn.Module, mapping: QConfigMapping, chosen: dict[str, Any], reasons: dict[str, str], inplace: bool
+) -> nn.Module:
+    """Note in `model`, or else in a copy, what `choose_qconfigs` found; an earlier preparation is forgotten."""
     model = model if inplace else copy_sharing_parameters(model)
+    _forget(model)
     for name in (*chosen, *reasons):
         model.get_submodule(name).qconfig = chosen.get(name)
-    setattr(model, _PREPARED, configure)
+    setattr(model, _PREPARED, mapping)
     setattr(model, FLOAT_REASONS, reasons)
     return model
 
 
+def prepare_with_summary(
+    model: nn.Module, mapping: QConfigMapping, path: str | os.PathLike, example: Example | None, inplace: bool
+) -> nn.Module:
+    """As `prepare`, with the parameters in the qconf summary at `path`, which also tells the groups without `example`.
+
+    Raises OSError and ValueError as `load_qconf_summary`, before `model` changes in any way that matters to it.
+    """
+    chosen, reasons = choose_qconfigs(mapping, model)
+    groups = summary_groups(read_summary(path), chosen.keys())
+    model = mark(model, mapping, chosen, reasons, inplace)
+    drop_dropout(model)
+    activations = {name: qconfig for name, qconfig in chosen.items() if not isinstance(qconfig, QConfigWoq)}
+    observe(model, activations, example, groups)
+    load_qconf_summary(model, path)
+    return model
+
+
+def observe(
+    model: nn.Module, qconfigs: dict[str, Any], example: Example | None, groups: Sequence[SharedInput] = ()
+) -> None:
+    """Attach observers to the layers in `qconfigs`, in the groups that `example` shows, or else in `groups`."""
+    if example is not None:
+        norms = {name for name, module in model.named_modules() if is_norm(module)}
+        groups = trace_groups(model, qconfigs.keys(), norms, partial(example.run, model))
+    Observed(make_groups(groups, qconfigs, model)).attach(model)
+    for name, method in _SUMMARY_METHODS.items():
+        setattr(model, name, partial(method, model))
+
+
 def convert(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Replace the linear layers that `prepare` marked by quantized ones, one at a time.
+    """Replace the layers that `prepare` marked by quantized ones, one at a time.
 
     With `inplace` each float weight is freed as its layer is replaced, unless something else refers to it; without, the
     result is a copy and `model` stays as it is, so that no more than both exist. The result shares no memory with the
     model that `prepare` copied: what stays in float is copied now. A `model` that is itself a linear layer is not
     changed but its replacement returned.
 
+    Activations are quantized with what calibration, or a loaded summary, found; a layer that calibration never reached
+    stays in float, with a warning. SmoothQuant's factors are folded into the norm before a layer where nothing else
+    reads it, else into the quantization of the activation. No float weight is left to quantize at run time.
+
     The configuration of a transformers model gets the entry that `from_pretrained` and `ipex_quant.llm.load` need;
     should the model change after that, `ipex_quant.llm.save` describes it anew. Quantized weights are untied from
     others. Warns when most weights stay in float for another reason than the mapping. Raises TypeError for another kind
-    of model, RuntimeError for one that was not prepared, ValueError when no layer is or can be quantized, saying why,
-    and when a weight holds NaN or Inf, naming the module.
+    of model, RuntimeError for one that was not prepared or not calibrated, ValueError when no layer is or can be
+    quantized, saying why, and when a weight holds NaN or Inf, naming the module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Only support nn.Module convert for quantization path, got {type(model).__name__}")
     if not hasattr(model, _PREPARED):
         raise RuntimeError("Please do prepare the model before doing convert")
-    marked = marked_modules(model)
-    if not marked:
-        check_any_quantized(model)
+    if hasattr(model, ATTRIBUTE):
+        check_calibrated(observed(model))
     model = model if inplace else copy_sharing_parameters(model)
-    untie(model, marked)
-    model = swap_modules(model, {name: partial(_from_float, name) for name in marked})
+    replacements = _replacements(model)
+    _forget(model)
+    if not replacements:
+        check_any_quantized(model)
+    untie(model, replacements)
+    model = swap_modules(model, replacements)
     own_parameters(model)
     warn_if_mostly_float(model, refused_modules(getattr(model, FLOAT_REASONS, {})))
     for module in model.modules():
         if hasattr(module, "qconfig"):
             del module.qconfig
-    if hasattr(model, _PREPARED):
-        delattr(model, _PREPARED)
     if is_pretrained(model):
         model.config.quantization_config = describe(model)
     return model
+
+
+def check_calibrated(observations: Observed) -> None:
+    """Raise RuntimeError when calibration has reached none of the layers that need it."""
+    waiting = [group for group in observations.static_groups if any(layer.quantized for layer in group.layers)]
+    if waiting and not any(group.has_data for group in waiting):
+        names = [layer.name or "the model" for group in waiting for layer in group.layers]
+        more = f", ... ({len(names)} layers)" if len(names) > 8 else ""
+        raise RuntimeError(
+            f"convert: not calibrated: {', '.join(names[:8])}{more} have seen no data; first run batches through the "
+            "prepared model, or call its load_qconf_summary"
+        )
+
+
+def _replacements(model: nn.Module) -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """What makes the successor of each layer to quantize, by name; reasons are noted for those that cannot be."""
+    replacements = {name: partial(_from_float, name) for name in marked_modules(model)}
+    if hasattr(model, ATTRIBUTE):
+        found, reasons = int8_replacements(model, observed(model))
+        replacements |= found
+        setattr(model, FLOAT_REASONS, getattr(model, FLOAT_REASONS) | reasons)
+    return replacements
+
+
+def _forget(model: nn.Module) -> None:
+    """Take off what `prepare` attached to `model`, but for the reasons."""
+    if hasattr(model, ATTRIBUTE):
+        observed(model).detach(model)
+    for name in (_PREPARED, *_SUMMARY_METHODS):
+        vars(model).pop(name, None)
 
 
 def marked_modules(model: nn.Module) -> list[str]:
@@ -105,7 +208,7 @@ def marked_modules(model: nn.Module) -> list[str]:
 
 def check_any_quantized(model: nn.Module) -> None:
     """Raise ValueError, with the first few reasons, when no layer of a prepared or converted model is quantized."""
-    if any(isinstance(module, WeightOnlyQuantizedLinear) for module in model.modules()):
+    if any(isinstance(module, QuantizedModule) for module in model.modules()):
         return
     reasons = getattr(model, FLOAT_REASONS)
     if not reasons:
@@ -120,8 +223,8 @@ def warn_if_mostly_float(model: nn.Module, refused: list[str]) -> None:
     experts = [name for name, module in model.named_modules() if holds_experts(module)]
     parameters = (p for name in (*refused, *experts) for p in model.get_submodule(name).parameters())
     in_float = sum(parameter.numel() for parameter in parameters if parameter.dim() > 1)
-    quantized = (module for module in model.modules() if isinstance(module, WeightOnlyQuantizedLinear))
-    if in_float > sum(module.in_features * module.out_features for module in quantized):
+    quantized = (module for module in model.modules() if isinstance(module, QuantizedModule))
+    if in_float > sum(math.prod(module.weight_shape) for module in quantized):
         kinds = [f"{len(refused)} linear layers"] * bool(refused)
         kinds += [f"the experts in 3-D parameters of {len(experts)} modules"] * bool(experts)
         warnings.warn(

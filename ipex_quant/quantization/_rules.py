@@ -1,4 +1,4 @@
-"""Which linear layers of a model a torch `QConfigMapping` quantizes, and why it leaves the others in float."""
+"""Which layers of a model a torch `QConfigMapping` quantizes, and why it leaves the others in float."""
 
 from __future__ import annotations
 
@@ -9,38 +9,40 @@ from typing import Any
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 
-from ..nn.linears import is_linear, obstacle, weight_obstacle
-from ._qconfig import QConfigWoq
+from ..nn.linears import conv_obstacle, is_linear, obstacle, weight_obstacle
+from ._qconfig import kind_of
 
 _BY_RULE = "the mapping's "
 
 
 def choose_qconfigs(
     mapping: QConfigMapping, model: nn.Module, read_weights: bool = True
-) -> tuple[dict[str, QConfigWoq], dict[str, str]]:
-    """Configuration of every linear layer of `model` to quantize, and why each other one stays in float, by name.
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Configuration of every layer of `model` to quantize, and why each other one stays in float, by name.
 
-    Without `read_weights` the layers' own weights do not matter. Raises ValueError for a configuration that is not
-    weight-only.
+    Layers are linear ones and, where activations are quantized statically, ``nn.Conv2d``. Without `read_weights` the
+    layers' own weights do not matter. Raises TypeError for a configuration of an unknown kind.
     """
     _check_rules(mapping, model)
     chosen, reasons = {}, {}
     for name, module in model.named_modules():
-        if not is_linear(module):
+        if not is_linear(module) and not isinstance(module, nn.Conv2d):
             continue
         path = name.split(".") if name else []
         lineage = [model.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1)]
         qconfig, rule = _find_qconfig(mapping, name, lineage)
-        if qconfig is None:
+        try:
+            kind = None if qconfig is None else kind_of(qconfig)
+        except TypeError as error:
+            raise TypeError(f"{name or 'the model'}: the mapping's {rule}: {error}") from None
+        if isinstance(module, nn.Conv2d) and kind is not None and not kind.needs_calibration:
+            continue
+        if kind is None:
             reasons[name] = f"{_BY_RULE}{rule} is None"
             continue
-        if not isinstance(qconfig, QConfigWoq):
-            raise ValueError(
-                f"{name or 'the model'}: the mapping's {rule} is a {type(qconfig).__name__}, not a weight-only "
-                "configuration; make one with get_weight_only_quant_qconfig_mapping (static and dynamic quantization "
-                "of activations are not supported yet)"
-            )
-        reason = obstacle(module, lineage[1] if path else None) or (read_weights and weight_obstacle(module))
+        parent = lineage[1] if path else None
+        reason = conv_obstacle(module) if isinstance(module, nn.Conv2d) else obstacle(module, parent)
+        reason = reason or (read_weights and weight_obstacle(module))
         if reason:
             reasons[name] = reason
         else:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.ao.quantization import QConfigMapping, default_qconfig
+from torch.ao.quantization import QConfigMapping
 
 import ipex_quant as ipex
 from ipex_quant.nn import WeightOnlyQuantizedLinear
@@ -171,8 +171,12 @@ def test_a_training_model_comes_back_with_its_optimizer(llama):
         ({"device": "cuda"}, RuntimeError, r"Device \[cuda\] is not supported"),
         ({"device": "xpu"}, RuntimeError, r"Device \[xpu\] is not available"),
         ({"dtype": torch.float64}, ValueError, r"dtype: expected torch.float32.*got torch.float64"),
-        ({"qconfig_summary_file": "x.json"}, ValueError, "qconfig_summary_file: static quantization"),
-        ({"quantization_config": QConfigMapping().set_global(default_qconfig)}, ValueError, "not a weight-only"),
+        ({"qconfig_summary_file": "x.json"}, ValueError, "qconfig_summary_file: it goes with a static"),
+        (
+            {"quantization_config": int4(), "qconfig_summary_file": "x.json"},
+            ValueError,
+            "qconfig_summary_file: it goes with a static",
+        ),
         ({"quantization_config": 4}, TypeError, "should be an instance of QConfigMapping"),
         ({"quantization_config": QConfigMapping()}, ValueError, "none of the 15 linear layers can be quantized"),
     ],

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.ao.quantization import QConfigMapping, default_qconfig
+from torch.ao.quantization import QConfigMapping
 
 import ipex_quant as ipex
 from ipex_quant.nn import WeightOnlyQuantizedLinear
@@ -214,12 +214,6 @@ def test_a_plain_qconfig_is_deprecated(model, mapping):
     with pytest.warns(DeprecationWarning, match="QConfig are deprecated. Please use QConfigMapping instead"):
         prepared = prepare(model, mapping.global_qconfig)
     assert len(quantized_names(convert(prepared))) == 3
-
-
-@pytest.mark.parametrize("qconfig", [default_qconfig, torch.ao.quantization.default_dynamic_qconfig])
-def test_static_and_dynamic_configurations_are_refused(model, qconfig):
-    with pytest.raises(ValueError, match="not a weight-only configuration"):
-        prepare(model, QConfigMapping().set_global(qconfig), example_inputs=TOKENS)
 
 
 def test_the_package_offers_them(model, mapping):

@@ -100,10 +100,11 @@ def test_a_name_that_no_module_has_warns(mapping):
         choice(mapping.set_module_name("haed", None))
 
 
-def test_a_configuration_that_is_not_weight_only_raises(mapping):
-    static = torch.ao.quantization.default_qconfig
-    with pytest.raises(ValueError, match=r"head: the mapping's set_module_name.* is a QConfig, not a weight-only"):
-        choice(mapping.set_module_name("head", static))
+def test_a_configuration_of_an_unknown_kind_raises(mapping):
+    with pytest.raises(
+        TypeError, match=r"head: the mapping's set_module_name.*: expected a weight-only, .*got 8"
+    ):
+        choice(mapping.set_module_name("head", 8))
 
 
 def test_rules_that_are_not_supported_raise(mapping):

@@ -1,0 +1,123 @@
+"""From observed layers to INT8 modules: one for each layer, one packed weight for each share group."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..nn import Int8Conv2d, Int8Linear
+from ..nn.linears import is_linear, weight_matrix
+from ..numerics.int8 import StaticActivation, quantize_per_channel
+from ..numerics.quantized_weight import QuantizedWeight
+from ..smoothquant.folding import fold_into_norm
+from ._observed import LayerParameters, Observed, ObservedGroup, ObservedLayer
+from ._qconfig import QuantizationKind
+
+Replacements = dict[str, Callable[[nn.Module], nn.Module]]
+
+
+def int8_replacements(model: nn.Module, observations: Observed) -> tuple[Replacements, dict[str, str]]:
+    """What makes the INT8 successor of each observed layer, by name, and why the others stay in float.
+
+    Smoothing factors are folded into norms of `model` where they can be. Warns about layers without data.
+    """
+    replacements: Replacements = {}
+    reasons: dict[str, str] = {}
+    for group in observations.groups:
+        wanted = [layer for layer in group.layers if layer.quantized]
+        reasons |= {layer.name: "the qconf summary leaves it in float" for layer in group.layers if not layer.quantized}
+        if not group.has_data:
+            reasons |= {layer.name: "calibration never reached it" for layer in wanted}
+            continue
+        for part in _fused_parts(model, observations, group, wanted):
+            if is_linear(model.get_submodule(part.names[0])):
+                replacements |= {name: partial(part.successor, model, name) for name in part.names}
+            else:
+                replacements |= {name: partial(_convolution, name, part.activation) for name in part.names}
+    unreached = [name for name, reason in reasons.items() if reason == "calibration never reached it"]
+    if unreached:
+        warnings.warn(
+            f"calibration never reached {len(unreached)} layers, which stay in float: {', '.join(unreached[:8])}"
+            + (", ..." if len(unreached) > 8 else ""),
+            stacklevel=4,
+        )
+    return replacements, reasons
+
+
+@dataclass
+class _FusedPart:
+    """Layers of a share group with the same parameters for their input: one quantization of it, one GEMM."""
+
+    names: list[str]
+    activation: StaticActivation | None
+    parameters: list[LayerParameters | None]
+    _made: dict[str, Int8Linear] | None = None
+
+    def successor(self, model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+        """The new module of one member; the first call makes those of all members."""
+        if self._made is None:
+            modules = [model.get_submodule(each) for each in self.names]
+            weights = [
+                _quantized(name, weight_matrix(each), parameters)
+                for name, each, parameters in zip(self.names, modules, self.parameters, strict=True)
+            ]
+            biases = [each.bias for each in modules]
+            made = Int8Linear.make_group(weights, biases, self.activation, modules[0].weight.dtype)
+            self._made = dict(zip(self.names, made, strict=True))
+        return self._made.pop(name).train(module.training)
+
+
+def _fused_parts(
+    model: nn.Module, observations: Observed, group: ObservedGroup, wanted: Sequence[ObservedLayer]
+) -> list[_FusedPart]:
+    if group.kind is QuantizationKind.DYNAMIC:
+        return [_FusedPart([layer.name for layer in wanted], None, [None] * len(wanted))] if wanted else []
+    parameters = dict(zip((layer.name for layer in group.layers), observations.parameters(model, group), strict=True))
+    parts: list[_FusedPart] = []
+    for layer in wanted:
+        own = parameters[layer.name]
+        part = next((part for part in parts if _same(part.activation, own.activation)), None)
+        if part is None:
+            part = _FusedPart([], own.activation, [])
+            parts.append(part)
+        part.names.append(layer.name)
+        part.parameters.append(own)
+    if len(parts) == 1 and len(wanted) == len(group.layers) and group.producer is not None:
+        _fold(model.get_submodule(group.producer), parts[0])
+    return parts
+
+
+def _fold(norm: nn.Module, part: _FusedPart) -> None:
+    factor = part.activation.smoothing_factor
+    if factor is not None and fold_into_norm(norm, factor):
+        part.activation = replace(part.activation, smoothing_factor=None)
+
+
+def _same(one: StaticActivation, other: StaticActivation) -> bool:
+    if (one.scale, one.zero_point) != (other.scale, other.zero_point):
+        return False
+    factors = one.smoothing_factor, other.smoothing_factor
+    return factors[0] is factors[1] or (all(factor is not None for factor in factors) and torch.equal(*factors))
+
+
+def _quantized(name: str, weight: torch.Tensor, parameters: LayerParameters | None) -> QuantizedWeight:
+    weight = weight.float()
+    try:
+        if parameters is None:
+            return quantize_per_channel(weight)
+        factor = parameters.weight_factor
+        return quantize_per_channel(weight if factor is None else weight * factor, parameters.weight_scales)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name or 'the model'}: {error}") from error
+
+
+def _convolution(name: str, activation: StaticActivation, module: nn.Conv2d) -> nn.Module:
+    try:
+        return Int8Conv2d.from_float(module, activation).train(module.training)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name or 'the model'}: {error}") from error
