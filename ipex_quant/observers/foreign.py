@@ -54,15 +54,14 @@ def describe_observer(observer: nn.Module) -> dict[str, Any]:
 
 def check_reducible(observer: nn.Module) -> None:
     """TypeError, naming the class, when `reduce_observer` cannot combine the statistics of several ranks."""
-    parts = list(observer.children()) or [observer]
-    for part in parts:
-        if isinstance(part, MovingAverageMinMaxObserver):
-            part.reduce()
-        if not isinstance(part, Observer) and type(part) not in _REDUCIBLE:
-            raise TypeError(
-                f"{type(part).__module__}.{type(part).__name__}: its statistics cannot be combined over ranks; "
-                "use an observer of ipex_quant.observers, or calibrate in one process"
-            )
+    observer = getattr(observer, "active", observer)
+    if isinstance(observer, MovingAverageMinMaxObserver):
+        observer.reduce()
+    if not isinstance(observer, Observer) and type(observer) not in _REDUCIBLE:
+        raise TypeError(
+            f"{type(observer).__module__}.{type(observer).__name__}: its statistics cannot be combined over ranks; "
+            "use an observer of ipex_quant.observers, or calibrate in one process"
+        )
 
 
 def reduce_observer(observer: nn.Module, group: dist.ProcessGroup | None = None) -> None:

@@ -64,9 +64,8 @@ class _Pair(nn.Module):
         return getattr(self, self.plain).calculate_qparams()
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Combine the statistics of all ranks of `group`."""
-        for observer in self.children():
-            reduce_observer(observer, group)
+        """Combine the statistics of all ranks of `group`; TypeError when the active observer's cannot be."""
+        reduce_observer(self.active, group)
 
     def _describe(self, **observers: nn.Module) -> dict[str, Any]:
         plain = getattr(self, self.plain)
