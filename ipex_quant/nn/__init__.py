@@ -3,7 +3,7 @@
 from . import modules
 from .int8_conv2d import Int8Conv2d
 from .int8_linear import Int8Linear
-from .quantized_module import Placeholder, QuantizedModule, is_quantized
+from .quantized_module import Placeholder, QuantizedModule
 from .weight_only_linear import WeightOnlyQuantizedLinear
 from .weight_tensors import QuantDtype, QuantMethod, WoqWeightFormat
 
@@ -16,6 +16,5 @@ __all__ = [
     "QuantizedModule",
     "WeightOnlyQuantizedLinear",
     "WoqWeightFormat",
-    "is_quantized",
     "modules",
 ]

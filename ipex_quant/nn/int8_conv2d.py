@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from ..numerics import affine
 from ..numerics.int8 import StaticActivation, quantize_per_channel
 from ..numerics.quantized_weight import QuantizedWeight
 from ..ops.int8 import INT8_PER_CHANNEL
@@ -22,9 +21,10 @@ class Int8Conv2d(QuantizedModule):
     """An ``nn.Conv2d`` whose input and weight ``[out, in / groups, height, width]`` are quantized to 8 bits.
 
     `x` is float32, bfloat16 or float16 ``[N, C, H, W]`` or ``[C, H, W]`` on the CPU; the result is in its dtype, or
-    under torch.autocast in autocast's, and has no gradient. `from_float` makes a module. The state dict holds plain
-    tensors: `codes` int8 as the weight, `scales` float32 ``[out, 1]``, `input_scale` float32 ``[1]``,
-    `input_zero_point` int32 ``[1]``, and `bias` float32 where there is one.
+    under torch.autocast in autocast's, and has no gradient. torch.jit cannot trace it. `from_float` makes a module.
+
+    The state dict holds plain tensors: `codes` int8 as the weight, `scales` float32 ``[out, 1]``, `input_scale` float32
+    ``[1]``, `input_zero_point` int32 ``[1]``, and `bias` float32 where there is one.
     """
 
     kind = "int8_conv2d"
@@ -96,7 +96,7 @@ class Int8Conv2d(QuantizedModule):
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The real values of the weight, in a new tensor."""
-        return affine.dequantize(self.quantized_weight(), dtype).view(self.weight_shape)
+        return torch.ops.ipex_quant.int8_conv_dequantize(self._packed, self._scales, dtype)
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
         """Weight, bias and what the input is quantized with, as the state dict has them."""
@@ -178,9 +178,6 @@ class Int8Conv2d(QuantizedModule):
     def _float_bias(self) -> torch.Tensor | None:
         return self._bias
 
-    def _traced_weight(self) -> torch.Tensor:
-        return self.dequantized_weight(self._float.dtype)
-
     def _load_weight(self, tensors: dict[str, torch.Tensor]) -> None:
         codes = tensors["codes"]
         if tuple(codes.shape) != self.weight_shape:
@@ -197,3 +194,13 @@ class Int8Conv2d(QuantizedModule):
         plain = state.pop("_plain")
         super().__setstate__(state)
         self._set_weight(plain, self.activation)
+
+
+@torch.library.custom_op("ipex_quant::int8_conv_dequantize", mutates_args=())  # of what compilers cannot look into
+def _dequantize(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (packed.to_dense().float() * scales[:, None, None, None]).to(dtype)
+
+
+@_dequantize.register_fake
+def _(packed, scales, dtype):
+    return scales.new_empty(packed.shape, dtype=dtype)

@@ -216,7 +216,7 @@ class ShareGroup:
         self.packed = ops.pack_int8(weights)
         self.inputs = inputs
         self.bias: torch.Tensor | None = None
-        self._pending: _Pending | None = None
+        self._pending: _Pending | None = None  # one immutable object, so that threads see all of it or nothing
         for member, bias in enumerate(biases):
             if bias is not None:
                 self.set_bias(member, bias)
@@ -251,6 +251,7 @@ class ShareGroup:
         joined = torch.zeros(sum(counts)) if self.bias is None else self.bias.clone()
         joined.split(counts)[member].copy_(check_bias(bias, counts[member]))
         self.bias = joined
+        self._pending = None
 
     def replace(self, member: int, weight: QuantizedWeight, activation: StaticActivation | None) -> None:
         """Give one member another weight and activation; ValueError when they do not fit."""
@@ -289,7 +290,7 @@ class ShareGroup:
 
 
 def _version(x: torch.Tensor) -> int | None:
-    # Dynamo traces the version but not the question; tensors of inference mode have versions once they are functional.
+    # Tensors of inference mode have no version, and Dynamo cannot trace the question whether one is such.
     return x._version if torch.compiler.is_compiling() or not x.is_inference() else None
 
 

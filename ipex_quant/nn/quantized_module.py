@@ -83,7 +83,7 @@ class QuantizedModule(nn.Module):
         return None if bias is None else bias.to(self._float.dtype)
 
     def _traced_weight(self) -> torch.Tensor:
-        raise NotImplementedError
+        return self.dequantized_weight(self._float.dtype)
 
     def _float_bias(self) -> torch.Tensor | None:
         raise NotImplementedError
@@ -180,11 +180,6 @@ class Placeholder(nn.Module):
         if missing:
             raise ValueError(f"{', '.join(missing)}: missing in the checkpoint, or of another shape")
         return dict(self._buffers)
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether `module` has a packed weight."""
-    return isinstance(module, QuantizedModule)
 
 
 def autocast(x: torch.Tensor) -> torch.Tensor:
