@@ -7,7 +7,7 @@ import re
 import torch
 from torch import nn
 
-from ..nn import WeightOnlyQuantizedLinear
+from ..nn import QuantizedModule
 from ..quantization._description import main_dtype
 
 
@@ -21,7 +21,7 @@ def cast_float(model: nn.Module, dtype: torch.dtype) -> None:
     exceptions = _kept_in_float32(model, dtype)
     main = main_dtype(model)
     for name, module in model.named_modules():
-        if isinstance(module, WeightOnlyQuantizedLinear):
+        if isinstance(module, QuantizedModule):
             module.to(dtype)
             continue
         saved = {key for key in module._buffers if key not in module._non_persistent_buffers_set}

@@ -7,9 +7,11 @@ from dataclasses import astuple, dataclass, fields
 from torch import nn
 
 from .. import ops
-from ..nn import WeightOnlyQuantizedLinear
+from ..nn import Int8Conv2d, Int8Linear, QuantizedModule, WeightOnlyQuantizedLinear
 from ..nn.linears import holds_experts, is_linear, weight_matrix
 from ..numerics.scheme import WoqLowpMode
+from ..ops.int8 import INT8_PER_CHANNEL
+from ..quantization._description import share_groups
 from ..quantization._quantize import FLOAT_REASONS
 
 
@@ -61,10 +63,13 @@ def explain(model: nn.Module) -> Explanation:
     returned as well, with its data in `rows`.
     """
     reasons = getattr(model, FLOAT_REASONS, {})
+    siblings = {name: [each for each in group if each != name] for group in share_groups(model) for name in group}
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, WeightOnlyQuantizedLinear):
-            rows.append(_quantized_row(name, module))
+            rows.append(_weight_only_row(name, module))
+        elif isinstance(module, QuantizedModule):
+            rows.append(_int8_row(name, module, siblings.get(name, [])))
         elif any(p.dim() > 1 for p in module.parameters(recurse=False)):
             rows.append(_float_row(name, module, reasons.get(name) or _reason(module)))
     explanation = Explanation(tuple(rows))
@@ -72,7 +77,7 @@ def explain(model: nn.Module) -> Explanation:
     return explanation
 
 
-def _quantized_row(name: str, module: WeightOnlyQuantizedLinear) -> Row:
+def _weight_only_row(name: str, module: WeightOnlyQuantizedLinear) -> Row:
     dtype = module.weight.dtype
     mode, act = module._lowp_mode, module._act_quant_mode
     compute = mode.name.lower() if mode != WoqLowpMode.NONE else str(dtype).removeprefix("torch.")
@@ -83,6 +88,18 @@ def _quantized_row(name: str, module: WeightOnlyQuantizedLinear) -> Row:
         return Row(name, module.dtype.name.lower(), shape, compute, "", "", 0, "it has no weight yet")
     kernel = ops.kernel_name(module.scheme, mode, dtype)
     return Row(name, str(module.scheme), shape, compute, kernel, ops.isa_name(), module.nbytes)
+
+
+def _int8_row(name: str, module: Int8Linear | Int8Conv2d, siblings: list[str]) -> Row:
+    compute = "int8 (per token)"
+    if module.activation is not None:
+        smoothed = ", smoothed" if module.activation.smoothing_factor is not None else ""
+        compute = f"int8 (static per-tensor{smoothed})"
+    if siblings:
+        compute += f", fused with {', '.join(each.rpartition('.')[2] for each in siblings)}"
+    native = isinstance(module, Int8Linear)
+    kernel, isa = ("int8 dot", ops.isa_name()) if native else ("torch int8 convolution", "")
+    return Row(name, str(INT8_PER_CHANNEL), module.weight_shape, compute, kernel, isa, module.nbytes)
 
 
 def _float_row(name: str, module: nn.Module, reason: str) -> Row:

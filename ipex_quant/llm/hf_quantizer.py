@@ -16,14 +16,10 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..nn import WeightOnlyQuantizedLinear
-from ..nn.linears import FLOAT_DTYPES, is_linear, weight_matrix
-from ..numerics.quantized_weight import CODE_DTYPES, QuantizedWeight, code_columns
-from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
-from ..quantization._description import METHOD, VERSION, describe
+from ..nn import Int8Linear, Placeholder
+from ..nn.linears import FLOAT_DTYPES
+from ..quantization._description import KINDS, METHOD, VERSION, describe
 from ..quantization._tying import untie
-
-_ENTRY_KEYS = {"weight_dtype", "symmetric", "group_size", "act_order", "bias", "lowp_mode", "act_quant_mode"}
 
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of `device_map` that leave the choice to the library."""
@@ -34,11 +30,14 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 class IpexQuantConfig(QuantizationConfigMixin):
     """Entry `quantization_config` of a saved model's config.json.
 
-    `modules` maps the name of each quantized module to its scheme and compute mode; `dtype` is the one of everything
-    else. Raises ValueError for another version, or an entry that is not what `describe` writes.
+    `modules` maps the name of each quantized module to what its class tells of it; `dtype` is the one of everything
+    else; `share_groups` lists the names of modules with one packed weight. Raises ValueError for another version, or an
+    entry that is not what `describe` writes.
     """
 
-    def __init__(self, modules: Any = None, dtype: Any = None, version: Any = None, **others: Any) -> None:
+    def __init__(
+        self, modules: Any = None, dtype: Any = None, version: Any = None, share_groups: Any = (), **others: Any
+    ) -> None:
         if version != VERSION:
             raise ValueError(f"quantization_config.version: expected {VERSION}, got {version!r}; update ipex_quant")
         if dtype not in _DTYPES:
@@ -46,12 +45,13 @@ class IpexQuantConfig(QuantizationConfigMixin):
         if not isinstance(modules, dict):
             raise ValueError(f"quantization_config.modules: expected names with entries, got {modules!r}")
         for name, entry in modules.items():
-            if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
-                raise ValueError(f"quantization_config: {name}: expected {sorted(_ENTRY_KEYS)}, got {entry!r}")
+            _check_entry(name, entry)
+        _check_groups(share_groups, modules)
         self.quant_method = METHOD
         self.version = version
         self.dtype = dtype
         self.modules = modules
+        self.share_groups = list(share_groups)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -107,17 +107,20 @@ class IpexQuantizer(HfQuantizer):
         entries = self.quantization_config.modules
         untie(model, entries)
         for name, entry in entries.items():
-            module = _PlainLinear(_linear(model, name), entry)
-            model.set_submodule(name, module)
+            model.set_submodule(name, _placeholder(model, name, entry))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name in self.quantization_config.modules:
-            plain = model.get_submodule(name)
+        config = self.quantization_config
+        grouped = {name for group in config.share_groups for name in group}
+        singles = [[name] for name in config.modules if name not in grouped]
+        for names in (*config.share_groups, *singles):
+            loaded = [model.get_submodule(name) for name in names]
             try:
-                packed = plain.pack()
+                modules = KINDS[config.modules[names[0]]["kind"]].from_placeholders(loaded)
             except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from error
-            model.set_submodule(name, packed.to(self.quantization_config.torch_dtype))
+                raise type(error)(f"{', '.join(names)}: {error}") from error
+            for name, module in zip(names, modules, strict=True):
+                model.set_submodule(name, module.to(config.torch_dtype))
         model.config.quantization_config = self.quantization_config.to_dict()
         return model
 
@@ -130,56 +133,37 @@ def register() -> None:
         register_quantizer(METHOD)(IpexQuantizer)
 
 
-class _PlainLinear(nn.Module):
-    """Where transformers loads the plain tensors of one quantized linear to."""
-
-    def __init__(self, linear: nn.Module, entry: dict[str, Any]) -> None:
-        super().__init__()
-        self.shape = tuple(weight_matrix(linear).shape)
-        self.scheme = WeightScheme(
-            _member(WoqWeightDtype, entry["weight_dtype"]), entry["symmetric"], entry["group_size"]
-        )
-        self.modes = _member(WoqLowpMode, entry["lowp_mode"]), _member(WoqActQuantMode, entry["act_quant_mode"])
-        if self.modes == (WoqLowpMode.INT8, WoqActQuantMode.NONE):
-            raise ValueError("quantization_config: lowp_mode int8 quantizes activations, got act_quant_mode none")
-        rows, columns = self.shape
-        grid = (rows, self.scheme.group_count(columns))
-        kinds = {
-            "codes": (CODE_DTYPES[self.scheme.dtype], (rows, code_columns(self.scheme.dtype, columns))),
-            "scales": (torch.float32, grid),
-            "zero_points": None if self.scheme.symmetric else (torch.int16, grid),
-            "g_idx": (torch.int32, (columns,)) if entry["act_order"] else None,
-            "bias": (torch.float32, (rows,)) if entry["bias"] else None,
-        }
-        for name, kind in kinds.items():
-            tensor = None if kind is None else torch.empty(kind[1], dtype=kind[0], device="meta")
-            self.register_buffer(name, tensor)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        # Initializers of some models reach for the weights of their children; this one takes whatever they write.
-        return torch.empty(self.shape, device="meta")
-
-    def pack(self) -> WeightOnlyQuantizedLinear:
-        missing = [name for name, tensor in self.named_buffers() if not getattr(tensor, "_is_hf_initialized", False)]
-        if missing:
-            raise ValueError(f"{', '.join(missing)}: missing in the checkpoint, or of another shape")
-        qw = QuantizedWeight(self.codes, self.scales, self.zero_points, self.g_idx, self.scheme, self.shape)
-        return WeightOnlyQuantizedLinear.from_quantized_weight(qw, self.bias, *self.modes)
+def _check_entry(name: str, entry: Any) -> None:
+    """Raise ValueError unless `entry` names a kind and tells of a module what that kind has to know."""
+    kind = entry.get("kind") if isinstance(entry, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"quantization_config: {name}: expected a kind of {list(KINDS)}, got {entry!r}")
+    expected = {"kind"} | KINDS[kind].entry_names
+    if entry.keys() != expected:
+        raise ValueError(f"quantization_config: {name}: expected {sorted(expected)}, got {entry!r}")
 
 
-def _linear(model: nn.Module, name: str) -> nn.Module:
+def _check_groups(groups: Any, modules: dict[str, Any]) -> None:
+    """Raise ValueError unless `groups` are lists of alike INT8 linears of `modules`, each in one list at most."""
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, list) for group in groups):
+        raise ValueError(f"quantization_config.share_groups: expected lists of names, got {groups!r}")
+    names = [name for group in groups for name in group]
+    if any(not isinstance(name, str) or modules.get(name, {}).get("kind") != Int8Linear.kind for name in names):
+        raise ValueError(f"quantization_config.share_groups: expected names of INT8 linear layers, got {groups}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"quantization_config.share_groups: expected each module once, got {groups}")
+    for group in groups:
+        inputs = [(modules[name]["activation"], modules[name]["smoothed"]) for name in group]
+        if not inputs or any(each != inputs[0] for each in inputs):
+            raise ValueError(f"quantization_config.share_groups: expected modules with the same input, got {group}")
+
+
+def _placeholder(model: nn.Module, name: str, entry: dict[str, Any]) -> Placeholder:
     try:
         module = model.get_submodule(name)
     except AttributeError as error:
         raise ValueError(f"quantization_config: the model has no module {name!r}") from error
-    if not is_linear(module):
-        raise ValueError(f"quantization_config: {name} is a {type(module).__name__}, no linear layer")
-    return module
-
-
-def _member(enum: Any, name: str) -> Any:
-    names = {member.name.lower(): member for member in enum}
-    if name not in names:
-        raise ValueError(f"quantization_config: expected one of {list(names)}, got {name!r}")
-    return names[name]
+    try:
+        return KINDS[entry["kind"]].placeholder(module, entry)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"quantization_config: {name}: {error}") from error

@@ -12,7 +12,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ..nn import WeightOnlyQuantizedLinear
+from ..nn import QuantizedModule
 from ..quantization._description import METHOD, describe
 
 MAX_SHARD_SIZE = "5GB"
@@ -27,7 +27,7 @@ def save(model: PreTrainedModel, directory: str | os.PathLike, tokenizer: Any = 
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
-    if not any(isinstance(module, WeightOnlyQuantizedLinear) for module in model.modules()):
+    if not any(isinstance(module, QuantizedModule) for module in model.modules()):
         raise ValueError("model: expected one that ipex_quant.llm.optimize or quantization.convert quantized")
     model.config.quantization_config = describe(model)
     directory = Path(directory)

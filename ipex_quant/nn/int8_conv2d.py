@@ -117,7 +117,7 @@ class Int8Conv2d(QuantizedModule):
     def placeholder(cls, module: nn.Module, entry: dict[str, Any]) -> Placeholder:
         """Tensors of the convolution `module`; ValueError when it is none that can be quantized."""
         if not isinstance(module, nn.Conv2d) or conv_obstacle(module):
-            raise ValueError(f"expected a Conv2d that can be quantized, got {module}")
+            raise ValueError(f"expected a Conv2d that can be quantized, got a {type(module).__name__}")
         rows, shape = module.out_channels, tuple(module.weight.shape)
         tensors = {
             "codes": (torch.int8, shape),
@@ -127,18 +127,20 @@ class Int8Conv2d(QuantizedModule):
             "bias": (torch.float32, (rows,)) if flag(entry, "bias") else None,
         }
         place = Placeholder(shape, entry, tensors)
-        place.empty = cls(module)
+        vars(place)["conv"] = module  # which is no child, with tensors to load
         return place
 
     @classmethod
     def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[Int8Conv2d]:
         """One module for each; ValueError or TypeError for tensors that do not fit."""
+        modules = []
         for place in loaded:
-            tensors = place.loaded()
-            place.empty._load_weight(tensors)
+            module, tensors = cls(place.conv), place.loaded()
+            module._load_weight(tensors)
             if tensors["bias"] is not None:
-                place.empty._set_bias(tensors["bias"])
-        return [place.empty for place in loaded]
+                module._set_bias(tensors["bias"])
+            modules.append(module)
+        return modules
 
     def extra_repr(self) -> str:
         fields = {

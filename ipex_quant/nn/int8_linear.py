@@ -13,7 +13,7 @@ from ..numerics import affine
 from ..numerics.int8 import StaticActivation
 from ..numerics.quantized_weight import QuantizedWeight
 from ..ops.int8 import INT8_PER_CHANNEL
-from .linears import weight_matrix
+from .linears import linear_shape
 from .quantized_module import Placeholder, QuantizedModule, autocast, autocast_dtype, check_bias, flag, read_activation
 
 ACTIVATIONS = ("static", "per_token")
@@ -117,7 +117,7 @@ class Int8Linear(QuantizedModule):
         static, smoothed = entry["activation"] == "static", flag(entry, "smoothed")
         if smoothed and not static:
             raise ValueError("smoothed: expected false where the input is quantized per token, got true")
-        rows, columns = weight_matrix(module).shape
+        rows, columns = linear_shape(module)
         tensors = {
             "codes": (torch.int8, (rows, columns)),
             "scales": (torch.float32, (rows, 1)),

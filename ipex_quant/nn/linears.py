@@ -23,6 +23,13 @@ def weight_matrix(module: nn.Module) -> torch.Tensor:
     return module.weight.detach().t() if isinstance(module, _conv1d()) else module.weight.detach()
 
 
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """``(out_features, in_features)`` of a linear layer; ValueError for another module."""
+    if not is_linear(module):
+        raise ValueError(f"expected a linear layer, got a {type(module).__name__}")
+    return tuple(weight_matrix(module).shape)
+
+
 def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
     """Why no quantized layer can stand where the linear layer `module`, a child of `parent`, is; None when one can."""
     base = next(cls for cls in (nn.Linear, *_conv1d()) if isinstance(module, cls))

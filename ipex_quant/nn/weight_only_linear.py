@@ -20,8 +20,8 @@ from ..numerics.scheme import (
     WoqWeightDtype,
     WoqWeightQScheme,
 )
-from .linears import weight_matrix
-from .quantized_module import Placeholder, QuantizedModule, autocast, check_bias
+from .linears import linear_shape, weight_matrix
+from .quantized_module import Placeholder, QuantizedModule, autocast, check_bias, flag
 from .weight_tensors import QuantDtype, QuantMethod, WoqWeightFormat, read_tensors
 
 
@@ -257,14 +257,14 @@ class WeightOnlyQuantizedLinear(QuantizedModule):
         scheme, (lowp_mode, act_quant_mode) = _scheme(entry), _modes(entry)
         if lowp_mode == WoqLowpMode.INT8 and act_quant_mode == WoqActQuantMode.NONE:
             raise ValueError("lowp_mode int8 quantizes activations, got act_quant_mode none")
-        rows, columns = weight_matrix(module).shape
+        rows, columns = linear_shape(module)
         grid = (rows, scheme.group_count(columns))
         tensors = {
             "codes": (CODE_DTYPES[scheme.dtype], (rows, code_columns(scheme.dtype, columns))),
             "scales": (torch.float32, grid),
             "zero_points": None if scheme.symmetric else (torch.int16, grid),
-            "g_idx": (torch.int32, (columns,)) if entry["act_order"] else None,
-            "bias": (torch.float32, (rows,)) if entry["bias"] else None,
+            "g_idx": (torch.int32, (columns,)) if flag(entry, "act_order") else None,
+            "bias": (torch.float32, (rows,)) if flag(entry, "bias") else None,
         }
         return Placeholder((rows, columns), entry, tensors)
 
@@ -382,7 +382,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule):
 
 
 def _scheme(entry: dict[str, Any]) -> WeightScheme:
-    return WeightScheme(_member(WoqWeightDtype, entry["weight_dtype"]), entry["symmetric"], entry["group_size"])
+    return WeightScheme(_member(WoqWeightDtype, entry["weight_dtype"]), flag(entry, "symmetric"), entry["group_size"])
 
 
 def _modes(entry: dict[str, Any]) -> tuple[WoqLowpMode, WoqActQuantMode]:

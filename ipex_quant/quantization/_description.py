@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..nn import WeightOnlyQuantizedLinear
+from ..nn import Int8Conv2d, Int8Linear, QuantizedModule, WeightOnlyQuantizedLinear
 
 METHOD = "ipex_quant"
 VERSION = 1
 """Version of the entry and of the tensors it describes."""
+
+KINDS: dict[str, type[QuantizedModule]] = {
+    module.kind: module for module in (WeightOnlyQuantizedLinear, Int8Linear, Int8Conv2d)
+}
+"""Quantized modules by the name that saved configurations have for them."""
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -26,10 +31,22 @@ def is_pretrained(model: nn.Module) -> bool:
 def describe(model: nn.Module) -> dict[str, Any]:
     """The entry `quantization_config` for the quantized modules of `model`, as they are now."""
     modules = {
-        name: _entry(module) for name, module in model.named_modules() if isinstance(module, WeightOnlyQuantizedLinear)
+        name: {"kind": module.kind, **module.describe()}
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedModule)
     }
     dtype = str(main_dtype(model)).removeprefix("torch.")
-    return {"quant_method": METHOD, "version": VERSION, "dtype": dtype, "modules": modules}
+    groups = share_groups(model)
+    return {"quant_method": METHOD, "version": VERSION, "dtype": dtype, "modules": modules, "share_groups": groups}
+
+
+def share_groups(model: nn.Module) -> list[list[str]]:
+    """Names of the modules that share one packed weight, first member first; those without a sibling are left out."""
+    groups = defaultdict(dict)
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Linear):
+            groups[id(module.share_group)][module.member] = name
+    return [[members[i] for i in sorted(members)] for members in groups.values() if len(members) > 1]
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:
@@ -39,15 +56,3 @@ def main_dtype(model: nn.Module) -> torch.dtype:
         if parameter.is_floating_point():
             counts[parameter.dtype] += parameter.numel()
     return max(counts, key=counts.__getitem__)
-
-
-def _entry(module: WeightOnlyQuantizedLinear) -> dict[str, Any]:
-    return {
-        "weight_dtype": module.dtype.name.lower(),
-        "symmetric": module.scheme.symmetric,
-        "group_size": module.scheme.group_size,
-        "act_order": module._perm is not None,
-        "bias": module._bias is not None,
-        "lowp_mode": module._lowp_mode.name.lower(),
-        "act_quant_mode": module._act_quant_mode.name.lower(),
-    }

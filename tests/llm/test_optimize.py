@@ -138,6 +138,7 @@ def test_the_configuration_describes_the_modules(llama):
     assert (config["quant_method"], config["version"], config["dtype"]) == ("ipex_quant", 1, "bfloat16")
     assert len(config["modules"]) == 15
     assert config["modules"]["lm_head"] == {
+        "kind": "weight_only",
         "weight_dtype": "int4",
         "symmetric": False,
         "group_size": 32,

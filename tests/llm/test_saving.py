@@ -200,7 +200,7 @@ def test_other_directories_are_refused(llama, tmp_path):
         (lambda q: q.update(modules=[]), r"quantization_config\.modules: expected names"),
         (lambda q: q["modules"].update(lm_head=None), "lm_head: expected .*, got None"),
         (lambda q: q["modules"].update({"model.nothing": q["modules"]["lm_head"]}), "no module 'model.nothing'"),
-        (lambda q: q["modules"].update({"model.norm": q["modules"]["lm_head"]}), "model.norm is a LlamaRMSNorm"),
+        (lambda q: q["modules"].update({"model.norm": q["modules"]["lm_head"]}), "model.norm: expected a linear layer, got a LlamaRMSNorm"),
         (lambda q: q["modules"]["lm_head"].pop("bias"), "lm_head: expected "),
         (lambda q: q["modules"]["lm_head"].update(weight_dtype="int5"), r"expected one of \['int8'"),
         (lambda q: q["modules"]["lm_head"].update(act_quant_mode="none"), "lowp_mode int8 quantizes activations"),
