@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from ..numerics.int8 import StaticActivation, affine_parameters, quantize_per_channel
-from ..numerics.quantized_weight import QuantizedWeight
+from ..numerics.int8 import StaticActivation, affine_parameters
 
 _EPS = 1e-6
 """Keeps the factor of a channel that is always 0 finite; IPEX's value."""
@@ -49,16 +48,6 @@ def smooth_activation(act_low: torch.Tensor, act_high: torch.Tensor, s_act: torc
         )
     scale, zero_point = affine_parameters((act_low.float() * s_act).min(), (act_high.float() * s_act).max())
     return StaticActivation(scale.item(), int(zero_point), s_act)
-
-
-def smooth_weight(weight: torch.Tensor, s_act: torch.Tensor, s_weight: torch.Tensor | None = None) -> QuantizedWeight:
-    """INT8 codes of a weight ``[N, K]`` for an activation multiplied by `s_act`, float32 ``[K]``.
-
-    The columns are multiplied by `s_weight`, float32 ``[K]``, which gives IPEX's bits when it is
-    `weight_smoothing_factor`'s or read from a summary, and by ``1 / s_act`` when it is None. Raises as
-    `quantize_per_channel` does.
-    """
-    return quantize_per_channel(weight.detach().float() * (1.0 / s_act if s_weight is None else s_weight))
 
 
 def _largest(
