@@ -275,7 +275,7 @@ def test_a_value_that_is_not_finite_names_the_layer(block, batches, bad, name):
     prepared = prepare(block, mappings()[name], batches[0])
     wrong = batches[0].clone()
     wrong[0, 0, 0] = bad
-    with pytest.raises(ValueError, match="^q: input of the layer: expected finite values"):
+    with pytest.raises(ValueError, match=r"^q: input of the layer: expected finite values"):
         prepared(wrong)
 
 
