@@ -95,11 +95,10 @@ class Int8Linear(QuantizedModule):
         return _effective_weight(self.quantized_weight(), self._smoothing_factor, dtype)
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
-        """Weight, bias and what the input is quantized with, as the state dict has them."""
-        qw = self.quantized_weight()
-        bias = self._float_bias()
-        tensors = {"codes": qw.codes, "scales": qw.scales} | self.share_group.inputs[self.member].plain_tensors()
-        return tensors if bias is None else tensors | {"bias": bias}
+        """Weight, bias and what the input is quantized with, in new tensors: files may not hold one under two names."""
+        qw, bias = self.quantized_weight(), self._float_bias()
+        tensors = self.share_group.inputs[self.member].plain_tensors() | ({} if bias is None else {"bias": bias})
+        return {"codes": qw.codes, "scales": qw.scales} | {name: tensor.clone() for name, tensor in tensors.items()}
 
     def describe(self) -> dict[str, Any]:
         """How the input is quantized, and whether there is a bias."""
