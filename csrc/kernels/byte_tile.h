@@ -12,11 +12,14 @@ namespace IPEX_QUANT_ISA_NS {
 constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
 constexpr int kByteRows = kLanes == 16 ? 6 : 4;
 
-// Adds the sum over a fold of x * w, for unsigned x.
-template <int Rows, int Vectors, bool Narrow>
+// Adds the sum over `length` of x * w, for unsigned x. With Prefetch it asks for what follows `length`.
+template <int Rows, int Vectors, bool Narrow, bool Prefetch = false>
 IPEX_QUANT_INLINE inline void multiply_bytes(vi (&acc)[Rows][Vectors], const uint8_t* x, int64_t stride,
                                              const int8_t* panel, int64_t length) {
   for (int64_t k = 0; k < length; k += 4, x += 4, panel += 4 * kTileN) {
+    if constexpr (Prefetch)
+      unroll<Vectors>([&](auto v)
+                          IPEX_QUANT_INLINE { __builtin_prefetch(panel + length * kTileN + v * kVectorBytes); });
     S8<Narrow> w[Vectors];
     unroll<Vectors>([&](auto v) IPEX_QUANT_INLINE { w[v] = as_s8<Narrow>(load_i(panel + v * kVectorBytes)); });
     unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {

@@ -7,21 +7,29 @@
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
 
+// k of a tile that all rows meet before its next part: 256 KB of codes, which stay in the second-level cache.
+constexpr int64_t kInt8Part = 4096;
+// Where a register tile covers less than a line group, several passes read it. In decode they take a page at a time,
+// and ask for the one that follows: the hardware does not see the stream.
+constexpr bool kSplitLines = kLanes < 16;
+constexpr int64_t kInt8Page = 64;
+
 // Adds x * w over `length` of k to Rows rows of int32 sums [.., kTileN].
-template <int Rows>
+template <int Rows, bool Prefetch>
 inline void add_products(const uint8_t* x, int64_t stride, const int8_t* codes, int64_t length, int32_t* sums) {
   constexpr int kVectors = kLanes == 16 || Rows == 1 ? 4 : 2;
   for (int64_t column = 0; column < kTileN; column += kVectors * kLanes) {
     vi acc[Rows][kVectors];
     unroll2<Rows, kVectors>([&](auto m, auto v)
                                 IPEX_QUANT_INLINE { acc[m][v] = load_i(sums + m * kTileN + column + v * kLanes); });
-    multiply_bytes<Rows, kVectors, false>(acc, x, stride, codes + 4 * column, length);
+    multiply_bytes<Rows, kVectors, false, Prefetch>(acc, x, stride, codes + 4 * column, length);
     unroll2<Rows, kVectors>([&](auto m, auto v)
                                 IPEX_QUANT_INLINE { store_i(sums + m * kTileN + column + v * kLanes, acc[m][v]); });
   }
 }
 
 // The same for any number of rows, in register tiles as equal as can be: none is too low to be fast.
+template <bool Prefetch>
 inline void add_row_products(const uint8_t* x, int64_t stride, const int8_t* codes, int64_t length, int64_t rows,
                              int32_t* sums) {
   const int64_t blocks = (rows + kByteRows - 1) / kByteRows;
@@ -29,22 +37,17 @@ inline void add_row_products(const uint8_t* x, int64_t stride, const int8_t* cod
     const int64_t begin = block * rows / blocks, count = (block + 1) * rows / blocks - begin;
     unroll<kByteRows>([&](auto i) {
       constexpr int kRows = decltype(i)::value + 1;
-      if (count == kRows) add_products<kRows>(x + begin * stride, stride, codes, length, sums + begin * kTileN);
+      if (count == kRows)
+        add_products<kRows, Prefetch && (kRows > 1)>(x + begin * stride, stride, codes, length, sums + begin * kTileN);
     });
   }
-}
-
-// k after which the next block of rows takes its turn. A single block streams the tile; two blocks share what stays in
-// the first-level cache; more share what stays in the second-level cache.
-inline int64_t int8_chunk(int64_t rows) {
-  if (kLanes == 16 && rows <= kByteRows) return kInt8Fold;
-  return rows <= kDecodeRows ? 256 : 4096;
 }
 
 inline void int8_tile(const Int8Args& args, const Output& output, const uint8_t* tile, int64_t column, int64_t begin,
                       int64_t end, uint8_t* scratch) {
   const Int8Geometry& g = *args.geometry;
-  const int64_t rows = end - begin, chunk = int8_chunk(rows);
+  const bool by_page = kSplitLines && end - begin <= kDecodeRows;
+  const int64_t rows = end - begin, part = by_page ? kInt8Page : kInt8Part;
   const float* scales = reinterpret_cast<const float*>(tile);
   const int32_t* code_sums = reinterpret_cast<const int32_t*>(tile) + kTileN;
   const int8_t* codes = reinterpret_cast<const int8_t*>(tile + g.head_bytes);
@@ -61,9 +64,11 @@ inline void int8_tile(const Int8Args& args, const Output& output, const uint8_t*
       for (int64_t n = 0; n < kTileN; n += kLanes) store_i(sums + m * kTileN + n, mul_i(load_i(code_sums + n), zero));
     }
     const int64_t fold_end = fold + 1 < g.folds ? (fold + 1) * kInt8Fold : g.padded_k;
-    for (int64_t k = fold * kInt8Fold; k < fold_end; k += chunk)
-      add_row_products(args.x + begin * args.stride + k, args.stride, codes + k * kTileN,
-                       fold_end - k < chunk ? fold_end - k : chunk, rows, sums);
+    for (int64_t k = fold * kInt8Fold; k < fold_end; k += part) {
+      const auto add = by_page ? add_row_products<kSplitLines> : add_row_products<false>;
+      add(args.x + begin * args.stride + k, args.stride, codes + k * kTileN, fold_end - k < part ? fold_end - k : part,
+          rows, sums);
+    }
     for (int64_t i = 0; totals && i < rows * kTileN; ++i) totals[i] += sums[i];
   }
   for (int64_t m = 0; m < rows; ++m) {
