@@ -6,7 +6,8 @@ from torch.ao.quantization import QConfigMapping
 
 from ..numerics.scheme import WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
 from . import _qconfig
-from ._calibration import calibrate, calibration_dataloader
+from ._calibration import calibrate
+from ._calibration_data import calibration_dataloader
 from ._qconfig import (
     QConfigSmoothQuant,
     QConfigWoq,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..woq.layer_walk import evaluating
+from ..nn.modes import evaluating
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class LayerParameters:
 
 @dataclass
 class ObservedLayer:
-    """One layer whose activation is quantized. `parameters` are those of a loaded summary, until data replace them.
+    """One layer whose activation is quantized. `parameters` are those of a loaded summary; data come first.
 
     A summary may leave it in float, `quantized` False.
     """
@@ -89,7 +89,7 @@ class ObservedGroup:
     @property
     def has_data(self) -> bool:
         """Whether there is what it takes to quantize: statistics, or parameters of a summary."""
-        return self.observer is None or self.layers[0].parameters is not None or has_data(self.observer)
+        return self.observer is None or has_data(self.observer) or self.layers[0].parameters is not None
 
     def reset(self) -> None:
         """Forget statistics and parameters."""
@@ -106,8 +106,6 @@ class ObservedGroup:
         x = input_tensor(args, kwargs)
         if x is None or not self._last.is_new(x, name):
             return
-        for layer in self.layers:
-            layer.parameters = None
         try:
             observe(self.observer, x.detach())
         except ValueError as error:
@@ -148,8 +146,8 @@ class Observed:
         delattr(model, ATTRIBUTE)
 
     def parameters(self, model: nn.Module, group: ObservedGroup) -> list[LayerParameters]:
-        """Static parameters of the layers of `group`: those of a loaded summary, or computed from what was observed."""
-        if group.layers[0].parameters is not None:
+        """Static parameters of the layers of `group`: from what was observed, or else those of a loaded summary."""
+        if not has_data(group.observer):
             return [layer.parameters for layer in group.layers]
         modules = [model.get_submodule(layer.name) for layer in group.layers]
         qconfig = group.layers[0].qconfig

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..nn.linears import is_linear, weight_matrix
+from ..nn.modes import evaluating
 from ..numerics.affine import dequantize
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme
@@ -83,18 +84,6 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if best is None:
         raise ValueError(f"model: {type(model).__name__} has no nn.ModuleList of transformer blocks with linear layers")
     return best[1], best[2]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` in evaluation mode, and back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _Stop(Exception):  # noqa: N818 - no error, it ends a forward pass whose rest is not needed

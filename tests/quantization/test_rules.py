@@ -101,9 +101,7 @@ def test_a_name_that_no_module_has_warns(mapping):
 
 
 def test_a_configuration_of_an_unknown_kind_raises(mapping):
-    with pytest.raises(
-        TypeError, match=r"head: the mapping's set_module_name.*: expected a weight-only, .*got 8"
-    ):
+    with pytest.raises(TypeError, match=r"head: the mapping's set_module_name.*: expected a weight-only, .*got 8"):
         choice(mapping.set_module_name("head", 8))
 
 

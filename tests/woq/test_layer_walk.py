@@ -10,7 +10,7 @@ from ipex_quant.nn.linears import weight_matrix
 from ipex_quant.numerics.affine import dequantize
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
 from ipex_quant.woq.gptq import GptqOptions, HessianAccumulator, quantize_weight
-from ipex_quant.woq.layer_walk import evaluating, find_blocks, quantize_blocks
+from ipex_quant.woq.layer_walk import find_blocks, quantize_blocks
 from ipex_quant.woq.rtn import rtn
 
 SCHEME = WeightScheme(WoqWeightDtype.INT4, False, 16)
@@ -313,15 +313,6 @@ def test_blocks_that_are_not_called(batches):
     model.forward = lambda input_ids: input_ids
     with pytest.raises(RuntimeError, match="Model did not call block 0"):
         quantize_blocks(model, batches, SCHEME)
-
-
-def test_evaluating_restores_every_module():
-    model = _model().train()
-    model.head.eval()
-    with evaluating(model):
-        assert not any(module.training for module in model.modules())
-    assert model.training
-    assert not model.head.training
 
 
 def test_nothing_warns_when_all_is_well(batches):
