@@ -84,10 +84,10 @@ def read_summary(path: str | os.PathLike) -> dict[str, Any]:
 def summary_groups(document: Mapping[str, Any], names: Collection[str]) -> list[SharedInput]:
     """Groups of the layers `names` of one parent that have the same input tensor, as a summary tells them."""
     groups: dict[tuple[str, Any], list[str]] = {}
-    for parent, infos in document.items():
-        for op in infos["q_op_infos"].values():
-            if op.get("op_type_is_module") and op["fqn"] in names:
-                groups.setdefault((parent, op["input_tensor_infos"][0]["id"]), []).append(op["fqn"])
+    for _, op in _module_ops(document):
+        if op["fqn"] in names:
+            parent = op["fqn"].rpartition(".")[0]
+            groups.setdefault((parent, op["input_tensor_infos"][0]["id"]), []).append(op["fqn"])
     return [SharedInput(tuple(members)) for members in groups.values()]
 
 
@@ -148,6 +148,8 @@ def _write_group(
     }
     for (_, op), own in zip(ops, parameters, strict=True):
         source, weight = op["input_tensor_infos"][0], op["weight_tensor_infos"][0]
+        for info in (source, weight):
+            info.pop("smooth_quant_scaling_factor", None)
         if smoothed:
             source["scale"] = {key: [each.scale] for key, each in keyed.items()}
             source["zero_point"] = {key: [each.zero_point] for key, each in keyed.items()}

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import ipex_quant as ipex
 from ipex_quant.nn import Int8Linear
 from ipex_quant.quantization import convert, get_smooth_quant_qconfig_mapping, prepare
+from ipex_quant.quantization._observed import observed
+from ipex_quant.quantization._quantize import prepare_with_summary
 
 DATA = Path(__file__).parent / "data"
 """``ipex_qconf_*.json`` were written by ``save_qconf_summary`` of IPEX 2.8.0."""
@@ -143,6 +146,130 @@ def test_the_form_is_that_of_ipex(attention, tmp_path):
         assert mine["input_tensor_infos"][0].keys() == other["input_tensor_infos"][0].keys()
         assert mine["weight_tensor_infos"][0].keys() == other["weight_tensor_infos"][0].keys()
     assert ours["0"]["input_tensor_infos"] == ours["1"]["input_tensor_infos"]
+
+
+class TwoBlockAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 4, bias=False), nn.Linear(8, 4, bias=False)
+        self.o = nn.Linear(4, 8)
+
+    def forward(self, x):
+        q, k, v = self.q(x)[..., :4], self.k(x), self.v(x)
+        scores = torch.softmax(torch.matmul(q, k.transpose(-1, -2)), dim=-1)
+        return self.o(torch.matmul(scores, v))
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up = nn.Linear(8, 6, bias=False), nn.Linear(8, 6, bias=False)
+        self.down = nn.Linear(6, 8)
+
+    def forward(self, x):
+        return self.down(nn.functional.gelu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.attn, self.mlp = TwoBlockAttention(), Mlp()
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class TwoBlocks(nn.Module):
+    """The module that IPEX wrote the other files for, with ``bn_folding=False``; with True the traced one."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.embed, self.model.norm = nn.Embedding(16, 8), nn.LayerNorm(8)
+        self.model.layers = nn.ModuleList([Block(), Block()])
+        self.lm_head = nn.Linear(8, 16, bias=False)
+
+    def forward(self, input_ids):
+        x = self.model.embed(input_ids)
+        for layer in self.model.layers:
+            x = layer(x)
+        return self.lm_head(self.model.norm(x))
+
+
+@pytest.fixture
+def two_blocks():
+    model = TwoBlocks().eval().requires_grad_(False)
+    tensors = load_file(DATA / "ipex_two_blocks.safetensors")
+    weights = {name.removeprefix("weights."): each for name, each in tensors.items() if name.startswith("weights.")}
+    model.load_state_dict(weights)
+    return model, [tensors[f"input_ids.{i}"] for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "name", ["static", "smoothquant", "smoothquant_unshared", "smoothquant_edited", "smoothquant_traced"]
+)
+def test_a_nested_model_of_ipex(two_blocks, tmp_path, name):
+    model, batches = two_blocks
+    file = DATA / f"ipex_qconf_{name}.json"
+    mapping = static() if name == "static" else smooth(share_weight_observers="unshared" not in name)
+    prepared = prepare(model, mapping, example_inputs=batches[0])
+    prepared.load_qconf_summary(file)
+    prepared.save_qconf_summary(tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text()) == json.loads(file.read_text())
+    converted = convert(prepared)
+    in_float = {n for n, module in converted.named_modules() if isinstance(module, nn.Linear)}
+    edited = {"model.layers.0.attn.q", "model.layers.0.mlp.down"}
+    assert in_float == (edited if name == "smoothquant_edited" else set())
+    expected, actual = model(batches[0]), converted(batches[0])
+    assert 0 < (actual - expected).norm() / expected.norm() < 0.02
+
+    from_file = prepare_with_summary(model, mapping, file, None, inplace=False)
+    groups = [[layer.name.rpartition(".")[2] for layer in group.layers] for group in observed(from_file).groups]
+    assert sorted(groups) == sorted([["q", "k", "v"], ["o"], ["gate", "up"], ["down"]] * 2 + [["lm_head"]])
+
+
+@pytest.mark.parametrize("name", ["smoothquant", "smoothquant_unshared"])
+def test_calibration_finds_what_ipex_found(two_blocks, tmp_path, name):
+    model, batches = two_blocks
+    prepared = prepare(model, smooth(share_weight_observers="unshared" not in name), example_inputs=batches[0])
+    for batch in batches:
+        prepared(batch)
+    ours = dict(_ops(written(prepared, tmp_path / "out.json")))
+    theirs = dict(_ops(json.loads((DATA / f"ipex_qconf_{name}.json").read_text())))
+    assert ours.keys() == {name for name, op in theirs.items() if op["op_type_is_module"]}
+    for layer, op in ours.items():
+        ours_in, theirs_in = op["input_tensor_infos"][0], theirs[layer]["input_tensor_infos"][0]
+        for key in ("scale", "zero_point", "smooth_quant_scaling_factor"):  # by layer: IPEX counts other ops as well
+            mine, other = list(ours_in[key].values()), list(theirs_in[key].values())
+            torch.testing.assert_close(torch.tensor(mine), torch.tensor(other), rtol=2e-6, atol=0)
+        for key in ("scale", "smooth_quant_scaling_factor"):
+            mine, other = op["weight_tensor_infos"][0][key], theirs[layer]["weight_tensor_infos"][0][key]
+            torch.testing.assert_close(torch.tensor(mine), torch.tensor(other), rtol=2e-6, atol=0)
+    assert {parent for parent, infos in json.loads((tmp_path / "out.json").read_text()).items() if infos} == {
+        *(f"model:layers:{i}:{part}" for i in range(2) for part in ("attn", "mlp")),
+        " ",
+    }
+
+
+def _ops(document):
+    return ((op["fqn"], op) for infos in document.values() for op in infos["q_op_infos"].values())
+
+
+@pytest.mark.parametrize(("name", "mapping"), [("static", smooth), ("smoothquant", static)])
+def test_a_file_of_one_kind_loads_into_a_model_prepared_for_the_other(two_blocks, tmp_path, name, mapping):
+    model, batches = two_blocks
+    prepared = prepare(model, mapping(), example_inputs=batches[0])
+    prepared.load_qconf_summary(DATA / f"ipex_qconf_{name}.json")
+    expected = model(batches[0])
+    assert (convert(prepared)(batches[0]) - expected).norm() / expected.norm() < 0.02
+    prepared(batches[0])
+    recalibrated = written(prepared, tmp_path / "out.json")
+    again = prepare(model, mapping(), example_inputs=batches[0])
+    again.load_qconf_summary(tmp_path / "out.json")
+    assert written(again, tmp_path / "again.json") == recalibrated
+    assert torch.equal(convert(again)(batches[0]), convert(prepared)(batches[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------- round trips
