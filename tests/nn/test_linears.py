@@ -2,7 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from ipex_quant.nn.linears import holds_experts, is_linear, obstacle, weight_matrix, weight_obstacle
+from ipex_quant.nn.linears import (
+    conv_obstacle,
+    holds_experts,
+    is_linear,
+    linear_shape,
+    obstacle,
+    weight_matrix,
+    weight_obstacle,
+)
 
 
 class Scaled(nn.Linear):
@@ -103,3 +111,26 @@ def test_float_weights_can_be_quantized(dtype):
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_weights_that_cannot_be_quantized_say_why(make, reason):
     assert reason in weight_obstacle(make())
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class TransposedInside(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight.transpose(2, 3), bias)
+
+
+def test_convolutions_that_cannot_be_quantized():
+    assert conv_obstacle(nn.Conv2d(3, 4, 3, padding="same", groups=1)) is None
+    assert "padding_mode 'circular'" in conv_obstacle(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"))
+    for cls in (Standardized, TransposedInside):
+        assert conv_obstacle(cls(3, 4, 3)) == f"{cls.__name__} overrides Conv2d.forward"
+
+
+def test_shape_of_linears_alone():
+    assert linear_shape(nn.Linear(3, 5)) == (5, 3)
+    with pytest.raises(ValueError, match="expected a linear layer, got a Conv2d"):
+        linear_shape(nn.Conv2d(3, 4, 3))

@@ -1,0 +1,157 @@
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from ipex_quant.nn import Int8Conv2d
+from ipex_quant.numerics.int8 import StaticActivation, quantize_per_channel
+
+ACTIVATION = StaticActivation(0.03125, 120)
+CONVOLUTIONS = [
+    {"padding": 1},
+    {"kernel_size": (2, 4), "padding": "same"},
+    {"padding": "valid", "stride": (2, 1)},
+    {"groups": 4, "dilation": 2, "padding": (2, 0)},
+    {"groups": 8, "bias": False},
+    {"kernel_size": 1},
+]
+pytestmark = pytest.mark.filterwarnings("error::UserWarning", "ignore:Using padding='same':UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.manual_seed(0)
+    torch._dynamo.reset()  # it limits how many graphs one function may have
+
+
+@pytest.fixture(params=CONVOLUTIONS, ids=str)
+def conv(request):
+    return nn.Conv2d(8, 16, **{"kernel_size": 3, **request.param})
+
+
+def float_result(conv, layer, x):
+    """The float convolution of the values that the codes of weight and input stand for."""
+    codes = ((x.float() / ACTIVATION.scale).round() + ACTIVATION.zero_point).clamp(0, 255)
+    other = copy.deepcopy(conv)
+    other.weight.data = layer.weight.clone()
+    return other((codes - ACTIVATION.zero_point) * ACTIVATION.scale).detach()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
+def test_convolves_the_rounded_input(conv, dtype, tolerance):
+    layer = Int8Conv2d.from_float(conv, ACTIVATION)
+    x = torch.randn(2, 8, 9, 10).to(dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    torch.testing.assert_close(y.float(), float_result(conv, layer, x), rtol=tolerance, atol=tolerance)
+    assert torch.equal(layer(x[0]), y[0])
+    assert layer(x[:0]).shape == (0, *y.shape[1:])
+    channels_last = layer(x.contiguous(memory_format=torch.channels_last))
+    assert channels_last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(channels_last, y)
+
+
+def test_the_weight_has_a_scale_for_each_output_channel(conv):
+    layer = Int8Conv2d.from_float(conv, ACTIVATION)
+    expected = quantize_per_channel(conv.weight.detach().flatten(1))
+    assert torch.equal(layer.quantized_weight().codes, expected.codes)
+    assert layer.weight.shape == conv.weight.shape
+    assert torch.equal(layer.weight.clone().flatten(1), expected.codes * expected.scales)
+    assert layer.nbytes == layer.weight.numel() + 4 * (17 + 16 * (conv.bias is not None))
+
+
+def test_state_dict_copies_and_pickles(conv):
+    layer = Int8Conv2d.from_float(conv, ACTIVATION)
+    state = layer.state_dict()
+    assert {name: tensor.dtype for name, tensor in state.items()} == {
+        "codes": torch.int8,
+        "scales": torch.float32,
+        "input_scale": torch.float32,
+        "input_zero_point": torch.int32,
+        **({} if conv.bias is None else {"bias": torch.float32}),
+    }
+    assert state["codes"].shape == conv.weight.shape
+    nn.init.normal_(conv.weight)
+    other = Int8Conv2d.from_float(conv, StaticActivation(0.5, 3))
+    other.load_state_dict(state)
+    x = torch.randn(2, 8, 9, 10)
+    for same in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(same(x), layer(x))
+    assert other.activation == ACTIVATION
+
+
+@pytest.fixture
+def layer():
+    return Int8Conv2d.from_float(nn.Conv2d(8, 16, 3), ACTIVATION)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_compiles_without_a_graph_break(layer, mode):
+    compiled = torch.compile(
+        lambda x: (layer(x.to(layer.weight.dtype)), layer.weight * 2), backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    with mode():
+        x = torch.randn(2, 8, 9, 10)
+        y, weight = compiled(x)
+        assert torch.equal(y, layer(x))
+        assert torch.equal(weight, layer.weight * 2)
+
+
+def test_autocast_and_casting(layer):
+    x = torch.randn(1, 8, 5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert torch.equal(y, layer(x.bfloat16()))
+    before = layer.state_dict()
+    layer.half()
+    assert layer.weight.dtype == layer.bias.dtype == torch.float16
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    with pytest.raises(RuntimeError, match="Int8Conv2d is packed for the CPU"):
+        layer.to("meta")
+
+
+def test_no_gradient_and_no_warning(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not layer(torch.randn(1, 8, 5, 5, requires_grad=True)).requires_grad
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 9, 9), (9, 9), (1, 1, 8, 9, 9)])
+def test_input_that_does_not_fit_raises(layer, shape):
+    with pytest.raises(RuntimeError, match=r"x: expected \[N, 8, H, W\] or without N, got \["):
+        layer(torch.randn(shape))
+
+
+def test_what_cannot_be_quantized_raises():
+    with pytest.raises(ValueError, match="padding_mode 'reflect'"):
+        Int8Conv2d.from_float(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), ACTIVATION)
+    with pytest.raises(ValueError, match="smoothing factor"):
+        Int8Conv2d.from_float(nn.Conv2d(3, 4, 3), StaticActivation(0.1, 3, torch.ones(3)))
+    broken = nn.Conv2d(3, 4, 3)
+    nn.init.constant_(broken.weight, torch.inf)
+    with pytest.raises(ValueError, match="weight: expected finite"):
+        Int8Conv2d.from_float(broken, ACTIVATION)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("codes", torch.zeros(16, 8, 3, 2, dtype=torch.int8), r"codes: expected shape \[16, 8, 3, 3\]"),
+        ("codes", torch.zeros(16, 8, 3, 3), "codes: expected dtype torch.int8"),
+        ("input_scale", torch.tensor([-1.0]), "scale: expected a finite number above 0"),
+        ("bias", torch.ones(3), r"bias: expected shape \[16\]"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(layer, name, tensor, message):
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(layer.state_dict() | {name: tensor})
+
+
+def test_repr(layer):
+    assert layer.extra_repr() == (
+        "8, 16, kernel_size=(3, 3), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, bias=True"
+    )
