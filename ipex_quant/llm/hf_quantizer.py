@@ -111,6 +111,10 @@ class IpexQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
+        for name in config.modules:
+            missing = model.get_submodule(name).missing
+            if missing:
+                raise ValueError(f"{name}: {', '.join(missing)}: missing in the checkpoint, or of another shape")
         grouped = {name for group in config.share_groups for name in group}
         singles = [[name] for name in config.modules if name not in grouped]
         for names in (*config.share_groups, *singles):

@@ -135,7 +135,7 @@ class Int8Conv2d(QuantizedModule):
         """One module for each; ValueError or TypeError for tensors that do not fit."""
         modules = []
         for place in loaded:
-            module, tensors = cls(place.conv), place.loaded()
+            module, tensors = cls(place.conv), place.tensors
             module._load_weight(tensors)
             if tensors["bias"] is not None:
                 module._set_bias(tensors["bias"])

@@ -130,7 +130,7 @@ class Int8Linear(QuantizedModule):
     @classmethod
     def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[Int8Linear]:
         """The members of one share group; ValueError or TypeError for tensors that do not fit each other."""
-        tensors = [place.loaded() for place in loaded]
+        tensors = [place.tensors for place in loaded]
         activations = [read_activation(each) for each in tensors]
         if not all(_same(activation, activations[0]) for activation in activations):
             raise ValueError("input_scale, input_zero_point, smoothing_factor: expected the same in a share group")

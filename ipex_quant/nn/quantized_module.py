@@ -174,11 +174,14 @@ class Placeholder(nn.Module):
         # Initializers of some models reach for the weights of their children; this one takes whatever they write.
         return torch.empty(self.shape, device="meta")
 
-    def loaded(self) -> dict[str, torch.Tensor | None]:
-        """The tensors; ValueError for those that transformers did not find."""
-        missing = [name for name, tensor in self.named_buffers() if not getattr(tensor, "_is_hf_initialized", False)]
-        if missing:
-            raise ValueError(f"{', '.join(missing)}: missing in the checkpoint, or of another shape")
+    @property
+    def missing(self) -> list[str]:
+        """Names of the tensors that transformers did not find, or not in the right shape."""
+        return [name for name, tensor in self.named_buffers() if not getattr(tensor, "_is_hf_initialized", False)]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """The tensors by name, None for one that the module does not have."""
         return dict(self._buffers)
 
 

@@ -273,7 +273,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule):
         """One module for each; ValueError or TypeError for tensors that do not fit the scheme."""
         modules = []
         for place in loaded:
-            tensors = place.loaded()
+            tensors = place.tensors
             bias = tensors.pop("bias")
             qw = QuantizedWeight(**tensors, scheme=_scheme(place.entry), shape=place.shape)
             modules.append(cls.from_quantized_weight(qw, bias, *_modes(place.entry)))

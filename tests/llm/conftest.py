@@ -84,3 +84,9 @@ def llama():
 def logits():
     """`logits(model)` runs a model on tokens that are the same every time."""
     return lambda model: model(**inputs_of(model)).logits
+
+
+@pytest.fixture
+def tokens():
+    """`tokens(model)` gives the inputs that `logits` runs a model on."""
+    return inputs_of

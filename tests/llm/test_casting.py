@@ -3,6 +3,10 @@ import torch
 from torch import nn
 
 from ipex_quant.llm._casting import cast_float
+from ipex_quant.nn import Int8Conv2d, Int8Linear, WeightOnlyQuantizedLinear
+from ipex_quant.numerics import affine
+from ipex_quant.numerics.int8 import StaticActivation, quantize_per_channel
+from ipex_quant.numerics.scheme import WeightScheme
 
 
 class Model(nn.Module):
@@ -39,3 +43,18 @@ def test_back_to_float32():
     cast_float(model, torch.bfloat16)
     cast_float(model, torch.float32)
     assert {p.dtype for p in model.parameters()} == {torch.float32, torch.float64}
+
+
+def test_quantized_modules_report_the_dtype_and_keep_their_tensors():
+    weight, activation = torch.randn(8, 4), StaticActivation(0.5, 3)
+    packed = quantize_per_channel(weight), torch.randn(8)
+    model = nn.Sequential(
+        nn.Linear(4, 4),
+        Int8Linear.make_group(*([each] for each in packed), activation, torch.float32)[0],
+        WeightOnlyQuantizedLinear.from_quantized_weight(affine.quantize(weight, WeightScheme()), packed[1]),
+        Int8Conv2d.from_float(nn.Conv2d(3, 4, 2), activation),
+    )
+    before = model[1:].state_dict()
+    cast_float(model, torch.bfloat16)
+    assert {module.weight.dtype for module in model} == {module.bias.dtype for module in model} == {torch.bfloat16}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model[1:].state_dict().items())

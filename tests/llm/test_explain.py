@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 import ipex_quant as ipex
-from ipex_quant.nn import WeightOnlyQuantizedLinear
+from ipex_quant.nn import Int8Conv2d, Int8Linear, WeightOnlyQuantizedLinear
+from ipex_quant.numerics.int8 import StaticActivation, quantize_per_channel
 from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
 
@@ -55,6 +56,32 @@ def test_compute_modes(mapping):
         converted = ipex.quantization.convert(ipex.quantization.prepare(model, mapping))
         assert rows(converted)["0"].compute == expected
     assert rows(converted.to(torch.bfloat16))["0"].compute == "fp16"
+
+
+def test_int8_modules():
+    def linears(activation, count):
+        weights = [quantize_per_channel(torch.randn(8, 4)) for _ in range(count)]
+        return Int8Linear.make_group(weights, [None] * count, activation, torch.float32)
+
+    static = StaticActivation(0.5, 3)
+    model = nn.ModuleDict(dict(zip(("q_proj", "k_proj", "v_proj"), linears(static, 3), strict=True)))
+    model["o_proj"] = linears(StaticActivation(0.5, 3, torch.ones(4)), 1)[0]
+    model["head"] = linears(None, 1)[0]
+    model["conv"] = Int8Conv2d.from_float(nn.Conv2d(3, 4, 5), static)
+    found = rows(nn.ModuleDict({"attention": model}))
+    assert {name.partition(".")[2]: row.compute for name, row in found.items()} == {
+        "q_proj": "int8 (static per-tensor), fused with k_proj, v_proj",
+        "k_proj": "int8 (static per-tensor), fused with q_proj, v_proj",
+        "v_proj": "int8 (static per-tensor), fused with q_proj, k_proj",
+        "o_proj": "int8 (static per-tensor, smoothed)",
+        "head": "int8 (per token)",
+        "conv": "int8 (static per-tensor)",
+    }
+    row = found["attention.q_proj"]
+    assert (row.scheme, row.shape, row.kernel) == ("int8 sym per-channel", (8, 4), "int8 dot")
+    assert (row.isa, row.nbytes, row.reason) == (ipex.ops.isa_name(), model["q_proj"].nbytes, "")
+    conv = found["attention.conv"]
+    assert (conv.scheme, conv.shape, conv.kernel) == ("int8 sym per-channel", (4, 3, 5, 5), "torch int8 convolution")
 
 
 def test_modules_nobody_asked_for():

@@ -31,3 +31,31 @@ def test_a_model_that_is_loaded_again_knows_it_is_quantized(llama, tmp_path):
     assert loaded.hf_quantizer.is_serializable()
     assert not loaded.hf_quantizer.is_trainable
     assert loaded.hf_quantizer.is_compileable
+
+
+@pytest.fixture
+def int8_llama(llama, tokens):
+    mapping = ipex.quantization.default_dynamic_qconfig_mapping
+    return ipex.quantization.convert(ipex.quantization.prepare(llama, mapping, example_kwarg_inputs=tokens(llama)))
+
+
+def test_an_int8_model_is_attached(int8_llama, logits, tmp_path):
+    hf_quantizer.attach(int8_llama)
+    config = int8_llama.config.quantization_config
+    assert config["modules"]["lm_head"] == {"kind": "int8", "activation": "per_token", "smoothed": False, "bias": False}
+    layer = "model.layers.1"
+    assert config["share_groups"][2:] == [
+        [f"{layer}.self_attn.{name}_proj" for name in "qkv"],
+        [f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"],
+    ]
+    int8_llama.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(int8_llama))
+    assert loaded.hf_quantizer.quantization_config.share_groups == config["share_groups"]
+
+
+def test_members_of_a_group_that_lost_a_sibling(int8_llama):
+    int8_llama.model.layers[0].self_attn.k_proj = torch.nn.Linear(64, 32, bias=False)
+    hf_quantizer.attach(int8_llama)
+    names = [f"model.layers.0.self_attn.{name}_proj" for name in "qv"]
+    assert int8_llama.config.quantization_config["share_groups"][0] == names

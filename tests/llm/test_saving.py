@@ -6,11 +6,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import ipex_quant as ipex
-from ipex_quant.nn import WeightOnlyQuantizedLinear
+from ipex_quant.nn import Int8Conv2d, Int8Linear, WeightOnlyQuantizedLinear
 from ipex_quant.quantization import (
     WoqLowpMode,
     WoqWeightDtype,
     convert,
+    default_dynamic_qconfig_mapping,
+    default_static_qconfig_mapping,
+    get_smooth_quant_qconfig_mapping,
     get_weight_only_quant_qconfig_mapping,
     prepare,
 )
@@ -20,6 +23,23 @@ def optimized(model, dtype=torch.bfloat16, **options):
     options = {"weight_dtype": WoqWeightDtype.INT4, "group_size": 32, "lowp_mode": WoqLowpMode.INT8, **options}
     mapping = get_weight_only_quant_qconfig_mapping(**options)
     return ipex.llm.optimize(model, dtype=dtype, quantization_config=mapping, inplace=True)
+
+
+def int8(model, inputs, mapping=None):
+    prepared = prepare(model, mapping or get_smooth_quant_qconfig_mapping(), example_kwarg_inputs=inputs)
+    prepared(**inputs)
+    return convert(prepared)
+
+
+@pytest.fixture
+def int8_llama(llama, tokens):
+    return int8(llama, tokens(llama))
+
+
+@pytest.fixture
+def saved_int8(int8_llama, tmp_path):
+    ipex.llm.save(int8_llama, tmp_path / "model")
+    return tmp_path / "model"
 
 
 @pytest.fixture
@@ -113,6 +133,53 @@ def test_the_description_is_that_of_the_model_when_it_is_saved(llama, logits, tm
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.parametrize("name", ["llama_tied", "opt", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    "mapping", [get_smooth_quant_qconfig_mapping(), default_dynamic_qconfig_mapping], ids=["smoothed", "per_token"]
+)
+def test_an_int8_model_comes_back_bit_equal_with_its_groups(make_model, tokens, logits, tmp_path, name, mapping):
+    float_model = make_model(name)
+    model = int8(float_model, tokens(float_model), mapping)
+    ipex.llm.save(model, tmp_path / "model")
+    model.save_pretrained(tmp_path / "second")
+    loaded = ipex.llm.load(tmp_path / "model")
+    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(ipex.llm.load(tmp_path / "second")), logits(model))
+    assert str(ipex.explain(loaded)).splitlines()[1:-1] == str(ipex.explain(model)).splitlines()[1:-1]
+    assert loaded.config.quantization_config == model.config.quantization_config
+
+    def groups(model):
+        return {id(module.share_group) for module in model.modules() if isinstance(module, Int8Linear)}
+
+    assert len(groups(loaded)) == len(groups(model))
+
+
+def test_a_mixture_of_kinds(llama, tokens, logits, tmp_path):
+    weight_only = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4).global_qconfig
+    mapping = get_smooth_quant_qconfig_mapping().set_module_name("lm_head", weight_only)
+    mapping = mapping.set_module_name("model.layers.0.self_attn.o_proj", None)
+    model = int8(llama, tokens(llama), mapping).to(torch.bfloat16)
+    ipex.llm.save(model, tmp_path / "model")
+    loaded = ipex.llm.load(tmp_path / "model")
+    assert isinstance(loaded.lm_head, WeightOnlyQuantizedLinear)
+    attention = loaded.model.layers[0].self_attn
+    assert attention.q_proj.share_group is attention.v_proj.share_group
+    assert attention.q_proj.weight.dtype == attention.o_proj.weight.dtype == torch.bfloat16
+    loaded.model.rotary_emb = model.model.rotary_emb  # to() rounds its frequencies too, and they are not saved
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_convolution(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.ViTConfig(**sizes, image_size=16, patch_size=4)
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    model = int8(transformers.ViTForImageClassification(config).eval(), inputs, default_static_qconfig_mapping)
+    ipex.llm.save(model, tmp_path / "model")
+    loaded = ipex.llm.load(tmp_path / "model")
+    assert any(isinstance(module, Int8Conv2d) for module in loaded.modules())
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
 def test_the_files_hold_plain_tensors(saved):
     tensors = load_file(saved / "model.safetensors")
     assert tensors["model.layers.0.mlp.up_proj.codes"].shape == (96, 32)
@@ -200,7 +267,10 @@ def test_other_directories_are_refused(llama, tmp_path):
         (lambda q: q.update(modules=[]), r"quantization_config\.modules: expected names"),
         (lambda q: q["modules"].update(lm_head=None), "lm_head: expected .*, got None"),
         (lambda q: q["modules"].update({"model.nothing": q["modules"]["lm_head"]}), "no module 'model.nothing'"),
-        (lambda q: q["modules"].update({"model.norm": q["modules"]["lm_head"]}), "model.norm: expected a linear layer, got a LlamaRMSNorm"),
+        (
+            lambda q: q["modules"].update({"model.norm": q["modules"]["lm_head"]}),
+            "model.norm: expected a linear layer, got a LlamaRMSNorm",
+        ),
         (lambda q: q["modules"]["lm_head"].pop("bias"), "lm_head: expected "),
         (lambda q: q["modules"]["lm_head"].update(weight_dtype="int5"), r"expected one of \['int8'"),
         (lambda q: q["modules"]["lm_head"].update(act_quant_mode="none"), "lowp_mode int8 quantizes activations"),
@@ -212,6 +282,61 @@ def test_a_damaged_configuration_raises(saved, change, message):
     edit_config(saved, lambda config: change(config["quantization_config"]))
     with pytest.raises(ValueError, match=message):
         ipex.llm.load(saved)
+
+
+GATE = "model.layers.0.mlp.gate_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q["modules"]["lm_head"].update(kind="int5"), r"lm_head: expected a kind of \['weight_only', 'int8'"),
+        (lambda q: q["modules"]["lm_head"].update(kind=["int8"]), "lm_head: expected a kind of"),
+        (lambda q: q["modules"]["lm_head"].update(kind="weight_only"), "lm_head: expected .*'act_order'"),
+        (lambda q: q["modules"]["lm_head"].update(kind="int8_conv2d"), r"lm_head: expected \['bias', 'kind'\]"),
+        (
+            lambda q: q["modules"].update(lm_head={"kind": "int8_conv2d", "bias": False}),
+            "lm_head: expected a Conv2d that can be quantized, got a Linear",
+        ),
+        (lambda q: q["modules"]["lm_head"].update(activation="dynamic"), r"lm_head: activation: expected one of"),
+        (lambda q: q["modules"]["lm_head"].update(smoothed=1), "lm_head: smoothed: expected true or false, got 1"),
+        (lambda q: q["modules"]["lm_head"].update(activation="per_token"), "lm_head: smoothed: expected false"),
+        (lambda q: q["modules"]["lm_head"].update(bias=True), "lm_head: bias: missing in the checkpoint"),
+        (lambda q: q["modules"][GATE].update(activation=["static"]), "share_groups: expected modules with the same"),
+        (lambda q: q.update(share_groups=3), "share_groups: expected lists of names, got 3"),
+        (lambda q: q.update(share_groups=["ab"]), "share_groups: expected lists of names"),
+        (lambda q: q.update(share_groups=[[]]), "share_groups: expected modules with the same input"),
+        (lambda q: q.update(share_groups=[["nothing"]]), "share_groups: expected names of INT8 linear layers"),
+        (lambda q: q.update(share_groups=[[["lm_head"]]]), "share_groups: expected names of INT8 linear layers"),
+        (lambda q: q["share_groups"].append([GATE]), "share_groups: expected each module once"),
+        (lambda q: q.update(share_groups=[["lm_head", GATE]]), "share_groups: expected modules with the same input"),
+        (
+            lambda q: q.update(share_groups=[["lm_head", "model.layers.0.mlp.down_proj"]]),
+            "lm_head, model.layers.0.mlp.down_proj: input_scale, .*: expected the same",
+        ),
+    ],
+)
+def test_a_damaged_description_of_int8_modules_raises(saved_int8, change, message):
+    edit_config(saved_int8, lambda config: change(config["quantization_config"]))
+    with pytest.raises(ValueError, match=message):
+        ipex.llm.load(saved_int8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{GATE}.input_scale"), f"{GATE}: input_scale: missing in the checkpoint"),
+        (lambda t: t[f"{GATE}.input_scale"].fill_(2), f"{GATE}, .*up_proj: input_scale, .*: expected the same"),
+        (lambda t: t["lm_head.input_scale"].fill_(-1), "lm_head: scale: expected a finite number above 0"),
+        (lambda t: t["lm_head.input_zero_point"].fill_(-1), r"lm_head: zero_point: expected 0\.\.255"),
+        (lambda t: t["lm_head.smoothing_factor"].fill_(float("inf")), "lm_head: smoothing_factor: expected finite"),
+        (lambda t: t.update({"lm_head.codes": t["lm_head.codes"].view(torch.uint8)}), "lm_head: codes: expected dtype"),
+    ],
+)
+def test_damaged_int8_tensors_raise(saved_int8, change, message):
+    edit_tensors(saved_int8, change)
+    with pytest.raises((ValueError, TypeError), match=message):
+        ipex.llm.load(saved_int8)
 
 
 @pytest.mark.parametrize(
