@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ class Int8Linear(QuantizedModule):
     The members of a share group hold one packed weight. The first one, called with a tensor, computes the results of
     all; the others take theirs when they are called with the same tensor, and compute it alone otherwise. A tensor that
     changed in between is noticed by its version, which neither tensors of inference mode have nor writes through
-    ``.data`` count.
+    ``.data`` count. A copy of one member alone keeps the weight of all.
 
     The state dict holds plain tensors: `codes` int8 ``[out_features, in_features]``, `scales` float32
     ``[out_features, 1]``, and where there are such `bias` float32, `smoothing_factor` float32 ``[in_features]``,
@@ -195,9 +196,13 @@ class QuantizedInput:
 
 
 class _Pending(NamedTuple):
-    """Results that the first member computed from `x`, as it was at `version`; None where they were taken."""
+    """Results that the first member computed from `x`, as it was at `version`; None where they were taken.
+
+    `thread` may take them, so that none is taken twice.
+    """
 
     x: torch.Tensor
+    thread: int | None
     version: int | None
     outputs: tuple[torch.Tensor | None, ...]
 
@@ -226,18 +231,18 @@ class ShareGroup:
         """The result of one member for `x`."""
         if len(self.inputs) == 1:
             return self._multiply(self.inputs[0], x, self.packed, self.bias)[0]
-        if any(each is not self.inputs[0] for each in self.inputs):
+        if any(each is not self.inputs[0] for each in self.inputs) or _strict_export():
             return self._alone(member, x)
-        pending, version = self._pending, _version(x)
+        pending, thread, version = self._pending, _thread(), _version(x)
         outputs = None
-        if pending is not None and pending.x is x and _same_version(pending.version, version):
-            outputs = pending.outputs
+        if pending is not None and pending.x is x and pending.thread == thread:
+            outputs = pending.outputs if _same_version(pending.version, version) else None
         if outputs is None or outputs[member] is None or outputs[member].dtype != autocast_dtype(x):
             if member != 0:
                 return self._alone(member, x)
             outputs = self._multiply(self.inputs[0], x, self.packed, self.bias)
         left = tuple(None if i == member else output for i, output in enumerate(outputs))
-        self._pending = None if all(output is None for output in left) else _Pending(x, version, left)
+        self._pending = None if all(output is None for output in left) else _Pending(x, thread, version, left)
         return outputs[member]
 
     def bias_of(self, member: int) -> torch.Tensor | None:
@@ -286,6 +291,15 @@ class ShareGroup:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.packed = ops.pack_int8(state["weights"])
         self.inputs, self.bias, self._pending = state["inputs"], state["bias"], None
+
+
+def _thread() -> int | None:
+    return None if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _strict_export() -> bool:
+    # It can trace no version.
+    return torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()
 
 
 def _version(x: torch.Tensor) -> int | None:

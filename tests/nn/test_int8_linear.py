@@ -196,6 +196,19 @@ class TestShareGroup:
         assert sum(member.nbytes for member in members) == sum(t.nbytes for t in tensors)
         assert members[1].nbytes > 256 * IN
 
+    def test_a_result_is_taken_by_the_thread_that_computed_it(self, gemms):
+        q, k, _ = group()
+        x = torch.randn(2, IN)
+        q(x)
+        others = []
+        thread = threading.Thread(target=lambda: others.append(k(x)))
+        thread.start()
+        thread.join()
+        own = k(x)
+        assert gemms.call_count == 2
+        assert torch.equal(own, others[0])
+        assert own is not others[0]
+
     def test_threads_never_get_each_others_results(self):
         members = group()
         inputs = [torch.randn(2, IN) for _ in range(4)]
@@ -256,6 +269,20 @@ class TestCompile:
             pytest.raises(Exception, match="the input of a share group changed between its members' calls"),
         ):
             torch.compile(run, backend="aot_eager", fullgraph=True)(torch.randn(2, IN))
+
+    def test_weights_packed_in_inference_mode(self):
+        with torch.inference_mode():
+            model = Siblings(group())
+            model.members[0]._set_bias(torch.ones(24))
+        model.members[0]._set_bias(torch.zeros(24))
+        x = torch.randn(2, IN, requires_grad=True)
+        assert equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_exports(self, strict):
+        model = Siblings(group())
+        x = torch.randn(2, IN)
+        assert equal(torch.export.export(model, (x,), strict=strict).module()(x), model(x))
 
     def test_a_graph_break_between_the_members(self):
         q, k, v = group()
