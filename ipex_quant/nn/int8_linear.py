@@ -320,13 +320,7 @@ def _weight(tensors: dict[str, torch.Tensor], shape: tuple[int, ...]) -> Quantiz
 
 
 def _same(one: StaticActivation | None, other: StaticActivation | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    factors = one.smoothing_factor, other.smoothing_factor
-    if (factors[0] is None) != (factors[1] is None):
-        return False
-    same_factor = factors[0] is None or torch.equal(*factors)
-    return (one.scale, one.zero_point) == (other.scale, other.zero_point) and same_factor
+    return one is other if one is None or other is None else one.equals(other)
 
 
 def _check_smoothing(activation: StaticActivation | None, in_features: int) -> None:

@@ -48,6 +48,13 @@ class StaticActivation:
         if not torch.isfinite(factor).all():
             raise ValueError("smoothing_factor: expected finite values, got NaN or Inf; calibrate again")
 
+    def equals(self, other: StaticActivation) -> bool:
+        """Whether both quantize every input alike."""
+        if (self.scale, self.zero_point) != (other.scale, other.zero_point):
+            return False
+        mine, theirs = self.smoothing_factor, other.smoothing_factor
+        return mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs))
+
     @property
     def multiplier(self) -> torch.Tensor:
         """What an input is multiplied by before it is rounded, float32 ``[K]``, or ``[1]`` without smoothing."""

@@ -81,7 +81,7 @@ def _fused_parts(
     parts: list[_FusedPart] = []
     for layer in wanted:
         own = parameters[layer.name]
-        part = next((part for part in parts if _same(part.activation, own.activation)), None)
+        part = next((part for part in parts if part.activation.equals(own.activation)), None)
         if part is None:
             part = _FusedPart([], own.activation, [])
             parts.append(part)
@@ -96,13 +96,6 @@ def _fold(norm: nn.Module, part: _FusedPart) -> None:
     factor = part.activation.smoothing_factor
     if factor is not None and fold_into_norm(norm, factor):
         part.activation = replace(part.activation, smoothing_factor=None)
-
-
-def _same(one: StaticActivation, other: StaticActivation) -> bool:
-    if (one.scale, one.zero_point) != (other.scale, other.zero_point):
-        return False
-    factors = one.smoothing_factor, other.smoothing_factor
-    return factors[0] is factors[1] or (all(factor is not None for factor in factors) and torch.equal(*factors))
 
 
 def _quantized(name: str, weight: torch.Tensor, parameters: LayerParameters | None) -> QuantizedWeight:

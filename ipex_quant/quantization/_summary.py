@@ -217,7 +217,8 @@ def _read_layer(module: nn.Module, index: str, op: Mapping[str, Any]) -> tuple[b
     if source.get("smooth_quant_scaling_factor"):
         factor = _vector(_of_layer(source["smooth_quant_scaling_factor"], index), "smoothing factor", in_features)
         weight_factor = _vector(weight["smooth_quant_scaling_factor"], "smoothing factor of the weight", in_features)
-    activation = StaticActivation(float(scale), zero_point + _CODES.get(dtype, 0), factor)
+    scale = torch.tensor(scale, dtype=torch.float32).item()  # some write more digits than IPEX
+    activation = StaticActivation(scale, zero_point + _CODES.get(dtype, 0), factor)
     scales = _vector(weight["scale"], "scale of the weight", out_features)
     return quantized, LayerParameters(activation, scales, weight_factor)
 

@@ -156,3 +156,17 @@ def test_multiplier_makes_torch_codes(smoothed: bool) -> None:
 def test_bad_static_activation_is_an_error(arguments, error, message) -> None:
     with pytest.raises(error, match=message):
         StaticActivation(*arguments)
+
+
+def test_activations_are_compared_by_value():
+    factor = torch.tensor([1.0, 2.0])
+    one = StaticActivation(0.5, 3, factor)
+    assert one.equals(StaticActivation(0.5, 3, factor.clone()))
+    for other in (
+        StaticActivation(0.25, 3, factor),
+        StaticActivation(0.5, 4, factor),
+        StaticActivation(0.5, 3, factor + 1),
+        StaticActivation(0.5, 3),
+    ):
+        assert not one.equals(other)
+        assert not other.equals(one)
