@@ -23,7 +23,11 @@ struct vi {
   return r
 
 inline vf set1_f(float x) { IPEX_QUANT_EACH(vf, x); }
-inline vf load_f(const float* p) { IPEX_QUANT_EACH(vf, p[i]); }
+inline vf load_f(const float* p) {  // which need not be aligned
+  vf r;
+  std::memcpy(r.v, p, sizeof r.v);
+  return r;
+}
 inline void store_f(float* p, vf x) { std::memcpy(p, x.v, sizeof x.v); }
 inline vf fma_f(vf a, vf b, vf c) { IPEX_QUANT_EACH(vf, __builtin_fmaf(a.v[i], b.v[i], c.v[i])); }
 inline vf mul_f(vf a, vf b) { IPEX_QUANT_EACH(vf, a.v[i] * b.v[i]); }
