@@ -17,11 +17,8 @@ import ipex_quant as ipex
 from .recipes import recipe_names
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
-
-    from .recipes.recipe import Recipe
 
 FAILED = 1
 BAD_INPUT = 2
@@ -44,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ipex-quant", description="Weight-only quantization of LLMs for CPUs.")
+    parser = argparse.ArgumentParser(prog="ipex-quant", description="Quantization of LLMs for CPUs.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {ipex.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -61,8 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the result")
     sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations (default %(default)s)")
-    sub.add_argument("--dataset", type=Path, metavar="FILE", help="calibration text for GPTQ (default: Python's)")
-    sub.add_argument("--samples", type=_positive, metavar="N", help="windows of the text to calibrate on")
+    sub.add_argument(
+        "--dataset",
+        metavar="FILE_OR_NAME",
+        help="text to calibrate on: a .txt, .json, .jsonl or .parquet file, or a name on the hub (default: Python's docs)",
+    )
+    sub.add_argument("--column", metavar="NAME", help="column of the dataset that holds the text")
+    sub.add_argument("--samples", type=_positive, metavar="N", help="windows of the text (default: the recipe's)")
 
     sub = command("generate", _generate, "Continue a prompt with a quantized model.")
     sub.add_argument("directory", type=Path, metavar="DIR", help="result of `ipex-quant quantize`")
@@ -84,32 +86,32 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quantize(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
     from . import evaluation
-    from .recipes.apply import apply_recipe
-    from .recipes.recipe import load_recipe
+    from .recipes.apply import apply_recipe, calibration_data
+    from .recipes.recipe import Calibrated, load_recipe
 
     recipe = load_recipe(options.recipe)
     if options.out.exists():
         raise ValueError(f"--out: expected a directory that does not exist yet, got {options.out}")
-    if recipe.algorithm == "rtn" and (options.dataset or options.samples):
-        raise ValueError(f"--dataset, --samples: recipe {recipe.name} does not calibrate; leave them out")
-    model, tokenizer = _float_model(options.model_dir, options.dtype), _tokenizer(options.model_dir)
+    if not isinstance(recipe.settings, Calibrated) and (options.dataset or options.column or options.samples):
+        raise ValueError(f"--dataset, --column, --samples: recipe {recipe.name} does not calibrate; leave them out")
+    if options.samples:
+        recipe = replace(recipe, settings=replace(recipe.settings, samples=options.samples))
+    tokenizer = _tokenizer(options.model_dir)
+    try:
+        calibration = calibration_data(recipe, tokenizer, options.dataset, options.column)
+    except RuntimeError as error:  # the hub has no such dataset, or cannot be reached
+        raise ValueError(f"--dataset: {error}") from error
+    model = _float_model(options.model_dir, options.dtype)
     before = evaluation.model_bytes(model)
-    calibration = _calibration(options, recipe, tokenizer) if recipe.algorithm == "gptq" else []
     model = apply_recipe(recipe, model, calibration, model.dtype)
     ipex.llm.save(model, options.out)
     tokenizer.save_pretrained(options.out)
     after = evaluation.model_bytes(model)
     print(f"{options.out}: {recipe.name}, {after / 1e6:.1f} MB in memory, before {before / 1e6:.1f} MB")
     return 0
-
-
-def _calibration(options: argparse.Namespace, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
-    from . import data
-    from .recipes.apply import calibration_windows
-
-    text = options.dataset.read_text(encoding="utf-8") if options.dataset else data.calibration_text()
-    return calibration_windows(tokenizer, text, options.samples or recipe.gptq.samples, recipe.gptq.sequence_length)
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from . import data, evaluation, llm
-from .nn import WeightOnlyQuantizedLinear
-from .recipes.apply import apply_recipe, calibration_windows
+from .nn import QuantizedModule
+from .recipes.apply import apply_recipe, calibration_data
 from .recipes.recipe import Recipe, load_recipe
 
 SEQUENCE_LENGTH = 256
@@ -21,7 +21,7 @@ HELD_OUT_TOKENS = 16384
 SPEED_TOKENS = 64
 PROMPT = "The following statement"
 GENERATED_TOKENS = 80
-TABLE_HEAD = f"{'model':<10}{'recipe':<16}{'MB':>7}{'perplexity':>12}{'KL':>9}{'top-1':>8}{'decode token/s':>16}"
+TABLE_HEAD = f"{'model':<10}{'recipe':<18}{'MB':>7}{'perplexity':>12}{'KL':>9}{'top-1':>8}{'decode token/s':>16}"
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Limits:
 
 VARIANTS: dict[str, tuple[str, Limits]] = {
     "INT8": ("w8a16", Limits(0.72, 1.003, 0.001, 0.97)),
+    "W8A8": ("w8a8-smoothquant", Limits(0.72, 1.02, 0.006, 0.95)),
     "FP8": ("fp8-g128", Limits(0.73, 1.005, 0.004, 0.94)),
     "INT4 RTN": ("w4a8-g128", Limits(0.48, 1.05, 0.04, 0.84)),
     "INT4 GPTQ": ("w4a8-gptq-g128", Limits(0.48, 1.03, 0.025, 0.87)),
@@ -102,12 +103,8 @@ def float_model(dtype: torch.dtype) -> nn.Module:
 
 
 def quantized_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-    """The embedded model, quantized by `recipe`; GPTQ calibrates on text that is not in the held-out one."""
-    calibration = []
-    if recipe.algorithm == "gptq":
-        options = recipe.gptq
-        calibration = calibration_windows(tokenizer, data.calibration_text(), options.samples, options.sequence_length)
-    return apply_recipe(recipe, float_model(torch.bfloat16), calibration)
+    """The embedded model, quantized by `recipe`, which calibrates on text that is not in the held-out one."""
+    return apply_recipe(recipe, float_model(torch.bfloat16), calibration_data(recipe, tokenizer))
 
 
 def measure(label: str, recipe: str, model: nn.Module, reference: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Row:
@@ -121,7 +118,7 @@ def measure(label: str, recipe: str, model: nn.Module, reference: nn.Module, tok
             reference, model, tokenizer, data.held_out_text(), SEQUENCE_LENGTH, HELD_OUT_TOKENS
         ),
         tokens_per_second=evaluation.decode_speed(model, tokenizer, PROMPT, SPEED_TOKENS),
-        linears=sum(isinstance(module, WeightOnlyQuantizedLinear) for module in modules),
+        linears=sum(isinstance(module, QuantizedModule) for module in modules),
         float_linears=sum(isinstance(module, nn.Linear) for module in modules),
         reloads_bit_equal=not recipe or reloads_bit_equal(model, tokenizer),
     )
@@ -152,7 +149,7 @@ def continuation(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: s
 def table_line(row: Row) -> str:
     """The measurements of one model, under `TABLE_HEAD`."""
     return (
-        f"{row.label:<10}{row.recipe or '(float)':<16}{row.bytes / 1e6:>7.2f}{row.comparison.perplexity:>12.3f}"
+        f"{row.label:<10}{row.recipe or '(float)':<18}{row.bytes / 1e6:>7.2f}{row.comparison.perplexity:>12.3f}"
         f"{row.comparison.kl_divergence:>9.4f}{row.comparison.top1_agreement:>8.1%}{row.tokens_per_second:>16.0f}"
     )
 

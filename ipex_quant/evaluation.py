@@ -130,9 +130,19 @@ def decode_speed(
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, packed weights among them; memory that several share counts once."""
-    storages = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    """Bytes of all parameters and buffers, packed weights among them; memory that several share counts once.
+
+    A module that has `nbytes`, as quantized ones do, holds so many.
+    """
+    total = 0
+    storages: dict[int, int] = {}
+    for module in model.modules():
+        if hasattr(module, "nbytes"):
+            total += module.nbytes
+            continue
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return total + sum(storages.values())
 
 
 class _TokenClock(BaseStreamer):

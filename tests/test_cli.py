@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -36,6 +37,18 @@ def quantized_dir(float_dir, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def int8_dir(float_dir, tmp_path_factory):
+    """SmoothQuant, calibrated on JSON lines with two columns of text."""
+    folder = tmp_path_factory.mktemp("models")
+    passages = [passage for passage in data.calibration_text().split("\n\n")[:200] if passage]
+    lines = (json.dumps({"title": "of no use", "body": passage}) for passage in passages)
+    (folder / "passages.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    arguments = ["--recipe", "w8a8-smoothquant", "--dataset", str(folder / "passages.jsonl"), "--column", "body"]
+    assert cli.main(["quantize", str(float_dir), *arguments, "--samples", "3", "--out", str(folder / "int8")]) == 0
+    return folder / "int8"
+
+
 def test_quantize_writes_a_smaller_directory_that_loads(quantized_dir, float_dir):
     size = {d: sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in (quantized_dir, float_dir)}
     assert 0 < size[quantized_dir] < size[float_dir]
@@ -61,6 +74,25 @@ def test_eval_prints_every_measure(quantized_dir, float_dir, text_file, capsys):
     assert 50 < values["top-1 agreement"] <= 100
 
 
+def test_an_int8_model_generates_is_measured_and_explained(int8_dir, float_dir, text_file, capsys):
+    assert cli.main(["generate", str(int8_dir), "--prompt", "Return the", "--max-new-tokens", "5"]) == 0
+    assert len(capsys.readouterr().out.removesuffix("\n")) > len("Return the")
+    arguments = ["--reference", str(float_dir), "--text", str(text_file), "--max-tokens", "300"]
+    assert cli.main(["eval", str(int8_dir), *arguments]) == 0
+    printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert 0 < float(printed["KL(reference||model)"].split()[0]) < 0.01
+    assert cli.main(["explain", str(int8_dir)]) == 0
+    assert "8 modules quantized" in capsys.readouterr().out
+
+
+def test_the_files_of_an_int8_model_hold_codes_of_the_smoothed_weight(int8_dir, float_dir):
+    codes, plain = (load_file(d / "model.safetensors") for d in (int8_dir, float_dir))
+    name = "model.layers.0.mlp.down_proj"
+    scaled = codes[f"{name}.codes"].float() * codes[f"{name}.scales"] * codes[f"{name}.smoothing_factor"]
+    weight = plain[f"{name}.weight"].float()
+    assert (scaled - weight).norm() < 0.05 * weight.norm()
+
+
 def test_explain_names_every_quantized_module(quantized_dir, capsys):
     assert cli.main(["explain", str(quantized_dir)]) == 0
     printed = capsys.readouterr().out
@@ -72,7 +104,7 @@ def test_gptq_calibrates_on_the_given_text(float_dir, text_file, tmp_path, quant
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
         "algorithm: gptq\nweight_dtype: int4\nweight_qscheme: symmetric\ngroup_size: 128\nlowp_mode: int8\n"
-        "gptq: {sequence_length: 64}\n"
+        "sequence_length: 64\n"
     )
     out = tmp_path / "out"
     arguments = ["--recipe", str(recipe), "--out", str(out), "--dataset", str(text_file), "--samples", "4"]
@@ -98,17 +130,28 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
         ("quantize {tmp}/broken --recipe w8a16 --out {tmp}/out", "broken: Error while deserializing"),
         ("quantize {float} --recipe w8a16 --out {tmp}/broken", "does not exist yet"),
         ("quantize {float} --recipe w8a16 --out {tmp}/out --dataset {tmp}/short.txt", "does not calibrate"),
-        ("quantize {float} --recipe w4a8-gptq-g128 --out {tmp}/out --dataset {tmp}/short.txt", "at least 512 tokens"),
+        (
+            "quantize {float} --recipe w4a8-gptq-g128 --out {tmp}/out --dataset {tmp}/short.txt",
+            "one window of 512 tokens",
+        ),
         ("quantize {float} --recipe w4a8-gptq-g128 --out {tmp}/out --dataset {tmp}/none.txt", "none.txt"),
+        ("quantize {float} --recipe w8a8-dynamic --out {tmp}/out --samples 3", "does not calibrate"),
+        ("quantize {float} --recipe w8a16 --out {tmp}/out --column text", "does not calibrate"),
+        ("quantize {float} --recipe w8a8-static --out {tmp}/out --dataset no-such/dataset", "--dataset: source: 'no-s"),
+        ("quantize {float} --recipe w8a8-static --out {tmp}/out --dataset {tmp}/short.txt --column x", "column: expe"),
+        ("quantize {float} --recipe w8a8-static --out {tmp}/out --dataset {tmp}/short.csv", "expected files of one"),
+        ("quantize {float} --recipe w8a8-static --out {tmp}/out --dataset {tmp}/bad.jsonl", "cannot read"),
         ("generate {tmp}/none --prompt x", "with a config.json"),
         ("generate {float} --prompt x", ""),
         ("explain {tmp}/none", "with a config.json"),
     ],
 )
-def test_bad_input_is_one_line_on_stderr(command, message, float_dir, tmp_path, capsys):
+def test_bad_input_is_one_line_on_stderr(command, message, float_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     shutil.copytree(float_dir, tmp_path / "broken")
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"not safetensors")
-    (tmp_path / "short.txt").write_text("short")
+    for name in ("short.txt", "short.csv", "bad.jsonl"):
+        (tmp_path / name).write_text("short")
     arguments = command.format(float=float_dir, tmp=tmp_path).split()
     assert cli.main(arguments) == 2
     printed = capsys.readouterr()

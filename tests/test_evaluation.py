@@ -147,3 +147,14 @@ def test_model_bytes_counts_shared_memory_once():
     model.register_buffer("view", model.packed[10:20])
     weights, batch_norm = (4 * 3 + 3) * 4, 4 * 3 * 4 + 8
     assert evaluation.model_bytes(model) == weights + batch_norm + 100
+
+
+def test_model_bytes_asks_the_modules_that_know():
+    class Packed(nn.Module):
+        nbytes = 7
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("packed", torch.zeros(100))
+
+    assert evaluation.model_bytes(nn.Sequential(Packed(), Packed(), nn.Linear(4, 3))) == 7 + 7 + 15 * 4

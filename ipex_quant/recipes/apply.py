@@ -1,71 +1,82 @@
-"""Following a recipe: calibration text to token windows, a float model to a quantized one."""
+"""Following a recipe: reading what it calibrates on, and a float model to a quantized one."""
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .. import llm
+from .. import data, llm
 from ..nn.linears import is_linear
-from ..quantization import WoqWeightQScheme, gptq
-from .recipe import BITS, Recipe
+from ..quantization import WoqWeightQScheme, calibrate, calibration_dataloader, convert, gptq, prepare
+from .recipe import BITS, Calibrated, Gptq, Recipe
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+    from ..quantization._calibration import Source
 
 
-def calibration_windows(
-    tokenizer: PreTrainedTokenizerBase, text: str, samples: int, sequence_length: int
-) -> list[torch.Tensor]:
-    """At most `samples` windows of token ids, int64 ``[1, sequence_length]``, spread evenly over `text`.
+def calibration_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: Source | None = None, column: str | None = None
+) -> DataLoader | tuple[()]:
+    """As many windows of tokens as `recipe` calibrates on, none if it does not: those of `calibration_dataloader`.
 
-    Raises ValueError when the text does not fill one window.
+    Without a `source` the text is `data.calibration_text()`. Raises as `calibration_dataloader` does.
     """
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"]
-    available = ids.shape[1] // sequence_length
-    if available == 0:
-        raise ValueError(
-            f"calibration text: expected at least {sequence_length} tokens, got {ids.shape[1]}; "
-            "give a longer text or a smaller sequence_length"
-        )
-    chosen = torch.linspace(0, available - 1, min(samples, available)).round().long().tolist()
-    return [ids[:, i * sequence_length : (i + 1) * sequence_length] for i in chosen]
+    if not isinstance(recipe.settings, Calibrated):
+        return ()
+    with tempfile.TemporaryDirectory(prefix="ipex_quant_text_") as folder:
+        if source is None:
+            source = Path(folder) / "calibration.txt"
+            source.write_text(data.calibration_text(), encoding="utf-8")
+        size = recipe.settings.samples, recipe.settings.sequence_length
+        return calibration_dataloader(source, tokenizer, *size, column=column)
 
 
 def apply_recipe(
     recipe: Recipe,
     model: nn.Module,
-    calibration: Sequence[torch.Tensor] = (),
+    calibration: Collection[Any] | DataLoader = (),
     dtype: torch.dtype = torch.bfloat16,
 ) -> nn.Module:
     """Quantize a transformers model in place as `recipe` says and return it, ready to generate in `dtype`.
 
-    `calibration` holds windows of token ids as `calibration_windows` returns them; only GPTQ needs it. GPTQ leaves the
-    output layer to round-to-nearest. Raises ValueError when GPTQ has nothing to calibrate on.
+    `calibration` is what `calibration_data` returns, or other batches of arguments of `model`. GPTQ leaves the output
+    layer to round-to-nearest. Raises ValueError when the recipe calibrates and there is nothing to do it with.
     """
+    if isinstance(recipe.settings, Calibrated) and not len(calibration):
+        raise ValueError(f"recipe {recipe.name}: it needs calibration text, got none")
     mapping = recipe.qconfig_mapping()
-    if recipe.algorithm == "gptq":
-        if not calibration:
-            raise ValueError(f"recipe {recipe.name}: GPTQ needs calibration text, got none")
+    if isinstance(recipe.settings, Gptq):
         model = _apply_gptq(recipe, model, calibration, dtype)
-        if not _float_linears(model, recipe):
-            return model
+        mapping = mapping if _float_linears(model, recipe) else None
+    elif isinstance(recipe.settings, Calibrated):
+        prepared = prepare(model, mapping, example_kwarg_inputs=dict(next(iter(calibration))), inplace=True)
+        model = convert(calibrate(prepared, calibration), inplace=True)
+        mapping = None
     return llm.optimize(model, dtype=dtype, quantization_config=mapping, inplace=True)
 
 
-def _apply_gptq(recipe: Recipe, model: nn.Module, calibration: Sequence[torch.Tensor], dtype: torch.dtype) -> nn.Module:
+def _apply_gptq(recipe: Recipe, model: nn.Module, calibration: Collection[Any], dtype: torch.dtype) -> nn.Module:
+    settings = recipe.settings
     with tempfile.TemporaryDirectory(prefix="ipex_quant_gptq_") as folder:
         gptq(
             model,
             calibration,
-            group_size=recipe.group_size,
-            wbits=BITS[recipe.weight_dtype],
-            sym=recipe.qconfig_mapping().global_qconfig.weight_qscheme == WoqWeightQScheme.SYMMETRIC,
-            percdamp=recipe.gptq.percdamp,
-            act_order=recipe.gptq.act_order,
-            nsamples=len(calibration),
+            group_size=settings.group_size,
+            wbits=BITS[settings.weight_dtype],
+            sym=settings.qconfig().weight_qscheme == WoqWeightQScheme.SYMMETRIC,
+            percdamp=settings.percdamp,
+            act_order=settings.act_order,
+            nsamples=settings.samples,
+            pad_max_length=settings.sequence_length,
             save_dir=folder,
         )
         return llm.optimize(

@@ -2,35 +2,137 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch.ao.quantization import QConfigMapping
 
+from .. import quantization
+from ..observers import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
 from ..quantization import (
     WoqActQuantMode,
     WoqLowpMode,
     WoqWeightDtype,
     WoqWeightQScheme,
+    get_smooth_quant_qconfig_mapping,
     get_weight_only_quant_qconfig_mapping,
 )
 from . import FOLDER, recipe_names
 
-ALGORITHMS = ("rtn", "gptq")
 BITS = {WoqWeightDtype.INT4: 4, WoqWeightDtype.INT8: 8}
+
+OBSERVERS = {
+    "histogram": HistogramObserver.with_args(reduce_range=False),
+    "min_max": MinMaxObserver,
+    "moving_average": MovingAverageMinMaxObserver,
+}
+"""What finds the range of an activation, by its name in a recipe."""
+
+
+class Settings:
+    """What an algorithm needs to know; the fields of each kind are the keys of its recipes."""
+
+    def qconfig(self) -> Any:
+        """Configuration of every layer but the exceptions."""
+        raise NotImplementedError
+
+    def exceptions(self) -> dict[str, Any]:
+        """Configurations of the layers whose name matches a regular expression; the first match counts."""
+        return {}
 
 
 @dataclass(frozen=True)
-class GptqSettings:
-    """How GPTQ calibrates: `samples` windows of `sequence_length` tokens; `percdamp` damps the Hessian's diagonal."""
+class Calibrated(Settings):
+    """Settings of an algorithm that looks at `samples` windows of `sequence_length` tokens."""
 
+    samples: int = 128
+    sequence_length: int = 512
+
+
+@dataclass(frozen=True)
+class WeightOnly(Settings):
+    """Weights in few bits, rounded to nearest; `lowp_mode` and `act_quant_mode` say what they are computed with."""
+
+    weight_dtype: WoqWeightDtype = WoqWeightDtype.INT8
+    weight_qscheme: WoqWeightQScheme = WoqWeightQScheme.UNDEFINED
+    group_size: int = -1
+    lowp_mode: WoqLowpMode = WoqLowpMode.NONE
+    act_quant_mode: WoqActQuantMode = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
+
+    def qconfig(self) -> Any:
+        names = [each.name for each in fields(WeightOnly)]
+        return get_weight_only_quant_qconfig_mapping(**{name: getattr(self, name) for name in names}).global_qconfig
+
+
+@dataclass(frozen=True)
+class Gptq(WeightOnly, Calibrated):
+    """As `WeightOnly`, with the weights in transformer blocks rounded by GPTQ; `percdamp` damps the Hessian."""
+
+    samples: int = 64
     act_order: bool = False
     percdamp: float = 0.01
-    samples: int = 64
-    sequence_length: int = 512
+
+    def __post_init__(self) -> None:
+        if self.weight_dtype not in BITS:
+            raise ValueError(f"weight_dtype: gptq writes int4 or int8 weights, got {self.weight_dtype.name.lower()}")
+
+
+@dataclass(frozen=True)
+class Dynamic(Settings):
+    """INT8 weights per channel; activations are quantized as they come, each token on its own."""
+
+    def qconfig(self) -> Any:
+        return quantization.default_dynamic_qconfig
+
+
+@dataclass(frozen=True)
+class Static(Calibrated):
+    """INT8 weights per channel; one of `OBSERVERS` finds a range for every activation."""
+
+    observer: str = "histogram"
+
+    def __post_init__(self) -> None:
+        if self.observer not in OBSERVERS:
+            raise ValueError(f"observer: expected one of {', '.join(OBSERVERS)}, got {self.observer!r}")
+
+    def qconfig(self) -> Any:
+        return quantization.default_static_qconfig._replace(activation=OBSERVERS[self.observer])
+
+
+@dataclass(frozen=True)
+class SmoothQuant(Calibrated):
+    """As `Static`, with outliers moved from activations to weights: by `alpha`, or the first of `alphas` that matches.
+
+    With `share_weight_observers` layers that read the same tensor share one smoothing factor.
+    """
+
+    alpha: float = 0.5
+    alphas: dict[str, float] = field(default_factory=dict)
+    share_weight_observers: bool = True
+
+    def qconfig(self) -> Any:
+        return self._with(self.alpha)
+
+    def exceptions(self) -> dict[str, Any]:
+        return {pattern: self._with(alpha) for pattern, alpha in self.alphas.items()}
+
+    def _with(self, alpha: float) -> Any:
+        mapping = get_smooth_quant_qconfig_mapping(alpha, share_weight_observers=self.share_weight_observers)
+        return mapping.global_qconfig
+
+
+ALGORITHMS: dict[str, type[Settings]] = {
+    "rtn": WeightOnly,
+    "gptq": Gptq,
+    "smoothquant": SmoothQuant,
+    "static": Static,
+    "dynamic": Dynamic,
+}
 
 
 @dataclass(frozen=True)
@@ -38,34 +140,18 @@ class Recipe:
     """One way to quantize a model. `skip` holds regular expressions of the names of modules that stay in float."""
 
     name: str
+    settings: Settings
     description: str = ""
-    algorithm: str = "rtn"
-    weight_dtype: WoqWeightDtype = WoqWeightDtype.INT8
-    weight_qscheme: WoqWeightQScheme = WoqWeightQScheme.UNDEFINED
-    group_size: int = -1
-    lowp_mode: WoqLowpMode = WoqLowpMode.NONE
-    act_quant_mode: WoqActQuantMode = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
     skip: tuple[str, ...] = ()
-    gptq: GptqSettings = field(default_factory=GptqSettings)
 
     def __post_init__(self) -> None:
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
-        if self.algorithm == "gptq" and self.weight_dtype not in BITS:
-            raise ValueError(f"weight_dtype: gptq writes int4 or int8 weights, got {self.weight_dtype.name.lower()}")
         self.qconfig_mapping()
 
-    def qconfig_mapping(self) -> Any:
+    def qconfig_mapping(self) -> QConfigMapping:
         """The quantization configuration that `llm.optimize` and `quantization.prepare` take."""
-        mapping = get_weight_only_quant_qconfig_mapping(
-            weight_dtype=self.weight_dtype,
-            weight_qscheme=self.weight_qscheme,
-            group_size=self.group_size,
-            lowp_mode=self.lowp_mode,
-            act_quant_mode=self.act_quant_mode,
-        )
-        for pattern in self.skip:
-            mapping.set_module_name_regex(pattern, None)
+        mapping = QConfigMapping().set_global(self.settings.qconfig())
+        for pattern, qconfig in {**dict.fromkeys(self.skip), **self.settings.exceptions()}.items():
+            mapping.set_module_name_regex(pattern, qconfig)
         return mapping
 
 
@@ -78,24 +164,28 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     if not path.is_file():
         raise ValueError(f"recipe: expected a file or one of {', '.join(recipe_names())}, got {str(name_or_path)!r}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Recipe(name=path.stem, **_parsed(content, _RECIPE_KEYS))
+        return _parsed(path.stem, yaml.safe_load(path.read_text(encoding="utf-8")))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"recipe {path.stem}: {error}") from error
 
 
-def _parsed(content: object, keys: dict[str, Callable[[Any], Any]]) -> dict[str, Any]:
+def _parsed(name: str, content: object) -> Recipe:
     if not isinstance(content, dict):
         raise ValueError(f"expected keys and values, got {type(content).__name__}")
-    if unknown := [key for key in content if key not in keys]:
-        raise ValueError(f"unknown key {unknown[0]!r}, expected some of {', '.join(keys)}")
-    parsed = {}
+    algorithm = content.pop("algorithm", "rtn")
+    if algorithm not in list(ALGORITHMS):
+        raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    keys = {"algorithm", "description", "skip", *(each.name for each in fields(ALGORITHMS[algorithm]))}
+    values = {}
     for key, value in content.items():
+        if key not in keys:
+            raise ValueError(f"unknown key {key!r}, {algorithm} takes {', '.join(sorted(keys))}")
         try:
-            parsed[key] = keys[key](value)
+            values[key] = _PARSERS[key](value)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
-    return parsed
+    own = {key: values.pop(key) for key in ("description", "skip") if key in values}
+    return Recipe(name, ALGORITHMS[algorithm](**values), **own)
 
 
 def _of_type(kind: type) -> Callable[[Any], Any]:
@@ -125,27 +215,48 @@ def _member_of(enum: type[IntEnum]) -> Callable[[Any], IntEnum]:
     return parse
 
 
-def _strings(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"expected a list of strings, got {value!r}")
-    return tuple(value)
+def _pattern(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a regular expression, got {value!r}")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{value!r} is no regular expression: {error}") from error
+    return value
 
 
-_GPTQ_KEYS: dict[str, Callable[[Any], Any]] = {
-    "act_order": _of_type(bool),
-    "percdamp": _of_type(float),
-    "samples": _positive,
-    "sequence_length": _positive,
-}
+def _patterns(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"expected a list of regular expressions, got {value!r}")
+    return tuple(map(_pattern, value))
 
-_RECIPE_KEYS: dict[str, Callable[[Any], Any]] = {
+
+def _alpha(value: Any) -> float:
+    if not 0 <= _of_type(float)(value) <= 1:
+        raise ValueError(f"expected a number from 0 to 1, got {value}")
+    return float(value)
+
+
+def _alphas(value: Any) -> dict[str, float]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected regular expressions with alphas, got {value!r}")
+    return {_pattern(pattern): _alpha(alpha) for pattern, alpha in value.items()}
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
     "description": _of_type(str),
-    "algorithm": _of_type(str),
+    "skip": _patterns,
     "weight_dtype": _member_of(WoqWeightDtype),
     "weight_qscheme": _member_of(WoqWeightQScheme),
     "group_size": _of_type(int),
     "lowp_mode": _member_of(WoqLowpMode),
     "act_quant_mode": _member_of(WoqActQuantMode),
-    "skip": _strings,
-    "gptq": lambda value: GptqSettings(**_parsed(value, _GPTQ_KEYS)),
+    "act_order": _of_type(bool),
+    "percdamp": _of_type(float),
+    "samples": _positive,
+    "sequence_length": _positive,
+    "observer": _of_type(str),
+    "alpha": _alpha,
+    "alphas": _alphas,
+    "share_weight_observers": _of_type(bool),
 }

@@ -1,10 +1,11 @@
-import dataclasses
-
 import pytest
+from torch import nn
 
+from ipex_quant.observers import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
 from ipex_quant.quantization import WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
+from ipex_quant.quantization._rules import choose_qconfigs
 from ipex_quant.recipes import recipe_names
-from ipex_quant.recipes.recipe import GptqSettings, Recipe, load_recipe
+from ipex_quant.recipes.recipe import Dynamic, Gptq, Recipe, SmoothQuant, Static, WeightOnly, load_recipe
 
 
 @pytest.fixture
@@ -18,13 +19,25 @@ def written(tmp_path):
 
 
 def test_the_default_for_new_users_is_packaged():
-    recipe = load_recipe("w4a8-g128")
-    assert recipe.weight_dtype == WoqWeightDtype.INT4
-    assert recipe.weight_qscheme == WoqWeightQScheme.SYMMETRIC
-    assert recipe.group_size == 128
-    assert recipe.lowp_mode == WoqLowpMode.INT8
-    assert recipe.act_quant_mode == WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
-    assert recipe.algorithm == "rtn"
+    assert load_recipe("w4a8-g128").settings == WeightOnly(
+        weight_dtype=WoqWeightDtype.INT4,
+        weight_qscheme=WoqWeightQScheme.SYMMETRIC,
+        group_size=128,
+        lowp_mode=WoqLowpMode.INT8,
+        act_quant_mode=WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("w8a8-smoothquant", SmoothQuant(alpha=0.5, samples=128, sequence_length=512)),
+        ("w8a8-static", Static(observer="histogram", samples=128, sequence_length=512)),
+        ("w8a8-dynamic", Dynamic()),
+    ],
+)
+def test_recipes_of_quantized_activations_are_packaged(name, settings):
+    assert load_recipe(name).settings == settings
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -35,39 +48,76 @@ def test_every_packaged_recipe_loads_and_says_what_it_is(name):
 
 
 def test_a_file_of_the_users_own_loads(written):
-    path = written(
-        "weight_dtype: int8\nalgorithm: gptq\nskip: [lm_head, 'layers\\.0\\.']\ngptq: {samples: 3, percdamp: 1}\n"
+    path = written("weight_dtype: int8\nalgorithm: gptq\nskip: [lm_head, 'layers\\.0\\.']\nsamples: 3\npercdamp: 1\n")
+    settings = Gptq(weight_dtype=WoqWeightDtype.INT8, samples=3, percdamp=1)
+    assert load_recipe(path) == Recipe("mine", settings, skip=("lm_head", r"layers\.0\."))
+
+
+def test_skip_and_the_first_alpha_that_matches_count(written):
+    recipe = load_recipe(
+        written("algorithm: smoothquant\nalpha: 0.25\nalphas: {'block.a': 1, 'block': 0.75}\nskip: ['.*skipped']\n")
     )
-    recipe = load_recipe(path)
-    assert recipe.name == "mine"
-    assert recipe.skip == ("lm_head", r"layers\.0\.")
-    assert recipe.gptq == GptqSettings(samples=3, percdamp=1)
-    assert dataclasses.replace(recipe, gptq=GptqSettings(), skip=()) == Recipe(
-        name="mine", weight_dtype=WoqWeightDtype.INT8, algorithm="gptq"
-    )
+    block = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("a", "b", "skipped")})
+    model = nn.ModuleDict({"block": block, "other": nn.Linear(4, 4)})
+    chosen, reasons = choose_qconfigs(recipe.qconfig_mapping(), model)
+    alphas = {name: (qconfig.activation().alpha, qconfig.weight().alpha) for name, qconfig in chosen.items()}
+    assert alphas == {"block.a": (1, 1), "block.b": (0.75, 0.75), "other": (0.25, 0.25)}
+    assert reasons.keys() == {"block.skipped"}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_every_layer_of_a_smoothquant_recipe_shares_or_not(written, shared):
+    path = written(f"algorithm: smoothquant\nalphas: {{x: 0.5}}\nshare_weight_observers: {str(shared).lower()}\n")
+    mapping = load_recipe(path).qconfig_mapping()
+    qconfigs = [mapping.global_qconfig, *mapping.module_name_regex_qconfigs.values()]
+    assert [qconfig.share_weight_observers for qconfig in qconfigs] == [shared, shared]
+
+
+@pytest.mark.parametrize(
+    ("name", "observer"),
+    [
+        ("histogram", HistogramObserver),
+        ("min_max", MinMaxObserver),
+        ("moving_average", MovingAverageMinMaxObserver),
+    ],
+)
+def test_a_static_recipe_names_its_observer(written, name, observer):
+    qconfig = load_recipe(written(f"{{algorithm: static, observer: {name}}}")).qconfig_mapping().global_qconfig
+    assert type(qconfig.activation()) is observer
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("colour: blue", "recipe mine: unknown key 'colour', expected some of description, algorithm"),
-        ("gptq: {damp: 1}", "recipe mine: gptq: unknown key 'damp', expected some of act_order"),
+        ("colour: blue", "recipe mine: unknown key 'colour', rtn takes act_quant_mode, algorithm, description, group"),
+        ("{algorithm: gptq, damp: 1}", "recipe mine: unknown key 'damp', gptq takes act_order"),
+        ("samples: 3", "recipe mine: unknown key 'samples', rtn takes"),
+        ("{algorithm: dynamic, alpha: 1}", "recipe mine: unknown key 'alpha', dynamic takes algorithm, desc.*, skip$"),
         ("weight_dtype: int5", "recipe mine: weight_dtype: expected one of int8, int4, nf4, fp8, got 'int5'"),
         ("weight_dtype: 2", "recipe mine: weight_dtype: expected one of int8, int4, nf4, fp8, got 2"),
         ("lowp_mode: bf17", "recipe mine: lowp_mode: expected one of none, fp16, bf16, int8, got 'bf17'"),
         ("group_size: 48", "recipe mine: .*48"),
         ("group_size: many", "recipe mine: group_size: expected int, got 'many'"),
         ("group_size: true", "recipe mine: group_size: expected int, got True"),
-        ("algorithm: awq", "recipe mine: algorithm: expected one of rtn, gptq, got 'awq'"),
         (
-            "{algorithm: gptq, weight_dtype: nf4}",
-            "recipe mine: weight_dtype: gptq writes int4 or int8",
+            "algorithm: awq",
+            "recipe mine: algorithm: expected one of rtn, gptq, smoothquant, static, dynamic, got 'awq'",
         ),
+        ("algorithm: [rtn]", "recipe mine: algorithm: expected one of"),
+        ("{algorithm: gptq, weight_dtype: nf4}", "recipe mine: weight_dtype: gptq writes int4 or int8"),
         ("{weight_dtype: nf4, weight_qscheme: asymmetric}", "recipe mine: .*symmetric"),
-        ("gptq: {samples: 0}", "recipe mine: gptq: samples: expected at least 1, got 0"),
-        ("gptq: {act_order: 1}", "recipe mine: gptq: act_order: expected bool, got 1"),
-        ("gptq: 3", "recipe mine: gptq: expected keys and values, got int"),
-        ("skip: lm_head", "recipe mine: skip: expected a list of strings, got 'lm_head'"),
+        ("{algorithm: gptq, samples: 0}", "recipe mine: samples: expected at least 1, got 0"),
+        ("{algorithm: gptq, act_order: 1}", "recipe mine: act_order: expected bool, got 1"),
+        ("{algorithm: static, observer: max}", "recipe mine: observer: expected one of histogram, min_max, mov.*'max'"),
+        ("{algorithm: smoothquant, alpha: 1.5}", "recipe mine: alpha: expected a number from 0 to 1, got 1.5"),
+        ("{algorithm: smoothquant, alpha: .nan}", "recipe mine: alpha: expected a number from 0 to 1, got nan"),
+        ("{algorithm: smoothquant, alpha: auto}", "recipe mine: alpha: expected float, got 'auto'"),
+        ("{algorithm: smoothquant, alphas: {a: 2}}", "recipe mine: alphas: expected a number from 0 to 1, got 2"),
+        ("{algorithm: smoothquant, alphas: {a(: 1}}", r"recipe mine: alphas: 'a\(' is no regular expression: missing"),
+        ("{algorithm: smoothquant, alphas: 1}", "recipe mine: alphas: expected regular expressions with alphas, got 1"),
+        ("skip: ['*']", r"recipe mine: skip: '\*' is no regular expression: nothing to repeat"),
+        ("skip: [1]", "recipe mine: skip: expected a regular expression, got 1"),
+        ("skip: lm_head", "recipe mine: skip: expected a list of regular expressions, got 'lm_head'"),
         ("- 1", "recipe mine: expected keys and values, got list"),
         ("a: [", "recipe mine: while parsing"),
         ("", "recipe mine: expected keys and values, got NoneType"),
