@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--dataset",
         metavar="FILE_OR_NAME",
-        help="text to calibrate on: a .txt, .json, .jsonl or .parquet file, or a name on the hub (default: Python's docs)",
+        help="calibration text: a .txt, .json, .jsonl or .parquet file, or a name on the hub (default: Python's docs)",
     )
     sub.add_argument("--column", metavar="NAME", help="column of the dataset that holds the text")
     sub.add_argument("--samples", type=_positive, metavar="N", help="windows of the text (default: the recipe's)")
