@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -154,7 +155,7 @@ def _(x, multiplier, zero_point):
 
 @torch.library.register_fake("ipex_quant::quantize_activation_per_token")
 def _(x):
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])
     return (
         torch.empty(x.shape, dtype=torch.uint8, device=x.device),
         x.new_empty(rows, dtype=torch.float32),

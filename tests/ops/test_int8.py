@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 from ipex_quant import ops
 from ipex_quant.numerics.quantized_weight import QuantizedWeight
@@ -323,3 +324,15 @@ def test_compile_without_graph_break() -> None:
     for rows in (2, 4, 9):
         x = activations(rows, 16)
         assert torch.equal(compiled(x), run(x))
+
+
+def test_a_dynamic_graph_serves_every_number_of_rows():
+    compilations = CompileCounter()
+
+    @torch.compile(backend=compilations, dynamic=True, fullgraph=True)
+    def scales_of(x):
+        return ops.quantize_activation_per_token(x)[1] + 0
+
+    for rows in (3, 5, 7):
+        assert scales_of(torch.ones(rows, 8)).shape == (rows,)
+    assert compilations.frame_count == 1
