@@ -20,7 +20,7 @@ from .recipe import BITS, Calibrated, Gptq, Recipe
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
-    from ..quantization._calibration import Source
+    from ..quantization._calibration_data import Source
 
 
 def calibration_data(
