@@ -18,6 +18,7 @@ import ipex_quant as ipex
 from ipex_quant import data, evaluation
 from ipex_quant.smoothquant.outliers import inject_outliers
 
+SAMPLES = 64
 SEQUENCE_LENGTH = 256
 HELD_OUT_TOKENS = 16384
 SPEED_SECONDS = 0.3
@@ -33,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ipex_quant_recipe_") as folder:
         text, summary = Path(folder) / "calibration.txt", Path(folder) / "qconfig.json"
         text.write_text(data.calibration_text(), encoding="utf-8")
-        calibration = ipex.quantization.calibration_dataloader(text, tokenizer, 64, SEQUENCE_LENGTH)
+        calibration = ipex.quantization.calibration_dataloader(text, tokenizer, SAMPLES, SEQUENCE_LENGTH)
         static = quantized(outliers, ipex.quantization.default_static_qconfig_mapping, calibration)
         smoothed = quantized(outliers, smooth, calibration, summary)
         deployed = ipex.llm.optimize(
