@@ -57,7 +57,7 @@ def main() -> None:
                 pairs = [(seconds(prepared, ids), seconds(model, ids)) for _ in range(args.rounds + 1)][1:]
             ratio = statistics.median(observed / plain for observed, plain in pairs)
             plain = statistics.median(plain for _, plain in pairs)
-            print(f"  {str(dtype):15s} {name:20s} {ratio:.3f} (float forward {plain:.2f} s)")
+            print(f"  {dtype!s:15s} {name:20s} {ratio:.3f} (float forward {plain:.2f} s)")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Weight-only quantization of large language models for CPUs, with the API of Intel Extension for PyTorch.
+"""Quantization of large language models for CPUs, with the API of Intel Extension for PyTorch.
 
 Importing this is cheap: submodules load when they are first used, native kernels with them.
 """

@@ -122,7 +122,10 @@ def _open_files(paths: list[Path]) -> datasets.IterableDataset:
     builder = _BUILDERS[suffixes.pop()]
     if builder == "text":
         return datasets.IterableDataset.from_generator(_text_documents, gen_kwargs={"files": files})
-    return datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
+    try:
+        return datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
+    except Exception as error:  # datasets has one for every format
+        raise ValueError(f"source: cannot read {', '.join(files)}: {error}") from error
 
 
 def _text_documents(files: list[str]) -> Iterator[dict[str, str]]:
