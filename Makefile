@@ -71,8 +71,10 @@ sanitize: $(ENV_STAMP)  ## run the tests of the native ops under the address and
 	    $(abspath $(BIN))/python -m pytest -q -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
 	    $(CURDIR)/tests/ops $(PYTEST_ARGS)
 
-bench: build  ## measure the linear kernels against their limits and their peers
+bench: build  ## measure the linear kernels against limits and peers, and what calibration costs
 	$(BIN)/python benchmarks/linear.py
+	$(BIN)/python benchmarks/int8.py
+	$(BIN)/python benchmarks/calibration.py
 
 wheel: $(ENV_STAMP)  ## build a wheel into dist/
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

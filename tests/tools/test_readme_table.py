@@ -23,19 +23,20 @@ def result(tmp_path):
 
 
 def run(result, readme):
-    return subprocess.run([sys.executable, SCRIPT, result, "--readme", readme], capture_output=True, text=True)
+    return subprocess.run([sys.executable, SCRIPT, "int8", result, "--readme", readme], capture_output=True, text=True)
 
 
 def test_the_section_of_the_readme_is_replaced(result, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- measured -->\nold\n<!-- end -->\nafter\n")
+    readme.write_text("before\n<!-- measured: int8 -->\nold\n<!-- end -->\nafter\n")
     assert run(result, readme).returncode == 0
     assert run(result, readme).returncode == 0
     text = readme.read_text()
-    assert text.startswith("before\n<!-- measured -->\n")
+    assert text.startswith("before\n<!-- measured: int8 -->\n")
     assert text.endswith("<!-- end -->\nafter\n")
     assert "old" not in text
     assert "2 threads of A Fast One" in text
+    assert "The first three lines are ours" in text
     assert text.count("| 1 (90%) | 4 | 8 | 128 | 512 (80%) |") == 2
 
 
@@ -50,4 +51,5 @@ def test_a_readme_without_the_marks_is_left_alone(result, tmp_path):
 
 def test_the_readme_has_the_marks():
     text = (ROOT / "README.md").read_text()
-    assert text.count("<!-- measured -->") == text.count("<!-- end -->") == 1
+    assert [text.count(f"<!-- measured: {name} -->") for name in ("linear", "int8")] == [1, 1]
+    assert text.count("<!-- end -->") == 2
