@@ -58,7 +58,7 @@ class StaticActivation:
     @property
     def multiplier(self) -> torch.Tensor:
         """What an input is multiplied by before it is rounded, float32 ``[K]``, or ``[1]`` without smoothing."""
-        factor = torch.ones(1) if self.smoothing_factor is None else self.smoothing_factor
+        factor = torch.ones(1, dtype=torch.float32) if self.smoothing_factor is None else self.smoothing_factor
         return factor / torch.tensor(self.scale, dtype=torch.float32, device=factor.device)
 
 

@@ -72,8 +72,8 @@ class PerChannelMinMaxObserver(Observer):
 
     def reset(self) -> None:
         """Forget what was seen."""
-        self.register_buffer("min_val", torch.empty(0))
-        self.register_buffer("max_val", torch.empty(0))
+        self.register_buffer("min_val", torch.empty(0, dtype=torch.float32))
+        self.register_buffer("max_val", torch.empty(0, dtype=torch.float32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.numel():

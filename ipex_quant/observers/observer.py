@@ -84,8 +84,8 @@ class Observer(nn.Module):
 
     def reset(self) -> None:
         """Forget what was seen."""
-        self.register_buffer("min_val", torch.tensor(torch.inf))
-        self.register_buffer("max_val", torch.tensor(-torch.inf))
+        self.register_buffer("min_val", torch.tensor(torch.inf, dtype=torch.float32))
+        self.register_buffer("max_val", torch.tensor(-torch.inf, dtype=torch.float32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Take the float tensor `x` into the statistics and return it; ValueError when it holds NaN or Inf."""

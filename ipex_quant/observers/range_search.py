@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-COARSE = 0.75 ** torch.arange(16.0)
+COARSE = 0.75 ** torch.arange(16, dtype=torch.float32)
 """Shares of the full range that the first round of the search tries: heavy tails need ranges down to a hundredth."""
 
 REFINEMENTS = (0.12, 0.04, 0.012)
@@ -67,9 +67,11 @@ def best_range(histogram: Histogram, affine: Affine, quant_range: tuple[int, int
     `affine` turns ranges into scales and zero points, `quant_range` is the smallest and the largest code. The whole
     range is among those that are tried, so that no result is worse.
     """
-    low, high = (torch.tensor([end]) for end in (min(histogram.low, 0.0), max(histogram.high, 0.0)))
-    best_low, best_high = torch.ones(1), torch.ones(1)  # as shares of the whole range
-    for shares in (COARSE, *(1 + width * torch.linspace(-1, 1, 9) for width in REFINEMENTS)):
+    low, high = (
+        torch.tensor([end], dtype=torch.float32) for end in (min(histogram.low, 0.0), max(histogram.high, 0.0))
+    )
+    best_low, best_high = COARSE[:1], COARSE[:1]  # as shares of the whole range
+    for shares in (COARSE, *(1 + width * torch.linspace(-1, 1, 9, dtype=torch.float32) for width in REFINEMENTS)):
         low_shares = (best_low * shares).clamp(max=1.0) if low < 0 else best_low
         high_shares = (best_high * shares).clamp(max=1.0) if high > 0 else best_high
         candidates = torch.cartesian_prod(low_shares, high_shares).reshape(-1, 2)

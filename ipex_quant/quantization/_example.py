@@ -51,16 +51,21 @@ class Example:
         return example
 
     def run(self, model: nn.Module) -> Any:
-        """Call `model` in evaluation mode, without gradients."""
-        with evaluating(model), torch.no_grad():
-            return model(*self.args, **self.kwargs)
+        """Call `model` in evaluation mode, without gradients; ValueError when that fails."""
+        try:
+            with evaluating(model), torch.no_grad():
+                return model(*self.args, **self.kwargs)
+        except Exception as error:
+            raise ValueError(f"{self._source}: {type(model).__name__} cannot be called with it: {error}") from error
+
+    @property
+    def _source(self) -> str:
+        return "example_kwarg_inputs" if self.kwargs else "example_inputs"
 
     def _check(self, model: nn.Module) -> None:
         signature = inspect.signature(model.forward)
         try:
             signature.bind(*self.args, **self.kwargs)
         except TypeError as error:
-            name = "example_kwarg_inputs" if self.kwargs else "example_inputs"
-            raise ValueError(
-                f"{name}: {error}; {type(model).__name__}.forward takes {', '.join(signature.parameters)}"
-            ) from error
+            names = ", ".join(signature.parameters)
+            raise ValueError(f"{self._source}: {error}; {type(model).__name__}.forward takes {names}") from error

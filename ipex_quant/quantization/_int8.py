@@ -14,7 +14,9 @@ from ..nn import Int8Conv2d, Int8Linear
 from ..nn.linears import is_linear, weight_matrix
 from ..numerics.int8 import StaticActivation, quantize_per_channel
 from ..numerics.quantized_weight import QuantizedWeight
+from ..observers import has_data
 from ..smoothquant.folding import fold_into_norm
+from ._errors import naming
 from ._observed import LayerParameters, Observed, ObservedGroup, ObservedLayer
 from ._qconfig import QuantizationKind
 
@@ -24,23 +26,24 @@ Replacements = dict[str, Callable[[nn.Module], nn.Module]]
 def int8_replacements(model: nn.Module, observations: Observed) -> tuple[Replacements, dict[str, str]]:
     """What makes the INT8 successor of each observed layer, by name, and why the others stay in float.
 
-    Smoothing factors are folded into norms of `model` where they can be. Warns about layers without data.
+    Making the successors folds smoothing factors into norms of `model` where it can. Warns about layers without data.
     """
     replacements: Replacements = {}
     reasons: dict[str, str] = {}
+    unreached: list[str] = []
     for group in observations.groups:
         wanted = [layer for layer in group.layers if layer.quantized]
         reasons |= {layer.name: "the qconf summary leaves it in float" for layer in group.layers if not layer.quantized}
-        if not group.has_data:
-            reasons |= {layer.name: "calibration never reached it" for layer in wanted}
-            continue
+        if group.observer is not None and not has_data(group.observer):
+            unreached += [layer.name for layer in wanted if layer.parameters is None]
+            wanted = [layer for layer in wanted if layer.parameters is not None]
         for part in _fused_parts(model, observations, group, wanted):
             if is_linear(model.get_submodule(part.names[0])):
                 replacements |= {name: partial(part.successor, model, name) for name in part.names}
             else:
                 replacements |= {name: partial(_convolution, name, part.activation) for name in part.names}
-    unreached = [name for name, reason in reasons.items() if reason == "calibration never reached it"]
     if unreached:
+        reasons |= dict.fromkeys(unreached, "calibration never reached it")
         warnings.warn(
             f"calibration never reached {len(unreached)} layers, which stay in float: {', '.join(unreached[:8])}"
             + (", ..." if len(unreached) > 8 else ""),
@@ -51,11 +54,15 @@ def int8_replacements(model: nn.Module, observations: Observed) -> tuple[Replace
 
 @dataclass
 class _FusedPart:
-    """Layers of a share group with the same parameters for their input: one quantization of it, one GEMM."""
+    """Layers of a share group with the same parameters for their input: one quantization of it, one GEMM.
+
+    `producer` is the norm that may take over the smoothing factor.
+    """
 
     names: list[str]
     activation: StaticActivation | None
     parameters: list[LayerParameters | None]
+    producer: str | None = None
     _made: dict[str, Int8Linear] | None = None
 
     def successor(self, model: nn.Module, name: str, module: nn.Module) -> nn.Module:
@@ -67,7 +74,9 @@ class _FusedPart:
                 for name, each, parameters in zip(self.names, modules, self.parameters, strict=True)
             ]
             biases = [each.bias for each in modules]
-            made = Int8Linear.make_group(weights, biases, self.activation, modules[0].weight.dtype)
+            # Last, since a norm must not change when a weight cannot be quantized.
+            activation = self.activation if self.producer is None else _folded(model, self.producer, self.activation)
+            made = Int8Linear.make_group(weights, biases, activation, modules[0].weight.dtype)
             self._made = dict(zip(self.names, made, strict=True))
         return self._made.pop(name).train(module.training)
 
@@ -75,8 +84,10 @@ class _FusedPart:
 def _fused_parts(
     model: nn.Module, observations: Observed, group: ObservedGroup, wanted: Sequence[ObservedLayer]
 ) -> list[_FusedPart]:
+    if not wanted:
+        return []
     if group.kind is QuantizationKind.DYNAMIC:
-        return [_FusedPart([layer.name for layer in wanted], None, [None] * len(wanted))] if wanted else []
+        return [_FusedPart([layer.name for layer in wanted], None, [None] * len(wanted))]
     parameters = dict(zip((layer.name for layer in group.layers), observations.parameters(model, group), strict=True))
     parts: list[_FusedPart] = []
     for layer in wanted:
@@ -87,30 +98,28 @@ def _fused_parts(
             parts.append(part)
         part.names.append(layer.name)
         part.parameters.append(own)
-    if len(parts) == 1 and len(wanted) == len(group.layers) and group.producer is not None:
-        _fold(model.get_submodule(group.producer), parts[0])
+    if len(parts) == 1 and len(wanted) == len(group.layers):
+        parts[0].producer = group.producer
     return parts
 
 
-def _fold(norm: nn.Module, part: _FusedPart) -> None:
-    factor = part.activation.smoothing_factor
-    if factor is not None and fold_into_norm(norm, factor):
-        part.activation = replace(part.activation, smoothing_factor=None)
+def _folded(model: nn.Module, norm: str, activation: StaticActivation) -> StaticActivation:
+    """What remains of `activation` where the `norm` can take over its factor."""
+    factor = activation.smoothing_factor
+    if factor is not None and fold_into_norm(model.get_submodule(norm), factor):
+        return replace(activation, smoothing_factor=None)
+    return activation
 
 
 def _quantized(name: str, weight: torch.Tensor, parameters: LayerParameters | None) -> QuantizedWeight:
     weight = weight.float()
-    try:
+    with naming(name):
         if parameters is None:
             return quantize_per_channel(weight)
         factor = parameters.weight_factor
         return quantize_per_channel(weight if factor is None else weight * factor, parameters.weight_scales)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name or 'the model'}: {error}") from error
 
 
 def _convolution(name: str, activation: StaticActivation, module: nn.Conv2d) -> nn.Module:
-    try:
+    with naming(name):
         return Int8Conv2d.from_float(module, activation).train(module.training)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name or 'the model'}: {error}") from error

@@ -16,6 +16,7 @@ from ..numerics.int8 import StaticActivation
 from ..observers import SmoothQuantActivationObserver, has_data, observe
 from ..smoothquant.scaling import smooth_activation, smoothing_factor, weight_smoothing_factor
 from ..smoothquant.tracing import SharedInput, input_tensor
+from ._errors import naming
 from ._qconfig import QuantizationKind, kind_of
 
 ATTRIBUTE = "_ipex_quant_observed"
@@ -53,6 +54,15 @@ class _LastSeen:
     def __init__(self) -> None:
         self._tensor: Any = lambda: None
         self._members: set[str] = set()
+        self._produced: Any = lambda: None
+
+    def produce(self, output: Any) -> None:
+        """Note what the producer of the group made."""
+        self._produced = weakref.ref(output) if isinstance(output, torch.Tensor) else lambda: None
+
+    def is_produced(self, x: torch.Tensor) -> bool:
+        """Whether `x` is the last that the producer made."""
+        return self._produced() is x
 
     def is_new(self, x: torch.Tensor, member: str) -> bool:
         """Whether no other member has met `x`; for a member that has, `x` may hold other values by now."""
@@ -70,7 +80,7 @@ class _LastSeen:
 class ObservedGroup:
     """Layers that consume the same tensor, and the observer of that tensor; None where quantization is dynamic.
 
-    `producer` is the norm whose output that tensor is, when nothing else reads it.
+    `producer` is the norm whose output that tensor is, when nothing else reads it, and as long as they read no other.
     """
 
     layers: list[ObservedLayer]
@@ -88,8 +98,9 @@ class ObservedGroup:
 
     @property
     def has_data(self) -> bool:
-        """Whether there is what it takes to quantize: statistics, or parameters of a summary."""
-        return self.observer is None or has_data(self.observer) or self.layers[0].parameters is not None
+        """Whether there is what it takes to quantize one of them: statistics, or parameters of a summary."""
+        loaded = any(layer.parameters is not None for layer in self.layers)
+        return self.observer is None or has_data(self.observer) or loaded
 
     def reset(self) -> None:
         """Forget statistics and parameters."""
@@ -104,12 +115,17 @@ class ObservedGroup:
     def see(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook before the forward of a member: the first one that meets a tensor shows it to the observer."""
         x = input_tensor(args, kwargs)
-        if x is None or not self._last.is_new(x, name):
+        if x is None:
             return
-        try:
-            observe(self.observer, x.detach())
-        except ValueError as error:
-            raise ValueError(f"{name or 'the model'}: input of the layer: {error}") from error
+        if self.producer is not None and not self._last.is_produced(x):
+            self.producer = None  # the example did not show all that the layers read
+        if self._last.is_new(x, name):
+            with naming(name, "input of the layer"):
+                observe(self.observer, x.detach())
+
+    def see_produced(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook after the forward of the producer."""
+        self._last.produce(output)
 
 
 class Observed:
@@ -136,6 +152,9 @@ class Observed:
                 hook = partial(group.see, layer.name)
                 handle = model.get_submodule(layer.name).register_forward_pre_hook(hook, with_kwargs=True)
                 self._handles.append(handle)
+            if group.producer is not None:
+                producer = model.get_submodule(group.producer)
+                self._handles.append(producer.register_forward_hook(group.see_produced))
         setattr(model, ATTRIBUTE, self)
 
     def detach(self, model: nn.Module) -> None:
@@ -149,12 +168,13 @@ class Observed:
         """Static parameters of the layers of `group`: from what was observed, or else those of a loaded summary."""
         if not has_data(group.observer):
             return [layer.parameters for layer in group.layers]
-        modules = [model.get_submodule(layer.name) for layer in group.layers]
+        modules = {layer.name: model.get_submodule(layer.name) for layer in group.layers}
         qconfig = group.layers[0].qconfig
         if group.kind is QuantizationKind.STATIC:
-            activation = _plain_activation(group.observer)
-            return [LayerParameters(activation, _weight_scales(module, qconfig)) for module in modules]
-        together = [modules] if qconfig.share_weight_observers else [[module] for module in modules]
+            with naming(group.name):
+                activation = _plain_activation(group.observer)
+            return [LayerParameters(activation, _weight_scales(*each, qconfig)) for each in modules.items()]
+        together = [modules] if qconfig.share_weight_observers else [{name: modules[name]} for name in modules]
         return [parameters for each in together for parameters in _smoothed(each, group.observer, qconfig)]
 
 
@@ -205,32 +225,34 @@ def _plain_activation(observer: Any) -> StaticActivation:
     return StaticActivation(float(scale), int(zero_point) + shift)
 
 
-def _smoothed(modules: Sequence[nn.Module], observer: Any, qconfig: Any) -> list[LayerParameters]:
+def _smoothed(modules: Mapping[str, nn.Module], observer: Any, qconfig: Any) -> list[LayerParameters]:
     """Parameters of linear layers that share one smoothing factor."""
-    weights = [weight_matrix(module).float() for module in modules]
+    weights = {name: weight_matrix(module).float() for name, module in modules.items()}
     across = qconfig.weight().ic_obs
-    for weight in weights:
-        across(weight)
+    for name, weight in weights.items():
+        with naming(name, "weight"):
+            observe(across, weight)
     act = observer.ic_obs
     ranges = act.min_val, act.max_val, across.min_val, across.max_val
     activation = smooth_activation(act.min_val, act.max_val, smoothing_factor(*ranges, observer.alpha))
     factor = weight_smoothing_factor(*ranges, observer.alpha)
-    scales = [_scales(qconfig.weight().oc_obs, weight * factor) for weight in weights]
+    scales = [_scales(name, qconfig.weight().oc_obs, weight * factor) for name, weight in weights.items()]
     return [LayerParameters(activation, each, factor) for each in scales]
 
 
-def _weight_scales(module: nn.Module, qconfig: Any) -> torch.Tensor:
+def _weight_scales(name: str, module: nn.Module, qconfig: Any) -> torch.Tensor:
     observer = qconfig.weight()
     weight = weight_matrix(module) if is_linear(module) else module.weight.detach()
-    return _scales(getattr(observer, "oc_obs", observer), weight.float())
+    return _scales(name, getattr(observer, "oc_obs", observer), weight.float())
 
 
-def _scales(observer: Any, weight: torch.Tensor) -> torch.Tensor:
-    observe(observer, weight)
-    scales, zero_points = observer.calculate_qparams()
-    if scales.numel() not in (1, len(weight)) or zero_points.any() or observer.dtype != torch.qint8:
-        raise ValueError(
-            f"weight observer {type(observer).__name__}: expected symmetric qint8, per tensor or per output channel; "
-            "use PerChannelMinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_channel_symmetric)"
-        )
+def _scales(name: str, observer: Any, weight: torch.Tensor) -> torch.Tensor:
+    with naming(name, "weight"):
+        observe(observer, weight)
+        scales, zero_points = observer.calculate_qparams()
+        if scales.numel() not in (1, len(weight)) or zero_points.any() or observer.dtype != torch.qint8:
+            raise ValueError(
+                f"{type(observer).__name__}: expected symmetric qint8, per tensor or per output channel; use "
+                "PerChannelMinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_channel_symmetric)"
+            )
     return scales.float().expand(len(weight)).contiguous()

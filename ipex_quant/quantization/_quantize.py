@@ -17,6 +17,7 @@ from ..nn.linears import holds_experts, is_linear
 from ..smoothquant.folding import is_norm
 from ..smoothquant.tracing import SharedInput, trace_groups
 from ._description import describe, is_pretrained
+from ._errors import naming
 from ._example import Example
 from ._int8 import int8_replacements
 from ._observed import ATTRIBUTE, Observed, make_groups, observed
@@ -234,7 +235,5 @@ def warn_if_mostly_float(model: nn.Module, refused: list[str]) -> None:
 
 
 def _from_float(name: str, module: nn.Module) -> nn.Module:
-    try:
+    with naming(name):
         return WeightOnlyQuantizedLinear.from_float(module)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name or 'the model'}: {error}") from error

@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,20 @@ def read_summary(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def summary_groups(document: Mapping[str, Any], names: Collection[str]) -> list[SharedInput]:
-    """Groups of the layers `names` of one parent that have the same input tensor, as a summary tells them."""
-    groups: dict[tuple[str, Any], list[str]] = {}
+    """Groups of the layers `names` of one parent that have the same input tensor, as a summary tells them.
+
+    A layer that was called more than once is in none. Raises ValueError for an entry without an input tensor.
+    """
+    calls = Counter(op["fqn"] for _, op in _module_ops(document))
+    groups: dict[tuple[str, str], list[str]] = {}
     for _, op in _module_ops(document):
-        if op["fqn"] in names:
-            parent = op["fqn"].rpartition(".")[0]
-            groups.setdefault((parent, op["input_tensor_infos"][0]["id"]), []).append(op["fqn"])
+        name = op["fqn"]
+        if name in names and calls[name] == 1:
+            try:
+                source = str(op["input_tensor_infos"][0]["id"])
+            except (KeyError, TypeError, IndexError) as error:
+                raise ValueError(f"qconf summary: {name}: its entry is malformed ({error!r})") from error
+            groups.setdefault((name.rpartition(".")[0], source), []).append(name)
     return [SharedInput(tuple(members)) for members in groups.values()]
 
 
@@ -148,15 +157,15 @@ def _write_group(
     }
     for (_, op), own in zip(ops, parameters, strict=True):
         source, weight = op["input_tensor_infos"][0], op["weight_tensor_infos"][0]
+        shift = _CODES.get(source["force_dtype"], 0)
         for info in (source, weight):
             info.pop("smooth_quant_scaling_factor", None)
         if smoothed:
             source["scale"] = {key: [each.scale] for key, each in keyed.items()}
-            source["zero_point"] = {key: [each.zero_point] for key, each in keyed.items()}
+            source["zero_point"] = {key: [each.zero_point - shift] for key, each in keyed.items()}
             factors = {key: each.smoothing_factor for key, each in keyed.items()}
             source["smooth_quant_scaling_factor"] = {key: factor.tolist() for key, factor in factors.items()}
         else:
-            shift = _CODES.get(source["force_dtype"], 0)
             source["scale"], source["zero_point"] = [own.activation.scale], [own.activation.zero_point - shift]
         weight["scale"] = own.weight_scales.tolist()
         weight["zero_point"] = [0] * len(own.weight_scales)
@@ -165,14 +174,10 @@ def _write_group(
 
 
 def _write(path: Path, text: str) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as directory:
+        temporary = Path(directory) / path.name  # a file in it, since a temporary file is for its owner's eyes only
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

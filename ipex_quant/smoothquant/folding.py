@@ -38,7 +38,8 @@ def fold_into_norm(norm: nn.Module, factor: torch.Tensor) -> bool:
     folded._parameters = {**norm._parameters, **scaled}
     folded._forward_hooks, folded._forward_pre_hooks = {}, {}
     width = len(factor)
-    x = torch.randn(2, width + 1, width, generator=torch.Generator().manual_seed(0))  # channels last, and only there
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, width + 1, width, dtype=torch.float32, generator=generator)  # channels last, and only there
     try:
         same = torch.allclose(folded.forward(x), norm.forward(x) * factor, rtol=1e-4, atol=1e-6)
     except Exception:  # whatever a forward that is not ours needs, the factor can stay where it is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _METADATA = frozenset(
@@ -45,6 +47,11 @@ class _Tensor:
     versions: set[int] = field(default_factory=set)
     private: bool = True  # nothing but consumers has read it
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether anything else refers to it."""
+        return sys.getrefcount(self.value) > 2  # of `self`, and of the call
+
 
 def input_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
     """The first tensor that a module is called with, positional or not."""
@@ -71,8 +78,10 @@ def trace_groups(
             # Always called, so that an exception cannot leave the recorder inside a consumer.
             leave = partial(recorder.leave, name, name in consumers, name in producers)
             handles.append(module.register_forward_hook(leave, always_call=True))
-        with recorder:
-            run()
+        with recorder, _Operators(recorder):
+            output = run()
+        recorder.mark_kept()
+        del output  # until here what is in it counted as kept
     finally:
         for handle in handles:
             handle.remove()
@@ -123,11 +132,34 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(getattr(func, "__self__", None), "__name__", None) or getattr(func, "__name__", "")
-        if not self._inside and name not in _METADATA:
-            self._mark(tree_leaves((args, kwargs)))
+        if name not in _METADATA:
+            self.read((args, kwargs))
         return func(*args, **kwargs)
+
+    def read(self, arguments: Any) -> None:
+        """A function is given `arguments`."""
+        if not self._inside:
+            self._mark(tree_leaves(arguments))
+
+    def mark_kept(self) -> None:
+        """A tensor that something else holds, be it an attribute or the result of the run, may be read later."""
+        for tensor in self.tensors.values():
+            if tensor.is_kept:
+                tensor.private = False
 
     def _mark(self, values: Iterable[Any]) -> None:
         for value in values:
             if isinstance(value, torch.Tensor) and id(value) in self.tensors:
                 self.tensors[id(value)].private = False
+
+
+class _Operators(TorchDispatchMode):
+    """Tells the recorder of every operator, those that compiled code calls included; torch functions miss them."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._recorder.read((args, kwargs))
+        return func(*args, **(kwargs or {}))

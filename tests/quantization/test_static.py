@@ -123,6 +123,52 @@ def test_the_factor_stays_out_of_a_norm_that_is_read_elsewhere(block, batches):
     assert converted.q.activation.smoothing_factor is not None
 
 
+class CrossAttention(Block):
+    def forward(self, x, context=None):
+        h = self.norm(x)
+        return self.o(torch.cat([self.q(h), self.k(h if context is None else context)], -1))
+
+
+def test_the_factor_stays_out_of_a_norm_when_calibration_shows_another_input(block, batches):
+    block.__class__ = CrossAttention
+    prepared = calibrated(block, get_smooth_quant_qconfig_mapping(), batches)
+    assert convert(prepared).q.activation.smoothing_factor is None
+    prepared(batches[0], batches[1])
+    converted = convert(prepared)
+    assert torch.equal(converted.norm.weight, block.norm.weight)
+    expected = block(batches[0], batches[1])
+    assert (converted(batches[0], batches[1]) - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize("name", ["static", "smooth"])
+def test_a_conversion_that_fails_names_the_layer_and_leaves_the_norms(block, batches, name):
+    prepared = calibrated(block, mappings()[name], batches, inplace=True)
+    before = block.norm.weight.clone()
+    block.o.weight[0, 0], kept = torch.nan, block.o.weight[0, 0].clone()
+    with pytest.raises(ValueError, match=r"^o: weight: expected finite values"):
+        convert(prepared, inplace=True)
+    assert torch.equal(block.norm.weight, before)
+    block.o.weight[0, 0] = kept
+    expected = block(batches[0])
+    assert (convert(prepared, inplace=True)(batches[0]) - expected).norm() / expected.norm() < 0.04
+
+
+@pytest.mark.parametrize("name", ["static", "smooth"])
+def test_another_default_dtype_changes_nothing(block, batches, name):
+    mapping = mappings()[name]
+    for layer, rows in (("q", 16), ("k", 8)):
+        block.set_submodule(layer, nn.Linear(16, rows, bias=False).requires_grad_(False))
+    block.o = nn.Linear(24, 16, bias=False).requires_grad_(False)
+    expected = convert(calibrated(block, mapping, batches))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        converted = convert(calibrated(block, mapping, batches))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert converted.q.activation.smoothing_factor is None
+    assert torch.equal(converted(batches[0]), expected(batches[0]))
+
+
 def test_folded_and_unfolded_factors_agree(block, batches):
     mapping = get_smooth_quant_qconfig_mapping()
     folded = convert(calibrated(block, mapping, batches))
@@ -189,7 +235,7 @@ def test_signed_activations_are_the_same_as_unsigned_ones(block, batches, dtype)
 def test_weight_observers_that_no_int8_gemm_has_are_refused(block, batches):
     asymmetric = observers.MinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_tensor_affine)
     mapping = QConfigMapping().set_global(QConfig(activation=observers.MinMaxObserver, weight=asymmetric))
-    with pytest.raises(ValueError, match="weight observer MinMaxObserver: expected symmetric qint8"):
+    with pytest.raises(ValueError, match="k: weight: MinMaxObserver: expected symmetric qint8"):
         convert(calibrated(block, mapping, batches))
 
 
@@ -232,6 +278,7 @@ def test_forms_of_positional_examples(block, example):
             ValueError,
             "example_inputs: too many positional arguments; Block.forward takes x",
         ),
+        ({"example_inputs": torch.ones(2, 7)}, ValueError, "example_inputs: Block cannot be called with it: .*shape"),
     ],
 )
 def test_examples_that_do_not_fit(block, options, error, message):

@@ -1,5 +1,6 @@
 """The qconf summary: IPEX's own files, round trips, edits, and files that belong elsewhere."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -412,6 +413,63 @@ def test_entries_that_make_no_sense(attention, tmp_path, changes, message):
     path.write_text(json.dumps(document))
     with pytest.raises(ValueError, match=f"qconf summary: q: .*{message}"):
         prepared_for(attention, smooth()).load_qconf_summary(path)
+
+
+@pytest.mark.parametrize("inputs", [None, [], [{}], [None]])
+def test_entries_without_an_input_tensor(attention, tmp_path, inputs):
+    path = tmp_path / "q.json"
+    document = written(prepared_for(attention, smooth()), path)
+    document[" "]["q_op_infos"]["0"]["input_tensor_infos"] = inputs
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="qconf summary: q: its entry is malformed"):
+        prepare_with_summary(attention, smooth(), path, None, False)
+
+
+def test_a_layer_that_was_called_twice_is_in_one_group(attention, tmp_path):
+    path = tmp_path / "q.json"
+    document = written(prepared_for(attention, smooth()), path)
+    ops = document[" "]["q_op_infos"]
+    ops["3"] = copy.deepcopy(ops["0"])
+    ops["3"]["input_tensor_infos"][0]["id"] = 99
+    path.write_text(json.dumps(document))
+    prepared = prepare_with_summary(attention, smooth(), path, None, False)
+    assert sorted(layer.name for group in observed(prepared).groups for layer in group.layers) == ["k", "o", "q"]
+
+
+@pytest.mark.parametrize("without", ["q", "k"])
+def test_a_layer_that_the_file_has_no_scale_for_does_not_keep_its_siblings_in_float(attention, tmp_path, without):
+    path = tmp_path / "q.json"
+    document = written(prepared_for(attention, smooth()), path)
+    edited(document, without, scale=None)
+    path.write_text(json.dumps(document))
+    prepared = prepared_for(attention, smooth(), calibrate=False)
+    prepared.load_qconf_summary(path)
+    with pytest.warns(UserWarning, match=f"never reached 1 layers, which stay in float: {without}"):
+        converted = convert(prepared)
+    floats = [name for name in "qko" if type(converted.get_submodule(name)) is nn.Linear]
+    assert floats == [without]
+
+
+def test_signed_codes_of_a_smoothed_layer_survive_calibrating_again(attention, tmp_path):
+    path = tmp_path / "q.json"
+    document = written(prepared_for(attention, smooth()), path)
+    for name in "qk":
+        op = next(op for op in document[" "]["q_op_infos"].values() if op["fqn"] == name)
+        ((key, (zero_point,)),) = op["input_tensor_infos"][0]["zero_point"].items()
+        edited(document, name, force_dtype="torch.qint8", zero_point={key: [zero_point - 128]})
+    path.write_text(json.dumps(document))
+    prepared = prepared_for(attention, smooth(), calibrate=False)
+    prepared.load_qconf_summary(path)
+    loaded = convert(prepared)
+    prepared(X)
+    assert written(prepared, path) == document
+    assert torch.equal(convert(prepared)(X), loaded(X))
+
+
+def test_the_file_has_the_permissions_of_a_new_file(attention, tmp_path):
+    written(prepared_for(attention, smooth()), tmp_path / "q.json")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "q.json").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", '{"a": 1}', '{" ": {"q_op_infos": {"0": {}}}}', "{"])

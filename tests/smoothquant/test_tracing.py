@@ -1,5 +1,7 @@
 """Which layers are found to share an input, in modules written to show each case."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +55,37 @@ def test_a_tensor_that_is_written_to_in_between_is_not_shared():
 
 def test_a_layer_that_is_called_twice_is_alone():
     assert groups(lambda b, x: b.q(x) + b.k(x) + b.q(x + 1)) == [(("q",), None), (("k",), None)]
+
+
+@dataclass
+class _Unregistered:
+    hidden: torch.Tensor
+    result: torch.Tensor
+
+
+@torch.jit.script
+def _scripted(x):
+    return x * 2
+
+
+def _hands_out(block, x):
+    h = block.norm(x)
+    return _Unregistered(h, block.q(h))
+
+
+def _remembers(block, x):
+    block.last = block.norm(x)
+    return block.q(block.last)
+
+
+def _calls_compiled_code(block, x):
+    h = block.norm(x)
+    return block.q(h) + _scripted(h)
+
+
+@pytest.mark.parametrize("use", [_hands_out, _remembers, _calls_compiled_code])
+def test_readers_that_torch_functions_do_not_show(use):
+    assert groups(use) == [(("q",), None)]
 
 
 def test_layers_that_are_not_called_are_left_out():
