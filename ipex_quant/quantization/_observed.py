@@ -109,6 +109,9 @@ class ObservedGroup:
             self.observer = self.layers[0].qconfig.activation()
             if isinstance(self.observer, SmoothQuantActivationObserver):
                 self.observer.smooth_quant_enabled = self.kind is QuantizationKind.SMOOTH_QUANT
+            if self.kind is QuantizationKind.STATIC:
+                with naming(self.name):
+                    _check_plain(getattr(self.observer, "act_obs", self.observer))
         for layer in self.layers:
             layer.parameters = None
 
@@ -171,8 +174,7 @@ class Observed:
         modules = {layer.name: model.get_submodule(layer.name) for layer in group.layers}
         qconfig = group.layers[0].qconfig
         if group.kind is QuantizationKind.STATIC:
-            with naming(group.name):
-                activation = _plain_activation(group.observer)
+            activation = _plain_activation(group.observer)
             return [LayerParameters(activation, _weight_scales(*each, qconfig)) for each in modules.items()]
         together = [modules] if qconfig.share_weight_observers else [{name: modules[name]} for name in modules]
         return [parameters for each in together for parameters in _smoothed(each, group.observer, qconfig)]
@@ -213,16 +215,21 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _plain_activation(observer: Any) -> StaticActivation:
-    """Parameters of an activation that is not smoothed, as unsigned codes; ValueError unless per tensor, in 8 bits."""
+    """Parameters of an activation that is not smoothed, as unsigned codes."""
     scale, zero_point = observer.calculate_qparams()
-    dtype = getattr(observer, "act_obs", observer).dtype
-    if scale.numel() != 1 or dtype not in (torch.quint8, torch.qint8):
-        raise ValueError(
-            f"activation observer {type(observer).__name__}: expected one scale for the tensor and dtype quint8 or "
-            f"qint8, got {scale.numel()} scales and {dtype}"
-        )
-    shift = 128 if dtype == torch.qint8 else 0  # makes signed codes unsigned
+    shift = 128 if getattr(observer, "act_obs", observer).dtype == torch.qint8 else 0  # makes signed codes unsigned
     return StaticActivation(float(scale), int(zero_point) + shift)
+
+
+def _check_plain(observer: Any) -> None:
+    """ValueError unless `observer` finds one range for the whole activation, to quantize it in 8 bits."""
+    dtype, qscheme = (getattr(observer, name, None) for name in ("dtype", "qscheme"))
+    per_tensor = qscheme in (torch.per_tensor_affine, torch.per_tensor_symmetric)
+    if not (hasattr(observer, "min_val") and per_tensor and dtype in (torch.quint8, torch.qint8)):
+        raise ValueError(
+            f"activation observer {type(observer).__name__}: expected an observer of one range for the tensor, with "
+            f"dtype quint8 or qint8, got {qscheme} and {dtype}"
+        )
 
 
 def _smoothed(modules: Mapping[str, nn.Module], observer: Any, qconfig: Any) -> list[LayerParameters]:

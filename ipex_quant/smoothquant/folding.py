@@ -27,16 +27,17 @@ def is_norm(module: nn.Module) -> bool:
 def fold_into_norm(norm: nn.Module, factor: torch.Tensor) -> bool:
     """Scale the vectors of `norm` so that its output is multiplied by `factor`, float32 ``[K]``; False if it cannot.
 
-    It cannot when the vectors are not float32, where folding would round the factor, and when the norm does more with
-    its weight than multiply (Gemma's adds one), which trying it shows. The parameters are replaced, not written to.
+    It cannot when the vectors are not float32, where folding would round the factor, when hooks see or change the
+    output, and when the norm does more with its weight than multiply (Gemma's adds one), which trying it shows. The
+    parameters are replaced, not written to.
     """
     vectors = {name: getattr(norm, name) for name in _VECTORS if getattr(norm, name, None) is not None}
-    if any(vector.dtype != torch.float32 or vector.shape != factor.shape for vector in vectors.values()):
+    foldable = all(vector.dtype == torch.float32 and vector.shape == factor.shape for vector in vectors.values())
+    if norm._forward_hooks or not foldable:
         return False
     folded = copy.copy(norm)
     scaled = {name: nn.Parameter(vector * factor, vector.requires_grad) for name, vector in vectors.items()}
     folded._parameters = {**norm._parameters, **scaled}
-    folded._forward_hooks, folded._forward_pre_hooks = {}, {}
     width = len(factor)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, width + 1, width, dtype=torch.float32, generator=generator)  # channels last, and only there

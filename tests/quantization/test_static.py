@@ -123,6 +123,13 @@ def test_the_factor_stays_out_of_a_norm_that_is_read_elsewhere(block, batches):
     assert converted.q.activation.smoothing_factor is not None
 
 
+def test_the_factor_stays_out_of_a_norm_with_hooks(block, batches):
+    block.norm.register_forward_hook(lambda module, args, output: output + 1)
+    converted = convert(calibrated(block, get_smooth_quant_qconfig_mapping(), batches))
+    expected = block(batches[0])
+    assert (converted(batches[0]) - expected).norm() / expected.norm() < 0.02
+
+
 class CrossAttention(Block):
     def forward(self, x, context=None):
         h = self.norm(x)
@@ -230,6 +237,22 @@ def test_signed_activations_are_the_same_as_unsigned_ones(block, batches, dtype)
     mapping = QConfigMapping().set_global(QConfig(activation=activation, weight=weight))
     converted = convert(calibrated(block, mapping, batches))
     assert converted.q.activation.zero_point == 128
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        torch_quantization.PerChannelMinMaxObserver.with_args(ch_axis=-1),
+        observers.PerChannelMinMaxObserver,
+        torch_quantization.MinMaxObserver.with_args(dtype=torch.qint32),
+        torch_quantization.FakeQuantize,
+    ],
+)
+def test_activation_observers_that_no_int8_gemm_has_are_refused_before_calibration(block, batches, activation):
+    weight = ipex.quantization.default_static_qconfig.weight
+    mapping = QConfigMapping().set_global(QConfig(activation=activation, weight=weight))
+    with pytest.raises(ValueError, match=r"q: activation observer .*: expected an observer of one range"):
+        prepare(block, mapping, batches[0])
 
 
 def test_weight_observers_that_no_int8_gemm_has_are_refused(block, batches):

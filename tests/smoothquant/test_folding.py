@@ -39,8 +39,15 @@ def test_left_alone(norm):
 
 def test_hooks_are_not_run_by_the_trial():
     norm = nn.LayerNorm(4)
-    norm.register_forward_hook(lambda *_: pytest.fail("called"))
+    norm.register_forward_pre_hook(lambda *_: pytest.fail("called"))
     assert fold_into_norm(norm, FACTOR)
+
+
+def test_a_hook_that_sees_the_output_keeps_the_factor_out():
+    norm = nn.LayerNorm(4)
+    norm.register_forward_hook(lambda *_: pytest.fail("called"))
+    assert not fold_into_norm(norm, FACTOR)
+    assert torch.equal(norm.weight, torch.ones(4))
 
 
 @pytest.mark.parametrize(
