@@ -55,3 +55,17 @@ def test_a_hook_that_sees_the_output_keeps_the_factor_out():
 )
 def test_what_is_no_norm_over_the_last_dimension(module):
     assert not is_norm(module) or not fold_into_norm(module, FACTOR)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_norms_of_other_dimensions_are_left_alone(width):
+    for norm in (nn.BatchNorm1d(width).eval(), nn.GroupNorm(1, width), nn.InstanceNorm1d(width, affine=True)):
+        assert not fold_into_norm(norm, torch.full((width,), 2.0))
+
+
+def test_the_trial_takes_memory_for_a_few_tokens_only():
+    norm, sizes = nn.LayerNorm(4096), []
+    norm.forward = lambda x: sizes.append(x.numel()) or nn.functional.layer_norm(x, (4096,), norm.weight)
+    fold_into_norm(norm, torch.full((4096,), 2.0))
+    assert sizes
+    assert max(sizes) < 16 * 4096
