@@ -43,9 +43,12 @@ class Int8Conv2d(QuantizedModule):
         self._packed: torch.Tensor | None = None
 
     @classmethod
-    def from_float(cls, conv: nn.Conv2d, activation: StaticActivation) -> Int8Conv2d:
+    def from_float(
+        cls, conv: nn.Conv2d, activation: StaticActivation, scales: torch.Tensor | None = None
+    ) -> Int8Conv2d:
         """Quantize the weight of `conv`, one scale per output channel, for an input quantized as `activation` says.
 
+        `scales`, float32 ``[out]``, are those of the weight when given and found from it otherwise.
         Raises ValueError for a convolution that `conv_obstacle` refuses, for smoothing, and for a weight with NaN or
         Inf.
         """
@@ -55,7 +58,7 @@ class Int8Conv2d(QuantizedModule):
         if activation.smoothing_factor is not None:
             raise ValueError("activation: expected none with a smoothing factor, which only linear layers take")
         module = cls(conv)
-        module._set_weight(quantize_per_channel(conv.weight.detach().flatten(1)), activation)
+        module._set_weight(quantize_per_channel(conv.weight.detach().flatten(1), scales), activation)
         if conv.bias is not None:
             module._set_bias(conv.bias)
         return module.to(conv.weight.dtype).train(conv.training)

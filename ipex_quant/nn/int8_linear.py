@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import ops
 from ..numerics import affine
-from ..numerics.int8 import StaticActivation
+from ..numerics.int8 import StaticActivation, same_activation
 from ..numerics.quantized_weight import QuantizedWeight
 from ..ops.int8 import INT8_PER_CHANNEL
 from .linears import linear_shape
@@ -133,7 +133,7 @@ class Int8Linear(QuantizedModule):
         """The members of one share group; ValueError or TypeError for tensors that do not fit each other."""
         tensors = [place.tensors for place in loaded]
         activations = [read_activation(each) for each in tensors]
-        if not all(_same(activation, activations[0]) for activation in activations):
+        if not all(same_activation(activation, activations[0]) for activation in activations):
             raise ValueError("input_scale, input_zero_point, smoothing_factor: expected the same in a share group")
         weights = [_weight(each, place.shape) for each, place in zip(tensors, loaded, strict=True)]
         return cls.make_group(weights, [each["bias"] for each in tensors], activations[0], torch.float32)
@@ -252,7 +252,7 @@ class ShareGroup:
     def set_bias(self, member: int, bias: torch.Tensor) -> None:
         """Give one member another bias; ValueError when its shape is not ``[out_features]``."""
         counts = self.packed.out_features
-        joined = torch.zeros(sum(counts)) if self.bias is None else self.bias.clone()
+        joined = torch.zeros(sum(counts), dtype=torch.float32) if self.bias is None else self.bias.clone()
         joined.split(counts)[member].copy_(check_bias(bias, counts[member]))
         self.bias = joined
         self._pending = None
@@ -263,7 +263,7 @@ class ShareGroup:
         weights = ops.unpack_int8(self.packed)
         weights[member] = weight
         self.packed = ops.pack_int8(weights)
-        same = [each for each in self.inputs if _same(each.activation, activation)]
+        same = [each for each in self.inputs if same_activation(each.activation, activation)]
         self.inputs[member] = same[0] if same else QuantizedInput(activation)
         self._pending = None
 
@@ -317,10 +317,6 @@ def _same_version(before: int | None, now: int | None) -> bool:
 
 def _weight(tensors: dict[str, torch.Tensor], shape: tuple[int, ...]) -> QuantizedWeight:
     return QuantizedWeight(tensors["codes"], tensors["scales"], None, None, INT8_PER_CHANNEL, tuple(shape))
-
-
-def _same(one: StaticActivation | None, other: StaticActivation | None) -> bool:
-    return one is other if one is None or other is None else one.equals(other)
 
 
 def _check_smoothing(activation: StaticActivation | None, in_features: int) -> None:

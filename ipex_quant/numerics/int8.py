@@ -48,18 +48,21 @@ class StaticActivation:
         if not torch.isfinite(factor).all():
             raise ValueError("smoothing_factor: expected finite values, got NaN or Inf; calibrate again")
 
-    def equals(self, other: StaticActivation) -> bool:
-        """Whether both quantize every input alike."""
-        if (self.scale, self.zero_point) != (other.scale, other.zero_point):
-            return False
-        mine, theirs = self.smoothing_factor, other.smoothing_factor
-        return mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs))
-
     @property
     def multiplier(self) -> torch.Tensor:
         """What an input is multiplied by before it is rounded, float32 ``[K]``, or ``[1]`` without smoothing."""
         factor = torch.ones(1, dtype=torch.float32) if self.smoothing_factor is None else self.smoothing_factor
         return factor / torch.tensor(self.scale, dtype=torch.float32, device=factor.device)
+
+
+def same_activation(one: StaticActivation | None, other: StaticActivation | None) -> bool:
+    """Whether both quantize every input alike; None, which quantizes an input as it comes, is like None alone."""
+    if one is None or other is None:
+        return one is other
+    if (one.scale, one.zero_point) != (other.scale, other.zero_point):
+        return False
+    factors = one.smoothing_factor, other.smoothing_factor
+    return factors[0] is factors[1] or (all(f is not None for f in factors) and torch.equal(*factors))
 
 
 def affine_parameters(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

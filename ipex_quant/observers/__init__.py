@@ -2,7 +2,6 @@
 
 from torch.ao.quantization import PlaceholderObserver
 
-from .description import observer_from_description
 from .foreign import check_reducible, describe_observer, has_data, observe, reduce_observer
 from .histogram import HistogramObserver
 from .minmax import MinMaxObserver, MovingAverageMinMaxObserver, PerChannelMinMaxObserver
@@ -23,6 +22,5 @@ __all__ = [
     "describe_observer",
     "has_data",
     "observe",
-    "observer_from_description",
     "reduce_observer",
 ]

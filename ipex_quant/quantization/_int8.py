@@ -12,13 +12,12 @@ from torch import nn
 
 from ..nn import Int8Conv2d, Int8Linear
 from ..nn.linears import is_linear, weight_matrix
-from ..numerics.int8 import StaticActivation, quantize_per_channel
+from ..numerics.int8 import StaticActivation, quantize_per_channel, same_activation
 from ..numerics.quantized_weight import QuantizedWeight
 from ..observers import has_data
 from ..smoothquant.folding import fold_into_norm
 from ._errors import naming
 from ._observed import LayerParameters, Observed, ObservedGroup, ObservedLayer
-from ._qconfig import QuantizationKind
 
 Replacements = dict[str, Callable[[nn.Module], nn.Module]]
 
@@ -41,7 +40,8 @@ def int8_replacements(model: nn.Module, observations: Observed) -> tuple[Replace
             if is_linear(model.get_submodule(part.names[0])):
                 replacements |= {name: partial(part.successor, model, name) for name in part.names}
             else:
-                replacements |= {name: partial(_convolution, name, part.activation) for name in part.names}
+                each = zip(part.names, part.parameters, strict=True)
+                replacements |= {name: partial(_convolution, name, parameters) for name, parameters in each}
     if unreached:
         reasons |= dict.fromkeys(unreached, "calibration never reached it")
         warnings.warn(
@@ -61,7 +61,7 @@ class _FusedPart:
 
     names: list[str]
     activation: StaticActivation | None
-    parameters: list[LayerParameters | None]
+    parameters: list[LayerParameters]
     producer: str | None = None
     _made: dict[str, Int8Linear] | None = None
 
@@ -86,13 +86,11 @@ def _fused_parts(
 ) -> list[_FusedPart]:
     if not wanted:
         return []
-    if group.kind is QuantizationKind.DYNAMIC:
-        return [_FusedPart([layer.name for layer in wanted], None, [None] * len(wanted))]
     parameters = dict(zip((layer.name for layer in group.layers), observations.parameters(model, group), strict=True))
     parts: list[_FusedPart] = []
     for layer in wanted:
         own = parameters[layer.name]
-        part = next((part for part in parts if part.activation.equals(own.activation)), None)
+        part = next((part for part in parts if same_activation(part.activation, own.activation)), None)
         if part is None:
             part = _FusedPart([], own.activation, [])
             parts.append(part)
@@ -103,23 +101,22 @@ def _fused_parts(
     return parts
 
 
-def _folded(model: nn.Module, norm: str, activation: StaticActivation) -> StaticActivation:
+def _folded(model: nn.Module, norm: str, activation: StaticActivation | None) -> StaticActivation | None:
     """What remains of `activation` where the `norm` can take over its factor."""
-    factor = activation.smoothing_factor
+    factor = None if activation is None else activation.smoothing_factor
     if factor is not None and fold_into_norm(model.get_submodule(norm), factor):
         return replace(activation, smoothing_factor=None)
     return activation
 
 
-def _quantized(name: str, weight: torch.Tensor, parameters: LayerParameters | None) -> QuantizedWeight:
+def _quantized(name: str, weight: torch.Tensor, parameters: LayerParameters) -> QuantizedWeight:
     weight = weight.float()
     with naming(name):
-        if parameters is None:
-            return quantize_per_channel(weight)
         factor = parameters.weight_factor
         return quantize_per_channel(weight if factor is None else weight * factor, parameters.weight_scales)
 
 
-def _convolution(name: str, activation: StaticActivation, module: nn.Conv2d) -> nn.Module:
+def _convolution(name: str, parameters: LayerParameters, module: nn.Conv2d) -> nn.Module:
     with naming(name):
-        return Int8Conv2d.from_float(module, activation).train(module.training)
+        made = Int8Conv2d.from_float(module, parameters.activation, parameters.weight_scales)
+        return made.train(module.training)

@@ -24,13 +24,13 @@ ATTRIBUTE = "_ipex_quant_observed"
 
 @dataclass
 class LayerParameters:
-    """How one layer is quantized statically: its input, and its weight.
+    """How one layer is quantized: its input, None where it is quantized as it comes, and its weight.
 
     The columns of the weight are multiplied by `weight_factor`, float32 ``[K]``, if there is one, and its rows then
     have the `weight_scales`, float32 ``[N]``.
     """
 
-    activation: StaticActivation
+    activation: StaticActivation | None
     weight_scales: torch.Tensor
     weight_factor: torch.Tensor | None = None
 
@@ -168,13 +168,13 @@ class Observed:
         delattr(model, ATTRIBUTE)
 
     def parameters(self, model: nn.Module, group: ObservedGroup) -> list[LayerParameters]:
-        """Static parameters of the layers of `group`: from what was observed, or else those of a loaded summary."""
-        if not has_data(group.observer):
+        """How to quantize the layers of `group`: from what was observed, or else as a loaded summary says."""
+        if group.observer is not None and not has_data(group.observer):
             return [layer.parameters for layer in group.layers]
         modules = {layer.name: model.get_submodule(layer.name) for layer in group.layers}
         qconfig = group.layers[0].qconfig
-        if group.kind is QuantizationKind.STATIC:
-            activation = _plain_activation(group.observer)
+        if group.kind is not QuantizationKind.SMOOTH_QUANT:
+            activation = None if group.observer is None else _plain_activation(group.observer)
             return [LayerParameters(activation, _weight_scales(*each, qconfig)) for each in modules.items()]
         together = [modules] if qconfig.share_weight_observers else [{name: modules[name]} for name in modules]
         return [parameters for each in together for parameters in _smoothed(each, group.observer, qconfig)]
@@ -254,10 +254,11 @@ def _weight_scales(name: str, module: nn.Module, qconfig: Any) -> torch.Tensor:
 
 
 def _scales(name: str, observer: Any, weight: torch.Tensor) -> torch.Tensor:
+    symmetric = observer.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
     with naming(name, "weight"):
         observe(observer, weight)
-        scales, zero_points = observer.calculate_qparams()
-        if scales.numel() not in (1, len(weight)) or zero_points.any() or observer.dtype != torch.qint8:
+        scales, _ = observer.calculate_qparams()
+        if scales.numel() not in (1, len(weight)) or not symmetric or observer.dtype != torch.qint8:
             raise ValueError(
                 f"{type(observer).__name__}: expected symmetric qint8, per tensor or per output channel; use "
                 "PerChannelMinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_channel_symmetric)"

@@ -78,10 +78,14 @@ def prepare(
     model = mark(model, configure, chosen, reasons, inplace)
     activations = {name: qconfig for name, qconfig in chosen.items() if not isinstance(qconfig, QConfigWoq)}
     if activations:
-        drop_dropout(model)
-        if example is not None and bn_folding:
-            fold_batch_norms(model, activations, example)
-        observe(model, activations, example)
+        try:
+            drop_dropout(model)
+            if example is not None and bn_folding:
+                fold_batch_norms(model, activations, example)
+            observe(model, activations, example)
+        except Exception:
+            _forget(model)  # half prepared, it must not look prepared
+            raise
     return model
 
 

@@ -68,13 +68,15 @@ def trace_groups(
     one whose tensor has been written to since its sibling read it. `producers` are the modules whose outputs are
     watched.
     """
-    recorder = _Recorder()
+    recorder = _Recorder({id(p): name for name in producers for p in model.get_submodule(name).parameters()})
     handles = []
     try:
         for name, module in model.named_modules():
             if name in consumers:
                 enter = partial(recorder.enter, name)
                 handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            if name in producers:
+                handles.append(module.register_forward_pre_hook(recorder.watch))
             # Always called, so that an exception cannot leave the recorder inside a consumer.
             leave = partial(recorder.leave, name, name in consumers, name in producers)
             handles.append(module.register_forward_hook(leave, always_call=True))
@@ -85,10 +87,10 @@ def trace_groups(
     finally:
         for handle in handles:
             handle.remove()
-    return list(_groups(list(recorder.tensors.values())))
+    return list(_groups(list(recorder.tensors.values()), recorder.exposed))
 
 
-def _groups(tensors: Sequence[_Tensor]) -> Iterator[SharedInput]:
+def _groups(tensors: Sequence[_Tensor], exposed: Collection[str]) -> Iterator[SharedInput]:
     calls = Counter(name for tensor in tensors for name in tensor.consumers)
     outputs = Counter(tensor.producer for tensor in tensors)
     grouped: set[str] = set()
@@ -100,6 +102,7 @@ def _groups(tensors: Sequence[_Tensor]) -> Iterator[SharedInput]:
             groups.setdefault(f"{name.rpartition('.')[0]}.*" if together else name, []).append(name)
         grouped.update(tensor.consumers)
         private = tensor.private and unchanged and len(groups) == 1 and outputs[tensor.producer] == 1
+        private = private and tensor.producer not in exposed
         for members in groups.values():
             yield SharedInput(tuple(members), tensor.producer if private else None, tensor.value.dim())
 
@@ -107,9 +110,12 @@ def _groups(tensors: Sequence[_Tensor]) -> Iterator[SharedInput]:
 class _Recorder(TorchFunctionMode):
     """Sees every call of a watched module, and every torch function that is given a tensor one of them produced."""
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: dict[int, str]) -> None:
         super().__init__()
         self.tensors: dict[int, _Tensor] = {}
+        self.exposed: set[str] = set()  # producers whose parameters something else reads
+        self._parameters = parameters  # name of the producer by the id of its parameter
+        self._producing = 0  # calls of producers that have begun and not ended
         self._inside = 0  # calls of consumers that have begun and not ended: what these do with their input is theirs
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -121,8 +127,12 @@ class _Recorder(TorchFunctionMode):
             if not value.is_inference():
                 tensor.versions.add(value._version)
 
+    def watch(self, module: nn.Module, args: Any) -> None:
+        self._producing += 1
+
     def leave(self, name: str, consumes: bool, produces: bool, module: nn.Module, args: Any, output: Any) -> None:
         self._inside -= consumes
+        self._producing -= produces
         if produces and isinstance(output, torch.Tensor):
             tensor = self.tensors.setdefault(id(output), _Tensor(output))
             tensor.producer = name
@@ -138,8 +148,12 @@ class _Recorder(TorchFunctionMode):
 
     def read(self, arguments: Any) -> None:
         """A function is given `arguments`."""
-        if not self._inside:
-            self._mark(tree_leaves(arguments))
+        if self._inside:
+            return
+        leaves = tree_leaves(arguments)
+        self._mark(leaves)
+        if not self._producing:
+            self.exposed.update(self._parameters[id(leaf)] for leaf in leaves if id(leaf) in self._parameters)
 
     def mark_kept(self) -> None:
         """A tensor that something else holds, be it an attribute or the result of the run, may be read later."""

@@ -258,7 +258,7 @@ def test_activation_observers_that_no_int8_gemm_has_are_refused_before_calibrati
 def test_weight_observers_that_no_int8_gemm_has_are_refused(block, batches):
     asymmetric = observers.MinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_tensor_affine)
     mapping = QConfigMapping().set_global(QConfig(activation=observers.MinMaxObserver, weight=asymmetric))
-    with pytest.raises(ValueError, match="k: weight: MinMaxObserver: expected symmetric qint8"):
+    with pytest.raises(ValueError, match="q: weight: MinMaxObserver: expected symmetric qint8"):
         convert(calibrated(block, mapping, batches))
 
 
@@ -474,6 +474,25 @@ def test_a_batch_norm_whose_input_is_read_elsewhere_stays(net):
 
 def test_dynamic_leaves_convolutions_in_float(net):
     assert kinds(convert(prepare(net, mappings()["dynamic"]))) == {"head": Int8Linear}
+
+
+def per_tensor_weight():
+    return observers.MinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
+
+
+def test_the_weight_observer_counts_for_every_kind_of_layer(net, block):
+    mapping = QConfigMapping().set_global(QConfig(activation=observers.MinMaxObserver, weight=per_tensor_weight()))
+    converted = convert(calibrated(net, mapping, [torch.randn(4, 3, 10, 10)]))
+    dynamic = ipex.quantization.default_dynamic_qconfig._replace(weight=per_tensor_weight())
+    layers = [converted.conv, converted.head, convert(prepare(block, QConfigMapping().set_global(dynamic))).q]
+    assert [layer.state_dict()["scales"].unique().numel() for layer in layers] == [1, 1, 1]
+
+
+def test_an_example_that_fails_leaves_nothing_prepared(block):
+    with pytest.raises(ValueError, match="example_inputs"):
+        prepare(block, get_smooth_quant_qconfig_mapping(), torch.ones(2, 5), inplace=True)
+    with pytest.raises(RuntimeError, match="Please do prepare"):
+        convert(block)
 
 
 # ------------------------------------------------------------------------------------------------------- configurations

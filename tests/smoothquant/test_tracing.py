@@ -114,8 +114,12 @@ def norm_then(use):
         (lambda b, h: b.q(h) + b.k(h) + torch.cat([h]), False),
         (lambda b, h: b.q(h) + b.k(h) + b.other(h), False),
         (lambda b, h: b.q(h) + b.k(h) + b.norm(h), False),
+        (lambda b, h: (b.q(h) + b.k(h)) * b.norm.weight.sum(), False),
     ],
-    ids=["members only", "metadata", "residual", "returned", "indexed", "in a list", "a layer in float", "norm again"],
+    ids=[
+        *("members only", "metadata", "residual", "returned", "indexed", "in a list", "a layer in float"),
+        *("norm again", "its weight is read"),
+    ],
 )
 def test_a_producer_is_named_only_when_nothing_else_reads_its_output(use, private):
     assert groups(norm_then(use)) == [(("q", "k"), "norm" if private else None)]
