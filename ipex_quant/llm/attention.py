@@ -1,0 +1,169 @@
+"""Native attention for any transformers model whose attention goes through `AttentionInterface`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.utils.import_utils import is_tracing
+
+from .cache import DeferredTensor, Storage, attend
+
+logger = logging.getLogger("ipex_quant")
+
+NAME = "ipex_quant"
+
+
+def register() -> None:
+    """Let ``attn_implementation="ipex_quant"`` and ``model.set_attn_implementation("ipex_quant")`` mean this module."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def use_native_attention(model: PreTrainedModel) -> list[str]:
+    """Let `model` use the native attention where it can; return the names of the attention modules that cannot.
+
+    These have an attention of their own, which stays as it is. Raises TypeError for what is no transformers model.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
+    register()
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(NAME)
+    return [name for name, module in model.named_modules() if is_attention(module) and not is_native(module)]
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether `module` is named as transformers names the modules that read a key/value cache."""
+    return "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
+
+
+def is_native(module: nn.Module) -> bool:
+    """Whether an attention module asks transformers' interface, with this module's name, what to run."""
+    config = getattr(module, "config", None)
+    return getattr(config, "_attn_implementation", None) == NAME
+
+
+@dataclass(frozen=True)
+class WindowMask:
+    """The causal mask of a sliding window without padding; it stands for a bool tensor, True where attention goes."""
+
+    shape: tuple[int, int, int, int]
+    window: int
+    device: torch.device
+
+    def tensor(self) -> DeferredTensor:
+        return DeferredTensor(self, self.shape, torch.bool, self.device)
+
+    def compute(self) -> torch.Tensor:
+        queries, keys = self.shape[2:]
+        positions = torch.arange(keys - queries, keys, device=self.device).unsqueeze(1)
+        distance = positions - torch.arange(keys, device=self.device)
+        return ((distance >= 0) & (distance < self.window)).expand(self.shape)
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    config: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The mask for `attention_forward`: as for sdpa, bool ``[B, 1, Lq, T]``, or None where it would be causal.
+
+    Unlike sdpa's, None also means causal where queries are the last of more keys. A sliding window without padding is
+    a deferred tensor, whose values nobody needs.
+    """
+    if allow_is_causal_skip and not isinstance(q_offset, torch.Tensor) and q_offset + q_length == kv_offset + kv_length:
+        padding = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
+        if padding is None or not (is_tracing(padding) or padding.shape[1] < kv_length or not padding.all()):
+            if local_size is None or (kv_length <= local_size and _slides(config, local_size)):
+                return None
+            if _slides(config, local_size) and not torch.compiler.is_compiling():
+                device = torch.device(kwargs.get("device", "cpu"))
+                return WindowMask((batch_size, 1, q_length, kv_length), local_size, device).tensor()
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=False,
+        **kwargs,
+    )
+
+
+def _slides(config: Any, local_size: int) -> bool:
+    """Whether `local_size` is a sliding window, not the chunk of a chunked attention."""
+    return getattr(config, "sliding_window", None) == local_size != getattr(config, "attention_chunk_size", None)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of `query` ``[B, H, Lq, D]`` over `key` and `value` ``[B, Hkv, T, D]``, as transformers calls it.
+
+    Returns (``[B, Lq, H, Dv]``, None). Keys and values from a `NativeLayer` are read where and as they are stored. With
+    gradients it runs in plain torch.
+
+    Raises ValueError for dropout and for attention sinks, which it does not have.
+    """
+    if dropout:
+        raise ValueError(
+            f"dropout: expected 0, got {dropout}; call model.eval(), or model.set_attn_implementation('sdpa') to train"
+        )
+    if kwargs.get("s_aux") is not None:
+        raise ValueError("attention sinks are not supported: call model.set_attn_implementation('eager')")
+    if kwargs.get("output_attentions"):
+        logger.warning("the native attention has no weights to return: call model.set_attn_implementation('eager')")
+    options: dict[str, Any] = {"scale": query.shape[-1] ** -0.5 if scaling is None else scaling}
+    if softcap is not None:
+        options["softcap"] = softcap
+    if attention_mask is None:
+        options["causal"] = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    elif isinstance(attention_mask, DeferredTensor) and isinstance(attention_mask.source, WindowMask):
+        options["causal"], options["window"] = True, attention_mask.source.window
+    else:
+        options["mask"] = attention_mask
+    if position_bias is not None:
+        options["mask"] = _with_bias(options.pop("mask", None), position_bias)
+    keys, values = _storage(key), _storage(value)
+    if len(query) != keys.batch:
+        query = query.expand(keys.batch, -1, -1, -1)
+    return attend(query, keys, values, **options), None
+
+
+def _storage(tensor: torch.Tensor) -> Storage:
+    if isinstance(tensor, DeferredTensor):
+        return tensor.source
+    return Storage(tensor if tensor.stride(-1) == 1 else tensor.contiguous(), None, None, tensor.dtype)
+
+
+def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor) -> torch.Tensor:
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask

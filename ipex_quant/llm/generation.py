@@ -1,0 +1,187 @@
+"""Let a transformers model's `generate` and `forward` use the native caches."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from types import MethodType
+from typing import Any
+
+import torch
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import ModelOutput
+
+from .attention import is_attention, is_native
+from .cache import NativeLayer, SlidingLayer
+
+
+def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None = None) -> list[str]:
+    """Let `generate` and `forward` of `model` keep keys and values in native caches, wherever transformers would make
+    a `DynamicCache`.
+
+    - `kv_cache_dtype` is what they are stored in: None for the model's dtype, torch.int8, or a float dtype; without it
+      ``model.config.kv_cache_dtype`` counts, whenever it is set.
+    - In `generate`, several beams or returned sequences of a prompt share its prefill and its keys and values.
+    - With ``model.config.token_latency = True``, `generate` returns (output, seconds per token), as IPEX does.
+    - Calls with gradients, caches that hold something already, and layers of another kind (linear attention,
+      convolutions) stay as they are.
+
+    Returns the names of the attention modules that do not use the native attention: these compute with a float copy of
+    the whole cache at every step if it is int8 or shared between beams. Raises TypeError for what is no transformers
+    model and ValueError for another dtype.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
+    NativeLayer(kv_cache_dtype)  # checks it
+    hooks = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, CacheHook)]
+    if hooks:
+        hooks[0].dtype = kv_cache_dtype
+    else:
+        model.register_forward_pre_hook(CacheHook(kv_cache_dtype), with_kwargs=True)
+        model.generate = MethodType(_generate, model)
+        if hasattr(model, "_prefill"):
+            model._prefill = MethodType(_prefill, model)
+    return [name for name, module in model.named_modules() if is_attention(module) and not is_native(module)]
+
+
+class CacheHook:
+    """A forward pre-hook that makes the caches of a model native."""
+
+    def __init__(self, dtype: torch.dtype | None):
+        self.dtype = dtype
+
+    def __call__(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
+            return args, kwargs
+        cache = kwargs.get("past_key_values")
+        if cache is None and _makes_cache(model, args, kwargs):
+            cache = kwargs["past_key_values"] = _dynamic_cache(model)
+        self.make_native(cache, model)
+        return args, kwargs
+
+    def make_native(self, cache: Any, model: PreTrainedModel, shared: bool = False) -> None:
+        """Replace the empty layers of `cache`; `shared` says that sequences will be repeated."""
+        dtype = self.dtype or getattr(model.config, "kv_cache_dtype", None)
+        if isinstance(cache, EncoderDecoderCache):
+            _replace_layers(cache.self_attention_cache, dtype, shared)
+            _replace_layers(cache.cross_attention_cache, dtype, shared, spare=False)
+        elif isinstance(cache, DynamicCache):
+            _replace_layers(cache, dtype, shared)
+
+
+def _replace_layers(cache: Cache, dtype: torch.dtype | None, shared: bool, spare: bool = True) -> None:
+    if cache.offloading:
+        return
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = functools.partial(NativeLayer, dtype, spare, shared)
+    for i, layer in enumerate(cache.layers):
+        if getattr(layer, "is_initialized", False):
+            continue
+        # exactly these: others have a state of another kind beside, or instead
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = NativeLayer(dtype, spare, shared)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[i] = SlidingLayer(layer.sliding_window, dtype, shared)
+            cache.layers[i].record_past = layer.record_past
+        elif isinstance(layer, NativeLayer):
+            layer.indexed |= shared
+
+
+def _makes_cache(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether `forward` would make a `DynamicCache` if it is called like this."""
+    parameters = list(inspect.signature(model.forward).parameters)
+    if "past_key_values" not in parameters or len(args) > parameters.index("past_key_values"):
+        return False
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(model.config.get_text_config(decoder=True), "use_cache", False)
+    return bool(use_cache) and model.can_generate() and model._supports_default_dynamic_cache()
+
+
+def _dynamic_cache(model: PreTrainedModel) -> Cache:
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    return DynamicCache(config=config)
+
+
+# --- one prefill per prompt ---
+
+
+def _prefill(
+    self: PreTrainedModel,
+    input_ids: torch.Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args,
+    **kwargs,
+) -> ModelOutput:
+    """`GenerationMixin._prefill`, run for each prompt once, though it comes once for each of its sequences."""
+    prefill = functools.partial(type(self)._prefill, self)
+    copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+    cache = model_kwargs.get("past_key_values")
+    if copies == 1 or not isinstance(cache, Cache) or model_kwargs.get("mm_encoder_outputs") is not None:
+        return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+    hook = next(hook for hook in self._forward_pre_hooks.values() if isinstance(hook, CacheHook))
+    hook.make_native(cache, self, shared=True)
+    if cache.get_seq_length() or not all(isinstance(layer, NativeLayer) for layer in _layers(cache)):
+        return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+    prompts = {name: _every(value, copies, name) for name, value in model_kwargs.items()}
+    outputs = prefill(input_ids[::copies], generation_config, prompts, *args, **kwargs)
+    cache.batch_repeat_interleave(copies)
+    return type(outputs)({name: _repeated(value, copies) for name, value in outputs.items()})
+
+
+def _layers(cache: Cache) -> list[Any]:
+    if isinstance(cache, EncoderDecoderCache):
+        return cache.self_attention_cache.layers + cache.cross_attention_cache.layers
+    return cache.layers
+
+
+def _every(value: Any, copies: int, name: str = "") -> Any:
+    """The inverse of what `generate` does to its inputs: it repeats every tensor for every sequence."""
+    if isinstance(value, ModelOutput):
+        return type(value)({key: _every(item, copies) for key, item in value.items()})
+    if isinstance(value, torch.Tensor) and value.dim():
+        return value[:, ::copies] if name == "position_ids" and value.dim() == 3 else value[::copies]
+    return value
+
+
+def _repeated(value: Any, copies: int) -> Any:
+    if isinstance(value, torch.Tensor) and value.dim():
+        return value.repeat_interleave(copies, dim=0)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_repeated(item, copies) for item in value)
+    return value
+
+
+# --- seconds per token ---
+
+
+def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """`generate` of the model's class; with ``config.token_latency`` a tuple with the seconds of every token too."""
+    generate = functools.partial(type(self).generate, self)
+    if not getattr(self.config, "token_latency", False):
+        return generate(*args, **kwargs)
+    clock = TokenClock()
+    criteria = StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or ()), clock])
+    return generate(*args, stopping_criteria=criteria, **kwargs), clock.seconds
+
+
+class TokenClock(StoppingCriteria):
+    """Stops nothing, and notes how long each token took; the first one counts from when this was made."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+        self._last = time.perf_counter()
+        self._length: int | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        now = time.perf_counter()
+        # assisted decoding adds several at once
+        tokens = 1 if self._length is None else input_ids.shape[1] - self._length
+        self.seconds += [(now - self._last) / tokens] * tokens
+        self._last, self._length = now, input_ids.shape[1]
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
