@@ -113,6 +113,40 @@ struct Int8Args {
 
 inline int64_t int8_scratch(const Int8Geometry& g, int64_t rows) { return rows * kTileN * (g.folds > 1 ? 12 : 4); }
 
+// y = (x - mean if centered) * rsqrt(mean square + eps) * weight + bias for rows of k elements, all in float32; with a
+// residual of x + residual, which goes to `sum` in x's type first.
+struct NormArgs {
+  const void *x, *residual;     // [rows, k]; residual may be null
+  const void *weight, *bias;    // [k] or null
+  FloatType type, weight_type;  // weight_type is `type` or float32; in `type`, an uncentered y is rounded before it
+  bool centered;
+  float eps;
+  int64_t k;
+  void *sum, *y;  // [rows, k]
+};
+
+struct RotaryArgs {
+  const void* x;  // [batch, length, heads, dim], its last dimension contiguous
+  FloatType type;
+  int64_t strides[3];
+  int64_t length, heads, dim;
+  int64_t rotary_dim;     // features that turn, the first ones
+  const void *cos, *sin;  // [batch or 1, length, table_columns] contiguous
+  FloatType table_type;
+  int64_t table_batch_stride;  // 0 where all sequences share a table
+  int64_t table_columns;       // rotary_dim or half of it
+  bool interleaved;            // pairs are neighbours, not a half apart
+  void* y;                     // contiguous
+};
+
+struct GatedArgs {
+  const void *x, *y;  // rows of `columns` elements, `stride` apart
+  FloatType type;
+  PostOp activation;
+  int64_t columns, stride;
+  void* out;  // [rows, columns]
+};
+
 struct KernelTable {
   bool bf16_dot;
   // Ranges of rows [begin, end), then (after any reduction over rows) their staged form.
@@ -126,6 +160,9 @@ struct KernelTable {
   // One tile, whose first column is `column` of the output, for rows [begin, end).
   void (*int8_tile)(const Int8Args&, const Output&, const uint8_t* tile, int64_t column, int64_t begin, int64_t end,
                     uint8_t* scratch);
+  void (*norm_rows)(const NormArgs&, int64_t begin, int64_t end);
+  void (*rotate_positions)(const RotaryArgs&, int64_t begin, int64_t end);
+  void (*gated_product)(const GatedArgs&, int64_t begin, int64_t end);  // a range of elements
 };
 
 enum IsaLevel : int32_t { kGeneric, kAvx2, kAvx512Vnni, kAvx512Bf16, kIsaLevels };

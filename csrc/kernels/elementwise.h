@@ -40,6 +40,23 @@ inline void store_tail(void* base, FloatType type, int64_t i, int64_t count, vf 
   std::memcpy(static_cast<uint8_t*>(base) + i * float_size(type), buffer, count * float_size(type));
 }
 
+// `count` <= kLanes elements.
+IPEX_QUANT_INLINE inline vf load_run(const void* base, FloatType type, int64_t i, int64_t count) {
+  return count == kLanes ? load_float(base, type, i) : load_tail(base, type, i, count);
+}
+IPEX_QUANT_INLINE inline void store_run(void* base, FloatType type, int64_t i, int64_t count, vf x) {
+  if (count == kLanes) return store_float(base, type, i, x);
+  store_tail(base, type, i, count, x);
+}
+
+// Calls f(i, count) for runs of kLanes elements, of which the last may be shorter.
+template <class F>
+IPEX_QUANT_INLINE inline void for_each_run(int64_t length, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= length; i += kLanes) f(i, kLanes);
+  if (i < length) f(i, length - i);
+}
+
 // exp(x) = 2^n * exp(r), |r| <= ln(2) / 2, with a degree 6 Taylor polynomial: relative error below 2e-7.
 inline vf exp_f(vf x) {
   x = max_f(min_f(x, set1_f(89.0f)), set1_f(-87.0f));  // exp(89) comes out as infinity

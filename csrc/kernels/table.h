@@ -1,9 +1,12 @@
 // One ISA level's kernel table; isa/*.cpp include this after naming their namespace.
 #pragma once
 
+#include "gated.h"
 #include "int8_linear.h"
+#include "norm.h"
 #include "quantize_activation.h"
 #include "quantize_weight.h"
+#include "rope.h"
 #include "stage.h"
 #include "woq_decode.h"
 #include "woq_prefill.h"
@@ -39,7 +42,8 @@ constexpr bool kHasBf16Dot = false;
 #endif
 
 constexpr KernelTable make_table() {
-  return {kHasBf16Dot, stage_ranges, stage_rows, gemm_tile, quantize_rows, quantize_activation, int8_tile};
+  return {kHasBf16Dot,         stage_ranges, stage_rows, gemm_tile,        quantize_rows,
+          quantize_activation, int8_tile,    norm_rows,  rotate_positions, gated_product};
 }
 
 }  // namespace IPEX_QUANT_ISA_NS

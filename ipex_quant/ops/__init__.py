@@ -1,8 +1,9 @@
-"""Native operations: weight packing, the weight-only and the W8A8 linear, and what they run on.
+"""Native operations: weight packing, the weight-only and the W8A8 linear, what a decoder has around them, and the ISA.
 
 Importing this package loads the native library and registers its ops under ``torch.ops.ipex_quant``.
 """
 
+from .gated import gelu_mul, gelu_mul_halves, silu_mul, silu_mul_halves
 from .int8 import (
     PackedInt8,
     int8_linear,
@@ -13,6 +14,8 @@ from .int8 import (
     unpack_int8,
 )
 from .isa import ISA_LEVELS, isa_name, supported_isas
+from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .rope import rotary
 from .woq import (
     PackedWeight,
     PostOp,
@@ -29,15 +32,24 @@ __all__ = [
     "PackedInt8",
     "PackedWeight",
     "PostOp",
+    "add_layer_norm",
+    "add_rms_norm",
+    "gelu_mul",
+    "gelu_mul_halves",
     "int8_linear",
     "int8_linear_requantized",
     "isa_name",
     "kernel_name",
+    "layer_norm",
     "pack_int8",
     "pack_weight",
     "quantize_activation",
     "quantize_activation_per_token",
     "quantize_weight",
+    "rms_norm",
+    "rotary",
+    "silu_mul",
+    "silu_mul_halves",
     "supported_isas",
     "unpack_int8",
     "unpack_weight",

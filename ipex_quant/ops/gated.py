@@ -1,0 +1,48 @@
+"""Products of an activated gate, as gated MLPs have between their linears.
+
+All take float32, bfloat16 or float16 of any shape and return that dtype; the activated gate is rounded to it before the
+product, as in eager code. None has a gradient. They raise RuntimeError when shapes or dtypes do not fit.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .woq import PostOp
+
+_product = torch.ops.ipex_quant.gated_product.default
+_product_halves = torch.ops.ipex_quant.gated_product_halves.default
+_GELU, _GELU_TANH, _SILU = int(PostOp.GELU), int(PostOp.NEW_GELU), int(PostOp.SILU)
+
+
+def silu_mul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """``silu(x) * y`` of two tensors of one shape and dtype."""
+    return _product(x, y, _SILU)
+
+
+def gelu_mul(x: torch.Tensor, y: torch.Tensor, tanh: bool = False) -> torch.Tensor:
+    """``gelu(x) * y`` of two tensors of one shape and dtype; `tanh` chooses the approximation by tanh."""
+    return _product(x, y, _GELU_TANH if tanh else _GELU)
+
+
+def silu_mul_halves(xy: torch.Tensor) -> torch.Tensor:
+    """``silu(x) * y`` where rows of `xy` ``[..., 2 * N]`` hold x, then y; returns ``[..., N]``."""
+    return _product_halves(xy, _SILU)
+
+
+def gelu_mul_halves(xy: torch.Tensor, tanh: bool = False) -> torch.Tensor:
+    """``gelu(x) * y`` where rows of `xy` ``[..., 2 * N]`` hold x, then y; returns ``[..., N]``."""
+    return _product_halves(xy, _GELU_TANH if tanh else _GELU)
+
+
+@torch.library.register_fake("ipex_quant::gated_product")
+def _(x, y, activation):
+    torch._check(
+        y.device == x.device, lambda: f"gated_product: expected all tensors on device {x.device}, got {y.device}"
+    )
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("ipex_quant::gated_product_halves")
+def _(xy, activation):
+    return xy.new_empty(*xy.shape[:-1], xy.shape[-1] // 2)

@@ -1,0 +1,75 @@
+"""Norms over the last dimension, alone or of a residual sum.
+
+In all of them `x` is float32, bfloat16 or float16 ``[..., K]``, `weight` and `bias` are ``[K]`` in float32 or the dtype
+of `x`, sums are made in float32, and results have the shape and dtype of `x`. None has a gradient. They raise
+RuntimeError when shapes or dtypes do not fit.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import isa  # noqa: F401  loads the native library
+
+_ops = torch.ops.ipex_quant
+_rms_norm = _ops.rms_norm.default
+_layer_norm = _ops.layer_norm.default
+_add_rms_norm = _ops.add_rms_norm.default
+_add_layer_norm = _ops.add_layer_norm.default
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """``x * rsqrt(mean(x**2) + eps) * weight``.
+
+    A `weight` in the dtype of `x` multiplies the normed values rounded to it, as in Llama; one in float32 multiplies
+    them as they are, as in Gemma (whose weight is ``1 + weight``).
+    """
+    return _rms_norm(x, weight, eps)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """``(x - mean(x)) * rsqrt(variance(x) + eps) * weight + bias``, rounded once; both vectors have one dtype."""
+    return _layer_norm(x, weight, bias, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm` of ``x + residual`` (of one shape and dtype, to which the sum is rounded first), and that sum."""
+    return _add_rms_norm(x, residual, weight, eps)
+
+
+def add_layer_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`layer_norm` of ``x + residual`` (of one shape and dtype, to which the sum is rounded first), and that sum."""
+    return _add_layer_norm(x, residual, weight, bias, eps)
+
+
+def _like(x: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+    for other in others:
+        torch._check(
+            other is None or other.device == x.device,
+            lambda other=other: f"norm: expected all tensors on device {x.device}, got {other.device}",
+        )
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("ipex_quant::rms_norm")
+def _(x, weight, eps):
+    return _like(x, weight)
+
+
+@torch.library.register_fake("ipex_quant::layer_norm")
+def _(x, weight, bias, eps):
+    return _like(x, weight, bias)
+
+
+@torch.library.register_fake("ipex_quant::add_rms_norm")
+def _(x, residual, weight, eps):
+    return _like(x, residual, weight), _like(x)
+
+
+@torch.library.register_fake("ipex_quant::add_layer_norm")
+def _(x, residual, weight, bias, eps):
+    return _like(x, residual, weight, bias), _like(x)

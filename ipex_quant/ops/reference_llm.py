@@ -1,0 +1,84 @@
+"""Plain-torch definition of the ops of a decoder layer around its linears: what the native ones are tested against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """``x * rsqrt(mean(x**2) + eps) * weight``; a weight in the dtype of `x` multiplies what was rounded to it."""
+    normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return normed.to(x.dtype)
+    if weight.dtype == x.dtype:
+        return normed.to(x.dtype) * weight
+    return (normed * weight).to(x.dtype)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """``(x - mean(x)) * rsqrt(variance(x) + eps) * weight + bias``, rounded once."""
+    centered = x.float() - x.float().mean(-1, keepdim=True)
+    normed = centered * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        normed = normed * weight.float()
+    if bias is not None:
+        normed = normed + bias.float()
+    return normed.to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm` of the sum of `x` and `residual` in their dtype, and the sum."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def add_layer_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`layer_norm` of the sum of `x` and `residual` in their dtype, and the sum."""
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
+
+
+def rotary(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int | None = None, interleaved: bool = False
+) -> torch.Tensor:
+    """Turn pairs of features, which are neighbours or half of `rotary_dim` apart: ``x * cos + partner * sin``."""
+    rotary_dim = x.shape[-1] if rotary_dim is None else rotary_dim
+    turned, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]
+    if interleaved:
+        partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+    else:
+        first, second = turned.chunk(2, -1)
+        partner = torch.cat((-second, first), -1)
+    cos, sin = (_per_feature(table.float(), rotary_dim, interleaved)[:, :, None] for table in (cos, sin))
+    return torch.cat(((turned * cos + partner * sin).to(x.dtype), rest), -1)
+
+
+def _per_feature(table: torch.Tensor, rotary_dim: int, interleaved: bool) -> torch.Tensor:
+    if table.shape[-1] == rotary_dim:
+        return table
+    return table.repeat_interleave(2, -1) if interleaved else torch.cat((table, table), -1)
+
+
+def silu_mul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """``silu(x) * y``."""
+    return F.silu(x) * y
+
+
+def gelu_mul(x: torch.Tensor, y: torch.Tensor, tanh: bool = False) -> torch.Tensor:
+    """``gelu(x) * y``."""
+    return F.gelu(x, approximate="tanh" if tanh else "none") * y
+
+
+def silu_mul_halves(xy: torch.Tensor) -> torch.Tensor:
+    """`silu_mul` of the first and the second half of every row."""
+    return silu_mul(*xy.chunk(2, -1))
+
+
+def gelu_mul_halves(xy: torch.Tensor, tanh: bool = False) -> torch.Tensor:
+    """`gelu_mul` of the first and the second half of every row."""
+    return gelu_mul(*xy.chunk(2, -1), tanh)
