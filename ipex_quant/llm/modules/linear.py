@@ -1,0 +1,149 @@
+"""Linear layers fused with what follows them: activations, products, residual adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...nn import Int8Linear, WeightOnlyQuantizedLinear
+from ...nn.quantized_module import autocast
+from ...ops import PostOp, int8_linear
+from .gated import silu_mul
+from .gradient import needs_gradient
+
+_EAGER: dict[PostOp, Callable[..., torch.Tensor]] = {
+    PostOp.RELU: torch.relu,
+    PostOp.GELU: F.gelu,
+    PostOp.NEW_GELU: partial(F.gelu, approximate="tanh"),
+    PostOp.SILU: F.silu,
+    PostOp.ADD: torch.add,
+    PostOp.ADD_ADD: lambda result, one, two: result + one + two,
+    PostOp.MUL: torch.mul,
+}
+
+
+class FusedLinear(nn.Module):
+    """Base of the fusions of one linear layer: ``post_op(linear(x), *others)``.
+
+    `linear` is an ``nn.Linear`` or another module that is called with one tensor; `WeightOnlyQuantizedLinear` and
+    `Int8Linear` run the post op within their kernel, when `others` have the result's shape and dtype. Otherwise, where
+    a gradient is needed, and where the layer has hooks, the post op follows it in torch, and `others` broadcast.
+    TypeError when `linear` is no module.
+    """
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = _module("linear", linear)
+
+
+class LinearSilu(FusedLinear):
+    """``silu(linear(x))``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return fused_linear(self.linear, x, PostOp.SILU)
+
+
+class LinearRelu(FusedLinear):
+    """``relu(linear(x))``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return fused_linear(self.linear, x, PostOp.RELU)
+
+
+class LinearGelu(FusedLinear):
+    """``gelu(linear(x))``, with the error function."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return fused_linear(self.linear, x, PostOp.GELU)
+
+
+class LinearNewGelu(FusedLinear):
+    """``gelu(linear(x), approximate="tanh")``, which transformers calls NewGELUActivation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return fused_linear(self.linear, x, PostOp.NEW_GELU)
+
+
+class LinearMul(FusedLinear):
+    """``linear(x) * y``."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return fused_linear(self.linear, x, PostOp.MUL, y)
+
+
+class LinearAdd(FusedLinear):
+    """``linear(x) + y``."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return fused_linear(self.linear, x, PostOp.ADD, y)
+
+
+class LinearAddAdd(FusedLinear):
+    """``linear(x) + y + z``."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return fused_linear(self.linear, x, PostOp.ADD_ADD, y, z)
+
+
+class LinearSiluMul(FusedLinear):
+    """``silu(linear(x)) * y``."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        gate = self.linear(x)
+        return silu_mul(gate, y) if _alike(y, gate) else F.silu(gate) * y
+
+
+class Linear2SiluMul(nn.Module):
+    """``silu(linear_s(x)) * linear_m(x)``: the gate and up projections of a gated MLP.
+
+    Both are linear layers as `FusedLinear` takes them. Raises TypeError when one is no module.
+    """
+
+    def __init__(self, linear_s: nn.Module, linear_m: nn.Module) -> None:
+        super().__init__()
+        self.linear_s = _module("linear_s", linear_s)
+        self.linear_m = _module("linear_m", linear_m)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if _fuses(self.linear_s) and _fuses(self.linear_m):
+            return fused_linear(self.linear_m, x, PostOp.MUL, fused_linear(self.linear_s, x, PostOp.SILU))
+        gate, up = self.linear_s(x), self.linear_m(x)
+        return silu_mul(gate, up) if _alike(up, gate) else F.silu(gate) * up
+
+
+def fused_linear(linear: nn.Module, x: torch.Tensor, post_op: PostOp, *others: torch.Tensor) -> torch.Tensor:
+    """``post_op(linear(x), *others)``, in one native call where `linear` has one; as `FusedLinear` says."""
+    shape = (*x.shape[:-1], getattr(linear, "out_features", None))
+    fits = all(other.shape == shape and other.dtype == x.dtype for other in others)
+    if not (fits and _fuses(linear)) or needs_gradient(x, *others):
+        return _EAGER[post_op](linear(x), *others)
+    if isinstance(linear, WeightOnlyQuantizedLinear):
+        return linear.forward_fused(x, post_op, *others)
+    group, (x, *others) = linear.share_group, map(autocast, (x, *others))
+    return int8_linear(*group.inputs[0].quantize(x), group.packed, group.bias, x.dtype, post_op, others)[0]
+
+
+def _fuses(linear: nn.Module) -> bool:
+    """Whether a native call can take the place of calling `linear`.
+
+    That would run no hooks, and would compute anew what the members of a share group have from one another.
+    """
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        return False
+    if isinstance(linear, Int8Linear):
+        return len(linear.share_group.inputs) == 1
+    return isinstance(linear, WeightOnlyQuantizedLinear)
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
+
+
+def _module(name: str, module: nn.Module) -> nn.Module:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name}: expected a linear module, got {type(module).__name__}")
+    return module
