@@ -1,0 +1,377 @@
+"""The lean decoder: one layer of a known family in few native calls.
+
+A layer keeps its modules under their names, so that its state dict, saving and whatever walks the model stay as they
+are; only its `forward` is another one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import ops
+from ..ops import PostOp
+from .attention import attention_forward
+from .cache import Storage, attend
+from .families import FAMILIES, Attention, Family, Layout, Mlp, Residual, Rope
+from .fusing import WeightOnlyLinear, activation_post_op, fused_linear, fused_linears
+
+logger = logging.getLogger("ipex_quant")
+
+_USED = ("attention_mask", "position_embeddings", "position_ids", "past_key_values", "layer_past")
+_WITHOUT_EFFECT = ("use_cache", "output_hidden_states", "return_dict", "cache_position")
+_KNOWN = frozenset(_USED + _WITHOUT_EFFECT)
+
+
+def fuse_decoder(model: nn.Module) -> list[str]:
+    """Let every decoder layer of `model` that is of a known family compute in few native calls; return their names.
+
+    Call it again after modules were replaced, and `restore_decoder` before something has to call them one by one, such
+    as calibration: hooks that are registered later on modules within a layer are not called. A fused layer runs stock
+    code in training mode, under autocast, where gradients or attention weights are asked for, and where it gets an
+    argument that it does not know. Why other layers of a known family stay stock is logged.
+    """
+    restore_decoder(model)
+    fused = []
+    for name, module in model.named_modules():
+        if type(module).__name__ in FAMILIES:
+            reason = _fuse(module)
+            if reason is None:
+                fused.append(name)
+            else:
+                logger.info("%s stays stock: %s", name, reason)
+    return fused
+
+
+def restore_decoder(model: nn.Module) -> None:
+    """Undo `fuse_decoder`."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), FusedLayer):
+            del module.forward
+
+
+def _fuse(layer: nn.Module) -> str | None:
+    """Give `layer` a lean forward; else return why it has none."""
+    if "forward" in layer.__dict__:
+        return "its forward was replaced"
+    families = FAMILIES[type(layer).__name__]
+    family = next((family for family in families if _holds(layer, family)), None)
+    if family is None:
+        return f"it has none of {[dict(family.requires) for family in families]}"
+    try:
+        layer.forward = _LAYERS[family.residual](layer, family)
+    except _UnsuitableError as error:
+        return str(error)
+    return None
+
+
+class _UnsuitableError(Exception):
+    """A layer is not as its family's description says."""
+
+
+def _holds(layer: nn.Module, family: Family) -> bool:
+    return all(_get(layer, path, value) == value for path, value in family.requires.items())
+
+
+def _get(module: nn.Module, path: str, *default: Any) -> Any:
+    try:
+        return attrgetter(path)(module) if path else module
+    except AttributeError:
+        if default:
+            return default[0]
+        raise _UnsuitableError(f"{type(module).__name__} has no {path}") from None
+
+
+class FusedLayer:
+    """What is in the place of a decoder layer's `forward`, with the same arguments and results."""
+
+    def __init__(self, layer: nn.Module, family: Family) -> None:
+        self.layer = layer
+        self.names = list(inspect.signature(type(layer).forward).parameters)[2:]  # after self and the hidden states
+        norms = [norm_of(_get(layer, name), family.norm_offset) for name in family.norms]
+        self.first_norm, self.second_norm = norms[0], norms[1] if len(norms) == 2 else None
+        self.attention = FusedAttention(_get(layer, family.attention.module), family.attention)
+        self.mlp = StockMlp(layer.mlp) if family.mlp is None else FusedMlp(_get(layer, family.mlp.module), family.mlp)
+        self.cache = family.cache
+        self.known = _KNOWN.union(family.ignores)
+        self.returns_tuple = family.returns_tuple
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            kwargs.update(zip(self.names, args, strict=False))
+        if self._needs_stock(hidden_states, kwargs):
+            return type(self.layer).forward(self.layer, hidden_states, **kwargs)
+        positions = kwargs.get("position_embeddings", kwargs.get("position_ids"))
+        result = self.compute(hidden_states, kwargs.get("attention_mask"), positions, kwargs.get(self.cache))
+        return (result, None) if self.returns_tuple else result
+
+    def compute(self, x: torch.Tensor, mask: torch.Tensor | None, positions: Any, cache: Any) -> torch.Tensor:
+        """Hidden states after the layer."""
+        raise NotImplementedError
+
+    def _needs_stock(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+        if self.layer.training or torch.is_autocast_enabled("cpu"):
+            return True
+        for name, value in kwargs.items():
+            if name not in self.known and value is not None and value is not False:
+                return True
+        if not torch.is_grad_enabled():
+            return False
+        return hidden_states.requires_grad or any(parameter.requires_grad for parameter in self.layer.parameters())
+
+
+class SequentialLayer(FusedLayer):
+    """`Residual.SEQUENTIAL`"""
+
+    def compute(self, x: torch.Tensor, mask: torch.Tensor | None, positions: Any, cache: Any) -> torch.Tensor:
+        x = self.attention(self.first_norm(x), mask, positions, cache, PostOp.ADD, x)
+        return self.mlp(self.second_norm(x), PostOp.ADD, x)
+
+
+class ParallelLayer(FusedLayer):
+    """`Residual.PARALLEL`"""
+
+    def compute(self, x: torch.Tensor, mask: torch.Tensor | None, positions: Any, cache: Any) -> torch.Tensor:
+        normed = self.first_norm(x)
+        attended = self.attention(normed, mask, positions, cache, PostOp.NONE)
+        return self.mlp(self.second_norm(x) if self.second_norm else normed, PostOp.ADD_ADD, attended, x)
+
+
+class PostNormLayer(FusedLayer):
+    """`Residual.POST_NORM`"""
+
+    def compute(self, x: torch.Tensor, mask: torch.Tensor | None, positions: Any, cache: Any) -> torch.Tensor:
+        x = self.first_norm(self.attention(x, mask, positions, cache, PostOp.ADD, x))
+        return self.second_norm(self.mlp(x, PostOp.ADD, x))
+
+
+_LAYERS = {
+    Residual.SEQUENTIAL: SequentialLayer,
+    Residual.PARALLEL: ParallelLayer,
+    Residual.POST_NORM: PostNormLayer,
+}
+
+
+class Norm:
+    """A norm; the base class is any module that multiplies by `weight` and the inverse root of the mean square."""
+
+    def __init__(self, module: nn.Module, eps: float, offset: float = 0.0) -> None:
+        self.module = module
+        self.eps = eps
+        self.offset = offset
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x, self.module._parameters["weight"], self.eps)
+
+
+class OffsetNorm(Norm):
+    """One whose weight is stored less `offset`; a weight in float32 multiplies before the result is rounded."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x, self.module._parameters["weight"].float() + self.offset, self.eps)
+
+
+class LayerNorm(Norm):
+    """An ``nn.LayerNorm``."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        parameters = self.module._parameters
+        return ops.layer_norm(x, parameters["weight"], parameters["bias"], self.eps)
+
+
+def norm_of(module: nn.Module, offset: float) -> Norm:
+    """The native form of a norm."""
+    if isinstance(module, nn.LayerNorm):
+        return LayerNorm(module, module.eps)
+    eps = _get(module, "variance_epsilon", getattr(module, "eps", None))
+    if eps is None or _get(module, "weight").dim() != 1:
+        raise _UnsuitableError(f"{type(module).__name__} is no norm that is known")
+    return OffsetNorm(module, eps, offset) if offset else Norm(module, eps)
+
+
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Queries ``[B, L, H, D]``, keys and values ``[B, L, Hkv, D]``."""
+
+
+class FusedAttention:
+    """Projections, rotation, cache, attention and output projection of one layer."""
+
+    def __init__(self, module: nn.Module, names: Attention) -> None:
+        self.module = module
+        self.layer_index = _get(module, names.index)
+        projections = [_get(module, name) for name in names.projections]
+        output = _get(module, names.output)
+        self.project = fused_linears(projections)
+        self.output = fused_linear(output)
+        self.split = _SPLITS[names.layout]
+        self.head_size = _get(module, names.head_size)
+        self.heads = output.in_features // self.head_size
+        self.key_heads = (sum(each.out_features for each in projections) // self.head_size - self.heads) // 2
+        self.scale = _get(module, names.scale, self.head_size**-0.5)
+        self.norms = [norm_of(_get(module, name), 0.0) for name in names.norms]
+        self.rope = _ROPES[names.rope]
+        self.interleaved = names.rope in (Rope.INTERLEAVED, Rope.TABLE)
+        self.slopes = alibi_slopes(self.heads) if names.alibi else None
+        self.masked_is_true = names.masked_is_true
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: Any,
+        cache: Any,
+        post_op: PostOp,
+        *others: torch.Tensor,
+    ) -> torch.Tensor:
+        query, key, value = self.split(self, self.project(x), *x.shape[:2])
+        if self.norms:
+            query, key = self.norms[0](query), self.norms[1](key)
+        if self.rope is not None:
+            cos, sin = self.rope(self, positions, query.dtype)
+            rotated = cos.shape[-1] * (1 + self.interleaved)
+            query = ops.rotary(query, cos, sin, rotated, self.interleaved)
+            key = ops.rotary(key, cos, sin, rotated, self.interleaved)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_index)
+        attended = self.attend(query, key, value, mask)
+        return self.output(attended.flatten(2), post_op, *others)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``[B, L, H, D]`` of queries ``[B, H, L, D]`` over what the cache gave."""
+        if self.slopes is None:
+            return attention_forward(self.module, query, key, value, mask, scaling=self.scale)[0]
+        if mask is None:
+            options = {"causal": True}
+        else:
+            options = {"mask": ~mask if self.masked_is_true else mask}
+        return attend(query, Storage.of(key), Storage.of(value), scale=self.scale, alibi=self.slopes, **options)
+
+
+def alibi_slopes(heads: int) -> torch.Tensor:
+    """How fast scores fall with the distance (Press et al., "Train Short, Test Long", 2022): float32 ``[heads]``.
+
+    With a power of two heads, the slopes are the powers of ``2 ** (-8 / heads)``. Otherwise those of the next smaller
+    power of two come first, then every second one of the next larger.
+    """
+    larger = 1 << (heads - 1).bit_length()
+    slopes = torch.exp2(torch.arange(1, larger + 1) * (-8 / larger))
+    return slopes if larger == heads else torch.cat([slopes[1::2], slopes[::2]])[:heads]
+
+
+def _separate(attention: FusedAttention, projected: list[torch.Tensor], *shape: int) -> Heads:
+    query, key, value = projected
+    size = attention.head_size
+    return query.view(*shape, -1, size), key.view(*shape, -1, size), value.view(*shape, -1, size)
+
+
+def _blocks(attention: FusedAttention, projected: list[torch.Tensor], *shape: int) -> Heads:
+    heads = projected[0].view(*shape, -1, attention.head_size)
+    return heads.split((attention.heads, attention.key_heads, attention.key_heads), dim=2)
+
+
+def _groups(attention: FusedAttention, projected: list[torch.Tensor], *shape: int) -> Heads:
+    heads = projected[0].view(*shape, attention.key_heads, -1, attention.head_size)
+    return heads[:, :, :, :-2].flatten(2, 3), heads[:, :, :, -2], heads[:, :, :, -1]
+
+
+def _quarters(attention: FusedAttention, projected: list[torch.Tensor], *shape: int) -> Heads:
+    heads = projected[0].view(*shape, 4, 3, -1, attention.head_size)
+    query, value, key = (part.flatten(2, 3) for part in heads.unbind(3))
+    return query, key, value
+
+
+_SPLITS: dict[Layout, Callable[..., Heads]] = {
+    Layout.SEPARATE: _separate,
+    Layout.BLOCKS: _blocks,
+    Layout.GROUPS: _groups,
+    Layout.QUARTERS: _quarters,
+}
+
+
+def _given(attention: FusedAttention, positions: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return positions
+
+
+def _given_halves(attention: FusedAttention, positions: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    cos, sin = positions
+    return cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[0]
+
+
+def _looked_up(attention: FusedAttention, positions: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    sin, cos = F.embedding(positions, attention.module.embed_positions).to(dtype).chunk(2, dim=-1)
+    return cos, sin
+
+
+_ROPES = {Rope.NONE: None, Rope.HALF: _given, Rope.INTERLEAVED: _given_halves, Rope.TABLE: _looked_up}
+
+
+class FusedMlp:
+    """Linear layers of an MLP, with the activation between them."""
+
+    def __init__(self, module: nn.Module, names: Mlp) -> None:
+        inputs = [_get(module, name) for name in names.inputs]
+        self.activation = _get(module, names.activation)
+        self.post_op = activation_post_op(self.activation)
+        self.output = fused_linear(_get(module, names.output))
+        self.inputs = [fused_linear(each) for each in inputs]
+        self.group = fused_linears(inputs)
+        if not names.gated:
+            self.intermediate = self._activated
+        elif len(inputs) == 1:
+            self.intermediate = self._gated_halves
+        elif self.post_op is not None and all(isinstance(each, WeightOnlyLinear) for each in self.inputs):
+            self.intermediate = self._gated_epilogue
+        else:
+            self.intermediate = self._gated
+
+    def __call__(self, x: torch.Tensor, post_op: PostOp, *others: torch.Tensor) -> torch.Tensor:
+        return self.output(self.intermediate(x), post_op, *others)
+
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        if self.post_op is None:
+            return self.activation(self.inputs[0](x))
+        return self.inputs[0](x, self.post_op)
+
+    def _gated_epilogue(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.inputs
+        return up(x, PostOp.MUL, gate(x, self.post_op))
+
+    def _gated(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.group(x)
+        if self.post_op == PostOp.SILU:
+            return ops.silu_mul(gate, up)
+        if self.post_op in (PostOp.GELU, PostOp.NEW_GELU):
+            return ops.gelu_mul(gate, up, self.post_op == PostOp.NEW_GELU)
+        return self.activation(gate) * up
+
+    def _gated_halves(self, x: torch.Tensor) -> torch.Tensor:
+        joined = self.inputs[0](x)
+        if self.post_op == PostOp.SILU:
+            return ops.silu_mul_halves(joined)
+        if self.post_op in (PostOp.GELU, PostOp.NEW_GELU):
+            return ops.gelu_mul_halves(joined, self.post_op == PostOp.NEW_GELU)
+        gate, up = joined.chunk(2, dim=-1)
+        return self.activation(gate) * up
+
+
+class StockMlp:
+    """An MLP that is called as it is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: torch.Tensor, post_op: PostOp, *others: torch.Tensor) -> torch.Tensor:
+        result = self.module(x)
+        for other in others:
+            result = result + other
+        return result

@@ -1,0 +1,143 @@
+"""Linear layers as the lean decoder calls them: several that share an input in one call, with what follows them.
+
+A quantized weight is multiplied as it is packed; nothing is dequantized, copied or joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import ops
+from ..nn import Int8Linear, WeightOnlyQuantizedLinear
+from ..nn.linears import is_linear, obstacle
+from ..ops import PostOp
+
+ACTIVATIONS: dict[PostOp, Callable[[torch.Tensor], torch.Tensor]] = {
+    PostOp.RELU: torch.relu,
+    PostOp.GELU: F.gelu,
+    PostOp.NEW_GELU: lambda x: F.gelu(x, approximate="tanh"),
+    PostOp.SILU: F.silu,
+}
+
+
+def activation_post_op(activation: Callable[[torch.Tensor], torch.Tensor]) -> PostOp | None:
+    """The post op that computes what `activation` does, found by trying it; None when there is none."""
+    x = torch.linspace(-12, 12, 1001)
+    y = activation(x)
+    for post_op, known in ACTIVATIONS.items():
+        if torch.allclose(y, known(x), rtol=1e-5, atol=1e-5):
+            return post_op
+    return None
+
+
+def fused_linear(module: nn.Module) -> FusedLinear:
+    """What computes `module` and a post op: ``(x, post_op=NONE, *others) -> [..., out_features]``."""
+    if _hooked(module):
+        return FusedLinear(module)
+    if type(module) is WeightOnlyQuantizedLinear and module._packed is not None:
+        return WeightOnlyLinear(module)
+    if type(module) is Int8Linear and len(module.share_group.inputs) == 1:
+        return Int8SingleLinear(module)
+    return FloatLinear(module) if is_linear(module) and _plain(module) else FusedLinear(module)
+
+
+def fused_linears(modules: Sequence[nn.Module]) -> LinearGroup:
+    """What computes modules that take the same tensor: ``x -> [result of each]``."""
+    if _one_share_group(modules) and not any(map(_hooked, modules)):
+        return Int8Group(modules)
+    return LinearGroup(modules)
+
+
+class FusedLinear:
+    """Any module that computes a linear layer, called as it is, so that its hooks run."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
+        return _finish(self.module(x), post_op, others)
+
+
+class FloatLinear(FusedLinear):
+    """An ``nn.Linear``."""
+
+    def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
+        parameters = self.module._parameters
+        return _finish(F.linear(x, parameters["weight"], parameters["bias"]), post_op, others)
+
+
+class WeightOnlyLinear(FusedLinear):
+    """A `WeightOnlyQuantizedLinear`, whose op has the post op in its epilogue."""
+
+    def __init__(self, module: WeightOnlyQuantizedLinear) -> None:
+        super().__init__(module)
+        self.options = module.out_features, int(module._lowp_mode), int(module._act_quant_mode)
+
+    def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
+        tensors = self.module._buffers
+        return torch.ops.ipex_quant.woq_linear.default(
+            x, tensors["_packed"], tensors["_bias"], tensors["_perm"], others, *self.options, int(post_op)
+        )
+
+
+class Int8SingleLinear(FusedLinear):
+    """An `Int8Linear` that shares its input with no other, whose op has the post op in its epilogue."""
+
+    def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
+        group = self.module.share_group
+        quantized = group.inputs[0].quantize(x)
+        return ops.int8_linear(*quantized, group.packed, group.bias, x.dtype, post_op, others)[0]
+
+
+class LinearGroup:
+    """Modules that are computed one after the other."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.linears = [fused_linear(module) for module in modules]
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [linear(x) for linear in self.linears]
+
+
+class Int8Group:
+    """All members of an INT8 share group, in their order."""
+
+    def __init__(self, modules: Sequence[Int8Linear]) -> None:
+        self.modules = list(modules)
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        group = self.modules[0].share_group
+        return ops.int8_linear(*group.inputs[0].quantize(x), group.packed, group.bias, x.dtype)
+
+
+def _one_share_group(modules: Sequence[nn.Module]) -> bool:
+    if not all(type(module) is Int8Linear for module in modules):
+        return False
+    group = modules[0].share_group
+    together = all(each is group.inputs[0] for each in group.inputs)
+    members = [module.member for module in modules if module.share_group is group]
+    return together and members == list(range(len(group.inputs))) and len(members) == len(modules)
+
+
+def _plain(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and module._parameters.get("weight") is not None and obstacle(module) is None
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _finish(result: torch.Tensor, post_op: PostOp, others: Sequence[torch.Tensor]) -> torch.Tensor:
+    if post_op == PostOp.NONE:
+        return result
+    if post_op in ACTIVATIONS:
+        return ACTIVATIONS[post_op](result)
+    if post_op == PostOp.MUL:
+        return result * others[0]
+    for other in others:
+        result = result + other
+    return result

@@ -1,0 +1,328 @@
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+
+import ipex_quant as ipex
+from ipex_quant.llm.attention import register
+from ipex_quant.llm.decoder import FusedLayer, fuse_decoder, restore_decoder
+from ipex_quant.llm.families import FAMILIES
+from ipex_quant.nn import QuantizedModule
+from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, get_weight_only_quant_qconfig_mapping
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+EXPERTS = {**GROUPED, "num_experts_per_tok": 2}
+OPT = {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64}
+OLD_NAMES = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 96, "n_positions": 64, "vocab_size": 96}
+MPT = {"d_model": 64, "n_layers": 2, "expansion_ratio": 4, "max_seq_len": 64, "vocab_size": 96}
+HALF_ROTARY = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5, "rope_type": "default"}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+LLAVA = {
+    "text_config": {"model_type": "llama", **GROUPED},
+    "vision_config": {"model_type": "clip_vision_model", **VISION},
+}
+MODELS = {
+    "llama": (transformers.LlamaForCausalLM, GROUPED),
+    "llama-bias": (transformers.LlamaForCausalLM, {**GROUPED, "attention_bias": True, "mlp_bias": True}),
+    "llama-gelu": (transformers.LlamaForCausalLM, {**GROUPED, "hidden_act": "gelu"}),
+    "llama-tanh": (transformers.LlamaForCausalLM, {**GROUPED, "hidden_act": "tanh"}),
+    "llama-head-size": (transformers.LlamaForCausalLM, {**GROUPED, "head_dim": 32}),
+    "mistral": (transformers.MistralForCausalLM, {**GROUPED, "sliding_window": None}),
+    "mistral-window": (transformers.MistralForCausalLM, {**GROUPED, "sliding_window": 4}),
+    "mixtral": (transformers.MixtralForCausalLM, {**EXPERTS, "num_local_experts": 4}),
+    "qwen2": (transformers.Qwen2ForCausalLM, GROUPED),
+    "qwen3": (transformers.Qwen3ForCausalLM, {**GROUPED, "head_dim": 32}),
+    "qwen3-moe": (
+        transformers.Qwen3MoeForCausalLM,
+        {**EXPERTS, "head_dim": 32, "num_experts": 4, "moe_intermediate_size": 32, "mlp_only_layers": [1]},
+    ),
+    "gemma": (transformers.GemmaForCausalLM, {**GROUPED, "head_dim": 32}),
+    "glm": (transformers.GlmForCausalLM, {**GROUPED, "head_dim": 16, "attention_bias": True}),
+    "phi3": (transformers.Phi3ForCausalLM, GROUPED),
+    "phi": (transformers.PhiForCausalLM, GROUPED),
+    "stablelm": (transformers.StableLmForCausalLM, {**GROUPED, "rope_parameters": HALF_ROTARY}),
+    "stablelm-parallel": (transformers.StableLmForCausalLM, {**GROUPED, "use_parallel_residual": True}),
+    "gpt-neox": (transformers.GPTNeoXForCausalLM, {**SIZES, "rope_parameters": HALF_ROTARY}),
+    "gpt-neox-sequential": (transformers.GPTNeoXForCausalLM, {**SIZES, "use_parallel_residual": False}),
+    "gpt-j": (transformers.GPTJForCausalLM, {**OLD_NAMES, "rotary_dim": 8}),
+    "codegen": (transformers.CodeGenForCausalLM, {**OLD_NAMES, "n_head": 8, "rotary_dim": 4}),
+    "opt": (transformers.OPTForCausalLM, OPT),
+    "opt-post-norm": (transformers.OPTForCausalLM, {**OPT, "do_layer_norm_before": False}),
+    "falcon-multi-query": (transformers.FalconForCausalLM, SIZES),
+    "falcon-new": (transformers.FalconForCausalLM, {**SIZES, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-one-norm": (
+        transformers.FalconForCausalLM,
+        {**SIZES, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "bias": True},
+    ),
+    "falcon-alibi": (
+        transformers.FalconForCausalLM,
+        {**SIZES, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    ),
+    "bloom": (transformers.BloomForCausalLM, {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96}),
+    "bloom-6-heads": (transformers.BloomForCausalLM, {"hidden_size": 96, "n_layer": 2, "n_head": 6, "vocab_size": 96}),
+    "mpt": (transformers.MptForCausalLM, {**MPT, "n_heads": 4}),
+    "mpt-6-heads": (transformers.MptForCausalLM, {**MPT, "d_model": 96, "n_heads": 6}),
+    "gpt-bigcode": (transformers.GPTBigCodeForCausalLM, OLD_NAMES),
+    "git": (transformers.GitForCausalLM, {**SIZES, "vision_config": VISION}),
+    "llava": (transformers.LlavaForConditionalGeneration, LLAVA),
+}
+"""Small random models: class and configuration."""
+
+RECIPES = {
+    "int4": lambda: get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4, group_size=32),
+    "int4-int8": lambda: get_weight_only_quant_qconfig_mapping(
+        weight_dtype=WoqWeightDtype.INT4, group_size=32, lowp_mode=WoqLowpMode.INT8
+    ),
+    "int8": lambda: ipex.quantization.default_dynamic_qconfig_mapping,
+}
+
+STOCK = {"stablelm-norms": (transformers.StableLmForCausalLM, {**SIZES, "qk_layernorm": True})}
+"""Models of known families with an option that no family describes."""
+
+
+def build(name):
+    torch.manual_seed(0)
+    model_class, options = (MODELS | STOCK)[name]
+    model = model_class(model_class.config_class(**options)).eval()
+    for parameter in model.parameters():  # weights of a size that gives clear predictions, biases that matter
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
+    return model
+
+
+def fused(stock):
+    """A fused copy, which computes no layer as the stock model does."""
+    model = copy.deepcopy(stock)
+    assert len(fuse_decoder(model)) == 2, "every layer is fused"
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), FusedLayer):
+            module.forward._needs_stock = never(module.forward._needs_stock)
+    return model
+
+
+def never(condition):
+    def checked(*args):
+        assert not condition(*args)
+        return False
+
+    return checked
+
+
+def steps(model, padding):
+    """Logits of a prompt, then of two more tokens in one step, then of one, with `padding` zeros before sequence 1."""
+    tokens = torch.randint(3, 96, (2, 10), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens)
+    mask[1, :padding] = 0
+    cache, logits, start = DynamicCache(config=model.config), [], 0
+    for end in (7, 9, 10):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:end]
+        options = {"attention_mask": mask[:, :end], "past_key_values": cache, "use_cache": True}
+        if padding:
+            options["position_ids"] = positions
+        logits.append(model(tokens[:, start:end], **options).logits)
+        start = end
+    rows = torch.cat(logits, 1)
+    return torch.cat([rows[0], rows[1, padding:]])
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("padding", [0, 3])
+def test_logits_are_those_of_the_stock_model(name, padding):
+    stock = build(name)
+
+    torch.testing.assert_close(steps(fused(stock), padding), steps(stock, padding), rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:most weights stay in float:UserWarning")
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_quantized_layers_compute_what_they_do_in_the_stock_model(name, recipe):
+    stock = ipex.llm.optimize(build(name), quantization_config=RECIPES[recipe](), inplace=True)
+
+    actual, expected = steps(fused(stock), 3), steps(stock, 3)
+
+    if recipe == "int4":
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    # A difference in the last bit of an activation can round to another code
+    same = (actual - expected).abs().amax(-1) < 1e-4
+    assert same.float().mean() > 0.5
+    assert (actual - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_are_those_of_the_stock_model(name):
+    stock = build(name)
+    tokens = torch.randint(3, 96, (2, 5), generator=torch.Generator().manual_seed(1))
+    options = {"attention_mask": torch.tensor([[1] * 5, [0, 0, 1, 1, 1]]), "max_new_tokens": 6, "do_sample": False}
+
+    for beams in (1, 3):
+        expected = stock.generate(tokens, num_beams=beams, **options)
+        assert torch.equal(fused(stock).generate(tokens, num_beams=beams, **options), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-neox", "gemma", "phi3"])
+@pytest.mark.parametrize("recipe", [None, *RECIPES])
+def test_bfloat16_is_as_close_to_float32_as_the_stock_model(name, recipe):
+    model = build(name)
+    config = RECIPES[recipe]() if recipe else None
+    exact = ipex.llm.optimize(model, quantization_config=config)
+    stock = ipex.llm.optimize(model, dtype=torch.bfloat16, quantization_config=config)
+    expected = steps(exact, 0)
+
+    stock_error, error = ((steps(each, 0).float() - expected).norm() for each in (stock, fused(stock)))
+
+    assert error < 1.3 * stock_error
+
+
+def test_every_family_is_tested():
+    layers = {type(module).__name__ for name in MODELS for module in build(name).modules()}
+
+    assert layers >= FAMILIES.keys()
+
+
+def test_every_part_keeps_its_name_and_its_tensors():
+    model = build("llama")
+    before = dict(model.named_modules()), {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+
+    assert fuse_decoder(model) == ["model.layers.0", "model.layers.1"]
+
+    after = dict(model.named_modules()), {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    assert after == before
+
+
+def test_layers_with_an_option_that_no_family_describes_stay_stock(caplog):
+    model = build("stablelm-norms")
+
+    with caplog.at_level("INFO", "ipex_quant"):
+        assert fuse_decoder(model) == []
+
+    assert "model.layers.0 stays stock" in caplog.text
+    assert "qk_layernorm" in caplog.text
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_copies_have_weights_of_their_own(copied, recipe):
+    model = ipex.llm.optimize(build("llama"), quantization_config=RECIPES[recipe](), inplace=True)
+    fuse_decoder(model)
+    expected = steps(model, 0)
+
+    copy_of_it = copied(model)
+    assert copy_of_it.model.layers[0].forward.layer is copy_of_it.model.layers[0]
+    for module in model.modules():
+        if isinstance(module, QuantizedModule):
+            module.load_state_dict({name: 0 * tensor for name, tensor in module.state_dict().items()})
+
+    assert not torch.allclose(steps(model, 0), expected)
+    assert torch.equal(steps(copy_of_it, 0), expected)
+
+
+def test_weights_loaded_later_count():
+    model, other = build("gemma"), build("gemma")
+    for parameter in other.parameters():
+        parameter.mul_(1.1)
+    fuse_decoder(model)
+
+    model.load_state_dict(other.state_dict())
+
+    torch.testing.assert_close(steps(model, 0), steps(other, 0), rtol=0, atol=1e-4)
+
+
+def test_restored_layers_are_stock():
+    model = build("llama")
+    fuse_decoder(model)
+    restore_decoder(model)
+
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_gradients_are_those_of_the_stock_model():
+    stock = build("llama")
+    model = copy.deepcopy(stock)
+    fuse_decoder(model)
+    tokens = torch.randint(3, 96, (2, 7))
+
+    with torch.enable_grad():
+        for each in (stock, model):
+            each(tokens, labels=tokens).loss.backward()
+
+    for expected, actual in zip(stock.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad)
+
+
+def test_hidden_states_and_attention_weights_are_those_of_the_stock_model():
+    stock = build("llama")
+    model = copy.deepcopy(stock)
+    fuse_decoder(model)
+    tokens = torch.randint(3, 96, (2, 7))
+    for each in (stock, model):
+        each.set_attn_implementation("eager")
+
+    expected, actual = (
+        each(tokens, output_hidden_states=True, output_attentions=True, use_cache=False) for each in (stock, model)
+    )
+
+    torch.testing.assert_close(actual.hidden_states, expected.hidden_states, rtol=0, atol=1e-4)
+    torch.testing.assert_close(actual.attentions, expected.attentions)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "ipex_quant"])
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_any_kind_of_mask_will_do(name, implementation):
+    stock = build(name)
+    model = fused(stock)
+    register()
+    model.set_attn_implementation(implementation)
+
+    for padding in (0, 3):
+        torch.testing.assert_close(steps(model, padding), steps(stock, padding), rtol=0, atol=1e-4)
+
+
+def test_autocast_and_training_run_the_stock_model():
+    model = build("llama")
+    stock = copy.deepcopy(model)
+    fuse_decoder(model)
+    tokens = torch.randint(3, 96, (2, 7))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(tokens).logits, stock(tokens).logits)
+    assert torch.equal(model.train()(tokens).logits, stock.train()(tokens).logits)
+
+
+def test_hooks_within_a_layer_run():
+    model = build("llama")
+    seen = []
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *args: seen.append(args))
+    expected = steps(model, 0)
+    calls = len(seen)
+
+    actual = steps(fused(model), 0)
+
+    assert len(seen) == 2 * calls
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
