@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,19 +28,31 @@ def register() -> None:
 def use_native_attention(model: PreTrainedModel) -> list[str]:
     """Let `model` use the native attention where it can; return the names of the attention modules that cannot.
 
-    These have an attention of their own, which stays as it is. Raises TypeError for what is no transformers model.
+    These have an attention of their own, or one with learned sinks, which stays as it is. Raises TypeError for what is
+    no transformers model.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     register()
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    before = [(part, part.config._attn_implementation) for part in parts if not _covers(part)]
     if model._can_set_attn_implementation():
         model.set_attn_implementation(NAME)
+    for part, implementation in before:
+        part.set_attn_implementation(implementation)
     return [name for name, module in model.named_modules() if is_attention(module) and not is_native(module)]
+
+
+def _covers(model: PreTrainedModel) -> bool:
+    if model._supports_sdpa:
+        return True
+    # what only flash attention has are a soft cap, which is native too, and sinks
+    return model._supports_flash_attn and not any(hasattr(module, "sinks") for module in model.modules())
 
 
 def is_attention(module: nn.Module) -> bool:
     """Whether `module` is named as transformers names the modules that read a key/value cache."""
-    return "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
+    return "Attention" in type(module).__name__ and (hasattr(module, "layer_idx") or hasattr(module, "layer_id"))
 
 
 def is_native(module: nn.Module) -> bool:
@@ -49,18 +61,17 @@ def is_native(module: nn.Module) -> bool:
     return getattr(config, "_attn_implementation", None) == NAME
 
 
-@dataclass(frozen=True)
-class WindowMask:
-    """The causal mask of a sliding window without padding; it stands for a bool tensor, True where attention goes."""
+class WindowMask(DeferredTensor):
+    """The causal mask of a sliding window without padding: bool ``[B, 1, Lq, T]``, True where attention goes."""
 
-    shape: tuple[int, int, int, int]
-    window: int
-    device: torch.device
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], window: int, device: torch.device) -> WindowMask:
+        return DeferredTensor.__new__(cls, shape, torch.bool, device)
 
-    def tensor(self) -> DeferredTensor:
-        return DeferredTensor(self, self.shape, torch.bool, self.device)
+    def __init__(self, shape: Sequence[int], window: int, device: torch.device):
+        self.window = window
 
-    def compute(self) -> torch.Tensor:
+    def _compute(self) -> torch.Tensor:
         queries, keys = self.shape[2:]
         positions = torch.arange(keys - queries, keys, device=self.device).unsqueeze(1)
         distance = positions - torch.arange(keys, device=self.device)
@@ -92,7 +103,7 @@ def attention_mask(
                 return None
             if _slides(config, local_size) and not torch.compiler.is_compiling():
                 device = torch.device(kwargs.get("device", "cpu"))
-                return WindowMask((batch_size, 1, q_length, kv_length), local_size, device).tensor()
+                return WindowMask((batch_size, 1, q_length, kv_length), local_size, device)
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -145,22 +156,16 @@ def attention_forward(
         options["softcap"] = softcap
     if attention_mask is None:
         options["causal"] = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    elif isinstance(attention_mask, DeferredTensor) and isinstance(attention_mask.source, WindowMask):
-        options["causal"], options["window"] = True, attention_mask.source.window
+    elif isinstance(attention_mask, WindowMask):
+        options["causal"], options["window"] = True, attention_mask.window
     else:
         options["mask"] = attention_mask
     if position_bias is not None:
         options["mask"] = _with_bias(options.pop("mask", None), position_bias)
-    keys, values = _storage(key), _storage(value)
+    keys, values = Storage.of(key), Storage.of(value)
     if len(query) != keys.batch:
         query = query.expand(keys.batch, -1, -1, -1)
     return attend(query, keys, values, **options), None
-
-
-def _storage(tensor: torch.Tensor) -> Storage:
-    if isinstance(tensor, DeferredTensor):
-        return tensor.source
-    return Storage(tensor if tensor.stride(-1) == 1 else tensor.contiguous(), None, None, tensor.dtype)
 
 
 def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor) -> torch.Tensor:

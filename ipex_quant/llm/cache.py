@@ -5,6 +5,7 @@ They are layers of transformers' `Cache`, so that every way of `generate` works 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,71 +19,114 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class DeferredTensor(torch.Tensor):
-    """A tensor that is computed when an operation needs its values; `source` says what it is made of.
+    """A tensor that is computed when an operation needs its values.
 
-    Code that knows the source reads that instead, and nothing is computed.
+    Code that knows the class reads what it is made of instead, and nothing is computed.
     """
 
-    source: Any
+    _values: torch.Tensor | None = None
 
     @staticmethod
-    def __new__(cls, source: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> DeferredTensor:
+    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> DeferredTensor:
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
-    def __init__(self, source: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-        self.source = source
-        self._values: torch.Tensor | None = None
+    def _compute(self) -> torch.Tensor:
+        raise NotImplementedError
 
-    def compute(self) -> torch.Tensor:
+    def values_of(self) -> torch.Tensor:
+        """The values, as a plain tensor."""
         if self._values is None:
-            self._values = self.source.compute().contiguous()  # as the strides of this tensor say
+            self._values = self._compute().contiguous()  # as the strides of this tensor say
         return self._values
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        args, kwargs = tree_map_only(DeferredTensor, DeferredTensor.compute, (args, kwargs or {}))
+        args, kwargs = tree_map_only(DeferredTensor, DeferredTensor.values_of, (args, kwargs or {}))
         return function(*args, **kwargs)
 
     def __repr__(self) -> str:
-        return f"DeferredTensor(shape={tuple(self.shape)}, dtype={self.dtype})"
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+class StoredTensor(DeferredTensor):
+    """Keys or values of a layer, ``[B, Hkv, T, D]``, that are stored in another way: see `Storage`."""
+
+    @staticmethod
+    def __new__(
+        cls, stored: torch.Tensor, scales: torch.Tensor | None, rows: torch.Tensor | None, dtype: torch.dtype
+    ) -> StoredTensor:
+        batch = len(stored if rows is None else rows)
+        return DeferredTensor.__new__(cls, (batch, *stored.shape[1:]), dtype, stored.device)
+
+    def __init__(
+        self, stored: torch.Tensor, scales: torch.Tensor | None, rows: torch.Tensor | None, dtype: torch.dtype
+    ):
+        self.stored, self.scales, self.rows = stored, scales, rows
+
+    def _compute(self) -> torch.Tensor:
+        stored = self._in_order(self.stored)
+        if self.scales is not None:
+            stored = stored.float() * self._in_order(self.scales).unsqueeze(-1)
+        return stored.to(self.dtype)
+
+    def _in_order(self, stored: torch.Tensor) -> torch.Tensor:
+        if self.rows is None:
+            return stored
+        return stored[self.rows.long(), :, torch.arange(stored.shape[2], device=stored.device)].transpose(1, 2)
+
+    # torch.compile takes it apart with these
+
+    def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
+        return [name for name in ("stored", "scales", "rows") if getattr(self, name) is not None], self.dtype
+
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, torch.Tensor], dtype: torch.dtype, *_: Any) -> StoredTensor:
+        return StoredTensor(parts["stored"], parts.get("scales"), parts.get("rows"), dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            (tensor,) = args
+            return StoredTensor(tensor.stored, tensor.scales, tensor.rows, tensor.dtype)
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+@torch.compiler.allow_in_graph
+def _stored_tensor(*parts: Any) -> StoredTensor:
+    return StoredTensor(*parts)
 
 
 @dataclass(frozen=True)
 class Storage:
     """What a layer stores of its keys, or of its values.
 
-    `data` is ``[R, Hkv, T, D]`` in a float dtype, or int8 with `scales`, float32 ``[R, Hkv, T]``. Position t of
-    sequence b is in row ``rows[b, t]`` (int32 ``[B, T]``), or without `rows` in row b.
+    `stored` is ``[R, Hkv, T, D]`` in a float dtype, or int8 with `scales`, float32 ``[R, Hkv, T]``. Position t of
+    sequence b is in row ``rows[b, t]`` (int32 ``[B, T]``), or without `rows` in row b. `dtype` is the model's.
     """
 
-    data: torch.Tensor
+    stored: torch.Tensor
     scales: torch.Tensor | None
     rows: torch.Tensor | None
-    dtype: torch.dtype  # of the model
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Storage:
+        """What a tensor is made of that `tensor` returned, or another tensor ``[B, Hkv, T, D]``."""
+        if isinstance(tensor, StoredTensor):
+            return cls(tensor.stored, tensor.scales, tensor.rows, tensor.dtype)
+        return cls(tensor if tensor.stride(-1) == 1 else tensor.contiguous(), None, None, tensor.dtype)
 
     @property
     def batch(self) -> int:
-        return len(self.data if self.rows is None else self.rows)
+        return len(self.stored if self.rows is None else self.rows)
 
     def tensor(self) -> torch.Tensor:
-        """What a model's code works with, ``[B, Hkv, T, D]`` in the model's dtype."""
-        if self.scales is None and self.rows is None and self.data.dtype == self.dtype:
-            return self.data
-        return DeferredTensor(self, (self.batch, *self.data.shape[1:]), self.dtype, self.data.device)
-
-    def compute(self) -> torch.Tensor:
-        data = self._gather(self.data)
-        if self.scales is None:
-            return data.to(self.dtype)
-        return (data.float() * self._gather(self.scales).unsqueeze(-1)).to(self.dtype)
-
-    def _gather(self, data: torch.Tensor) -> torch.Tensor:
-        if self.rows is None:
-            return data
-        positions = torch.arange(data.shape[2], device=data.device)
-        return data[self.rows.long(), :, positions].transpose(1, 2)
+        """What a model's code works with: ``[B, Hkv, T, D]`` in the model's dtype."""
+        if self.scales is None and self.rows is None and self.stored.dtype == self.dtype:
+            return self.stored
+        return _stored_tensor(self.stored, self.scales, self.rows, self.dtype)
 
 
 def attend(query: torch.Tensor, keys: Storage, values: Storage, **options: Any) -> torch.Tensor:
@@ -93,9 +137,9 @@ def attend(query: torch.Tensor, keys: Storage, values: Storage, **options: Any) 
     """
     dtype = query.dtype
     if keys.scales is None:
-        query = query.to(keys.data.dtype)
+        query = query.to(keys.stored.dtype)
     out = attention(
-        query, keys.data, values.data, key_scales=keys.scales, value_scales=values.scales, rows=keys.rows, **options
+        query, keys.stored, values.stored, key_scales=keys.scales, value_scales=values.scales, rows=keys.rows, **options
     )
     return out.to(dtype)
 
@@ -293,7 +337,7 @@ class NativeLayer(CacheLayerMixin):
         return buffer.as_strided(
             (rows, buffer.shape[1], self._count - first, *buffer.shape[3:]),
             (step * slot, *buffer.stride()[1:]),
-            buffer.storage_offset() + first * slot,
+            first * slot,
         )
 
     def _write(self, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -415,7 +459,7 @@ class SlidingLayer(NativeLayer):
         length = self.get_seq_length() + key.shape[2]
         tail = key[:, :, key.shape[2] - kept :], value[:, :, key.shape[2] - kept :]
         if self._count:
-            old = (storage.compute() for storage in self.stored())
+            old = (storage.tensor() for storage in self.stored())
             key, value = (torch.cat(pair, dim=2) for pair in zip(old, (key, value), strict=True))
         self.reset()
         super().append(*tail)

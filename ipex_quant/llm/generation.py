@@ -39,9 +39,9 @@ def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None 
     if hooks:
         hooks[0].dtype = kv_cache_dtype
     else:
-        model.register_forward_pre_hook(CacheHook(kv_cache_dtype), with_kwargs=True)
-        model.generate = MethodType(_generate, model)
-        if hasattr(model, "_prefill"):
+        model.register_forward_pre_hook(CacheHook(model, kv_cache_dtype), with_kwargs=True)
+        if model.can_generate():
+            model.generate = MethodType(_generate, model)
             model._prefill = MethodType(_prefill, model)
     return [name for name, module in model.named_modules() if is_attention(module) and not is_native(module)]
 
@@ -49,14 +49,17 @@ def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None 
 class CacheHook:
     """A forward pre-hook that makes the caches of a model native."""
 
-    def __init__(self, dtype: torch.dtype | None):
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None):
         self.dtype = dtype
+        names = list(inspect.signature(model.forward).parameters)
+        makes_caches = model.can_generate() and model._supports_default_dynamic_cache()
+        self._position = names.index("past_key_values") if makes_caches and "past_key_values" in names else -1
 
     def __call__(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
             return args, kwargs
         cache = kwargs.get("past_key_values")
-        if cache is None and _makes_cache(model, args, kwargs):
+        if cache is None and len(args) <= self._position and _uses_cache(model, kwargs):
             cache = kwargs["past_key_values"] = _dynamic_cache(model)
         self.make_native(cache, model)
         return args, kwargs
@@ -89,15 +92,9 @@ def _replace_layers(cache: Cache, dtype: torch.dtype | None, shared: bool, spare
             layer.indexed |= shared
 
 
-def _makes_cache(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether `forward` would make a `DynamicCache` if it is called like this."""
-    parameters = list(inspect.signature(model.forward).parameters)
-    if "past_key_values" not in parameters or len(args) > parameters.index("past_key_values"):
-        return False
+def _uses_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     use_cache = kwargs.get("use_cache")
-    if use_cache is None:
-        use_cache = getattr(model.config.get_text_config(decoder=True), "use_cache", False)
-    return bool(use_cache) and model.can_generate() and model._supports_default_dynamic_cache()
+    return getattr(model.config.get_text_config(decoder=True), "use_cache", False) if use_cache is None else use_cache
 
 
 def _dynamic_cache(model: PreTrainedModel) -> Cache:

@@ -139,7 +139,7 @@ def test_deferred_values_are_not_computed():
     layer = NativeLayer(torch.int8)
     q, k, v = tensors(3, 3)
     keys, values = layer.update(k, v)
-    attention_forward(Module(), q, keys, values, WindowMask((2, 1, 3, 3), 2, q.device).tensor())
+    attention_forward(Module(), q, keys, values, WindowMask((2, 1, 3, 3), 2, q.device))
     assert keys._values is None
     assert values._values is None
 
@@ -174,6 +174,13 @@ def test_modules_with_an_attention_of_their_own_are_named(llama):
     assert llama.config._attn_implementation == "ipex_quant"
     config = transformers.GPTJConfig(n_embd=32, n_layer=1, n_head=2, rotary_dim=4, vocab_size=32)
     assert use_native_attention(transformers.GPTJForCausalLM(config)) == ["transformer.h.0.attn"]
+    sinks = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size": 32, "head_dim": 8}
+    config = transformers.GptOssConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=32, **sinks
+    )
+    model = transformers.GptOssForCausalLM(config)
+    assert use_native_attention(model) == ["model.layers.0.self_attn"]
+    assert model.config._attn_implementation == "eager"
     with pytest.raises(TypeError, match="transformers model"):
         use_native_attention(torch.nn.Linear(2, 2))
 
