@@ -157,11 +157,16 @@ void stage(const WoqGeometry& g, WoqPlan& plan, StageArgs args) {
            [&](int64_t begin, int64_t end) { table.stage_rows(args, begin, end, make_buffer(scratch_bytes).get()); });
 }
 
-// One task a tile of columns. When tiles are fewer than threads can share evenly, rows are divided as well.
-void multiply(const GemmArgs& args) {
+// One task a tile of columns: of every weight in turn, or if `together`, of all weights, which are of one size. When
+// tiles are fewer than threads can share evenly, rows are divided as well.
+void multiply(const std::vector<GemmArgs>& weights, bool together) {
   const KernelTable& table = kernels();
-  const Staged& s = *args.staged;
-  const int64_t tiles = args.geometry->tiles, threads = torch::stable::get_num_threads();
+  const Staged& s = *weights[0].staged;
+  int64_t tiles = 0;
+  for (const GemmArgs& weight : weights) tiles += weight.geometry->tiles;
+  if (together) tiles = weights[0].geometry->tiles;
+  if (tiles == 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
   const bool decode = s.rows <= kDecodeRows;
   int64_t row_parts = 1;
   if (!decode && tiles < 4 * threads)
@@ -169,12 +174,19 @@ void multiply(const GemmArgs& args) {
   // Decode reads memory fastest in long forward streams, so its threads take long runs of tiles.
   const int64_t run = decode ? (tiles + 4 * threads - 1) / (4 * threads) : 1;
   parallel_tasks(tiles * row_parts, run, [&](auto next) {
-    const Buffer scratch = make_buffer(gemm_scratch(*args.geometry, s, (s.rows + row_parts - 1) / row_parts));
+    const Buffer scratch = make_buffer(gemm_scratch(*weights[0].geometry, s, (s.rows + row_parts - 1) / row_parts));
     for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next())
       for (int64_t task = tasks.begin; task < tasks.end; ++task) {
         const int64_t part = task % row_parts;
         const int64_t begin = part * s.rows / row_parts, end = (part + 1) * s.rows / row_parts;
-        table.gemm_tile(args, task / row_parts, begin, end, scratch.get());
+        int64_t tile = task / row_parts;
+        for (const GemmArgs& weight : weights) {
+          const int64_t count = weight.geometry->tiles;
+          if (tile < count) table.gemm_tile(weight, tile, begin, end, scratch.get());
+          if (together) continue;
+          if (tile < count) break;
+          tile -= count;
+        }
       }
   });
 }
@@ -185,34 +197,107 @@ void check_modes(int64_t lowp_mode, int64_t act_quant_mode) {
                    "act_quant_mode: INT8 compute needs 0..7, got ", act_quant_mode);
 }
 
+// What a weight-only linear is called with, checked, and the activations staged for the kernels: once for all weights.
+class PreparedCall {
+ public:
+  PreparedCall(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<int64_t>& out_features,
+               const std::optional<Tensor>& perm, int64_t lowp_mode, int64_t act_quant_mode)
+      : x_(x), lowp_mode_(int32_t(lowp_mode)), act_quant_mode_(int32_t(act_quant_mode)) {
+    IPEX_QUANT_CHECK(!packed.empty() && packed.size() == out_features.size(), "out_features: expected one for each of ",
+                     packed.size(), " packed weights, got ", out_features.size());
+    for (size_t i = 0; i < packed.size(); ++i) add_weight(packed[i], out_features[i]);
+    check_modes(lowp_mode, act_quant_mode);
+    check_cpu("x", x);
+    type_ = float_type("x", x.scalar_type());
+    const int64_t k = geometries_[0].k;
+    IPEX_QUANT_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "x: expected shape [..., ", k, "], got ", shape_of(x));
+    perm_ = perm_data(perm, k);
+    rows_ = x.numel() / k;
+  }
+
+  Tensor empty_result(size_t weight) const {
+    std::vector<int64_t> shape(x_.sizes().begin(), x_.sizes().end());
+    shape.back() = geometries_[weight].n;
+    return torch::stable::empty(shape, x_.scalar_type());
+  }
+
+  // outputs[i] is what becomes of the product with weight i.
+  void run(const std::vector<Output>& outputs, bool together) const {
+    const WoqGeometry& g = geometries_[0];
+    if (rows_ == 0) return;
+    const Tensor rows_of_x = torch::stable::contiguous(x_);
+    WoqPlan plan = make_plan(g, {type_, lowp_mode_, act_quant_mode_, group_size_, rows_, kernels().bf16_dot});
+    const Buffer memory = make_buffer(staged_bytes(plan) + 64);
+    place_buffers(plan, reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(memory.get()), 64)));
+    stage(g, plan, {rows_of_x.const_data_ptr(), type_, perm_, plan.range_scope, nullptr, &g, &plan.staged});
+    std::vector<GemmArgs> weights;
+    for (size_t i = 0; i < outputs.size(); ++i)
+      weights.push_back({&geometries_[i], tiles_[i], &plan.staged, outputs[i]});
+    multiply(weights, together);
+  }
+
+ private:
+  void add_weight(const Tensor& packed, int64_t out_features) {
+    const WoqHeader h = read_header(packed);
+    geometries_.push_back(geometry_of(h, packed));
+    IPEX_QUANT_CHECK(h.out_features == out_features, "out_features: expected ", h.out_features, ", got ", out_features);
+    tiles_.push_back(static_cast<const uint8_t*>(packed.const_data_ptr()) + sizeof h);
+    if (geometries_.size() == 1) group_size_ = h.group_size;
+    const WoqGeometry& first = geometries_[0];
+    IPEX_QUANT_CHECK(h.in_features == first.k && h.dtype == first.dtype && h.group_size == group_size_,
+                     "packed: expected weights of the same in_features, dtype and group size, got ", first.k, ", ",
+                     first.dtype, ", ", group_size_, " and ", h.in_features, ", ", h.dtype, ", ", h.group_size);
+  }
+
+  const Tensor& x_;
+  std::vector<WoqGeometry> geometries_;
+  std::vector<const uint8_t*> tiles_;
+  int64_t group_size_ = -1, rows_ = 0;
+  FloatType type_ = kFloat32;
+  const int32_t* perm_ = nullptr;
+  int32_t lowp_mode_, act_quant_mode_;
+};
+
 Tensor woq_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::optional<Tensor> perm,
                   std::vector<Tensor> others, int64_t out_features, int64_t lowp_mode, int64_t act_quant_mode,
                   int64_t post_op) {
-  const WoqHeader h = read_header(packed);
-  const WoqGeometry g = geometry_of(h, packed);
-  check_modes(lowp_mode, act_quant_mode);
+  const PreparedCall call(x, {packed}, {out_features}, perm, lowp_mode, act_quant_mode);
   check_post_op(post_op, others.size());
-  IPEX_QUANT_CHECK(g.n == out_features, "out_features: expected ", g.n, ", got ", out_features);
-  check_cpu("x", x);
-  const FloatType type = float_type("x", x.scalar_type());
-  IPEX_QUANT_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == g.k, "x: expected shape [..., ", g.k, "], got ", shape_of(x));
-  const float* bias_data = optional_vector("bias", bias, g.n);
-  const Tensor rows_of_x = torch::stable::contiguous(x);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = g.n;
-  Tensor y = torch::stable::empty(shape, x.scalar_type());
-  const Output output = make_output(y, x.scalar_type(), bias_data, post_op, others);
-  const int32_t* feature_of = perm_data(perm, g.k);
-  const int64_t rows = x.numel() / g.k;
-  if (rows == 0 || g.n == 0) return y;
+  const float* bias_data = optional_vector("bias", bias, out_features);
+  Tensor y = call.empty_result(0);
+  call.run({make_output(y, x.scalar_type(), bias_data, post_op, others)}, false);
+  return y;
+}
 
-  WoqPlan plan =
-      make_plan(g, {type, int32_t(lowp_mode), int32_t(act_quant_mode), h.group_size, rows, kernels().bf16_dot});
-  const Buffer memory = make_buffer(staged_bytes(plan) + 64);
-  place_buffers(plan, reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(memory.get()), 64)));
-  stage(g, plan, {rows_of_x.const_data_ptr(), type, feature_of, plan.range_scope, nullptr, &g, &plan.staged});
+std::vector<Tensor> woq_linear_group(Tensor x, std::vector<Tensor> packed, std::vector<std::optional<Tensor>> biases,
+                                     std::optional<Tensor> perm, std::vector<int64_t> out_features, int64_t lowp_mode,
+                                     int64_t act_quant_mode) {
+  const PreparedCall call(x, packed, out_features, perm, lowp_mode, act_quant_mode);
+  IPEX_QUANT_CHECK(biases.size() == packed.size(), "biases: expected ", packed.size(), ", got ", biases.size());
+  std::vector<Tensor> results, others;
+  std::vector<Output> outputs;
+  for (size_t i = 0; i < packed.size(); ++i) {
+    const float* bias_data = optional_vector("biases", biases[i], out_features[i]);
+    results.push_back(call.empty_result(i));
+    outputs.push_back(make_output(results.back(), x.scalar_type(), bias_data, kNone, others));
+  }
+  call.run(outputs, false);
+  return results;
+}
 
-  multiply({&g, static_cast<const uint8_t*>(packed.const_data_ptr()) + sizeof h, &plan.staged, output});
+// The gate's product goes where the result will be; that of `up`, made next by the same task, multiplies it there.
+Tensor woq_linear_gated(Tensor x, Tensor gate, Tensor up, std::optional<Tensor> gate_bias,
+                        std::optional<Tensor> up_bias, std::optional<Tensor> perm, int64_t out_features,
+                        int64_t lowp_mode, int64_t act_quant_mode, int64_t activation) {
+  const PreparedCall call(x, {gate, up}, {out_features, out_features}, perm, lowp_mode, act_quant_mode);
+  check_activation(activation);
+  const float* gate_bias_data = optional_vector("gate_bias", gate_bias, out_features);
+  const float* up_bias_data = optional_vector("up_bias", up_bias, out_features);
+  Tensor y = call.empty_result(0);
+  std::vector<Tensor> none, gated{y};
+  const Output gate_output = make_output(y, x.scalar_type(), gate_bias_data, activation, none);
+  const Output up_output = make_output(y, x.scalar_type(), up_bias_data, kMul, gated);
+  call.run({gate_output, up_output}, true);
   return y;
 }
 
@@ -263,6 +348,12 @@ STABLE_TORCH_LIBRARY(ipex_quant, m) {
   m.def(
       "woq_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? perm, Tensor[] others, int out_features, "
       "int lowp_mode, int act_quant_mode, int post_op) -> Tensor");
+  m.def(
+      "woq_linear_group(Tensor x, Tensor[] packed, Tensor?[] biases, Tensor? perm, int[] out_features, "
+      "int lowp_mode, int act_quant_mode) -> Tensor[]");
+  m.def(
+      "woq_linear_gated(Tensor x, Tensor gate, Tensor up, Tensor? gate_bias, Tensor? up_bias, Tensor? perm, "
+      "int out_features, int lowp_mode, int act_quant_mode, int activation) -> Tensor");
   m.def("woq_quantize(Tensor weight, int dtype, int group_size, bool symmetric) -> (Tensor, Tensor, Tensor)");
   m.def("isa_active() -> int");
   m.def("isa_supported() -> int");
@@ -272,6 +363,8 @@ STABLE_TORCH_LIBRARY_IMPL(ipex_quant, CPU, m) {
   m.impl("woq_pack", TORCH_BOX(&woq_pack));
   m.impl("woq_unpack", TORCH_BOX(&woq_unpack));
   m.impl("woq_linear", TORCH_BOX(&woq_linear));
+  m.impl("woq_linear_group", TORCH_BOX(&woq_linear_group));
+  m.impl("woq_linear_gated", TORCH_BOX(&woq_linear_gated));
   m.impl("woq_quantize", TORCH_BOX(&woq_quantize));
 }
 

@@ -86,6 +86,13 @@ inline void check_post_op(int64_t post_op, size_t others) {
   IPEX_QUANT_CHECK(others == operands, "others: expected ", operands, " tensors, got ", others);
 }
 
+// The post op that may stand before a product: what gates have.
+inline PostOp check_activation(int64_t activation) {
+  IPEX_QUANT_CHECK(activation == kGelu || activation == kNewGelu || activation == kSilu,
+                   "activation: expected 2 (gelu), 3 (gelu by tanh) or 4 (silu), got ", activation);
+  return PostOp(activation);
+}
+
 // The data of a float32 vector, or null without one.
 inline const float* optional_vector(const char* name, const std::optional<Tensor>& t, int64_t length) {
   if (!t) return nullptr;

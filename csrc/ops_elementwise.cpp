@@ -163,12 +163,6 @@ Tensor rotary(Tensor x, Tensor cos, Tensor sin, int64_t rotary_dim, bool interle
 }
 
 // ---------------------------------------------------------------------------------------------- gated products
-PostOp check_activation(int64_t activation) {
-  IPEX_QUANT_CHECK(activation == kGelu || activation == kNewGelu || activation == kSilu,
-                   "activation: expected 2 (gelu), 3 (gelu by tanh) or 4 (silu), got ", activation);
-  return PostOp(activation);
-}
-
 void multiply_gated(const GatedArgs& args, int64_t count) {
   const KernelTable& table = kernels();
   parallel(count, kTaskElements / 4, [&](int64_t begin, int64_t end) { table.gated_product(args, begin, end); });

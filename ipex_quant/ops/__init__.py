@@ -25,6 +25,8 @@ from .woq import (
     unpack_weight,
     woq_dequantize,
     woq_linear,
+    woq_linear_gated,
+    woq_linear_group,
 )
 
 __all__ = [
@@ -55,4 +57,6 @@ __all__ = [
     "unpack_weight",
     "woq_dequantize",
     "woq_linear",
+    "woq_linear_gated",
+    "woq_linear_group",
 ]

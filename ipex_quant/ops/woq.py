@@ -121,6 +121,53 @@ def woq_linear(
     return _ops.woq_linear(x, data, bias, perm, list(others), out_features, *modes, int(post_op))
 
 
+def woq_linear_group(
+    x: torch.Tensor,
+    data: Sequence[torch.Tensor],
+    out_features: Sequence[int],
+    biases: Sequence[torch.Tensor | None] | None = None,
+    perm: torch.Tensor | None = None,
+    lowp_mode: WoqLowpMode = WoqLowpMode.NONE,
+    act_quant_mode: WoqActQuantMode = WoqActQuantMode.NONE,
+) -> list[torch.Tensor]:
+    """`woq_linear` of several packed weights, bit for bit, which prepares `x` once and shares out the work once.
+
+    The weights have one in_features, dtype, group size and `perm`; `biases` has a tensor or None for each. Raises
+    RuntimeError when they differ or an argument does not fit them.
+    """
+    biases = [None] * len(data) if biases is None else list(biases)
+    if torch.is_grad_enabled() and x.requires_grad:
+        weights = zip(data, out_features, biases, strict=True)
+        return [woq_linear(x, d, n, bias, perm, lowp_mode, act_quant_mode) for d, n, bias in weights]
+    return _ops.woq_linear_group(x, list(data), biases, perm, list(out_features), int(lowp_mode), int(act_quant_mode))
+
+
+def woq_linear_gated(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    out_features: int,
+    activation: PostOp,
+    gate_bias: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+    perm: torch.Tensor | None = None,
+    lowp_mode: WoqLowpMode = WoqLowpMode.NONE,
+    act_quant_mode: WoqActQuantMode = WoqActQuantMode.NONE,
+) -> torch.Tensor:
+    """``activation(x @ gate.T + gate_bias) * (x @ up.T + up_bias)`` with packed weights: a gated MLP up to its product.
+
+    `gate` and `up` are the data of packed weights of one shape, dtype, group size and `perm`; `activation` is GELU,
+    NEW_GELU or SILU. Has the bits of `woq_linear` with the activation, then with MUL. Has no gradient. Raises
+    RuntimeError when an argument does not fit, or where a gradient is needed.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError(
+            "woq_linear_gated: expected no need of a gradient; use woq_linear twice or call under torch.no_grad()"
+        )
+    modes = int(lowp_mode), int(act_quant_mode)
+    return _ops.woq_linear_gated(x, gate, up, gate_bias, up_bias, perm, out_features, *modes, int(activation))
+
+
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, data, out_features, bias, perm, lowp_mode, act_quant_mode):
@@ -172,14 +219,28 @@ def kernel_name(scheme: WeightScheme, lowp_mode: WoqLowpMode, dtype: torch.dtype
     return "bf16 dot" if bf16_dot else "fp32 fma"
 
 
-@torch.library.register_fake("ipex_quant::woq_linear")
-def _(x, packed, bias, perm, others, out_features, lowp_mode, act_quant_mode, post_op):
-    for tensor in (packed, bias, perm, *others):
+def _fake_result(x: torch.Tensor, out_features: int, *others: torch.Tensor | None) -> torch.Tensor:
+    for tensor in others:
         torch._check(
             tensor is None or tensor.device == x.device,
             lambda tensor=tensor: f"woq_linear: expected all tensors on device {x.device}, got {tensor.device}",
         )
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("ipex_quant::woq_linear")
+def _(x, packed, bias, perm, others, out_features, lowp_mode, act_quant_mode, post_op):
+    return _fake_result(x, out_features, packed, bias, perm, *others)
+
+
+@torch.library.register_fake("ipex_quant::woq_linear_group")
+def _(x, packed, biases, perm, out_features, lowp_mode, act_quant_mode):
+    return [_fake_result(x, n, *packed, *biases, perm) for n in out_features]
+
+
+@torch.library.register_fake("ipex_quant::woq_linear_gated")
+def _(x, gate, up, gate_bias, up_bias, perm, out_features, lowp_mode, act_quant_mode, activation):
+    return _fake_result(x, out_features, gate, up, gate_bias, up_bias, perm)
 
 
 @torch.library.register_fake("ipex_quant::woq_pack")
