@@ -202,12 +202,14 @@ std::tuple<Tensor, Tensor, Tensor> quantize_activation_per_token(Tensor x) {
 // The activations of a call as the kernels read them, with the memory that backs them.
 struct Activations {
   Tensor x;
-  Buffer padded;
+  Buffer copied;
+  std::vector<int32_t> moved_zeros;
   int64_t rows;
   Int8Args args;
 
   Activations(const Tensor& x_, const Tensor& scales, const Tensor& zero_points, const Int8Geometry& g) : x(x_) {
-    IPEX_QUANT_CHECK(x.scalar_type() == ScalarType::Byte, "x: expected dtype Byte, got ",
+    const bool is_signed = x.scalar_type() == ScalarType::Char;
+    IPEX_QUANT_CHECK(is_signed || x.scalar_type() == ScalarType::Byte, "x: expected dtype Byte or Char, got ",
                      torch::headeronly::toString(x.scalar_type()));
     rows = x.numel() / g.k;
     check_tensor("scales", scales, ScalarType::Float, 1);
@@ -217,26 +219,35 @@ struct Activations {
     IPEX_QUANT_CHECK(zero_points.size(0) == count, "zero_points: expected ", count, " elements as scales has, got ",
                      zero_points.size(0));
     const int32_t* zeros = static_cast<const int32_t*>(zero_points.const_data_ptr());
-    for (int64_t i = 0; i < count; ++i) check_zero_point("zero_points", zeros[i]);
+    const int32_t lowest = is_signed ? -128 : 0;
+    for (int64_t i = 0; i < count; ++i)
+      IPEX_QUANT_CHECK(zeros[i] >= lowest && zeros[i] <= lowest + 255, "zero_points: expected ", lowest, "..",
+                       lowest + 255, ", got ", zeros[i]);
+    if (is_signed) {
+      for (int64_t i = 0; i < count; ++i) moved_zeros.push_back(zeros[i] + 128);
+      zeros = moved_zeros.data();
+    }
     x = torch::stable::contiguous(x);
     args = {&g,    static_cast<const uint8_t*>(x.const_data_ptr()),
             g.k,   static_cast<const float*>(scales.const_data_ptr()),
             zeros, count == 1 ? 0 : 1};
-    if (g.padded_k != g.k) pad();
+    if (is_signed || g.padded_k != g.k) copy(is_signed ? 0x80 : 0);
   }
 
-  // Copies the rows to where they can be read by four bytes; what is in the padding meets codes of zero.
-  void pad() {
+  // Copies the rows to where they can be read by four bytes, adding 128 to signed ones; what is in the padding meets
+  // codes of zero.
+  void copy(uint8_t flipped) {
     const Int8Geometry& g = *args.geometry;
-    padded = make_buffer(rows * g.padded_k);
+    copied = make_buffer(rows * g.padded_k);
     parallel(rows, 1 + (int64_t(1) << 15) / g.k, [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m) {
-        uint8_t* to = padded.get() + m * g.padded_k;
+        uint8_t* to = copied.get() + m * g.padded_k;
+        const uint8_t* from = args.x + m * g.k;
         std::memset(to + g.padded_k - 4, 0, 4);
-        std::memcpy(to, args.x + m * g.k, size_t(g.k));
+        for (int64_t i = 0; i < g.k; ++i) to[i] = from[i] ^ flipped;
       }
     });
-    args.x = padded.get();
+    args.x = copied.get();
     args.stride = g.padded_k;
   }
 };

@@ -106,8 +106,8 @@ def int8_linear(
     ``post_op(sum((x - zero_point) * codes) * (scale * weight_scale) + bias, others)``: the sum is exact, what follows
     is float32, rounded to `dtype` before the post op; `ipex_quant.ops.reference_int8` defines it.
 
-    `x` is uint8 ``[..., K]``, M rows in all; `scales` float32 and `zero_points` int32 (0..255) are both ``[1]`` or
-    ``[M]``; `bias` is float32 ``[sum of N_i]``; `others` are in `dtype` and of the result's shape. `dtype` is float32,
+    `x` is uint8 ``[..., K]``, M rows in all, or int8, which is copied; `scales` float32 and `zero_points` int32, in the
+    range of `x`, are both ``[1]`` or ``[M]``; `bias` is float32 ``[sum of N_i]``; `others` are in `dtype` and of the result's shape. `dtype` is float32,
     bfloat16 or float16. Raises RuntimeError when an argument does not fit, or several weights come with a post op.
     """
     return _ops.int8_linear(

@@ -336,3 +336,19 @@ def test_a_dynamic_graph_serves_every_number_of_rows():
     for rows in (3, 5, 7):
         assert scales_of(torch.ones(rows, 8)).shape == (rows,)
     assert compilations.frame_count == 1
+
+
+@pytest.mark.parametrize(("rows", "k"), [(1, 64), (3, 67), (130, 64)])
+@pytest.mark.parametrize("per_row", [True, False])
+def test_signed_activations(rows: int, k: int, per_row: bool) -> None:
+    weights = [make(70, k), make(5, k)]
+    count = rows if per_row else 1
+    codes = torch.randint(-128, 128, (rows, k), dtype=torch.int8)
+    zero_points, scales = torch.randint(-128, 128, (count,), dtype=torch.int32), torch.rand(count) + 0.1
+    got = ops.int8_linear(codes, scales, zero_points, ops.pack_int8(weights), None, torch.float32)
+    for y, expected in zip(
+        got, reference.int8_linear(codes, scales, zero_points, weights, None, torch.float32), strict=True
+    ):
+        assert torch.equal(y, expected)
+    with pytest.raises(RuntimeError, match=r"zero_points: expected -128\.\.127, got 128"):
+        ops.int8_linear(codes, scales, zero_points.fill_(128), ops.pack_int8(weights), None, torch.float32)
