@@ -33,7 +33,7 @@ COMMON = [
     ({"x": torch.zeros(ROWS, K + 1, dtype=torch.uint8)}, "packed"),
     ({"x": torch.zeros(ROWS, 0, dtype=torch.uint8)}, "x"),
     ({"x": torch.zeros((), dtype=torch.uint8)}, "x"),
-    ({"x": torch.zeros(ROWS, K, dtype=torch.int8)}, "x"),
+    ({"x": torch.zeros(ROWS, K, dtype=torch.int16)}, "x"),
     ({"x": torch.zeros(ROWS, K)}, "x"),
     ({"x": torch.zeros(ROWS + 1, K, dtype=torch.uint8)}, "scales"),
     ({"scales": torch.ones(ROWS - 1)}, "scales"),
