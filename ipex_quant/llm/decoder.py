@@ -21,7 +21,7 @@ from ..ops import PostOp
 from .attention import attention_forward
 from .cache import Storage, attend
 from .families import FAMILIES, Attention, Family, Layout, Mlp, Residual, Rope
-from .fusing import WeightOnlyLinear, activation_post_op, fused_linear, fused_linears
+from .fusing import activation_post_op, fused_linear, fused_linears
 
 logger = logging.getLogger("ipex_quant")
 
@@ -250,10 +250,9 @@ class FusedAttention:
         """``[B, L, H, D]`` of queries ``[B, H, L, D]`` over what the cache gave."""
         if self.slopes is None:
             return attention_forward(self.module, query, key, value, mask, scaling=self.scale)[0]
-        if mask is None:
-            options = {"causal": True}
-        else:
-            options = {"mask": ~mask if self.masked_is_true else mask}
+        if mask is not None and self.masked_is_true:
+            mask = ~mask
+        options = {"causal": mask is None, "mask": mask}
         return attend(query, Storage.of(key), Storage.of(value), scale=self.scale, alibi=self.slopes, **options)
 
 
@@ -323,39 +322,27 @@ class FusedMlp:
         self.activation = _get(module, names.activation)
         self.post_op = activation_post_op(self.activation)
         self.output = fused_linear(_get(module, names.output))
-        self.inputs = [fused_linear(each) for each in inputs]
-        self.group = fused_linears(inputs)
+        self.first = fused_linear(inputs[0])
+        self.inputs = fused_linears(inputs)
         if not names.gated:
             self.intermediate = self._activated
-        elif len(inputs) == 1:
-            self.intermediate = self._gated_halves
-        elif self.post_op is not None and all(isinstance(each, WeightOnlyLinear) for each in self.inputs):
-            self.intermediate = self._gated_epilogue
         else:
-            self.intermediate = self._gated
+            self.intermediate = self._gated if len(inputs) == 2 else self._gated_halves
 
     def __call__(self, x: torch.Tensor, post_op: PostOp, *others: torch.Tensor) -> torch.Tensor:
         return self.output(self.intermediate(x), post_op, *others)
 
     def _activated(self, x: torch.Tensor) -> torch.Tensor:
-        if self.post_op is None:
-            return self.activation(self.inputs[0](x))
-        return self.inputs[0](x, self.post_op)
-
-    def _gated_epilogue(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.inputs
-        return up(x, PostOp.MUL, gate(x, self.post_op))
+        return self.activation(self.first(x)) if self.post_op is None else self.first(x, self.post_op)
 
     def _gated(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.group(x)
-        if self.post_op == PostOp.SILU:
-            return ops.silu_mul(gate, up)
-        if self.post_op in (PostOp.GELU, PostOp.NEW_GELU):
-            return ops.gelu_mul(gate, up, self.post_op == PostOp.NEW_GELU)
+        if self.post_op is not None:
+            return self.inputs.gated(x, self.post_op)
+        gate, up = self.inputs(x)
         return self.activation(gate) * up
 
     def _gated_halves(self, x: torch.Tensor) -> torch.Tensor:
-        joined = self.inputs[0](x)
+        joined = self.first(x)
         if self.post_op == PostOp.SILU:
             return ops.silu_mul_halves(joined)
         if self.post_op in (PostOp.GELU, PostOp.NEW_GELU):

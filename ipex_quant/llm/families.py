@@ -98,10 +98,11 @@ class Mlp:
 class Family:
     """How one class of decoder layers computes.
 
-    `norms` are those of attention and MLP, one name where they share it; `norm_offset` is added to their weights. `mlp`
-    None calls the layer's `mlp` as it is. `cache` is the keyword that brings the cache; keywords that are not needed are
-    in `ignores`. With `returns_tuple` the layer returns (hidden states, None). `requires` maps attributes to values that
-    they have to have, where the layer has them; other layers stay stock.
+    - `norms` are those of attention and MLP, one name where they share it; `norm_offset` is added to their weights.
+    - `mlp` None calls the layer's `mlp` as it is.
+    - `cache` is the keyword that brings the cache; `ignores` are keywords that are not needed.
+    - `returns_tuple`: the layer returns (hidden states, None).
+    - `requires` maps attributes to the values they have to have, where the layer has them; other layers stay stock.
     """
 
     attention: Attention = Attention()

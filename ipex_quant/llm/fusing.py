@@ -47,8 +47,11 @@ def fused_linear(module: nn.Module) -> FusedLinear:
 
 def fused_linears(modules: Sequence[nn.Module]) -> LinearGroup:
     """What computes modules that take the same tensor: ``x -> [result of each]``."""
-    if _one_share_group(modules) and not any(map(_hooked, modules)):
-        return Int8Group(modules)
+    if len(modules) > 1 and not any(map(_hooked, modules)):
+        if _one_share_group(modules):
+            return Int8Group(modules)
+        if _alike(modules):
+            return WeightOnlyGroup(modules)
     return LinearGroup(modules)
 
 
@@ -97,21 +100,80 @@ class LinearGroup:
     """Modules that are computed one after the other."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = list(modules)
         self.linears = [fused_linear(module) for module in modules]
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [linear(x) for linear in self.linears]
 
+    def gated(self, x: torch.Tensor, activation: PostOp) -> torch.Tensor:
+        """The activated result of the first module times that of the second."""
+        gate, up = self(x)
+        if activation == PostOp.SILU:
+            return ops.silu_mul(gate, up)
+        if activation in (PostOp.GELU, PostOp.NEW_GELU):
+            return ops.gelu_mul(gate, up, activation == PostOp.NEW_GELU)
+        return ACTIVATIONS[activation](gate) * up
 
-class Int8Group:
+
+class Int8Group(LinearGroup):
     """All members of an INT8 share group, in their order."""
-
-    def __init__(self, modules: Sequence[Int8Linear]) -> None:
-        self.modules = list(modules)
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         group = self.modules[0].share_group
         return ops.int8_linear(*group.inputs[0].quantize(x), group.packed, group.bias, x.dtype)
+
+
+class WeightOnlyGroup(LinearGroup):
+    """Weight-only linears of one scheme, which see the input in one order of its features."""
+
+    def __init__(self, modules: Sequence[WeightOnlyQuantizedLinear]) -> None:
+        super().__init__(modules)
+        self.out_features = [module.out_features for module in modules]
+        self.modes = int(modules[0]._lowp_mode), int(modules[0]._act_quant_mode)
+        self.compared: list[torch.Tensor] = []
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        data, biases, perms = self._tensors()
+        if not self._one_order(perms):
+            return super().__call__(x)
+        return torch.ops.ipex_quant.woq_linear_group.default(x, data, biases, perms[0], self.out_features, *self.modes)
+
+    def gated(self, x: torch.Tensor, activation: PostOp) -> torch.Tensor:
+        data, biases, perms = self._tensors()
+        if activation == PostOp.RELU or not self._one_order(perms):
+            return super().gated(x, activation)
+        return torch.ops.ipex_quant.woq_linear_gated.default(
+            x, *data, *biases, perms[0], self.out_features[0], *self.modes, int(activation)
+        )
+
+    def _tensors(self) -> list[list[torch.Tensor | None]]:
+        buffers = [module._buffers for module in self.modules]
+        return [[tensors[name] for tensors in buffers] for name in ("_packed", "_bias", "_perm")]
+
+    def _one_order(self, perms: list[torch.Tensor | None]) -> bool:
+        """Whether `perms`, which loading a state dict replaces, are equal; they are compared when they are new."""
+        if all(perm is None for perm in perms):
+            return True
+        if any(perm is None for perm in perms):
+            return False
+        if [id(perm) for perm in perms] == [id(perm) for perm in self.compared]:
+            return True
+        if torch.compiler.is_compiling() or not all(torch.equal(perm, perms[0]) for perm in perms):
+            return False
+        self.compared = perms
+        return True
+
+
+def _alike(modules: Sequence[nn.Module]) -> bool:
+    """Whether one call can multiply by all of these weights."""
+    if not all(type(module) is WeightOnlyQuantizedLinear and module._packed is not None for module in modules):
+        return False
+    kinds = {
+        (module.in_features, module.dtype, module._group_size, module._lowp_mode, module._act_quant_mode)
+        for module in modules
+    }
+    return len(kinds) == 1
 
 
 def _one_share_group(modules: Sequence[nn.Module]) -> bool:
