@@ -252,11 +252,13 @@ struct Activations {
   }
 };
 
-// One task a tile of columns. When tiles are fewer than threads can share evenly, rows are divided as well.
+// One task a tile of columns, or if `together`, the same tile of every weight in turn, which are of one size. When
+// tiles are fewer than threads can share evenly, rows are divided as well.
 void multiply(const PackedGroup& group, const uint8_t* tiles, const Activations& act,
-              const std::vector<Output>& outputs) {
+              const std::vector<Output>& outputs, bool together = false) {
   const KernelTable& table = kernels();
-  const int64_t threads = torch::stable::get_num_threads(), rows = act.rows, tile_count = group.tiles();
+  const int64_t threads = torch::stable::get_num_threads(), rows = act.rows;
+  const int64_t tile_count = together ? group.first_tiles[1] : group.tiles();
   if (rows == 0 || tile_count == 0) return;
   const bool decode = rows <= kDecodeRows;
   int64_t row_parts = (rows + kTaskRows - 1) / kTaskRows;
@@ -268,11 +270,13 @@ void multiply(const PackedGroup& group, const uint8_t* tiles, const Activations&
     const Buffer scratch = make_buffer(int8_scratch(group.geometry, (rows + row_parts - 1) / row_parts));
     for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next())
       for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-        const int64_t tile = task / row_parts, part = task % row_parts;
-        const size_t member = group.member_of(tile);
-        table.int8_tile(act.args, outputs[member], tiles + tile * group.geometry.tile_bytes,
-                        (tile - group.first_tiles[member]) * kTileN, part * rows / row_parts,
-                        (part + 1) * rows / row_parts, scratch.get());
+        const int64_t part = task % row_parts;
+        for (int64_t tile = task / row_parts; tile < group.tiles(); tile += tile_count) {
+          const size_t member = group.member_of(tile);
+          table.int8_tile(act.args, outputs[member], tiles + tile * group.geometry.tile_bytes,
+                          (tile - group.first_tiles[member]) * kTileN, part * rows / row_parts,
+                          (part + 1) * rows / row_parts, scratch.get());
+        }
       }
   });
 }
@@ -305,6 +309,24 @@ std::vector<Tensor> int8_linear(Tensor x, Tensor scales, Tensor zero_points, Ten
   return results;
 }
 
+// The gate's product goes where the result will be; that of `up`, made next by the same task, multiplies it there.
+Tensor int8_linear_gated(Tensor x, Tensor scales, Tensor zero_points, Tensor packed, std::optional<Tensor> bias,
+                         int64_t out_features, ScalarType dtype, int64_t activation) {
+  const PackedGroup group({out_features, out_features}, check_activations(x));
+  const uint8_t* tiles = group.tiles_of(packed);
+  float_type("dtype", dtype);
+  check_activation(activation);
+  const float* gate_bias = optional_vector("bias", bias, 2 * out_features);
+  const float* up_bias = gate_bias ? gate_bias + out_features : nullptr;
+  const Activations act(x, scales, zero_points, group.geometry);
+  Tensor y = torch::stable::empty(result_shape(x, out_features), dtype);
+  std::vector<Tensor> none, gated{y};
+  const Output gate_output = make_output(y, dtype, gate_bias, activation, none);
+  const Output up_output = make_output(y, dtype, up_bias, kMul, gated);
+  multiply(group, tiles, act, {gate_output, up_output}, true);
+  return y;
+}
+
 Tensor int8_linear_requantized(Tensor x, Tensor scales, Tensor zero_points, Tensor packed, std::optional<Tensor> bias,
                                std::vector<Tensor> others, int64_t out_features, Tensor out_multiplier,
                                int64_t out_zero_point, int64_t post_op) {
@@ -335,6 +357,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
       "int8_linear(Tensor x, Tensor scales, Tensor zero_points, Tensor packed, Tensor? bias, Tensor[] others, "
       "int[] out_features, ScalarType dtype, int post_op) -> Tensor[]");
   m.def(
+      "int8_linear_gated(Tensor x, Tensor scales, Tensor zero_points, Tensor packed, Tensor? bias, int out_features, "
+      "ScalarType dtype, int activation) -> Tensor");
+  m.def(
       "int8_linear_requantized(Tensor x, Tensor scales, Tensor zero_points, Tensor packed, Tensor? bias, "
       "Tensor[] others, int out_features, Tensor out_multiplier, int out_zero_point, int post_op) -> Tensor");
 }
@@ -346,6 +371,7 @@ STABLE_TORCH_LIBRARY_IMPL(ipex_quant, CPU, m) {
   m.impl("int8_unpack", TORCH_BOX(&int8_unpack));
   m.impl("int8_member", TORCH_BOX(&int8_member));
   m.impl("int8_linear", TORCH_BOX(&int8_linear));
+  m.impl("int8_linear_gated", TORCH_BOX(&int8_linear_gated));
   m.impl("int8_linear_requantized", TORCH_BOX(&int8_linear_requantized));
 }
 

@@ -7,6 +7,7 @@ from .gated import gelu_mul, gelu_mul_halves, silu_mul, silu_mul_halves
 from .int8 import (
     PackedInt8,
     int8_linear,
+    int8_linear_gated,
     int8_linear_requantized,
     pack_int8,
     quantize_activation,
@@ -39,6 +40,7 @@ __all__ = [
     "gelu_mul",
     "gelu_mul_halves",
     "int8_linear",
+    "int8_linear_gated",
     "int8_linear_requantized",
     "isa_name",
     "kernel_name",

@@ -107,12 +107,33 @@ def int8_linear(
     is float32, rounded to `dtype` before the post op; `ipex_quant.ops.reference_int8` defines it.
 
     `x` is uint8 ``[..., K]``, M rows in all, or int8, which is copied; `scales` float32 and `zero_points` int32, in the
-    range of `x`, are both ``[1]`` or ``[M]``; `bias` is float32 ``[sum of N_i]``; `others` are in `dtype` and of the result's shape. `dtype` is float32,
-    bfloat16 or float16. Raises RuntimeError when an argument does not fit, or several weights come with a post op.
+    range of `x`, are both ``[1]`` or ``[M]``; `bias` is float32 ``[sum of N_i]``; `others` are in `dtype` and of the
+    result's shape. `dtype` is float32, bfloat16 or float16. Raises RuntimeError when an argument does not fit, or
+    several weights come with a post op.
     """
     return _ops.int8_linear(
         x, scales, zero_points, packed.data, bias, list(others), packed.out_features, dtype, int(post_op)
     )
+
+
+def int8_linear_gated(
+    x: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    packed: PackedInt8,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    activation: PostOp,
+) -> torch.Tensor:
+    """``activation(gate) * up`` of the results that `int8_linear` gives for a share group of two weights of one size.
+
+    `activation` is GELU, NEW_GELU or SILU. Has the bits of `int8_linear` with the activation, then with MUL. Returns
+    ``[..., N]`` in `dtype`. Raises ValueError for another group, RuntimeError when another argument does not fit.
+    """
+    if len(packed.out_features) != 2 or packed.out_features[0] != packed.out_features[1]:
+        raise ValueError(f"packed: expected two weights of one size, got out_features {packed.out_features}")
+    out_features = packed.out_features[0]
+    return _ops.int8_linear_gated(x, scales, zero_points, packed.data, bias, out_features, dtype, int(activation))
 
 
 def int8_linear_requantized(
@@ -196,6 +217,12 @@ def _check_devices(x: torch.Tensor, *tensors: torch.Tensor | None) -> None:
 def _(x, scales, zero_points, packed, bias, others, out_features, dtype, post_op):
     _check_devices(x, scales, zero_points, packed, bias, *others)
     return [x.new_empty(*x.shape[:-1], n, dtype=dtype) for n in out_features]
+
+
+@torch.library.register_fake("ipex_quant::int8_linear_gated")
+def _(x, scales, zero_points, packed, bias, out_features, dtype, activation):
+    _check_devices(x, scales, zero_points, packed, bias)
+    return x.new_empty(*x.shape[:-1], out_features, dtype=dtype)
 
 
 @torch.library.register_fake("ipex_quant::int8_linear_requantized")

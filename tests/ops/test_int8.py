@@ -94,6 +94,31 @@ def test_exact_post_ops_are_bit_equal_to_the_definition(n, k, rows, dtype, post_
     assert torch.equal(got, reference.int8_linear_requantized(*x, weight, b, multiplier, 99, post_op, floats))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.sampled_from([0, 1, 63, 65, 128]),
+    k=st.sampled_from(FEATURES),
+    rows=st.sampled_from(ROWS),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+    gate=st.sampled_from([PostOp.GELU, PostOp.NEW_GELU, PostOp.SILU]),
+)
+def test_gated_has_the_bits_of_post_ops(n, k, rows, dtype, bias, gate) -> None:
+    weights, x = [make(n, k), make(n, k, 1)], quantized(rows, k)
+    b = activations(2 * n) if bias else None
+    first, second = (None, None) if b is None else (b[:n], b[n:])
+    (gated,) = ops.int8_linear(*x, ops.pack_int8(weights[:1]), first, dtype, gate)
+    (expected,) = ops.int8_linear(*x, ops.pack_int8(weights[1:]), second, dtype, PostOp.MUL, [gated])
+    assert torch.equal(ops.int8_linear_gated(*x, ops.pack_int8(weights), b, dtype, gate), expected)
+
+
+def test_gated_is_close_to_the_definition() -> None:
+    weights, x = [make(70, 40), make(70, 40, 1)], quantized(9, 40)
+    gate, up = reference.int8_linear(*x, weights, None, torch.float32)
+    got = ops.int8_linear_gated(*x, ops.pack_int8(weights), None, torch.float32, PostOp.SILU)
+    torch.testing.assert_close(got, torch.nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("post_op", [PostOp.GELU, PostOp.NEW_GELU, PostOp.SILU])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activation_functions(post_op: PostOp, dtype: torch.dtype) -> None:
@@ -304,6 +329,7 @@ def test_opcheck() -> None:
         "int8_unpack": (packed.data, [10, 70], 18),
         "int8_member": (packed.data, [10, 70], 18, 1),
         "int8_linear": linear,
+        "int8_linear_gated": (*x, ops.pack_int8([weights[1]] * 2).data, None, 70, torch.float16, int(PostOp.SILU)),
         "int8_linear_requantized": requantized,
     }
     for name, arguments in cases.items():

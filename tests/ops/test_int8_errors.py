@@ -192,6 +192,24 @@ def test_group_with_a_post_op(group: ops.PackedInt8) -> None:
         ops.int8_linear_requantized(packed=group, **(GOOD_REQUANTIZED | {"bias": None}))
 
 
+def test_gated_with_bad_arguments(group: ops.PackedInt8, packed: ops.PackedInt8) -> None:
+    good = {key: GOOD[key] for key in ("x", "scales", "zero_points", "dtype")} | {"bias": torch.zeros(2 * N)}
+    good |= {"packed": ops.pack_int8([weight(N)] * 2), "activation": PostOp.SILU}
+    ops.int8_linear_gated(**good)
+    for change, name in (
+        ({"packed": group}, "one size"),
+        ({"packed": packed}, "two weights"),
+        ({"packed": ops.PackedInt8(group.data, (N, N), K)}, "packed"),
+        ({"bias": torch.zeros(N)}, "bias"),
+        ({"x": GOOD["x"].float()}, "x"),
+        ({"dtype": torch.int8}, "dtype"),
+        ({"activation": PostOp.MUL}, "activation"),
+        ({"activation": PostOp.NONE}, "activation"),
+    ):
+        with pytest.raises(ERRORS, match=name):
+            ops.int8_linear_gated(**(good | change))
+
+
 @pytest.mark.parametrize(
     "change",
     [
