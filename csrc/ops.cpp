@@ -218,14 +218,14 @@ class PreparedCall {
   Tensor empty_result(size_t weight) const {
     std::vector<int64_t> shape(x_.sizes().begin(), x_.sizes().end());
     shape.back() = geometries_[weight].n;
-    return torch::stable::empty(shape, x_.scalar_type());
+    return empty_in_dtype_of(x_, shape.data());
   }
 
   // outputs[i] is what becomes of the product with weight i.
   void run(const std::vector<Output>& outputs, bool together) const {
     const WoqGeometry& g = geometries_[0];
     if (rows_ == 0) return;
-    const Tensor rows_of_x = torch::stable::contiguous(x_);
+    const Tensor rows_of_x = as_contiguous(x_);
     WoqPlan plan = make_plan(g, {type_, lowp_mode_, act_quant_mode_, group_size_, rows_, kernels().bf16_dot});
     const Buffer memory = make_buffer(staged_bytes(plan) + 64);
     place_buffers(plan, reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(memory.get()), 64)));

@@ -11,20 +11,6 @@ namespace {
 
 constexpr int64_t kTaskElements = int64_t(1) << 15;  // below this a thread costs more than it gives
 
-Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-// A new contiguous tensor in the dtype of x; torch::stable::empty looks its op up by name, which takes twice as long.
-Tensor empty_in_dtype_of(const Tensor& x, const int64_t* shape) {
-  const int64_t dim = x.dim();
-  std::vector<int64_t> strides(size_t(dim), 1);
-  for (int64_t i = dim - 1; i > 0; --i) strides[size_t(i - 1)] = strides[size_t(i)] * std::max<int64_t>(shape[i], 1);
-  int32_t dtype;
-  AtenTensorHandle y;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, shape, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &y));
-  return Tensor(y);
-}
 Tensor empty_as(const Tensor& x) { return empty_in_dtype_of(x, x.sizes().data()); }
 
 bool same_shape(const Tensor& a, const Tensor& b) {

@@ -178,7 +178,7 @@ Tensor quantize_activation(Tensor x, Tensor multiplier, int64_t zero_point) {
   const FloatType type = float_type("x", x.scalar_type());
   const Multipliers multipliers("multiplier", multiplier, k);
   check_zero_point("zero_point", zero_point);
-  const Tensor rows = torch::stable::contiguous(x);
+  const Tensor rows = as_contiguous(x);
   Tensor codes = empty_codes(x);
   quantize_rows({rows.const_data_ptr(), type, k, multipliers.data, int32_t(zero_point),
                  static_cast<uint8_t*>(codes.mutable_data_ptr()), nullptr, nullptr},
@@ -189,7 +189,7 @@ Tensor quantize_activation(Tensor x, Tensor multiplier, int64_t zero_point) {
 std::tuple<Tensor, Tensor, Tensor> quantize_activation_per_token(Tensor x) {
   const int64_t k = check_activations(x);
   const FloatType type = float_type("x", x.scalar_type());
-  const Tensor rows = torch::stable::contiguous(x);
+  const Tensor rows = as_contiguous(x);
   Tensor codes = empty_codes(x);
   Tensor scales = empty({x.numel() / k}, ScalarType::Float), zero_points = empty({x.numel() / k}, ScalarType::Int);
   quantize_rows({rows.const_data_ptr(), type, k, nullptr, 0, static_cast<uint8_t*>(codes.mutable_data_ptr()),
@@ -227,7 +227,7 @@ struct Activations {
       for (int64_t i = 0; i < count; ++i) moved_zeros.push_back(zeros[i] + 128);
       zeros = moved_zeros.data();
     }
-    x = torch::stable::contiguous(x);
+    x = as_contiguous(x);
     args = {&g,    static_cast<const uint8_t*>(x.const_data_ptr()),
             g.k,   static_cast<const float*>(scales.const_data_ptr()),
             zeros, count == 1 ? 0 : 1};
