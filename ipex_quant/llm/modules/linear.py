@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...nn import Int8Linear, WeightOnlyQuantizedLinear
-from ...nn.quantized_module import autocast
+from ...nn.quantized_module import autocast, autocast_dtype
 from ...ops import PostOp, int8_linear
+from ..fusing import Int8Group, WeightOnlyGroup, fused_linears
 from .gated import silu_mul
 from .gradient import needs_gradient
 
@@ -100,7 +101,8 @@ class LinearSiluMul(FusedLinear):
 class Linear2SiluMul(nn.Module):
     """``silu(linear_s(x)) * linear_m(x)``: the gate and up projections of a gated MLP.
 
-    Both are linear layers as `FusedLinear` takes them. Raises TypeError when one is no module.
+    Both are linear layers as `FusedLinear` takes them; two weight-only ones of one scheme, and two that make up an INT8
+    share group, are multiplied in one native call. Raises TypeError when one is no module.
     """
 
     def __init__(self, linear_s: nn.Module, linear_m: nn.Module) -> None:
@@ -109,8 +111,9 @@ class Linear2SiluMul(nn.Module):
         self.linear_m = _module("linear_m", linear_m)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if _fuses(self.linear_s) and _fuses(self.linear_m):
-            return fused_linear(self.linear_m, x, PostOp.MUL, fused_linear(self.linear_s, x, PostOp.SILU))
+        linears = fused_linears((self.linear_s, self.linear_m))
+        if isinstance(linears, (Int8Group, WeightOnlyGroup)) and not needs_gradient(x):
+            return linears.gated(autocast(x), PostOp.SILU)
         gate, up = self.linear_s(x), self.linear_m(x)
         return silu_mul(gate, up) if _alike(up, gate) else F.silu(gate) * up
 
@@ -118,12 +121,12 @@ class Linear2SiluMul(nn.Module):
 def fused_linear(linear: nn.Module, x: torch.Tensor, post_op: PostOp, *others: torch.Tensor) -> torch.Tensor:
     """``post_op(linear(x), *others)``, in one native call where `linear` has one; as `FusedLinear` says."""
     shape = (*x.shape[:-1], getattr(linear, "out_features", None))
-    fits = all(other.shape == shape and other.dtype == x.dtype for other in others)
+    fits = all(other.shape == shape and other.dtype == autocast_dtype(x) for other in others)
     if not (fits and _fuses(linear)) or needs_gradient(x, *others):
         return _EAGER[post_op](linear(x), *others)
     if isinstance(linear, WeightOnlyQuantizedLinear):
         return linear.forward_fused(x, post_op, *others)
-    group, (x, *others) = linear.share_group, map(autocast, (x, *others))
+    group, x = linear.share_group, autocast(x)
     return int8_linear(*group.inputs[0].quantize(x), group.packed, group.bias, x.dtype, post_op, others)[0]
 
 

@@ -38,11 +38,6 @@ def int8_group(*out_features):
 LINEARS = {"float": lambda: nn.Linear(IN, OUT), "weight_only": weight_only, "int8": lambda: int8_group(OUT)[0]}
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def operands(function, shape, dtype=torch.float32):
     return [torch.randn(shape).to(dtype) for _ in range(function.__code__.co_argcount - 1)]
 
@@ -81,8 +76,9 @@ class TestQuantizedLinears:
         fusion(LINEARS[kind]())(torch.randn(3, IN), *operands(FUSIONS[fusion], (3, OUT)))
         assert calls == []
 
-    def test_both_projections_of_a_gate_run_in_their_kernel(self, kind, calls):
-        gate, up, x = LINEARS[kind](), LINEARS[kind](), torch.randn(3, IN)
+    def test_both_projections_of_a_gate_run_in_one_call(self, kind, calls):
+        gate, up = int8_group(OUT, OUT) if kind == "int8" else (weight_only(), weight_only())
+        x = torch.randn(3, IN)
         result = modules.Linear2SiluMul(gate, up)(x)
         assert calls == []
         torch.testing.assert_close(result, F.silu(gate(x)) * up(x))
@@ -102,9 +98,12 @@ class TestQuantizedLinears:
         torch.testing.assert_close(modules.Linear2SiluMul(linear, linear)(x), F.silu(torch.ones(3, OUT)))
 
     def test_autocast_sets_the_dtype(self, kind):
-        linear, x = LINEARS[kind](), torch.randn(3, IN)
+        linear, x, y = LINEARS[kind](), torch.randn(3, IN), torch.randn(3, OUT)
         with torch.autocast("cpu", torch.bfloat16):
             assert modules.LinearSilu(linear)(x).dtype == torch.bfloat16
+            assert modules.Linear2SiluMul(linear, linear)(x).dtype == torch.bfloat16
+            torch.testing.assert_close(modules.LinearAdd(linear)(x, y), linear(x) + y)
+            torch.testing.assert_close(modules.LinearAdd(linear)(x, y.bfloat16()), linear(x) + y.bfloat16())
 
 
 class TestLinear2SiluMul:

@@ -12,11 +12,6 @@ TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol
 E, H, I, T = 8, 24, 10, 7  # noqa: E741
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def weights(dtype=torch.float32):
     return (torch.randn(E, 2 * I, H) / 5).to(dtype), (torch.randn(E, H, I) / 3).to(dtype)
 

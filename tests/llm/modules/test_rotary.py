@@ -28,11 +28,6 @@ SCALINGS = {
 LONGROPE = {"short_factor": [1.0 + i / 8 for i in range(D // 2)], "long_factor": [2.0 + i for i in range(D // 2)]}
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=TOLERANCE)
 def dtype(request):
     return request.param
