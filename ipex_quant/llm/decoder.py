@@ -27,7 +27,7 @@ logger = logging.getLogger("ipex_quant")
 
 _USED = ("attention_mask", "position_embeddings", "position_ids", "past_key_values", "layer_past")
 _WITHOUT_EFFECT = ("use_cache", "output_hidden_states", "return_dict", "cache_position")
-_KNOWN = frozenset(_USED + _WITHOUT_EFFECT)
+_KNOWN = _USED + _WITHOUT_EFFECT
 
 
 def fuse_decoder(model: nn.Module) -> list[str]:
@@ -99,21 +99,20 @@ class FusedLayer:
         self.first_norm, self.second_norm = norms[0], norms[1] if len(norms) == 2 else None
         self.attention = FusedAttention(_get(layer, family.attention.module), family.attention)
         self.mlp = StockMlp(layer.mlp) if family.mlp is None else FusedMlp(_get(layer, family.mlp.module), family.mlp)
-        self.cache = family.cache
-        self.known = _KNOWN.union(family.ignores)
-        self.returns_tuple = family.returns_tuple
+        self.known = frozenset(_KNOWN + family.keywords)
+        self.returns = family.returns
+        self.clamps_float16 = family.clamps_float16
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args:
             kwargs.update(zip(self.names, args, strict=False))
         if self._needs_stock(hidden_states, kwargs):
             return type(self.layer).forward(self.layer, hidden_states, **kwargs)
-        positions = kwargs.get("position_embeddings", kwargs.get("position_ids"))
-        result = self.compute(hidden_states, kwargs.get("attention_mask"), positions, kwargs.get(self.cache))
-        return (result, None) if self.returns_tuple else result
+        result = self.compute(hidden_states, kwargs)
+        return (result, *map(kwargs.get, self.returns)) if self.returns else result
 
-    def compute(self, x: torch.Tensor, mask: torch.Tensor | None, positions: Any, cache: Any) -> torch.Tensor:
-        """Hidden states after the layer."""
+    def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Hidden states after the layer, called with `kwargs`."""
         raise NotImplementedError
 
     def _needs_stock(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
@@ -122,33 +121,44 @@ class FusedLayer:
         for name, value in kwargs.items():
             if name not in self.known and value is not None and value is not False:
                 return True
+        if self.clamps_float16 and hidden_states.dtype == torch.float16:
+            return True
         if not torch.is_grad_enabled():
             return False
         return hidden_states.requires_grad or any(parameter.requires_grad for parameter in self.layer.parameters())
 
 
 class SequentialLayer(FusedLayer):
-    """`Residual.SEQUENTIAL`"""
+    """`Residual.SEQUENTIAL`, with attention to an encoder between the two parts where there is one."""
 
-    def compute(self, x: torch.Tensor, mask: torch.Tensor | None, positions: Any, cache: Any) -> torch.Tensor:
-        x = self.attention(self.first_norm(x), mask, positions, cache, PostOp.ADD, x)
+    def __init__(self, layer: nn.Module, family: Family) -> None:
+        super().__init__(layer, family)
+        self.cross = None
+        if family.cross is not None:
+            self.cross = CrossAttention(_get(layer, family.cross.module), family.cross)
+            self.cross_norm = norm_of(_get(layer, family.cross_norm), family.norm_offset)
+
+    def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        x = self.attention(self.first_norm(x), kwargs, PostOp.ADD, x)
+        if self.cross is not None and kwargs.get("encoder_hidden_states") is not None:
+            x = self.cross(self.cross_norm(x), kwargs, PostOp.ADD, x)
         return self.mlp(self.second_norm(x), PostOp.ADD, x)
 
 
 class ParallelLayer(FusedLayer):
     """`Residual.PARALLEL`"""
 
-    def compute(self, x: torch.Tensor, mask: torch.Tensor | None, positions: Any, cache: Any) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         normed = self.first_norm(x)
-        attended = self.attention(normed, mask, positions, cache, PostOp.NONE)
+        attended = self.attention(normed, kwargs)
         return self.mlp(self.second_norm(x) if self.second_norm else normed, PostOp.ADD_ADD, attended, x)
 
 
 class PostNormLayer(FusedLayer):
     """`Residual.POST_NORM`"""
 
-    def compute(self, x: torch.Tensor, mask: torch.Tensor | None, positions: Any, cache: Any) -> torch.Tensor:
-        x = self.first_norm(self.attention(x, mask, positions, cache, PostOp.ADD, x))
+    def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        x = self.first_norm(self.attention(x, kwargs, PostOp.ADD, x))
         return self.second_norm(self.mlp(x, PostOp.ADD, x))
 
 
@@ -205,6 +215,7 @@ class FusedAttention:
 
     def __init__(self, module: nn.Module, names: Attention) -> None:
         self.module = module
+        self.names = names
         self.layer_index = _get(module, names.index)
         projections = [_get(module, name) for name in names.projections]
         output = _get(module, names.output)
@@ -219,41 +230,81 @@ class FusedAttention:
         self.rope = _ROPES[names.rope]
         self.interleaved = names.rope in (Rope.INTERLEAVED, Rope.TABLE)
         self.slopes = alibi_slopes(self.heads) if names.alibi else None
-        self.masked_is_true = names.masked_is_true
 
     def __call__(
-        self,
-        x: torch.Tensor,
-        mask: torch.Tensor | None,
-        positions: Any,
-        cache: Any,
-        post_op: PostOp,
-        *others: torch.Tensor,
+        self, x: torch.Tensor, kwargs: dict[str, Any], post_op: PostOp = PostOp.NONE, *others: torch.Tensor
     ) -> torch.Tensor:
         query, key, value = self.split(self, self.project(x), *x.shape[:2])
         if self.norms:
             query, key = self.norms[0](query), self.norms[1](key)
         if self.rope is not None:
-            cos, sin = self.rope(self, positions, query.dtype)
+            cos, sin = self.rope(self, kwargs, query.dtype)
             rotated = cos.shape[-1] * (1 + self.interleaved)
             query = ops.rotary(query, cos, sin, rotated, self.interleaved)
             key = ops.rotary(key, cos, sin, rotated, self.interleaved)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        cache = kwargs.get(self.names.cache)
         if cache is not None:
+            cache = getattr(cache, "self_attention_cache", cache)
             key, value = cache.update(key, value, self.layer_index)
-        attended = self.attend(query, key, value, mask)
+        if self.names.position_bias and kwargs.get("position_bias") is None:
+            kwargs["position_bias"] = self.relative_bias(query.shape[2], key.shape[2])
+        attended = self.attend(query, key, value, kwargs.get("attention_mask"), kwargs)
         return self.output(attended.flatten(2), post_op, *others)
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
     ) -> torch.Tensor:
         """``[B, L, H, D]`` of queries ``[B, H, L, D]`` over what the cache gave."""
         if self.slopes is None:
-            return attention_forward(self.module, query, key, value, mask, scaling=self.scale)[0]
-        if mask is not None and self.masked_is_true:
+            bias = kwargs["position_bias"] if self.names.position_bias else None
+            return attention_forward(self.module, query, key, value, mask, scaling=self.scale, position_bias=bias)[0]
+        if mask is not None and self.names.masked_is_true:
             mask = ~mask
         options = {"causal": mask is None, "mask": mask}
         return attend(query, Storage.of(key), Storage.of(value), scale=self.scale, alibi=self.slopes, **options)
+
+    def relative_bias(self, queries: int, keys: int) -> torch.Tensor | None:
+        """What a module that has a `relative_attention_bias` adds to the scores of its layer and those after it."""
+        if not self.module.has_relative_attention_bias:
+            return None
+        return self.module.compute_bias(queries, keys, past_seen_tokens=keys - queries)
+
+
+class CrossAttention(FusedAttention):
+    """Attention of a decoder to what an encoder gave, whose keys and values are computed once."""
+
+    def __init__(self, module: nn.Module, names: Attention) -> None:
+        super().__init__(module, names)
+        query, *rest = names.projections
+        self.query = fused_linear(_get(module, query))
+        self.project = fused_linears([_get(module, name) for name in rest])
+
+    def __call__(
+        self, x: torch.Tensor, kwargs: dict[str, Any], post_op: PostOp = PostOp.NONE, *others: torch.Tensor
+    ) -> torch.Tensor:
+        query = self._heads(self.query(x))
+        caches = kwargs.get(self.names.cache)
+        if caches is not None and caches.is_updated.get(self.layer_index):
+            layer = caches.cross_attention_cache.layers[self.layer_index]
+            key, value = layer.keys, layer.values
+        else:
+            key, value = map(self._heads, self.project(kwargs["encoder_hidden_states"]))
+            if caches is not None:
+                key, value = caches.cross_attention_cache.update(key, value, self.layer_index)
+                caches.is_updated[self.layer_index] = True
+        attended = attention_forward(
+            self.module, query, key, value, kwargs.get("encoder_attention_mask"), scaling=self.scale
+        )[0]
+        return self.output(attended.flatten(2), post_op, *others)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
 
 
 def alibi_slopes(heads: int) -> torch.Tensor:
@@ -297,17 +348,22 @@ _SPLITS: dict[Layout, Callable[..., Heads]] = {
 }
 
 
-def _given(attention: FusedAttention, positions: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return positions
+Tables = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines ``[B or 1, L, R or R / 2]``."""
 
 
-def _given_halves(attention: FusedAttention, positions: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    cos, sin = positions
+def _given(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
+    return kwargs["position_embeddings"]
+
+
+def _given_halves(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
+    cos, sin = kwargs["position_embeddings"]
     return cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[0]
 
 
-def _looked_up(attention: FusedAttention, positions: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    sin, cos = F.embedding(positions, attention.module.embed_positions).to(dtype).chunk(2, dim=-1)
+def _looked_up(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
+    table = F.embedding(kwargs["position_ids"], attention.module.embed_positions)
+    sin, cos = table.to(dtype).chunk(2, dim=-1)
     return cos, sin
 
 

@@ -74,11 +74,16 @@ class Attention:
     masked_is_true: bool = False
     """The mask is true where attention does not go."""
 
+    position_bias: bool = False
+    """What the layer gets as `position_bias`, or the module computes, is added to the scores."""
+
     scale: str = "scaling"
     """Attribute with what scores are multiplied by; where there is none, the inverse root of the head size."""
 
     head_size: str = "head_dim"
     index: str = "layer_idx"
+    cache: str = "past_key_values"
+    """Keyword that brings the layer the cache."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,10 @@ class Family:
 
     - `norms` are those of attention and MLP, one name where they share it; `norm_offset` is added to their weights.
     - `mlp` None calls the layer's `mlp` as it is.
-    - `cache` is the keyword that brings the cache; `ignores` are keywords that are not needed.
-    - `returns_tuple`: the layer returns (hidden states, None).
+    - `cross` is attention to an encoder, with its norm, which a SEQUENTIAL layer has before the MLP.
+    - `keywords` are arguments of the layer, besides those that all may have, that are used or not needed.
+    - `returns` are keywords that the layer returns after the hidden states, None where they were not given.
+    - `clamps_float16`: float16 is clamped, which is left to the stock layer.
     - `requires` maps attributes to the values they have to have, where the layer has them; other layers stay stock.
     """
 
@@ -109,10 +116,12 @@ class Family:
     mlp: Mlp | None = Mlp()
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     residual: Residual = Residual.SEQUENTIAL
-    cache: str = "past_key_values"
-    ignores: tuple[str, ...] = ()
-    returns_tuple: bool = False
+    cross: Attention | None = None
+    cross_norm: str = ""
+    keywords: tuple[str, ...] = ()
+    returns: tuple[str, ...] = ()
     norm_offset: float = 0.0
+    clamps_float16: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -133,18 +142,16 @@ _STABLELM_PARALLEL = Family(
     requires={"self_attn.qk_layernorm": False, "use_parallel_residual": True},
 )
 _NEOX = Family(
-    Attention("attention", ("query_key_value",), "dense", Layout.GROUPS, head_size="head_size"),
+    Attention("attention", ("query_key_value",), "dense", Layout.GROUPS, head_size="head_size", cache="layer_past"),
     Mlp("mlp", ("dense_h_to_4h",), "dense_4h_to_h", "act", gated=False),
-    cache="layer_past",
     requires={"use_parallel_residual": False},
 )
 _GPTJ = Family(
-    Attention("attn", output="out_proj", rope=Rope.TABLE),
+    Attention("attn", output="out_proj", rope=Rope.TABLE, cache="layer_past"),
     Mlp("mlp", ("fc_in",), "fc_out", "act", gated=False),
     norms=("ln_1",),
     residual=Residual.PARALLEL,
-    cache="layer_past",
-    returns_tuple=True,
+    returns=("attention_weights",),
 )
 _OPT = Family(
     Attention(output="out_proj", rope=Rope.NONE),
@@ -153,11 +160,12 @@ _OPT = Family(
     requires={"do_layer_norm_before": True},
 )
 _BLOOM = Family(
-    Attention("self_attention", ("query_key_value",), "dense", Layout.GROUPS, Rope.NONE, alibi=True),
+    Attention(
+        "self_attention", ("query_key_value",), "dense", Layout.GROUPS, Rope.NONE, alibi=True, cache="layer_past"
+    ),
     Mlp("mlp", ("dense_h_to_4h",), "dense_4h_to_h", "gelu_impl", gated=False),
-    cache="layer_past",
-    ignores=("alibi",),
-    returns_tuple=True,
+    keywords=("alibi",),
+    returns=("attention_weights",),
     requires={"apply_residual_connection_post_layernorm": False, "self_attention.slow_but_exact": False},
 )
 _MPT = Family(
@@ -170,21 +178,20 @@ _MPT = Family(
         alibi=True,
         masked_is_true=True,
         scale="softmax_scale",
+        cache="layer_past",
     ),
     Mlp("ffn", ("up_proj",), "down_proj", "act", gated=False),
     ("norm_1", "norm_2"),
-    cache="layer_past",
-    ignores=("position_bias",),
-    returns_tuple=True,
+    keywords=("position_bias",),
+    returns=("attention_weights",),
     requires={"attn.clip_qkv": None},
 )
 _GPT_BIGCODE = Family(
-    Attention("attn", ("c_attn",), "c_proj", Layout.BLOCKS, Rope.NONE),
+    Attention("attn", ("c_attn",), "c_proj", Layout.BLOCKS, Rope.NONE, cache="layer_past"),
     Mlp("mlp", ("c_fc",), "c_proj", "act", gated=False),
     ("ln_1", "ln_2"),
-    cache="layer_past",
-    ignores=("encoder_attention_mask",),
-    requires={"attn.multi_query": True},
+    keywords=("encoder_attention_mask",),
+    requires={"attn.multi_query": True, "crossattention": None},
 )
 _GIT = Family(
     Attention(
@@ -199,6 +206,47 @@ _GIT = Family(
     ("attention.output.LayerNorm", "output.LayerNorm"),
     Residual.POST_NORM,
 )
+_WHISPER = Family(
+    _OPT.attention,
+    _OPT.mlp,
+    _OPT.norms,
+    clamps_float16=True,
+)
+_WHISPER_DECODER = replace(
+    _WHISPER,
+    cross=Attention("encoder_attn", output="out_proj", rope=Rope.NONE),
+    cross_norm="encoder_attn_layer_norm",
+    keywords=("encoder_hidden_states", "encoder_attention_mask"),
+    clamps_float16=False,
+)
+
+
+def _t5() -> tuple[Family, ...]:
+    """Layers of encoder and decoder, with a gate or without."""
+    options = {"rope": Rope.NONE, "projections": ("q", "k", "v"), "output": "o", "head_size": "key_value_proj_dim"}
+    families = []
+    for decoder in (False, True):
+        last = "layer.2" if decoder else "layer.1"
+        for gated in (False, True):
+            inputs = ("wi_0", "wi_1") if gated else ("wi",)
+            family = Family(
+                Attention("layer.0.SelfAttention", position_bias=True, **options),
+                Mlp(f"{last}.DenseReluDense", inputs, "wo", "act", gated),
+                ("layer.0.layer_norm", f"{last}.layer_norm"),
+                cross=Attention("layer.1.EncDecAttention", **options) if decoder else None,
+                cross_norm="layer.1.layer_norm",
+                keywords=(
+                    "position_bias",
+                    "encoder_hidden_states",
+                    "encoder_attention_mask",
+                    "encoder_decoder_position_bias",
+                ),
+                returns=("position_bias", "encoder_decoder_position_bias"),
+                clamps_float16=True,
+                requires={"is_decoder": decoder, "layer.0.SelfAttention.config.is_gated_act": gated},
+            )
+            families.append(family)
+    return tuple(families)
 
 
 def _falcon() -> tuple[Family, ...]:
@@ -211,13 +259,12 @@ def _falcon() -> tuple[Family, ...]:
     }
     return tuple(
         Family(
-            Attention("self_attention", ("query_key_value",), "dense", Layout.GROUPS, rope),
+            Attention("self_attention", ("query_key_value",), "dense", Layout.GROUPS, rope, cache="layer_past"),
             _NEOX.mlp,
             names,
             Residual.PARALLEL if parallel else Residual.SEQUENTIAL,
-            cache="layer_past",
-            ignores=("alibi",),
-            returns_tuple=True,
+            keywords=("alibi",),
+            returns=("attention_weights",),
             requires={
                 "config.parallel_attn": parallel,
                 "config.num_ln_in_parallel_attn": count,
@@ -247,7 +294,10 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     ),
     "GPTJBlock": (_GPTJ,),
     "CodeGenBlock": (
-        replace(_GPTJ, attention=Attention("attn", ("qkv_proj",), "out_proj", Layout.QUARTERS, Rope.TABLE)),
+        replace(
+            _GPTJ,
+            attention=Attention("attn", ("qkv_proj",), "out_proj", Layout.QUARTERS, Rope.TABLE, cache="layer_past"),
+        ),
     ),
     "OPTDecoderLayer": (
         _OPT,
@@ -258,5 +308,8 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "MptBlock": (_MPT,),
     "GPTBigCodeBlock": (_GPT_BIGCODE,),
     "GitLayer": (_GIT,),
+    "T5Block": _t5(),
+    "WhisperEncoderLayer": (_WHISPER,),
+    "WhisperDecoderLayer": (_WHISPER_DECODER,),
 }
 """Class name of a layer: the ways it can be, of which the first whose `requires` hold is taken."""

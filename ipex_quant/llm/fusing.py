@@ -111,9 +111,9 @@ class LinearGroup:
         gate, up = self(x)
         if activation == PostOp.SILU:
             return ops.silu_mul(gate, up)
-        if activation in (PostOp.GELU, PostOp.NEW_GELU):
-            return ops.gelu_mul(gate, up, activation == PostOp.NEW_GELU)
-        return ACTIVATIONS[activation](gate) * up
+        if activation == PostOp.RELU:
+            return torch.relu(gate) * up
+        return ops.gelu_mul(gate, up, activation == PostOp.NEW_GELU)
 
 
 class Int8Group(LinearGroup):
@@ -122,6 +122,12 @@ class Int8Group(LinearGroup):
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         group = self.modules[0].share_group
         return ops.int8_linear(*group.inputs[0].quantize(x), group.packed, group.bias, x.dtype)
+
+    def gated(self, x: torch.Tensor, activation: PostOp) -> torch.Tensor:
+        if activation == PostOp.RELU:
+            return super().gated(x, activation)
+        group = self.modules[0].share_group
+        return ops.int8_linear_gated(*group.inputs[0].quantize(x), group.packed, group.bias, x.dtype, activation)
 
 
 class WeightOnlyGroup(LinearGroup):

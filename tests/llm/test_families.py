@@ -111,21 +111,10 @@ def build(name):
 
 
 def fused(stock):
-    """A fused copy, which computes no layer as the stock model does."""
+    """A fused copy."""
     model = copy.deepcopy(stock)
     assert len(fuse_decoder(model)) == 2, "every layer is fused"
-    for module in model.modules():
-        if isinstance(vars(module).get("forward"), FusedLayer):
-            module.forward._needs_stock = never(module.forward._needs_stock)
     return model
-
-
-def never(condition):
-    def checked(*args):
-        assert not condition(*args)
-        return False
-
-    return checked
 
 
 def steps(model, padding):
@@ -151,6 +140,18 @@ def _without_gradients():
         yield
 
 
+@pytest.fixture
+def _no_stock_layers(monkeypatch):
+    needs_stock = FusedLayer._needs_stock
+
+    def checked(*args):
+        assert not needs_stock(*args)
+        return False
+
+    monkeypatch.setattr(FusedLayer, "_needs_stock", checked)
+
+
+@pytest.mark.usefixtures("_no_stock_layers")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("padding", [0, 3])
 def test_logits_are_those_of_the_stock_model(name, padding):
@@ -159,6 +160,7 @@ def test_logits_are_those_of_the_stock_model(name, padding):
     torch.testing.assert_close(steps(fused(stock), padding), steps(stock, padding), rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("_no_stock_layers")
 @pytest.mark.filterwarnings("ignore:most weights stay in float:UserWarning")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -203,7 +205,7 @@ def test_bfloat16_is_as_close_to_float32_as_the_stock_model(name, recipe):
 def test_every_family_is_tested():
     layers = {type(module).__name__ for name in MODELS for module in build(name).modules()}
 
-    assert layers >= FAMILIES.keys()
+    assert layers >= FAMILIES.keys() - {"T5Block", "WhisperEncoderLayer", "WhisperDecoderLayer"}  # are elsewhere
 
 
 def test_every_part_keeps_its_name_and_its_tensors():
