@@ -147,6 +147,12 @@ struct GatedArgs {
   void* out;  // [rows, columns]
 };
 
+// attention_plan.h
+struct AttentionArgs;
+struct AttentionTask;
+struct AttentionMerge;
+struct WriteCacheArgs;
+
 struct KernelTable {
   bool bf16_dot;
   // Ranges of rows [begin, end), then (after any reduction over rows) their staged form.
@@ -163,6 +169,9 @@ struct KernelTable {
   void (*norm_rows)(const NormArgs&, int64_t begin, int64_t end);
   void (*rotate_positions)(const RotaryArgs&, int64_t begin, int64_t end);
   void (*gated_product)(const GatedArgs&, int64_t begin, int64_t end);  // a range of elements
+  void (*attention_task)(const AttentionArgs&, const AttentionTask&, uint8_t* scratch);
+  void (*attention_merge)(const AttentionArgs&, const AttentionMerge&, uint8_t* scratch);
+  void (*quantize_token)(const WriteCacheArgs&);
 };
 
 enum IsaLevel : int32_t { kGeneric, kAvx2, kAvx512Vnni, kAvx512Bf16, kIsaLevels };

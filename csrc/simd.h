@@ -8,24 +8,17 @@
 //   U8, S8            byte operands of dot(acc, u8, s8), which adds four products to every lane; Narrow promises
 //                     |u8 * s8 + u8 * s8| < 2^15, which AVX2 can exploit
 //   Lut16, ByteLut16  16-entry tables indexed by the low four bits of a lane / of every byte
+//   transpose         kLanes vectors of int32: rows become columns
+//   load_quads        the first byte of each of four rows to the first lane, the second bytes to the second
 //   dot_bf16          with IPEX_QUANT_BF16_DOT: adds two bf16 products to every float lane
+//   interleave_bf16   with it: (a, b) pairs of bf16, two vectors of them; store_bf16_operand rounds, denormals to zero
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512VNNI__)
-#include "simd_avx512.h"
-#elif defined(__AVX2__)
-#include "simd_avx2.h"
-#else
-#include "simd_generic.h"
-#endif
-
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
-
-constexpr int64_t kVectorBytes = 4 * kLanes;
 
 // Loops over the registers of a tile, unrolled by templates: an accumulator array stays in registers only if every
 // index is a constant before the compiler's first passes. A lambda body is marked with IPEX_QUANT_INLINE.
@@ -46,6 +39,22 @@ template <int Rows, int Columns, class F>
 IPEX_QUANT_INLINE inline void unroll2(F&& f) {
   unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { unroll<Columns>([&](auto v) IPEX_QUANT_INLINE { f(m, v); }); });
 }
+
+}  // namespace IPEX_QUANT_ISA_NS
+}  // namespace ipex_quant
+
+#if defined(__AVX512VNNI__)
+#include "simd_avx512.h"
+#elif defined(__AVX2__)
+#include "simd_avx2.h"
+#else
+#include "simd_generic.h"
+#endif
+
+namespace ipex_quant {
+namespace IPEX_QUANT_ISA_NS {
+
+constexpr int64_t kVectorBytes = 4 * kLanes;
 
 inline vf zero_f() { return set1_f(0.0f); }
 inline vi zero_i() { return set1_i(0); }

@@ -113,6 +113,28 @@ inline ByteLut16 make_byte_lut16(const uint8_t* table) {
 }
 inline vi lookup(const ByteLut16& table, vi index) { return _mm256_shuffle_epi8(table, index); }
 
+inline void transpose(vi (&x)[kLanes]) {
+  vi pairs[kLanes], quads[kLanes];
+  unroll<kLanes / 2>([&](auto i) IPEX_QUANT_INLINE {
+    pairs[2 * i] = _mm256_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+    pairs[2 * i + 1] = _mm256_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+  });
+  // quads[4 g + c] has in its 128-bit lane L column 4 L + c of rows 4 g to 4 g + 3.
+  unroll2<2, 2>([&](auto g, auto i) IPEX_QUANT_INLINE {
+    quads[4 * g + 2 * i] = _mm256_unpacklo_epi64(pairs[4 * g + i], pairs[4 * g + 2 + i]);
+    quads[4 * g + 2 * i + 1] = _mm256_unpackhi_epi64(pairs[4 * g + i], pairs[4 * g + 2 + i]);
+  });
+  unroll<4>([&](auto c) IPEX_QUANT_INLINE {
+    x[c] = _mm256_permute2x128_si256(quads[c], quads[4 + c], 0x20);
+    x[4 + c] = _mm256_permute2x128_si256(quads[c], quads[4 + c], 0x31);
+  });
+}
+inline vi load_quads(const void* a, const void* b, const void* c, const void* d) {
+  const auto load = [](const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); };
+  const __m128i ab = _mm_unpacklo_epi8(load(a), load(b)), cd = _mm_unpacklo_epi8(load(c), load(d));
+  return _mm256_set_m128i(_mm_unpackhi_epi16(ab, cd), _mm_unpacklo_epi16(ab, cd));
+}
+
 #if defined(__AVXVNNI__)
 template <bool Narrow>
 using U8 = vi;

@@ -74,6 +74,38 @@ inline ByteLut16 make_byte_lut16(const uint8_t* table) {
 }
 inline vi lookup(const ByteLut16& table, vi index) { return _mm512_shuffle_epi8(table, index); }
 
+inline void transpose(vi (&x)[kLanes]) {
+  vi pairs[kLanes], quads[kLanes];
+  unroll<kLanes / 2>([&](auto i) IPEX_QUANT_INLINE {
+    pairs[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+    pairs[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+  });
+  // quads[4 g + c] has in its 128-bit lane L column 4 L + c of rows 4 g to 4 g + 3.
+  unroll2<4, 2>([&](auto g, auto i) IPEX_QUANT_INLINE {
+    quads[4 * g + 2 * i] = _mm512_unpacklo_epi64(pairs[4 * g + i], pairs[4 * g + 2 + i]);
+    quads[4 * g + 2 * i + 1] = _mm512_unpackhi_epi64(pairs[4 * g + i], pairs[4 * g + 2 + i]);
+  });
+  unroll<4>([&](auto c) IPEX_QUANT_INLINE {
+    const vi low = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0x44);
+    const vi high = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0xEE);
+    const vi low2 = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0x44);
+    const vi high2 = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0xEE);
+    x[c] = _mm512_shuffle_i32x4(low, low2, 0x88);
+    x[4 + c] = _mm512_shuffle_i32x4(low, low2, 0xDD);
+    x[8 + c] = _mm512_shuffle_i32x4(high, high2, 0x88);
+    x[12 + c] = _mm512_shuffle_i32x4(high, high2, 0xDD);
+  });
+}
+inline vi load_quads(const void* a, const void* b, const void* c, const void* d) {
+  const auto load = [](const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); };
+  vi x = _mm512_inserti32x4(_mm512_castsi128_si512(load(a)), load(b), 1);
+  x = _mm512_inserti32x4(_mm512_inserti32x4(x, load(c), 2), load(d), 3);
+  // Four by four dwords, then within each 128-bit lane four by four bytes.
+  x = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
+  return _mm512_shuffle_epi8(
+      x, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+}
+
 template <bool Narrow>
 using U8 = vi;
 template <bool Narrow>
@@ -99,6 +131,16 @@ inline vi and_or_i(vi x, vi mask, vi bits) { return _mm512_ternarylogic_epi32(x,
 inline vi make_bf16_lut32(const uint16_t* table) { return load_i(table); }
 inline vi lookup_bf16(vi table, vi index) { return _mm512_permutexvar_epi16(index, table); }
 inline void dot_bf16(vf& acc, vi a, vi b) { asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
+inline void interleave_bf16(const void* a, const void* b, vi& first, vi& second) {
+  const vi low = _mm512_setr_epi32(0x200000, 0x210001, 0x220002, 0x230003, 0x240004, 0x250005, 0x260006, 0x270007,
+                                   0x280008, 0x290009, 0x2A000A, 0x2B000B, 0x2C000C, 0x2D000D, 0x2E000E, 0x2F000F);
+  const vi x = load_i(a), y = load_i(b);
+  first = _mm512_permutex2var_epi16(x, low, y);
+  second = _mm512_permutex2var_epi16(x, _mm512_add_epi32(low, _mm512_set1_epi32(0x100010)), y);
+}
+inline void store_bf16_operand(void* p, vf x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+}
 #endif
 
 }  // namespace IPEX_QUANT_ISA_NS

@@ -161,6 +161,22 @@ inline vi lookup(const ByteLut16& table, vi index) {
   return load_i(bytes);
 }
 
+inline void transpose(vi (&x)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < i; ++j) {
+      const uint32_t lane = x[i].v[j];
+      x[i].v[j] = x[j].v[i];
+      x[j].v[i] = lane;
+    }
+}
+inline vi load_quads(const void* a, const void* b, const void* c, const void* d) {
+  const uint8_t* const rows[] = {static_cast<const uint8_t*>(a), static_cast<const uint8_t*>(b),
+                                 static_cast<const uint8_t*>(c), static_cast<const uint8_t*>(d)};
+  uint8_t bytes[4 * kLanes];
+  for (int i = 0; i < 4 * kLanes; ++i) bytes[i] = rows[i % 4][i / 4];
+  return load_i(bytes);
+}
+
 template <bool Narrow>
 using U8 = vi;
 template <bool Narrow>

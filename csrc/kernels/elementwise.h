@@ -59,7 +59,7 @@ IPEX_QUANT_INLINE inline void for_each_run(int64_t length, F f) {
 
 // exp(x) = 2^n * exp(r), |r| <= ln(2) / 2, with a degree 6 Taylor polynomial: relative error below 2e-7.
 inline vf exp_f(vf x) {
-  x = max_f(min_f(x, set1_f(89.0f)), set1_f(-87.0f));  // exp(89) comes out as infinity
+  x = max_f(set1_f(-87.0f), min_f(set1_f(89.0f), x));  // exp(89) comes out as infinity, NaN as NaN
   const vi n = round_i(mul_f(x, set1_f(1.44269504f)));
   const vf nf = cvt_f(n);
   vf r = fma_f(nf, set1_f(-0.693359375f), x);  // ln(2) in two parts

@@ -1,6 +1,7 @@
 // One ISA level's kernel table; isa/*.cpp include this after naming their namespace.
 #pragma once
 
+#include "attention.h"
 #include "gated.h"
 #include "int8_linear.h"
 #include "norm.h"
@@ -42,8 +43,8 @@ constexpr bool kHasBf16Dot = false;
 #endif
 
 constexpr KernelTable make_table() {
-  return {kHasBf16Dot,         stage_ranges, stage_rows, gemm_tile,        quantize_rows,
-          quantize_activation, int8_tile,    norm_rows,  rotate_positions, gated_product};
+  return {kHasBf16Dot, stage_ranges,     stage_rows,    gemm_tile,      quantize_rows,   quantize_activation, int8_tile,
+          norm_rows,   rotate_positions, gated_product, attention_task, attention_merge, quantize_token};
 }
 
 }  // namespace IPEX_QUANT_ISA_NS

@@ -3,6 +3,7 @@
 Importing this package loads the native library and registers its ops under ``torch.ops.ipex_quant``.
 """
 
+from .attention import attention, write_cache
 from .gated import gelu_mul, gelu_mul_halves, silu_mul, silu_mul_halves
 from .int8 import (
     PackedInt8,
@@ -37,6 +38,7 @@ __all__ = [
     "PostOp",
     "add_layer_norm",
     "add_rms_norm",
+    "attention",
     "gelu_mul",
     "gelu_mul_halves",
     "int8_linear",
@@ -61,4 +63,5 @@ __all__ = [
     "woq_linear",
     "woq_linear_gated",
     "woq_linear_group",
+    "write_cache",
 ]

@@ -1,0 +1,113 @@
+// What the attention kernels take. A call is divided into tasks: some rows, which are the queries of all heads that
+// share one KV head, against a range of its tokens.
+#pragma once
+
+#include "kernels.h"
+
+namespace ipex_quant {
+
+constexpr int64_t kAttentionColumns = 64;  // columns of a panel; blocks of tokens are whole panels
+constexpr int64_t kAttentionAlign = 64;
+
+// Elements that are `row`, `head` and `token` bytes apart; those of a token are adjacent.
+struct TokenView {
+  const uint8_t* data;
+  int64_t row, head, token;
+};
+
+enum class MaskType : int32_t { kNone, kBool, kFloat };
+
+struct AttentionMask {
+  MaskType type;
+  FloatType float_type;
+  const uint8_t* data;
+  int64_t batch, head, query, token;  // bytes; 0 where it is broadcast
+};
+
+struct AttentionSequence {
+  int64_t index;            // batch index of the mask
+  const uint8_t* query;     // head 0 of the first query
+  uint8_t* output;          // likewise
+  int64_t queries, tokens;  // query i is at position tokens - queries + i
+  int64_t row, first;       // where the first token is, if no table says so
+  const int32_t* table;     // row of every page
+};
+
+struct AttentionArgs {
+  FloatType type;  // of query and output, and of key and value unless they are bytes
+  bool bytes;
+  int64_t kv_heads, group;  // query heads of each KV head
+  int64_t key_dim, value_dim;
+  float scale, softcap;
+  bool causal;
+  int64_t window;
+  const float* alibi;               // [heads]
+  int64_t query_head, query_token;  // strides in bytes; of the output it is the contiguous [heads, value_dim]
+  TokenView key, value, key_scales, value_scales;
+  int64_t page;  // tokens that an entry of a table stands for
+  AttentionMask mask;
+  int64_t max_rows, block;  // of any task; tokens that are packed at a time
+
+  int64_t value_columns() const { return (value_dim + 15) / 16 * 16; }
+  // First token that query i sees, and the one after the last.
+  int64_t first_token(const AttentionSequence& s, int64_t i) const {
+    const int64_t first = s.tokens - s.queries + i + 1 - window;
+    return window > 0 && first > 0 ? first : 0;
+  }
+  int64_t end_token(const AttentionSequence& s, int64_t i) const {
+    const int64_t end = s.tokens - s.queries + i + 1;
+    return !causal && window <= 0 ? s.tokens : end > 0 ? end : 0;
+  }
+  // Floats of a partial result: sums of values, then of each row the maximum and the sum of the exponentials.
+  int64_t partial_size(int64_t rows) const { return rows * (value_columns() + 2); }
+};
+
+struct AttentionTask {
+  const AttentionSequence* sequence;
+  int64_t head;       // of key and value
+  int64_t row, rows;  // row = query * group + head within the group
+  int64_t begin, end;
+  float* partial;  // where the result goes, or null: to the output
+};
+
+struct AttentionMerge {
+  AttentionTask task;  // any of those that are merged
+  const float* partials;
+  int64_t count;
+};
+
+struct WriteCacheArgs {
+  FloatType type;
+  int64_t dim;
+  const uint8_t* x;
+  uint8_t* codes;
+  float* scale;
+};
+
+// Regions of the scratch memory of a task, in bytes from its aligned start.
+struct AttentionScratch {
+  int64_t query, keys, values, scores, probabilities, sums, row_state, token_state, zeros, bytes;
+
+  explicit AttentionScratch(const AttentionArgs& a) {
+    // Sizes are those of floats, which need the most; two planes of bytes fill whole cache lines.
+    const int64_t key_words = (a.key_dim + 31) / 32 * 32;
+    int64_t at = 0;
+    const auto take = [&at](int64_t size) {
+      const int64_t begin = at;
+      at += (size + kAttentionAlign - 1) / kAttentionAlign * kAttentionAlign;
+      return begin;
+    };
+    query = take(a.max_rows * key_words * 4);
+    keys = take(a.block * key_words * 4);
+    values = take(a.block * a.value_columns() * 4);
+    scores = take(a.max_rows * a.block * 4);
+    probabilities = take(a.max_rows * a.block * 2);
+    sums = take(a.max_rows * a.value_columns() * 4);
+    row_state = take(a.max_rows * 8 * 4);
+    token_state = take(a.block * 32);
+    zeros = take((a.key_dim > a.value_dim ? a.key_dim : a.value_dim) * 4 + 64);
+    bytes = at + kAttentionAlign;
+  }
+};
+
+}  // namespace ipex_quant

@@ -1,0 +1,484 @@
+// Flash attention: blocks of tokens are packed and met by all rows of a task, which keep the running maximum and the
+// sums of the softmax (Milakov and Gimelshein 2018, Dao et al. 2022). Prefill, decode and every kind of cache run this.
+#pragma once
+
+#include "../half.h"
+#include "attention_pack.h"
+#include "byte_tile.h"
+
+namespace ipex_quant {
+namespace IPEX_QUANT_ISA_NS {
+
+// ------------------------------------------------------------------------------------------------------- multiplies
+// Operands of a multiply: words of `a` are broadcast, those of `b` are read by vectors.
+struct FloatDot {
+  using Sum = vf;
+  static vf a(const float* p) { return set1_f(*p); }
+  static vf b(const float* p) { return load_f(p); }
+  static void add(vf& sum, vf a, vf b) { sum = fma_f(a, b, sum); }
+};
+#if defined(IPEX_QUANT_BF16_DOT)
+struct PairDot {
+  using Sum = vf;
+  static vi a(const float* p) { return broadcast4(p); }
+  static vi b(const float* p) { return load_i(p); }
+  static void add(vf& sum, vi a, vi b) { dot_bf16(sum, b, a); }
+};
+#endif
+struct QueryKeyDot {
+  using Sum = vi;
+  static S8<false> a(const float* p) { return as_s8<false>(broadcast4(p)); }
+  static U8<false> b(const float* p) { return as_u8<false>(load_i(p)); }
+  static void add(vi& sum, S8<false> a, U8<false> b) { dot<false>(sum, b, a); }
+};
+struct ProbabilityValueDot {
+  using Sum = vi;
+  static U8<false> a(const float* p) { return as_u8<false>(broadcast4(p)); }
+  static S8<false> b(const float* p) { return as_s8<false>(load_i(p)); }
+  static void add(vi& sum, U8<false> a, S8<false> b) { dot<false>(sum, a, b); }
+};
+
+// What the products are made of. With two planes a row of the left operand is a row of high bytes and one of low bytes,
+// whose products are exact integers.
+struct FloatPath {
+  using Scores = FloatDot;
+  using Values = FloatDot;
+  static constexpr int kElements = 1, kPlanes = 1, kRows = 6;
+  static constexpr bool kCoarse = false;
+};
+#if defined(IPEX_QUANT_BF16_DOT)
+struct PairPath {
+  using Scores = PairDot;
+  using Values = PairDot;
+  static constexpr int kElements = 2, kPlanes = 1, kRows = 6;
+  static constexpr bool kCoarse = true;
+};
+#endif
+struct BytePath {
+  using Scores = QueryKeyDot;
+  using Values = ProbabilityValueDot;
+  static constexpr int kElements = 4, kPlanes = 2, kRows = kLanes == 16 ? 6 : 4;
+  static constexpr bool kCoarse = false;
+};
+template <class Path>
+constexpr int kPathVectors = kTileVectors / Path::kPlanes;
+
+template <class Dot, int Rows, int Vectors>
+IPEX_QUANT_INLINE inline void multiply(typename Dot::Sum (&sums)[Rows][Vectors], const float* a, int64_t a_stride,
+                                       const float* b, int64_t b_stride, int64_t steps) {
+  for (int64_t k = 0; k < steps; ++k, ++a, b += b_stride) {
+    decltype(Dot::b(b)) w[Vectors];
+    unroll<Vectors>([&](auto v) IPEX_QUANT_INLINE { w[v] = Dot::b(b + v * kLanes); });
+    unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+      const auto x = Dot::a(a + m * a_stride);
+      unroll<Vectors>([&](auto v) IPEX_QUANT_INLINE { Dot::add(sums[m][v], x, w[v]); });
+    });
+  }
+}
+
+inline vf planes_value(vi high, vi low) { return fma_f(cvt_f(high), set1_f(256.0f), cvt_f(low)); }
+
+// ---------------------------------------------------------------------------------------------------------- exponent
+// 2^x for x that is not above 0 by more than rounding; 0 below 2^-126. Minimax polynomials of relative error 3e-6,
+// which is enough for bf16, and 8e-8.
+template <bool Coarse>
+inline vf exp2_f(vf x) {
+  x = max_f(set1_f(-127.0f), x);  // NaN stays
+  const vi n = round_i(x);
+  const vf r = sub_f(x, cvt_f(n));
+  constexpr float kCoarsePowers[] = {5.5917859e-2f, 0.24024744f, 0.69312179f, 0.99999928f};
+  constexpr float kPowers[] = {9.675541e-3f, 5.5507131e-2f, 0.2402212f, 0.69314694f, 1.0000001f};
+  vf p = set1_f(Coarse ? 9.5701013e-3f : 1.3276471e-3f);
+  if constexpr (Coarse)
+    for (const float c : kCoarsePowers) p = fma_f(p, r, set1_f(c));
+  else
+    for (const float c : kPowers) p = fma_f(p, r, set1_f(c));
+  return mul_f(p, as_f(sll_i<23>(add_i(n, set1_i(127)))));
+}
+
+inline float exp2_scalar(float x) {
+  float lanes[kLanes];
+  store_f(lanes, exp2_f<false>(set1_f(x)));
+  return lanes[0];
+}
+
+constexpr float kLog2E = 1.44269504f, kMinusInfinity = -__builtin_inff();
+
+// -------------------------------------------------------------------------------------------------------------- task
+// A range of tokens of the block, or of rows.
+struct Span {
+  int64_t begin, end;
+};
+
+template <class Path>
+class AttentionRun {
+ public:
+  AttentionRun(const AttentionArgs& args, const AttentionTask& task, uint8_t* scratch)
+      : args_(args), task_(task), sequence_(*task.sequence), columns_(args.value_columns()), block_(args.block) {
+    const AttentionScratch at(args);
+    uint8_t* base = scratch + (-reinterpret_cast<uintptr_t>(scratch) & (kAttentionAlign - 1));
+    const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
+    query_words_ = (words(kSource, args.key_dim) + 15) / 16 * 16;
+    query_ = floats(at.query), keys_ = floats(at.keys), values_ = floats(at.values);
+    scores_ = floats(at.scores), sums_ = floats(at.sums);
+    probabilities_ = Path::kElements == 1 ? scores_ : floats(at.probabilities);
+    probability_stride_ = Path::kElements == 1 ? block_ : block_ / 2;
+    float* rows = floats(at.row_state);
+    const auto next_rows = [&] { return (rows += args.max_rows) - args.max_rows; };
+    maximum_ = next_rows(), total_ = next_rows(), correction_ = next_rows();
+    query_scale_ = next_rows(), value_factor_ = next_rows();
+    query_sums_ = reinterpret_cast<int32_t*>(rows);  // [rows, 2]
+    key_rows_ = reinterpret_cast<const uint8_t**>(base + at.token_state);
+    value_rows_ = key_rows_ + block_;
+    key_scales_ = reinterpret_cast<float*>(value_rows_ + block_);
+    value_scales_ = key_scales_ + block_;
+    mask_ = value_scales_ + block_;
+    zeros_ = base + at.zeros;
+    std::memset(base + at.zeros, 0, size_t(at.bytes - kAttentionAlign - at.zeros));
+  }
+
+  void run() {
+    pack_queries();
+    std::memset(sums_, 0, size_t(task_.rows * columns_) * sizeof(float));
+    for (int64_t r = 0; r < task_.rows; ++r) maximum_[r] = kMinusInfinity, total_[r] = 0.0f;
+    const int64_t tiles = (task_.rows + Path::kRows - 1) / Path::kRows;
+    for (start_ = task_.begin; start_ < task_.end; start_ += block_) {
+      count_ = task_.end - start_ < block_ ? task_.end - start_ : block_;
+      find_tokens();
+      pack(args_.key_dim, key_rows_, keys_, block_, true);
+      for (int64_t tile = 0; tile < tiles; ++tile)
+        each_tile(tile, tiles, [&](auto rows, int64_t row, Span span) {
+          score<decltype(rows)::value>(row, span);
+          for (int64_t r = row; r < row + rows; ++r) softmax(r, span);
+        });
+      pack(args_.value_dim, value_rows_, values_, columns_, false);
+      for (int64_t tile = 0; tile < tiles; ++tile)
+        each_tile(tile, tiles, [&](auto rows, int64_t row, Span span) {
+          accumulate<decltype(rows)::value, kPathVectors<Path>>(row, span, 0);
+        });
+    }
+    task_.partial ? store_partial() : store_output();
+  }
+
+ private:
+  static constexpr Source kSource = Path::kElements == 4   ? Source::kQuads
+                                    : Path::kElements == 2 ? Source::kPairs
+                                                           : Source::kFloat32;
+
+  int64_t query_of(int64_t r) const { return (task_.row + r) / args_.group; }
+  int64_t head_of(int64_t r) const { return task_.head * args_.group + (task_.row + r) % args_.group; }
+  // Tokens of this block that row r sees.
+  Span span_of(int64_t r) const {
+    const int64_t query = query_of(r);
+    const int64_t begin = args_.first_token(sequence_, query) - start_,
+                  end = args_.end_token(sequence_, query) - start_;
+    return {begin > 0 ? begin : 0, end < count_ ? end : count_};
+  }
+
+  // Calls f(Index<count>, first row, tokens that they see, in whole vectors) unless they see none.
+  template <class F>
+  void each_tile(int64_t tile, int64_t tiles, F f) {
+    const int64_t row = tile * task_.rows / tiles, count = (tile + 1) * task_.rows / tiles - row;
+    Span span{span_of(row).begin / kLanes * kLanes, (span_of(row + count - 1).end + kLanes - 1) / kLanes * kLanes};
+    if (span.begin >= span.end) return;
+    unroll<Path::kRows>([&](auto i) {
+      if (count == i + 1) f(Index<decltype(i)::value + 1>{}, row, span);
+    });
+  }
+
+  void pack_queries() {
+    for (int64_t r = 0; r < task_.rows; ++r) {
+      const uint8_t* x = sequence_.query + head_of(r) * args_.query_head + query_of(r) * args_.query_token;
+      float* to = query_ + r * Path::kPlanes * query_words_;
+      query_scale_[r] = 1.0f;
+      if constexpr (Path::kElements == 4) {
+        query_scale_[r] = quantize_query(x, args_.type, args_.key_dim, query_words_, reinterpret_cast<uint8_t*>(to),
+                                         query_sums_ + 2 * r);
+      } else if constexpr (Path::kElements == 2) {
+        to[words(kSource, args_.key_dim) - 1] = 0.0f;
+        std::memcpy(to, x, size_t(2 * args_.key_dim));
+      } else {
+        widen_query(x, args_.type, args_.key_dim, to);
+      }
+    }
+  }
+
+  static const uint8_t* at(const TokenView& view, int64_t row, int64_t head, int64_t token) {
+    return view.data + row * view.row + head * view.head + token * view.token;
+  }
+
+  // Where the tokens of the block are, up to a multiple of 16, the last of which may be zeros.
+  void find_tokens() {
+    const int64_t padded = (count_ + 15) / 16 * 16;
+    for (int64_t t = 0; t < padded; ++t) {
+      if (t >= count_) {
+        key_rows_[t] = value_rows_[t] = zeros_;
+        key_scales_[t] = value_scales_[t] = 0.0f;
+        continue;
+      }
+      int64_t row = sequence_.row, token = start_ + t + sequence_.first;
+      if (sequence_.table) {
+        row = sequence_.table[(start_ + t) / args_.page];
+        if (args_.page > 1) token = (start_ + t) % args_.page;
+      }
+      key_rows_[t] = at(args_.key, row, task_.head, token);
+      value_rows_[t] = at(args_.value, row, task_.head, token);
+      if constexpr (Path::kElements == 4) {
+        std::memcpy(key_scales_ + t, at(args_.key_scales, row, task_.head, token), 4);
+        std::memcpy(value_scales_ + t, at(args_.value_scales, row, task_.head, token), 4);
+      }
+    }
+  }
+
+  void pack(int64_t dim, const uint8_t* const* rows, float* to, int64_t stride, bool keys) {
+    if constexpr (Path::kElements > 1)
+      pack_from<kSource>(dim, rows, to, stride, keys);
+    else if (args_.type == kFloat32)
+      pack_from<Source::kFloat32>(dim, rows, to, stride, keys);
+    else if (args_.type == kBFloat16)
+      pack_from<Source::kBFloat16>(dim, rows, to, stride, keys);
+    else
+      pack_from<Source::kHalf>(dim, rows, to, stride, keys);
+  }
+  template <Source S>
+  void pack_from(int64_t dim, const uint8_t* const* rows, float* to, int64_t stride, bool keys) {
+    if (keys)
+      pack_keys<S>(rows, count_, dim, stride, to);
+    else
+      pack_values<S>(rows, (count_ + 15) / 16 * 16, dim, stride, to);
+  }
+
+  template <int Rows>
+  void score(int64_t row, Span span) {
+    constexpr int kVectors = kPathVectors<Path>, kPlanes = Path::kPlanes;
+    using Dot = typename Path::Scores;
+    const float* query = query_ + row * kPlanes * query_words_;
+    for (int64_t column = span.begin / kAttentionColumns * kAttentionColumns; column < span.end;
+         column += kVectors * kLanes) {
+      typename Dot::Sum sums[Rows * kPlanes][kVectors];
+      unroll2<Rows * kPlanes, kVectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
+        if constexpr (kPlanes == 2)
+          sums[m][v] = set1_i(-128 * query_sums_[2 * row + m]);
+        else
+          sums[m][v] = zero_f();
+      });
+      multiply<Dot>(sums, query, query_words_, keys_ + column, block_, words(kSource, args_.key_dim));
+      unroll2<Rows, kVectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
+        float* to = scores_ + (row + m) * block_ + column + v * kLanes;
+        if constexpr (kPlanes == 2)
+          store_f(to, planes_value(sums[2 * m][v], sums[2 * m + 1][v]));
+        else
+          store_f(to, sums[m][v]);
+      });
+    }
+  }
+
+  // Scores of row r to probabilities, 0 for what it does not see in `span`, and the row's new maximum and total.
+  void softmax(int64_t r, Span span) {
+    float* s = scores_ + r * block_;
+    if constexpr (Path::kElements == 4)
+      for (int64_t t = span.begin; t < span.end; t += kLanes)
+        store_f(s + t, mul_f(load_f(s + t), load_f(key_scales_ + t)));
+    float scale = args_.scale * query_scale_[r] * kLog2E;
+    if (!(args_.scale > 0.0f) || args_.softcap > 0.0f || args_.alibi || args_.mask.type != MaskType::kNone) {
+      transform(r, span);
+      scale = 1.0f;
+    }
+    const Span seen = span_of(r);
+    for (int64_t t = span.begin; t < seen.begin; ++t) s[t] = kMinusInfinity;
+    for (int64_t t = seen.end > span.begin ? seen.end : span.begin; t < span.end; ++t) s[t] = kMinusInfinity;
+
+    const vf factor = set1_f(scale);
+    vf largest = set1_f(kMinusInfinity);
+    for (int64_t t = span.begin; t < span.end; t += kLanes) largest = max_f(largest, mul_f(load_f(s + t), factor));
+    const float previous = maximum_[r], block_maximum = reduce_max(largest);
+    const float maximum = block_maximum > previous ? block_maximum : previous;
+    const float reference = maximum == kMinusInfinity ? 0.0f : maximum;  // nothing seen so far
+    correction_[r] = maximum == previous ? 1.0f : exp2_scalar(previous - reference);
+    maximum_[r] = maximum;
+    const vf minus_reference = set1_f(-reference);
+    vf total = zero_f();
+    float* p = probabilities_ + r * probability_stride_;
+    for (int64_t t = span.begin; t < span.end; t += kLanes) {
+      const vf e = exp2_f<Path::kCoarse>(fma_f(load_f(s + t), factor, minus_reference));
+      total = add_f(total, e);
+#if defined(IPEX_QUANT_BF16_DOT)
+      if constexpr (Path::kElements == 2)
+        store_bf16_operand(reinterpret_cast<uint8_t*>(p) + 2 * t, e);
+      else
+#endif
+        store_f(s + t, e);
+    }
+    total_[r] = total_[r] * correction_[r] + reduce_add(total);
+    if constexpr (Path::kElements == 4) quantize_probabilities(r, span, reinterpret_cast<uint8_t*>(p));
+  }
+
+  // Everything but the product itself, in the order that eager code has.
+  void transform(int64_t r, Span span) {
+    float* s = scores_ + r * block_;
+    const int64_t query = query_of(r), head = head_of(r);
+    const vf scale = set1_f(args_.scale * query_scale_[r]);
+    if (args_.mask.type != MaskType::kNone) read_mask(head, query, span);
+    const int64_t distance = start_ - (sequence_.tokens - sequence_.queries + query);
+    for (int64_t t = span.begin; t < span.end; t += kLanes) {
+      vf x = mul_f(load_f(s + t), scale);
+      if (args_.softcap > 0.0f) {  // tanh(u) = 1 - 2 / (exp(2u) + 1)
+        const vf u = div_f(x, set1_f(args_.softcap)), one = set1_f(1.0f);
+        const vf tanh = sub_f(one, div_f(set1_f(2.0f), add_f(exp_f(add_f(u, u)), one)));
+        x = mul_f(tanh, set1_f(args_.softcap));
+      }
+      if (args_.alibi) {
+        float steps[kLanes];
+        for (int i = 0; i < kLanes; ++i) steps[i] = float(distance + t + i);
+        x = fma_f(load_f(steps), set1_f(args_.alibi[head]), x);
+      }
+      if (args_.mask.type != MaskType::kNone) x = add_f(x, load_f(mask_ + t));
+      store_f(s + t, mul_f(x, set1_f(kLog2E)));
+    }
+  }
+
+  void read_mask(int64_t head, int64_t query, Span span) {
+    const AttentionMask& mask = args_.mask;
+    const uint8_t* from = mask.data + sequence_.index * mask.batch + head * mask.head + query * mask.query;
+    const int64_t end = span.end < count_ ? span.end : count_;
+    for (int64_t t = span.begin; t < end; ++t) {
+      const uint8_t* p = from + (start_ + t) * mask.token;
+      if (mask.type == MaskType::kBool) {
+        mask_[t] = *p ? 0.0f : kMinusInfinity;
+      } else if (mask.float_type == kFloat32) {
+        std::memcpy(mask_ + t, p, 4);
+      } else {
+        uint16_t bits;
+        std::memcpy(&bits, p, 2);
+        mask_[t] = mask.float_type == kBFloat16 ? bits_to_float(int32_t(uint32_t(bits) << 16)) : half_to_float(bits);
+      }
+    }
+    for (int64_t t = end; t < span.end; ++t) mask_[t] = 0.0f;
+  }
+
+  // Probabilities times the scales of the values, as 16-bit integers relative to the largest: high bytes, then low
+  // ones.
+  void quantize_probabilities(int64_t r, Span span, uint8_t* high) {
+    float* s = scores_ + r * block_;
+    vf largest = zero_f(), sum = zero_f();
+    for (int64_t t = span.begin; t < span.end; t += kLanes) {
+      const vf x = mul_f(load_f(s + t), load_f(value_scales_ + t));
+      store_f(s + t, x);
+      largest = max_f(largest, x);
+      sum = add_f(sum, x);
+    }
+    const float range = reduce_max(largest), total = reduce_add(sum);
+    const vf inverse = set1_f(range >= 0x1p-100f ? 65535.0f / range : 0.0f);
+    for (int64_t t = span.begin; t < span.end; t += kLanes) {
+      const vi code = round_i(mul_f(load_f(s + t), inverse));
+      store_u8(high + t, srl_i<8>(code));
+      store_u8(high + block_ + t, code);
+    }
+    value_factor_[r] = range / 65535.0f + (total - total);  // NaN if any is not finite
+  }
+
+  template <int Rows, int Vectors>
+  void accumulate(int64_t row, Span span, int64_t column) {
+    constexpr int kPlanes = Path::kPlanes;
+    using Dot = typename Path::Values;
+    const int64_t stride = probability_stride_ / kPlanes, first = span.begin / Path::kElements;
+    const float* p = probabilities_ + row * probability_stride_ + first;
+    for (; column + Vectors * kLanes <= columns_; column += Vectors * kLanes) {
+      float* to = sums_ + row * columns_ + column;
+      typename Dot::Sum sums[Rows * kPlanes][Vectors];
+      unroll2<Rows * kPlanes, Vectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
+        if constexpr (kPlanes == 2)
+          sums[m][v] = zero_i();
+        else
+          sums[m][v] = mul_f(load_f(to + m * columns_ + v * kLanes), set1_f(correction_[row + m]));
+      });
+      multiply<Dot>(sums, p, stride, values_ + first * columns_ + column, columns_,
+                    (span.end - span.begin) / Path::kElements);
+      unroll2<Rows, Vectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
+        float* at = to + m * columns_ + v * kLanes;
+        if constexpr (kPlanes == 2) {
+          const vf value = mul_f(planes_value(sums[2 * m][v], sums[2 * m + 1][v]), set1_f(value_factor_[row + m]));
+          store_f(at, fma_f(load_f(at), set1_f(correction_[row + m]), value));
+        } else {
+          store_f(at, sums[m][v]);
+        }
+      });
+    }
+    if constexpr (Vectors > 1)
+      if (column < columns_) accumulate<Rows, 1>(row, span, column);
+  }
+
+  void store_partial() {
+    std::memcpy(task_.partial, sums_, size_t(task_.rows * columns_) * sizeof(float));
+    float* state = task_.partial + task_.rows * columns_;
+    std::memcpy(state, maximum_, size_t(task_.rows) * sizeof(float));
+    std::memcpy(state + task_.rows, total_, size_t(task_.rows) * sizeof(float));
+  }
+
+  void store_output();
+
+  const AttentionArgs& args_;
+  const AttentionTask& task_;
+  const AttentionSequence& sequence_;
+  const int64_t columns_, block_;
+  int64_t query_words_, probability_stride_, start_ = 0, count_ = 0;
+  float *query_, *keys_, *values_, *scores_, *probabilities_, *sums_;
+  float *maximum_, *total_, *correction_, *query_scale_, *value_factor_;
+  int32_t* query_sums_;
+  const uint8_t **key_rows_, **value_rows_;
+  float *key_scales_, *value_scales_, *mask_;
+  const uint8_t* zeros_;
+};
+
+// Divides by the total, which is 0 where everything was masked.
+inline void store_row(const AttentionArgs& args, const AttentionTask& task, int64_t r, const float* sums, float total) {
+  const int64_t query = (task.row + r) / args.group, in_group = (task.row + r) % args.group;
+  const int64_t heads = args.kv_heads * args.group;
+  const int64_t at = (query * heads + task.head * args.group + in_group) * args.value_dim;
+  uint8_t* to = task.sequence->output;
+  const vf inverse = set1_f(total == 0.0f ? 0.0f : 1.0f / total);
+  for (int64_t d = 0; d < args.value_dim; d += kLanes) {
+    const vf x = mul_f(load_f(sums + d), inverse);
+    if (args.value_dim - d >= kLanes)
+      store_float(to, args.type, at + d, x);
+    else
+      store_tail(to, args.type, at + d, args.value_dim - d, x);
+  }
+}
+
+template <class Path>
+void AttentionRun<Path>::store_output() {
+  for (int64_t r = 0; r < task_.rows; ++r) store_row(args_, task_, r, sums_ + r * columns_, total_[r]);
+}
+
+inline void attention_task(const AttentionArgs& args, const AttentionTask& task, uint8_t* scratch) {
+  if (args.bytes) return AttentionRun<BytePath>(args, task, scratch).run();
+#if defined(IPEX_QUANT_BF16_DOT)
+  if (args.type == kBFloat16) return AttentionRun<PairPath>(args, task, scratch).run();
+#endif
+  AttentionRun<FloatPath>(args, task, scratch).run();
+}
+
+// Joins the partial results of the same rows. `scratch` holds a row of sums.
+inline void attention_merge(const AttentionArgs& args, const AttentionMerge& merge, uint8_t* scratch) {
+  const int64_t columns = args.value_columns(), rows = merge.task.rows, size = args.partial_size(rows);
+  float* sums = reinterpret_cast<float*>(scratch);
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto state = [&](int64_t i) { return merge.partials + i * size + rows * columns + r; };
+    float maximum = kMinusInfinity, total = 0.0f;
+    for (int64_t i = 0; i < merge.count; ++i) maximum = *state(i) > maximum ? *state(i) : maximum;
+    const float reference = maximum == kMinusInfinity ? 0.0f : maximum;
+    std::memset(sums, 0, size_t(columns) * sizeof(float));
+    for (int64_t i = 0; i < merge.count; ++i) {
+      const float weight = exp2_scalar(*state(i) - reference);
+      const float* from = merge.partials + i * size + r * columns;
+      total += weight * state(i)[rows];
+      for (int64_t d = 0; d < columns; d += kLanes)
+        store_f(sums + d, fma_f(load_f(from + d), set1_f(weight), load_f(sums + d)));
+    }
+    store_row(args, merge.task, r, sums, total);
+  }
+}
+
+}  // namespace IPEX_QUANT_ISA_NS
+}  // namespace ipex_quant

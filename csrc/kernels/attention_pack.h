@@ -1,0 +1,156 @@
+// Queries, keys and values as the multiplies of attention read them: words of one float, two bf16 or four bytes, which
+// are neighbours in the dimension that is summed over.
+#pragma once
+
+#include "../attention_plan.h"
+#include "elementwise.h"
+
+namespace ipex_quant {
+namespace IPEX_QUANT_ISA_NS {
+
+enum class Source { kFloat32, kBFloat16, kHalf, kPairs, kQuads };
+constexpr int64_t word_elements(Source s) { return s == Source::kPairs ? 2 : s == Source::kQuads ? 4 : 1; }
+constexpr int64_t word_bytes(Source s) { return s == Source::kBFloat16 || s == Source::kHalf ? 2 : 4; }
+constexpr int64_t words(Source s, int64_t elements) { return (elements + word_elements(s) - 1) / word_elements(s); }
+
+template <Source S>
+inline vi load_words(const uint8_t* p) {
+  if constexpr (S == Source::kBFloat16) return as_i(load_bf16(p));
+  if constexpr (S == Source::kHalf) return as_i(load_half(p));
+  return load_i(p);
+}
+
+// The first `bytes`, then zeros.
+template <Source S>
+inline vi load_words_tail(const uint8_t* p, int64_t bytes) {
+  uint8_t buffer[kVectorBytes] = {};
+  std::memcpy(buffer, p, bytes);
+  return load_words<S>(buffer);
+}
+
+// Keys of kLanes rows to [words][stride] words. Bytes become unsigned by adding 128.
+template <Source S>
+inline void pack_key_lanes(const uint8_t* const* rows, int64_t dim, int64_t stride, float* packed) {
+  const int64_t count = words(S, dim), bytes = dim * word_bytes(S) / word_elements(S);
+  for (int64_t word = 0; word < count; word += kLanes) {
+    const int64_t at = word * word_bytes(S), left = bytes - at;
+    vi x[kLanes];
+    if (left >= kLanes * word_bytes(S))
+      unroll<kLanes>([&](auto i) IPEX_QUANT_INLINE { x[i] = load_words<S>(rows[i] + at); });
+    else
+      for (int i = 0; i < kLanes; ++i) x[i] = load_words_tail<S>(rows[i] + at, left);
+    if constexpr (S == Source::kQuads)
+      unroll<kLanes>([&](auto i) IPEX_QUANT_INLINE { x[i] = sub_i8(x[i], set1_i(int32_t(0x80808080))); });
+    transpose(x);
+    float* to = packed + word * stride;
+    if (count - word >= kLanes)
+      unroll<kLanes>([&](auto i) IPEX_QUANT_INLINE { store_i(to + i * stride, x[i]); });
+    else
+      for (int64_t i = 0; i < count - word; ++i) store_i(to + i * stride, x[i]);
+  }
+}
+
+// Values of word_elements(S) rows to one row of words; what is beyond `dim` becomes zero, up to a multiple of 16.
+template <Source S>
+inline void pack_value_rows(const uint8_t* const* rows, int64_t dim, float* packed) {
+  constexpr int64_t kElements = S == Source::kPairs ? 2 * kLanes : kLanes;
+  constexpr int64_t kSize = S == Source::kQuads ? 1 : S == Source::kFloat32 ? 4 : 2;
+  constexpr int kRows = int(word_elements(S));
+  const int64_t columns = (dim + 15) / 16 * 16;
+  uint8_t buffer[kRows][kElements * kSize];
+  for (int64_t d = 0; d < columns; d += kElements) {
+    const uint8_t* at[kRows];
+    const int64_t left = dim - d;
+    for (int i = 0; i < kRows; ++i) {
+      at[i] = rows[i] + d * kSize;
+      if (left < kElements) {
+        std::memset(buffer[i], 0, sizeof buffer[i]);
+        if (left > 0) std::memcpy(buffer[i], at[i], left * kSize);
+        at[i] = buffer[i];
+      }
+    }
+    if constexpr (S == Source::kQuads) {
+      store_i(packed + d, load_quads(at[0], at[1], at[2], at[3]));
+    } else if constexpr (S == Source::kPairs) {
+#if defined(IPEX_QUANT_BF16_DOT)
+      vi first, second;
+      interleave_bf16(at[0], at[1], first, second);
+      store_i(packed + d, first);
+      if (columns - d > kLanes) store_i(packed + d + kLanes, second);
+#endif
+    } else {
+      store_i(packed + d, load_words<S>(at[0]));
+    }
+  }
+}
+
+template <Source S>
+inline void pack_keys(const uint8_t* const* rows, int64_t count, int64_t dim, int64_t stride, float* packed) {
+  for (int64_t t = 0; t < count; t += kLanes) pack_key_lanes<S>(rows + t, dim, stride, packed + t);
+}
+
+template <Source S>
+inline void pack_values(const uint8_t* const* rows, int64_t count, int64_t dim, int64_t stride, float* packed) {
+  for (int64_t t = 0; t < count; t += word_elements(S), packed += stride) pack_value_rows<S>(rows + t, dim, packed);
+}
+
+// A query as 16-bit integers, their high bytes and then their low ones, both signed, each in `words` words. The product
+// with keys that were made unsigned starts at minus 128 times `sums`. Returns the scale, NaN if an element is not
+// finite.
+inline float quantize_query(const uint8_t* x, FloatType type, int64_t dim, int64_t words, uint8_t* high,
+                            int32_t* sums) {
+  uint8_t* low = high + 4 * words;
+  vf largest = zero_f(), not_finite = zero_f();
+  const auto load = [&](int64_t d) {
+    return dim - d >= kLanes ? load_float(x, type, d) : load_tail(x, type, d, dim - d);
+  };
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const vf value = load(d);
+    largest = max_f(largest, as_f(and_i(as_i(value), set1_i(0x7FFFFFFF))));
+    not_finite = add_f(not_finite, sub_f(value, value));
+  }
+  const float range = reduce_max(largest);
+  const vf inverse = set1_f(range >= 0x1p-100f ? 32512.0f / range : 0.0f);  // 127 * 256: the high byte stays in range
+  std::memset(high, 0, size_t(8 * words));
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const vi code = round_i(mul_f(load(d), inverse));
+    store_u8(high + d, srl_i<8>(add_i(code, set1_i(128))));
+    store_u8(low + d, code);
+  }
+  for (int plane = 0; plane < 2; ++plane) {
+    vi sum = zero_i();
+    for (int64_t d = 0; d < 4 * words; d += kVectorBytes)
+      dot<false>(sum, as_u8<false>(set1_i(0x01010101)), as_s8<false>(load_i(high + 4 * words * plane + d)));
+    sums[plane] = reduce_add(sum);
+  }
+  return range / 32512.0f + reduce_add(not_finite);
+}
+
+// A float row; `to` has room for a multiple of 16.
+inline void widen_query(const uint8_t* x, FloatType type, int64_t dim, float* to) {
+  for (int64_t d = 0; d < dim; d += kLanes)
+    store_f(to + d, dim - d >= kLanes ? load_float(x, type, d) : load_tail(x, type, d, dim - d));
+}
+
+// Symmetric bytes of a token, and their scale: x is near codes * scale. A NaN makes the scale one.
+inline void quantize_token(const WriteCacheArgs& args) {
+  vf largest = zero_f(), not_finite = zero_f();
+  const auto load = [&](int64_t d) {
+    return args.dim - d >= kLanes ? load_float(args.x, args.type, d) : load_tail(args.x, args.type, d, args.dim - d);
+  };
+  for (int64_t d = 0; d < args.dim; d += kLanes) {
+    const vf value = load(d);
+    largest = max_f(largest, as_f(and_i(as_i(value), set1_i(0x7FFFFFFF))));
+    not_finite = add_f(not_finite, sub_f(value, value));
+  }
+  const float range = reduce_max(largest);
+  const vf inverse = set1_f(range >= 0x1p-118f ? 127.0f / range : 0.0f);
+  const vf low = set1_f(-127.0f), high = set1_f(127.0f);
+  for (int64_t d = 0; d < args.dim; d += kLanes)
+    store_codes(args.codes + d, round_i(min_f(max_f(mul_f(load(d), inverse), low), high)),
+                args.dim - d < kLanes ? args.dim - d : kLanes);
+  *args.scale = range / 127.0f + reduce_add(not_finite);
+}
+
+}  // namespace IPEX_QUANT_ISA_NS
+}  // namespace ipex_quant

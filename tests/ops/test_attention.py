@@ -1,0 +1,247 @@
+"""Attention and cache writes in this process against their plain-torch definition, at every ISA level."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ipex_quant import ops
+from ipex_quant.ops import reference_attention as reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Probabilities times values of unit variance, in float32 or by bf16 products; then one rounding to the result's dtype.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
+INT8_TOLERANCE = 4e-4  # 16 bits of a query, of a probability relative to the largest
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=generator(seed)).to(dtype)
+
+
+def case(
+    batch: int, kv_heads: int, group: int, queries: int, tokens: int, dims: tuple[int, int], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        normal(batch, kv_heads * group, queries, dims[0], dtype=dtype),
+        normal(batch, kv_heads, tokens, dims[0], dtype=dtype, seed=1),
+        normal(batch, kv_heads, tokens, dims[1], dtype=dtype, seed=2),
+    )
+
+
+def check(query, key, value, **options) -> torch.Tensor:
+    """Of a float cache and of its int8 form."""
+    options.setdefault("scale", query.shape[-1] ** -0.5)
+    result = ops.attention(query, key, value, **options)
+    assert result.is_contiguous()
+    assert result.dtype == query.dtype
+    expected = reference.attention(query, key, value, **options)
+    tolerance = TOLERANCE[query.dtype]
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
+    (key, key_scales), (value, value_scales) = reference.quantize_token(key), reference.quantize_token(value)
+    options |= {"key_scales": key_scales, "value_scales": value_scales}
+    tolerance = max(TOLERANCE[query.dtype], INT8_TOLERANCE)
+    int8 = ops.attention(query, key, value, **options)
+    expected = reference.attention(query, key, value, **options)
+    torch.testing.assert_close(int8, expected, rtol=tolerance, atol=tolerance)
+    return result
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    kv_heads=st.sampled_from([1, 2, 3]),
+    group=st.sampled_from([1, 2, 4, 7]),
+    queries=st.sampled_from([1, 2, 5, 8, 9, 40]),
+    tokens=st.sampled_from([1, 3, 16, 63, 65, 129, 200]),
+    dims=st.sampled_from([(16, 16), (64, 64), (128, 128), (80, 80), (1, 1), (33, 7), (24, 130)]),
+    dtype=st.sampled_from(DTYPES),
+    causal=st.booleans(),
+    window=st.sampled_from([0, 0, 1, 5, 70]),
+    softcap=st.sampled_from([0.0, 0.0, 3.0]),
+    alibi=st.booleans(),
+    mask=st.sampled_from([None, None, "bool", "float", "dtype"]),
+)
+def test_close_to_the_definition(
+    batch, kv_heads, group, queries, tokens, dims, dtype, causal, window, softcap, alibi, mask
+) -> None:
+    query, key, value = case(batch, kv_heads, group, queries, tokens, dims, dtype)
+    if mask == "bool":
+        mask = torch.rand(batch, 1, queries, tokens, generator=generator(3)) < 0.7
+    elif mask is not None:
+        kind = torch.float32 if mask == "float" else dtype
+        mask = normal(batch, kv_heads * group, 1, tokens, seed=3).to(kind)
+    slopes = torch.rand(kv_heads * group, generator=generator(4)) / 8 if alibi else None
+    check(query, key, value, causal=causal, window=window, softcap=softcap, alibi=slopes, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queries", [1, 8, 100, 300])
+def test_long_contexts_are_divided(dtype: torch.dtype, queries: int) -> None:
+    for options in ({}, {"causal": True}, {"causal": True, "window": 1500}):
+        check(*case(1, 2, 4, queries, 2600, (64, 48), dtype), **options)
+
+
+def test_strides_of_caches_and_projections() -> None:
+    """Nothing needs to be contiguous: here are a transposed query and views of larger buffers."""
+    query = normal(2, 9, 4, 32).transpose(1, 2)
+    cache = normal(2, 2, 100, 96, seed=1)
+    key, value = cache[:, :, 3:53, 5:37], cache[:, :, 50:100, 40:]
+    check(query, key, value)
+    every_second = normal(2, 4, 9, 64)[..., ::2]
+    check(every_second, key, value)
+    mask = torch.rand(50, 9, 2, 1) < 0.5
+    check(query, key, value, mask=mask.permute(2, 3, 1, 0))
+    check(query, key, value, mask=torch.rand(1, 4, 9, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_say_where_tokens_are(dtype: torch.dtype) -> None:
+    query, key, value = case(4, 2, 3, 1, 75, (32, 32), dtype)
+    for source in (key, key[:2]):
+        rows = torch.randint(0, len(source), (4, 75), generator=generator(5), dtype=torch.int32)
+        result = check(query, source, value[: len(source)], rows=rows)
+        gathered = [x[: len(source)].transpose(1, 2)[rows, torch.arange(75)].transpose(1, 2) for x in (key, value)]
+        assert torch.equal(result, ops.attention(query, *gathered, scale=32**-0.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_sees_nothing_gets_zero(dtype: torch.dtype) -> None:
+    query, key, value = case(1, 1, 2, 5, 3, (16, 16), dtype)
+    result = check(query, key, value, causal=True)  # the first two queries are before the first token
+    assert not result[:, :2].any()
+    assert result[:, 2:].all()
+    mask = torch.ones(1, 1, 5, 3, dtype=torch.bool)
+    mask[:, :, 1] = False
+    assert not check(query, key, value, mask=mask)[:, 1].any()
+    assert not ops.attention(query, key[:, :, :0], value[:, :, :0], scale=1.0).any()
+    assert ops.attention(query[:, :, :0], key, value, scale=1.0).shape == (1, 0, 2, 16)
+    assert ops.attention(query[:0], key[:0], value[:0], scale=1.0).shape == (0, 5, 2, 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masks_may_hold_the_lowest_float(dtype: torch.dtype) -> None:
+    query, key, value = case(2, 1, 2, 6, 40, (16, 16), dtype)
+    mask = torch.zeros(2, 1, 6, 40, dtype=dtype)
+    mask[1, ..., :17] = torch.finfo(dtype).min
+    result = check(query, key, value, mask=mask)
+    alone = ops.attention(query[1:], key[1:, :, 17:], value[1:, :, 17:], scale=0.25)
+    torch.testing.assert_close(result[1:], alone, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_stays_in_its_sequence_and_head(dtype: torch.dtype, softcap: float, value: float) -> None:
+    for which in range(3):
+        tensors = list(case(2, 2, 2, 3, 20, (16, 16), dtype))
+        tensors[which][1, 1, 2, 3] = value
+        clean = ops.attention(*case(2, 2, 2, 3, 20, (16, 16), dtype), scale=0.25, softcap=softcap)
+        result = ops.attention(*tensors, scale=0.25, softcap=softcap)
+        touched = (result != clean).nonzero()
+        heads = {1} if which == 0 else {2, 3}
+        assert set(touched[:, 0].tolist()) == {1}
+        assert set(touched[:, 2].tolist()) <= heads
+        if value != value:
+            assert result[1].isnan().any()
+
+
+def test_nan_of_an_int8_cache() -> None:
+    query, key, value = case(2, 2, 2, 1, 20, (16, 16), torch.float32)
+    for which in range(2):
+        pairs = [reference.quantize_token(key), reference.quantize_token(value)]
+        pairs[which][1][1, 1, 4] = math.nan
+        (keys, key_scales), (values, value_scales) = pairs
+        result = ops.attention(query, keys, values, scale=0.25, key_scales=key_scales, value_scales=value_scales)
+        assert result[1, :, 2:].isnan().all()
+        assert result[:, :, :2].isfinite().all()
+        assert result[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queries", [1, 60])
+def test_result_depends_neither_on_the_threads_nor_on_the_batch(dtype: torch.dtype, queries: int) -> None:
+    query, key, value = case(3, 2, 2, queries, 1300, (32, 32), dtype)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(ops.attention(query, key, value, scale=0.2, causal=True))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[0][1:2], ops.attention(query[1:2], key[1:2], value[1:2], scale=0.2, causal=True))
+
+
+def test_large_scores_do_not_overflow() -> None:
+    for dtype in DTYPES:
+        query, key, value = case(1, 1, 1, 2, 40, (64, 64), dtype)
+        check(query * 30, key * 30, value)
+        check(query, key, value, scale=-0.3)
+        check(query, key, value, scale=0.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(0, 5), st.sampled_from([1, 7, 16, 33, 64, 130])),
+    start=st.integers(0, 4),
+    dtype=st.sampled_from(DTYPES),
+    int8=st.booleans(),
+)
+def test_write_cache(shape, start, dtype, int8) -> None:
+    batch, heads, tokens, dim = shape
+    key = normal(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)
+    key[..., :1, :1] = 0.0
+    cache = torch.full((batch, heads, 9, dim + 3), 3).to(torch.int8 if int8 else dtype)
+    scales = torch.full((batch, heads, 9), 7.0) if int8 else None
+    expected, expected_scales = cache.clone(), scales.clone() if int8 else None
+    ops.write_cache(key, cache[..., 1:-2], scales, start)
+    reference.write_cache(key, expected[..., 1:-2], expected_scales, start)
+    assert torch.equal(cache, expected)
+    assert not int8 or torch.equal(scales, expected_scales)
+
+
+def test_int8_codes_of_zero_and_of_nan() -> None:
+    key = torch.zeros(1, 1, 2, 20)
+    key[..., 1, 3] = math.nan
+    cache, scales = torch.ones(1, 1, 2, 20, dtype=torch.int8), torch.ones(1, 1, 2)
+    ops.write_cache(key, cache, scales, 0)
+    assert not cache[:, :, 0].any()
+    assert scales[0, 0, 0] == 0
+    assert scales[0, 0, 1].isnan()
+
+
+def test_opcheck() -> None:
+    query, key, value = case(2, 2, 2, 3, 9, (16, 8), torch.bfloat16)
+    key8, scales = reference.quantize_token(key)
+    rows = torch.zeros(2, 9, dtype=torch.int32)
+    none = [None] * 4
+    attention = torch.ops.ipex_quant.attention.default
+    torch.library.opcheck(attention, (query, key, value, 0.5, True, None, 0, 0.0, *none))
+    torch.library.opcheck(attention, (query, key8, key8, 0.5, False, None, 3, 1.0, torch.ones(4), scales, scales, rows))
+    write = torch.ops.ipex_quant.write_cache.default
+    torch.library.opcheck(write, (key, torch.zeros(2, 2, 20, 16, dtype=torch.bfloat16), None, 4))
+    torch.library.opcheck(write, (key, torch.zeros(2, 2, 20, 16, dtype=torch.int8), torch.zeros(2, 2, 20), 4))
+
+
+def test_compile_without_graph_break() -> None:
+    cache = torch.zeros(1, 2, 64, 16)
+
+    def run(query: torch.Tensor, key: torch.Tensor, start: int) -> torch.Tensor:
+        ops.write_cache(key, cache, None, start)
+        seen = cache[:, :, : start + key.shape[2]]
+        return ops.attention(query * 2, seen, seen, scale=0.25, causal=True) + 1
+
+    compiled = torch.compile(run, backend="eager", fullgraph=True, dynamic=True)
+    for queries, start in ((5, 0), (1, 5), (3, 6)):
+        query, key = normal(1, 4, queries, 16), normal(1, 2, queries, 16, seed=queries)
+        assert torch.equal(compiled(query, key, start), run(query, key, start))
