@@ -1,15 +1,19 @@
 """Functions to build large language models of, as in ``ipex.llm.functional``."""
 
 from .modules.gated import gelu_mul, silu_mul
+from .modules.kv_attention import indirect_access_kv_cache_attention
 from .modules.norm import add_layer_norm, add_rms_norm, fast_layer_norm, rms_norm
 from .modules.rotary import rotary_embedding
+from .modules.varlen import varlen_attention
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "fast_layer_norm",
     "gelu_mul",
+    "indirect_access_kv_cache_attention",
     "rms_norm",
     "rotary_embedding",
     "silu_mul",
+    "varlen_attention",
 ]

@@ -1,5 +1,6 @@
 """Fused modules to build large language models of, as in ``ipex.llm.modules``."""
 
+from .kv_attention import IndirectAccessKVCacheAttention
 from .linear import (
     Linear2SiluMul,
     LinearAdd,
@@ -13,11 +14,14 @@ from .linear import (
 )
 from .moe import GatedMLPMOE
 from .norm import FastLayerNorm, RMSNorm
+from .paged import PagedAttention
 from .rotary import RotaryEmbedding
+from .varlen import VarlenAttention
 
 __all__ = [
     "FastLayerNorm",
     "GatedMLPMOE",
+    "IndirectAccessKVCacheAttention",
     "Linear2SiluMul",
     "LinearAdd",
     "LinearAddAdd",
@@ -27,6 +31,8 @@ __all__ = [
     "LinearRelu",
     "LinearSilu",
     "LinearSiluMul",
+    "PagedAttention",
     "RMSNorm",
     "RotaryEmbedding",
+    "VarlenAttention",
 ]
