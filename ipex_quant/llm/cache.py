@@ -13,7 +13,8 @@ import torch
 from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import CacheLayerMixin
 
-from ._stand_in import attention, write_cache
+from ..ops import attention, write_cache
+from ..ops.reference_attention import attention as differentiable_attention
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -133,12 +134,17 @@ def attend(query: torch.Tensor, keys: Storage, values: Storage, **options: Any) 
     """Attention of `query` ``[B, H, Lq, D]`` over what a layer stores; `options` are those of `ops.attention`.
 
     Returns ``[B, Lq, H, Dv]`` in the dtype of `query`. Keys and values in a float dtype that is not the query's are
-    multiplied in theirs.
+    multiplied in theirs. Where gradients are needed it runs in plain torch.
     """
     dtype = query.dtype
     if keys.scales is None:
         query = query.to(keys.stored.dtype)
-    out = attention(
+    tensors = (query, keys.stored, values.stored, options.get("mask"))
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        run = differentiable_attention
+    else:
+        run = attention
+    out = run(
         query, keys.stored, values.stored, key_scales=keys.scales, value_scales=values.scales, rows=keys.rows, **options
     )
     return out.to(dtype)
@@ -219,15 +225,21 @@ class NativeLayer(CacheLayerMixin):
         self._forget(min(-tokens_to_remove, self._count))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.batch_select_indices(beam_idx)
+        """Let sequence i be what sequence ``beam_idx[i]`` was."""
+        if not self._count:
+            return
+        if self._rows is None:
+            if torch.equal(beam_idx, torch.arange(self._batch)):
+                return
+            self._index()
+        self._rows = self._rows.index_select(0, beam_idx)
+        self._batch, self._stride = len(beam_idx), None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self._count:
-            self._select(torch.arange(self._batch, device=self.device).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(self._batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self._count:
-            self._select(torch.arange(self._batch, device=self.device)[indices.to(self.device)])
+        self.reorder_cache(torch.arange(self._batch)[indices])
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -398,15 +410,6 @@ class NativeLayer(CacheLayerMixin):
         else:
             self._rows = self._rows[:, : self._count]
             self._used = self._used if self._count else 0
-
-    def _select(self, sequences: torch.Tensor) -> None:
-        """Let sequence i be what sequence ``sequences[i]`` was."""
-        if torch.equal(sequences, torch.arange(self._batch, device=self.device)):
-            return
-        if self._rows is None:
-            self._index()
-        self._rows = self._rows.index_select(0, sequences)
-        self._batch, self._stride = len(sequences), None
 
     def _index(self) -> None:
         """Give every token a slot; one sequence stays where it is."""

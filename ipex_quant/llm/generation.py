@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from types import MethodType
 from typing import Any
 
 import torch
@@ -41,8 +40,9 @@ def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None 
     else:
         model.register_forward_pre_hook(CacheHook(model, kv_cache_dtype), with_kwargs=True)
         if model.can_generate():
-            model.generate = MethodType(_generate, model)
-            model._prefill = MethodType(_prefill, model)
+            # partials, which can be copied and pickled with the model
+            model.generate = functools.partial(_generate, model)
+            model._prefill = functools.partial(_prefill, model)
     return [name for name, module in model.named_modules() if is_attention(module) and not is_native(module)]
 
 
@@ -108,7 +108,7 @@ def _dynamic_cache(model: PreTrainedModel) -> Cache:
 
 
 def _prefill(
-    self: PreTrainedModel,
+    model: PreTrainedModel,
     input_ids: torch.Tensor,
     generation_config: Any,
     model_kwargs: dict[str, Any],
@@ -116,19 +116,19 @@ def _prefill(
     **kwargs,
 ) -> ModelOutput:
     """`GenerationMixin._prefill`, run for each prompt once, though it comes once for each of its sequences."""
-    prefill = functools.partial(type(self)._prefill, self)
+    prefill = functools.partial(type(model)._prefill, model)
     copies = max(generation_config.num_beams, generation_config.num_return_sequences)
     cache = model_kwargs.get("past_key_values")
     if copies == 1 or not isinstance(cache, Cache) or model_kwargs.get("mm_encoder_outputs") is not None:
         return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-    hook = next(hook for hook in self._forward_pre_hooks.values() if isinstance(hook, CacheHook))
-    hook.make_native(cache, self, shared=True)
+    hook = next(hook for hook in model._forward_pre_hooks.values() if isinstance(hook, CacheHook))
+    hook.make_native(cache, model, shared=True)
     if cache.get_seq_length() or not all(isinstance(layer, NativeLayer) for layer in _layers(cache)):
         return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
     prompts = {name: _every(value, copies, name) for name, value in model_kwargs.items()}
     outputs = prefill(input_ids[::copies], generation_config, prompts, *args, **kwargs)
     cache.batch_repeat_interleave(copies)
-    return type(outputs)({name: _repeated(value, copies) for name, value in outputs.items()})
+    return type(outputs)(**{name: _repeated(value, copies) for name, value in outputs.items()})
 
 
 def _layers(cache: Cache) -> list[Any]:
@@ -140,7 +140,7 @@ def _layers(cache: Cache) -> list[Any]:
 def _every(value: Any, copies: int, name: str = "") -> Any:
     """The inverse of what `generate` does to its inputs: it repeats every tensor for every sequence."""
     if isinstance(value, ModelOutput):
-        return type(value)({key: _every(item, copies) for key, item in value.items()})
+        return type(value)(**{key: _every(item, copies) for key, item in value.items()})
     if isinstance(value, torch.Tensor) and value.dim():
         return value[:, ::copies] if name == "position_ids" and value.dim() == 3 else value[::copies]
     return value
@@ -157,10 +157,10 @@ def _repeated(value: Any, copies: int) -> Any:
 # --- seconds per token ---
 
 
-def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """`generate` of the model's class; with ``config.token_latency`` a tuple with the seconds of every token too."""
-    generate = functools.partial(type(self).generate, self)
-    if not getattr(self.config, "token_latency", False):
+    generate = functools.partial(type(model).generate, model)
+    if not getattr(model.config, "token_latency", False):
         return generate(*args, **kwargs)
     clock = TokenClock()
     criteria = StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or ()), clock])

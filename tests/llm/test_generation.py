@@ -349,6 +349,27 @@ def test_stays_native_when_copied():
     assert len(other._forward_pre_hooks) == 1
 
 
+def test_stays_native_when_pickled(tmp_path):
+    model = native(build("llama"), torch.int8)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert len(native_layers(cache_of(loaded, prompt(model), num_beams=2))) == 2
+    assert torch.equal(generate(loaded, prompt(model)), generate(model, prompt(model)))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_copies_of_a_prefilled_cache(name):
+    model = build(name)
+    other = native(model)
+    tokens = prompt(model, length=20)["input_ids"]
+    outputs = []
+    for x in (model, other):
+        cache = x(tokens[:, :15], past_key_values=DynamicCache(config=x.config)).past_key_values
+        for _ in range(2):
+            outputs.append(generate(x, {"input_ids": tokens}, past_key_values=copy.deepcopy(cache)))
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
 def test_is_saved_like_any_model(tmp_path):
     model = native(build("llama"))
     model.save_pretrained(tmp_path)
@@ -371,3 +392,20 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match=r"torch\.int8"):
         use_native_cache(model, torch.float8_e5m2)
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize(("name", "dtype", "beams"), [("mistral", None, 1), ("llama", torch.int8, 3)])
+def test_compiles_without_a_graph_break(name, dtype, beams):
+    model = native(build(name), dtype)
+    tokens = prompt(model)["input_ids"]
+    torch._dynamo.reset()
+    outputs = []
+    for forward in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        cache = DynamicCache(config=model.config)
+        out = [forward(tokens, past_key_values=cache).logits[:, -1].repeat_interleave(beams, 0)]
+        cache.batch_repeat_interleave(beams)
+        for token in range(3):
+            cache.reorder_cache(torch.arange(2 * beams).flip(0))
+            out.append(forward(torch.full((2 * beams, 1), 5 + token), past_key_values=cache).logits[:, -1])
+        outputs.append(torch.stack(out))
+    torch.testing.assert_close(*outputs)
