@@ -22,6 +22,7 @@ from .attention import attention_forward
 from .cache import Storage, attend
 from .families import FAMILIES, Attention, Family, Layout, Mlp, Residual, Rope
 from .fusing import activation_post_op, fused_linear, fused_linears
+from .norms import Norm, norm_of
 
 logger = logging.getLogger("ipex_quant")
 
@@ -89,13 +90,20 @@ def _get(module: nn.Module, path: str, *default: Any) -> Any:
         raise _UnsuitableError(f"{type(module).__name__} has no {path}") from None
 
 
+def _norm(module: nn.Module, path: str) -> Norm:
+    norm = norm_of(_get(module, path))
+    if norm is None:
+        raise _UnsuitableError(f"{path} is no norm that is known")
+    return norm
+
+
 class FusedLayer:
     """What is in the place of a decoder layer's `forward`, with the same arguments and results."""
 
     def __init__(self, layer: nn.Module, family: Family) -> None:
         self.layer = layer
         self.names = list(inspect.signature(type(layer).forward).parameters)[2:]  # after self and the hidden states
-        norms = [norm_of(_get(layer, name), family.norm_offset) for name in family.norms]
+        norms = [_norm(layer, name) for name in family.norms]
         self.first_norm, self.second_norm = norms[0], norms[1] if len(norms) == 2 else None
         self.attention = FusedAttention(_get(layer, family.attention.module), family.attention)
         self.mlp = StockMlp(layer.mlp) if family.mlp is None else FusedMlp(_get(layer, family.mlp.module), family.mlp)
@@ -136,7 +144,7 @@ class SequentialLayer(FusedLayer):
         self.cross = None
         if family.cross is not None:
             self.cross = CrossAttention(_get(layer, family.cross.module), family.cross)
-            self.cross_norm = norm_of(_get(layer, family.cross_norm), family.norm_offset)
+            self.cross_norm = _norm(layer, family.cross_norm)
 
     def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         x = self.attention(self.first_norm(x), kwargs, PostOp.ADD, x)
@@ -169,43 +177,6 @@ _LAYERS = {
 }
 
 
-class Norm:
-    """A norm; the base class is any module that multiplies by `weight` and the inverse root of the mean square."""
-
-    def __init__(self, module: nn.Module, eps: float, offset: float = 0.0) -> None:
-        self.module = module
-        self.eps = eps
-        self.offset = offset
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.rms_norm(x, self.module._parameters["weight"], self.eps)
-
-
-class OffsetNorm(Norm):
-    """One whose weight is stored less `offset`; a weight in float32 multiplies before the result is rounded."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.rms_norm(x, self.module._parameters["weight"].float() + self.offset, self.eps)
-
-
-class LayerNorm(Norm):
-    """An ``nn.LayerNorm``."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        parameters = self.module._parameters
-        return ops.layer_norm(x, parameters["weight"], parameters["bias"], self.eps)
-
-
-def norm_of(module: nn.Module, offset: float) -> Norm:
-    """The native form of a norm."""
-    if isinstance(module, nn.LayerNorm):
-        return LayerNorm(module, module.eps)
-    eps = _get(module, "variance_epsilon", getattr(module, "eps", None))
-    if eps is None or _get(module, "weight").dim() != 1:
-        raise _UnsuitableError(f"{type(module).__name__} is no norm that is known")
-    return OffsetNorm(module, eps, offset) if offset else Norm(module, eps)
-
-
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Queries ``[B, L, H, D]``, keys and values ``[B, L, Hkv, D]``."""
 
@@ -226,7 +197,7 @@ class FusedAttention:
         self.heads = output.in_features // self.head_size
         self.key_heads = (sum(each.out_features for each in projections) // self.head_size - self.heads) // 2
         self.scale = _get(module, names.scale, self.head_size**-0.5)
-        self.norms = [norm_of(_get(module, name), 0.0) for name in names.norms]
+        self.norms = [_norm(module, name) for name in names.norms]
         self.rope = _ROPES[names.rope]
         self.interleaved = names.rope in (Rope.INTERLEAVED, Rope.TABLE)
         self.slopes = alibi_slopes(self.heads) if names.alibi else None

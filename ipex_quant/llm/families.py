@@ -103,7 +103,7 @@ class Mlp:
 class Family:
     """How one class of decoder layers computes.
 
-    - `norms` are those of attention and MLP, one name where they share it; `norm_offset` is added to their weights.
+    - `norms` are those of attention and MLP, one name where they share it.
     - `mlp` None calls the layer's `mlp` as it is.
     - `cross` is attention to an encoder, with its norm, which a SEQUENTIAL layer has before the MLP.
     - `keywords` are arguments of the layer, besides those that all may have, that are used or not needed.
@@ -120,7 +120,6 @@ class Family:
     cross_norm: str = ""
     keywords: tuple[str, ...] = ()
     returns: tuple[str, ...] = ()
-    norm_offset: float = 0.0
     clamps_float16: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
 
@@ -283,7 +282,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "Qwen2DecoderLayer": (_LLAMA,),
     "Qwen3DecoderLayer": (Family(_QWEN3_ATTENTION),),
     "Qwen3MoeDecoderLayer": (Family(_QWEN3_ATTENTION, mlp=None),),
-    "GemmaDecoderLayer": (Family(norm_offset=1.0),),
+    "GemmaDecoderLayer": (_LLAMA,),
     "GlmDecoderLayer": (Family(Attention(rope=Rope.INTERLEAVED), _GATE_UP),),
     "Phi3DecoderLayer": (Family(Attention(projections=("qkv_proj",), layout=Layout.BLOCKS), _GATE_UP),),
     "PhiDecoderLayer": (_PHI,),

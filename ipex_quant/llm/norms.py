@@ -1,0 +1,98 @@
+"""Norms of transformers models in one native call each."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import ops
+
+
+class Norm:
+    """A norm as one native call; the base class is an RMS norm with `weight`."""
+
+    def __init__(self, module: nn.Module, eps: float) -> None:
+        self.module = module
+        self.eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x, self.module._parameters["weight"], self.eps)
+
+
+class OffsetNorm(Norm):
+    """An RMS norm whose weight is stored less 1; in float32 it multiplies before the result is rounded."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x, self.module._parameters["weight"].float() + 1, self.eps)
+
+
+class LayerNorm(Norm):
+    """An ``nn.LayerNorm`` over the last dimension."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        parameters = self.module._parameters
+        return ops.layer_norm(x, parameters["weight"], parameters["bias"], self.eps)
+
+
+def norm_of(module: nn.Module) -> Norm | None:
+    """The native form of a norm; None when there is none. RMS norms are known by what they compute."""
+    if isinstance(module, nn.LayerNorm):
+        plain = type(module).forward is nn.LayerNorm.forward and len(module.normalized_shape) == 1
+        return LayerNorm(module, module.eps) if plain else None
+    weight = module._parameters.get("weight")
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if weight is None or weight.dim() != 1 or weight.device.type != "cpu" or not isinstance(eps, float):
+        return None
+    if len(module._parameters) != 1 or module._modules:
+        return None
+    probe, size = copy.copy(module), len(weight)
+    probe.__dict__ |= {"_parameters": {"weight": torch.linspace(0.5, 2, size)}}
+    x = torch.linspace(-3, 2, 4 * size).view(4, -1)
+    try:
+        with torch.no_grad():
+            expected = type(module).forward(probe, x)
+            for kind in (Norm, OffsetNorm):
+                if torch.allclose(kind(probe, eps)(x), expected, rtol=1e-4, atol=1e-4):
+                    return kind(module, eps)
+    except (RuntimeError, TypeError):  # its forward takes something else
+        pass
+    return None
+
+
+class FusedNorm:
+    """What is in the place of the `forward` of an RMS norm; where a gradient is needed it calls the stock one."""
+
+    def __init__(self, norm: Norm) -> None:
+        self.norm = norm
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        module = self.norm.module
+        differentiable = torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad)
+        if args or kwargs or differentiable or torch.is_autocast_enabled("cpu"):
+            return type(module).forward(module, x, *args, **kwargs)
+        return self.norm(x)
+
+
+def fuse_norms(model: nn.Module) -> list[str]:
+    """Let every RMS norm of any model compute in one native call; return their names.
+
+    Torch's layer norms are one call already. Call `restore_norms` to undo it.
+    """
+    restore_norms(model)
+    names = []
+    for name, module in model.named_modules():
+        norm = None if isinstance(module, nn.LayerNorm) or "forward" in module.__dict__ else norm_of(module)
+        if norm is not None:
+            module.forward = FusedNorm(norm)
+            names.append(name)
+    return names
+
+
+def restore_norms(model: nn.Module) -> None:
+    """Undo `fuse_norms`."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), FusedNorm):
+            del module.forward
