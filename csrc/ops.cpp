@@ -175,19 +175,17 @@ void multiply(const std::vector<GemmArgs>& weights, bool together) {
   const int64_t run = decode ? (tiles + 4 * threads - 1) / (4 * threads) : 1;
   parallel_tasks(tiles * row_parts, run, [&](auto next) {
     const Buffer scratch = make_buffer(gemm_scratch(*weights[0].geometry, s, (s.rows + row_parts - 1) / row_parts));
-    for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next())
-      for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-        const int64_t part = task % row_parts;
-        const int64_t begin = part * s.rows / row_parts, end = (part + 1) * s.rows / row_parts;
-        int64_t tile = task / row_parts;
-        for (const GemmArgs& weight : weights) {
-          const int64_t count = weight.geometry->tiles;
-          if (tile < count) table.gemm_tile(weight, tile, begin, end, scratch.get());
-          if (together) continue;
-          if (tile < count) break;
-          tile -= count;
+    for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next()) {
+      int64_t first = 0;  // the weight's first tile among all
+      for (const GemmArgs& weight : weights) {
+        for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+          const int64_t tile = task / row_parts - first, part = task % row_parts;
+          if (tile < 0 || tile >= weight.geometry->tiles) continue;
+          table.gemm_tile(weight, tile, part * s.rows / row_parts, (part + 1) * s.rows / row_parts, scratch.get());
         }
+        if (!together) first += weight.geometry->tiles;
       }
+    }
   });
 }
 

@@ -252,7 +252,7 @@ struct Activations {
   }
 };
 
-// One task a tile of columns, or if `together`, the same tile of every weight in turn, which are of one size. When
+// One task a tile of columns, or if `together`, the same tiles of every weight in turn, which are of one size. When
 // tiles are fewer than threads can share evenly, rows are divided as well.
 void multiply(const PackedGroup& group, const uint8_t* tiles, const Activations& act,
               const std::vector<Output>& outputs, bool together = false) {
@@ -269,15 +269,14 @@ void multiply(const PackedGroup& group, const uint8_t* tiles, const Activations&
   parallel_tasks(tile_count * row_parts, run, [&](auto next) {
     const Buffer scratch = make_buffer(int8_scratch(group.geometry, (rows + row_parts - 1) / row_parts));
     for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next())
-      for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-        const int64_t part = task % row_parts;
-        for (int64_t tile = task / row_parts; tile < group.tiles(); tile += tile_count) {
+      for (int64_t first = 0; first < group.tiles(); first += tile_count)
+        for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+          const int64_t tile = first + task / row_parts, part = task % row_parts;
           const size_t member = group.member_of(tile);
           table.int8_tile(act.args, outputs[member], tiles + tile * group.geometry.tile_bytes,
                           (tile - group.first_tiles[member]) * kTileN, part * rows / row_parts,
                           (part + 1) * rows / row_parts, scratch.get());
         }
-      }
   });
 }
 
