@@ -264,5 +264,5 @@ def _attend(
 
 def _tokens(cache: torch.Tensor, blocks: torch.Tensor, length: int, dtype: torch.dtype, scale: float) -> torch.Tensor:
     """Keys or values of one sequence, ``[length, Hkv, D]``."""
-    states = cache[blocks].transpose(1, 2).flatten(0, 1)[:length]
+    states = cache.index_select(0, blocks).transpose(1, 2).flatten(0, 1)[:length]
     return states if states.dtype == dtype else (states.float() * scale).to(dtype)
