@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
 from ..ops import PostOp
-from .attention import attention_forward
-from .cache import Storage, attend
-from .families import FAMILIES, Attention, Family, Layout, Mlp, Residual, Rope
+from .decoder_attention import CrossAttention, FusedAttention, UnsuitableError, norm_part, part
+from .families import FAMILIES, Family, Mlp, Residual
 from .fusing import activation_post_op, fused_linear, fused_linears
-from .norms import Norm, norm_of
 
 logger = logging.getLogger("ipex_quant")
 
@@ -68,33 +63,13 @@ def _fuse(layer: nn.Module) -> str | None:
         return f"it has none of {[dict(family.requires) for family in families]}"
     try:
         layer.forward = _LAYERS[family.residual](layer, family)
-    except _UnsuitableError as error:
+    except UnsuitableError as error:
         return str(error)
     return None
 
 
-class _UnsuitableError(Exception):
-    """A layer is not as its family's description says."""
-
-
 def _holds(layer: nn.Module, family: Family) -> bool:
-    return all(_get(layer, path, value) == value for path, value in family.requires.items())
-
-
-def _get(module: nn.Module, path: str, *default: Any) -> Any:
-    try:
-        return attrgetter(path)(module) if path else module
-    except AttributeError:
-        if default:
-            return default[0]
-        raise _UnsuitableError(f"{type(module).__name__} has no {path}") from None
-
-
-def _norm(module: nn.Module, path: str) -> Norm:
-    norm = norm_of(_get(module, path))
-    if norm is None:
-        raise _UnsuitableError(f"{path} is no norm that is known")
-    return norm
+    return all(part(layer, path, value) == value for path, value in family.requires.items())
 
 
 class FusedLayer:
@@ -103,10 +78,10 @@ class FusedLayer:
     def __init__(self, layer: nn.Module, family: Family) -> None:
         self.layer = layer
         self.names = list(inspect.signature(type(layer).forward).parameters)[2:]  # after self and the hidden states
-        norms = [_norm(layer, name) for name in family.norms]
+        norms = [norm_part(layer, name) for name in family.norms]
         self.first_norm, self.second_norm = norms[0], norms[1] if len(norms) == 2 else None
-        self.attention = FusedAttention(_get(layer, family.attention.module), family.attention)
-        self.mlp = StockMlp(layer.mlp) if family.mlp is None else FusedMlp(_get(layer, family.mlp.module), family.mlp)
+        self.attention = FusedAttention(part(layer, family.attention.module), family.attention)
+        self.mlp = StockMlp(layer.mlp) if family.mlp is None else FusedMlp(part(layer, family.mlp.module), family.mlp)
         self.known = frozenset(_KNOWN + family.keywords)
         self.returns = family.returns
         self.clamps_float16 = family.clamps_float16
@@ -143,8 +118,8 @@ class SequentialLayer(FusedLayer):
         super().__init__(layer, family)
         self.cross = None
         if family.cross is not None:
-            self.cross = CrossAttention(_get(layer, family.cross.module), family.cross)
-            self.cross_norm = _norm(layer, family.cross_norm)
+            self.cross = CrossAttention(part(layer, family.cross.module), family.cross)
+            self.cross_norm = norm_part(layer, family.cross_norm)
 
     def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         x = self.attention(self.first_norm(x), kwargs, PostOp.ADD, x)
@@ -177,178 +152,14 @@ _LAYERS = {
 }
 
 
-Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Queries ``[B, L, H, D]``, keys and values ``[B, L, Hkv, D]``."""
-
-
-class FusedAttention:
-    """Projections, rotation, cache, attention and output projection of one layer."""
-
-    def __init__(self, module: nn.Module, names: Attention) -> None:
-        self.module = module
-        self.names = names
-        self.layer_index = _get(module, names.index)
-        projections = [_get(module, name) for name in names.projections]
-        output = _get(module, names.output)
-        self.project = fused_linears(projections)
-        self.output = fused_linear(output)
-        self.split = _SPLITS[names.layout]
-        self.head_size = _get(module, names.head_size)
-        self.heads = output.in_features // self.head_size
-        self.key_heads = (sum(each.out_features for each in projections) // self.head_size - self.heads) // 2
-        self.scale = _get(module, names.scale, self.head_size**-0.5)
-        self.norms = [_norm(module, name) for name in names.norms]
-        self.rope = _ROPES[names.rope]
-        self.interleaved = names.rope in (Rope.INTERLEAVED, Rope.TABLE)
-        self.slopes = alibi_slopes(self.heads) if names.alibi else None
-
-    def __call__(
-        self, x: torch.Tensor, kwargs: dict[str, Any], post_op: PostOp = PostOp.NONE, *others: torch.Tensor
-    ) -> torch.Tensor:
-        query, key, value = self.split(self, self.project(x), *x.shape[:2])
-        if self.norms:
-            query, key = self.norms[0](query), self.norms[1](key)
-        if self.rope is not None:
-            cos, sin = self.rope(self, kwargs, query.dtype)
-            rotated = cos.shape[-1] * (1 + self.interleaved)
-            query = ops.rotary(query, cos, sin, rotated, self.interleaved)
-            key = ops.rotary(key, cos, sin, rotated, self.interleaved)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        cache = kwargs.get(self.names.cache)
-        if cache is not None:
-            cache = getattr(cache, "self_attention_cache", cache)
-            key, value = cache.update(key, value, self.layer_index)
-        if self.names.position_bias and kwargs.get("position_bias") is None:
-            kwargs["position_bias"] = self.relative_bias(query.shape[2], key.shape[2])
-        attended = self.attend(query, key, value, kwargs.get("attention_mask"), kwargs)
-        return self.output(attended.flatten(2), post_op, *others)
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
-        """``[B, L, H, D]`` of queries ``[B, H, L, D]`` over what the cache gave."""
-        if self.slopes is None:
-            bias = kwargs["position_bias"] if self.names.position_bias else None
-            return attention_forward(self.module, query, key, value, mask, scaling=self.scale, position_bias=bias)[0]
-        if mask is not None and self.names.masked_is_true:
-            mask = ~mask
-        options = {"causal": mask is None, "mask": mask}
-        return attend(query, Storage.of(key), Storage.of(value), scale=self.scale, alibi=self.slopes, **options)
-
-    def relative_bias(self, queries: int, keys: int) -> torch.Tensor | None:
-        """What a module that has a `relative_attention_bias` adds to the scores of its layer and those after it."""
-        if not self.module.has_relative_attention_bias:
-            return None
-        return self.module.compute_bias(queries, keys, past_seen_tokens=keys - queries)
-
-
-class CrossAttention(FusedAttention):
-    """Attention of a decoder to what an encoder gave, whose keys and values are computed once."""
-
-    def __init__(self, module: nn.Module, names: Attention) -> None:
-        super().__init__(module, names)
-        query, *rest = names.projections
-        self.query = fused_linear(_get(module, query))
-        self.project = fused_linears([_get(module, name) for name in rest])
-
-    def __call__(
-        self, x: torch.Tensor, kwargs: dict[str, Any], post_op: PostOp = PostOp.NONE, *others: torch.Tensor
-    ) -> torch.Tensor:
-        query = self._heads(self.query(x))
-        caches = kwargs.get(self.names.cache)
-        if caches is not None and caches.is_updated.get(self.layer_index):
-            layer = caches.cross_attention_cache.layers[self.layer_index]
-            key, value = layer.keys, layer.values
-        else:
-            key, value = map(self._heads, self.project(kwargs["encoder_hidden_states"]))
-            if caches is not None:
-                key, value = caches.cross_attention_cache.update(key, value, self.layer_index)
-                caches.is_updated[self.layer_index] = True
-        attended = attention_forward(
-            self.module, query, key, value, kwargs.get("encoder_attention_mask"), scaling=self.scale
-        )[0]
-        return self.output(attended.flatten(2), post_op, *others)
-
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
-
-
-def alibi_slopes(heads: int) -> torch.Tensor:
-    """How fast scores fall with the distance (Press et al., "Train Short, Test Long", 2022): float32 ``[heads]``.
-
-    With a power of two heads, the slopes are the powers of ``2 ** (-8 / heads)``. Otherwise those of the next smaller
-    power of two come first, then every second one of the next larger.
-    """
-    larger = 1 << (heads - 1).bit_length()
-    slopes = torch.exp2(torch.arange(1, larger + 1) * (-8 / larger))
-    return slopes if larger == heads else torch.cat([slopes[1::2], slopes[::2]])[:heads]
-
-
-def _separate(attention: FusedAttention, projected: list[torch.Tensor], *shape: int) -> Heads:
-    query, key, value = projected
-    size = attention.head_size
-    return query.view(*shape, -1, size), key.view(*shape, -1, size), value.view(*shape, -1, size)
-
-
-def _blocks(attention: FusedAttention, projected: list[torch.Tensor], *shape: int) -> Heads:
-    heads = projected[0].view(*shape, -1, attention.head_size)
-    return heads.split((attention.heads, attention.key_heads, attention.key_heads), dim=2)
-
-
-def _groups(attention: FusedAttention, projected: list[torch.Tensor], *shape: int) -> Heads:
-    heads = projected[0].view(*shape, attention.key_heads, -1, attention.head_size)
-    return heads[:, :, :, :-2].flatten(2, 3), heads[:, :, :, -2], heads[:, :, :, -1]
-
-
-def _quarters(attention: FusedAttention, projected: list[torch.Tensor], *shape: int) -> Heads:
-    heads = projected[0].view(*shape, 4, 3, -1, attention.head_size)
-    query, value, key = (part.flatten(2, 3) for part in heads.unbind(3))
-    return query, key, value
-
-
-_SPLITS: dict[Layout, Callable[..., Heads]] = {
-    Layout.SEPARATE: _separate,
-    Layout.BLOCKS: _blocks,
-    Layout.GROUPS: _groups,
-    Layout.QUARTERS: _quarters,
-}
-
-
-Tables = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines ``[B or 1, L, R or R / 2]``."""
-
-
-def _given(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
-    return kwargs["position_embeddings"]
-
-
-def _given_halves(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
-    cos, sin = kwargs["position_embeddings"]
-    return cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[0]
-
-
-def _looked_up(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
-    table = F.embedding(kwargs["position_ids"], attention.module.embed_positions)
-    sin, cos = table.to(dtype).chunk(2, dim=-1)
-    return cos, sin
-
-
-_ROPES = {Rope.NONE: None, Rope.HALF: _given, Rope.INTERLEAVED: _given_halves, Rope.TABLE: _looked_up}
-
-
 class FusedMlp:
     """Linear layers of an MLP, with the activation between them."""
 
     def __init__(self, module: nn.Module, names: Mlp) -> None:
-        inputs = [_get(module, name) for name in names.inputs]
-        self.activation = _get(module, names.activation)
+        inputs = [part(module, name) for name in names.inputs]
+        self.activation = part(module, names.activation)
         self.post_op = activation_post_op(self.activation)
-        self.output = fused_linear(_get(module, names.output))
+        self.output = fused_linear(part(module, names.output))
         self.first = fused_linear(inputs[0])
         self.inputs = fused_linears(inputs)
         if not names.gated:

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import ipex_quant as ipex
 from ipex_quant.llm.attention import register
+from ipex_quant.llm.cache import NativeLayer, SlidingLayer
 from ipex_quant.llm.decoder import FusedLayer, fuse_decoder, restore_decoder
 from ipex_quant.llm.families import FAMILIES
 from ipex_quant.nn import QuantizedModule
@@ -117,12 +118,21 @@ def fused(stock):
     return model
 
 
-def steps(model, padding):
+def native_cache(config, **options):
+    cache = DynamicCache(config=config)
+    for i in range(2):
+        window = config.get_text_config().sliding_window if getattr(config, "sliding_window", None) else None
+        layer = NativeLayer(**options) if window is None else SlidingLayer(window, **options)
+        cache.layers[i : i + 1] = [layer]
+    return cache
+
+
+def steps(model, padding, cache=None):
     """Logits of a prompt, then of two more tokens in one step, then of one, with `padding` zeros before sequence 1."""
     tokens = torch.randint(3, 96, (2, 10), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(tokens)
     mask[1, :padding] = 0
-    cache, logits, start = DynamicCache(config=model.config), [], 0
+    cache, logits, start = cache or DynamicCache(config=model.config), [], 0
     for end in (7, 9, 10):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:end]
         options = {"attention_mask": mask[:, :end], "past_key_values": cache, "use_cache": True}
@@ -160,6 +170,28 @@ def test_logits_are_those_of_the_stock_model(name, padding):
     stock = build(name)
 
     torch.testing.assert_close(steps(fused(stock), padding), steps(stock, padding), rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("_no_stock_layers")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_native_cache_gives_the_same_logits(name):
+    stock = build(name)
+    padding = 0 if name == "git" else 3
+
+    actual = steps(fused(stock), padding, native_cache(stock.config))
+
+    torch.testing.assert_close(actual, steps(stock, padding), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "bloom"])
+def test_a_cache_of_bytes_is_close(name):
+    stock = build(name)
+    cache = native_cache(stock.config, storage_dtype=torch.int8)
+
+    actual, expected = steps(fused(stock), 3, cache), steps(stock, 3)
+
+    assert cache.layers[0].keys.dtype == torch.float32
+    assert 0 < (actual - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.usefixtures("_no_stock_layers")

@@ -1,0 +1,236 @@
+"""Attention of a lean decoder layer: projections, rotation, cache and output projection in few native calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import ops
+from ..ops import PostOp
+from .attention import attention_forward
+from .cache import NativeLayer, Storage, attend
+from .families import Attention, Layout, Rope
+from .fusing import fused_linear, fused_linears
+from .norms import Norm, norm_of
+
+
+class UnsuitableError(Exception):
+    """A layer is not as its family's description says."""
+
+
+def part(module: nn.Module, path: str, *default: Any) -> Any:
+    try:
+        return attrgetter(path)(module) if path else module
+    except AttributeError:
+        if default:
+            return default[0]
+        raise UnsuitableError(f"{type(module).__name__} has no {path}") from None
+
+
+def norm_part(module: nn.Module, path: str) -> Norm:
+    norm = norm_of(part(module, path))
+    if norm is None:
+        raise UnsuitableError(f"{path} is no norm that is known")
+    return norm
+
+
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Queries ``[B, L, H, D]``, keys and values ``[B, L, Hkv, D]``."""
+
+
+class FusedAttention:
+    """Projections, rotation, cache, attention and output projection of one layer."""
+
+    def __init__(self, module: nn.Module, names: Attention) -> None:
+        self.module = module
+        self.names = names
+        self.layer_index = part(module, names.index)
+        projections = [part(module, name) for name in names.projections]
+        output = part(module, names.output)
+        self.project = fused_linears(projections)
+        self.output = fused_linear(output)
+        self.split = _SPLITS[names.layout]
+        self.head_size = part(module, names.head_size)
+        self.heads = output.in_features // self.head_size
+        self.key_heads = (sum(each.out_features for each in projections) // self.head_size - self.heads) // 2
+        self.scale = part(module, names.scale, self.head_size**-0.5)
+        self.norms = [norm_part(module, name) for name in names.norms]
+        self.rope = _ROPES[names.rope]
+        self.interleaved = names.rope in (Rope.INTERLEAVED, Rope.TABLE)
+        self.is_causal = getattr(module, "is_causal", True)
+        self.slopes = alibi_slopes(self.heads) if names.alibi else None
+
+    def __call__(
+        self, x: torch.Tensor, kwargs: dict[str, Any], post_op: PostOp = PostOp.NONE, *others: torch.Tensor
+    ) -> torch.Tensor:
+        query, key, value = self.split(self, self.project(x), *x.shape[:2])
+        if self.norms:
+            query, key = self.norms[0](query), self.norms[1](key)
+        if self.rope is not None:
+            cos, sin = self.rope(self, kwargs, query.dtype)
+            rotated = cos.shape[-1] * (1 + self.interleaved)
+            query = ops.rotary(query, cos, sin, rotated, self.interleaved)
+            key = ops.rotary(key, cos, sin, rotated, self.interleaved)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        mask, cache = kwargs.get("attention_mask"), kwargs.get(self.names.cache)
+        if mask is not None and self.names.masked_is_true:
+            mask = ~mask
+        attended = None
+        if cache is not None:
+            cache = getattr(cache, "self_attention_cache", cache)
+            attended = self.attend_in_place(query, key, value, mask, cache.layers)
+            if attended is None:
+                key, value = cache.update(key, value, self.layer_index)
+        if attended is None:
+            attended = self.attend(query, key, value, mask, kwargs)
+        return self.output(attended.flatten(2), post_op, *others)
+
+    def attend_in_place(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, layers: list[Any]
+    ) -> torch.Tensor | None:
+        """Write to a native cache and attend to it, with no code between the ops; None where that does not do."""
+        layer, length = layers[self.layer_index] if self.layer_index < len(layers) else None, key.shape[2]
+        if not isinstance(layer, NativeLayer) or self.names.position_bias or (layer.is_sliding and length > 1):
+            return None
+        room = layer.reserve(length) if mask is None or type(mask) is torch.Tensor else None
+        if room is None or room[0][0].dtype not in (query.dtype, torch.int8):
+            return None
+        (keys, values, *scales), start = room
+        key_scales, value_scales = scales or (None, None)
+        ops.write_cache(key, keys, key_scales, start)
+        ops.write_cache(value, values, value_scales, start)
+        layer.commit(length)
+        stored = slice(None), slice(None), slice(start + length)
+        return ops.attention(
+            query,
+            keys[stored],
+            values[stored],
+            scale=self.scale,
+            causal=mask is None and self.is_causal,
+            mask=mask,
+            alibi=self.slopes,
+            key_scales=None if key_scales is None else key_scales[stored],
+            value_scales=None if value_scales is None else value_scales[stored],
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """``[B, L, H, D]`` of queries ``[B, H, L, D]`` over what any cache gave."""
+        if self.names.position_bias and kwargs.get("position_bias") is None:
+            kwargs["position_bias"] = self.relative_bias(query.shape[2], key.shape[2])
+        if self.slopes is None:
+            bias = kwargs["position_bias"] if self.names.position_bias else None
+            return attention_forward(self.module, query, key, value, mask, scaling=self.scale, position_bias=bias)[0]
+        options = {"causal": mask is None, "mask": mask}
+        return attend(query, Storage.of(key), Storage.of(value), scale=self.scale, alibi=self.slopes, **options)
+
+    def relative_bias(self, queries: int, keys: int) -> torch.Tensor | None:
+        """What a module that has a `relative_attention_bias` adds to the scores of its layer and those after it."""
+        if not self.module.has_relative_attention_bias:
+            return None
+        return self.module.compute_bias(queries, keys, past_seen_tokens=keys - queries)
+
+
+class CrossAttention(FusedAttention):
+    """Attention of a decoder to what an encoder gave, whose keys and values are computed once."""
+
+    def __init__(self, module: nn.Module, names: Attention) -> None:
+        super().__init__(module, names)
+        query, *rest = names.projections
+        self.query = fused_linear(part(module, query))
+        self.project = fused_linears([part(module, name) for name in rest])
+
+    def __call__(
+        self, x: torch.Tensor, kwargs: dict[str, Any], post_op: PostOp = PostOp.NONE, *others: torch.Tensor
+    ) -> torch.Tensor:
+        query = self._heads(self.query(x))
+        caches = kwargs.get(self.names.cache)
+        if caches is not None and caches.is_updated.get(self.layer_index):
+            layer = caches.cross_attention_cache.layers[self.layer_index]
+            key, value = layer.keys, layer.values
+        else:
+            key, value = map(self._heads, self.project(kwargs["encoder_hidden_states"]))
+            if caches is not None:
+                key, value = caches.cross_attention_cache.update(key, value, self.layer_index)
+                caches.is_updated[self.layer_index] = True
+        attended = attention_forward(
+            self.module, query, key, value, kwargs.get("encoder_attention_mask"), scaling=self.scale
+        )[0]
+        return self.output(attended.flatten(2), post_op, *others)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
+
+
+def alibi_slopes(heads: int) -> torch.Tensor:
+    """How fast scores fall with the distance (Press et al., "Train Short, Test Long", 2022): float32 ``[heads]``.
+
+    With a power of two heads, the slopes are the powers of ``2 ** (-8 / heads)``. Otherwise those of the next smaller
+    power of two come first, then every second one of the next larger.
+    """
+    larger = 1 << (heads - 1).bit_length()
+    slopes = torch.exp2(torch.arange(1, larger + 1) * (-8 / larger))
+    return slopes if larger == heads else torch.cat([slopes[1::2], slopes[::2]])[:heads]
+
+
+def _separate(attention: FusedAttention, projected: list[torch.Tensor], *shape: int) -> Heads:
+    query, key, value = projected
+    size = attention.head_size
+    return query.view(*shape, -1, size), key.view(*shape, -1, size), value.view(*shape, -1, size)
+
+
+def _blocks(attention: FusedAttention, projected: list[torch.Tensor], *shape: int) -> Heads:
+    heads = projected[0].view(*shape, -1, attention.head_size)
+    return heads.split((attention.heads, attention.key_heads, attention.key_heads), dim=2)
+
+
+def _groups(attention: FusedAttention, projected: list[torch.Tensor], *shape: int) -> Heads:
+    heads = projected[0].view(*shape, attention.key_heads, -1, attention.head_size)
+    return heads[:, :, :, :-2].flatten(2, 3), heads[:, :, :, -2], heads[:, :, :, -1]
+
+
+def _quarters(attention: FusedAttention, projected: list[torch.Tensor], *shape: int) -> Heads:
+    heads = projected[0].view(*shape, 4, 3, -1, attention.head_size)
+    query, value, key = (part.flatten(2, 3) for part in heads.unbind(3))
+    return query, key, value
+
+
+_SPLITS: dict[Layout, Callable[..., Heads]] = {
+    Layout.SEPARATE: _separate,
+    Layout.BLOCKS: _blocks,
+    Layout.GROUPS: _groups,
+    Layout.QUARTERS: _quarters,
+}
+
+
+Tables = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines ``[B or 1, L, R or R / 2]``."""
+
+
+def _given(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
+    return kwargs["position_embeddings"]
+
+
+def _given_halves(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
+    cos, sin = kwargs["position_embeddings"]
+    return cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[0]
+
+
+def _looked_up(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
+    table = F.embedding(kwargs["position_ids"], attention.module.embed_positions)
+    sin, cos = table.to(dtype).chunk(2, dim=-1)
+    return cos, sin
+
+
+_ROPES = {Rope.NONE: None, Rope.HALF: _given, Rope.INTERLEAVED: _given_halves, Rope.TABLE: _looked_up}
