@@ -299,8 +299,8 @@ class NativeLayer(CacheLayerMixin):
     def commit(self, length: int) -> None:
         """Count `length` tokens that were written where `reserve` said."""
         if self._rows is not None:
-            starts = self._starts(length) + (self._used - self._count)
-            self._rows = torch.cat([self._rows, starts.unsqueeze(1).expand(-1, length)], dim=1)
+            starts = self._starts(length).add_(self._used - self._count)
+            self._rows = torch.cat([self._rows, starts.expand(-1, length)], dim=1)
             self._stride = length if not self._count else None
         self._count += length
         self._used += length if self._rows is None else length * self._batch
@@ -337,7 +337,8 @@ class NativeLayer(CacheLayerMixin):
         return 0
 
     def _starts(self, length: int) -> torch.Tensor:
-        return torch.arange(self._batch, dtype=torch.int32, device=self.device) * length
+        """Where sequences of `length` begin that follow each other, int32 ``[B, 1]``."""
+        return torch.arange(self._batch, dtype=torch.int32, device=self.device).mul_(length).unsqueeze_(1)
 
     def _from(self, buffer: torch.Tensor, first: int) -> torch.Tensor:
         """The rows of `buffer`, from position `first` on."""
@@ -362,7 +363,7 @@ class NativeLayer(CacheLayerMixin):
             )
         scales = buffers[2:] or (None, None)
         for new, buffer, scale in zip((key, value), buffers[:2], scales, strict=True):
-            write_cache(new if scale is not None else new.to(buffer.dtype), buffer, scale, self._used)
+            write_cache(new.to(buffer.dtype) if scale is None else new, buffer, scale, self._used)
 
     @property
     def _capacity(self) -> int:
@@ -399,7 +400,7 @@ class NativeLayer(CacheLayerMixin):
             slots = (self._rows[:, first:] + positions).flatten()
             # beams that shared a token get a copy each
             self._buffers = tuple(x.index_select(2, slots) for x in self._buffers)
-            self._rows = self._starts(kept).unsqueeze(1).repeat(1, kept)
+            self._rows = self._starts(kept).repeat(1, kept)
             self._used, self._stride = len(slots), kept
         self._count, self._first = kept, 0
 
@@ -418,7 +419,7 @@ class NativeLayer(CacheLayerMixin):
                 x[:, :, : self._count].transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in self._buffers
             )
             self._used = self._batch * self._count
-        self._rows = self._starts(self._count).unsqueeze(1).repeat(1, self._count)
+        self._rows = self._starts(self._count).repeat(1, self._count)
 
 
 class SlidingLayer(NativeLayer):

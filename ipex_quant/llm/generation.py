@@ -112,8 +112,8 @@ def _prefill(
     input_ids: torch.Tensor,
     generation_config: Any,
     model_kwargs: dict[str, Any],
-    *args,
-    **kwargs,
+    *args: Any,
+    **kwargs: Any,
 ) -> ModelOutput:
     """`GenerationMixin._prefill`, run for each prompt once, though it comes once for each of its sequences."""
     prefill = functools.partial(type(model)._prefill, model)

@@ -118,9 +118,10 @@ def test_crop(beams):
         ours.crop(3)
 
 
+@pytest.mark.parametrize("window", [2, 6])
 @pytest.mark.parametrize("indexed", [False, True])
-def test_sliding_layer_is_cropped_while_it_records_its_past(indexed):
-    ours, theirs = layers(6, indexed=indexed)
+def test_sliding_layer_is_cropped_while_it_records_its_past(window, indexed):
+    ours, theirs = layers(window, indexed=indexed)
     for layer in (ours, theirs):
         layer.update(*states(2, 11))
         layer.activate_past_recording()
