@@ -13,8 +13,13 @@ from torch import nn
 
 from .. import ops
 from ..nn import Int8Linear, WeightOnlyQuantizedLinear
+from ..nn.int8_linear import ShareGroup
 from ..nn.linears import is_linear, obstacle
 from ..ops import PostOp
+
+_woq_linear = torch.ops.ipex_quant.woq_linear.default
+_woq_linear_group = torch.ops.ipex_quant.woq_linear_group.default
+_woq_linear_gated = torch.ops.ipex_quant.woq_linear_gated.default
 
 ACTIVATIONS: dict[PostOp, Callable[[torch.Tensor], torch.Tensor]] = {
     PostOp.RELU: torch.relu,
@@ -82,7 +87,7 @@ class WeightOnlyLinear(FusedLinear):
 
     def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
         tensors = self.module._buffers
-        return torch.ops.ipex_quant.woq_linear.default(
+        return _woq_linear(
             x, tensors["_packed"], tensors["_bias"], tensors["_perm"], others, *self.options, int(post_op)
         )
 
@@ -117,16 +122,24 @@ class LinearGroup:
 
 
 class Int8Group(LinearGroup):
-    """All members of an INT8 share group, in their order."""
+    """All members of an INT8 share group, in any order."""
+
+    def __init__(self, modules: Sequence[Int8Linear]) -> None:
+        super().__init__(modules)
+        self.members = [module.member for module in modules]
+        self.in_order = self.members == sorted(self.members)
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         group = self.modules[0].share_group
-        return ops.int8_linear(*group.inputs[0].quantize(x), group.packed, group.bias, x.dtype)
+        if not _one_input(group):
+            return super().__call__(x)
+        results = ops.int8_linear(*group.inputs[0].quantize(x), group.packed, group.bias, x.dtype)
+        return results if self.in_order else [results[member] for member in self.members]
 
     def gated(self, x: torch.Tensor, activation: PostOp) -> torch.Tensor:
-        if activation == PostOp.RELU:
-            return super().gated(x, activation)
         group = self.modules[0].share_group
+        if activation == PostOp.RELU or not self.in_order or not _one_input(group):
+            return super().gated(x, activation)
         return ops.int8_linear_gated(*group.inputs[0].quantize(x), group.packed, group.bias, x.dtype, activation)
 
 
@@ -143,15 +156,13 @@ class WeightOnlyGroup(LinearGroup):
         data, biases, perms = self._tensors()
         if not self._one_order(perms):
             return super().__call__(x)
-        return torch.ops.ipex_quant.woq_linear_group.default(x, data, biases, perms[0], self.out_features, *self.modes)
+        return _woq_linear_group(x, data, biases, perms[0], self.out_features, *self.modes)
 
     def gated(self, x: torch.Tensor, activation: PostOp) -> torch.Tensor:
         data, biases, perms = self._tensors()
         if activation == PostOp.RELU or not self._one_order(perms):
             return super().gated(x, activation)
-        return torch.ops.ipex_quant.woq_linear_gated.default(
-            x, *data, *biases, perms[0], self.out_features[0], *self.modes, int(activation)
-        )
+        return _woq_linear_gated(x, *data, *biases, perms[0], self.out_features[0], *self.modes, int(activation))
 
     def _tensors(self) -> list[list[torch.Tensor | None]]:
         buffers = [module._buffers for module in self.modules]
@@ -183,12 +194,18 @@ def _alike(modules: Sequence[nn.Module]) -> bool:
 
 
 def _one_share_group(modules: Sequence[nn.Module]) -> bool:
+    """Whether these are all members of one INT8 share group."""
     if not all(type(module) is Int8Linear for module in modules):
         return False
     group = modules[0].share_group
-    together = all(each is group.inputs[0] for each in group.inputs)
-    members = [module.member for module in modules if module.share_group is group]
-    return together and members == list(range(len(group.inputs))) and len(members) == len(modules)
+    members = sorted(module.member for module in modules if module.share_group is group)
+    return members == list(range(len(group.inputs))) and len(members) == len(modules)
+
+
+def _one_input(group: ShareGroup) -> bool:
+    """Whether all members quantize their input alike; loading a state dict can change that."""
+    first = group.inputs[0]
+    return all(each is first for each in group.inputs)
 
 
 def _plain(module: nn.Module) -> bool:

@@ -363,3 +363,19 @@ def test_hooks_within_a_layer_run():
 
     assert len(seen) == 2 * calls
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", [None, *RECIPES])
+@pytest.mark.parametrize("name", ["llama", "gpt-neox", "gemma", "bloom"])
+def test_layers_compile_without_a_graph_break(name, recipe):
+    model = build(name)
+    if recipe:
+        model = ipex.llm.optimize(model, quantization_config=RECIPES[recipe](), inplace=True)
+    fuse_decoder(model)
+    tokens = torch.randint(3, 96, (2, 7))
+    expected = model(tokens, use_cache=False).logits
+    torch.compiler.reset()
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected)
