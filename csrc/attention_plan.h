@@ -30,7 +30,7 @@ struct AttentionSequence {
   uint8_t* output;          // likewise
   int64_t queries, tokens;  // query i is at position tokens - queries + i
   int64_t row, first;       // where the first token is, if no table says so
-  const int32_t* table;     // row of every page
+  const int32_t* table;     // row of every page, or of every token
 };
 
 struct AttentionArgs {
@@ -44,7 +44,7 @@ struct AttentionArgs {
   const float* alibi;               // [heads]
   int64_t query_head, query_token;  // strides in bytes; of the output it is the contiguous [heads, value_dim]
   TokenView key, value, key_scales, value_scales;
-  int64_t page;  // tokens that an entry of a table stands for
+  int64_t page;  // tokens in a row of the cache that a table leads to; 0 if an entry of the table is for one token
   AttentionMask mask;
   int64_t max_rows, block;  // of any task; tokens that are packed at a time
 

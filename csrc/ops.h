@@ -138,4 +138,13 @@ inline Output make_output(Tensor& y, ScalarType type, const float* bias, int64_t
   return output;
 }
 
+// What turns by the angle of its position: [batch, length, heads, dim], the last dimension adjacent.
+struct RotaryInput {
+  const void* data;
+  ScalarType dtype;
+  int64_t batch, length, heads, dim;
+  int64_t strides[3];
+};
+Tensor rotate(const RotaryInput& x, const Tensor& cos, const Tensor& sin, int64_t rotary_dim, bool interleaved);
+
 }  // namespace ipex_quant

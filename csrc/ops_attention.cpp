@@ -223,7 +223,6 @@ Tensor attention(Tensor query, Tensor key, Tensor value, double scale, bool caus
     rows = torch::stable::contiguous(*rows);
     table = static_cast<const int32_t*>(rows->const_data_ptr());
     check_table("rows", table, batch * tokens, key.size(0));
-    args.page = 1;
   } else {
     IPEX_QUANT_CHECK(key.size(0) == batch, "key: expected the batch size of query, ", batch, ", or rows; got ",
                      key.size(0));
@@ -242,63 +241,316 @@ Tensor attention(Tensor query, Tensor key, Tensor value, double scale, bool caus
   return output;
 }
 
-// Writes rows of x, each `dim` elements, to where the cache wants them.
+// -------------------------------------------------------------------------------------------------------- writes
+// Tokens on their way into a cache: [batch, heads, tokens, dim].
+struct NewTokens {
+  TokenView view;
+  FloatType type;
+  int64_t batch, heads, tokens, dim;
+};
+
+// A cache [rows, heads, capacity, dim] that is written, with its scales.
 class CacheWriter {
  public:
-  CacheWriter(const Tensor& x, const Tensor& cache, const std::optional<Tensor>& scales)
-      : bytes_(cache.scalar_type() == ScalarType::Char), table_(kernels()) {
-    type_ = float_type("key", x.scalar_type());
-    if (!bytes_) check_dtype("cache", cache, x.scalar_type());
-    IPEX_QUANT_CHECK(bytes_ == bool(scales), "scales: expected with an int8 cache, and only there");
-    dim_ = x.size(x.dim() - 1);
+  CacheWriter(const char* name, const Tensor& cache, const std::optional<Tensor>& scales, const NewTokens& from)
+      : from_(from), capacity_(cache.dim() == 4 ? cache.size(2) : 0), table_(kernels()) {
+    check_dim(name, cache, 4);
+    bytes_ = cache.scalar_type() == ScalarType::Char;
+    IPEX_QUANT_CHECK(bytes_ || float_type(name, cache.scalar_type()) == from.type, name,
+                     ": expected the dtype of what is written or int8, got ",
+                     torch::headeronly::toString(cache.scalar_type()));
+    check_sizes(name, cache, {cache.size(0), from.heads, capacity_, from.dim});
+    IPEX_QUANT_CHECK(cache.stride(3) == 1 || from.dim <= 1, name, ": expected adjacent elements of a token");
+    IPEX_QUANT_CHECK(bytes_ == bool(scales), name, ": expected scales with an int8 cache, and only there");
+    to_ = view_of(cache, element_size(cache.scalar_type()));
+    to_.data = static_cast<uint8_t*>(cache.mutable_data_ptr());
+    if (!scales) return;
+    check_cpu("scales", *scales);
+    check_dtype("scales", *scales, ScalarType::Float);
+    check_sizes("scales", *scales, {cache.size(0), from.heads, capacity_});
+    scales_ = view_of(*scales, sizeof(float));
+    scales_.data = static_cast<uint8_t*>(scales->mutable_data_ptr());
   }
-  void write(const uint8_t* x, uint8_t* cache, float* scale) const {
-    if (bytes_)
-      table_.quantize_token({type_, dim_, x, cache, scale});
-    else
-      std::memcpy(cache, x, size_t(dim_ * float_size(type_)));
+
+  int64_t capacity() const { return capacity_; }
+
+  // One token of one head.
+  void write(int64_t batch, int64_t head, int64_t token, int64_t row, int64_t place) const {
+    const uint8_t* x = from_.view.data + batch * from_.view.row + head * from_.view.head + token * from_.view.token;
+    uint8_t* to = const_cast<uint8_t*>(to_.data) + row * to_.row + head * to_.head + place * to_.token;
+    if (!bytes_) {
+      std::memcpy(to, x, size_t(from_.dim * float_size(from_.type)));
+      return;
+    }
+    uint8_t* scale =
+        const_cast<uint8_t*>(scales_.data) + row * scales_.row + head * scales_.head + place * scales_.token;
+    table_.quantize_token({from_.type, from_.dim, x, to, reinterpret_cast<float*>(scale)});
   }
 
  private:
-  bool bytes_;
+  const NewTokens from_;
+  const int64_t capacity_;
   const KernelTable& table_;
-  FloatType type_;
-  int64_t dim_;
+  bool bytes_;
+  TokenView to_, scales_{};
 };
+
+void check_start(int64_t start, int64_t tokens, int64_t capacity) {
+  IPEX_QUANT_CHECK(start >= 0 && start <= capacity && tokens <= capacity - start, "start: ", tokens,
+                   " tokens do not fit a cache of ", capacity, " from ", start);
+}
+
+int64_t write_grain(int64_t dim) { return 1 + (int64_t(1) << 15) / dim; }
+
+void write_from(const CacheWriter& writer, const NewTokens& from, int64_t start) {
+  if (from.dim == 0) return;
+  parallel(from.batch * from.heads * from.tokens, write_grain(from.dim), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / from.tokens / from.heads, head = i / from.tokens % from.heads, token = i % from.tokens;
+      writer.write(row, head, token, row, start + token);
+    }
+  });
+}
 
 void write_cache(Tensor key, Tensor cache, std::optional<Tensor> scales, int64_t start) {
   check_dim("key", key, 4);
-  check_dim("cache", cache, 4);
-  const CacheWriter writer(key, cache, scales);
-  const int64_t batch = key.size(0), heads = key.size(1), tokens = key.size(2), capacity = cache.size(2);
-  check_sizes("cache", cache, {batch, heads, capacity, key.size(3)});
-  IPEX_QUANT_CHECK(cache.stride(3) == 1 || cache.size(3) <= 1, "cache: expected adjacent elements of a token");
-  IPEX_QUANT_CHECK(start >= 0 && start <= capacity && tokens <= capacity - start, "start: ", tokens,
-                   " tokens do not fit a cache of ", capacity, " from ", start);
-  TokenView scales_at{};
-  if (scales) {
-    check_cpu("scales", *scales);
-    check_dtype("scales", *scales, ScalarType::Float);
-    check_sizes("scales", *scales, {batch, heads, capacity});
-    scales_at = view_of(*scales, sizeof(float));
-  }
+  const FloatType type = float_type("key", key.scalar_type());
   key = with_unit_stride(key);
-  const TokenView from = view_of(key, element_size(key.scalar_type()));
-  TokenView to = view_of(cache, element_size(cache.scalar_type()));
-  to.data = static_cast<uint8_t*>(cache.mutable_data_ptr());
-  const auto address = [](const TokenView& view, int64_t row, int64_t head, int64_t token) {
-    return view.data + row * view.row + head * view.head + token * view.token;
+  const NewTokens from{view_of(key, float_size(type)), type, key.size(0), key.size(1), key.size(2), key.size(3)};
+  const CacheWriter writer("cache", cache, scales, from);
+  IPEX_QUANT_CHECK(cache.size(0) == from.batch, "cache: expected the batch size of key, ", from.batch, ", got ",
+                   cache.size(0));
+  check_start(start, from.tokens, writer.capacity());
+  write_from(writer, from, start);
+}
+
+// int32 or int64 numbers.
+std::vector<int64_t> integers(const char* name, const Tensor& t, int64_t count) {
+  check_cpu(name, t);
+  const bool narrow = t.scalar_type() == ScalarType::Int;
+  if (!narrow) check_dtype(name, t, ScalarType::Long);
+  check_sizes(name, t, {count});
+  const Tensor data = torch::stable::contiguous(t);
+  std::vector<int64_t> values(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i)
+    values[size_t(i)] = narrow ? static_cast<const int32_t*>(data.const_data_ptr())[i]
+                               : static_cast<const int64_t*>(data.const_data_ptr())[i];
+  return values;
+}
+
+void write_paged_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, std::optional<Tensor> key_scales,
+                       std::optional<Tensor> value_scales, Tensor slots) {
+  check_dim("key", key, 3);
+  check_dim("value", value, 3);
+  const FloatType type = float_type("key", key.scalar_type());
+  check_dtype("value", value, key.scalar_type());
+  key = with_unit_stride(key);
+  value = with_unit_stride(value);
+  const int64_t size = float_size(type), tokens = key.size(0), heads = key.size(1);
+  check_sizes("value", value, {tokens, heads, value.size(2)});
+  const auto tokens_of = [&](const Tensor& t) {
+    const TokenView view{static_cast<const uint8_t*>(t.const_data_ptr()), 0, t.stride(1) * size, t.stride(0) * size};
+    return NewTokens{view, type, 1, heads, tokens, t.size(2)};
   };
-  if (key.numel() == 0) return;
-  parallel(batch * heads * tokens, 1 + (int64_t(1) << 15) / key.size(3), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / tokens / heads, head = i / tokens % heads, token = i % tokens;
-      float* scale = scales
-                         ? reinterpret_cast<float*>(const_cast<uint8_t*>(address(scales_at, row, head, start + token)))
-                         : nullptr;
-      writer.write(address(from, row, head, token), const_cast<uint8_t*>(address(to, row, head, start + token)), scale);
+  const CacheWriter keys("key_cache", key_cache, key_scales, tokens_of(key));
+  const CacheWriter values("value_cache", value_cache, value_scales, tokens_of(value));
+  const int64_t block = keys.capacity();
+  IPEX_QUANT_CHECK(value_cache.size(0) == key_cache.size(0) && values.capacity() == block,
+                   "value_cache: expected as many blocks of as many tokens as key_cache, ", shape_of(key_cache),
+                   ", got ", shape_of(value_cache));
+  const std::vector<int64_t> places = integers("slots", slots, tokens);
+  const int64_t count = key_cache.size(0) * block;
+  for (const int64_t slot : places)
+    IPEX_QUANT_CHECK(slot >= -1 && slot < count, "slots: expected -1 (skip) or 0..", count - 1, ", got ", slot);
+  parallel(tokens, write_grain(1 + heads * (key.size(2) + value.size(2))), [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      const int64_t slot = places[size_t(token)];
+      for (int64_t head = 0; slot >= 0 && head < heads; ++head) {
+        keys.write(0, head, token, slot / block, slot % block);
+        values.write(0, head, token, slot / block, slot % block);
+      }
     }
   });
+}
+
+// ------------------------------------------------------------------------------------------------ fused and ragged
+Tensor fused_rope_attention(Tensor qkv, Tensor cos, Tensor sin, int64_t rotary_dim, bool interleaved, Tensor key_cache,
+                            Tensor value_cache, std::optional<Tensor> key_scales, std::optional<Tensor> value_scales,
+                            int64_t start, double scale, std::optional<Tensor> mask, int64_t window, double softcap,
+                            std::optional<Tensor> alibi) {
+  check_dim("qkv", qkv, 3);
+  check_dim("key_cache", key_cache, 4);
+  const FloatType type = float_type("qkv", qkv.scalar_type());
+  const int64_t size = float_size(type), batch = qkv.size(0), length = qkv.size(1);
+  const int64_t kv_heads = key_cache.size(1), dim = key_cache.size(3),
+                heads = dim ? qkv.size(2) / dim - 2 * kv_heads : 0;
+  IPEX_QUANT_CHECK(heads > 0 && qkv.size(2) == (heads + 2 * kv_heads) * dim, "qkv: expected [batch, length, (heads + ",
+                   2 * kv_heads, ") * ", dim, "], got ", shape_of(qkv));
+  AttentionArgs args{};
+  args.type = type;
+  set_options(args, {scale, true, window, softcap});
+  set_heads(args, heads, kv_heads);
+  args.key_dim = dim;
+  args.alibi = optional_vector("alibi", alibi, heads);
+  qkv = with_unit_stride(qkv);
+  const int64_t row = qkv.stride(0), token = qkv.stride(1);
+  const uint8_t* data = static_cast<const uint8_t*>(qkv.const_data_ptr());
+  const NewTokens values{{data + (heads + kv_heads) * dim * size, row * size, dim * size, token * size},
+                         type,
+                         batch,
+                         kv_heads,
+                         length,
+                         dim};
+  NewTokens keys = values;  // turned below
+  const CacheWriter key_writer("key_cache", key_cache, key_scales, keys);
+  const CacheWriter value_writer("value_cache", value_cache, value_scales, values);
+  IPEX_QUANT_CHECK(key_cache.size(0) == batch, "key_cache: expected the batch size of qkv, ", batch, ", got ",
+                   key_cache.size(0));
+  check_start(start, length, key_writer.capacity());
+  Cache cache{key_cache, value_cache, key_scales, value_scales};
+  cache.describe(args, qkv.scalar_type());
+  const int64_t tokens = start + length;
+  if (mask) args.mask = mask_of(*mask, {batch, heads, length, tokens});
+
+  const Tensor turned = rotate({data, qkv.scalar_type(), batch, length, heads + kv_heads, dim, {row, token, dim}}, cos,
+                               sin, rotary_dim, interleaved);
+  const uint8_t* queries = static_cast<const uint8_t*>(turned.const_data_ptr());
+  const int64_t turned_token = (heads + kv_heads) * dim * size;
+  keys.view = {queries + heads * dim * size, length * turned_token, dim * size, turned_token};
+  write_from(CacheWriter("key_cache", key_cache, key_scales, keys), keys, start);
+  write_from(value_writer, values, start);
+
+  args.query_head = dim * size;
+  args.query_token = turned_token;
+  Tensor output = empty({batch, length, heads * args.value_dim}, qkv.scalar_type());
+  uint8_t* to = static_cast<uint8_t*>(output.mutable_data_ptr());
+  std::vector<AttentionSequence> sequences;
+  for (int64_t b = 0; b < batch; ++b)
+    sequences.push_back({b, queries + b * length * turned_token, to + b * length * heads * args.value_dim * size,
+                         length, tokens, b, 0, nullptr});
+  run(args, sequences);
+  return output;
+}
+
+// Queries of several sequences, one after another: [tokens, heads, dim].
+struct RaggedQueries {
+  Tensor query;
+  std::vector<int64_t> starts;
+  Tensor output;
+
+  RaggedQueries(const Tensor& query_, const char* name, const Tensor& starts_)
+      : query(query_), starts(starts_of(name, starts_, query_)) {}
+
+  static std::vector<int64_t> starts_of(const char* name, const Tensor& starts, const Tensor& tokens) {
+    IPEX_QUANT_CHECK(starts.dim() == 1 && starts.size(0) >= 1, name, ": expected one number more than sequences, got ",
+                     shape_of(starts));
+    std::vector<int64_t> values = integers(name, starts, starts.size(0));
+    IPEX_QUANT_CHECK(
+        values.front() == 0 && values.back() == tokens.size(0) && std::is_sorted(values.begin(), values.end()), name,
+        ": expected numbers that rise from 0 to the ", tokens.size(0), " tokens");
+    return values;
+  }
+
+  int64_t batch() const { return int64_t(starts.size()) - 1; }
+
+  void describe(AttentionArgs& args, const Options& options, const std::optional<Tensor>& alibi) {
+    args.type = float_type("query", query.scalar_type());
+    set_options(args, options);
+    query = with_unit_stride(query);
+    args.key_dim = query.size(2);
+    IPEX_QUANT_CHECK(args.key_dim > 0, "query: expected a head size, got ", shape_of(query));
+    args.query_head = query.stride(1) * float_size(args.type);
+    args.query_token = query.stride(0) * float_size(args.type);
+    args.alibi = optional_vector("alibi", alibi, query.size(1));
+  }
+
+  AttentionSequence sequence(const AttentionArgs& args, int64_t i) {
+    const int64_t first = starts[size_t(i)], token = query.size(1) * args.value_dim * float_size(args.type);
+    return {i,
+            static_cast<const uint8_t*>(query.const_data_ptr()) + first * args.query_token,
+            static_cast<uint8_t*>(output.mutable_data_ptr()) + first * token,
+            starts[size_t(i) + 1] - first,
+            0,
+            0,
+            0,
+            nullptr};
+  }
+};
+
+Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, std::optional<Tensor> key_scales,
+                       std::optional<Tensor> value_scales, Tensor block_tables, Tensor lengths, Tensor query_starts,
+                       double scale, bool causal, int64_t window, double softcap, std::optional<Tensor> alibi) {
+  check_dim("query", query, 3);
+  AttentionArgs args{};
+  RaggedQueries queries(query, "query_starts", query_starts);
+  queries.describe(args, {scale, causal, window, softcap}, alibi);
+  Cache cache{key_cache, value_cache, key_scales, value_scales};
+  cache.describe(args, query.scalar_type());
+  set_heads(args, query.size(1), key_cache.size(1));
+  IPEX_QUANT_CHECK(key_cache.size(3) == args.key_dim, "key: expected the head size of query, ", args.key_dim, ", got ",
+                   key_cache.size(3));
+  const int64_t batch = queries.batch(), blocks = key_cache.size(0);
+  args.page = key_cache.size(2);
+  IPEX_QUANT_CHECK(args.page > 0, "key: expected blocks of tokens, got ", shape_of(key_cache));
+  check_cpu("block_tables", block_tables);
+  check_dtype("block_tables", block_tables, ScalarType::Int);
+  IPEX_QUANT_CHECK(block_tables.dim() == 2 && block_tables.size(0) == batch, "block_tables: expected shape [", batch,
+                   ", blocks], got ", shape_of(block_tables));
+  block_tables = torch::stable::contiguous(block_tables);
+  const int32_t* tables = static_cast<const int32_t*>(block_tables.const_data_ptr());
+  const std::vector<int64_t> tokens = integers("lengths", lengths, batch);
+  queries.output = empty({query.size(0), query.size(1), args.value_dim}, query.scalar_type());
+  std::vector<AttentionSequence> sequences;
+  for (int64_t i = 0; i < batch; ++i) {
+    const int64_t width = block_tables.size(1), length = tokens[size_t(i)];
+    IPEX_QUANT_CHECK(length >= 0 && length <= width * args.page, "lengths: expected 0..", width * args.page,
+                     ", what block_tables have room for, got ", length);
+    AttentionSequence sequence = queries.sequence(args, i);
+    sequence.tokens = length;
+    sequence.table = tables + i * width;
+    check_table("block_tables", sequence.table, (length + args.page - 1) / args.page, blocks);
+    sequences.push_back(sequence);
+  }
+  run(args, sequences);
+  return queries.output;
+}
+
+Tensor varlen_attention(Tensor query, Tensor key, Tensor value, Tensor query_starts, Tensor key_starts, double scale,
+                        bool causal, int64_t window, double softcap, std::optional<Tensor> alibi) {
+  check_dim("query", query, 3);
+  check_dim("key", key, 3);
+  check_dim("value", value, 3);
+  AttentionArgs args{};
+  RaggedQueries queries(query, "query_starts", query_starts);
+  queries.describe(args, {scale, causal, window, softcap}, alibi);
+  check_dtype("key", key, query.scalar_type());
+  check_dtype("value", value, query.scalar_type());
+  check_sizes("key", key, {key.size(0), key.size(1), args.key_dim});
+  check_sizes("value", value, {key.size(0), key.size(1), value.size(2)});
+  IPEX_QUANT_CHECK(value.size(2) > 0, "value: expected a head size, got ", shape_of(value));
+  set_heads(args, query.size(1), key.size(1));
+  const std::vector<int64_t> starts = RaggedQueries::starts_of("key_starts", key_starts, key);
+  IPEX_QUANT_CHECK(starts.size() == queries.starts.size(), "key_starts: expected ", queries.starts.size(),
+                   " numbers as query_starts has, got ", starts.size());
+  key = with_unit_stride(key);
+  value = with_unit_stride(value);
+  const int64_t size = float_size(args.type);
+  const auto view = [size](const Tensor& t) {
+    return TokenView{static_cast<const uint8_t*>(t.const_data_ptr()), 0, t.stride(1) * size, t.stride(0) * size};
+  };
+  args.key = view(key);
+  args.value = view(value);
+  args.value_dim = value.size(2);
+  queries.output = empty({query.size(0), query.size(1), args.value_dim}, query.scalar_type());
+  std::vector<AttentionSequence> sequences;
+  for (int64_t i = 0; i < queries.batch(); ++i) {
+    AttentionSequence sequence = queries.sequence(args, i);
+    sequence.first = starts[size_t(i)];
+    sequence.tokens = starts[size_t(i) + 1] - sequence.first;
+    sequences.push_back(sequence);
+  }
+  run(args, sequences);
+  return queries.output;
 }
 
 }  // namespace
@@ -308,11 +560,29 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
       "attention(Tensor query, Tensor key, Tensor value, float scale, bool causal, Tensor? mask, int window, "
       "float softcap, Tensor? alibi, Tensor? key_scales, Tensor? value_scales, Tensor? rows) -> Tensor");
   m.def("write_cache(Tensor key, Tensor(a!) cache, Tensor(b!)? scales, int start) -> ()");
+  m.def(
+      "fused_rope_attention(Tensor qkv, Tensor cos, Tensor sin, int rotary_dim, bool interleaved, "
+      "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!)? key_scales, Tensor(d!)? value_scales, int start, "
+      "float scale, Tensor? mask, int window, float softcap, Tensor? alibi) -> Tensor");
+  m.def(
+      "write_paged_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+      "Tensor(c!)? key_scales, Tensor(d!)? value_scales, Tensor slots) -> ()");
+  m.def(
+      "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? key_scales, Tensor? value_scales, "
+      "Tensor block_tables, Tensor lengths, Tensor query_starts, float scale, bool causal, int window, float softcap, "
+      "Tensor? alibi) -> Tensor");
+  m.def(
+      "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor query_starts, Tensor key_starts, float scale, "
+      "bool causal, int window, float softcap, Tensor? alibi) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ipex_quant, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("write_cache", TORCH_BOX(&write_cache));
+  m.impl("fused_rope_attention", TORCH_BOX(&fused_rope_attention));
+  m.impl("write_paged_cache", TORCH_BOX(&write_paged_cache));
+  m.impl("paged_attention", TORCH_BOX(&paged_attention));
+  m.impl("varlen_attention", TORCH_BOX(&varlen_attention));
 }
 
 }  // namespace ipex_quant

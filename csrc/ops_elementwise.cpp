@@ -103,49 +103,26 @@ std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, Tensor residual, std::option
 }
 
 // ------------------------------------------------------------------------------------------- rotary embeddings
-void check_table(const char* name, const Tensor& t, const Tensor& x, int64_t rotary_dim) {
-  check_type(name, t, x.scalar_type());
-  const bool fits = t.dim() == 3 && (t.size(0) == 1 || t.size(0) == x.size(0)) && t.size(1) == x.size(1) &&
+void check_table(const char* name, const Tensor& t, const RotaryInput& x, int64_t rotary_dim) {
+  check_type(name, t, x.dtype);
+  const bool fits = t.dim() == 3 && (t.size(0) == 1 || t.size(0) == x.batch) && t.size(1) == x.length &&
                     (t.size(2) == rotary_dim || t.size(2) == rotary_dim / 2);
-  IPEX_QUANT_CHECK(fits, name, ": expected shape [1 or ", x.size(0), ", ", x.size(1), ", ", rotary_dim, " or ",
+  IPEX_QUANT_CHECK(fits, name, ": expected shape [1 or ", x.batch, ", ", x.length, ", ", rotary_dim, " or ",
                    rotary_dim / 2, "], got ", shape_of(t));
 }
 
 Tensor rotary(Tensor x, Tensor cos, Tensor sin, int64_t rotary_dim, bool interleaved) {
   check_cpu("x", x);
-  const FloatType type = float_type("x", x.scalar_type());
   IPEX_QUANT_CHECK(x.dim() == 4, "x: expected shape [batch, length, heads, head dimension], got ", shape_of(x));
-  const int64_t dim = x.size(3);
-  IPEX_QUANT_CHECK(rotary_dim >= 0 && rotary_dim <= dim && rotary_dim % 2 == 0, "rotary_dim: expected an even number ",
-                   "up to ", dim, ", got ", rotary_dim);
-  check_table("cos", cos, x, rotary_dim);
-  check_table("sin", sin, x, rotary_dim);
-  IPEX_QUANT_CHECK(same_shape(cos, sin) && cos.scalar_type() == sin.scalar_type(), "sin: expected shape ",
-                   shape_of(cos), " and dtype ", torch::headeronly::toString(cos.scalar_type()), " as cos has, got ",
-                   shape_of(sin), " and ", torch::headeronly::toString(sin.scalar_type()));
-  Tensor y = empty_as(x);
-  if (x.numel() == 0) return y;
-  const Tensor rows = dim == 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
-  const Tensor cosines = as_contiguous(cos), sines = as_contiguous(sin);
-  const int64_t columns = cos.size(2);
-  const RotaryArgs args{rows.const_data_ptr(),
-                        type,
-                        {rows.stride(0), rows.stride(1), rows.stride(2)},
-                        x.size(1),
-                        x.size(2),
-                        dim,
-                        rotary_dim,
-                        cosines.const_data_ptr(),
-                        sines.const_data_ptr(),
-                        float_type("cos", cos.scalar_type()),
-                        cos.size(0) == 1 ? 0 : x.size(1) * columns,
-                        columns,
-                        interleaved,
-                        y.mutable_data_ptr()};
-  const KernelTable& table = kernels();
-  parallel(x.size(0) * x.size(1), 1 + kTaskElements / (x.size(2) * dim),
-           [&](int64_t begin, int64_t end) { table.rotate_positions(args, begin, end); });
-  return y;
+  const Tensor rows = x.size(3) == 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
+  return rotate({rows.const_data_ptr(),
+                 x.scalar_type(),
+                 x.size(0),
+                 x.size(1),
+                 x.size(2),
+                 x.size(3),
+                 {rows.stride(0), rows.stride(1), rows.stride(2)}},
+                cos, sin, rotary_dim, interleaved);
 }
 
 // ---------------------------------------------------------------------------------------------- gated products
@@ -185,6 +162,39 @@ Tensor gated_product_halves(Tensor xy, int64_t activation) {
 }
 
 }  // namespace
+
+Tensor rotate(const RotaryInput& x, const Tensor& cos, const Tensor& sin, int64_t rotary_dim, bool interleaved) {
+  const FloatType type = float_type("x", x.dtype);
+  IPEX_QUANT_CHECK(rotary_dim >= 0 && rotary_dim <= x.dim && rotary_dim % 2 == 0,
+                   "rotary_dim: expected an even number up to ", x.dim, ", got ", rotary_dim);
+  check_table("cos", cos, x, rotary_dim);
+  check_table("sin", sin, x, rotary_dim);
+  IPEX_QUANT_CHECK(same_shape(cos, sin) && cos.scalar_type() == sin.scalar_type(), "sin: expected shape ",
+                   shape_of(cos), " and dtype ", torch::headeronly::toString(cos.scalar_type()), " as cos has, got ",
+                   shape_of(sin), " and ", torch::headeronly::toString(sin.scalar_type()));
+  Tensor y = empty({x.batch, x.length, x.heads, x.dim}, x.dtype);
+  if (y.numel() == 0) return y;
+  const Tensor cosines = as_contiguous(cos), sines = as_contiguous(sin);
+  const int64_t columns = cos.size(2);
+  const RotaryArgs args{x.data,
+                        type,
+                        {x.strides[0], x.strides[1], x.strides[2]},
+                        x.length,
+                        x.heads,
+                        x.dim,
+                        rotary_dim,
+                        cosines.const_data_ptr(),
+                        sines.const_data_ptr(),
+                        float_type("cos", cos.scalar_type()),
+                        cos.size(0) == 1 ? 0 : x.length * columns,
+                        columns,
+                        interleaved,
+                        y.mutable_data_ptr()};
+  const KernelTable& table = kernels();
+  parallel(x.batch * x.length, 1 + kTaskElements / (x.heads * x.dim),
+           [&](int64_t begin, int64_t end) { table.rotate_positions(args, begin, end); });
+  return y;
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
   m.def("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor");

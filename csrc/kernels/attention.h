@@ -218,8 +218,8 @@ class AttentionRun {
       }
       int64_t row = sequence_.row, token = start_ + t + sequence_.first;
       if (sequence_.table) {
-        row = sequence_.table[(start_ + t) / args_.page];
-        if (args_.page > 1) token = (start_ + t) % args_.page;
+        row = sequence_.table[args_.page ? (start_ + t) / args_.page : start_ + t];
+        if (args_.page) token = (start_ + t) % args_.page;
       }
       key_rows_[t] = at(args_.key, row, task_.head, token);
       value_rows_[t] = at(args_.value, row, task_.head, token);

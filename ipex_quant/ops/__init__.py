@@ -3,7 +3,14 @@
 Importing this package loads the native library and registers its ops under ``torch.ops.ipex_quant``.
 """
 
-from .attention import attention, write_cache
+from .attention import (
+    attention,
+    fused_rope_attention,
+    paged_attention,
+    varlen_attention,
+    write_cache,
+    write_paged_cache,
+)
 from .gated import gelu_mul, gelu_mul_halves, silu_mul, silu_mul_halves
 from .int8 import (
     PackedInt8,
@@ -39,6 +46,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "fused_rope_attention",
     "gelu_mul",
     "gelu_mul_halves",
     "int8_linear",
@@ -49,6 +57,7 @@ __all__ = [
     "layer_norm",
     "pack_int8",
     "pack_weight",
+    "paged_attention",
     "quantize_activation",
     "quantize_activation_per_token",
     "quantize_weight",
@@ -59,9 +68,11 @@ __all__ = [
     "supported_isas",
     "unpack_int8",
     "unpack_weight",
+    "varlen_attention",
     "woq_dequantize",
     "woq_linear",
     "woq_linear_gated",
     "woq_linear_group",
     "write_cache",
+    "write_paged_cache",
 ]

@@ -52,6 +52,130 @@ def write_cache(key: torch.Tensor, cache: torch.Tensor, scales: torch.Tensor | N
     _ops.write_cache(key, cache, scales, start)
 
 
+def fused_rope_attention(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+    *,
+    start: int,
+    scale: float,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+    mask: torch.Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    alibi: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`rotary` of queries and keys, `write_cache` from token `start` on, and causal `attention` to all up to there.
+
+    `qkv` is ``[B, L, (H + 2 * Hkv) * D]``: all queries, then keys, then values. The caches are ``[B, Hkv, capacity,
+    D]`` in its dtype, or int8 with scales ``[B, Hkv, capacity]``; `mask` broadcasts to ``[B, H, L, start + L]``; `cos`,
+    `sin` and what else there is are as in the ops named. Returns ``[B, L, H * D]``. Raises RuntimeError when an
+    argument does not fit, with nothing written.
+    """
+    rotary_dim = key_cache.shape[-1] if rotary_dim is None else rotary_dim
+    return _ops.fused_rope_attention(
+        qkv,
+        cos,
+        sin,
+        rotary_dim,
+        interleaved,
+        key_cache,
+        value_cache,
+        key_scales,
+        value_scales,
+        start,
+        scale,
+        mask,
+        window,
+        softcap,
+        alibi,
+    )
+
+
+def write_paged_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+) -> None:
+    """Write `key` and `value` ``[tokens, Hkv, D]`` into caches of blocks ``[blocks, Hkv, block, D]``.
+
+    `slots`, int32 or int64 ``[tokens]``, says where: ``block * block size + place in the block``, -1 skips a token. An
+    int8 cache has scales float32 ``[blocks, Hkv, block]``. Raises RuntimeError when an argument does not fit, with
+    nothing written.
+    """
+    _ops.write_paged_cache(key, value, key_cache, value_cache, key_scales, value_scales, slots)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    lengths: torch.Tensor,
+    query_starts: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    alibi: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`attention` of the sequences of a batch to the blocks that `write_paged_cache` fills.
+
+    `query` ``[tokens, H, D]`` has in rows ``query_starts[b]`` to ``query_starts[b + 1]`` the queries of sequence b, its
+    last tokens. It has ``lengths[b]`` tokens, in the blocks ``block_tables[b]``, int32 ``[B, blocks]``; the
+    others are int32 or int64. Returns ``[tokens, H, Dv]``. Raises RuntimeError when an argument does not fit.
+    """
+    return _ops.paged_attention(
+        query,
+        key_cache,
+        value_cache,
+        key_scales,
+        value_scales,
+        block_tables,
+        lengths,
+        query_starts,
+        scale,
+        causal,
+        window,
+        softcap,
+        alibi,
+    )
+
+
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
+    alibi: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`attention` within each of several sequences that lie one after another.
+
+    `query` is ``[tokens, H, D]``, `key` and `value` ``[key tokens, Hkv, D]`` in its dtype. Sequence b has the rows
+    ``starts[b]`` to ``starts[b + 1]``, int32 or int64; the last query is at the position of the last key. Returns
+    ``[tokens, H, Dv]``. Raises RuntimeError when an argument does not fit.
+    """
+    return _ops.varlen_attention(query, key, value, query_starts, key_starts, scale, causal, window, softcap, alibi)
+
+
 @torch.library.register_fake("ipex_quant::attention")
 def _(query, key, value, scale, causal, mask, window, softcap, alibi, key_scales, value_scales, rows):
     batch, heads, queries, _ = query.shape
@@ -61,3 +185,24 @@ def _(query, key, value, scale, causal, mask, window, softcap, alibi, key_scales
 @torch.library.register_fake("ipex_quant::write_cache")
 def _(key, cache, scales, start):
     return None
+
+
+@torch.library.register_fake("ipex_quant::fused_rope_attention")
+def _(qkv, cos, sin, rotary_dim, interleaved, key_cache, value_cache, *options):
+    _, heads, _, dim = key_cache.shape
+    return qkv.new_empty(*qkv.shape[:2], (qkv.shape[2] // dim - 2 * heads) * dim)
+
+
+@torch.library.register_fake("ipex_quant::write_paged_cache")
+def _(key, value, key_cache, value_cache, key_scales, value_scales, slots):
+    return None
+
+
+@torch.library.register_fake("ipex_quant::paged_attention")
+def _(query, key_cache, value_cache, *options):
+    return query.new_empty(*query.shape[:2], value_cache.shape[3])
+
+
+@torch.library.register_fake("ipex_quant::varlen_attention")
+def _(query, key, value, *options):
+    return query.new_empty(*query.shape[:2], value.shape[2])

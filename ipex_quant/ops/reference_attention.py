@@ -7,6 +7,7 @@ import math
 import torch
 
 from .reference import MIN_RANGE
+from .reference_llm import rotary
 
 
 def attention(
@@ -69,3 +70,93 @@ def write_cache(key: torch.Tensor, cache: torch.Tensor, scales: torch.Tensor | N
         cache[:, :, place] = key
     else:
         cache[:, :, place], scales[:, :, place] = quantize_token(key)
+
+
+def fused_rope_attention(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+    *,
+    start: int,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+    **options,
+) -> torch.Tensor:
+    """As `ipex_quant.ops.fused_rope_attention`."""
+    kv_heads, dim = key_cache.shape[1], key_cache.shape[3]
+    heads = qkv.shape[2] // dim - 2 * kv_heads
+    states = qkv.unflatten(2, (-1, dim))
+    turned = rotary(states[:, :, : heads + kv_heads], cos, sin, rotary_dim, interleaved).transpose(1, 2)
+    write_cache(turned[:, heads:], key_cache, key_scales, start)
+    write_cache(states[:, :, heads + kv_heads :].transpose(1, 2), value_cache, value_scales, start)
+    seen = [None if t is None else t[:, :, : start + qkv.shape[1]] for t in (key_cache, value_cache, key_scales)]
+    last = None if value_scales is None else value_scales[:, :, : start + qkv.shape[1]]
+    result = attention(
+        turned[:, :heads], seen[0], seen[1], causal=True, key_scales=seen[2], value_scales=last, **options
+    )
+    return result.flatten(2)
+
+
+def write_paged_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+) -> None:
+    """As `ipex_quant.ops.write_paged_cache`."""
+    for states, cache, scales in ((key, key_cache, key_scales), (value, value_cache, value_scales)):
+        for token, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                block, place = divmod(slot, cache.shape[2])
+                row = states[None, token, :, None]
+                write_cache(row, cache[block : block + 1], None if scales is None else scales[block : block + 1], place)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    lengths: torch.Tensor,
+    query_starts: torch.Tensor,
+    *,
+    causal: bool = True,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+    **options,
+) -> torch.Tensor:
+    """As `ipex_quant.ops.paged_attention`, a sequence at a time."""
+    results = []
+    for i, (blocks, length) in enumerate(zip(block_tables, lengths.tolist(), strict=True)):
+        queries = query[query_starts[i] : query_starts[i + 1]]
+        key, value, key_scale, value_scale = (
+            None if t is None else t[blocks].transpose(0, 1).flatten(1, 2)[None, :, :length]
+            for t in (key_cache, value_cache, key_scales, value_scales)
+        )
+        options |= {"causal": causal, "key_scales": key_scale, "value_scales": value_scale}
+        results.append(attention(queries.transpose(0, 1)[None], key, value, **options)[0])
+    return torch.cat(results)
+
+
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    **options,
+) -> torch.Tensor:
+    """As `ipex_quant.ops.varlen_attention`, a sequence at a time."""
+    results = []
+    for i in range(len(query_starts) - 1):
+        parts = [query[query_starts[i] : query_starts[i + 1]]]
+        parts += [x[key_starts[i] : key_starts[i + 1]] for x in (key, value)]
+        results.append(attention(*(x.transpose(0, 1)[None] for x in parts), **options)[0])
+    return torch.cat(results)
