@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +39,22 @@ def norm_part(module: nn.Module, path: str) -> Norm:
     return norm
 
 
+MAX_JOINED = 8
+"""Tokens for which it costs less to join queries, keys and values in one tensor than to rotate and store them apart."""
+
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Queries ``[B, L, H, D]``, keys and values ``[B, L, Hkv, D]``."""
+
+
+class Room(NamedTuple):
+    """Where the next keys and values go in `layer`: from `start` on, after those that are attended to."""
+
+    layer: NativeLayer
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_scales: torch.Tensor | None
+    value_scales: torch.Tensor | None
+    start: int
 
 
 class FusedAttention:
@@ -62,13 +76,29 @@ class FusedAttention:
         self.norms = [norm_part(module, name) for name in names.norms]
         self.rope = _ROPES[names.rope]
         self.interleaved = names.rope in (Rope.INTERLEAVED, Rope.TABLE)
+        in_blocks = names.layout in (Layout.SEPARATE, Layout.BLOCKS)
+        self.one_call = in_blocks and self.rope is not None and not self.norms
         self.is_causal = getattr(module, "is_causal", True)
         self.slopes = alibi_slopes(self.heads) if names.alibi else None
 
     def __call__(
         self, x: torch.Tensor, kwargs: dict[str, Any], post_op: PostOp = PostOp.NONE, *others: torch.Tensor
     ) -> torch.Tensor:
-        query, key, value = self.split(self, self.project(x), *x.shape[:2])
+        mask, cache = kwargs.get("attention_mask"), kwargs.get(self.names.cache)
+        if mask is not None and self.names.masked_is_true:
+            mask = ~mask
+        room = None
+        if cache is not None:
+            cache = getattr(cache, "self_attention_cache", cache)
+            room = self.reserve(cache.layers, x, mask)
+        projected = self.project(x)
+        few = len(projected) == 1 or x.shape[0] * x.shape[1] <= MAX_JOINED
+        if (
+            room is not None and self.one_call and few and not torch.compiler.is_compiling()
+        ):  # `start` would be constant
+            attended = self.turn_and_attend(projected, kwargs, mask, room)
+            return self.output(attended, post_op, *others)
+        query, key, value = self.split(self, projected, *x.shape[:2])
         if self.norms:
             query, key = self.norms[0](query), self.norms[1](key)
         if self.rope is not None:
@@ -77,35 +107,57 @@ class FusedAttention:
             query = ops.rotary(query, cos, sin, rotated, self.interleaved)
             key = ops.rotary(key, cos, sin, rotated, self.interleaved)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        mask, cache = kwargs.get("attention_mask"), kwargs.get(self.names.cache)
-        if mask is not None and self.names.masked_is_true:
-            mask = ~mask
-        attended = None
-        if cache is not None:
-            cache = getattr(cache, "self_attention_cache", cache)
-            attended = self.attend_in_place(query, key, value, mask, cache.layers)
-            if attended is None:
+        if room is not None:
+            attended = self.attend_in_place(query, key, value, mask, room)
+        else:
+            if cache is not None:
                 key, value = cache.update(key, value, self.layer_index)
-        if attended is None:
             attended = self.attend(query, key, value, mask, kwargs)
         return self.output(attended.flatten(2), post_op, *others)
 
-    def attend_in_place(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, layers: list[Any]
-    ) -> torch.Tensor | None:
-        """Write to a native cache and attend to it, with no code between the ops; None where that does not do."""
-        layer, length = layers[self.layer_index] if self.layer_index < len(layers) else None, key.shape[2]
+    def reserve(self, layers: list[Any], x: torch.Tensor, mask: torch.Tensor | None) -> Room | None:
+        """Room in a native cache for keys and values of `x`; None where only its `update` will do."""
+        layer, length = layers[self.layer_index] if self.layer_index < len(layers) else None, x.shape[1]
         if not isinstance(layer, NativeLayer) or self.names.position_bias or (layer.is_sliding and length > 1):
             return None
         room = layer.reserve(length) if mask is None or type(mask) is torch.Tensor else None
-        if room is None or room[0][0].dtype not in (query.dtype, torch.int8):
+        if room is None or layer.dtype != x.dtype or room[0][0].dtype not in (x.dtype, torch.int8):
             return None
         (keys, values, *scales), start = room
-        key_scales, value_scales = scales or (None, None)
-        ops.write_cache(key, keys, key_scales, start)
-        ops.write_cache(value, values, value_scales, start)
-        layer.commit(length)
-        stored = slice(None), slice(None), slice(start + length)
+        return Room(layer, keys, values, *(scales or (None, None)), start)
+
+    def turn_and_attend(
+        self, projected: list[torch.Tensor], kwargs: dict[str, Any], mask: torch.Tensor | None, room: Room
+    ) -> torch.Tensor:
+        """Rotation, cache and attention in one call: ``[B, L, H * D]``."""
+        joined = projected[0] if len(projected) == 1 else torch.cat(projected, dim=-1)
+        cos, sin = self.rope(self, kwargs, joined.dtype)
+        attended = ops.fused_rope_attention(
+            joined,
+            cos,
+            sin,
+            room.keys,
+            room.values,
+            room.key_scales,
+            room.value_scales,
+            start=room.start,
+            scale=self.scale,
+            rotary_dim=cos.shape[-1] * (1 + self.interleaved),
+            interleaved=self.interleaved,
+            mask=mask,
+        )
+        room.layer.commit(joined.shape[1])
+        return attended
+
+    def attend_in_place(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, room: Room
+    ) -> torch.Tensor:
+        """Write to a native cache and attend to it, with no code between the ops."""
+        _, keys, values, key_scales, value_scales, start = room
+        _write(key, keys, key_scales, start)
+        _write(value, values, value_scales, start)
+        room.layer.commit(key.shape[2])
+        stored = slice(None), slice(None), slice(start + key.shape[2])
         return ops.attention(
             query,
             keys[stored],
@@ -140,6 +192,14 @@ class FusedAttention:
         if not self.module.has_relative_attention_bias:
             return None
         return self.module.compute_bias(queries, keys, past_seen_tokens=keys - queries)
+
+
+def _write(new: torch.Tensor, cache: torch.Tensor, scales: torch.Tensor | None, start: int) -> None:
+    if torch.compiler.is_compiling():  # the op's start is a constant of the graph, the start of a view is none
+        end = start + new.shape[2]
+        cache, scales = cache[:, :, start:end], None if scales is None else scales[:, :, start:end]
+        start = 0
+    ops.write_cache(new, cache, scales, start)
 
 
 class CrossAttention(FusedAttention):
