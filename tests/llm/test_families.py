@@ -401,3 +401,16 @@ def test_a_compiled_model_has_one_graph_for_the_prompt_and_one_for_the_tokens():
 
     torch.testing.assert_close(logits(torch.compile(model, backend=counter)), logits(model))
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_fused_model_is_saved_as_it_was(recipe, tmp_path):
+    model = ipex.llm.optimize(build("llama"), quantization_config=RECIPES[recipe](), inplace=True)
+    expected = steps(model, 0)
+    fuse_decoder(model)
+
+    ipex.llm.save(model, tmp_path / "saved")
+    loaded = ipex.llm.load(tmp_path / "saved")
+
+    assert torch.equal(steps(loaded, 0), expected)
+    assert len(fuse_decoder(loaded)) == 2
