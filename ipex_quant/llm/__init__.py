@@ -4,11 +4,11 @@ Importing this registers the quantization method ``ipex_quant`` with transformer
 `save` or `save_pretrained` wrote.
 """
 
-from . import quantization, utils
+from . import functional, modules, quantization, utils
 from ._optimize import optimize
 from .hf_quantizer import register
 from .saving import load, save
 
-__all__ = ["load", "optimize", "quantization", "save", "utils"]
+__all__ = ["functional", "load", "modules", "optimize", "quantization", "save", "utils"]
 
 register()
