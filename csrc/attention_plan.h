@@ -8,6 +8,7 @@ namespace ipex_quant {
 
 constexpr int64_t kAttentionColumns = 64;  // columns of a panel; blocks of tokens are whole panels
 constexpr int64_t kAttentionAlign = 64;
+constexpr int64_t kStreamedRows = 8;  // up to here keys and values are multiplied as they come
 
 // Elements that are `row`, `head` and `token` bytes apart; those of a token are adjacent.
 struct TokenView {
@@ -46,7 +47,7 @@ struct AttentionArgs {
   TokenView key, value, key_scales, value_scales;
   int64_t page;  // tokens in a row of the cache that a table leads to; 0 if an entry of the table is for one token
   AttentionMask mask;
-  int64_t max_rows, block;  // of any task; tokens that are packed at a time
+  int64_t max_rows, block;  // of any task, up to kStreamedRows a power of two; tokens that are met at a time
 
   int64_t value_columns() const { return (value_dim + 15) / 16 * 16; }
   // First token that query i sees, and the one after the last.
@@ -104,7 +105,7 @@ struct AttentionScratch {
     probabilities = take(a.max_rows * a.block * 2);
     sums = take(a.max_rows * a.value_columns() * 4);
     row_state = take(a.max_rows * 8 * 4);
-    token_state = take(a.block * 32);
+    token_state = take(a.block * 40);
     zeros = take((a.key_dim > a.value_dim ? a.key_dim : a.value_dim) * 4 + 64);
     bytes = at + kAttentionAlign;
   }

@@ -145,7 +145,10 @@ struct Plan {
     int64_t most_rows = 1;
     for (const AttentionSequence& s : sequences) most_rows = std::max(most_rows, s.queries * args.group);
     args.max_rows = std::min(most_rows, kMaxRows);
-    args.block = most_rows <= kFewRows ? kAttentionColumns : 2 * kAttentionColumns;
+    if (most_rows <= kStreamedRows)
+      for (args.max_rows = 1; args.max_rows < most_rows;) args.max_rows *= 2;
+    const bool few = most_rows > kStreamedRows && most_rows <= kFewRows;
+    args.block = few ? kAttentionColumns : 2 * kAttentionColumns;
     std::vector<int64_t> offsets;  // of each task's partial result, or -1
     int64_t floats = 0;
     for (const AttentionSequence& s : sequences) {
@@ -184,7 +187,9 @@ struct Plan {
 void run(AttentionArgs& args, const std::vector<AttentionSequence>& sequences) {
   const Plan plan(args, sequences);
   const KernelTable& table = kernels();
-  parallel_tasks(int64_t(plan.tasks.size()), 1, [&](auto next) {
+  // Decode reads memory fastest in long forward streams, so its threads take runs of chunks.
+  const int64_t tasks = int64_t(plan.tasks.size()), runs = 4 * int64_t(torch::stable::get_num_threads());
+  parallel_tasks(tasks, plan.merges.empty() ? 1 : (tasks + runs - 1) / runs, [&](auto next) {
     const Buffer scratch = make_buffer(AttentionScratch(args).bytes);
     for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next())
       for (int64_t i = tasks.begin; i < tasks.end; ++i)

@@ -9,6 +9,7 @@
 //                     |u8 * s8 + u8 * s8| < 2^15, which AVX2 can exploit
 //   Lut16, ByteLut16  16-entry tables indexed by the low four bits of a lane / of every byte
 //   transpose         kLanes vectors of int32: rows become columns
+//   reduce_lanes      lane i is the sum of vector i of kLanes
 //   load_quads        the first byte of each of four rows to the first lane, the second bytes to the second
 //   dot_bf16          with IPEX_QUANT_BF16_DOT: adds two bf16 products to every float lane
 //   interleave_bf16   with it: (a, b) pairs of bf16, two vectors of them; store_bf16_operand rounds, denormals to zero

@@ -129,6 +129,24 @@ inline void transpose(vi (&x)[kLanes]) {
     x[4 + c] = _mm256_permute2x128_si256(quads[c], quads[4 + c], 0x31);
   });
 }
+template <class Add, class V>
+inline vi reduce_lanes_by(const V (&x)[kLanes], Add add) {
+  vi y[4], z[2];
+  unroll<4>([&](auto i) IPEX_QUANT_INLINE {
+    const vi a = vi(x[2 * i]), b = vi(x[2 * i + 1]);
+    y[i] = add(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  });
+  unroll<2>([&](auto i) IPEX_QUANT_INLINE {
+    z[i] = add(_mm256_unpacklo_epi64(y[2 * i], y[2 * i + 1]), _mm256_unpackhi_epi64(y[2 * i], y[2 * i + 1]));
+  });
+  return add(_mm256_permute2x128_si256(z[0], z[1], 0x20), _mm256_permute2x128_si256(z[0], z[1], 0x31));
+}
+inline vi reduce_lanes(const vi (&x)[kLanes]) {
+  return reduce_lanes_by(x, [](vi a, vi b) IPEX_QUANT_INLINE { return add_i(a, b); });
+}
+inline vf reduce_lanes(const vf (&x)[kLanes]) {
+  return as_f(reduce_lanes_by(x, [](vi a, vi b) IPEX_QUANT_INLINE { return as_i(add_f(as_f(a), as_f(b))); }));
+}
 inline vi load_quads(const void* a, const void* b, const void* c, const void* d) {
   const auto load = [](const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); };
   const __m128i ab = _mm_unpacklo_epi8(load(a), load(b)), cd = _mm_unpacklo_epi8(load(c), load(d));

@@ -96,6 +96,28 @@ inline void transpose(vi (&x)[kLanes]) {
     x[12 + c] = _mm512_shuffle_i32x4(high, high2, 0xDD);
   });
 }
+// Halves the number of vectors three times in lanes of 128 bits, then twice across them.
+template <class Add, class V>
+inline vi reduce_lanes_by(const V (&x)[kLanes], Add add) {
+  vi y[8], z[4];
+  unroll<8>([&](auto i) IPEX_QUANT_INLINE {
+    const vi a = vi(x[2 * i]), b = vi(x[2 * i + 1]);
+    y[i] = add(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  });
+  unroll<4>([&](auto i) IPEX_QUANT_INLINE {
+    z[i] = add(_mm512_unpacklo_epi64(y[2 * i], y[2 * i + 1]), _mm512_unpackhi_epi64(y[2 * i], y[2 * i + 1]));
+  });
+  const auto across = [&](vi a, vi b) IPEX_QUANT_INLINE {
+    return add(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
+  };
+  return across(across(z[0], z[1]), across(z[2], z[3]));
+}
+inline vi reduce_lanes(const vi (&x)[kLanes]) {
+  return reduce_lanes_by(x, [](vi a, vi b) IPEX_QUANT_INLINE { return add_i(a, b); });
+}
+inline vf reduce_lanes(const vf (&x)[kLanes]) {
+  return as_f(reduce_lanes_by(x, [](vi a, vi b) IPEX_QUANT_INLINE { return as_i(add_f(as_f(a), as_f(b))); }));
+}
 inline vi load_quads(const void* a, const void* b, const void* c, const void* d) {
   const auto load = [](const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); };
   vi x = _mm512_inserti32x4(_mm512_castsi128_si512(load(a)), load(b), 1);

@@ -169,6 +169,8 @@ inline void transpose(vi (&x)[kLanes]) {
       x[j].v[i] = lane;
     }
 }
+inline vi reduce_lanes(const vi (&x)[kLanes]) { IPEX_QUANT_EACH(vi, uint32_t(reduce_add(x[i]))); }
+inline vf reduce_lanes(const vf (&x)[kLanes]) { IPEX_QUANT_EACH(vf, reduce_add(x[i])); }
 inline vi load_quads(const void* a, const void* b, const void* c, const void* d) {
   const uint8_t* const rows[] = {static_cast<const uint8_t*>(a), static_cast<const uint8_t*>(b),
                                  static_cast<const uint8_t*>(c), static_cast<const uint8_t*>(d)};

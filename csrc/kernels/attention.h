@@ -3,80 +3,10 @@
 #pragma once
 
 #include "../half.h"
-#include "attention_pack.h"
-#include "byte_tile.h"
+#include "attention_stream.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
-
-// ------------------------------------------------------------------------------------------------------- multiplies
-// Operands of a multiply: words of `a` are broadcast, those of `b` are read by vectors.
-struct FloatDot {
-  using Sum = vf;
-  static vf a(const float* p) { return set1_f(*p); }
-  static vf b(const float* p) { return load_f(p); }
-  static void add(vf& sum, vf a, vf b) { sum = fma_f(a, b, sum); }
-};
-#if defined(IPEX_QUANT_BF16_DOT)
-struct PairDot {
-  using Sum = vf;
-  static vi a(const float* p) { return broadcast4(p); }
-  static vi b(const float* p) { return load_i(p); }
-  static void add(vf& sum, vi a, vi b) { dot_bf16(sum, b, a); }
-};
-#endif
-struct QueryKeyDot {
-  using Sum = vi;
-  static S8<false> a(const float* p) { return as_s8<false>(broadcast4(p)); }
-  static U8<false> b(const float* p) { return as_u8<false>(load_i(p)); }
-  static void add(vi& sum, S8<false> a, U8<false> b) { dot<false>(sum, b, a); }
-};
-struct ProbabilityValueDot {
-  using Sum = vi;
-  static U8<false> a(const float* p) { return as_u8<false>(broadcast4(p)); }
-  static S8<false> b(const float* p) { return as_s8<false>(load_i(p)); }
-  static void add(vi& sum, U8<false> a, S8<false> b) { dot<false>(sum, a, b); }
-};
-
-// What the products are made of. With two planes a row of the left operand is a row of high bytes and one of low bytes,
-// whose products are exact integers.
-struct FloatPath {
-  using Scores = FloatDot;
-  using Values = FloatDot;
-  static constexpr int kElements = 1, kPlanes = 1, kRows = 6;
-  static constexpr bool kCoarse = false;
-};
-#if defined(IPEX_QUANT_BF16_DOT)
-struct PairPath {
-  using Scores = PairDot;
-  using Values = PairDot;
-  static constexpr int kElements = 2, kPlanes = 1, kRows = 6;
-  static constexpr bool kCoarse = true;
-};
-#endif
-struct BytePath {
-  using Scores = QueryKeyDot;
-  using Values = ProbabilityValueDot;
-  static constexpr int kElements = 4, kPlanes = 2, kRows = kLanes == 16 ? 6 : 4;
-  static constexpr bool kCoarse = false;
-};
-template <class Path>
-constexpr int kPathVectors = kTileVectors / Path::kPlanes;
-
-template <class Dot, int Rows, int Vectors>
-IPEX_QUANT_INLINE inline void multiply(typename Dot::Sum (&sums)[Rows][Vectors], const float* a, int64_t a_stride,
-                                       const float* b, int64_t b_stride, int64_t steps) {
-  for (int64_t k = 0; k < steps; ++k, ++a, b += b_stride) {
-    decltype(Dot::b(b)) w[Vectors];
-    unroll<Vectors>([&](auto v) IPEX_QUANT_INLINE { w[v] = Dot::b(b + v * kLanes); });
-    unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
-      const auto x = Dot::a(a + m * a_stride);
-      unroll<Vectors>([&](auto v) IPEX_QUANT_INLINE { Dot::add(sums[m][v], x, w[v]); });
-    });
-  }
-}
-
-inline vf planes_value(vi high, vi low) { return fma_f(cvt_f(high), set1_f(256.0f), cvt_f(low)); }
 
 // ---------------------------------------------------------------------------------------------------------- exponent
 // 2^x for x that is not above 0 by more than rounding; 0 below 2^-126. Minimax polynomials of relative error 3e-6,
@@ -105,11 +35,6 @@ inline float exp2_scalar(float x) {
 constexpr float kLog2E = 1.44269504f, kMinusInfinity = -__builtin_inff();
 
 // -------------------------------------------------------------------------------------------------------------- task
-// A range of tokens of the block, or of rows.
-struct Span {
-  int64_t begin, end;
-};
-
 template <class Path>
 class AttentionRun {
  public:
@@ -130,7 +55,8 @@ class AttentionRun {
     query_sums_ = reinterpret_cast<int32_t*>(rows);  // [rows, 2]
     key_rows_ = reinterpret_cast<const uint8_t**>(base + at.token_state);
     value_rows_ = key_rows_ + block_;
-    key_scales_ = reinterpret_cast<float*>(value_rows_ + block_);
+    key_ahead_ = value_rows_ + block_;
+    key_scales_ = reinterpret_cast<float*>(key_ahead_ + block_);
     value_scales_ = key_scales_ + block_;
     mask_ = value_scales_ + block_;
     zeros_ = base + at.zeros;
@@ -141,26 +67,58 @@ class AttentionRun {
     pack_queries();
     std::memset(sums_, 0, size_t(task_.rows * columns_) * sizeof(float));
     for (int64_t r = 0; r < task_.rows; ++r) maximum_[r] = kMinusInfinity, total_[r] = 0.0f;
-    const int64_t tiles = (task_.rows + Path::kRows - 1) / Path::kRows;
+    const bool stream = can_stream<Path>(task_.rows, args_.key_dim, args_.value_dim);
     for (start_ = task_.begin; start_ < task_.end; start_ += block_) {
       count_ = task_.end - start_ < block_ ? task_.end - start_ : block_;
       find_tokens();
-      pack(args_.key_dim, key_rows_, keys_, block_, true);
-      for (int64_t tile = 0; tile < tiles; ++tile)
-        each_tile(tile, tiles, [&](auto rows, int64_t row, Span span) {
-          score<decltype(rows)::value>(row, span);
-          for (int64_t r = row; r < row + rows; ++r) softmax(r, span);
-        });
-      pack(args_.value_dim, value_rows_, values_, columns_, false);
-      for (int64_t tile = 0; tile < tiles; ++tile)
-        each_tile(tile, tiles, [&](auto rows, int64_t row, Span span) {
-          accumulate<decltype(rows)::value, kPathVectors<Path>>(row, span, 0);
-        });
+      stream ? stream_block() : pack_block();
     }
     task_.partial ? store_partial() : store_output();
   }
 
  private:
+  void pack_block() {
+    const int64_t tiles = (task_.rows + Path::kRows - 1) / Path::kRows;
+    pack(args_.key_dim, key_rows_, keys_, block_, true);
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      each_tile(tile, tiles, [&](auto rows, int64_t row, Span span) {
+        score<decltype(rows)::value>(row, span);
+        for (int64_t r = row; r < row + rows; ++r) softmax(r, span);
+      });
+    pack(args_.value_dim, value_rows_, values_, columns_, false);
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      each_tile(tile, tiles, [&](auto rows, int64_t row, Span span) {
+        accumulate<decltype(rows)::value, kPathVectors<Path>>(row, span, 0);
+      });
+  }
+
+  void stream_block() {
+    find_ahead();
+    const Span span = span_of_rows(0, task_.rows);
+    if (span.begin >= span.end) return;
+    with_source([&](auto source) {
+      constexpr int kFrom = decltype(source)::value;
+      unroll<4>([&](auto i) {
+        constexpr int kRows = 1 << decltype(i)::value;
+        if constexpr (kRows <= kStreamRows<Path>)
+          if (task_.rows <= kRows && 2 * task_.rows > kRows) stream_rows<kFrom, kRows>(span);
+      });
+    });
+  }
+
+  // As many rows as are multiplied at once; there is room for those that are none of the task's.
+  template <int S, int Rows>
+  void stream_rows(Span span) {
+    constexpr Source kFrom = Source(S);
+    constexpr int kVectors = kStreamSums / (Rows * Path::kPlanes);
+    stream_scores<Path, kFrom, Rows>({key_rows_, value_rows_}, span, query_, query_sums_, query_words_,
+                                     args_.key_dim / (kLanes * Path::kElements), scores_, block_);
+    for (int64_t r = 0; r < task_.rows; ++r) softmax(r, span);
+    stream_values < Path, kFrom, Rows,
+        kVectors<8 ? kVectors : 8>({value_rows_, key_ahead_}, span, probabilities_, probability_stride_ / Path::kPlanes,
+                                   0, {sums_, columns_, correction_, value_factor_});
+  }
+
   static constexpr Source kSource = Path::kElements == 4   ? Source::kQuads
                                     : Path::kElements == 2 ? Source::kPairs
                                                            : Source::kFloat32;
@@ -175,11 +133,16 @@ class AttentionRun {
     return {begin > 0 ? begin : 0, end < count_ ? end : count_};
   }
 
+  // Those that some of the rows see, in whole vectors.
+  Span span_of_rows(int64_t row, int64_t count) const {
+    return {span_of(row).begin / kLanes * kLanes, (span_of(row + count - 1).end + kLanes - 1) / kLanes * kLanes};
+  }
+
   // Calls f(Index<count>, first row, tokens that they see, in whole vectors) unless they see none.
   template <class F>
   void each_tile(int64_t tile, int64_t tiles, F f) {
     const int64_t row = tile * task_.rows / tiles, count = (tile + 1) * task_.rows / tiles - row;
-    Span span{span_of(row).begin / kLanes * kLanes, (span_of(row + count - 1).end + kLanes - 1) / kLanes * kLanes};
+    const Span span = span_of_rows(row, count);
     if (span.begin >= span.end) return;
     unroll<Path::kRows>([&](auto i) {
       if (count == i + 1) f(Index<decltype(i)::value + 1>{}, row, span);
@@ -195,7 +158,7 @@ class AttentionRun {
         query_scale_[r] = quantize_query(x, args_.type, args_.key_dim, query_words_, reinterpret_cast<uint8_t*>(to),
                                          query_sums_ + 2 * r);
       } else if constexpr (Path::kElements == 2) {
-        to[words(kSource, args_.key_dim) - 1] = 0.0f;
+        std::memset(to, 0, size_t(query_words_) * sizeof(float));
         std::memcpy(to, x, size_t(2 * args_.key_dim));
       } else {
         widen_query(x, args_.type, args_.key_dim, to);
@@ -207,45 +170,66 @@ class AttentionRun {
     return view.data + row * view.row + head * view.head + token * view.token;
   }
 
+  // Calls f(t, row, token) for tokens [begin, end) of the sequence, counted from start_, with their place in the cache.
+  template <class F>
+  void each_place(int64_t begin, int64_t end, F f) const {
+    if (!sequence_.table)
+      for (int64_t t = begin; t < end; ++t) f(t, sequence_.row, start_ + t + sequence_.first);
+    else if (!args_.page)
+      for (int64_t t = begin; t < end; ++t) f(t, sequence_.table[start_ + t], start_ + t);
+    else
+      for (int64_t t = begin; t < end; ++t) f(t, sequence_.table[(start_ + t) / args_.page], (start_ + t) % args_.page);
+  }
+
   // Where the tokens of the block are, up to a multiple of 16, the last of which may be zeros.
   void find_tokens() {
-    const int64_t padded = (count_ + 15) / 16 * 16;
-    for (int64_t t = 0; t < padded; ++t) {
-      if (t >= count_) {
-        key_rows_[t] = value_rows_[t] = zeros_;
-        key_scales_[t] = value_scales_[t] = 0.0f;
-        continue;
-      }
-      int64_t row = sequence_.row, token = start_ + t + sequence_.first;
-      if (sequence_.table) {
-        row = sequence_.table[args_.page ? (start_ + t) / args_.page : start_ + t];
-        if (args_.page) token = (start_ + t) % args_.page;
-      }
-      key_rows_[t] = at(args_.key, row, task_.head, token);
-      value_rows_[t] = at(args_.value, row, task_.head, token);
+    const TokenView &key = args_.key, &value = args_.value;
+    const uint8_t *keys = key.data + task_.head * key.head, *values = value.data + task_.head * value.head;
+    each_place(0, count_, [&](int64_t t, int64_t row, int64_t token) IPEX_QUANT_INLINE {
+      key_rows_[t] = keys + row * key.row + token * key.token;
+      value_rows_[t] = values + row * value.row + token * value.token;
       if constexpr (Path::kElements == 4) {
         std::memcpy(key_scales_ + t, at(args_.key_scales, row, task_.head, token), 4);
         std::memcpy(value_scales_ + t, at(args_.value_scales, row, task_.head, token), 4);
       }
+    });
+    for (int64_t t = count_; t < (count_ + 15) / 16 * 16; ++t) {
+      key_rows_[t] = value_rows_[t] = zeros_;
+      key_scales_[t] = value_scales_[t] = 0.0f;
     }
   }
 
-  void pack(int64_t dim, const uint8_t* const* rows, float* to, int64_t stride, bool keys) {
-    if constexpr (Path::kElements > 1)
-      pack_from<kSource>(dim, rows, to, stride, keys);
-    else if (args_.type == kFloat32)
-      pack_from<Source::kFloat32>(dim, rows, to, stride, keys);
-    else if (args_.type == kBFloat16)
-      pack_from<Source::kBFloat16>(dim, rows, to, stride, keys);
-    else
-      pack_from<Source::kHalf>(dim, rows, to, stride, keys);
+  // Where the keys of the next block are, in this task or in the next.
+  void find_ahead() {
+    const int64_t left = sequence_.tokens - start_, end = left < 2 * block_ ? left : 2 * block_;
+    const uint8_t* keys = args_.key.data + task_.head * args_.key.head;
+    for (int64_t t = 0; t < block_; ++t) key_ahead_[t] = zeros_;
+    each_place(block_, end, [&](int64_t t, int64_t row, int64_t token) IPEX_QUANT_INLINE {
+      key_ahead_[t - block_] = keys + row * args_.key.row + token * args_.key.token;
+    });
   }
-  template <Source S>
-  void pack_from(int64_t dim, const uint8_t* const* rows, float* to, int64_t stride, bool keys) {
-    if (keys)
-      pack_keys<S>(rows, count_, dim, stride, to);
+
+  // Calls f(Index<source>).
+  template <class F>
+  void with_source(F f) const {
+    if constexpr (Path::kElements > 1)
+      f(Index<int(kSource)>{});
+    else if (args_.type == kFloat32)
+      f(Index<int(Source::kFloat32)>{});
+    else if (args_.type == kBFloat16)
+      f(Index<int(Source::kBFloat16)>{});
     else
-      pack_values<S>(rows, (count_ + 15) / 16 * 16, dim, stride, to);
+      f(Index<int(Source::kHalf)>{});
+  }
+
+  void pack(int64_t dim, const uint8_t* const* rows, float* to, int64_t stride, bool keys) {
+    with_source([&](auto source) {
+      constexpr Source kFrom = Source(decltype(source)::value);
+      if (keys)
+        pack_keys<kFrom>(rows, count_, dim, stride, to);
+      else
+        pack_values<kFrom>(rows, (count_ + 15) / 16 * 16, dim, stride, to);
+    });
   }
 
   template <int Rows>
@@ -425,7 +409,7 @@ class AttentionRun {
   float *query_, *keys_, *values_, *scores_, *probabilities_, *sums_;
   float *maximum_, *total_, *correction_, *query_scale_, *value_factor_;
   int32_t* query_sums_;
-  const uint8_t **key_rows_, **value_rows_;
+  const uint8_t **key_rows_, **value_rows_, **key_ahead_;
   float *key_scales_, *value_scales_, *mask_;
   const uint8_t* zeros_;
 };
