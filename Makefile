@@ -74,6 +74,7 @@ sanitize: $(ENV_STAMP)  ## run the tests of the native ops under the address and
 bench: build  ## measure the linear kernels against limits and peers, and what calibration costs
 	$(BIN)/python benchmarks/linear.py
 	$(BIN)/python benchmarks/int8.py
+	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/calibration.py
 
 wheel: $(ENV_STAMP)  ## build a wheel into dist/
