@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
-from .varlen import Options, attend, check_out, check_slopes, check_states, read_options, read_starts
+from ... import ops
+from .varlen import Options, attend, check_out, check_slopes, read_options, read_starts
 
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e5m2")
 """Types of a cache: that of the keys and values, or FP8 with five bits of exponent."""
@@ -52,13 +53,14 @@ class PagedAttention:
             )
         slots = slot_mapping.long()
         _check_range("slot_mapping", slots, -1, blocks * block_size - 1)
+        key, value = key.detach(), value.detach()
+        if cache.key.dtype == key.dtype:
+            ops.write_paged_cache(key, value, *cache, slots)
+            return
         used = slots >= 0
         slots = slots[used]
         for states, target, scale in ((key, cache.key, k_scale), (value, cache.value, v_scale)):
-            states = states.detach()[used]
-            if target.dtype != states.dtype:
-                states = (states.float() / scale).to(target.dtype)
-            target[slots // block_size, :, slots % block_size] = states
+            target[slots // block_size, :, slots % block_size] = (states[used].float() / scale).to(target.dtype)
 
     reshape_and_cache_flash = reshape_and_cache
 
@@ -168,10 +170,10 @@ class _Cache(NamedTuple):
 
 
 class _Tables(NamedTuple):
-    """Blocks and the number of tokens of every sequence."""
+    """The blocks of every sequence, int32 ``[sequences, blocks]``, and the number of its tokens, ``[sequences]``."""
 
-    blocks: list[torch.Tensor]
-    lengths: list[int]
+    blocks: torch.Tensor
+    lengths: torch.Tensor
 
 
 def _cache(key_cache: torch.Tensor, value_cache: torch.Tensor, kv_heads: int | None, block_size: int | None) -> _Cache:
@@ -226,16 +228,17 @@ def _read_tables(cache: _Cache, block_tables: torch.Tensor, lengths: torch.Tenso
         raise ValueError(f"block_tables: expected a row for each of {len(lengths)} sequences, got {len(block_tables)}")
     _check_range("context_lens", lengths, 0, int(longest))
     blocks, _, block_size, _ = cache.key.shape
-    counts = [-(-length // block_size) for length in lengths.tolist()]
-    if counts and max(counts) > block_tables.shape[1]:
+    lengths = lengths.long()
+    counts = (lengths + block_size - 1) // block_size
+    width = block_tables.shape[1]
+    if len(counts) and int(counts.max()) > width:
         raise ValueError(
-            f"block_tables: expected {max(counts)} blocks of {block_size} for {int(lengths.max())} tokens, got "
-            f"{block_tables.shape[1]}"
+            f"block_tables: expected {int(counts.max())} blocks of {block_size} for {int(lengths.max())} tokens, got "
+            f"{width}"
         )
-    used = [table[:count].long() for table, count in zip(block_tables, counts, strict=True)]
-    for table in used:
-        _check_range("block_tables", table, 0, blocks - 1)
-    return _Tables(used, lengths.tolist())
+    used = torch.arange(width) < counts[:, None]
+    _check_range("block_tables", block_tables[used], 0, blocks - 1)
+    return _Tables(block_tables.int(), lengths)
 
 
 def _attend(
@@ -251,18 +254,26 @@ def _attend(
     check_out(out, query, cache.value.shape[3])
     if len(tables.lengths) != len(starts) - 1:
         raise ValueError(f"context_lens: expected {len(starts) - 1} sequences, got {len(tables.lengths)}")
-    _check_cache(cache, query.dtype, (cache.key.shape[1], query.shape[2], cache.value.shape[3]), scales)
-    query, parts = query.detach(), []
-    for (first, last), blocks, length in zip(pairwise(starts), *tables, strict=True):
-        key, value = (
-            _tokens(tensor, blocks, length, query.dtype, scale) for tensor, scale in zip(cache, scales, strict=True)
+    kv_heads = cache.key.shape[1]
+    _check_cache(cache, query.dtype, (kv_heads, query.shape[2], cache.value.shape[3]), scales)
+    if not kv_heads or query.shape[1] % kv_heads:
+        raise ValueError(
+            f"query: expected heads that the {kv_heads} KV heads of the cache divide, got {query.shape[1]}"
         )
-        check_states(query[first:last], key, value)
-        parts.append(attend(query[first:last], key, value, options))
-    return out.copy_(torch.cat(parts)) if parts else out
+    query = query.detach()
+    if options.native and cache.key.dtype == query.dtype:
+        result = ops.paged_attention(query, *cache, *tables, torch.tensor(starts), **options.arguments())
+    else:
+        states = (_tokens(tensor, tables, query.dtype, scale) for tensor, scale in zip(cache, scales, strict=True))
+        result = attend((query, *states), (starts, [0, *accumulate(tables.lengths.tolist())]), options)
+    return out.copy_(result)
 
 
-def _tokens(cache: torch.Tensor, blocks: torch.Tensor, length: int, dtype: torch.dtype, scale: float) -> torch.Tensor:
-    """Keys or values of one sequence, ``[length, Hkv, D]``."""
-    states = cache.index_select(0, blocks).transpose(1, 2).flatten(0, 1)[:length]
+def _tokens(cache: torch.Tensor, tables: _Tables, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    """Keys or values of all sequences, ``[tokens, Hkv, D]``."""
+    block_size = cache.shape[2]
+    places = torch.arange(tables.blocks.shape[1] * block_size)
+    blocks = tables.blocks.long().repeat_interleave(block_size, dim=1)
+    used = places < tables.lengths[:, None]
+    states = cache[blocks[used], :, (places % block_size).expand_as(used)[used]]
     return states if states.dtype == dtype else (states.float() * scale).to(dtype)

@@ -27,6 +27,17 @@ class Options(NamedTuple):
     dropout: float = 0.0
     generator: torch.Generator | None = None
 
+    @property
+    def native(self) -> bool:
+        """Whether the native ops compute it, with what `arguments` says."""
+        return self.dropout == 0 and (self.right == 0 or (self.left < 0 and self.right < 0))
+
+    def arguments(self) -> dict[str, Any]:
+        """What the native ops take."""
+        window = self.left + 1 if self.left >= 0 else 0
+        causal = self.right == 0
+        return {"scale": self.scale, "causal": causal, "window": window, "softcap": self.softcap, "alibi": self.alibi}
+
 
 class VarlenAttention(nn.Module):
     """Attention within sequences of different lengths, whose tokens stand one after another."""
@@ -132,35 +143,35 @@ def _varlen_attention(
         check_slopes(alibi_slopes, query.shape[1]),
     )._replace(dropout=pdropout, generator=gen_)
     check_out(out, query, value.shape[2])
-    parts = [
-        attend(query[q0:q1], key[k0:k1], value[k0:k1], options)
-        for (q0, q1), (k0, k1) in zip(pairwise(starts_q), pairwise(starts_k), strict=True)
-    ]
-    result = torch.cat(parts) if parts else query.new_empty(0, query.shape[1], value.shape[2])
-    if out is None:
-        return result
-    return out.copy_(result)
+    result = attend((query, key, value), (starts_q, starts_k), options)
+    return result if out is None else out.copy_(result)
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> torch.Tensor:
-    """Attention within one sequence: ``[L, H, D]``, ``[T, Hkv, D]`` and ``[T, Hkv, Dv]`` to ``[L, H, Dv]``.
+def attend(
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor], starts: tuple[list[int], list[int]], options: Options
+) -> torch.Tensor:
+    """Attention within sequences: ``[L, H, D]``, ``[T, Hkv, D]`` and ``[T, Hkv, Dv]`` to ``[L, H, Dv]``.
 
-    The last query is at the last key. A query that sees nothing gets 0.
+    `starts` say where the queries and the tokens of each sequence begin, the last numbers where all end.
     """
-    if options.dropout > 0 or needs_gradient(query, key, value, options.alibi):
-        return _attend_in_torch(query, key, value, options)
-    left, right = options.left, options.right
-    regular = right == 0 or (left < 0 and right < 0)
-    output = ops.attention(
-        *(states.transpose(0, 1)[None] for states in (query, key, value)),
-        scale=options.scale,
-        causal=regular and right == 0,
-        mask=None if regular else _visible(query.shape[0], key.shape[0], left, right)[None, None],
-        window=left + 1 if regular and left >= 0 else 0,
-        softcap=options.softcap,
-        alibi=options.alibi,
-    )
-    return output[0]
+    query, key, value = states
+    in_torch = options.dropout > 0 or needs_gradient(query, key, value, options.alibi)
+    if options.native and not in_torch:
+        return ops.varlen_attention(query, key, value, *map(torch.tensor, starts), **options.arguments())
+    run = _attend_in_torch if in_torch else _attend_in_window
+    parts = [
+        run(query[q0:q1], key[k0:k1], value[k0:k1], options)
+        for (q0, q1), (k0, k1) in zip(*map(pairwise, starts), strict=True)
+    ]
+    return torch.cat(parts) if parts else query.new_empty(0, query.shape[1], value.shape[2])
+
+
+def _attend_in_window(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> torch.Tensor:
+    """A window that the native ops do not have, as a mask."""
+    arguments = options.arguments() | {"causal": False, "window": 0}
+    mask = _visible(query.shape[0], key.shape[0], options.left, options.right)
+    batched = (states.transpose(0, 1)[None] for states in (query, key, value))
+    return ops.attention(*batched, mask=mask[None, None], **arguments)[0]
 
 
 def _attend_in_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> torch.Tensor:

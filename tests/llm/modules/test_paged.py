@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ipex_quant import ops
 from ipex_quant.llm.modules import PagedAttention
 
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
@@ -118,6 +119,12 @@ class TestWriting:
             ({"kv_cache_dtype": "int3"}, TypeError, "unsupported kv_cache_dtype"),
             ({"kv_cache_dtype": "fp8"}, TypeError, "only float8_e5m2 supported"),
             ({"k_scale": 2.0}, ValueError, "k_scale, v_scale: expected 1.0"),
+            (
+                {"value_cache": torch.full((BLOCKS, KV, D, BLOCK), 7.0).transpose(2, 3)},
+                RuntimeError,
+                "value_cache: expected",
+            ),
+            ({"key": torch.ones(2, KV * D), "value": torch.ones(2, KV * D)}, ValueError, "key, value: expected"),
         ],
     )
     def test_refuses_what_does_not_fit_and_writes_nothing(self, change, error, message):
@@ -134,6 +141,15 @@ class TestWriting:
             PagedAttention.reshape_and_cache(**arguments)
         assert key_cache.eq(7).all()
         assert arguments["value_cache"].eq(7).all()
+
+    def test_takes_tokens_with_any_strides(self):
+        key, value = (torch.randn(D, 3, KV).permute(1, 2, 0) for _ in range(2))
+        written, expected = caches(), caches()
+        slots = torch.tensor([17, 4, 3])
+        PagedAttention.reshape_and_cache(key, value, *written, slots)
+        PagedAttention.reshape_and_cache(key.contiguous(), value.contiguous(), *expected, slots)
+        for one, other in zip(written, expected, strict=True):
+            assert torch.equal(one, other)
 
 
 class TestSingleQuery:
@@ -152,6 +168,15 @@ class TestSingleQuery:
         setup = Setup(dtype)
         expected = setup.expected(dense, setup.query, [1] * len(LENGTHS), **meant)
         torch.testing.assert_close(setup.single(**given), expected, **TOLERANCE[dtype])
+
+    def test_reads_all_sequences_in_one_call(self, monkeypatch):
+        setup, calls = Setup(), []
+        op = ops.paged_attention
+        monkeypatch.setattr(ops, "paged_attention", lambda *args, **options: calls.append(args) or op(*args, **options))
+        monkeypatch.setattr(ops, "attention", None)
+        setup.single(window_size=3, softcap=1.5)
+        setup.several(torch.randn(len(LENGTHS), H, D), [1] * len(LENGTHS))
+        assert len(calls) == 2
 
     def test_layout_of_the_document(self):
         one, other = Setup(), None
@@ -199,6 +224,11 @@ class TestSingleQuery:
             ({"context_lens": torch.tensor([9, 8, 19, 1])}, IndexError, r"block_tables: expected 0\.\.11, got -5"),
             ({"context_lens": torch.tensor([5, 8, 19])}, ValueError, "block_tables: expected a row for each of 3"),
             ({"context_lens": torch.ones(4)}, ValueError, "context_lens: expected 1-D integers"),
+            (
+                {"block_tables": torch.full((4, 3), 2**32)},
+                IndexError,
+                r"block_tables: expected 0\.\.11, got 4294967296",
+            ),
             ({"block_tables": torch.full((4, 3), BLOCKS)}, IndexError, r"block_tables: expected 0\.\.11, got 12"),
             ({"block_tables": torch.zeros(12, dtype=torch.long)}, ValueError, "block_tables: expected 2-D integers"),
             ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes: expected shape \[4\]"),
@@ -236,6 +266,19 @@ class TestSeveralQueries:
         expected = setup.expected(dense, query, list(self.COUNTS), **meant)
         torch.testing.assert_close(setup.several(query, self.COUNTS, **given), expected, **TOLERANCE[dtype])
 
+    def test_nan_stays_in_its_sequence(self):
+        setup = Setup()
+        setup.caches[0][setup.tables[2, 1]] = torch.nan
+        result = setup.several(torch.randn(sum(self.COUNTS), H, D), self.COUNTS)
+        assert result[2:9].isnan().any()
+        assert result[[0, 1, 9]].isfinite().all()
+
+    def test_wrong_heads(self):
+        out = torch.full((10, 3, D), 9.0)
+        with pytest.raises(ValueError, match="query: expected heads that the 2 KV heads of the cache divide, got 3"):
+            Setup().several(torch.ones(10, 3, D), self.COUNTS, output=out)
+        assert out.eq(9).all()
+
     def test_has_the_name_of_the_docstring(self):
         assert PagedAttention.flash_atten_varlen == PagedAttention.flash_attn_varlen_func
 
@@ -262,6 +305,15 @@ class TestSeveralQueries:
 
 
 class TestFp8:
+    def test_has_windows_and_several_queries(self, dense):
+        setup = Setup(cache_dtype=torch.float8_e5m2)
+        setup.key, setup.value = (states.to(torch.float8_e5m2).float() for states in (setup.key, setup.value))
+        counts = TestSeveralQueries.COUNTS
+        query = torch.randn(sum(counts), H, D)
+        result = setup.several(query, counts, False, window_size_left=3, window_size_right=2)
+        expected = setup.expected(dense, query, list(counts), causal=False, left=3, right=2)
+        torch.testing.assert_close(result, expected)
+
     def test_holds_scaled_values(self, dense):
         scales = {"k_scale": 0.5, "v_scale": 2.0}
         setup = Setup(cache_dtype=torch.float8_e5m2, kv_cache_dtype="fp8_e5m2", **scales)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ipex_quant import ops
 from ipex_quant.llm import functional, modules
 
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
@@ -91,6 +92,19 @@ def test_more_queries_than_keys_see_nothing_at_first(dense):
     result = call(states, lengths)
     assert result[:3].eq(0).all()
     torch.testing.assert_close(result, expected(dense, states, lengths))
+
+
+def test_all_sequences_are_one_call(monkeypatch):
+    states = tensors()
+    expected = call(states)
+    monkeypatch.setattr(ops, "attention", None)
+    assert torch.equal(call(states), expected)
+
+
+def test_no_sequences():
+    states = tensors([(0, 0)])
+    assert call(states, [(0, 0)]).shape == (0, H, D)
+    assert functional.varlen_attention(*states, None, torch.tensor([0]), torch.tensor([0]), 0, 0).shape == (0, H, D)
 
 
 def test_nan_stays_in_its_sequence():
