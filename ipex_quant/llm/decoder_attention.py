@@ -73,11 +73,15 @@ class FusedAttention:
         self.heads = output.in_features // self.head_size
         self.key_heads = (sum(each.out_features for each in projections) // self.head_size - self.heads) // 2
         self.scale = part(module, names.scale, self.head_size**-0.5)
+        self.softcap = part(module, names.softcap) or 0.0 if names.softcap else 0.0
+        self.clip = part(module, names.clip) if names.clip else None
         self.norms = [norm_part(module, name) for name in names.norms]
         self.rope = _ROPES[names.rope]
-        self.interleaved = names.rope in (Rope.INTERLEAVED, Rope.TABLE)
-        in_blocks = names.layout in (Layout.SEPARATE, Layout.BLOCKS)
-        self.one_call = in_blocks and self.rope is not None and not self.norms
+        self.interleaved = names.rope not in (Rope.NONE, Rope.HALF)
+        blocks = names.layout == Layout.BLOCKS or (names.layout == Layout.GROUPS and self.key_heads == 1)
+        by_heads = self.norms and not names.joint_norms
+        self.joins = not by_heads and (blocks or names.layout == Layout.SEPARATE)
+        self.is_joined = not by_heads and blocks
         self.is_causal = getattr(module, "is_causal", True)
         self.slopes = alibi_slopes(self.heads) if names.alibi else None
 
@@ -92,15 +96,14 @@ class FusedAttention:
             cache = getattr(cache, "self_attention_cache", cache)
             room = self.reserve(cache.layers, x, mask)
         projected = self.project(x)
-        few = len(projected) == 1 or x.shape[0] * x.shape[1] <= MAX_JOINED
-        if (
-            room is not None and self.one_call and few and not torch.compiler.is_compiling()
-        ):  # `start` would be constant
-            attended = self.turn_and_attend(projected, kwargs, mask, room)
+        if self.clip:
+            projected = [each.clamp(-self.clip, self.clip) for each in projected]
+        if self.norms and self.names.joint_norms:
+            projected[:2] = self.norms[0](projected[0]), self.norms[1](projected[1])
+        if room is not None and self.fits_one_call(x, mask):
+            attended = self.turn_and_attend(self.join(projected, *x.shape[:2]), kwargs, mask, room)
             return self.output(attended, post_op, *others)
-        query, key, value = self.split(self, projected, *x.shape[:2])
-        if self.norms:
-            query, key = self.norms[0](query), self.norms[1](key)
+        query, key, value = self.split_heads(projected, *x.shape[:2])
         if self.rope is not None:
             cos, sin = self.rope(self, kwargs, query.dtype)
             rotated = cos.shape[-1] * (1 + self.interleaved)
@@ -115,6 +118,26 @@ class FusedAttention:
             attended = self.attend(query, key, value, mask, kwargs)
         return self.output(attended.flatten(2), post_op, *others)
 
+    def split_heads(self, projected: list[torch.Tensor], *shape: int) -> Heads:
+        """Queries, keys and values, normed if they are so by heads."""
+        query, key, value = self.split(self, projected, *shape)
+        if self.norms and not self.names.joint_norms:
+            query, key = self.norms[0](query), self.norms[1](key)
+        return query, key, value
+
+    def join(self, projected: list[torch.Tensor], *shape: int) -> torch.Tensor:
+        """All queries, then all keys, then all values: ``[B, L, (H + 2 * Hkv) * D]``."""
+        if not self.joins:
+            return torch.cat(self.split_heads(projected, *shape), dim=2).flatten(2)
+        return projected[0] if len(projected) == 1 else torch.cat(projected, dim=-1)
+
+    def fits_one_call(self, x: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        """Whether one call may rotate, store and attend, which is causal whatever the mask says."""
+        if torch.compiler.is_compiling() or not self.is_causal:  # where the cache starts would be a constant
+            return False
+        few = self.is_joined or x.shape[0] * x.shape[1] <= MAX_JOINED
+        return few and (mask is None or x.shape[1] == 1)
+
     def reserve(self, layers: list[Any], x: torch.Tensor, mask: torch.Tensor | None) -> Room | None:
         """Room in a native cache for keys and values of `x`; None where only its `update` will do."""
         layer, length = layers[self.layer_index] if self.layer_index < len(layers) else None, x.shape[1]
@@ -127,11 +150,13 @@ class FusedAttention:
         return Room(layer, keys, values, *(scales or (None, None)), start)
 
     def turn_and_attend(
-        self, projected: list[torch.Tensor], kwargs: dict[str, Any], mask: torch.Tensor | None, room: Room
+        self, joined: torch.Tensor, kwargs: dict[str, Any], mask: torch.Tensor | None, room: Room
     ) -> torch.Tensor:
         """Rotation, cache and attention in one call: ``[B, L, H * D]``."""
-        joined = projected[0] if len(projected) == 1 else torch.cat(projected, dim=-1)
-        cos, sin = self.rope(self, kwargs, joined.dtype)
+        if self.rope is None:
+            cos = sin = joined.new_empty(1, joined.shape[1], 0)
+        else:
+            cos, sin = self.rope(self, kwargs, joined.dtype)
         attended = ops.fused_rope_attention(
             joined,
             cos,
@@ -145,6 +170,8 @@ class FusedAttention:
             rotary_dim=cos.shape[-1] * (1 + self.interleaved),
             interleaved=self.interleaved,
             mask=mask,
+            softcap=self.softcap,
+            alibi=self.slopes,
         )
         room.layer.commit(joined.shape[1])
         return attended
@@ -165,6 +192,7 @@ class FusedAttention:
             scale=self.scale,
             causal=mask is None and self.is_causal,
             mask=mask,
+            softcap=self.softcap,
             alibi=self.slopes,
             key_scales=None if key_scales is None else key_scales[stored],
             value_scales=None if value_scales is None else value_scales[stored],
@@ -182,8 +210,10 @@ class FusedAttention:
         if self.names.position_bias and kwargs.get("position_bias") is None:
             kwargs["position_bias"] = self.relative_bias(query.shape[2], key.shape[2])
         if self.slopes is None:
-            bias = kwargs["position_bias"] if self.names.position_bias else None
-            return attention_forward(self.module, query, key, value, mask, scaling=self.scale, position_bias=bias)[0]
+            options = {"position_bias": kwargs["position_bias"]} if self.names.position_bias else {}
+            if self.softcap:
+                options["softcap"] = self.softcap
+            return attention_forward(self.module, query, key, value, mask, scaling=self.scale, **options)[0]
         options = {"causal": mask is None, "mask": mask}
         return attend(query, Storage.of(key), Storage.of(value), scale=self.scale, alibi=self.slopes, **options)
 
@@ -287,10 +317,21 @@ def _given_halves(attention: FusedAttention, kwargs: dict[str, Any], dtype: torc
     return cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[0]
 
 
+def _given_twice(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
+    cos, sin = kwargs["position_embeddings"]
+    return cos[..., ::2], sin[..., ::2]
+
+
 def _looked_up(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
     table = F.embedding(kwargs["position_ids"], attention.module.embed_positions)
     sin, cos = table.to(dtype).chunk(2, dim=-1)
     return cos, sin
 
 
-_ROPES = {Rope.NONE: None, Rope.HALF: _given, Rope.INTERLEAVED: _given_halves, Rope.TABLE: _looked_up}
+_ROPES = {
+    Rope.NONE: None,
+    Rope.HALF: _given,
+    Rope.INTERLEAVED: _given_halves,
+    Rope.TWICE: _given_twice,
+    Rope.TABLE: _looked_up,
+}

@@ -39,6 +39,9 @@ class Rope(Enum):
     INTERLEAVED = auto()
     """Feature 2 i goes with 2 i + 1; cosines and sines ``[.., R]`` of which the second half repeats the first."""
 
+    TWICE = auto()
+    """As INTERLEAVED, with every value of the cosines and sines twice, one after the other."""
+
     TABLE = auto()
     """As INTERLEAVED, with sines and cosines ``[positions, R]`` in the buffer `embed_positions` of the attention."""
 
@@ -66,7 +69,13 @@ class Attention:
     layout: Layout = Layout.SEPARATE
     rope: Rope = Rope.HALF
     norms: tuple[str, ...] = ()
-    """Norms of every query and key head, before the rotation."""
+    """Norms of every query and key head, before the rotation; a list of layer norms has one for each head."""
+
+    joint_norms: bool = False
+    """The norms are over the features of all heads at once."""
+
+    clip: str = ""
+    """Attribute with the largest magnitude of queries, keys and values, or none."""
 
     alibi: bool = False
     """Scores fall with the distance, at a rate that each head has of its own."""
@@ -79,6 +88,9 @@ class Attention:
 
     scale: str = "scaling"
     """Attribute with what scores are multiplied by; where there is none, the inverse root of the head size."""
+
+    softcap: str = ""
+    """Attribute with the bound c of scores, ``c * tanh(score / c)``, or none."""
 
     head_size: str = "head_dim"
     index: str = "layer_idx"
