@@ -1,14 +1,15 @@
 """Quantized large language models: `optimize`, `save`, `load` and what they are made of.
 
 Importing this registers the quantization method ``ipex_quant`` with transformers, so that `from_pretrained` loads what
-`save` or `save_pretrained` wrote.
+`save` or `save_pretrained` wrote, and the attention of that name.
 """
 
-from . import functional, modules, quantization, utils
+from . import attention, functional, modules, quantization, utils
 from ._optimize import optimize
 from .hf_quantizer import register
 from .saving import load, save
 
 __all__ = ["functional", "load", "modules", "optimize", "quantization", "save", "utils"]
 
+attention.register()
 register()

@@ -11,6 +11,7 @@ from torch.ao.quantization import QConfigMapping
 
 from ..checkpoints import Checkpoint
 from ..nn import WeightOnlyQuantizedLinear
+from ..nn.fused_forward import restore_forwards
 from ..nn.linears import is_linear, weight_matrix
 from ..quantization._qconfig import QConfigWoq
 from ..quantization._quantize import FLOAT_REASONS, check_any_quantized, warn_if_mostly_float
@@ -38,6 +39,7 @@ def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, mapping: QConfigM
     }
     reasons |= {name: "it is not quantized in the checkpoint" for name in chosen if name not in stored}
     model = model if inplace else copy_sharing_parameters(model)
+    restore_forwards(model)
     untie(model, replacements)
     swap_modules(model, replacements)
     setattr(model, FLOAT_REASONS, reasons)

@@ -1,4 +1,4 @@
-"""`optimize`: quantize the linear layers of a transformers model and set the dtype of the rest."""
+"""`optimize`: quantize the linear layers of a transformers model and let the rest compute natively."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from ..quantization._quantize import prepare_with_summary
 from ..quantization._swap import return_freed_memory
 from ._casting import cast_float
 from ._checkpoint import apply_checkpoint
+from .cache import NativeLayer
 from .hf_quantizer import attach
+from .native import use_native_stack
 
 logger = logging.getLogger("ipex_quant")
 
@@ -40,8 +42,14 @@ def optimize(
     sample_inputs: Any = None,
     deployment_mode: bool = True,
     cache_weight_for_large_batch: bool = False,
+    kv_cache_dtype: torch.dtype | None = None,
 ) -> nn.Module | tuple[nn.Module, torch.optim.Optimizer | None]:
-    """Quantize the linear layers of a transformers model, of any architecture, and cast the rest to `dtype`.
+    """Quantize the linear layers of a transformers model, of any architecture; let all compute natively in `dtype`.
+
+    Attention, norms and key/value caches become native by the model's structure, whole decoder layers where their
+    family is known; `generate` and `forward` are called as before. Calls that need gradients, and training mode, run
+    stock code: call the model under ``torch.inference_mode()``. Hooks that are registered later on modules within a
+    fused layer are not called; `ipex_quant.quantization.prepare` and the like take the layers apart first.
 
     - `dtype` is float32, bfloat16 or float16.
     - `quantization_config`, a mapping that ``ipex_quant.quantization`` makes, says which layers and how; ``lm_head``
@@ -55,15 +63,19 @@ def optimize(
     - `sample_inputs`, keyword (a dict) or positional (a tuple) arguments of `model`, show which layers share an input
       where activations are quantized; without, transformers' own dummy inputs do.
     - `deployment_mode` and `cache_weight_for_large_batch` are IPEX's; nothing is traced or cached.
+    - `kv_cache_dtype` is what keys and values are stored in: None for the model's dtype, torch.int8 (one scale per
+      token and head), or a float dtype. ``model.config.kv_cache_dtype`` counts without it, and with
+      ``model.config.token_latency = True``, `generate` returns (output, seconds per token).
 
-    Raises ValueError for an unsupported `dtype` or configuration, a model in training mode, a summary file of another
-    model, NaN or Inf in a weight, and when quantization was asked for and no layer could be quantized
+    Raises ValueError for an unsupported `dtype`, `kv_cache_dtype` or configuration, a model in training mode, a summary
+    file of another model, NaN or Inf in a weight, and when quantization was asked for and no layer could be quantized
     (`ipex_quant.explain` tells more); OSError for a summary file that cannot be read; RuntimeError for another device.
     A model in training mode, or with an optimizer, comes back as it is in a tuple, with a warning, if no quantization
     was asked for.
     """
     quantize = quantization_config is not None or low_precision_checkpoint is not None
     _check(model, dtype, device, quantize, cache_weight_for_large_batch)
+    NativeLayer(kv_cache_dtype)  # checks it before anything changes
     static = needs_calibration(quantization_config)
     if qconfig_summary_file is not None and not static:
         raise ValueError("qconfig_summary_file: it goes with a static or SmoothQuant quantization_config")
@@ -88,9 +100,11 @@ def optimize(
             warnings.warn(f"nothing changed: {before} modules are quantized already and stay as they are", stacklevel=2)
     elif not inplace:
         model = copy.deepcopy(model)
+    cast_float(model, dtype)
     if static and qconfig_summary_file is None:
         logger.info("ipex.llm.optimize is prepared for the calibration of the static quantization")
-    cast_float(model, dtype)
+    else:
+        use_native_stack(model, kv_cache_dtype)
     return_freed_memory()
     quantized = _quantized(model)
     for module in quantized:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..nn.fused_forward import FusedForward, restore_forwards
 from ..ops import PostOp
 from .decoder_attention import CrossAttention, FusedAttention, UnsuitableError, norm_part, part
 from .families import FAMILIES, Family, Mlp, Residual
@@ -29,12 +30,12 @@ _KNOWN = _USED + _WITHOUT_EFFECT
 def fuse_decoder(model: nn.Module) -> list[str]:
     """Let every decoder layer of `model` that is of a known family compute in few native calls; return their names.
 
-    Call it again after modules were replaced, and `restore_decoder` before something has to call them one by one, such
+    Call it again after modules were replaced, and `restore_forwards` before something has to call them one by one, such
     as calibration: hooks that are registered later on modules within a layer are not called. A fused layer runs stock
     code in training mode, under autocast, where gradients or attention weights are asked for, and where it gets an
     argument that it does not know. Why other layers of a known family stay stock is logged.
     """
-    restore_decoder(model)
+    restore_forwards(model, FusedLayer)
     fused = []
     for name, module in model.named_modules():
         if type(module).__name__ in FAMILIES:
@@ -44,13 +45,6 @@ def fuse_decoder(model: nn.Module) -> list[str]:
             else:
                 logger.info("%s stays stock: %s", name, reason)
     return fused
-
-
-def restore_decoder(model: nn.Module) -> None:
-    """Undo `fuse_decoder`."""
-    for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), FusedLayer):
-            del module.forward
 
 
 def _fuse(layer: nn.Module) -> str | None:
@@ -72,7 +66,7 @@ def _holds(layer: nn.Module, family: Family) -> bool:
     return all(part(layer, path, value) == value for path, value in family.requires.items())
 
 
-class FusedLayer:
+class FusedLayer(FusedForward):
     """What is in the place of a decoder layer's `forward`, with the same arguments and results."""
 
     def __init__(self, layer: nn.Module, family: Family) -> None:

@@ -20,23 +20,33 @@ from ..nn import Int8Linear, Placeholder
 from ..nn.linears import FLOAT_DTYPES
 from ..quantization._description import KINDS, METHOD, VERSION, describe
 from ..quantization._tying import untie
+from .native import native_stack, use_native_stack
 
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of `device_map` that leave the choice to the library."""
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+_CACHE_DTYPES = _DTYPES | {"int8": torch.int8}
 
 
 class IpexQuantConfig(QuantizationConfigMixin):
     """Entry `quantization_config` of a saved model's config.json.
 
     `modules` maps the name of each quantized module to what its class tells of it; `dtype` is the one of everything
-    else; `share_groups` lists the names of modules with one packed weight. Raises ValueError for another version, or an
+    else; `share_groups` lists the names of modules with one packed weight; `native` says that everything else computes
+    natively, as after ``llm.optimize``, with caches in `kv_cache_dtype`. Raises ValueError for another version, or an
     entry that is not what `describe` writes.
     """
 
     def __init__(
-        self, modules: Any = None, dtype: Any = None, version: Any = None, share_groups: Any = (), **others: Any
+        self,
+        modules: Any = None,
+        dtype: Any = None,
+        version: Any = None,
+        share_groups: Any = (),
+        native: Any = False,
+        kv_cache_dtype: Any = None,
+        **others: Any,
     ) -> None:
         if version != VERSION:
             raise ValueError(f"quantization_config.version: expected {VERSION}, got {version!r}; update ipex_quant")
@@ -47,20 +57,36 @@ class IpexQuantConfig(QuantizationConfigMixin):
         for name, entry in modules.items():
             _check_entry(name, entry)
         _check_groups(share_groups, modules)
+        if not isinstance(native, bool):
+            raise ValueError(f"quantization_config.native: expected true or false, got {native!r}")
+        if kv_cache_dtype not in (None, *_CACHE_DTYPES):
+            raise ValueError(
+                f"quantization_config.kv_cache_dtype: expected null or one of {list(_CACHE_DTYPES)}, "
+                f"got {kv_cache_dtype!r}"
+            )
         self.quant_method = METHOD
         self.version = version
         self.dtype = dtype
         self.modules = modules
         self.share_groups = list(share_groups)
+        self.native = native
+        self.kv_cache_dtype = kv_cache_dtype
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return _DTYPES[self.dtype]
 
 
+def describe_model(model: PreTrainedModel) -> dict[str, Any]:
+    """`describe`, and whether `model` uses the native stack."""
+    native, dtype = native_stack(model)
+    dtype = None if dtype is None else str(dtype).removeprefix("torch.")
+    return {**describe(model), "native": native, "kv_cache_dtype": dtype}
+
+
 def attach(model: PreTrainedModel) -> None:
     """Make transformers know that `model` is quantized, so that `save_pretrained` describes it as it is by then."""
-    model.config.quantization_config = describe(model)
+    model.config.quantization_config = describe_model(model)
     model.hf_quantizer = IpexQuantizer(IpexQuantConfig(**model.config.quantization_config), pre_quantized=True)
 
 
@@ -89,7 +115,7 @@ class IpexQuantizer(HfQuantizer):
         """Every tensor keeps the dtype it was saved in, so that the loaded model computes what the saved one did."""
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        model.config.quantization_config = describe(model)  # modules and dtypes may have changed since
+        model.config.quantization_config = describe_model(model)  # modules and dtypes may have changed since
         return None, {}
 
     def is_serializable(self) -> bool:
@@ -126,6 +152,8 @@ class IpexQuantizer(HfQuantizer):
             for name, module in zip(names, modules, strict=True):
                 model.set_submodule(name, module.to(config.torch_dtype))
         model.config.quantization_config = self.quantization_config.to_dict()
+        if config.native:
+            use_native_stack(model, _CACHE_DTYPES.get(config.kv_cache_dtype))
         return model
 
 

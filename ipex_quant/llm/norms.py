@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..nn.fused_forward import FusedForward, restore_forwards
 
 
 class Norm:
@@ -62,8 +63,11 @@ def norm_of(module: nn.Module) -> Norm | None:
     return None
 
 
-class FusedNorm:
-    """What is in the place of the `forward` of an RMS norm; where a gradient is needed it calls the stock one."""
+class FusedNorm(FusedForward):
+    """What is in the place of the `forward` of an RMS norm.
+
+    It calls the stock one where a gradient is needed, and where input and weight differ in dtype.
+    """
 
     def __init__(self, norm: Norm) -> None:
         self.norm = norm
@@ -71,7 +75,8 @@ class FusedNorm:
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         module = self.norm.module
         differentiable = torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad)
-        if args or kwargs or differentiable or torch.is_autocast_enabled("cpu"):
+        mixed = x.dtype != module.weight.dtype
+        if args or kwargs or mixed or differentiable or torch.is_autocast_enabled("cpu"):
             return type(module).forward(module, x, *args, **kwargs)
         return self.norm(x)
 
@@ -79,9 +84,9 @@ class FusedNorm:
 def fuse_norms(model: nn.Module) -> list[str]:
     """Let every RMS norm of any model compute in one native call; return their names.
 
-    Torch's layer norms are one call already. Call `restore_norms` to undo it.
+    Torch's layer norms are one call already. `restore_forwards` undoes it.
     """
-    restore_norms(model)
+    restore_forwards(model, FusedNorm)
     names = []
     for name, module in model.named_modules():
         norm = None if isinstance(module, nn.LayerNorm) or "forward" in module.__dict__ else norm_of(module)
@@ -89,10 +94,3 @@ def fuse_norms(model: nn.Module) -> list[str]:
             module.forward = FusedNorm(norm)
             names.append(name)
     return names
-
-
-def restore_norms(model: nn.Module) -> None:
-    """Undo `fuse_norms`."""
-    for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), FusedNorm):
-            del module.forward

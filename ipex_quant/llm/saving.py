@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..nn import QuantizedModule
-from ..quantization._description import METHOD, describe
+from ..quantization._description import METHOD
+from .hf_quantizer import describe_model
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -29,7 +30,7 @@ def save(model: PreTrainedModel, directory: str | os.PathLike, tokenizer: Any = 
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     if not any(isinstance(module, QuantizedModule) for module in model.modules()):
         raise ValueError("model: expected one that ipex_quant.llm.optimize or quantization.convert quantized")
-    model.config.quantization_config = describe(model)
+    model.config.quantization_config = describe_model(model)
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as folder:

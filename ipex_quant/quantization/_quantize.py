@@ -13,6 +13,7 @@ from torch import nn
 from torch.ao.quantization import QConfig, QConfigMapping
 
 from ..nn import QuantizedModule, WeightOnlyQuantizedLinear
+from ..nn.fused_forward import restore_forwards
 from ..nn.linears import holds_experts, is_linear
 from ..smoothquant.folding import is_norm
 from ..smoothquant.tracing import SharedInput, trace_groups
@@ -95,6 +96,7 @@ def mark(
     """Note in `model`, or else in a copy, what `choose_qconfigs` found; an earlier preparation is forgotten."""
     model = model if inplace else copy_sharing_parameters(model)
     _forget(model)
+    restore_forwards(model)
     for name in (*chosen, *reasons):
         model.get_submodule(name).qconfig = chosen.get(name)
     setattr(model, _PREPARED, mapping)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..nn.fused_forward import restored_forwards
 from ..nn.linears import is_linear, weight_matrix
 from ..nn.modes import evaluating
 from ..numerics.affine import dequantize
@@ -48,7 +49,7 @@ def quantize_blocks(
     scheme_of = (lambda name: scheme) if isinstance(scheme, WeightScheme) else scheme
     quantized: dict[str, QuantizedWeight] = {}
     missed: list[str] = []
-    with evaluating(model), _Walk(model, blocks, batches) as walk:
+    with evaluating(model), restored_forwards(model), _Walk(model, blocks, batches) as walk:
         for index, block in enumerate(tqdm(blocks, desc="GPTQ", unit="block")):
             names = {name: f"{prefix}.{index}.{name}" for name, m in block.named_modules() if is_linear(m)}
             schemes = {name: scheme_of(full_name) for name, full_name in names.items()}

@@ -10,9 +10,10 @@ from transformers import DynamicCache
 import ipex_quant as ipex
 from ipex_quant.llm.attention import register
 from ipex_quant.llm.cache import NativeLayer, SlidingLayer
-from ipex_quant.llm.decoder import FusedLayer, fuse_decoder, restore_decoder
+from ipex_quant.llm.decoder import FusedLayer, fuse_decoder
 from ipex_quant.llm.families import FAMILIES
 from ipex_quant.nn import QuantizedModule
+from ipex_quant.nn.fused_forward import restore_forwards
 from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
 SIZES = {
@@ -295,7 +296,7 @@ def test_weights_loaded_later_count():
 def test_restored_layers_are_stock():
     model = build("llama")
     fuse_decoder(model)
-    restore_decoder(model)
+    restore_forwards(model)
 
     assert not any("forward" in vars(module) for module in model.modules())
 

@@ -10,7 +10,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from ipex_quant.llm.norms import fuse_norms, restore_norms
+from ipex_quant.llm.norms import fuse_norms
+from ipex_quant.nn.fused_forward import restore_forwards
 
 
 class Doubling(LlamaRMSNorm):
@@ -35,7 +36,7 @@ def test_norms_compute_what_they_did(norm, dtype):
         actual = model(x)
 
     torch.testing.assert_close(actual, expected)
-    restore_norms(model)
+    restore_forwards(model)
     assert "forward" not in vars(model[0])
 
 

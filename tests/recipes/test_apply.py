@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -88,9 +90,7 @@ def test_alphas_by_name_change_the_layers_that_they_name(model, tokenizer):
     text = calibration_data(recipe, tokenizer)
     codes = []
     for each in (recipe, same):
-        copy = LlamaForCausalLM(model.config)
-        copy.load_state_dict(model.state_dict())
-        quantized = apply_recipe(each, copy.eval(), text, torch.float32)
+        quantized = apply_recipe(each, deepcopy(model), text, torch.float32)
         codes.append({name: m.activation.scale for name, m in quantized.named_modules() if isinstance(m, Int8Linear)})
     changed = {name for name in codes[0] if codes[0][name] != codes[1][name]}
     assert changed == {f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"}

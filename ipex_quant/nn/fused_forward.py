@@ -1,0 +1,37 @@
+"""Modules that compute in another way than their class does, which can be taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+class FusedForward:
+    """What is in the place of a module's `forward`; the modules within it may not be called, nor their hooks."""
+
+
+def fused_forward(module: nn.Module) -> FusedForward | None:
+    """What is in the place of the `forward` of `module`, if it is fused."""
+    forward = vars(module).get("forward")
+    return forward if isinstance(forward, FusedForward) else None
+
+
+def restore_forwards(model: nn.Module, kind: type[FusedForward] = FusedForward) -> None:
+    """Let every module of `model` that a `kind` computes be computed by its class again."""
+    for module in model.modules():
+        if isinstance(fused_forward(module), kind):
+            del module.forward
+
+
+@contextmanager
+def restored_forwards(model: nn.Module) -> Iterator[None]:
+    """Let every module of `model` be computed by its class for a while, so that all modules and hooks are called."""
+    fused = {module: vars(module)["forward"] for module in model.modules() if fused_forward(module)}
+    restore_forwards(model)
+    try:
+        yield
+    finally:
+        for module, forward in fused.items():
+            module.forward = forward
