@@ -72,8 +72,9 @@ class FusedLayer(FusedForward):
     def __init__(self, layer: nn.Module, family: Family) -> None:
         self.layer = layer
         self.names = list(inspect.signature(type(layer).forward).parameters)[2:]  # after self and the hidden states
-        norms = [norm_part(layer, name) for name in family.norms]
-        self.first_norm, self.second_norm = norms[0], norms[1] if len(norms) == 2 else None
+        norms = [norm_part(layer, name) if name else None for name in family.norms]
+        self.first_norm, self.second_norm = norms[0], norms[1] if len(norms) > 1 else None
+        self.after = norms[2:]
         self.attention = FusedAttention(part(layer, family.attention.module), family.attention)
         self.mlp = StockMlp(layer.mlp) if family.mlp is None else FusedMlp(part(layer, family.mlp.module), family.mlp)
         self.known = frozenset(_KNOWN + family.keywords)
@@ -139,10 +140,30 @@ class PostNormLayer(FusedLayer):
         return self.second_norm(self.mlp(x, PostOp.ADD, x))
 
 
+class NormedLayer(FusedLayer):
+    """`Residual.NORMED`"""
+
+    def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        x = self.first_norm(x)
+        x = self.second_norm(self.attention(x, kwargs, PostOp.ADD, x))
+        return self.mlp(x, PostOp.ADD, x)
+
+
+class SandwichLayer(FusedLayer):
+    """`Residual.SANDWICH`"""
+
+    def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        after_attention, after_mlp = self.after
+        x = x + after_attention(self.attention(self.first_norm(x) if self.first_norm else x, kwargs))
+        return x + after_mlp(self.mlp(self.second_norm(x) if self.second_norm else x))
+
+
 _LAYERS = {
     Residual.SEQUENTIAL: SequentialLayer,
     Residual.PARALLEL: ParallelLayer,
     Residual.POST_NORM: PostNormLayer,
+    Residual.NORMED: NormedLayer,
+    Residual.SANDWICH: SandwichLayer,
 }
 
 
@@ -161,7 +182,7 @@ class FusedMlp:
         else:
             self.intermediate = self._gated if len(inputs) == 2 else self._gated_halves
 
-    def __call__(self, x: torch.Tensor, post_op: PostOp, *others: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
         return self.output(self.intermediate(x), post_op, *others)
 
     def _activated(self, x: torch.Tensor) -> torch.Tensor:
@@ -189,7 +210,7 @@ class StockMlp:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def __call__(self, x: torch.Tensor, post_op: PostOp, *others: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
         result = self.module(x)
         for other in others:
             result = result + other

@@ -16,7 +16,7 @@ from .attention import attention_forward
 from .cache import NativeLayer, Storage, attend
 from .families import Attention, Layout, Rope
 from .fusing import fused_linear, fused_linears
-from .norms import Norm, norm_of
+from .norms import Norm, Scale, norm_of
 
 
 class UnsuitableError(Exception):
@@ -32,8 +32,9 @@ def part(module: nn.Module, path: str, *default: Any) -> Any:
         raise UnsuitableError(f"{type(module).__name__} has no {path}") from None
 
 
-def norm_part(module: nn.Module, path: str) -> Norm:
-    norm = norm_of(part(module, path))
+def norm_part(module: nn.Module, path: str) -> Norm | Scale:
+    found = part(module, path)
+    norm = Scale(found) if isinstance(found, (int, float)) else norm_of(found)
     if norm is None:
         raise UnsuitableError(f"{path} is no norm that is known")
     return norm

@@ -58,6 +58,12 @@ class Residual(Enum):
     POST_NORM = auto()
     """``h = norm(x + attention(x)); norm(h + mlp(h))``"""
 
+    NORMED = auto()
+    """``n = norm(x); m = norm(n + attention(n)); m + mlp(m)``"""
+
+    SANDWICH = auto()
+    """``h = x + after(attention(norm(x))); h + after(mlp(norm(h)))``"""
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -115,7 +121,8 @@ class Mlp:
 class Family:
     """How one class of decoder layers computes.
 
-    - `norms` are those of attention and MLP, one name where they share it.
+    - `norms` are those before attention and MLP, one name where they share it. Those after both follow for SANDWICH,
+      where "" is none and a number after them multiplies.
     - `mlp` None calls the layer's `mlp` as it is.
     - `cross` is attention to an encoder, with its norm, which a SEQUENTIAL layer has before the MLP.
     - `keywords` are arguments of the layer, besides those that all may have, that are used or not needed.
@@ -138,7 +145,27 @@ class Family:
 
 _LLAMA = Family()
 _QWEN3_ATTENTION = Attention(norms=("q_norm", "k_norm"))
+_JOINT_NORMS = replace(_QWEN3_ATTENTION, joint_norms=True)
 _GATE_UP = Mlp(inputs=("gate_up_proj",), activation="activation_fn")
+_GEMMA2 = Family(
+    Attention(softcap="attn_logit_softcapping"),
+    norms=(
+        "input_layernorm",
+        "pre_feedforward_layernorm",
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    residual=Residual.SANDWICH,
+)
+_OLMO2 = Family(
+    _JOINT_NORMS,
+    norms=("", "", "post_attention_layernorm", "post_feedforward_layernorm"),
+    residual=Residual.SANDWICH,
+)
+_GRANITE = Family(
+    norms=("input_layernorm", "post_attention_layernorm", "residual_multiplier", "residual_multiplier"),
+    residual=Residual.SANDWICH,
+)
 _PHI = Family(
     Attention(output="dense"),
     Mlp("mlp", ("fc1",), "fc2", "activation_fn", gated=False),
@@ -146,11 +173,10 @@ _PHI = Family(
     residual=Residual.PARALLEL,
     requires={"self_attn.qk_layernorm": False},
 )
-_STABLELM = Family(requires={"self_attn.qk_layernorm": False, "use_parallel_residual": False})
-_STABLELM_PARALLEL = Family(
-    norms=("input_layernorm",),
-    residual=Residual.PARALLEL,
-    requires={"self_attn.qk_layernorm": False, "use_parallel_residual": True},
+_PHI_NORMED = replace(
+    _PHI,
+    attention=replace(_PHI.attention, norms=("q_layernorm", "k_layernorm")),
+    requires={"self_attn.qk_layernorm": True},
 )
 _NEOX = Family(
     Attention("attention", ("query_key_value",), "dense", Layout.GROUPS, head_size="head_size", cache="layer_past"),
@@ -179,6 +205,11 @@ _BLOOM = Family(
     returns=("attention_weights",),
     requires={"apply_residual_connection_post_layernorm": False, "self_attention.slow_but_exact": False},
 )
+_BLOOM_NORMED = replace(
+    _BLOOM,
+    residual=Residual.NORMED,
+    requires={**_BLOOM.requires, "apply_residual_connection_post_layernorm": True},
+)
 _MPT = Family(
     Attention(
         "attn",
@@ -188,6 +219,7 @@ _MPT = Family(
         Rope.NONE,
         alibi=True,
         masked_is_true=True,
+        clip="clip_qkv",
         scale="softmax_scale",
         cache="layer_past",
     ),
@@ -195,7 +227,6 @@ _MPT = Family(
     ("norm_1", "norm_2"),
     keywords=("position_bias",),
     returns=("attention_weights",),
-    requires={"attn.clip_qkv": None},
 )
 _GPT_BIGCODE = Family(
     Attention("attn", ("c_attn",), "c_proj", Layout.BLOCKS, Rope.NONE, cache="layer_past"),
@@ -203,6 +234,11 @@ _GPT_BIGCODE = Family(
     ("ln_1", "ln_2"),
     keywords=("encoder_attention_mask",),
     requires={"attn.multi_query": True, "crossattention": None},
+)
+_GPT_BIGCODE_MULTI_HEAD = replace(
+    _GPT_BIGCODE,
+    attention=replace(_GPT_BIGCODE.attention, layout=Layout.GROUPS),
+    requires={"attn.multi_query": False, "crossattention": None},
 )
 _GIT = Family(
     Attention(
@@ -260,6 +296,36 @@ def _t5() -> tuple[Family, ...]:
     return tuple(families)
 
 
+def _stablelm() -> tuple[Family, ...]:
+    """With norms of the heads or without, one part after the other or both at once."""
+    residuals = {
+        False: (("input_layernorm", "post_attention_layernorm"), Residual.SEQUENTIAL),
+        True: (("input_layernorm",), Residual.PARALLEL),
+    }
+    return tuple(
+        Family(
+            Attention(norms=("q_layernorm.norms", "k_layernorm.norms") if normed else ()),
+            norms=norms,
+            residual=residual,
+            requires={"self_attn.qk_layernorm": normed, "use_parallel_residual": parallel},
+        )
+        for normed in (False, True)
+        for parallel, (norms, residual) in residuals.items()
+    )
+
+
+def _cohere() -> tuple[Family, ...]:
+    """With norms of the heads or without."""
+    plain = Family(
+        Attention(rope=Rope.TWICE),
+        norms=("input_layernorm",),
+        residual=Residual.PARALLEL,
+        requires={"self_attn.use_qk_norm": False},
+    )
+    normed = replace(plain.attention, norms=("q_norm", "k_norm"))
+    return plain, replace(plain, attention=normed, requires={"self_attn.use_qk_norm": True})
+
+
 def _falcon() -> tuple[Family, ...]:
     """With one norm, two or none of its own for the MLP, with rotated positions or ALiBi, which comes in the mask."""
     norms = {
@@ -297,8 +363,8 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "GemmaDecoderLayer": (_LLAMA,),
     "GlmDecoderLayer": (Family(Attention(rope=Rope.INTERLEAVED), _GATE_UP),),
     "Phi3DecoderLayer": (Family(Attention(projections=("qkv_proj",), layout=Layout.BLOCKS), _GATE_UP),),
-    "PhiDecoderLayer": (_PHI,),
-    "StableLmDecoderLayer": (_STABLELM, _STABLELM_PARALLEL),
+    "PhiDecoderLayer": (_PHI, _PHI_NORMED),
+    "StableLmDecoderLayer": _stablelm(),
     "GPTNeoXLayer": (
         _NEOX,
         replace(_NEOX, residual=Residual.PARALLEL, requires={"use_parallel_residual": True}),
@@ -315,12 +381,42 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
         replace(_OPT, residual=Residual.POST_NORM, requires={"do_layer_norm_before": False}),
     ),
     "FalconDecoderLayer": _falcon(),
-    "BloomBlock": (_BLOOM,),
+    "BloomBlock": (_BLOOM, _BLOOM_NORMED),
     "MptBlock": (_MPT,),
-    "GPTBigCodeBlock": (_GPT_BIGCODE,),
+    "GPTBigCodeBlock": (_GPT_BIGCODE, _GPT_BIGCODE_MULTI_HEAD),
     "GitLayer": (_GIT,),
     "T5Block": _t5(),
     "WhisperEncoderLayer": (_WHISPER,),
     "WhisperDecoderLayer": (_WHISPER_DECODER,),
+    "Gemma2DecoderLayer": (_GEMMA2,),
+    "Gemma3DecoderLayer": (replace(_GEMMA2, attention=_QWEN3_ATTENTION),),
+    "Glm4DecoderLayer": (
+        Family(
+            Attention(rope=Rope.INTERLEAVED),
+            _GATE_UP,
+            ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"),
+            Residual.SANDWICH,
+        ),
+    ),
+    "Olmo2DecoderLayer": (_OLMO2,),
+    "Olmo3DecoderLayer": (_OLMO2,),
+    "OlmoeDecoderLayer": (Family(_JOINT_NORMS, mlp=None, requires={"self_attn.config.clip_qkv": None}),),
+    "GraniteDecoderLayer": (_GRANITE,),
+    "CohereDecoderLayer": _cohere(),
+    "Cohere2DecoderLayer": (
+        replace(_cohere()[0], attention=Attention(rope=Rope.NONE), requires={"self_attn.sliding_window": None}),
+        replace(_cohere()[0], requires={}),
+    ),
+    "SmolLM3DecoderLayer": (
+        Family(requires={"self_attn.use_rope": True}),
+        Family(Attention(rope=Rope.NONE), requires={"self_attn.use_rope": False}),
+    ),
+    "Starcoder2DecoderLayer": (Family(mlp=Mlp("mlp", ("c_fc",), "c_proj", "act", gated=False)),),
+    "Qwen2MoeDecoderLayer": (replace(_LLAMA, mlp=None),),
+    "PhimoeDecoderLayer": (replace(_LLAMA, mlp=None),),
+    "MinistralDecoderLayer": (_LLAMA,),
+    "SeedOssDecoderLayer": (_LLAMA,),
+    "HeliumDecoderLayer": (Family(Attention(rope=Rope.INTERLEAVED)),),
+    "Ernie4_5DecoderLayer": (Family(Attention(rope=Rope.INTERLEAVED)),),
 }
 """Class name of a layer: the ways it can be, of which the first whose `requires` hold is taken."""

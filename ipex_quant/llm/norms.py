@@ -31,36 +31,64 @@ class OffsetNorm(Norm):
 
 
 class LayerNorm(Norm):
-    """An ``nn.LayerNorm`` over the last dimension."""
+    """A layer norm over the last dimension."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         parameters = self.module._parameters
-        return ops.layer_norm(x, parameters["weight"], parameters["bias"], self.eps)
+        return ops.layer_norm(x, parameters["weight"], parameters.get("bias"), self.eps)
+
+
+class HeadNorm(Norm):
+    """A layer norm over the last dimension whose weight is ``[H, D]``, or a list of layer norms for the heads."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.module, nn.ModuleList):
+            weight = torch.stack([norm._parameters["weight"] for norm in self.module])
+        else:
+            weight = self.module._parameters["weight"]
+        return (ops.layer_norm(x.float(), None, None, self.eps) * weight).to(x.dtype)
+
+
+class Scale:
+    """Multiplication by a number, where others have a norm."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
 
 
 def norm_of(module: nn.Module) -> Norm | None:
-    """The native form of a norm; None when there is none. RMS norms are known by what they compute."""
+    """The native form of a norm; None when there is none. Those that torch does not have are known by what they do."""
     if isinstance(module, nn.LayerNorm):
-        plain = type(module).forward is nn.LayerNorm.forward and len(module.normalized_shape) == 1
-        return LayerNorm(module, module.eps) if plain else None
+        return LayerNorm(module, module.eps) if _plain(module) else None
+    if isinstance(module, nn.ModuleList):
+        alike = {_plain(norm) and norm.bias is None and norm.eps for norm in module}
+        eps = alike.pop() if len(alike) == 1 else False
+        return HeadNorm(module, eps) if eps else None
     weight = module._parameters.get("weight")
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if weight is None or weight.dim() != 1 or weight.device.type != "cpu" or not isinstance(eps, float):
+    if weight is None or weight.dim() not in (1, 2) or weight.device.type != "cpu" or not isinstance(eps, float):
         return None
     if len(module._parameters) != 1 or module._modules:
         return None
-    probe, size = copy.copy(module), len(weight)
-    probe.__dict__ |= {"_parameters": {"weight": torch.linspace(0.5, 2, size)}}
-    x = torch.linspace(-3, 2, 4 * size).view(4, -1)
+    probe, size = copy.copy(module), weight.numel()
+    probe.__dict__ |= {"_parameters": {"weight": torch.linspace(0.5, 2, size).view(weight.shape)}}
+    x = torch.linspace(-3, 2, 4 * size).view(4, *weight.shape)
     try:
         with torch.no_grad():
             expected = type(module).forward(probe, x)
-            for kind in (Norm, OffsetNorm):
+            for kind in (Norm, OffsetNorm, LayerNorm) if weight.dim() == 1 else (HeadNorm,):
                 if torch.allclose(kind(probe, eps)(x), expected, rtol=1e-4, atol=1e-4):
                     return kind(module, eps)
     except (RuntimeError, TypeError):  # its forward takes something else
         pass
     return None
+
+
+def _plain(norm: nn.LayerNorm) -> bool:
+    return type(norm).forward is nn.LayerNorm.forward and len(norm.normalized_shape) == 1
 
 
 class FusedNorm(FusedForward):
@@ -82,14 +110,15 @@ class FusedNorm(FusedForward):
 
 
 def fuse_norms(model: nn.Module) -> list[str]:
-    """Let every RMS norm of any model compute in one native call; return their names.
+    """Let every norm of any model that torch does not have compute in one native call; return their names.
 
-    Torch's layer norms are one call already. `restore_forwards` undoes it.
+    Torch's own are one call already. `restore_forwards` undoes it.
     """
     restore_forwards(model, FusedNorm)
     names = []
     for name, module in model.named_modules():
-        norm = None if isinstance(module, nn.LayerNorm) or "forward" in module.__dict__ else norm_of(module)
+        stock = isinstance(module, (nn.LayerNorm, nn.ModuleList)) or "forward" in module.__dict__
+        norm = None if stock else norm_of(module)
         if norm is not None:
             module.forward = FusedNorm(norm)
             names.append(name)

@@ -6,11 +6,12 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from ipex_quant.llm.norms import fuse_norms
+from ipex_quant.llm.norms import fuse_norms, norm_of
 from ipex_quant.nn.fused_forward import restore_forwards
 
 
@@ -25,7 +26,7 @@ def sequential(norm):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("norm", [LlamaRMSNorm, GemmaRMSNorm, T5LayerNorm])
+@pytest.mark.parametrize("norm", [LlamaRMSNorm, GemmaRMSNorm, T5LayerNorm, CohereLayerNorm])
 def test_norms_compute_what_they_did(norm, dtype):
     model = sequential(norm(48)).to(dtype)
     x = torch.randn(2, 5, 48, dtype=dtype)
@@ -38,6 +39,27 @@ def test_norms_compute_what_they_did(norm, dtype):
     torch.testing.assert_close(actual, expected)
     restore_forwards(model)
     assert "forward" not in vars(model[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_may_have_weights_of_their_own(dtype):
+    norm = CohereLayerNorm((3, 16)).to(dtype)
+    norms = nn.ModuleList(nn.LayerNorm(16, bias=False) for _ in range(3)).to(dtype)
+    x = torch.randn(2, 5, 3, 16, dtype=dtype) + 1
+    with torch.no_grad():
+        nn.init.normal_(norm.weight, 1.0, 0.2)
+        for each, weight in zip(norms, norm.weight, strict=True):
+            each.weight.copy_(weight)
+
+        torch.testing.assert_close(norm_of(norm)(x), norm(x))
+        torch.testing.assert_close(norm_of(norms)(x), norm(x))
+
+
+@pytest.mark.parametrize(
+    "norms", [[nn.LayerNorm(16)], [nn.LayerNorm(16, 1e-5, bias=False), nn.LayerNorm(16, 1e-6, bias=False)], []]
+)
+def test_other_lists_are_no_norm(norms):
+    assert norm_of(nn.ModuleList(norms)) is None
 
 
 @pytest.mark.parametrize("module", [Doubling(48), nn.LayerNorm(48), nn.PReLU(48), nn.Linear(48, 48)])
