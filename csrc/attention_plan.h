@@ -14,6 +14,8 @@ constexpr int64_t kStreamedRows = 8;  // up to here keys and values are multipli
 struct TokenView {
   const uint8_t* data;
   int64_t row, head, token;
+
+  const uint8_t* at(int64_t r, int64_t h, int64_t t) const { return data + r * row + h * head + t * token; }
 };
 
 enum class MaskType : int32_t { kNone, kBool, kFloat };
@@ -69,12 +71,13 @@ struct AttentionTask {
   int64_t row, rows;  // row = query * group + head within the group
   int64_t begin, end;
   float* partial;  // where the result goes, or null: to the output
+  int64_t merge;   // that joins it with those of other tasks, or -1
 };
 
 struct AttentionMerge {
-  AttentionTask task;  // any of those that are merged
+  AttentionTask task;    // any of those that are merged
+  int64_t first, count;  // of these
   const float* partials;
-  int64_t count;
 };
 
 struct WriteCacheArgs {

@@ -8,19 +8,14 @@
 #include <atomic>
 #include <exception>
 #include <initializer_list>
-#include <memory>
 #include <optional>
 #include <vector>
 
+#include "buffer.h"
 #include "check.h"
 #include "kernels.h"
 
 namespace ipex_quant {
-
-using Buffer = std::unique_ptr<uint8_t[]>;
-
-// Uninitialised, unlike std::vector.
-inline Buffer make_buffer(int64_t bytes) { return Buffer(new uint8_t[size_t(bytes)]); }
 
 // Rethrows the first exception of f, whose text torch's own loop would lose.
 template <class F>
@@ -61,8 +56,7 @@ inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // A new contiguous tensor in the dtype of x; torch::stable::empty looks its op up by name, which takes twice as long.
-inline Tensor empty_in_dtype_of(const Tensor& x, const int64_t* shape) {
-  const int64_t dim = x.dim();
+inline Tensor empty_in_dtype_of(const Tensor& x, const int64_t* shape, int64_t dim) {
   std::vector<int64_t> strides(size_t(dim), 1);
   for (int64_t i = dim - 1; i > 0; --i) strides[size_t(i - 1)] = strides[size_t(i)] * std::max<int64_t>(shape[i], 1);
   int32_t dtype;
@@ -72,6 +66,11 @@ inline Tensor empty_in_dtype_of(const Tensor& x, const int64_t* shape) {
       aoti_torch_empty_strided(dim, shape, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &y));
   return Tensor(y);
 }
+inline Tensor empty_in_dtype_of(const Tensor& x, const int64_t* shape) { return empty_in_dtype_of(x, shape, x.dim()); }
+inline Tensor empty_in_dtype_of(const Tensor& x, std::initializer_list<int64_t> shape) {
+  return empty_in_dtype_of(x, shape.begin(), int64_t(shape.size()));
+}
+
 inline FloatType float_type(const char* name, ScalarType type) {
   switch (type) {
     case ScalarType::Float:
@@ -145,6 +144,13 @@ struct RotaryInput {
   int64_t batch, length, heads, dim;
   int64_t strides[3];
 };
-Tensor rotate(const RotaryInput& x, const Tensor& cos, const Tensor& sin, int64_t rotary_dim, bool interleaved);
+// All but where the result goes. `cos` and `sin` become contiguous and own what the arguments point to.
+RotaryArgs rotary_args(const RotaryInput& x, Tensor& cos, Tensor& sin, int64_t rotary_dim, bool interleaved);
+
+// attention_call.h
+class AttentionCall;
+class RopeAttention;
+void run(AttentionCall& call);
+void run(RopeAttention& call);
 
 }  // namespace ipex_quant

@@ -1,18 +1,14 @@
-// Attention and its caches: schema, argument checks, division into tasks.
+// Attention and its caches: schema, argument checks, memory and threads.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <cstring>
 
-#include "attention_plan.h"
+#include "attention_call.h"
 #include "ops.h"
 
 namespace ipex_quant {
 namespace {
 
-constexpr int64_t kMaxRows = 96;      // of a task: what these keep fits the second-level cache
-constexpr int64_t kFewRows = 16;      // up to here packing is what costs, and its result stays in the first-level cache
-constexpr int64_t kTokenChunk = 512;  // of a task that has all rows of its KV head
 constexpr int64_t kLargest = int64_t(1) << 31;
 
 // ----------------------------------------------------------------------------------------------------- arguments
@@ -32,10 +28,10 @@ void check_dtype(const char* name, const Tensor& t, ScalarType dtype) {
 }
 
 void check_sizes(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+  if (t.dim() == int64_t(sizes.size()) && std::equal(sizes.begin(), sizes.end(), t.sizes().begin())) return;
   std::ostringstream expected;
   for (const int64_t size : sizes) expected << (expected.tellp() > 0 ? ", " : "") << size;
-  IPEX_QUANT_CHECK(t.dim() == int64_t(sizes.size()) && std::equal(sizes.begin(), sizes.end(), t.sizes().begin()), name,
-                   ": expected shape [", expected.str(), "], got ", shape_of(t));
+  fail(name, ": expected shape [", expected.str(), "], got ", shape_of(t));
 }
 
 int64_t element_size(ScalarType type) { return type == ScalarType::Char ? 1 : float_size(float_type("dtype", type)); }
@@ -134,75 +130,12 @@ void check_table(const char* name, const int32_t* table, int64_t count, int64_t 
     IPEX_QUANT_CHECK(table[i] >= 0 && table[i] < rows, name, ": expected 0..", rows - 1, ", got ", table[i]);
 }
 
-// -------------------------------------------------------------------------------------------------------- tasks
-// The division of a call does not depend on the number of threads, so neither does its result.
-struct Plan {
-  std::vector<AttentionTask> tasks;
-  std::vector<AttentionMerge> merges;
-  Buffer partials;
-
-  Plan(AttentionArgs& args, const std::vector<AttentionSequence>& sequences) {
-    int64_t most_rows = 1;
-    for (const AttentionSequence& s : sequences) most_rows = std::max(most_rows, s.queries * args.group);
-    args.max_rows = std::min(most_rows, kMaxRows);
-    if (most_rows <= kStreamedRows)
-      for (args.max_rows = 1; args.max_rows < most_rows;) args.max_rows *= 2;
-    const bool few = most_rows > kStreamedRows && most_rows <= kFewRows;
-    args.block = few ? kAttentionColumns : 2 * kAttentionColumns;
-    std::vector<int64_t> offsets;  // of each task's partial result, or -1
-    int64_t floats = 0;
-    for (const AttentionSequence& s : sequences) {
-      const int64_t rows = s.queries * args.group, blocks = (rows + kMaxRows - 1) / kMaxRows;
-      for (int64_t head = 0; head < args.kv_heads; ++head)
-        for (int64_t i = blocks - 1; i >= 0; --i) {  // the last ones see the most
-          AttentionTask task{&s, head, i * rows / blocks, 0, 0, 0, nullptr};
-          task.rows = (i + 1) * rows / blocks - task.row;
-          task.begin = args.first_token(s, task.row / args.group);
-          task.end = std::max(task.begin, args.end_token(s, (task.row + task.rows - 1) / args.group));
-          const int64_t chunks = blocks == 1 ? std::max<int64_t>(1, (task.end - task.begin) / kTokenChunk) : 1;
-          if (chunks > 1) merges.push_back({task, nullptr, chunks});
-          const int64_t begin = task.begin, units = (task.end - begin + args.block - 1) / args.block;
-          const int64_t end = task.end;
-          for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-            task.begin = begin + chunk * units / chunks * args.block;
-            task.end = std::min(end, begin + (chunk + 1) * units / chunks * args.block);
-            tasks.push_back(task);
-            offsets.push_back(chunks > 1 ? floats : -1);
-            if (chunks > 1) floats += args.partial_size(task.rows);
-          }
-        }
-    }
-    partials = make_buffer(floats * int64_t(sizeof(float)));
-    float* data = reinterpret_cast<float*>(partials.get());
-    for (size_t i = 0; i < tasks.size(); ++i)
-      if (offsets[i] >= 0) tasks[i].partial = data + offsets[i];
-    floats = 0;
-    for (AttentionMerge& merge : merges) {
-      merge.partials = data + floats;
-      floats += merge.count * args.partial_size(merge.task.rows);
-    }
-  }
-};
-
-void run(AttentionArgs& args, const std::vector<AttentionSequence>& sequences) {
-  const Plan plan(args, sequences);
-  const KernelTable& table = kernels();
-  // Decode reads memory fastest in long forward streams, so its threads take runs of chunks.
-  const int64_t tasks = int64_t(plan.tasks.size()), runs = 4 * int64_t(torch::stable::get_num_threads());
-  parallel_tasks(tasks, plan.merges.empty() ? 1 : (tasks + runs - 1) / runs, [&](auto next) {
-    const Buffer scratch = make_buffer(AttentionScratch(args).bytes);
-    for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next())
-      for (int64_t i = tasks.begin; i < tasks.end; ++i)
-        table.attention_task(args, plan.tasks[size_t(i)], scratch.get());
-  });
-  if (plan.merges.empty()) return;
-  parallel(int64_t(plan.merges.size()), 8, [&](int64_t begin, int64_t end) {
-    const Buffer scratch = make_buffer(args.value_columns() * int64_t(sizeof(float)));
-    for (int64_t i = begin; i < end; ++i) table.attention_merge(args, plan.merges[size_t(i)], scratch.get());
-  });
+// -------------------------------------------------------------------------------------------------------- ops
+void run(const AttentionArgs& args, std::vector<AttentionSequence> sequences) {
+  AttentionCall call(args, std::move(sequences));
+  ipex_quant::run(call);
 }
 
-// -------------------------------------------------------------------------------------------------------- ops
 Tensor attention(Tensor query, Tensor key, Tensor value, double scale, bool causal, std::optional<Tensor> mask,
                  int64_t window, double softcap, std::optional<Tensor> alibi, std::optional<Tensor> key_scales,
                  std::optional<Tensor> value_scales, std::optional<Tensor> rows) {
@@ -236,13 +169,13 @@ Tensor attention(Tensor query, Tensor key, Tensor value, double scale, bool caus
   const int64_t size = float_size(args.type);
   args.query_head = query.stride(1) * size;
   args.query_token = query.stride(2) * size;
-  Tensor output = empty({batch, queries, heads, args.value_dim}, query.scalar_type());
+  Tensor output = empty_in_dtype_of(query, {batch, queries, heads, args.value_dim});
   std::vector<AttentionSequence> sequences;
   for (int64_t b = 0; b < batch; ++b)
     sequences.push_back({b, static_cast<const uint8_t*>(query.const_data_ptr()) + b * query.stride(0) * size,
                          static_cast<uint8_t*>(output.mutable_data_ptr()) + b * queries * heads * args.value_dim * size,
                          queries, tokens, b, 0, table ? table + b * tokens : nullptr});
-  run(args, sequences);
+  run(args, std::move(sequences));
   return output;
 }
 
@@ -254,51 +187,24 @@ struct NewTokens {
   int64_t batch, heads, tokens, dim;
 };
 
-// A cache [rows, heads, capacity, dim] that is written, with its scales.
-class CacheWriter {
- public:
-  CacheWriter(const char* name, const Tensor& cache, const std::optional<Tensor>& scales, const NewTokens& from)
-      : from_(from), capacity_(cache.dim() == 4 ? cache.size(2) : 0), table_(kernels()) {
-    check_dim(name, cache, 4);
-    bytes_ = cache.scalar_type() == ScalarType::Char;
-    IPEX_QUANT_CHECK(bytes_ || float_type(name, cache.scalar_type()) == from.type, name,
-                     ": expected the dtype of what is written or int8, got ",
-                     torch::headeronly::toString(cache.scalar_type()));
-    check_sizes(name, cache, {cache.size(0), from.heads, capacity_, from.dim});
-    IPEX_QUANT_CHECK(cache.stride(3) == 1 || from.dim <= 1, name, ": expected adjacent elements of a token");
-    IPEX_QUANT_CHECK(bytes_ == bool(scales), name, ": expected scales with an int8 cache, and only there");
-    to_ = view_of(cache, element_size(cache.scalar_type()));
-    to_.data = static_cast<uint8_t*>(cache.mutable_data_ptr());
-    if (!scales) return;
-    check_cpu("scales", *scales);
-    check_dtype("scales", *scales, ScalarType::Float);
-    check_sizes("scales", *scales, {cache.size(0), from.heads, capacity_});
-    scales_ = view_of(*scales, sizeof(float));
-    scales_.data = static_cast<uint8_t*>(scales->mutable_data_ptr());
-  }
-
-  int64_t capacity() const { return capacity_; }
-
-  // One token of one head.
-  void write(int64_t batch, int64_t head, int64_t token, int64_t row, int64_t place) const {
-    const uint8_t* x = from_.view.data + batch * from_.view.row + head * from_.view.head + token * from_.view.token;
-    uint8_t* to = const_cast<uint8_t*>(to_.data) + row * to_.row + head * to_.head + place * to_.token;
-    if (!bytes_) {
-      std::memcpy(to, x, size_t(from_.dim * float_size(from_.type)));
-      return;
-    }
-    uint8_t* scale =
-        const_cast<uint8_t*>(scales_.data) + row * scales_.row + head * scales_.head + place * scales_.token;
-    table_.quantize_token({from_.type, from_.dim, x, to, reinterpret_cast<float*>(scale)});
-  }
-
- private:
-  const NewTokens from_;
-  const int64_t capacity_;
-  const KernelTable& table_;
-  bool bytes_;
-  TokenView to_, scales_{};
-};
+// To a cache [rows, heads, capacity, dim] with its scales.
+CacheWrite write_to(const char* name, const Tensor& cache, const std::optional<Tensor>& scales, const NewTokens& from) {
+  check_dim(name, cache, 4);
+  CacheWrite write{from.type, cache.scalar_type() == ScalarType::Char, from.dim, from.view, {}, {}};
+  IPEX_QUANT_CHECK(write.bytes || float_type(name, cache.scalar_type()) == from.type, name,
+                   ": expected the dtype of what is written or int8, got ",
+                   torch::headeronly::toString(cache.scalar_type()));
+  check_sizes(name, cache, {cache.size(0), from.heads, cache.size(2), from.dim});
+  IPEX_QUANT_CHECK(cache.stride(3) == 1 || from.dim <= 1, name, ": expected adjacent elements of a token");
+  IPEX_QUANT_CHECK(write.bytes == bool(scales), name, ": expected scales with an int8 cache, and only there");
+  write.cache = view_of(cache, element_size(cache.scalar_type()));
+  if (!scales) return write;
+  check_cpu("scales", *scales);
+  check_dtype("scales", *scales, ScalarType::Float);
+  check_sizes("scales", *scales, {cache.size(0), from.heads, cache.size(2)});
+  write.scales = view_of(*scales, sizeof(float));
+  return write;
+}
 
 void check_start(int64_t start, int64_t tokens, int64_t capacity) {
   IPEX_QUANT_CHECK(start >= 0 && start <= capacity && tokens <= capacity - start, "start: ", tokens,
@@ -307,26 +213,22 @@ void check_start(int64_t start, int64_t tokens, int64_t capacity) {
 
 int64_t write_grain(int64_t dim) { return 1 + (int64_t(1) << 15) / dim; }
 
-void write_from(const CacheWriter& writer, const NewTokens& from, int64_t start) {
-  if (from.dim == 0) return;
-  parallel(from.batch * from.heads * from.tokens, write_grain(from.dim), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / from.tokens / from.heads, head = i / from.tokens % from.heads, token = i % from.tokens;
-      writer.write(row, head, token, row, start + token);
-    }
-  });
-}
-
 void write_cache(Tensor key, Tensor cache, std::optional<Tensor> scales, int64_t start) {
   check_dim("key", key, 4);
   const FloatType type = float_type("key", key.scalar_type());
   key = with_unit_stride(key);
   const NewTokens from{view_of(key, float_size(type)), type, key.size(0), key.size(1), key.size(2), key.size(3)};
-  const CacheWriter writer("cache", cache, scales, from);
+  const CacheWrite write = write_to("cache", cache, scales, from);
   IPEX_QUANT_CHECK(cache.size(0) == from.batch, "cache: expected the batch size of key, ", from.batch, ", got ",
                    cache.size(0));
-  check_start(start, from.tokens, writer.capacity());
-  write_from(writer, from, start);
+  check_start(start, from.tokens, cache.size(2));
+  if (from.dim == 0) return;
+  parallel(from.batch * from.heads * from.tokens, write_grain(from.dim), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / from.tokens / from.heads, head = i / from.tokens % from.heads, token = i % from.tokens;
+      write.store(row, head, token, row, start + token);
+    }
+  });
 }
 
 // int32 or int64 numbers.
@@ -357,10 +259,10 @@ void write_paged_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_
     const TokenView view{static_cast<const uint8_t*>(t.const_data_ptr()), 0, t.stride(1) * size, t.stride(0) * size};
     return NewTokens{view, type, 1, heads, tokens, t.size(2)};
   };
-  const CacheWriter keys("key_cache", key_cache, key_scales, tokens_of(key));
-  const CacheWriter values("value_cache", value_cache, value_scales, tokens_of(value));
-  const int64_t block = keys.capacity();
-  IPEX_QUANT_CHECK(value_cache.size(0) == key_cache.size(0) && values.capacity() == block,
+  const CacheWrite keys = write_to("key_cache", key_cache, key_scales, tokens_of(key));
+  const CacheWrite values = write_to("value_cache", value_cache, value_scales, tokens_of(value));
+  const int64_t block = key_cache.size(2);
+  IPEX_QUANT_CHECK(value_cache.size(0) == key_cache.size(0) && value_cache.size(2) == block,
                    "value_cache: expected as many blocks of as many tokens as key_cache, ", shape_of(key_cache),
                    ", got ", shape_of(value_cache));
   const std::vector<int64_t> places = integers("slots", slots, tokens);
@@ -371,8 +273,8 @@ void write_paged_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_
     for (int64_t token = begin; token < end; ++token) {
       const int64_t slot = places[size_t(token)];
       for (int64_t head = 0; slot >= 0 && head < heads; ++head) {
-        keys.write(0, head, token, slot / block, slot % block);
-        values.write(0, head, token, slot / block, slot % block);
+        keys.store(0, head, token, slot / block, slot % block);
+        values.store(0, head, token, slot / block, slot % block);
       }
     }
   });
@@ -386,54 +288,37 @@ Tensor fused_rope_attention(Tensor qkv, Tensor cos, Tensor sin, int64_t rotary_d
   check_dim("qkv", qkv, 3);
   check_dim("key_cache", key_cache, 4);
   const FloatType type = float_type("qkv", qkv.scalar_type());
-  const int64_t size = float_size(type), batch = qkv.size(0), length = qkv.size(1);
+  const int64_t batch = qkv.size(0), length = qkv.size(1);
   const int64_t kv_heads = key_cache.size(1), dim = key_cache.size(3),
                 heads = dim ? qkv.size(2) / dim - 2 * kv_heads : 0;
   IPEX_QUANT_CHECK(heads > 0 && qkv.size(2) == (heads + 2 * kv_heads) * dim, "qkv: expected [batch, length, (heads + ",
                    2 * kv_heads, ") * ", dim, "], got ", shape_of(qkv));
-  AttentionArgs args{};
-  args.type = type;
-  set_options(args, {scale, true, window, softcap});
-  set_heads(args, heads, kv_heads);
-  args.key_dim = dim;
-  args.alibi = optional_vector("alibi", alibi, heads);
   qkv = with_unit_stride(qkv);
   const int64_t row = qkv.stride(0), token = qkv.stride(1);
-  const uint8_t* data = static_cast<const uint8_t*>(qkv.const_data_ptr());
-  const NewTokens values{{data + (heads + kv_heads) * dim * size, row * size, dim * size, token * size},
-                         type,
-                         batch,
-                         kv_heads,
-                         length,
-                         dim};
-  NewTokens keys = values;  // turned below
-  const CacheWriter key_writer("key_cache", key_cache, key_scales, keys);
-  const CacheWriter value_writer("value_cache", value_cache, value_scales, values);
+  RopeAttentionArgs args{};
+  args.rotary =
+      rotary_args({qkv.const_data_ptr(), qkv.scalar_type(), batch, length, heads + kv_heads, dim, {row, token, dim}},
+                  cos, sin, rotary_dim, interleaved);
+  AttentionArgs& attention = args.attention;
+  attention.type = type;
+  set_options(attention, {scale, true, window, softcap});
+  set_heads(attention, heads, kv_heads);
+  attention.key_dim = dim;
+  attention.alibi = optional_vector("alibi", alibi, heads);
+  const NewTokens tokens{{}, type, batch, kv_heads, length, dim};
+  write_to("key_cache", key_cache, key_scales, tokens);
+  write_to("value_cache", value_cache, value_scales, tokens);
   IPEX_QUANT_CHECK(key_cache.size(0) == batch, "key_cache: expected the batch size of qkv, ", batch, ", got ",
                    key_cache.size(0));
-  check_start(start, length, key_writer.capacity());
-  Cache cache{key_cache, value_cache, key_scales, value_scales};
-  cache.describe(args, qkv.scalar_type());
-  const int64_t tokens = start + length;
-  if (mask) args.mask = mask_of(*mask, {batch, heads, length, tokens});
-
-  const Tensor turned = rotate({data, qkv.scalar_type(), batch, length, heads + kv_heads, dim, {row, token, dim}}, cos,
-                               sin, rotary_dim, interleaved);
-  const uint8_t* queries = static_cast<const uint8_t*>(turned.const_data_ptr());
-  const int64_t turned_token = (heads + kv_heads) * dim * size;
-  keys.view = {queries + heads * dim * size, length * turned_token, dim * size, turned_token};
-  write_from(CacheWriter("key_cache", key_cache, key_scales, keys), keys, start);
-  write_from(value_writer, values, start);
-
-  args.query_head = dim * size;
-  args.query_token = turned_token;
-  Tensor output = empty({batch, length, heads * args.value_dim}, qkv.scalar_type());
-  uint8_t* to = static_cast<uint8_t*>(output.mutable_data_ptr());
-  std::vector<AttentionSequence> sequences;
-  for (int64_t b = 0; b < batch; ++b)
-    sequences.push_back({b, queries + b * length * turned_token, to + b * length * heads * args.value_dim * size,
-                         length, tokens, b, 0, nullptr});
-  run(args, sequences);
+  check_start(start, length, key_cache.size(2));
+  Cache{key_cache, value_cache, key_scales, value_scales}.describe(attention, qkv.scalar_type());
+  if (mask) attention.mask = mask_of(*mask, {batch, heads, length, start + length});
+  Tensor output = empty_in_dtype_of(qkv, {batch, length, heads * dim});
+  args.batch = batch;
+  args.start = start;
+  args.output = static_cast<uint8_t*>(output.mutable_data_ptr());
+  RopeAttention call(args);
+  run(call);
   return output;
 }
 
@@ -504,7 +389,7 @@ Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, std::
   block_tables = torch::stable::contiguous(block_tables);
   const int32_t* tables = static_cast<const int32_t*>(block_tables.const_data_ptr());
   const std::vector<int64_t> tokens = integers("lengths", lengths, batch);
-  queries.output = empty({query.size(0), query.size(1), args.value_dim}, query.scalar_type());
+  queries.output = empty_in_dtype_of(query, {query.size(0), query.size(1), args.value_dim});
   std::vector<AttentionSequence> sequences;
   for (int64_t i = 0; i < batch; ++i) {
     const int64_t width = block_tables.size(1), length = tokens[size_t(i)];
@@ -516,7 +401,7 @@ Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, std::
     check_table("block_tables", sequence.table, (length + args.page - 1) / args.page, blocks);
     sequences.push_back(sequence);
   }
-  run(args, sequences);
+  run(args, std::move(sequences));
   return queries.output;
 }
 
@@ -546,7 +431,7 @@ Tensor varlen_attention(Tensor query, Tensor key, Tensor value, Tensor query_sta
   args.key = view(key);
   args.value = view(value);
   args.value_dim = value.size(2);
-  queries.output = empty({query.size(0), query.size(1), args.value_dim}, query.scalar_type());
+  queries.output = empty_in_dtype_of(query, {query.size(0), query.size(1), args.value_dim});
   std::vector<AttentionSequence> sequences;
   for (int64_t i = 0; i < queries.batch(); ++i) {
     AttentionSequence sequence = queries.sequence(args, i);
@@ -554,20 +439,33 @@ Tensor varlen_attention(Tensor query, Tensor key, Tensor value, Tensor query_sta
     sequence.tokens = starts[size_t(i) + 1] - sequence.first;
     sequences.push_back(sequence);
   }
-  run(args, sequences);
+  run(args, std::move(sequences));
   return queries.output;
 }
 
 }  // namespace
 
+void run(AttentionCall& call) {
+  parallel_tasks(call.tasks(), call.run_length(torch::stable::get_num_threads()), [&](auto next) {
+    const Buffer scratch = make_buffer(call.scratch_bytes());
+    for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next())
+      for (int64_t i = tasks.begin; i < tasks.end; ++i) call.run(i, scratch.get());
+  });
+}
+
+void run(RopeAttention& call) {
+  parallel(call.positions(), 8, [&](int64_t begin, int64_t end) { call.turn_and_store(begin, end); });
+  run(call.attention());
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, float scale, bool causal, Tensor? mask, int window, "
       "float softcap, Tensor? alibi, Tensor? key_scales, Tensor? value_scales, Tensor? rows) -> Tensor");
-  m.def("write_cache(Tensor key, Tensor(a!) cache, Tensor(b!)? scales, int start) -> ()");
+  m.def("write_cache(Tensor key, Tensor(a!) cache, Tensor(b!)? scales, SymInt start) -> ()");
   m.def(
       "fused_rope_attention(Tensor qkv, Tensor cos, Tensor sin, int rotary_dim, bool interleaved, "
-      "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!)? key_scales, Tensor(d!)? value_scales, int start, "
+      "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!)? key_scales, Tensor(d!)? value_scales, SymInt start, "
       "float scale, Tensor? mask, int window, float softcap, Tensor? alibi) -> Tensor");
   m.def(
       "write_paged_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "

@@ -115,14 +115,21 @@ Tensor rotary(Tensor x, Tensor cos, Tensor sin, int64_t rotary_dim, bool interle
   check_cpu("x", x);
   IPEX_QUANT_CHECK(x.dim() == 4, "x: expected shape [batch, length, heads, head dimension], got ", shape_of(x));
   const Tensor rows = x.size(3) == 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
-  return rotate({rows.const_data_ptr(),
-                 x.scalar_type(),
-                 x.size(0),
-                 x.size(1),
-                 x.size(2),
-                 x.size(3),
-                 {rows.stride(0), rows.stride(1), rows.stride(2)}},
-                cos, sin, rotary_dim, interleaved);
+  RotaryArgs args = rotary_args({rows.const_data_ptr(),
+                                 x.scalar_type(),
+                                 x.size(0),
+                                 x.size(1),
+                                 x.size(2),
+                                 x.size(3),
+                                 {rows.stride(0), rows.stride(1), rows.stride(2)}},
+                                cos, sin, rotary_dim, interleaved);
+  Tensor y = empty_as(x);
+  if (y.numel() == 0) return y;
+  args.y = y.mutable_data_ptr();
+  const KernelTable& table = kernels();
+  parallel(x.size(0) * x.size(1), 1 + kTaskElements / (x.size(2) * x.size(3)),
+           [&](int64_t begin, int64_t end) { table.rotate_positions(args, begin, end); });
+  return y;
 }
 
 // ---------------------------------------------------------------------------------------------- gated products
@@ -163,7 +170,7 @@ Tensor gated_product_halves(Tensor xy, int64_t activation) {
 
 }  // namespace
 
-Tensor rotate(const RotaryInput& x, const Tensor& cos, const Tensor& sin, int64_t rotary_dim, bool interleaved) {
+RotaryArgs rotary_args(const RotaryInput& x, Tensor& cos, Tensor& sin, int64_t rotary_dim, bool interleaved) {
   const FloatType type = float_type("x", x.dtype);
   IPEX_QUANT_CHECK(rotary_dim >= 0 && rotary_dim <= x.dim && rotary_dim % 2 == 0,
                    "rotary_dim: expected an even number up to ", x.dim, ", got ", rotary_dim);
@@ -172,28 +179,23 @@ Tensor rotate(const RotaryInput& x, const Tensor& cos, const Tensor& sin, int64_
   IPEX_QUANT_CHECK(same_shape(cos, sin) && cos.scalar_type() == sin.scalar_type(), "sin: expected shape ",
                    shape_of(cos), " and dtype ", torch::headeronly::toString(cos.scalar_type()), " as cos has, got ",
                    shape_of(sin), " and ", torch::headeronly::toString(sin.scalar_type()));
-  Tensor y = empty({x.batch, x.length, x.heads, x.dim}, x.dtype);
-  if (y.numel() == 0) return y;
-  const Tensor cosines = as_contiguous(cos), sines = as_contiguous(sin);
+  cos = as_contiguous(cos);
+  sin = as_contiguous(sin);
   const int64_t columns = cos.size(2);
-  const RotaryArgs args{x.data,
-                        type,
-                        {x.strides[0], x.strides[1], x.strides[2]},
-                        x.length,
-                        x.heads,
-                        x.dim,
-                        rotary_dim,
-                        cosines.const_data_ptr(),
-                        sines.const_data_ptr(),
-                        float_type("cos", cos.scalar_type()),
-                        cos.size(0) == 1 ? 0 : x.length * columns,
-                        columns,
-                        interleaved,
-                        y.mutable_data_ptr()};
-  const KernelTable& table = kernels();
-  parallel(x.batch * x.length, 1 + kTaskElements / (x.heads * x.dim),
-           [&](int64_t begin, int64_t end) { table.rotate_positions(args, begin, end); });
-  return y;
+  return {x.data,
+          type,
+          {x.strides[0], x.strides[1], x.strides[2]},
+          x.length,
+          x.heads,
+          x.dim,
+          rotary_dim,
+          cos.const_data_ptr(),
+          sin.const_data_ptr(),
+          float_type("cos", cos.scalar_type()),
+          cos.size(0) == 1 ? 0 : x.length * columns,
+          columns,
+          interleaved,
+          nullptr};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {

@@ -166,10 +166,6 @@ class AttentionRun {
     }
   }
 
-  static const uint8_t* at(const TokenView& view, int64_t row, int64_t head, int64_t token) {
-    return view.data + row * view.row + head * view.head + token * view.token;
-  }
-
   // Calls f(t, row, token) for tokens [begin, end) of the sequence, counted from start_, with their place in the cache.
   template <class F>
   void each_place(int64_t begin, int64_t end, F f) const {
@@ -189,8 +185,8 @@ class AttentionRun {
       key_rows_[t] = keys + row * key.row + token * key.token;
       value_rows_[t] = values + row * value.row + token * value.token;
       if constexpr (Path::kElements == 4) {
-        std::memcpy(key_scales_ + t, at(args_.key_scales, row, task_.head, token), 4);
-        std::memcpy(value_scales_ + t, at(args_.value_scales, row, task_.head, token), 4);
+        std::memcpy(key_scales_ + t, args_.key_scales.at(row, task_.head, token), 4);
+        std::memcpy(value_scales_ + t, args_.value_scales.at(row, task_.head, token), 4);
       }
     });
     for (int64_t t = count_; t < (count_ + 15) / 16 * 16; ++t) {
