@@ -386,6 +386,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "GPTBigCodeBlock": (_GPT_BIGCODE, _GPT_BIGCODE_MULTI_HEAD),
     "GitLayer": (_GIT,),
     "T5Block": _t5(),
+    "MT5Block": _t5(),
     "WhisperEncoderLayer": (_WHISPER,),
     "WhisperDecoderLayer": (_WHISPER_DECODER,),
     "Gemma2DecoderLayer": (_GEMMA2,),

@@ -30,6 +30,7 @@ WHISPER = {
 MODELS = {
     "t5": (transformers.T5ForConditionalGeneration, T5),
     "t5-gated": (transformers.T5ForConditionalGeneration, {**T5, "feed_forward_proj": "gated-gelu"}),
+    "mt5": (transformers.MT5ForConditionalGeneration, T5),
     "whisper": (transformers.WhisperForConditionalGeneration, WHISPER),
 }
 
