@@ -10,7 +10,7 @@ from typing import Any
 
 _SUBMODULES = ("llm", "nn", "ops", "quantization")
 
-__all__ = ["explain", "show_config", *_SUBMODULES]
+__all__ = ["explain", "optimize_transformers", "show_config", *_SUBMODULES]
 
 
 def show_config() -> None:
@@ -32,6 +32,16 @@ def _version() -> str:
         return version(__name__)
     except PackageNotFoundError:  # a source tree on the path
         return "unknown (not installed)"
+
+
+def optimize_transformers(*args: Any, **kwargs: Any) -> Any:
+    """The old name of ``llm.optimize``; warns that it is."""
+    import warnings
+
+    from . import llm
+
+    warnings.warn("optimize_transformers is deprecated: call ipex_quant.llm.optimize", DeprecationWarning, stacklevel=2)
+    return llm.optimize(*args, **kwargs)
 
 
 def __getattr__(name: str) -> Any:

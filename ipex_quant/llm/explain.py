@@ -13,6 +13,7 @@ from ..numerics.scheme import WoqLowpMode
 from ..ops.int8 import INT8_PER_CHANNEL
 from ..quantization._description import share_groups
 from ..quantization._quantize import FLOAT_REASONS
+from .native import Part, parts_of
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: `rows`, one a module; ``str()`` is the table."""
+    """What `explain` found: `rows`, one a module, and `stack`, how what is around them computes; ``str()`` is all."""
 
     rows: tuple[Row, ...]
+    stack: tuple[Part, ...] = ()
 
     def __str__(self) -> str:
         header = [field.name for field in fields(Row)]
@@ -43,7 +45,7 @@ class Explanation:
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
         ]
-        return "\n".join([*lines, self.summary])
+        return "\n".join([*lines, self.summary, *map(str, self.stack)])
 
     def __repr__(self) -> str:
         return f"<{self.summary}>"
@@ -59,8 +61,9 @@ class Explanation:
 def explain(model: nn.Module) -> Explanation:
     """Print how each module of `model` with a weight matrix is computed: scheme, shape, compute mode, kernel, bytes.
 
-    A module in float comes with the reason. Norms and other modules with nothing but vectors are left out. The table is
-    returned as well, with its data in `rows`.
+    A module in float comes with the reason. Norms and other modules with nothing but vectors are left out. Below the
+    table stands how many decoder layers, norms and attention modules compute natively, with the names of those that do
+    not. All is returned as well, with its data in `rows` and `stack`.
     """
     reasons = getattr(model, FLOAT_REASONS, {})
     siblings = {name: [each for each in group if each != name] for group in share_groups(model) for name in group}
@@ -72,7 +75,7 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(_int8_row(name, module, siblings.get(name, [])))
         elif any(p.dim() > 1 for p in module.parameters(recurse=False)):
             rows.append(_float_row(name, module, reasons.get(name) or _reason(module)))
-    explanation = Explanation(tuple(rows))
+    explanation = Explanation(tuple(rows), tuple(parts_of(model)))
     print(explanation)
     return explanation
 

@@ -21,7 +21,7 @@ def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None 
     a `DynamicCache`.
 
     - `kv_cache_dtype` is what they are stored in: None for the model's dtype, torch.int8, or a float dtype; without it
-      ``model.config.kv_cache_dtype`` counts, whenever it is set.
+      ``model.config.kv_cache_dtype`` counts, a dtype or its name, whenever it is set.
     - In `generate`, several beams or returned sequences of a prompt share its prefill and its keys and values.
     - With ``model.config.token_latency = True``, `generate` returns (output, seconds per token), as IPEX does.
     - Calls with gradients, caches that hold something already, and layers of another kind (linear attention,
@@ -66,12 +66,18 @@ class CacheHook:
 
     def make_native(self, cache: Any, model: PreTrainedModel, shared: bool = False) -> None:
         """Replace the empty layers of `cache`; `shared` says that sequences will be repeated."""
-        dtype = self.dtype or getattr(model.config, "kv_cache_dtype", None)
+        dtype = self.dtype or config_cache_dtype(model)
         if isinstance(cache, EncoderDecoderCache):
             _replace_layers(cache.self_attention_cache, dtype, shared)
             _replace_layers(cache.cross_attention_cache, dtype, shared, spare=False)
         elif isinstance(cache, DynamicCache):
             _replace_layers(cache, dtype, shared)
+
+
+def config_cache_dtype(model: PreTrainedModel) -> torch.dtype | None:
+    """``model.config.kv_cache_dtype``, which may be a dtype's name; `NativeLayer` refuses what is neither."""
+    dtype = getattr(model.config, "kv_cache_dtype", None)
+    return getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
 
 
 def _replace_layers(cache: Cache, dtype: torch.dtype | None, shared: bool, spare: bool = True) -> None:

@@ -25,7 +25,12 @@ from .native import native_stack, use_native_stack
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of `device_map` that leave the choice to the library."""
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_DTYPES = {_name(dtype): dtype for dtype in FLOAT_DTYPES}
 _CACHE_DTYPES = _DTYPES | {"int8": torch.int8}
 
 
@@ -78,10 +83,12 @@ class IpexQuantConfig(QuantizationConfigMixin):
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
-    """`describe`, and whether `model` uses the native stack."""
+    """`describe`, and whether `model` uses the native stack; a dtype in its config that is IPEX's becomes a name."""
     native, dtype = native_stack(model)
-    dtype = None if dtype is None else str(dtype).removeprefix("torch.")
-    return {**describe(model), "native": native, "kv_cache_dtype": dtype}
+    cache_dtype = getattr(model.config, "kv_cache_dtype", None)
+    if isinstance(cache_dtype, torch.dtype):
+        model.config.kv_cache_dtype = _name(cache_dtype)  # transformers cannot write it otherwise
+    return {**describe(model), "native": native, "kv_cache_dtype": None if dtype is None else _name(dtype)}
 
 
 def attach(model: PreTrainedModel) -> None:

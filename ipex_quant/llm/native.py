@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import use_native_attention
+from ..nn.fused_forward import fused_forward
+from .attention import is_attention, is_native, use_native_attention
 from .decoder import fuse_decoder
+from .families import FAMILIES
 from .generation import CacheHook, use_native_cache
-from .norms import fuse_norms
+from .norms import fuse_norms, norm_of
 
 logger = logging.getLogger("ipex_quant")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Names of a model's modules of one sort: those that compute natively, and those that run stock code."""
+
+    sort: str
+    native: tuple[str, ...]
+    stock: tuple[str, ...]
+
+    def __str__(self) -> str:
+        stock = f"; stock: {', '.join(self.stock)}" if self.stock else ""
+        return f"{self.sort}: {len(self.native)} of {len(self.native) + len(self.stock)} native{stock}"
+
+
+def parts_of(model: nn.Module) -> list[Part]:
+    """What is around the linear layers of `model`, as far as it is of a known sort."""
+    fused = {id(inner) for module in model.modules() if fused_forward(module) for inner in module.modules()}
+    tests = {
+        "decoder layers": (lambda module: type(module).__name__ in FAMILIES, fused_forward),
+        "norms": (lambda module: not isinstance(module, nn.LayerNorm) and norm_of(module), fused_forward),
+        "attention modules": (is_attention, lambda module: is_native(module) or id(module) in fused),
+    }
+    parts = []
+    for sort, (belongs, native) in tests.items():
+        found = {name: bool(native(module)) for name, module in model.named_modules() if belongs(module)}
+        if found:
+            names = (tuple(name for name, value in found.items() if value is wanted) for wanted in (True, False))
+            parts.append(Part(sort, *names))
+    return parts
 
 
 def use_native_stack(model: nn.Module, kv_cache_dtype: torch.dtype | None = None) -> None:
@@ -22,13 +55,13 @@ def use_native_stack(model: nn.Module, kv_cache_dtype: torch.dtype | None = None
     `kv_cache_dtype` is that of `use_native_cache`. What stays stock is logged, and told by `explain`. Call it again
     after modules were replaced. Raises ValueError for another `kv_cache_dtype`.
     """
-    layers, norms = fuse_decoder(model), fuse_norms(model)
-    logger.info("%d decoder layers and %d norms are fused", len(layers), len(norms))
+    fuse_decoder(model)
+    fuse_norms(model)
     if isinstance(model, PreTrainedModel):
         use_native_attention(model)
-        stock = use_native_cache(model, kv_cache_dtype)
-        if stock:
-            logger.info("%d attention modules keep their own code: %s", len(stock), ", ".join(stock))
+        use_native_cache(model, kv_cache_dtype)
+    for part in parts_of(model):
+        logger.info("%s", part)
 
 
 def native_stack(model: nn.Module) -> tuple[bool, torch.dtype | None]:
