@@ -15,7 +15,7 @@ from torch.ao.quantization import QConfig, QConfigMapping
 from ..nn import QuantizedModule, WeightOnlyQuantizedLinear
 from ..nn.fused_forward import restore_forwards
 from ..nn.linears import holds_experts, is_linear
-from ..smoothquant.folding import is_norm
+from ..nn.norms import is_norm
 from ..smoothquant.tracing import SharedInput, trace_groups
 from ._description import describe, is_pretrained
 from ._errors import naming

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..nn.linears import is_linear, weight_matrix
-from .folding import fold_into_norm, is_norm
+from ..nn.norms import is_norm
+from .folding import fold_into_norm
 from .tracing import trace_groups
 
 FACTORS = (32.0, 64.0)

@@ -6,7 +6,8 @@ from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from ipex_quant.smoothquant.folding import fold_into_norm, is_norm
+from ipex_quant.nn.norms import is_norm
+from ipex_quant.smoothquant.folding import fold_into_norm
 
 FACTOR = torch.tensor([0.5, 2.0, 1.0, 3.0])
 

@@ -1,0 +1,53 @@
+"""Which modules are norms, and norms whose output is multiplied by a factor."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+_VECTORS = ("weight", "bias")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether `module` looks like a LayerNorm or RMSNorm over the last dimension: by its name and its vectors."""
+    own = {name: p for name, p in module.named_parameters(recurse=False) if p is not None}
+    weight = own.get("weight")
+    return (
+        "norm" in type(module).__name__.lower()
+        and weight is not None
+        and weight.dim() == 1
+        and own.keys() <= set(_VECTORS)
+        and next(module.children(), None) is None
+    )
+
+
+@torch.no_grad()
+def scaled_vectors(norm: nn.Module, factor: torch.Tensor, offset: float = 0.0) -> dict[str, torch.Tensor] | None:
+    """Weight and bias with which `norm` returns `factor` times as much, float32 ``[K]``; None when there are none.
+
+    They have the dtype of the old ones. The norm multiplies by its weight plus `offset`, which trying it shows.
+    """
+    vectors = {name: getattr(norm, name) for name in _VECTORS if getattr(norm, name, None) is not None}
+    if any(vector.shape != factor.shape for vector in vectors.values()):
+        return None
+    old = {name: vector.detach().float() for name, vector in vectors.items()}
+    new = {name: vector * factor for name, vector in old.items()}
+    new["weight"] = (old["weight"] + offset) * factor - offset
+    before, after = copy.copy(norm), copy.copy(norm)
+    before._parameters = {**norm._parameters, **_parameters(old)}
+    after._parameters = {**norm._parameters, **_parameters(new)}
+    width = len(factor)
+    generator = torch.Generator().manual_seed(0)
+    rows = 4 if width == 3 else 3  # so that channels are in the last dimension, and only there
+    x = torch.randn(2, rows, width, generator=generator)
+    try:
+        same = torch.allclose(after.forward(x), before.forward(x) * factor, rtol=1e-4, atol=1e-6)
+    except Exception:  # whatever a forward that is not ours needs, the norm can stay as it is
+        return None
+    return {name: vector.to(vectors[name].dtype) for name, vector in new.items()} if same else None
+
+
+def _parameters(vectors: dict[str, torch.Tensor]) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(vector, False) for name, vector in vectors.items()}
