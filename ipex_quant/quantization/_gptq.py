@@ -19,7 +19,7 @@ from ..nn.linears import is_linear, weight_matrix
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqWeightDtype
 from ..woq.gptq import GptqOptions
-from ..woq.layer_walk import quantize_blocks
+from ..woq.gptq_blocks import quantize_blocks
 
 logger = logging.getLogger("ipex_quant")
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -19,53 +20,63 @@ from tqdm import tqdm
 from ..nn.fused_forward import restored_forwards
 from ..nn.linears import is_linear, weight_matrix
 from ..nn.modes import evaluating
-from ..numerics.affine import dequantize
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme
-from .gptq import GptqOptions, HessianAccumulator, quantize_weight
 from .rtn import rtn
 
 SchemeOf = Callable[[str], WeightScheme | None]
 """The scheme of a module by its name, None to leave it in float."""
 
 
+class BlockQuantizer(Protocol):
+    """What `walk_blocks` asks of an algorithm."""
+
+    title: str
+
+    def __call__(self, walk: Walk, index: int, schemes: Mapping[str, WeightScheme]) -> dict[str, QuantizedWeight]:
+        """Quantize the linears of block `index` by name within it, and give them the quantized weights.
+
+        Those that no batch reaches are left out; so they have no part in what the block returns.
+        """
+
+
 @torch.no_grad()
-def quantize_blocks(
+def walk_blocks(
     model: nn.Module,
     batches: Sequence[Mapping[str, torch.Tensor]],
     scheme: WeightScheme | SchemeOf,
-    options: GptqOptions | None = None,
+    quantize_block: BlockQuantizer,
+    scale_dtype: torch.dtype = torch.float32,
 ) -> dict[str, QuantizedWeight]:
-    """GPTQ for every linear in the transformer blocks of `model`, by module name.
+    """Quantize every linear in the transformer blocks of `model` with `quantize_block`; the result is by module name.
 
-    `batches` are keyword arguments of the model. Positions that a 2-D `attention_mask` masks are left out of the
-    calibration. Linears outside the blocks (embeddings, lm_head) are not touched; one that no batch reaches is rounded
-    to nearest, with a warning. The model comes back as it was. Raises ValueError without batches or blocks.
+    `batches` are keyword arguments of the model. Linears outside the blocks (embeddings, lm_head) are not touched; one
+    that no batch reaches is rounded to nearest, with a warning. The model comes back as it was. Raises ValueError
+    without batches or blocks.
     """
+    title = quantize_block.title
     if not batches:
-        raise ValueError("batches: GPTQ needs at least one calibration batch")
+        raise ValueError(f"batches: {title} needs at least one calibration batch")
     prefix, blocks = find_blocks(model)
-    options = options or GptqOptions()
     scheme_of = (lambda name: scheme) if isinstance(scheme, WeightScheme) else scheme
     quantized: dict[str, QuantizedWeight] = {}
     missed: list[str] = []
-    with evaluating(model), restored_forwards(model), _Walk(model, blocks, batches) as walk:
-        for index, block in enumerate(tqdm(blocks, desc="GPTQ", unit="block")):
-            names = {name: f"{prefix}.{index}.{name}" for name, m in block.named_modules() if is_linear(m)}
+    with evaluating(model), restored_forwards(model), Walk(model, prefix, blocks, batches) as walk:
+        for index, block in enumerate(tqdm(blocks, desc=title, unit="block")):
+            names = {name: walk.full_name(index, name) for name, m in block.named_modules() if is_linear(m)}
             schemes = {name: scheme_of(full_name) for name, full_name in names.items()}
             schemes = {name: chosen for name, chosen in schemes.items() if chosen is not None}
-            with _restored_weights(block, schemes):
-                found = _quantize_block(walk, index, schemes, options)
+            with _restored_parameters(block):
+                found = quantize_block(walk, index, schemes)
                 if index + 1 < len(blocks):
                     walk.advance(index)
             quantized |= {names[name]: weight for name, weight in found.items()}
             missed += [names[name] for name in schemes if name not in found]
     for name in missed:
-        weight = weight_matrix(model.get_submodule(name))
-        quantized[name] = rtn(weight, scheme_of(name), options.scale_dtype)
+        quantized[name] = rtn(weight_matrix(model.get_submodule(name)), scheme_of(name), scale_dtype)
     if missed:
         warnings.warn(
-            f"GPTQ: no calibration sample reached {', '.join(missed)}; rounded to nearest instead", stacklevel=3
+            f"{title}: no calibration sample reached {', '.join(missed)}; rounded to nearest instead", stacklevel=4
         )
     return quantized
 
@@ -94,11 +105,13 @@ class _Stop(Exception):  # noqa: N818 - no error, it ends a forward pass whose r
         self.value = value
 
 
-class _Walk:
+class Walk:
     """Runs single blocks of a model on every batch; a context manager, since it replaces forwards meanwhile."""
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
-        self.model, self.blocks, self.batches = model, blocks, batches
+    def __init__(
+        self, model: nn.Module, prefix: str, blocks: nn.ModuleList, batches: Sequence[Mapping[str, torch.Tensor]]
+    ) -> None:
+        self.model, self.prefix, self.blocks, self.batches = model, prefix, blocks, batches
         self.outputs: list[object] = [None] * len(batches)  # of the last block passed, a batch
         self._replayed: object = None
         self._stack = ExitStack()
@@ -107,11 +120,15 @@ class _Walk:
         # A cache would remember the blocks of earlier runs.
         self._options = {"use_cache": False} if takes_any or any(p.name == "use_cache" for p in parameters) else {}
 
-    def __enter__(self) -> _Walk:
+    def __enter__(self) -> Walk:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
+
+    def full_name(self, index: int, name: str) -> str:
+        """Name in the model of what is called `name` in block `index`."""
+        return f"{self.prefix}.{index}.{name}"
 
     def run(self, index: int, batch_index: int) -> object:
         """What block `index` returns for one batch, or None when a hook stopped it; blocks before it are replayed."""
@@ -149,17 +166,17 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Iter
 
 
 @contextmanager
-def _restored_weights(block: nn.Module, names: Mapping[str, object]) -> Iterator[None]:
-    weights = {name: block.get_submodule(name).weight.data for name in names}
+def _restored_parameters(block: nn.Module) -> Iterator[None]:
+    data = {parameter: parameter.data for parameter in block.parameters()}
     try:
         yield
     finally:
-        for name, weight in weights.items():
-            block.get_submodule(name).weight.data = weight
+        for parameter, tensor in data.items():
+            parameter.data = tensor
 
 
 @dataclass
-class _Stage:
+class Stage:
     """Linears that do not depend on each other: `groups` of linears that share an input.
 
     `once` says that the first linear of the only group is called once, so that a forward pass may stop there.
@@ -169,31 +186,13 @@ class _Stage:
     once: bool = True
 
 
-def _quantize_block(
-    walk: _Walk, index: int, schemes: Mapping[str, WeightScheme], options: GptqOptions
-) -> dict[str, QuantizedWeight]:
-    """Quantize the linears of one block by name within it, stage by stage, and give them the quantized weights.
-
-    Those that no batch reaches are left out; so they have no part in what the block returns.
-    """
-    block = walk.blocks[index]
-    found: dict[str, QuantizedWeight] = {}
-    for stage in _stages(block, _calls(walk, index, list(schemes))):
-        for members, seen in zip(stage.groups, _calibrate(walk, index, stage), strict=True):
-            for name in members if seen.count else ():
-                linear = block.get_submodule(name)
-                found[name] = quantize_weight(weight_matrix(linear), seen.hessian, schemes[name], options)
-                _set_weight(linear, dequantize(found[name]))
-    return found
-
-
-def _set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
+def set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
     """Give the parameter new data: the old ones come back when the block is done."""
     linear.weight.data = torch.empty_like(linear.weight.data)
     weight_matrix(linear).copy_(weight)
 
 
-def _calls(walk: _Walk, index: int, names: Sequence[str]) -> list[tuple[str, int]]:
+def _calls(walk: Walk, index: int, names: Sequence[str]) -> list[tuple[str, int]]:
     """Linears of a block in the order of their calls, each with a number for its input tensor.
 
     One batch tells, unless it leaves linears out (experts that no token chose).
@@ -211,12 +210,17 @@ def _calls(walk: _Walk, index: int, names: Sequence[str]) -> list[tuple[str, int
         unknown = [name for name in names if name not in known]
         if not unknown:
             break
-        with _input_hooks({name: block.get_submodule(name) for name in unknown}, record):
+        with input_hooks({name: block.get_submodule(name) for name in unknown}, record):
             walk.run(index, batch_index)
     return calls
 
 
-def _stages(block: nn.Module, calls: Sequence[tuple[str, int]]) -> list[_Stage]:
+def find_stages(walk: Walk, index: int, names: Sequence[str]) -> list[Stage]:
+    """Stages of the linears `names` of block `index`, in the order in which they are called."""
+    return _stages(walk.blocks[index], _calls(walk, index, names))
+
+
+def _stages(block: nn.Module, calls: Sequence[tuple[str, int]]) -> list[Stage]:
     """Group the called linears by shared input, and the groups that are alike (experts) into one stage."""
     groups: dict[int, list[str]] = {}
     placed: set[str] = set()
@@ -227,9 +231,9 @@ def _stages(block: nn.Module, calls: Sequence[tuple[str, int]]) -> list[_Stage]:
         else:
             groups.setdefault(tensor, []).append(name)
             placed.add(name)
-    stages: dict[str, _Stage] = {}
+    stages: dict[str, Stage] = {}
     for members in groups.values():
-        stage = stages.setdefault(_pattern(block, members[0]), _Stage())
+        stage = stages.setdefault(_pattern(block, members[0]), Stage())
         stage.groups.append(members)
         stage.once = len(stage.groups) == 1 and not repeated.intersection(members)
     return list(stages.values())
@@ -242,11 +246,26 @@ def _pattern(block: nn.Module, name: str) -> str:
     return ".".join("*" if isinstance(p, nn.ModuleList) else part for p, part in zip(parents, parts, strict=True))
 
 
-def _calibrate(walk: _Walk, index: int, stage: _Stage) -> list[HessianAccumulator]:
-    """What every share group of a stage gets as input, over all batches."""
+class Statistics(Protocol):
+    """What an algorithm gathers about the inputs of a share group: `count` vectors so far."""
+
+    count: int
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Take in a batch of inputs ``[..., K]``."""
+
+
+StatisticsT = TypeVar("StatisticsT", bound=Statistics)
+
+
+def calibrate(walk: Walk, index: int, stage: Stage, make: Callable[[int], StatisticsT]) -> list[StatisticsT]:
+    """What every share group of a stage gets as input, over all batches; ``make(K)`` makes what gathers it.
+
+    Positions that a 2-D `attention_mask` masks are left out.
+    """
     block = walk.blocks[index]
     firsts = {members[0]: block.get_submodule(members[0]) for members in stage.groups}
-    sums = {name: HessianAccumulator(weight_matrix(linear).shape[1]) for name, linear in firsts.items()}
+    sums = {name: make(weight_matrix(linear).shape[1]) for name, linear in firsts.items()}
     mask: torch.Tensor | None = None
 
     def add(name: str, tensor: torch.Tensor) -> None:
@@ -254,7 +273,7 @@ def _calibrate(walk: _Walk, index: int, stage: _Stage) -> list[HessianAccumulato
         if stage.once:
             raise _Stop  # nothing else in this block is needed
 
-    with _input_hooks(firsts, add):
+    with input_hooks(firsts, add):
         for batch_index, batch in enumerate(walk.batches):
             mask = batch.get("attention_mask")
             mask = mask.bool() if mask is not None and mask.dim() == 2 else None
@@ -263,7 +282,7 @@ def _calibrate(walk: _Walk, index: int, stage: _Stage) -> list[HessianAccumulato
 
 
 @contextmanager
-def _input_hooks(linears: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+def input_hooks(linears: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
     """Call ``see(name, input)`` before every call of each linear."""
     with ExitStack() as stack:
         for name, linear in linears.items():

@@ -21,7 +21,7 @@ from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
 from ipex_quant.quantization import gptq
 from ipex_quant.quantization._gptq import calibration_batches
 from ipex_quant.woq.gptq import GptqOptions
-from ipex_quant.woq.layer_walk import quantize_blocks
+from ipex_quant.woq.gptq_blocks import quantize_blocks
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from ipex_quant.nn.linears import weight_matrix
 from ipex_quant.numerics.affine import dequantize
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
 from ipex_quant.woq.gptq import GptqOptions, HessianAccumulator, quantize_weight
-from ipex_quant.woq.layer_walk import find_blocks, quantize_blocks
+from ipex_quant.woq.gptq_blocks import quantize_blocks
+from ipex_quant.woq.layer_walk import find_blocks
 from ipex_quant.woq.rtn import rtn
 
 SCHEME = WeightScheme(WoqWeightDtype.INT4, False, 16)
