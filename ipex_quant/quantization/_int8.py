@@ -18,6 +18,7 @@ from ..observers import has_data
 from ..smoothquant.folding import fold_into_norm
 from ._errors import naming
 from ._observed import LayerParameters, Observed, ObservedGroup, ObservedLayer
+from ._rules import BY_SUMMARY
 
 Replacements = dict[str, Callable[[nn.Module], nn.Module]]
 
@@ -32,7 +33,7 @@ def int8_replacements(model: nn.Module, observations: Observed) -> tuple[Replace
     unreached: list[str] = []
     for group in observations.groups:
         wanted = [layer for layer in group.layers if layer.quantized]
-        reasons |= {layer.name: "the qconf summary leaves it in float" for layer in group.layers if not layer.quantized}
+        reasons |= {layer.name: BY_SUMMARY for layer in group.layers if not layer.quantized}
         if group.observer is not None and not has_data(group.observer):
             unreached += [layer.name for layer in wanted if layer.parameters is None]
             wanted = [layer for layer in wanted if layer.parameters is not None]

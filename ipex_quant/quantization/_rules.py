@@ -13,6 +13,7 @@ from ..nn.linears import conv_obstacle, is_linear, obstacle, weight_obstacle
 from ._qconfig import kind_of
 
 _BY_RULE = "the mapping's "
+BY_SUMMARY = "the qconf summary leaves it in float"
 
 
 def choose_qconfigs(
@@ -51,8 +52,8 @@ def choose_qconfigs(
 
 
 def refused_modules(reasons: dict[str, str]) -> list[str]:
-    """Names of the layers that no rule of the user's leaves in float, of the reasons that `choose_qconfigs` gives."""
-    return [name for name, reason in reasons.items() if not reason.startswith(_BY_RULE)]
+    """Names of the layers that neither a rule of the user's nor a summary leaves in float, of why layers are."""
+    return [name for name, reason in reasons.items() if not reason.startswith((_BY_RULE, BY_SUMMARY))]
 
 
 def _check_rules(mapping: QConfigMapping, model: nn.Module) -> None:
