@@ -1,5 +1,6 @@
 """IPEX's quantization API: configurations, `prepare`, `convert` and tensor helpers."""
 
+import importlib
 from typing import Any
 
 from torch.ao.quantization import QConfigMapping
@@ -29,6 +30,7 @@ __all__ = [
     "WoqLowpMode",
     "WoqWeightDtype",
     "WoqWeightQScheme",
+    "autotune",
     "calibrate",
     "calibration_dataloader",
     "convert",
@@ -60,4 +62,7 @@ def __getattr__(name: str) -> Any:
         from ._gptq import gptq
 
         return gptq
+    # A layer above this one, which IPEX's users look for here.
+    if name == "autotune":
+        return importlib.import_module("ipex_quant.autotune").autotune
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""Finding the best recipe within an accuracy budget."""
+
+from .tuner import autotune
+
+__all__ = ["autotune"]

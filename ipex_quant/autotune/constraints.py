@@ -1,0 +1,84 @@
+"""`op_type_dict`: which types of operators, and which layers by name, the user leaves in float."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..nn.linears import is_linear
+
+_LINEAR = {"linear", "conv1d"}
+_CONVOLUTION = {"conv2d"}
+_NEVER_QUANTIZED = {
+    *("add", "matmul", "bmm", "relu", "flatten", "embeddingbag", "embedding_bag", "lstm", "conv3d", "convtranspose2d"),
+    *("convtranspose3d", "maxpool2d", "max_pool2d", "avgpool2d", "avg_pool2d", "adaptiveavgpool2d", "interaction"),
+    *("adaptive_avg_pool2d", "layernorm", "embedding", "gelu", "silu", "softmax"),
+}
+"""Operators that neural-compressor knows and that stay in float here anyway."""
+
+_DTYPES = {"fp32": False, "float32": False, "bf16": False, "bfloat16": False, "int8": True, "uint8": True}
+"""Names of dtypes, and whether a layer of that dtype is quantized."""
+
+
+def float_layers(model: nn.Module, op_type_dict: Mapping[str, Any] | None) -> frozenset[str]:
+    """Names of the layers of `model` that `op_type_dict` leaves in float.
+
+    Keys are neural-compressor's operator types, in any case, or names of layers, or regular expressions that match such
+    names as a whole. Values are ``{"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}``: a layer stays
+    in float when int8 is in neither list that is given. Raises TypeError or ValueError for another form, for an unknown
+    type or dtype, and for a name that no layer has.
+    """
+    if op_type_dict is None:
+        return frozenset()
+    if not isinstance(op_type_dict, Mapping):
+        raise TypeError(f"op_type_dict: expected a dict of operator types, got {type(op_type_dict).__name__}")
+    layers = {name: module for name, module in model.named_modules() if is_linear(module) or _is_convolution(module)}
+    left = set()
+    for key, constraint in op_type_dict.items():
+        chosen = _chosen(key, layers)
+        if not _allows_int8(key, constraint):
+            left |= chosen
+    return frozenset(left)
+
+
+def _chosen(key: Any, layers: Mapping[str, nn.Module]) -> set[str]:
+    if not isinstance(key, str):
+        raise TypeError(f"op_type_dict: expected names of operator types or layers as keys, got {key!r}")
+    kind = key.lower()
+    if kind in _LINEAR:
+        return {name for name, module in layers.items() if is_linear(module)}
+    if kind in _CONVOLUTION:
+        return {name for name, module in layers.items() if _is_convolution(module)}
+    if kind in _NEVER_QUANTIZED:
+        return set()
+    try:
+        chosen = {name for name in layers if name == key or re.fullmatch(key, name)}
+    except re.error as error:
+        raise ValueError(f"op_type_dict: {key!r} is no operator type and no regular expression: {error}") from error
+    if not chosen:
+        known = ", ".join(sorted(_LINEAR | _CONVOLUTION | _NEVER_QUANTIZED))
+        raise ValueError(f"op_type_dict: {key!r} is no known operator type ({known}) and no layer has such a name")
+    return chosen
+
+
+def _allows_int8(key: str, constraint: Any) -> bool:
+    form = 'expected {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}'
+    if not isinstance(constraint, Mapping) or not constraint.keys() <= {"weight", "activation"} or not constraint:
+        raise ValueError(f"op_type_dict: {key}: {form}, got {constraint!r}")
+    allowed = True
+    for part, settings in constraint.items():
+        dtypes = settings.get("dtype") if isinstance(settings, Mapping) and settings.keys() == {"dtype"} else None
+        if not isinstance(dtypes, (list, tuple)) or not dtypes:
+            raise ValueError(f"op_type_dict: {key}: {part}: {form}; only dtype can be constrained, got {settings!r}")
+        unknown = [dtype for dtype in dtypes if dtype not in list(_DTYPES)]
+        if unknown:
+            raise ValueError(f"op_type_dict: {key}: {part}: expected dtypes of {', '.join(_DTYPES)}, got {unknown}")
+        allowed = allowed and any(_DTYPES[dtype] for dtype in dtypes)
+    return allowed
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d)

@@ -1,0 +1,85 @@
+"""Which recipe to try next: generators that yield recipes and are sent the trial of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+
+from .recipe import Int8Recipe
+from .trials import Trial
+
+Search = Generator[Int8Recipe, Trial, None]
+
+TYPE_SHARE = 0.25
+"""Share of the total error from which on layers of one type are tried together."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the search knows of a layer: its `error` when quantized, its type, and how many weights it has."""
+
+    name: str
+    type: str
+    error: float
+    weights: int
+
+
+def search_int8(
+    recipes: Sequence[Int8Recipe], layers_of: Mapping[Int8Recipe, Sequence[Layer]], always_float: frozenset[str]
+) -> Search:
+    """First every recipe with all layers in INT8; then the best of them with the most sensitive layers left in float.
+
+    The sets of layers to leave in float grow: the 1, 2, 4, ... most sensitive ones, and in between all layers of a type
+    that makes up a good part of the error. Once a set meets the criterion, bisection looks for a smaller one, of its
+    most sensitive layers.
+    """
+    trials: dict[Int8Recipe, Trial] = {}
+    for recipe in recipes:
+        trials[recipe] = yield recipe
+    base = min(trials, key=lambda recipe: trials[recipe].loss)
+    if trials[base].met:
+        return
+    layers = sorted(
+        (layer for layer in layers_of[base] if layer.name not in always_float),
+        key=lambda layer: (-layer.error, layer.name),
+    )
+
+    def with_float(chosen: Sequence[Layer]) -> Int8Recipe:
+        return base.with_float({*always_float, *(layer.name for layer in chosen)})
+
+    failed = 0
+    for chosen, is_prefix in float_sets(layers):
+        trial = yield with_float(chosen)
+        if trial.met:
+            break
+        failed = len(chosen) if is_prefix else failed
+    else:
+        return
+    lowest, highest = failed if is_prefix else 0, len(chosen)
+    while highest - lowest > 1:
+        middle = (lowest + highest) // 2
+        trial = yield with_float(chosen[:middle])
+        lowest, highest = (lowest, middle) if trial.met else (middle, highest)
+
+
+def float_sets(layers: Sequence[Layer]) -> list[tuple[Sequence[Layer], bool]]:
+    """Sets of layers to leave in float, most sensitive first, those with fewer weights first; never all of them.
+
+    The flag tells the sets that are the most sensitive layers of all.
+    """
+    sizes = [1 << i for i in range(math.ceil(math.log2(len(layers))))] if len(layers) > 1 else []
+    sets: list[tuple[Sequence[Layer], bool]] = [(layers[:size], True) for size in sizes]
+    total = sum(layer.error for layer in layers)
+    for kind in dict.fromkeys(layer.type for layer in layers):
+        alike = [layer for layer in layers if layer.type == kind]
+        if 1 < len(alike) < len(layers) and sum(layer.error for layer in alike) >= TYPE_SHARE * total:
+            sets.append((alike, False))
+    unique = {frozenset(layer.name for layer in chosen): (chosen, is_prefix) for chosen, is_prefix in reversed(sets)}
+    return sorted(unique.values(), key=lambda entry: (sum(layer.weights for layer in entry[0]), not entry[1]))
+
+
+def best_trial(trials: Sequence[Trial], cost: Callable[[Trial], float]) -> Trial:
+    """Of those that meet the criterion one of the least `cost`, the most accurate; without any, the most accurate."""
+    met = [trial for trial in trials if trial.met]
+    return min(met, key=lambda trial: (cost(trial), trial.loss)) if met else min(trials, key=lambda trial: trial.loss)

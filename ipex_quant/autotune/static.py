@@ -1,0 +1,189 @@
+"""Static INT8 from the statistics of one calibration pass: parameters and errors of a recipe, and its model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.ao.quantization import QConfigMapping
+from tqdm import tqdm
+
+from .. import quantization
+from ..observers import SmoothQuantActivationObserver, has_data
+from ..quantization import convert, get_smooth_quant_qconfig_mapping, prepare
+from ..quantization._example import Example
+from ..quantization._observed import LayerParameters, Observed, ObservedGroup, observed
+from ..quantization._qconfig import QuantizationKind
+from ..woq.layer_walk import find_blocks
+from .recipe import AUTO, Int8Recipe
+from .sensitivity import COMBINE, int8_errors
+from .statistics import RecordingObserver, Statistics, is_smoothed
+
+
+@dataclass(frozen=True)
+class AlphaSearch:
+    """How alpha `auto` is found: the values tried, how members of a share group count, and whether a block has one.
+
+    `first` is taken where calibration kept no sample.
+    """
+
+    alphas: tuple[float, ...] = tuple(i / 10 for i in range(11))
+    shared_criterion: str = "mean"
+    by_block: bool = False
+    first: float = 0.5
+
+
+@dataclass(frozen=True)
+class Int8Plan:
+    """What a recipe means for a model: the parameters, error and alpha of every layer, by name."""
+
+    parameters: dict[str, LayerParameters]
+    errors: dict[str, float]
+    alphas: dict[str, float | None]
+
+
+class StaticQuantizer:
+    """Makes INT8 models of a calibrated one."""
+
+    def __init__(self, statistics: Statistics, search: AlphaSearch) -> None:
+        self.statistics, self.search = statistics, search
+        self.model = statistics.model
+        self._measured: dict[tuple[int, str, float | None], tuple[list[LayerParameters], list[float]]] = {}
+        self._plans: dict[tuple[int, float | str | None], Int8Plan] = {}
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of all layers that can be quantized."""
+        return [layer.name for group in self.statistics.groups for layer in group.layers]
+
+    def plan(self, recipe: Int8Recipe) -> Int8Plan:
+        """What `recipe` means, but for the layers that it leaves in float; the answer is kept."""
+        key = recipe.samples, recipe.alpha
+        if key not in self._plans:
+            alphas = self._auto_alphas(recipe.samples) if recipe.alpha == AUTO else {}
+            plan = Int8Plan({}, {}, {})
+            for group in self._groups(recipe.samples):
+                alpha = alphas.get(group.name, recipe.alpha) if is_smoothed(group, self.model) else None
+                parameters, errors = self._measure(recipe.samples, group, alpha)
+                names = [layer.name for layer in group.layers]
+                plan.parameters.update(zip(names, parameters, strict=True))
+                plan.errors.update(zip(names, errors, strict=True))
+                plan.alphas.update(dict.fromkeys(names, alpha))
+            self._plans[key] = plan
+            self._measured.clear()
+        return self._plans[key]
+
+    def quantized(self, recipe: Int8Recipe) -> nn.Module:
+        """A new model that computes as `recipe` says; the float weights that stay are copied."""
+        plan = self.plan(recipe)
+        in_float = set(recipe.float_modules)
+        for group in observed(self.model).groups:
+            for layer in group.layers:
+                layer.parameters = plan.parameters.get(layer.name)
+                layer.quantized = layer.parameters is not None and layer.name not in in_float
+        return convert(self.model)
+
+    def prepared(self, model: nn.Module, recipe: Int8Recipe, example: Example, inplace: bool) -> nn.Module:
+        """`model`, or a copy, as `prepare` makes it, with the parameters that `recipe` means loaded."""
+        plan = self.plan(recipe)
+        prepared = prepare(
+            model,
+            _mapping(plan.alphas),
+            example.args or None,
+            inplace=inplace,
+            example_kwarg_inputs=example.kwargs or None,
+        )
+        for group in observed(prepared).static_groups:
+            seen = self.statistics.observers[recipe.samples].get(group.name)
+            if seen is not None and isinstance(group.observer, SmoothQuantActivationObserver):
+                group.observer.load_state_dict(seen.state_dict(), strict=False)
+            elif seen is not None:
+                group.observer.load_state_dict(seen.act_obs.state_dict())
+        with tempfile.TemporaryDirectory(prefix="ipex_quant_autotune_") as folder:
+            path = Path(folder) / "qconf_summary.json"
+            prepared.save_qconf_summary(qconf_summary=path)
+            path.write_text(json.dumps(_in_float(json.loads(path.read_text()), recipe.float_modules)))
+            prepared.load_qconf_summary(qconf_summary=path)
+        return prepared
+
+    def _groups(self, samples: int) -> Iterator[ObservedGroup]:
+        reached = self.statistics.observers[samples]
+        yield from (group for group in self.statistics.groups if group.name in reached)
+
+    def _auto_alphas(self, samples: int) -> dict[str, float]:
+        """The alpha of every share group that has the least error, alone or together with those of its block."""
+        groups = [group for group in self._groups(samples) if is_smoothed(group, self.model)]
+        together: dict[str, list[ObservedGroup]] = {}
+        for group in groups:
+            together.setdefault(self._block_of(group.name) if self.search.by_block else group.name, []).append(group)
+        found = {}
+        for members in tqdm(together.values(), "searching alpha"):
+            errors = {
+                alpha: sum(self._combined(samples, group, alpha) for group in members) for alpha in self.search.alphas
+            }
+            # Of equal ones that closest to the middle: extremes serve the sample rather than the data.
+            best = min(errors, key=lambda alpha: (errors[alpha], abs(alpha - self.search.first)))
+            found |= {group.name: best for group in members}
+        return found
+
+    def _combined(self, samples: int, group: ObservedGroup, alpha: float) -> float:
+        return COMBINE[self.search.shared_criterion](self._measure(samples, group, alpha)[1])
+
+    def _measure(
+        self, samples: int, group: ObservedGroup, alpha: float | None
+    ) -> tuple[list[LayerParameters], list[float]]:
+        observer = self.statistics.observers[samples][group.name]
+        whole = self._parameters(observer, group, alpha)
+        half = whole
+        if alpha is not None and has_data(observer.other_half):
+            half = self._parameters(observer, group, alpha, observer.other_half)
+        modules = [self.model.get_submodule(layer.name) for layer in group.layers]
+        return whole, int8_errors(modules, self.statistics.samples[group.name], half)
+
+    def _parameters(
+        self, observer: RecordingObserver, group: ObservedGroup, alpha: float | None, channels: nn.Module | None = None
+    ) -> list[LayerParameters]:
+        """What the layers of `group` are quantized with; `channels` are in place of the observer's own."""
+        kind = QuantizationKind.STATIC if alpha is None else QuantizationKind.SMOOTH_QUANT
+        stand_in = ObservedGroup(group.layers, kind)
+        stand_in.observer = copy.copy(observer)
+        stand_in.observer._modules = {**observer._modules, "ic_obs": channels or observer.ic_obs}
+        stand_in.observer.alpha = alpha
+        return Observed([]).parameters(self.model, stand_in)
+
+    def _block_of(self, name: str) -> str:
+        """The name of the transformer block that a layer is in; its own name outside of them."""
+        try:
+            prefix, _ = find_blocks(self.model)
+        except ValueError:
+            return name
+        parts = name.removeprefix(f"{prefix}.").split(".")
+        return f"{prefix}.{parts[0]}" if name.startswith(f"{prefix}.") else name
+
+
+def _mapping(alphas: Mapping[str, float | None]) -> QConfigMapping:
+    """A mapping that smooths every layer with its alpha; layers of one alpha have the same configuration."""
+    mapping = get_smooth_quant_qconfig_mapping()
+    made: dict[float | None, Any] = {None: quantization.default_static_qconfig}
+    for name, alpha in alphas.items():
+        if alpha not in made:
+            made[alpha] = get_smooth_quant_qconfig_mapping(alpha).global_qconfig
+        mapping.set_module_name(name, made[alpha])
+    return mapping
+
+
+def _in_float(summary: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """`summary`, changed so that it leaves the layers `names` in float."""
+    for infos in summary.values():
+        for op in infos["q_op_infos"].values():
+            if op["fqn"] in names:
+                for info in (*op["input_tensor_infos"], *op["weight_tensor_infos"]):
+                    info["inf_dtype"] = info["orig_dtype"]
+                op["input_tensor_infos"][0]["force_dtype"] = "torch.float32"
+    return summary

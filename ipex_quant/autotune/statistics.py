@@ -1,0 +1,144 @@
+"""One calibration pass that finds what every recipe needs: ranges, histograms and a sample of each layer's input."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.ao.quantization import QConfigMapping
+from tqdm import tqdm
+
+from ..nn.linears import is_linear
+from ..nn.modes import evaluating
+from ..observers import SmoothQuantActivationObserver, has_data, observe
+from ..quantization import get_smooth_quant_qconfig_mapping, prepare
+from ..quantization._example import Example
+from ..quantization._observed import ObservedGroup, observed
+from .batches import sample_count
+
+SAMPLE_ROWS = 128
+"""Input vectors that are kept for each share group; of a convolution, whole inputs of a batch."""
+
+SAMPLE_IMAGES = 4
+
+
+class RecordingObserver(SmoothQuantActivationObserver):
+    """Observes channels and the whole of an activation, and keeps some of its vectors, drawn evenly by `seed`.
+
+    Those of a smoothed layer come from half of the data, and `other_half` observes the channels of the other half: what
+    a range does to values that it was not made for, which it clips, shows only on those.
+    """
+
+    def __init__(self, seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.other_half = copy.deepcopy(self.ic_obs)
+        self.seed = seed
+        self.seen = 0
+        self.calls = 0
+        self.sample: torch.Tensor | None = None
+        self._keys = torch.empty(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        observe(self.act_obs, x)
+        if self.smooth_quant_enabled:
+            vectors = x.detach().reshape(-1, x.shape[-1])
+            observe(self.ic_obs, vectors)
+            halves = vectors.tensor_split(2)
+            observe(self.other_half, halves[self.calls % 2])
+            self._draw(halves[1 - self.calls % 2], SAMPLE_ROWS)
+            self.calls += 1
+        else:
+            self._draw(x.detach(), SAMPLE_IMAGES)
+        return x
+
+    def _draw(self, vectors: torch.Tensor, rows: int) -> None:
+        """Keep those with the largest random keys, which is an even draw from all that come."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.seen)
+        keys = torch.cat([self._keys, torch.rand(len(vectors), generator=generator)])
+        self.seen += len(vectors)
+        kept = keys.topk(min(rows, len(keys))).indices.sort().values
+        old = 0 if self.sample is None else len(self.sample)
+        new = vectors[kept[kept >= old] - old].clone()
+        self.sample = new if self.sample is None else torch.cat([self.sample[kept[kept < old]], new])
+        self._keys = keys[kept]
+
+
+class Statistics:
+    """What calibration found, by the name of a share group, for each number of samples that was asked for."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[ObservedGroup]) -> None:
+        self.model = model
+        self.groups = list(groups)
+        self.samples: dict[str, torch.Tensor] = {}
+        self.observers: dict[int, dict[str, SmoothQuantActivationObserver]] = {}
+
+    def snapshot(self, samples: int) -> None:
+        """Keep the observers as they are after so many samples."""
+        self.observers[samples] = {
+            group.name: _without_sample(group.observer) for group in self.groups if has_data(group.observer)
+        }
+
+
+def collect(
+    model: nn.Module,
+    batches: Sequence[Example],
+    sampling_sizes: Sequence[int],
+    calib_func: Callable[[nn.Module], Any] | None = None,
+    seed: int = 0,
+) -> Statistics:
+    """Prepare a copy of `model`, which shares its parameters, and run `batches` through it, or `calib_func`.
+
+    The copy is the `model` of the result, to convert. Sizes beyond the data are left out, but for the smallest of them,
+    which is all the data; with `calib_func`, whose samples cannot be counted, the last one stands for all.
+    """
+    prepared = prepare(
+        model, _recording_mapping(model, seed), batches[0].args or None, example_kwarg_inputs=batches[0].kwargs or None
+    )
+    found = Statistics(prepared, observed(prepared).static_groups)
+    with evaluating(prepared), torch.no_grad():
+        if calib_func is not None:
+            calib_func(prepared)
+            found.snapshot(sampling_sizes[-1])
+        else:
+            _run(prepared, batches, sampling_sizes, found)
+    if not any(found.observers.values()):
+        raise ValueError("calibration: none of the layers to quantize was reached; check calib_dataloader, calib_func")
+    for group in found.groups:
+        if group.observer.sample is not None:
+            found.samples[group.name] = group.observer.sample
+        group.reset()
+    return found
+
+
+def _run(prepared: nn.Module, batches: Sequence[Example], sampling_sizes: Sequence[int], found: Statistics) -> None:
+    wanted = sorted(sampling_sizes)
+    done = 0
+    for batch in tqdm(batches, "calibrating"):
+        batch.run(prepared)
+        done += sample_count(batch)
+        while wanted and done >= wanted[0]:
+            found.snapshot(wanted.pop(0))
+    if wanted:
+        found.snapshot(wanted[0])
+
+
+def _recording_mapping(model: nn.Module, seed: int) -> QConfigMapping:
+    mapping = get_smooth_quant_qconfig_mapping()
+    qconfig = mapping.global_qconfig
+    return mapping.set_global(qconfig._replace(activation=RecordingObserver.with_args(seed=seed)))
+
+
+def _without_sample(observer: RecordingObserver) -> RecordingObserver:
+    sample, keys = observer.sample, observer._keys
+    observer.sample, observer._keys = None, torch.empty(0)
+    kept = copy.deepcopy(observer)
+    observer.sample, observer._keys = sample, keys
+    return kept
+
+
+def is_smoothed(group: ObservedGroup, model: nn.Module) -> bool:
+    """Whether the layers of a group are linear, so that SmoothQuant applies."""
+    return is_linear(model.get_submodule(group.name))

@@ -1,0 +1,143 @@
+"""What was tried and what came of it, kept in a file that survives a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One recipe that was measured.
+
+    `loss` is how much worse `metric` is than the float model's, `met` whether the criterion allows that. `model_bytes`
+    counts all parameters and buffers, `bytes_per_weight` those of the quantized layers and of the linear layers left in
+    float. `predicted_ms` is how long a decode step takes at least, reading its weights, `measured_ms` what one took,
+    both None for models that do not generate; `seconds` is the duration of the trial.
+    """
+
+    index: int
+    recipe: dict[str, Any]
+    label: str
+    metric: float
+    loss: float
+    met: bool
+    model_bytes: int
+    bytes_per_weight: float
+    predicted_ms: float | None
+    measured_ms: float | None
+    seconds: float
+
+
+class TrialRecord:
+    """The trials of a search, in order; with a `path` also as JSON lines there, the whole file replaced each time.
+
+    The first line says what the trials are of, by `identity`, and holds the float model's metric; another one the
+    sensitivity of the layers. When the file exists, its trials are there from the beginning, to be `recall`-ed. Raises
+    ValueError when it is no such file or belongs to another search.
+    """
+
+    def __init__(self, path: str | os.PathLike | None, identity: Mapping[str, Any]) -> None:
+        self.path = None if path is None else Path(path)
+        self.head: dict[str, Any] = {"type": "search", "version": VERSION, **identity}
+        self.sensitivity: dict[str, Any] = {}
+        self.trials: list[Trial] = []
+        self._earlier: dict[str, Trial] = {}
+        if self.path is None:
+            return
+        if not self.path.parent.is_dir():
+            raise ValueError(f"record: the directory of {self.path} does not exist; make it first")
+        if self.path.exists():
+            self._resume(self.path)
+
+    @property
+    def baseline(self) -> float | None:
+        """The float model's metric, once it is known."""
+        return self.head.get("baseline")
+
+    def set_baseline(self, metric: float, seconds: float) -> None:
+        """Note what the float model measures."""
+        self.head |= {"baseline": metric, "baseline_seconds": seconds}
+        self._write()
+
+    def recall(self, recipe: Mapping[str, Any]) -> Trial | None:
+        """The trial of an earlier run with the same recipe, None when there is none."""
+        return self._earlier.get(json.dumps(recipe))
+
+    def add(self, trial: Trial) -> None:
+        """Append a trial."""
+        self.trials.append(trial)
+        self._write()
+
+    def finish(self, best: Trial, sensitivity: Mapping[str, Any]) -> None:
+        """Note which trial is the result, and what is known of the layers."""
+        self.head["best"] = best.index
+        self.sensitivity = dict(sensitivity)
+        self._write()
+
+    @property
+    def seconds(self) -> float:
+        """What the baseline and the trials took, those of earlier runs included."""
+        return self.head.get("baseline_seconds", 0.0) + sum(trial.seconds for trial in self.trials)
+
+    def _resume(self, path: Path) -> None:
+        head, _, trials = read_record(path)
+        for key, value in self.head.items():
+            if head.get(key) != value:
+                raise ValueError(
+                    f"record: {path} is of another search: its {key} is {head.get(key)!r}, not {value!r}; delete it or "
+                    "give another path"
+                )
+        self.head |= {key: head[key] for key in ("baseline", "baseline_seconds") if key in head}
+        self._earlier = {json.dumps(trial.recipe): trial for trial in trials}
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        # Trials of an earlier run that this one has not come to yet are kept, in case it is killed before.
+        done = {json.dumps(trial.recipe) for trial in self.trials}
+        later = [trial for key, trial in self._earlier.items() if key not in done] if "best" not in self.head else []
+        lines = [self.head, *({"type": "trial", **asdict(trial)} for trial in (*self.trials, *later))]
+        if self.sensitivity:
+            lines.append({"type": "sensitivity", "layers": self.sensitivity})
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_record(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any], list[Trial]]:
+    """Head, sensitivity of the layers and trials of a record; OSError or ValueError when it cannot be read."""
+    head: dict[str, Any] = {}
+    sensitivity: dict[str, Any] = {}
+    trials = []
+    try:
+        for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines()):
+            line = json.loads(text)
+            kind = line.pop("type")
+            if (number == 0) != (kind == "search"):
+                raise ValueError(f"line {number + 1} is a {kind}")
+            if kind == "search":
+                head = {"type": kind, **line}
+            elif kind == "sensitivity":
+                sensitivity = line["layers"]
+            else:
+                trials.append(Trial(**line))
+        if not head:
+            raise ValueError("it is empty")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"record: {path} is not a record of trials ({error})") from error
+    return head, sensitivity, trials
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace the file at `path` at once, so that a kill leaves the old or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
