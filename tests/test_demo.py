@@ -10,24 +10,27 @@ from ipex_quant.recipes.recipe import load_recipe
 GOOD_TEXT = "The following statement " + "is a word " * 10
 
 
+RESULT = Comparison(reference_perplexity=20.0, perplexity=20.0, kl_divergence=0.001, top1_agreement=0.99, tokens=1000)
+GOOD = demo.Row(
+    label="",
+    recipe="",
+    bytes=400,
+    comparison=RESULT,
+    tokens_per_second=100.0,
+    linears=43,
+    float_linears=0,
+    reloads_bit_equal=True,
+    cache_bytes=1000,
+)
+
+
+def changed(row, **changes):
+    of_result = {name: changes.pop(name) for name in list(changes) if hasattr(RESULT, name)}
+    return dataclasses.replace(row, comparison=dataclasses.replace(row.comparison, **of_result), **changes)
+
+
 def row(label, **changes):
-    result = Comparison(
-        reference_perplexity=20.0, perplexity=20.0, kl_divergence=0.001, top1_agreement=0.99, tokens=1000
-    )
-    comparison_changes = {
-        name: changes.pop(name) for name in list(changes) if name in {f.name for f in dataclasses.fields(Comparison)}
-    }
-    good = demo.Row(
-        label=label,
-        recipe="",
-        bytes=400,
-        comparison=dataclasses.replace(result, **comparison_changes),
-        tokens_per_second=100.0,
-        linears=43,
-        float_linears=0,
-        reloads_bit_equal=True,
-    )
-    return dataclasses.replace(good, **changes)
+    return changed(GOOD, label=label, **changes)
 
 
 @pytest.fixture
@@ -35,6 +38,7 @@ def rows():
     labels = ("float32", "bfloat16", *demo.VARIANTS)
     found = {label: row(label) for label in labels}
     found["bfloat16"] = row("bfloat16", bytes=1000)
+    found["INT8 cache"] = row("INT8 cache", cache_bytes=530)
     found["INT4 RTN"] = row("INT4 RTN", kl_divergence=0.002)
     return found
 
@@ -61,9 +65,7 @@ def test_good_measurements_pass(rows):
     ],
 )
 def test_each_defect_fails_its_own_check(rows, label, changes, name):
-    rows[label] = dataclasses.replace(
-        row(label, kl_divergence=rows[label].comparison.kl_divergence, **changes), label=label
-    )
+    rows[label] = changed(rows[label], **changes)
     (failed,) = failures(rows)
     assert failed.startswith(f"{label}: {name}")
 
@@ -80,6 +82,18 @@ def test_gptq_must_beat_rtn(rows, divergence):
     rows["INT4 GPTQ"] = row("INT4 GPTQ", kl_divergence=divergence)
     (failed,) = failures(rows)
     assert failed.startswith("INT4 GPTQ diverges less than INT4 RTN")
+
+
+@pytest.mark.parametrize("size", [600, 1000])
+def test_an_int8_cache_must_be_small(rows, size):
+    rows["INT8 cache"] = row("INT8 cache", cache_bytes=size)
+    (failed,) = failures(rows)
+    assert failed.startswith(f"the INT8 cache is {size / 1000:.2f} of the bfloat16 one")
+
+
+def test_speed_is_told_beside_stock_transformers(rows):
+    rows["INT4 RTN"] = row("INT4 RTN", tokens_per_second=250.0)
+    assert demo.speedup(rows) == 2.5
 
 
 def test_an_empty_text_fails(rows):
@@ -102,4 +116,4 @@ def test_table_line_fits_the_head(rows):
 
 @pytest.mark.parametrize("label", demo.VARIANTS)
 def test_variants_name_packaged_recipes(label):
-    assert load_recipe(demo.VARIANTS[label][0])
+    assert load_recipe(demo.VARIANTS[label].recipe)
