@@ -111,6 +111,52 @@ def test_varlen_attention():
     torch.testing.assert_close(out, expected.transpose(0, 1), rtol=1e-4, atol=1e-4)
 
 
+def test_paged_attention():
+    num_blocks, block_size, num_heads, head_size = 6, 16, 4, 32
+    key_cache, value_cache = (torch.zeros(num_blocks, block_size, num_heads, head_size) for _ in range(2))
+    block_tables = torch.tensor([[4, 1], [2, 0]], dtype=torch.int32)
+    context_lens = torch.tensor([20, 3], dtype=torch.int32)
+    states = [torch.randn(2, length, num_heads, head_size) for length in context_lens.tolist()]
+    for table, (key, value) in zip(block_tables.tolist(), states, strict=True):
+        slots = torch.tensor([table[i // block_size] * block_size + i % block_size for i in range(len(key))])
+        modules.PagedAttention.reshape_and_cache(key, value, key_cache, value_cache, slots)
+    query = torch.randn(2, num_heads, head_size)
+    out, scale = torch.empty_like(query), float(1.0 / (head_size**0.5))
+    modules.PagedAttention.single_query_cached_kv_attention(
+        out,
+        query,
+        key_cache,
+        value_cache,
+        torch.arange(num_heads),
+        scale,
+        block_tables,
+        context_lens,
+        block_size,
+        20,
+        None,
+    )
+    for row, one, (key, value) in zip(out, query, states, strict=True):
+        heads = (x.transpose(0, 1) for x in (one[None], key, value))
+        expected = torch.nn.functional.scaled_dot_product_attention(*heads, scale=scale)
+        torch.testing.assert_close(row, expected[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_indirect_access_kv_cache_attention():
+    attention = modules.IndirectAccessKVCacheAttention(text_max_length=8)
+    layer_past, beams, keys, values = None, 2, [], []
+    for length in (3, 1, 1):
+        query, key, value = (torch.randn(beams, length, 4, 16) for _ in range(3))
+        output, _, layer_past = attention(query, key, value, 4.0, layer_past)
+        keys, values = [*keys, key], [*values, value]
+        mask = torch.ones(length, sum(x.shape[1] for x in keys)).tril(sum(x.shape[1] for x in keys) - length).bool()
+        heads = (x.transpose(1, 2) for x in (query, torch.cat(keys, 1), torch.cat(values, 1)))
+        expected = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, scale=0.25)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+        beam_idx = torch.tensor([1, 1])  # as generation's _reorder_cache does it
+        layer_past[3][layer_past[0].size(-2) - 1] = beam_idx
+        keys, values = ([x[beam_idx] for x in states] for states in (keys, values))
+
+
 def test_both_are_reached_from_the_package():
     assert ipex.llm.modules is modules
     assert ipex.llm.functional is functional
