@@ -77,6 +77,10 @@ class FusedLayer(FusedForward):
         self.after = norms[2:]
         self.attention = FusedAttention(part(layer, family.attention.module), family.attention)
         self.mlp = StockMlp(layer.mlp) if family.mlp is None else FusedMlp(part(layer, family.mlp.module), family.mlp)
+        self.cross = None
+        if family.cross is not None:
+            self.cross = CrossAttention(part(layer, family.cross.module), family.cross)
+            self.cross_norm = norm_part(layer, family.cross_norm)
         self.known = frozenset(_KNOWN + family.keywords)
         self.returns = family.returns
         self.clamps_float16 = family.clamps_float16
@@ -92,6 +96,9 @@ class FusedLayer(FusedForward):
     def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Hidden states after the layer, called with `kwargs`."""
         raise NotImplementedError
+
+    def attends_to_encoder(self, kwargs: dict[str, Any]) -> bool:
+        return self.cross is not None and kwargs.get("encoder_hidden_states") is not None
 
     def _needs_stock(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
         if self.layer.training or torch.is_autocast_enabled("cpu"):
@@ -109,16 +116,9 @@ class FusedLayer(FusedForward):
 class SequentialLayer(FusedLayer):
     """`Residual.SEQUENTIAL`, with attention to an encoder between the two parts where there is one."""
 
-    def __init__(self, layer: nn.Module, family: Family) -> None:
-        super().__init__(layer, family)
-        self.cross = None
-        if family.cross is not None:
-            self.cross = CrossAttention(part(layer, family.cross.module), family.cross)
-            self.cross_norm = norm_part(layer, family.cross_norm)
-
     def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         x = self.attention(self.first_norm(x), kwargs, PostOp.ADD, x)
-        if self.cross is not None and kwargs.get("encoder_hidden_states") is not None:
+        if self.attends_to_encoder(kwargs):
             x = self.cross(self.cross_norm(x), kwargs, PostOp.ADD, x)
         return self.mlp(self.second_norm(x), PostOp.ADD, x)
 
@@ -133,10 +133,12 @@ class ParallelLayer(FusedLayer):
 
 
 class PostNormLayer(FusedLayer):
-    """`Residual.POST_NORM`"""
+    """`Residual.POST_NORM`, with attention to an encoder between the two parts where there is one."""
 
     def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         x = self.first_norm(self.attention(x, kwargs, PostOp.ADD, x))
+        if self.attends_to_encoder(kwargs):
+            x = self.cross_norm(self.cross(x, kwargs, PostOp.ADD, x))
         return self.second_norm(self.mlp(x, PostOp.ADD, x))
 
 

@@ -124,7 +124,7 @@ class Family:
     - `norms` are those before attention and MLP, one name where they share it. Those after both follow for SANDWICH,
       where "" is none and a number after them multiplies.
     - `mlp` None calls the layer's `mlp` as it is.
-    - `cross` is attention to an encoder, with its norm, which a SEQUENTIAL layer has before the MLP.
+    - `cross` is attention to an encoder, with its norm, which SEQUENTIAL and POST_NORM layers have before the MLP.
     - `keywords` are arguments of the layer, besides those that all may have, that are used or not needed.
     - `returns` are keywords that the layer returns after the hidden states, None where they were not given.
     - `clamps_float16`: float16 is clamped, which is left to the stock layer.
@@ -266,6 +266,8 @@ _WHISPER_DECODER = replace(
     keywords=("encoder_hidden_states", "encoder_attention_mask"),
     clamps_float16=False,
 )
+_BART = replace(_WHISPER, residual=Residual.POST_NORM)
+_BART_DECODER = replace(_WHISPER_DECODER, residual=Residual.POST_NORM)
 
 
 def _t5() -> tuple[Family, ...]:
@@ -389,6 +391,16 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "MT5Block": _t5(),
     "WhisperEncoderLayer": (_WHISPER,),
     "WhisperDecoderLayer": (_WHISPER_DECODER,),
+    "MBartEncoderLayer": (_WHISPER,),
+    "MBartDecoderLayer": (_WHISPER_DECODER,),
+    "M2M100EncoderLayer": (_WHISPER,),
+    "M2M100DecoderLayer": (_WHISPER_DECODER,),
+    "PegasusEncoderLayer": (_WHISPER,),
+    "PegasusDecoderLayer": (_WHISPER_DECODER,),
+    "BartEncoderLayer": (_BART,),
+    "BartDecoderLayer": (_BART_DECODER,),
+    "MarianEncoderLayer": (_BART,),
+    "MarianDecoderLayer": (_BART_DECODER,),
     "Gemma2DecoderLayer": (_GEMMA2,),
     "Gemma3DecoderLayer": (replace(_GEMMA2, attention=_QWEN3_ATTENTION),),
     "Glm4DecoderLayer": (

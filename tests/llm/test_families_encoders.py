@@ -1,4 +1,4 @@
-"""Families with an encoder: T5 and Whisper."""
+"""Families with an encoder, such as T5, Whisper and Bart."""
 
 import copy
 
@@ -9,6 +9,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import ipex_quant as ipex
 from ipex_quant.llm.decoder import FusedLayer, fuse_decoder
+from ipex_quant.llm.families import FAMILIES
 from ipex_quant.quantization import WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
 TOKENS = {"vocab_size": 96, "pad_token_id": 0, "decoder_start_token_id": 1, "eos_token_id": 2}
@@ -27,11 +28,29 @@ WHISPER = {
     "max_source_positions": 12,
     "max_target_positions": 32,
 }
+BART = {
+    **TOKENS,
+    "bos_token_id": 1,
+    "forced_eos_token_id": None,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "max_position_embeddings": 32,
+}
 MODELS = {
     "t5": (transformers.T5ForConditionalGeneration, T5),
     "t5-gated": (transformers.T5ForConditionalGeneration, {**T5, "feed_forward_proj": "gated-gelu"}),
     "mt5": (transformers.MT5ForConditionalGeneration, T5),
     "whisper": (transformers.WhisperForConditionalGeneration, WHISPER),
+    "bart": (transformers.BartForConditionalGeneration, BART),
+    "marian": (transformers.MarianMTModel, {**BART, "activation_function": "silu", "decoder_vocab_size": 96}),
+    "m2m-100": (transformers.M2M100ForConditionalGeneration, BART),
+    "mbart": (transformers.MBartForConditionalGeneration, BART),
+    "pegasus": (transformers.PegasusForConditionalGeneration, BART),
 }
 
 
@@ -124,6 +143,12 @@ def test_tokens_are_those_of_the_stock_model(name, beams):
     expected = stock.generate(**inputs(name), **options)
 
     assert torch.equal(fused(stock).generate(**inputs(name), **options), expected)
+
+
+def test_every_family_is_tested():
+    layers = {type(module).__name__ for name in MODELS for module in build(name).modules()}
+
+    assert layers >= {name for name, ways in FAMILIES.items() if any(way.cross for way in ways)}
 
 
 def test_float16_runs_the_stock_layers_which_clamp(monkeypatch):
