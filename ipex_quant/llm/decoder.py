@@ -75,6 +75,7 @@ class FusedLayer(FusedForward):
         norms = [norm_part(layer, name) if name else None for name in family.norms]
         self.first_norm, self.second_norm = norms[0], norms[1] if len(norms) > 1 else None
         self.after = norms[2:]
+        self.any_norm = next(norm for norm in norms if norm)
         self.attention = FusedAttention(part(layer, family.attention.module), family.attention)
         self.mlp = StockMlp(layer.mlp) if family.mlp is None else FusedMlp(part(layer, family.mlp.module), family.mlp)
         self.cross = None
@@ -107,6 +108,9 @@ class FusedLayer(FusedForward):
             if name not in self.known and value is not None and value is not False:
                 return True
         if self.clamps_float16 and hidden_states.dtype == torch.float16:
+            return True
+        weight = self.any_norm.module._parameters["weight"]
+        if weight is not None and weight.dtype != hidden_states.dtype:  # parts of the model are in another dtype
             return True
         if not torch.is_grad_enabled():
             return False
