@@ -16,7 +16,7 @@ def cast_float(model: nn.Module, dtype: torch.dtype) -> None:
 
     As when transformers loads a model in `dtype`, three things keep their precision: parameters whose dtype is not the
     model's main one, those that the model's class keeps in float32, and buffers that are not saved, such as rotary
-    frequencies.
+    frequencies, unless they are tables that are added to embeddings.
     """
     exceptions = _kept_in_float32(model, dtype)
     main = main_dtype(model)
@@ -24,7 +24,8 @@ def cast_float(model: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(module, QuantizedModule):
             module.to(dtype)
             continue
-        saved = {key for key in module._buffers if key not in module._non_persistent_buffers_set}
+        added = hasattr(module, "make_weights")  # as transformers' sinusoidal embeddings have it
+        saved = {key for key in module._buffers if added or key not in module._non_persistent_buffers_set}
         for key, tensor in (*module._parameters.items(), *((key, module._buffers[key]) for key in saved)):
             path = f"{name}.{key}" if name else key
             if tensor is not None and tensor.dtype == main and not (exceptions and exceptions.search(path)):

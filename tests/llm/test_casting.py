@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from ipex_quant.llm._casting import cast_float
@@ -36,6 +37,24 @@ def test_what_is_cast_and_what_is_not(dtype):
     assert model.exact.dtype == torch.float64
     assert model.steps.dtype == torch.int64
     assert model.wo.weight.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+
+
+def test_tables_of_positions_are_cast():
+    config = transformers.M2M100Config(
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        vocab_size=32,
+        max_position_embeddings=16,
+    )
+    model = transformers.M2M100ForConditionalGeneration(config).eval()
+    cast_float(model, torch.bfloat16)
+    tokens = torch.tensor([[4, 5, 6]])
+    assert model(tokens, decoder_input_ids=tokens).logits.dtype == torch.bfloat16
 
 
 def test_back_to_float32():
