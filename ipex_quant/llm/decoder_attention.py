@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
+from ..nn.linears import linear_shape
 from ..ops import PostOp
 from .attention import attention_forward
 from .cache import NativeLayer, Storage, attend
@@ -71,8 +72,8 @@ class FusedAttention:
         self.output = fused_linear(output)
         self.split = _SPLITS[names.layout]
         self.head_size = part(module, names.head_size)
-        self.heads = output.in_features // self.head_size
-        self.key_heads = (sum(each.out_features for each in projections) // self.head_size - self.heads) // 2
+        self.heads = _features(output)[1] // self.head_size
+        self.key_heads = (sum(_features(each)[0] for each in projections) // self.head_size - self.heads) // 2
         self.scale = part(module, names.scale, self.head_size**-0.5)
         self.softcap = part(module, names.softcap) or 0.0 if names.softcap else 0.0
         self.clip = part(module, names.clip) if names.clip else None
@@ -223,6 +224,12 @@ class FusedAttention:
         if not self.module.has_relative_attention_bias:
             return None
         return self.module.compute_bias(queries, keys, past_seen_tokens=keys - queries)
+
+
+def _features(linear: nn.Module) -> tuple[int, int]:
+    if hasattr(linear, "out_features"):
+        return linear.out_features, linear.in_features
+    return linear_shape(linear)  # transformers' Conv1D
 
 
 def _write(new: torch.Tensor, cache: torch.Tensor, scales: torch.Tensor | None, start: int) -> None:

@@ -240,6 +240,11 @@ _GPT_BIGCODE_MULTI_HEAD = replace(
     attention=replace(_GPT_BIGCODE.attention, layout=Layout.GROUPS),
     requires={"attn.multi_query": False, "crossattention": None},
 )
+_GPT2 = replace(
+    _GPT_BIGCODE,
+    attention=replace(_GPT_BIGCODE.attention, cache="past_key_values"),
+    requires={"crossattention": None},
+)
 _GIT = Family(
     Attention(
         "attention",
@@ -386,6 +391,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "BloomBlock": (_BLOOM, _BLOOM_NORMED),
     "MptBlock": (_MPT,),
     "GPTBigCodeBlock": (_GPT_BIGCODE, _GPT_BIGCODE_MULTI_HEAD),
+    "GPT2Block": (_GPT2,),
     "GitLayer": (_GIT,),
     "T5Block": _t5(),
     "MT5Block": _t5(),

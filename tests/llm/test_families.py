@@ -140,6 +140,7 @@ VARIANTS = {
     ),
     "gpt-bigcode-multi-head": (transformers.GPTBigCodeForCausalLM, {**OLD_NAMES, "multi_query": False}),
     "falcon-multi-head": (transformers.FalconForCausalLM, {**SIZES, "multi_query": False}),
+    "gpt2": (transformers.GPT2LMHeadModel, {**OLD_NAMES, "scale_attn_by_inverse_layer_idx": True}),
     "gemma2": (transformers.Gemma2ForCausalLM, {**SLIDING, "query_pre_attn_scalar": 12}),
     "gemma3": (transformers.Gemma3ForCausalLM, {**SLIDING, "query_pre_attn_scalar": 12}),
     "glm4": (transformers.Glm4ForCausalLM, {**GROUPED, "head_dim": 16, "attention_bias": True}),
@@ -267,7 +268,7 @@ def test_a_cache_of_bytes_is_close(name):
 
 @pytest.mark.usefixtures("_no_stock_layers")
 @pytest.mark.filterwarnings("ignore:most weights stay in float:UserWarning")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "gpt2"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_quantized_layers_compute_what_they_do_in_the_stock_model(name, recipe):
     stock = ipex.llm.optimize(build(name), quantization_config=RECIPES[recipe](), inplace=True)
