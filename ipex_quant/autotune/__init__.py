@@ -1,5 +1,7 @@
 """Finding the best recipe within an accuracy budget."""
 
+from .report import Report
 from .tuner import autotune
+from .weight_only import WeightOnlySpace
 
-__all__ = ["autotune"]
+__all__ = ["Report", "WeightOnlySpace", "autotune"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
+
+from ..numerics.scheme import WeightScheme, WoqLowpMode, WoqWeightDtype
 
 AUTO = "auto"
 """The alpha that stands for one found for every share group, by output error."""
@@ -26,7 +28,8 @@ class Int8Recipe:
         return replace(self, float_modules=tuple(sorted(names)))
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "int8", **asdict(self), "float_modules": list(self.float_modules)}
+        values = {"alpha": self.alpha, "samples": self.samples, "float_modules": list(self.float_modules)}
+        return {"kind": "int8", **values}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Int8Recipe:
@@ -36,3 +39,39 @@ class Int8Recipe:
         smoothing = "static" if self.alpha is None else f"SmoothQuant alpha {self.alpha}"
         left = f", {len(self.float_modules)} in float" * bool(self.float_modules)
         return f"INT8 {smoothing}, {self.samples} samples{left}"
+
+
+@dataclass(frozen=True)
+class WeightOnlyRecipe:
+    """Weights in few bits: the scheme of every layer by name, None in float, and what finds and computes with them."""
+
+    algorithm: str
+    lowp_mode: WoqLowpMode
+    schemes: tuple[tuple[str, WeightScheme | None], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        schemes = {
+            name: None if s is None else {"dtype": s.dtype.name, "symmetric": s.symmetric, "group_size": s.group_size}
+            for name, s in self.schemes
+        }
+        return {
+            "kind": "weight_only",
+            "algorithm": self.algorithm,
+            "lowp_mode": self.lowp_mode.name,
+            "schemes": schemes,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> WeightOnlyRecipe:
+        schemes = (
+            (name, None if s is None else WeightScheme(WoqWeightDtype[s["dtype"]], s["symmetric"], s["group_size"]))
+            for name, s in values["schemes"].items()
+        )
+        return cls(values["algorithm"], WoqLowpMode[values["lowp_mode"]], tuple(schemes))
+
+    def __str__(self) -> str:
+        kinds = list(dict.fromkeys(scheme for _, scheme in self.schemes if scheme is not None))
+        what = str(kinds[0]) if len(kinds) == 1 else f"mixed, {len(kinds)} schemes"
+        in_float = sum(scheme is None for _, scheme in self.schemes)
+        left = f", {in_float} in float" * bool(in_float)
+        return f"{self.algorithm.upper()} {what}{left}, computed in {self.lowp_mode.name}"

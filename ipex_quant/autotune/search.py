@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
-from .recipe import Int8Recipe
+from .recipe import Int8Recipe, WeightOnlyRecipe
 from .trials import Trial
 
-Search = Generator[Int8Recipe, Trial, None]
+Search = Generator[Int8Recipe | WeightOnlyRecipe, Trial, None]
 
 TYPE_SHARE = 0.25
 """Share of the total error from which on layers of one type are tried together."""
@@ -25,10 +24,8 @@ class Layer:
     weights: int
 
 
-def search_int8(
-    recipes: Sequence[Int8Recipe], layers_of: Mapping[Int8Recipe, Sequence[Layer]], always_float: frozenset[str]
-) -> Search:
-    """First every recipe with all layers in INT8; then the best of them with the most sensitive layers left in float.
+def search_int8(recipes: Sequence[Int8Recipe], layers_of: Callable[[Int8Recipe], Sequence[Layer]]) -> Search:
+    """First `recipes` as they are; then the best of them with the most sensitive of its `layers_of` left in float.
 
     The sets of layers to leave in float grow: the 1, 2, 4, ... most sensitive ones, and in between all layers of a type
     that makes up a good part of the error. Once a set meets the criterion, bisection looks for a smaller one, of its
@@ -40,13 +37,10 @@ def search_int8(
     base = min(trials, key=lambda recipe: trials[recipe].loss)
     if trials[base].met:
         return
-    layers = sorted(
-        (layer for layer in layers_of[base] if layer.name not in always_float),
-        key=lambda layer: (-layer.error, layer.name),
-    )
+    layers = sorted(layers_of(base), key=lambda layer: (-layer.error, layer.name))
 
     def with_float(chosen: Sequence[Layer]) -> Int8Recipe:
-        return base.with_float({*always_float, *(layer.name for layer in chosen)})
+        return base.with_float({*base.float_modules, *(layer.name for layer in chosen)})
 
     failed = 0
     for chosen, is_prefix in float_sets(layers):
@@ -63,12 +57,24 @@ def search_int8(
         lowest, highest = (lowest, middle) if trial.met else (middle, highest)
 
 
+def search_weight_only(recipes: Sequence[Sequence[WeightOnlyRecipe]]) -> Search:
+    """All recipes of one size, then those of the next larger one, up to a size with which one meets the criterion."""
+    for of_one_size in recipes:
+        met = False
+        for recipe in of_one_size:
+            trial = yield recipe
+            met = met or trial.met
+        if met:
+            return
+
+
 def float_sets(layers: Sequence[Layer]) -> list[tuple[Sequence[Layer], bool]]:
     """Sets of layers to leave in float, most sensitive first, those with fewer weights first; never all of them.
 
     The flag tells the sets that are the most sensitive layers of all.
     """
-    sizes = [1 << i for i in range(math.ceil(math.log2(len(layers))))] if len(layers) > 1 else []
+    most = len(layers) - 1
+    sizes = [size for i in range(most.bit_length()) if (size := 1 << i) < most] + [most] * (most > 0)
     sets: list[tuple[Sequence[Layer], bool]] = [(layers[:size], True) for size in sizes]
     total = sum(layer.error for layer in layers)
     for kind in dict.fromkeys(layer.type for layer in layers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,17 @@ from torch.ao.quantization import QConfigMapping
 from tqdm import tqdm
 
 from .. import quantization
+from ..nn.linears import is_linear
 from ..observers import SmoothQuantActivationObserver, has_data
 from ..quantization import convert, get_smooth_quant_qconfig_mapping, prepare
-from ..quantization._example import Example
 from ..quantization._observed import LayerParameters, Observed, ObservedGroup, observed
 from ..quantization._qconfig import QuantizationKind
 from ..woq.layer_walk import find_blocks
 from .recipe import AUTO, Int8Recipe
+from .search import Layer, Search, search_int8
 from .sensitivity import COMBINE, int8_errors
 from .statistics import RecordingObserver, Statistics, is_smoothed
+from .trials import Trial
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,45 @@ class Int8Plan:
 
 
 class StaticQuantizer:
-    """Makes INT8 models of a calibrated one."""
+    """Makes INT8 models of a calibrated one, with every one of `alphas`; `always_float` are layers it leaves alone."""
 
-    def __init__(self, statistics: Statistics, search: AlphaSearch) -> None:
-        self.statistics, self.search = statistics, search
+    def __init__(
+        self,
+        statistics: Statistics,
+        alphas: Sequence[float | str | None],
+        alpha_search: AlphaSearch,
+        always_float: frozenset[str] = frozenset(),
+    ) -> None:
+        self.statistics, self.alphas, self.alpha_search = statistics, alphas, alpha_search
         self.model = statistics.model
-        self._measured: dict[tuple[int, str, float | None], tuple[list[LayerParameters], list[float]]] = {}
+        self.always_float = always_float & set(self.layers)
+        if self.always_float == set(self.layers):
+            raise ValueError("op_type_dict: it leaves all layers in float, so that there is nothing to tune")
         self._plans: dict[tuple[int, float | str | None], Int8Plan] = {}
 
     @property
     def layers(self) -> list[str]:
         """Names of all layers that can be quantized."""
         return [layer.name for group in self.statistics.groups for layer in group.layers]
+
+    def search(self) -> Search:
+        """The recipes to try, those of least error in total first."""
+        recipes = [
+            Int8Recipe(alpha, samples, tuple(sorted(self.always_float)))
+            for samples in self.statistics.observers
+            for alpha in self.alphas
+        ]
+        recipes.sort(key=lambda recipe: sum(self.plan(recipe).errors.values()))
+        return search_int8(recipes, self._searched_layers)
+
+    def cost(self, trial: Trial) -> float:
+        """What counts before accuracy: how many layers stay in float."""
+        return len(trial.recipe["float_modules"])
+
+    def sensitivity(self, recipe: Int8Recipe) -> dict[str, dict[str, Any]]:
+        """Error and alpha of every layer."""
+        plan = self.plan(recipe)
+        return {name: {"error": plan.errors[name], "alpha": plan.alphas[name]} for name in plan.errors}
 
     def plan(self, recipe: Int8Recipe) -> Int8Plan:
         """What `recipe` means, but for the layers that it leaves in float; the answer is kept."""
@@ -76,7 +105,6 @@ class StaticQuantizer:
                 plan.errors.update(zip(names, errors, strict=True))
                 plan.alphas.update(dict.fromkeys(names, alpha))
             self._plans[key] = plan
-            self._measured.clear()
         return self._plans[key]
 
     def quantized(self, recipe: Int8Recipe) -> nn.Module:
@@ -89,9 +117,9 @@ class StaticQuantizer:
                 layer.quantized = layer.parameters is not None and layer.name not in in_float
         return convert(self.model)
 
-    def prepared(self, model: nn.Module, recipe: Int8Recipe, example: Example, inplace: bool) -> nn.Module:
+    def result(self, model: nn.Module, recipe: Int8Recipe, inplace: bool) -> nn.Module:
         """`model`, or a copy, as `prepare` makes it, with the parameters that `recipe` means loaded."""
-        plan = self.plan(recipe)
+        plan, example = self.plan(recipe), self.statistics.example
         prepared = prepare(
             model,
             _mapping(plan.alphas),
@@ -112,6 +140,14 @@ class StaticQuantizer:
             prepared.load_qconf_summary(qconf_summary=path)
         return prepared
 
+    def _searched_layers(self, recipe: Int8Recipe) -> list[Layer]:
+        modules = dict(self.model.named_modules())
+        return [
+            Layer(name, layer_type(name, modules[name]), error, modules[name].weight.numel())
+            for name, error in self.plan(recipe).errors.items()
+            if name not in self.always_float
+        ]
+
     def _groups(self, samples: int) -> Iterator[ObservedGroup]:
         reached = self.statistics.observers[samples]
         yield from (group for group in self.statistics.groups if group.name in reached)
@@ -121,19 +157,22 @@ class StaticQuantizer:
         groups = [group for group in self._groups(samples) if is_smoothed(group, self.model)]
         together: dict[str, list[ObservedGroup]] = {}
         for group in groups:
-            together.setdefault(self._block_of(group.name) if self.search.by_block else group.name, []).append(group)
+            together.setdefault(self._block_of(group.name) if self.alpha_search.by_block else group.name, []).append(
+                group
+            )
         found = {}
         for members in tqdm(together.values(), "searching alpha"):
             errors = {
-                alpha: sum(self._combined(samples, group, alpha) for group in members) for alpha in self.search.alphas
+                alpha: sum(self._combined(samples, group, alpha) for group in members)
+                for alpha in self.alpha_search.alphas
             }
             # Of equal ones that closest to the middle: extremes serve the sample rather than the data.
-            best = min(errors, key=lambda alpha: (errors[alpha], abs(alpha - self.search.first)))
+            best = min(errors, key=lambda alpha: (errors[alpha], abs(alpha - self.alpha_search.first)))
             found |= {group.name: best for group in members}
         return found
 
     def _combined(self, samples: int, group: ObservedGroup, alpha: float) -> float:
-        return COMBINE[self.search.shared_criterion](self._measure(samples, group, alpha)[1])
+        return COMBINE[self.alpha_search.shared_criterion](self._measure(samples, group, alpha)[1])
 
     def _measure(
         self, samples: int, group: ObservedGroup, alpha: float | None
@@ -165,6 +204,12 @@ class StaticQuantizer:
             return name
         parts = name.removeprefix(f"{prefix}.").split(".")
         return f"{prefix}.{parts[0]}" if name.startswith(f"{prefix}.") else name
+
+
+def layer_type(name: str, module: nn.Module) -> str:
+    """What a layer has in common with others: its name in its parent, or its class where it only has a number."""
+    own = name.rpartition(".")[2]
+    return own if is_linear(module) and not own.isdecimal() else type(module).__name__
 
 
 def _mapping(alphas: Mapping[str, float | None]) -> QConfigMapping:

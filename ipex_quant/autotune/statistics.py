@@ -69,8 +69,8 @@ class RecordingObserver(SmoothQuantActivationObserver):
 class Statistics:
     """What calibration found, by the name of a share group, for each number of samples that was asked for."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[ObservedGroup]) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, example: Example, groups: Sequence[ObservedGroup]) -> None:
+        self.model, self.example = model, example
         self.groups = list(groups)
         self.samples: dict[str, torch.Tensor] = {}
         self.observers: dict[int, dict[str, SmoothQuantActivationObserver]] = {}
@@ -97,7 +97,7 @@ def collect(
     prepared = prepare(
         model, _recording_mapping(model, seed), batches[0].args or None, example_kwarg_inputs=batches[0].kwargs or None
     )
-    found = Statistics(prepared, observed(prepared).static_groups)
+    found = Statistics(prepared, batches[0], observed(prepared).static_groups)
     with evaluating(prepared), torch.no_grad():
         if calib_func is not None:
             calib_func(prepared)

@@ -8,29 +8,53 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.ao.quantization import QConfigMapping
 
 from ..evaluation import model_bytes
-from ..nn.linears import is_linear
 from .agreement import agreement
 from .batches import read_batches, tensors
 from .constraints import float_layers
 from .criterion import Criterion, measured
 from .loop import run_trials
-from .recipe import Int8Recipe
-from .search import Layer, best_trial, search_int8
+from .recipe import Int8Recipe, WeightOnlyRecipe
+from .report import Report, checked_report_path
+from .search import Search, best_trial
 from .sizes import decode_step_ms, read_bandwidth, weight_bytes
 from .smoothing import read_smoothquant_args
 from .static import StaticQuantizer
 from .statistics import collect
 from .trials import Trial, TrialRecord
+from .weight_only import WeightOnlyQuantizer, WeightOnlySpace
 
 logger = logging.getLogger("ipex_quant")
 
 DEFAULT_SAMPLING_SIZES = (100,)
+
+_RECIPES = {"int8": Int8Recipe, "weight_only": WeightOnlyRecipe}
+
+
+class Quantizer(Protocol):
+    """What the tuner asks of a way to quantize."""
+
+    def search(self) -> Search:
+        """Yields the recipes to try."""
+
+    def quantized(self, recipe: Any) -> nn.Module:
+        """A new model that computes as `recipe` says."""
+
+    def cost(self, trial: Trial) -> float:
+        """What counts before accuracy among the trials that meet the criterion; less is better."""
+
+    def sensitivity(self, recipe: Any) -> dict[str, dict[str, Any]]:
+        """What is known of the layers, their `error` first, by name."""
+
+    def result(self, model: nn.Module, recipe: Any, inplace: bool) -> nn.Module:
+        """What `autotune` returns."""
 
 
 def autotune(
@@ -44,54 +68,64 @@ def autotune(
     accuracy_criterion: Mapping[str, float] | None = None,
     tuning_time: float = 0,
     *,
+    quantization_config: WeightOnlySpace | QConfigMapping | None = None,
+    max_bytes_per_weight: float | None = None,
+    record: str | os.PathLike | None = None,
+    report: str | os.PathLike | Sequence[str | os.PathLike] = (),
     seed: int = 0,
     inplace: bool = False,
-    record: str | os.PathLike | None = None,
 ) -> nn.Module:
-    """Find how to quantize `model` to static INT8 within an accuracy budget, and return it prepared that way.
+    """Find how to quantize `model` within an accuracy budget: to static INT8, or only its weights.
 
-    Every trial converts a copy to real INT8 and measures it: first recipes with all layers in INT8, then the best of
-    them with the most sensitive layers left in float, until one meets the criterion. One calibration pass serves all.
+    Every trial quantizes a copy, with real kernels, and measures it. Static INT8: first recipes with all layers in
+    INT8, then the best of them with the most sensitive layers left in float, until one meets the criterion; one
+    calibration pass serves all. The result is what `prepare` makes, with the parameters loaded: ``convert`` it, or save
+    them by its ``save_qconf_summary`` for ``llm.optimize``.
+
+    With a `quantization_config` or `max_bytes_per_weight` only weights are quantized, and the result is the quantized
+    model itself, as ``llm.optimize`` and ``llm.save`` take it. Schemes are mixed over the layers so that the estimated
+    divergence is least: within `max_bytes_per_weight`, counting all linear layers, or else in the smallest size that
+    meets the criterion.
 
     - `calib_dataloader` yields batches: a mapping, a tuple, a list or a tensor, or a pair of one of these and an index
       or label. Each sample is read once.
-    - `calib_func(model)` runs calibration data through the model it is given, in place of the dataloader's.
+    - `calib_func(model)` runs calibration data through the model it is given, in place of the dataloader's; for static
+      INT8 only.
     - `eval_func(model)` returns a number of which more is better. Without it, it is 1 less the squared error of the
       outputs for the calibration data relative to the float model's.
     - `op_type_dict`: see `constraints.float_layers`; `smoothquant_args`: see `smoothing.read_smoothquant_args`.
-    - `sampling_sizes` are the numbers of samples to calibrate on, each a recipe of its own; [100] by default.
+    - `sampling_sizes` are the numbers of samples to calibrate on, [100] by default; for static INT8 each is a recipe.
     - `accuracy_criterion` is ``{"relative": 0.01}``, the default, or ``{"absolute": ...}``: the largest loss allowed.
     - `tuning_time`: 0 ends at the first recipe that meets the criterion; seconds above it go on looking for a smaller
-      or a more accurate one until they are over.
-    - `seed` draws the samples of the layers' inputs. With the same seed and data, trials and result are the same.
-    - `record` is a file for the trials. If it exists, tuning goes on after the trials it holds.
+      or a more accurate one until they are over, or nothing is left to try.
+    - `quantization_config`: a `WeightOnlySpace`, or a mapping for weight-only quantization.
+    - `record` is a file for the trials, replaced at once after each. If it exists, tuning goes on after its trials.
+    - `report` names files for the `Report`, .html or .json.
+    - `seed` draws samples of the layers' inputs. With the same seed and data, trials and result are the same.
 
-    The result is what `prepare` makes, with the parameters loaded; ``convert`` it, or save them by its
-    ``save_qconf_summary`` for ``llm.optimize``. `model` is unchanged unless `inplace`. Warns, naming the gap, when no
-    recipe meets the criterion: the result is the most accurate then. A list as sixth argument is `sampling_sizes`, and
-    the arguments after it follow, as in IPEX 2.8. Raises TypeError or ValueError for bad arguments and for a metric
-    that is no finite number, ImportError without neural-compressor.
+    `model` is unchanged unless `inplace`. Warns, naming the gap, when no recipe meets the criterion: the result is then
+    the most accurate. A list as sixth argument is `sampling_sizes`, and those after it follow, as in IPEX 2.8. Raises
+    TypeError or ValueError for bad arguments and for a metric that is no finite number, ImportError without
+    neural-compressor.
     """
-    if isinstance(smoothquant_args, (list, tuple)) or _looks_like_criterion(sampling_sizes):  # as IPEX 2.8 has it
-        tuning_time = accuracy_criterion if isinstance(accuracy_criterion, (int, float)) else tuning_time
+    if isinstance(smoothquant_args, (list, tuple)) or isinstance(sampling_sizes, Mapping):  # as IPEX 2.8 has it
+        tuning_time = tuning_time if isinstance(accuracy_criterion, Mapping | None) else accuracy_criterion
         smoothquant_args, sampling_sizes, accuracy_criterion = None, smoothquant_args, sampling_sizes
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    for name, function in (("calib_func", calib_func), ("eval_func", eval_func)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name}: expected a function of the model, got {type(function).__name__}")
-    if isinstance(tuning_time, bool) or not isinstance(tuning_time, (int, float)) or not tuning_time >= 0:
-        raise ValueError(f"tuning_time: expected seconds, at least 0, got {tuning_time!r}")
+    _check_arguments(model, calib_func, eval_func, tuning_time)
+    weight_only = quantization_config is not None or max_bytes_per_weight is not None
+    if weight_only and (smoothquant_args is not None or calib_func is not None):
+        raise ValueError("smoothquant_args, calib_func: they are for static INT8; leave them out to quantize weights")
+    reports = [checked_report_path(path) for path in ([report] if isinstance(report, (str, os.PathLike)) else report)]
     criterion = Criterion.of(accuracy_criterion)
     sizes = _checked_sizes(sampling_sizes)
-    alphas, alpha_search = read_smoothquant_args(smoothquant_args)
     always_float = float_layers(model, op_type_dict)
+    alphas, alpha_search = read_smoothquant_args(smoothquant_args)
+    space = WeightOnlySpace.of(quantization_config)
     batches = read_batches(model, calib_dataloader, sizes[-1])
-    eval_func = eval_func or agreement(model, batches)
+
     identity = {
         "criterion": str(criterion),
-        "alphas": list(alphas),
-        "alpha_search": repr(alpha_search),
+        "space": repr((space, _checked_size(max_bytes_per_weight)) if weight_only else (alphas, alpha_search)),
         "sampling_sizes": list(sizes),
         "float": sorted(always_float),
         "seed": seed,
@@ -99,57 +133,72 @@ def autotune(
         "data": _digest((str(i), tensor) for i, batch in enumerate(batches) for tensor in tensors(batch)),
     }
     trials = TrialRecord(record, identity)
-    baseline = _baseline(model, eval_func, trials)
-    criterion.check_baseline(baseline)
+    eval_func = eval_func or agreement(model, batches)
+    measure = _Measure(eval_func, criterion, _baseline(model, eval_func, criterion, trials))
+    quantizer: Quantizer
+    if weight_only:
+        quantizer = WeightOnlyQuantizer(model, batches, space, max_bytes_per_weight, always_float, seed)
+    else:
+        statistics = collect(model, batches, sizes, calib_func, seed)
+        quantizer = StaticQuantizer(statistics, alphas, alpha_search, always_float)
 
-    quantizer = StaticQuantizer(collect(model, batches, sizes, calib_func, seed), alpha_search)
-    if always_float >= set(quantizer.layers):
-        raise ValueError("op_type_dict: it leaves all layers in float, so that there is nothing to tune")
-    recipes = [
-        Int8Recipe(alpha, samples, tuple(sorted(always_float & set(quantizer.layers))))
-        for samples in quantizer.statistics.observers
-        for alpha in alphas
-    ]
-    recipes.sort(key=lambda recipe: sum(quantizer.plan(recipe).errors.values()))
-    bandwidth = read_bandwidth()
-
-    def measure(recipe: Int8Recipe, index: int) -> Trial:
-        start = time.perf_counter()
-        candidate = quantizer.quantized(recipe)
-        metric = measured(eval_func, candidate)
-        loss = criterion.loss(baseline, metric)
-        read, weights = weight_bytes(candidate)
-        step = decode_step_ms(candidate)
-        return Trial(
-            index=index,
-            recipe=recipe.to_json(),
-            label=str(recipe),
-            metric=metric,
-            loss=loss,
-            met=criterion.met(loss),
-            model_bytes=model_bytes(candidate),
-            bytes_per_weight=read / weights,
-            predicted_ms=None if step is None else 1e3 * read / bandwidth,
-            measured_ms=step,
-            seconds=time.perf_counter() - start,
-        )
-
-    layers = {recipe: _layers(quantizer, recipe) for recipe in recipes}
-    done = run_trials(search_int8(recipes, layers, always_float), measure, trials, tuning_time)
-    best = best_trial(done, lambda trial: len(trial.recipe["float_modules"]))
-    recipe = Int8Recipe.from_json(best.recipe)
-    trials.finish(best, _sensitivity(quantizer, recipe))
+    done = run_trials(quantizer.search(), lambda recipe, index: measure(quantizer, recipe, index), trials, tuning_time)
+    best = best_trial(done, quantizer.cost)
+    recipe = _RECIPES[best.recipe["kind"]].from_json(best.recipe)
+    trials.finish(best, quantizer.sensitivity(recipe))
+    summary = Report(trials.baseline, str(criterion), best.index, done, trials.sensitivity)
+    logger.info("autotune:\n%s", summary.table())
+    for path in reports:
+        summary.write(path)
     if not best.met:
         warnings.warn(
             f"autotune: no recipe of {len(done)} meets the criterion, a loss of at most {criterion}: the best, "
             f"{best.label}, loses {best.loss:.4g}, {best.loss - criterion.tolerance:.4g} too much",
             stacklevel=2,
         )
-    return quantizer.prepared(model, recipe, batches[0], inplace)
+    return quantizer.result(model, recipe, inplace)
 
 
-def _looks_like_criterion(value: Any) -> bool:
-    return isinstance(value, Mapping)
+@dataclass
+class _Measure:
+    """Makes trials of recipes."""
+
+    eval_func: Callable[[nn.Module], float]
+    criterion: Criterion
+    baseline: float
+    _bandwidth: float | None = None
+
+    def __call__(self, quantizer: Quantizer, recipe: Any, index: int) -> Trial:
+        start = time.perf_counter()
+        candidate = quantizer.quantized(recipe)
+        metric = measured(self.eval_func, candidate)
+        loss = self.criterion.loss(self.baseline, metric)
+        read, weights = weight_bytes(candidate)
+        step = decode_step_ms(candidate)
+        self._bandwidth = self._bandwidth or read_bandwidth()
+        return Trial(
+            index=index,
+            recipe=recipe.to_json(),
+            label=str(recipe),
+            metric=metric,
+            loss=loss,
+            met=self.criterion.met(loss),
+            model_bytes=model_bytes(candidate),
+            bytes_per_weight=read / weights,
+            predicted_ms=None if step is None else 1e3 * read / self._bandwidth,
+            measured_ms=step,
+            seconds=time.perf_counter() - start,
+        )
+
+
+def _check_arguments(model: Any, calib_func: Any, eval_func: Any, tuning_time: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, function in (("calib_func", calib_func), ("eval_func", eval_func)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}: expected a function of the model, got {type(function).__name__}")
+    if isinstance(tuning_time, bool) or not isinstance(tuning_time, (int, float)) or not tuning_time >= 0:
+        raise ValueError(f"tuning_time: expected seconds, at least 0, got {tuning_time!r}")
 
 
 def _checked_sizes(sampling_sizes: Sequence[int] | None) -> tuple[int, ...]:
@@ -163,10 +212,22 @@ def _checked_sizes(sampling_sizes: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(sorted(set(sizes)))
 
 
-def _baseline(model: nn.Module, eval_func: Callable[[nn.Module], float], trials: TrialRecord) -> float:
+def _checked_size(max_bytes_per_weight: Any) -> float | None:
+    value = max_bytes_per_weight
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+        raise ValueError(f"max_bytes_per_weight: expected a number above 0, got {value!r}")
+    return value
+
+
+def _baseline(
+    model: nn.Module, eval_func: Callable[[nn.Module], float], criterion: Criterion, trials: TrialRecord
+) -> float:
+    """The float model's metric, measured unless an earlier run has done so."""
     if trials.baseline is None:
         start = time.perf_counter()
-        trials.set_baseline(measured(eval_func, model), time.perf_counter() - start)
+        metric = measured(eval_func, model)
+        criterion.check_baseline(metric)
+        trials.set_baseline(metric, time.perf_counter() - start)
     return trials.baseline
 
 
@@ -179,22 +240,3 @@ def _digest(tensors_by_name: Iterable[tuple[str, Any]]) -> str:
             some = flat[:: max(1, flat.numel() // 256)].double()
             digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} {some.tolist()}".encode())
     return digest.hexdigest()[:16]
-
-
-def _layers(quantizer: StaticQuantizer, recipe: Int8Recipe) -> list[Layer]:
-    modules = dict(quantizer.model.named_modules())
-    return [
-        Layer(name, _type(name, modules[name]), error, modules[name].weight.numel())
-        for name, error in quantizer.plan(recipe).errors.items()
-    ]
-
-
-def _type(name: str, module: nn.Module) -> str:
-    """What a layer has in common with others: its name in its parent, or its class where it only has a number."""
-    own = name.rpartition(".")[2]
-    return own if is_linear(module) and not own.isdecimal() else type(module).__name__
-
-
-def _sensitivity(quantizer: StaticQuantizer, recipe: Int8Recipe) -> dict[str, dict[str, Any]]:
-    plan = quantizer.plan(recipe)
-    return {name: {"error": plan.errors[name], "alpha": plan.alphas[name]} for name in plan.errors}

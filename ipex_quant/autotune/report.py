@@ -1,0 +1,142 @@
+"""What a search found: as a table for terminals, as JSON, and as one HTML page with its plots."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .plots import bar_plot, scatter_plot
+from .trials import Trial, read_record, write_whole
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff; max-width: 60rem; margin: 2rem auto;
+       padding: 0 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #dde2e8; }
+th:nth-child(2), td:nth-child(2) { text-align: left; }
+tr.best { font-weight: 600; background: #eef6f0; } svg { width: 100%; height: auto; }
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The trials of one search: the float model's metric, what was allowed, and for every layer its sensitivity.
+
+    `best` is the index of the trial that is the result, None when the search has not ended.
+    """
+
+    baseline: float
+    criterion: str
+    best: int | None
+    trials: Sequence[Trial]
+    sensitivity: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, record: str | os.PathLike) -> Report:
+        """Read the file that `autotune` was given as `record`; OSError or ValueError when it cannot be."""
+        head, sensitivity, trials = read_record(record)
+        if "baseline" not in head:
+            raise ValueError(f"record: {record} holds no trials yet")
+        return cls(head["baseline"], head["criterion"], head.get("best"), trials, sensitivity)
+
+    @property
+    def pareto_front(self) -> list[Trial]:
+        """The trials than which none is both smaller and better, smallest first."""
+        front: list[Trial] = []
+        for trial in sorted(self.trials, key=lambda trial: (trial.model_bytes, -trial.metric)):
+            if not front or trial.metric > front[-1].metric:
+                front.append(trial)
+        return front
+
+    def table(self) -> str:
+        """A line for each trial, under a head; the result has a star, and those of the Pareto front a p."""
+        label_width = max(len(trial.label) for trial in self.trials)
+        head = f"    {'recipe':<{label_width}}{'metric':>12}{'loss':>10}{'met':>5}{'MB':>10}{'B/weight':>10}"
+        lines = [f"{head}{'predicted ms':>14}{'measured ms':>13}{'s':>8}"]
+        front = self.pareto_front
+        for trial in self.trials:
+            marks = f"{'*' * (trial.index == self.best):<1}{'p' * (trial in front):<2}"
+            lines.append(
+                f"{marks} {trial.label:<{label_width}}{trial.metric:>12.5g}{trial.loss:>10.3g}"
+                f"{'yes' if trial.met else 'no':>5}{trial.model_bytes / 1e6:>10.2f}{trial.bytes_per_weight:>10.4f}"
+                f"{_number(trial.predicted_ms):>14}{_number(trial.measured_ms):>13}{trial.seconds:>8.1f}"
+            )
+        lines.append(f"float model: {self.baseline:.5g}; allowed loss: {self.criterion}; * the result, p Pareto front")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        values = {**vars(self), "trials": [asdict(trial) for trial in self.trials]}
+        return {**values, "pareto_front": [trial.index for trial in self.pareto_front]}
+
+    def to_html(self) -> str:
+        """A page that needs nothing else: two plots and the table."""
+        points = [(trial.model_bytes / 1e6, trial.metric, trial.label) for trial in self.trials]
+        front = [(trial.model_bytes / 1e6, trial.metric) for trial in self.pareto_front]
+        best = next((points[i] for i, trial in enumerate(self.trials) if trial.index == self.best), None)
+        bars = [(name, layer["error"], _layer_note(layer)) for name, layer in self.sensitivity.items()]
+        return (
+            "<!doctype html>\n<html lang='en'><meta charset='utf-8'><title>autotune</title>"
+            f"<style>{_STYLE}</style>\n<h1>Tuning report</h1>\n<p>{html.escape(self._summary())}</p>\n"
+            "<h2>Metric against size</h2>\n"
+            f"{scatter_plot(points, front, best, self.baseline)}\n<h2>Sensitivity of the layers</h2>\n"
+            "<p>Squared error of each layer's output when it is quantized, relative to the output's own.</p>\n"
+            f"{bar_plot(bars)}\n<h2>Trials</h2>\n{self._html_table()}</html>\n"
+        )
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Write `path`: HTML, or JSON if that is its suffix; ValueError for another suffix."""
+        path = checked_report_path(path)
+        write_whole(path, self.to_html() if path.suffix == ".html" else json.dumps(self.to_json(), indent=1) + "\n")
+
+    def _summary(self) -> str:
+        text = f"{len(self.trials)} trials; float model {self.baseline:.5g}; allowed loss {self.criterion}."
+        best = next((trial for trial in self.trials if trial.index == self.best), None)
+        if best is None:
+            return f"{text} The search has not ended."
+        met = "which meets the criterion" if best.met else "which does not meet the criterion"
+        return f"{text} Result: {best.label}, {best.metric:.5g}, a loss of {best.loss:.3g}, {met}."
+
+    def _html_table(self) -> str:
+        head = ("", "recipe", "metric", "loss", "met", "MB", "bytes a weight", "predicted ms", "measured ms", "s")
+        rows = [f"<tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>"]
+        for trial in self.trials:
+            cells = (
+                str(trial.index),
+                html.escape(trial.label),
+                f"{trial.metric:.5g}",
+                f"{trial.loss:.3g}",
+                "yes" if trial.met else "no",
+                f"{trial.model_bytes / 1e6:.2f}",
+                f"{trial.bytes_per_weight:.4f}",
+                _number(trial.predicted_ms),
+                _number(trial.measured_ms),
+                f"{trial.seconds:.1f}",
+            )
+            row = "<tr class='best'>" if trial.index == self.best else "<tr>"
+            rows.append(f"{row}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        return f"<table>{''.join(rows)}</table>"
+
+
+def checked_report_path(path: str | os.PathLike) -> Path:
+    """`path` as a Path; ValueError unless it ends in .html or .json and its directory exists."""
+    path = Path(path)
+    if path.suffix not in (".html", ".json"):
+        raise ValueError(f"report: expected a file that ends in .html or .json, got {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"report: the directory of {path} does not exist; make it first")
+    return path
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _layer_note(layer: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in layer.items() if key != "error" and value is not None)

@@ -1,0 +1,290 @@
+"""Weight-only quantization under a budget of bytes: the space of schemes, their estimated errors, and the models."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.ao.quantization import QConfigMapping
+from tqdm import tqdm
+
+from .. import ops
+from ..nn.linears import weight_matrix
+from ..numerics.affine import dequantize
+from ..numerics.quantized_weight import QuantizedWeight
+from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
+from ..quantization import QConfigWoq, convert, get_weight_only_quant_qconfig_mapping, prepare
+from ..quantization._example import Example
+from ..quantization._rules import choose_qconfigs
+from ..smoothquant.tracing import trace_groups
+from ..woq.gptq_blocks import quantize_blocks
+from ..woq.layer_walk import find_blocks
+from .allocation import Option, allocate
+from .divergence import sample_layers
+from .recipe import WeightOnlyRecipe
+from .search import Search, search_weight_only
+from .trials import Trial
+
+ALGORITHMS = ("gptq", "rtn")
+GPTQ_DTYPES = (WoqWeightDtype.INT4, WoqWeightDtype.INT8)
+
+
+@dataclass(frozen=True)
+class WeightOnlySpace:
+    """The ways to quantize weights that `autotune` chooses from: all combinations that exist.
+
+    `algorithms` are tried in the order given: "gptq" or "rtn". `lm_head` says whether the output layer may be
+    quantized, may stay in float, or both. With `mixed` layers get schemes of their own. Raises ValueError for an empty
+    field and an unknown algorithm.
+    """
+
+    weight_dtypes: Sequence[WoqWeightDtype] = (WoqWeightDtype.INT4, WoqWeightDtype.INT8)
+    group_sizes: Sequence[int] = (128, 64, 32, -1)
+    qschemes: Sequence[WoqWeightQScheme] = (WoqWeightQScheme.ASYMMETRIC, WoqWeightQScheme.SYMMETRIC)
+    algorithms: Sequence[str] = ALGORITHMS
+    lowp_modes: Sequence[WoqLowpMode] = (WoqLowpMode.INT8,)
+    act_quant_mode: WoqActQuantMode = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
+    lm_head: Sequence[bool] = (True,)
+    mixed: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("weight_dtypes", "group_sizes", "qschemes", "algorithms", "lowp_modes", "lm_head"):
+            values = getattr(self, name)
+            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+                raise ValueError(f"quantization_config: {name}: expected at least one value in a list, got {values!r}")
+            object.__setattr__(self, name, tuple(dict.fromkeys(values)))
+        unknown = [name for name in self.algorithms if name not in ALGORITHMS]
+        if unknown:
+            raise ValueError(f"quantization_config: algorithms: expected some of {ALGORITHMS}, got {unknown}")
+
+    @classmethod
+    def of(cls, value: Any) -> WeightOnlySpace:
+        """`value` if it is a space; of a weight-only mapping its global configuration; None is the default space."""
+        if value is None or isinstance(value, WeightOnlySpace):
+            return value or cls()
+        qconfig = value.global_qconfig if isinstance(value, QConfigMapping) else value
+        if not isinstance(qconfig, QConfigWoq):
+            raise TypeError(
+                "quantization_config: expected a WeightOnlySpace, or what get_weight_only_quant_qconfig_mapping makes, "
+                f"got {type(value).__name__}"
+            )
+        return cls(
+            weight_dtypes=(qconfig.weight_dtype,),
+            group_sizes=(qconfig.group_size,),
+            qschemes=(qconfig.weight_qscheme,),
+            lowp_modes=(qconfig.lowp_mode,),
+            act_quant_mode=qconfig.act_quant_mode,
+        )
+
+    def schemes(self, lowp_mode: WoqLowpMode) -> list[WeightScheme]:
+        """All that can be computed in `lowp_mode`; ValueError when there is none."""
+        found: dict[WeightScheme, None] = {}
+        for dtype, group_size, qscheme in itertools.product(self.weight_dtypes, self.group_sizes, self.qschemes):
+            try:
+                qconfig = self.qconfig(dtype, group_size, qscheme, lowp_mode)
+            except ValueError:
+                continue  # no such combination
+            found[WeightScheme(dtype, qconfig.weight_qscheme == WoqWeightQScheme.SYMMETRIC, group_size)] = None
+        if not found:
+            raise ValueError(f"quantization_config: none of its combinations exists for lowp_mode {lowp_mode.name}")
+        return list(found)
+
+    def qconfig(
+        self, dtype: WoqWeightDtype, group_size: int, qscheme: WoqWeightQScheme, lowp_mode: WoqLowpMode
+    ) -> QConfigWoq:
+        """The configuration of one layer; ValueError for a combination that does not exist."""
+        mode = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM if self.act_quant_mode < 0 else self.act_quant_mode
+        return get_weight_only_quant_qconfig_mapping(
+            weight_dtype=dtype, group_size=group_size, weight_qscheme=qscheme, lowp_mode=lowp_mode, act_quant_mode=mode
+        ).global_qconfig
+
+
+class WeightOnlyQuantizer:
+    """Makes weight-only models, of schemes whose errors one pass over a few batches estimates.
+
+    Layers that consume the same tensor get the same scheme, so that their GEMMs can be fused. `always_float` are layers
+    that are not quantized.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Example],
+        space: WeightOnlySpace,
+        max_bytes_per_weight: float | None,
+        always_float: frozenset[str],
+        seed: int,
+    ) -> None:
+        self.model, self.batches, self.space = model, batches, space
+        self.max_bytes_per_weight = max_bytes_per_weight
+        chosen, _ = choose_qconfigs(get_weight_only_quant_qconfig_mapping(), model)
+        self.layers = list(chosen)
+        self.head = _output_layer(model)
+        self.groups = self._share_groups()
+        self.always_float = {name for name, group in self.groups.items() if always_float & set(group)}
+        if set(self.groups) == self.always_float:
+            raise ValueError("op_type_dict: it leaves all layers in float, so that there is nothing to tune")
+        samples = sample_layers(model, batches, self.layers, seed)
+        every = dict.fromkeys(scheme for mode in space.lowp_modes for scheme in space.schemes(mode))
+        self.options = {
+            name: [self._option(group, samples, scheme) for scheme in (*every, None)]
+            for name, group in tqdm(self.groups.items(), "estimating errors")
+        }
+        self.weights = sum(weight_matrix(model.get_submodule(name)).numel() for name in self.layers)
+        self._found: tuple[Any, dict[str, QuantizedWeight]] = (None, {})
+
+    def search(self) -> Search:
+        """The recipes to try; ValueError when none is within the budget."""
+        sizes = self._budgets()
+        recipes = [
+            [recipe for lowp_mode in self.space.lowp_modes for recipe in self._recipes(budget, lowp_mode)]
+            for budget in sizes
+        ]
+        if not any(recipes):
+            raise ValueError(
+                f"max_bytes_per_weight: {self.max_bytes_per_weight:g} is too few for all of the schemes; the smallest "
+                f"take {self._smallest():.4f}"
+            )
+        return search_weight_only([list(dict.fromkeys(each)) for each in recipes])
+
+    def cost(self, trial: Trial) -> float:
+        """What counts before accuracy: nothing within a budget, else the size."""
+        return trial.bytes_per_weight if self.max_bytes_per_weight is None else 0.0
+
+    def quantized(self, recipe: WeightOnlyRecipe) -> nn.Module:
+        """A new model that computes as `recipe` says."""
+        return self.result(self.model, recipe, inplace=False)
+
+    def result(self, model: nn.Module, recipe: WeightOnlyRecipe, inplace: bool) -> nn.Module:
+        """`model`, or a copy, quantized as `recipe` says."""
+        schemes = dict(recipe.schemes)
+        weights = self._gptq(schemes) if recipe.algorithm == "gptq" else {}
+        mapping = QConfigMapping()
+        for name, scheme in schemes.items():
+            mapping.set_module_name(name, None if scheme is None else self._qconfig(scheme, recipe.lowp_mode))
+        converted = convert(prepare(model, mapping, inplace=inplace), inplace=True)
+        for name, weight in weights.items():
+            converted.get_submodule(name)._set_weight(weight)
+        return converted
+
+    def sensitivity(self, recipe: WeightOnlyRecipe) -> dict[str, dict[str, Any]]:
+        """Scheme and estimated error of every share group, by the name of its first layer."""
+        schemes = dict(recipe.schemes)
+        found = {}
+        for name, options in self.options.items():
+            option = next(option for option in options if option.scheme == schemes[name])
+            found[name] = {"error": option.error, "scheme": str(option.scheme or "float")}
+        return found
+
+    def _option(self, group: Sequence[str], samples: Mapping[str, Any], scheme: WeightScheme | None) -> Option:
+        size, error = 0, 0.0
+        for name in group:
+            module = self.model.get_submodule(name)
+            weight = weight_matrix(module)
+            if scheme is None:
+                size += weight.numel() * weight.element_size()
+                continue
+            quantized = ops.quantize_weight(weight, scheme)
+            size += ops.pack_weight(quantized).nbytes + (0 if module.bias is None else 4 * len(weight))
+            if name in samples:
+                error += samples[name].error(module, dequantize(quantized))
+        return Option(scheme, size, error)
+
+    def _allowed(self, name: str, lowp_mode: WoqLowpMode) -> list[Option]:
+        """The options of a group that the space, the compute mode and `op_type_dict` leave."""
+        if name in self.always_float:
+            return [option for option in self.options[name] if option.scheme is None]
+        schemes: list[WeightScheme | None] = list(self.space.schemes(lowp_mode))
+        if self.head in self.groups[name]:
+            schemes = [
+                *(schemes if True in self.space.lm_head else []),
+                *([None] if False in self.space.lm_head else []),
+            ]
+        return [option for option in self.options[name] if option.scheme in schemes]
+
+    def _budgets(self) -> list[float]:
+        """Bytes of all layers: the one that is asked for, else those of every uniform choice, smallest first."""
+        if self.max_bytes_per_weight is not None:
+            return [self.max_bytes_per_weight * self.weights]
+        sizes = {
+            sum(option.bytes for option in choice.values())
+            for lowp_mode in self.space.lowp_modes
+            for choice in self._uniform(lowp_mode)
+        }
+        return sorted(sizes)
+
+    def _uniform(self, lowp_mode: WoqLowpMode) -> Iterator[dict[str, Option]]:
+        """Every scheme for all layers, with each choice that there is for the output layer."""
+        for scheme in self.space.schemes(lowp_mode):
+            for head_in_float in self.space.lm_head:
+                choice = {}
+                for name in self.groups:
+                    allowed = {option.scheme: option for option in self._allowed(name, lowp_mode)}
+                    in_float = None in allowed and (len(allowed) == 1 or not head_in_float)
+                    choice[name] = allowed[None if in_float else scheme]
+                yield choice
+
+    def _recipes(self, budget: float, lowp_mode: WoqLowpMode) -> Iterator[WeightOnlyRecipe]:
+        """Within `budget` bytes the mixed choice and the uniform one of least estimated error, by each algorithm."""
+        fitting = [each for each in self._uniform(lowp_mode) if sum(o.bytes for o in each.values()) <= budget]
+        choices = [min(fitting, key=lambda each: sum(o.error for o in each.values()))] if fitting else []
+        if self.space.mixed:
+            mixed = allocate({name: self._allowed(name, lowp_mode) for name in self.groups}, budget)
+            choices = [*([] if mixed is None else [mixed]), *choices]
+        for choice in choices:
+            schemes = tuple((name, choice[first].scheme) for first, group in self.groups.items() for name in group)
+            for algorithm in self._algorithms():
+                yield WeightOnlyRecipe(algorithm, lowp_mode, schemes)
+
+    def _algorithms(self) -> Sequence[str]:
+        """Those of the space; only rounding to nearest where there are no transformer blocks, by default."""
+        if self.space.algorithms == ALGORITHMS:
+            try:
+                find_blocks(self.model)
+            except ValueError:
+                return ("rtn",)
+        return self.space.algorithms
+
+    def _smallest(self) -> float:
+        """Bytes a weight of the smallest choice."""
+        smallest = [
+            sum(min(option.bytes for option in self._allowed(name, lowp_mode)) for name in self.groups)
+            for lowp_mode in self.space.lowp_modes
+        ]
+        return min(smallest) / self.weights
+
+    def _qconfig(self, scheme: WeightScheme, lowp_mode: WoqLowpMode) -> QConfigWoq:
+        qscheme = WoqWeightQScheme.SYMMETRIC if scheme.symmetric else WoqWeightQScheme.ASYMMETRIC
+        return self.space.qconfig(scheme.dtype, scheme.group_size, qscheme, lowp_mode)
+
+    def _gptq(self, schemes: Mapping[str, WeightScheme | None]) -> dict[str, QuantizedWeight]:
+        """GPTQ's weights for the layers in the transformer blocks that it knows the dtype of; the last are kept."""
+        key = tuple(schemes.items())
+        if self._found[0] != key:
+            suited = {n: s for n, s in schemes.items() if s is not None and s.dtype in GPTQ_DTYPES}
+            batches = [_by_name(self.model, batch) for batch in self.batches]
+            self._found = key, quantize_blocks(self.model, batches, suited.get)
+        return self._found[1]
+
+    def _share_groups(self) -> dict[str, tuple[str, ...]]:
+        """Layers that consume the same tensor, by the name of the first."""
+        groups = trace_groups(self.model, self.layers, (), partial(self.batches[0].run, self.model))
+        found = {group.members[0]: group.members for group in groups}
+        traced = {name for members in found.values() for name in members}
+        return found | {name: (name,) for name in self.layers if name not in traced}
+
+
+def _output_layer(model: nn.Module) -> str | None:
+    """The name of a language model's output layer."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return next((name for name, module in model.named_modules() if module is head), None) if head else None
+
+
+def _by_name(model: nn.Module, batch: Example) -> dict[str, Any]:
+    """The arguments of a batch as keywords."""
+    return {**inspect.signature(model.forward).bind_partial(*batch.args).arguments, **batch.kwargs}

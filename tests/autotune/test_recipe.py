@@ -1,0 +1,26 @@
+import json
+
+import pytest
+
+from ipex_quant.autotune.recipe import Int8Recipe, WeightOnlyRecipe
+from ipex_quant.numerics.scheme import WeightScheme, WoqLowpMode, WoqWeightDtype
+
+
+@pytest.mark.parametrize(
+    ("recipe", "text"),
+    [
+        (Int8Recipe("auto", 100), "INT8 SmoothQuant alpha auto, 100 samples"),
+        (Int8Recipe(0.5, 8, ("a", "b")), "INT8 SmoothQuant alpha 0.5, 8 samples, 2 in float"),
+        (Int8Recipe(None, 8), "INT8 static, 8 samples"),
+        (
+            WeightOnlyRecipe(
+                "gptq", WoqLowpMode.BF16, (("a", WeightScheme(WoqWeightDtype.INT4, False, 64)), ("b", None))
+            ),
+            "GPTQ int4 asym g64, 1 in float, computed in BF16",
+        ),
+    ],
+)
+def test_recipes_are_the_same_after_json(recipe, text):
+    values = json.loads(json.dumps(recipe.to_json()))
+    assert type(recipe).from_json(values) == recipe
+    assert str(recipe) == text

@@ -1,0 +1,189 @@
+import pytest
+import torch
+from torch import nn
+
+from ipex_quant import data, evaluation, llm
+from ipex_quant.autotune import Report, WeightOnlySpace, autotune
+from ipex_quant.autotune.batches import read_batches
+from ipex_quant.autotune.weight_only import WeightOnlyQuantizer
+from ipex_quant.nn import QuantizedModule
+from ipex_quant.numerics.scheme import WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
+from ipex_quant.quantization import get_smooth_quant_qconfig_mapping, get_weight_only_quant_qconfig_mapping
+
+from .conftest import SAMPLES, SEQUENCE_LENGTH, TUNING_TOKENS
+
+
+@pytest.fixture(scope="module")
+def compare(make_model, tokenizer):
+    """Compares a model with the float embedded model on held-out text."""
+    reference = make_model(outliers=False)
+    held_out = data.held_out_text()
+    return lambda model: evaluation.compare(reference, model, tokenizer, held_out, SEQUENCE_LENGTH, TUNING_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def tuned(make_model, batches, compare, tmp_path_factory):
+    """The model tuned to 0.56 bytes a weight, with all trials, and where its report is."""
+    folder = tmp_path_factory.mktemp("weight_only")
+    model = autotune(
+        make_model(outliers=False),
+        batches,
+        eval_func=lambda model: -compare(model).kl_divergence,
+        sampling_sizes=[SAMPLES],
+        accuracy_criterion={"absolute": 0.05},
+        tuning_time=10_000,
+        max_bytes_per_weight=0.56,
+        record=folder / "trials.jsonl",
+        report=[folder / "report.html", folder / "report.json"],
+    )
+    return model, folder
+
+
+def test_mixed_precision_within_a_budget_beats_uniform_int4(tuned):
+    _, folder = tuned
+    report = Report.of(folder / "trials.jsonl")
+    kl = {trial.label.split(",")[0]: -trial.metric for trial in report.trials}
+    assert all(trial.bytes_per_weight <= 0.56 for trial in report.trials)
+    assert kl["RTN mixed"] < 0.85 * kl["RTN int4 asym g128"]
+    assert kl["GPTQ mixed"] < 0.85 * kl["GPTQ int4 asym g128"]
+    assert kl["GPTQ mixed"] < 0.8 * kl["RTN mixed"]
+    assert kl["GPTQ int4 asym g128"] < 0.8 * kl["RTN int4 asym g128"]
+    assert report.trials[report.best].label.startswith("GPTQ mixed")
+    assert (folder / "report.html").stat().st_size > 5000
+
+
+def test_the_reports_figures_are_those_of_the_saved_model(tuned, compare, tmp_path):
+    model, folder = tuned
+    report = Report.of(folder / "trials.jsonl")
+    best = report.trials[report.best]
+    llm.save(model, tmp_path / "model")
+    loaded = llm.load(tmp_path / "model")
+    assert -compare(loaded).kl_divergence == best.metric
+    assert evaluation.model_bytes(loaded) == best.model_bytes
+    modules = [module for module in loaded.modules() if isinstance(module, QuantizedModule)]
+    weights = sum(module.weight_shape[0] * module.weight_shape[1] for module in modules)
+    assert sum(module.nbytes for module in modules) / weights == best.bytes_per_weight
+
+
+def test_at_equal_size_mixed_precision_beats_every_uniform_choice(make_model, batches, compare):
+    space = WeightOnlySpace(algorithms=["rtn"])
+    model = make_model(outliers=False)
+    examples = read_batches(model, batches, SAMPLES)
+    quantizer = WeightOnlyQuantizer(model, examples, space, None, frozenset(), 0)
+    uniform = {
+        str(choice["lm_head"].scheme): sum(option.bytes for option in choice.values())
+        for choice in quantizer._uniform(WoqLowpMode.INT8)
+    }
+    size = uniform["int4 asym g128"]
+    mixed, same = quantizer._recipes(size, WoqLowpMode.INT8)
+    assert str(same).startswith("RTN int4 asym g128")
+    kl = {recipe: compare(quantizer.quantized(recipe)).kl_divergence for recipe in (mixed, same)}
+    assert kl[mixed] < 0.9 * kl[same]
+    estimated = {r: sum(layer["error"] for layer in quantizer.sensitivity(r).values()) for r in (mixed, same)}
+    for recipe, divergence in kl.items():
+        assert estimated[recipe] == pytest.approx(divergence, rel=0.25), "the estimate is in nats a token"
+
+
+def test_layers_that_share_their_input_have_one_scheme(tuned):
+    model, _ = tuned
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        assert attention.q_proj.scheme == attention.k_proj.scheme == attention.v_proj.scheme
+        assert mlp.gate_proj.scheme == mlp.up_proj.scheme
+    assert len({module.scheme for module in model.modules() if isinstance(module, QuantizedModule)}) > 1
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 8)).eval()
+
+
+@pytest.fixture
+def tiny_batches():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(8, 64, generator=generator) for _ in range(4)]
+
+
+def test_a_plain_model_and_a_mapping(tiny, tiny_batches):
+    before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    mapping = get_weight_only_quant_qconfig_mapping(
+        weight_dtype=WoqWeightDtype.INT4, group_size=32, lowp_mode=WoqLowpMode.BF16
+    )
+    options = {"quantization_config": mapping, "accuracy_criterion": {"relative": 0.1}}
+    model = autotune(tiny, tiny_batches, **options)
+    assert [str(model[i].scheme) for i in (0, 2, 4)] == ["int4 asym g32"] * 3
+    assert model[0]._lowp_mode == WoqLowpMode.BF16
+    assert type(tiny[0]) is nn.Linear
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
+    assert autotune(tiny, tiny_batches, **options, inplace=True) is tiny
+    assert isinstance(tiny[0], QuantizedModule)
+
+
+def test_the_smallest_size_that_meets_the_criterion(tiny, tiny_batches, tmp_path):
+    loose, strict = (
+        autotune(
+            tiny,
+            tiny_batches,
+            quantization_config=WeightOnlySpace(),
+            accuracy_criterion={"relative": loss},
+            report=tmp_path / f"{loss}.json",
+        )
+        for loss in (0.05, 1e-4)
+    )
+    assert evaluation.model_bytes(loose) < evaluation.model_bytes(strict) < evaluation.model_bytes(tiny)
+
+
+def test_op_type_dict(tiny, tiny_batches):
+    fp32 = {"weight": {"dtype": ["fp32"]}}
+    model = autotune(tiny, tiny_batches, quantization_config=WeightOnlySpace(), op_type_dict={"2": fp32})
+    assert [isinstance(model[i], QuantizedModule) for i in (0, 2, 4)] == [True, False, True]
+
+
+def test_the_output_layer_may_stay_in_float(make_model, batches):
+    model = make_model(outliers=False)
+    space = WeightOnlySpace(algorithms=["rtn"], lm_head=[False], mixed=False)
+    tuned = autotune(model, batches[:2], quantization_config=space, accuracy_criterion={"absolute": 1.0})
+    assert type(tuned.lm_head) is nn.Linear
+    assert isinstance(tuned.model.layers[0].self_attn.q_proj, QuantizedModule)
+
+
+def test_gradients_leave_no_trace(make_model, batches):
+    model = make_model(outliers=False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    quantizer = WeightOnlyQuantizer(
+        model, read_batches(model, batches, 1), WeightOnlySpace(algorithms=["rtn"]), None, frozenset(), 0
+    )
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    int8 = next(o for o in quantizer.options["lm_head"] if o.scheme and o.scheme.dtype == WoqWeightDtype.INT8)
+    assert 0 < int8.error < min(o.error for o in quantizer.options["lm_head"] if "int4" in str(o.scheme)) / 10
+
+
+def test_bad_arguments(tiny, tiny_batches):
+    for error, match, options in (
+        (ValueError, "max_bytes_per_weight: expected a number above 0", {"max_bytes_per_weight": 0}),
+        (ValueError, r"max_bytes_per_weight: 0.1 is too few.*smallest take 0\.7", {"max_bytes_per_weight": 0.1}),
+        (TypeError, "quantization_config: expected a WeightOnlySpace", {"quantization_config": "int4"}),
+        (
+            TypeError,
+            "quantization_config: expected a WeightOnlySpace",
+            {"quantization_config": get_smooth_quant_qconfig_mapping()},
+        ),
+        (
+            ValueError,
+            "smoothquant_args, calib_func: they are for static INT8",
+            {"max_bytes_per_weight": 1, "smoothquant_args": {}},
+        ),
+    ):
+        with pytest.raises(error, match=match):
+            autotune(tiny, tiny_batches, **options)
+    with pytest.raises(ValueError, match="algorithms: expected some of"):
+        WeightOnlySpace(algorithms=["magic"])
+    with pytest.raises(ValueError, match="group_sizes: expected at least one value"):
+        WeightOnlySpace(group_sizes=[])
+    with pytest.raises(ValueError, match="none of its combinations exists for lowp_mode INT8"):
+        WeightOnlySpace(weight_dtypes=[WoqWeightDtype.INT8], qschemes=[WoqWeightQScheme.ASYMMETRIC]).schemes(
+            WoqLowpMode.INT8
+        )
