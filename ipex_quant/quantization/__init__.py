@@ -6,6 +6,7 @@ from typing import Any
 from torch.ao.quantization import QConfigMapping
 
 from ..numerics.scheme import WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
+from ..woq.awq import AwqOptions
 from . import _qconfig
 from ._calibration import calibrate
 from ._calibration_data import calibration_dataloader
@@ -24,6 +25,7 @@ from ._quantize_utils import (
 )
 
 __all__ = [
+    "AwqOptions",
     "QConfigSmoothQuant",
     "QConfigWoq",
     "WoqActQuantMode",
@@ -31,6 +33,7 @@ __all__ = [
     "WoqWeightDtype",
     "WoqWeightQScheme",
     "autotune",
+    "awq",
     "calibrate",
     "calibration_dataloader",
     "convert",
@@ -57,11 +60,9 @@ def __getattr__(name: str) -> Any:
     if name.removesuffix("_mapping") in _DEFAULTS:
         qconfig = getattr(_qconfig, name.removesuffix("_mapping"))()
         return QConfigMapping().set_global(qconfig) if name.endswith("_mapping") else qconfig
-    # GPTQ brings transformers in, which quantizing a plain module does without.
-    if name == "gptq":
-        from ._gptq import gptq
-
-        return gptq
+    # GPTQ and AWQ bring transformers in, which quantizing a plain module does without.
+    if name in ("gptq", "awq"):
+        return getattr(importlib.import_module(f"._{name}", __name__), name)
     # A layer above this one, which IPEX's users look for here.
     if name == "autotune":
         return importlib.import_module("ipex_quant.autotune").autotune

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import data, llm
 from ..nn.linears import is_linear
-from ..quantization import WoqWeightQScheme, calibrate, calibration_dataloader, convert, gptq, prepare
-from .recipe import BITS, Calibrated, Gptq, Recipe
+from ..quantization import WoqWeightQScheme, awq, calibrate, calibration_dataloader, convert, gptq, prepare
+from .recipe import BITS, Awq, Calibrated, Gptq, Recipe
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -48,8 +48,8 @@ def apply_recipe(
 ) -> nn.Module:
     """Quantize a transformers model in place as `recipe` says and return it, ready to generate in `dtype`.
 
-    `calibration` is what `calibration_data` returns, or other batches of arguments of `model`. GPTQ leaves the output
-    layer to round-to-nearest. Raises ValueError when the recipe calibrates and there is nothing to do it with.
+    `calibration` is what `calibration_data` returns, or other batches of arguments of `model`. GPTQ and AWQ leave the
+    output layer to round-to-nearest. Raises ValueError when the recipe calibrates and there is nothing to do it with.
     """
     if isinstance(recipe.settings, Calibrated) and not len(calibration):
         raise ValueError(f"recipe {recipe.name}: it needs calibration text, got none")
@@ -57,6 +57,10 @@ def apply_recipe(
     if isinstance(recipe.settings, Gptq):
         model = _apply_gptq(recipe, model, calibration, dtype)
         mapping = mapping if _float_linears(model, recipe) else None
+    elif isinstance(recipe.settings, Awq):
+        size = {"nsamples": recipe.settings.samples, "pad_max_length": recipe.settings.sequence_length}
+        model = awq(model, calibration, mapping, recipe.settings.options(), **size, inplace=True)
+        mapping = None
     elif isinstance(recipe.settings, Calibrated):
         prepared = prepare(model, mapping, example_kwarg_inputs=dict(next(iter(calibration))), inplace=True)
         model = convert(calibrate(prepared, calibration), inplace=True)

@@ -15,6 +15,7 @@ from torch.ao.quantization import QConfigMapping
 from .. import quantization
 from ..observers import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
 from ..quantization import (
+    AwqOptions,
     WoqActQuantMode,
     WoqLowpMode,
     WoqWeightDtype,
@@ -83,6 +84,24 @@ class Gptq(WeightOnly, Calibrated):
 
 
 @dataclass(frozen=True)
+class Awq(WeightOnly, Calibrated):
+    """As `WeightOnly`, with the weights in transformer blocks scaled and clipped by AWQ, as `AwqOptions` says."""
+
+    samples: int = 64
+    alpha_steps: int = AwqOptions.alpha_steps
+    clip_steps: int = AwqOptions.clip_steps
+    lowest_clip: float = AwqOptions.lowest_clip
+    tokens: int = AwqOptions.tokens
+
+    def __post_init__(self) -> None:
+        self.options()
+
+    def options(self) -> AwqOptions:
+        """How AWQ searches."""
+        return AwqOptions(**{each.name: getattr(self, each.name) for each in fields(AwqOptions)})
+
+
+@dataclass(frozen=True)
 class Dynamic(Settings):
     """INT8 weights per channel; activations are quantized as they come, each token on its own."""
 
@@ -129,6 +148,7 @@ class SmoothQuant(Calibrated):
 ALGORITHMS: dict[str, type[Settings]] = {
     "rtn": WeightOnly,
     "gptq": Gptq,
+    "awq": Awq,
     "smoothquant": SmoothQuant,
     "static": Static,
     "dynamic": Dynamic,
@@ -253,6 +273,10 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "act_quant_mode": _member_of(WoqActQuantMode),
     "act_order": _of_type(bool),
     "percdamp": _of_type(float),
+    "alpha_steps": _of_type(int),
+    "clip_steps": _of_type(int),
+    "lowest_clip": _of_type(float),
+    "tokens": _positive,
     "samples": _positive,
     "sequence_length": _positive,
     "observer": _of_type(str),

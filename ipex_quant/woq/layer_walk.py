@@ -269,7 +269,10 @@ def calibrate(walk: Walk, index: int, stage: Stage, make: Callable[[int], Statis
     mask: torch.Tensor | None = None
 
     def add(name: str, tensor: torch.Tensor) -> None:
-        sums[name].add(tensor if mask is None or tensor.shape[:-1] != mask.shape else tensor[mask])
+        try:
+            sums[name].add(tensor if mask is None or tensor.shape[:-1] != mask.shape else tensor[mask])
+        except ValueError as error:
+            raise ValueError(f"{walk.full_name(index, name)}: {error}") from error
         if stage.once:
             raise _Stop  # nothing else in this block is needed
 

@@ -2,10 +2,10 @@ import pytest
 from torch import nn
 
 from ipex_quant.observers import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
-from ipex_quant.quantization import WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
+from ipex_quant.quantization import AwqOptions, WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
 from ipex_quant.quantization._rules import choose_qconfigs
 from ipex_quant.recipes import recipe_names
-from ipex_quant.recipes.recipe import Dynamic, Gptq, Recipe, SmoothQuant, Static, WeightOnly, load_recipe
+from ipex_quant.recipes.recipe import Awq, Dynamic, Gptq, Recipe, SmoothQuant, Static, WeightOnly, load_recipe
 
 
 @pytest.fixture
@@ -51,6 +51,13 @@ def test_a_file_of_the_users_own_loads(written):
     path = written("weight_dtype: int8\nalgorithm: gptq\nskip: [lm_head, 'layers\\.0\\.']\nsamples: 3\npercdamp: 1\n")
     settings = Gptq(weight_dtype=WoqWeightDtype.INT8, samples=3, percdamp=1)
     assert load_recipe(path) == Recipe("mine", settings, skip=("lm_head", r"layers\.0\."))
+
+
+def test_awq_takes_its_options(written):
+    path = written("algorithm: awq\nweight_dtype: nf4\nalpha_steps: 5\nclip_steps: 0\nlowest_clip: 1\ntokens: 7\n")
+    settings = load_recipe(path).settings
+    assert isinstance(settings, Awq)
+    assert settings.options() == AwqOptions(alpha_steps=5, clip_steps=0, lowest_clip=1.0, tokens=7)
 
 
 def test_skip_and_the_first_alpha_that_matches_count(written):
@@ -100,13 +107,15 @@ def test_a_static_recipe_names_its_observer(written, name, observer):
         ("group_size: many", "recipe mine: group_size: expected int, got 'many'"),
         ("group_size: true", "recipe mine: group_size: expected int, got True"),
         (
-            "algorithm: awq",
-            "recipe mine: algorithm: expected one of rtn, gptq, smoothquant, static, dynamic, got 'awq'",
+            "algorithm: qat",
+            "recipe mine: algorithm: expected one of rtn, gptq, awq, smoothquant, static, dynamic, got 'qat'",
         ),
         ("algorithm: [rtn]", "recipe mine: algorithm: expected one of"),
         ("{algorithm: gptq, weight_dtype: nf4}", "recipe mine: weight_dtype: gptq writes int4 or int8"),
         ("{weight_dtype: nf4, weight_qscheme: asymmetric}", "recipe mine: .*symmetric"),
         ("{algorithm: gptq, samples: 0}", "recipe mine: samples: expected at least 1, got 0"),
+        ("{algorithm: awq, lowest_clip: 2}", "recipe mine: lowest_clip: expected a fraction of the range"),
+        ("{algorithm: awq, tokens: 0}", "recipe mine: tokens: expected at least 1, got 0"),
         ("{algorithm: gptq, act_order: 1}", "recipe mine: act_order: expected bool, got 1"),
         ("{algorithm: static, observer: max}", "recipe mine: observer: expected one of histogram, min_max, mov.*'max'"),
         ("{algorithm: smoothquant, alpha: 1.5}", "recipe mine: alpha: expected a number from 0 to 1, got 1.5"),

@@ -1,0 +1,181 @@
+"""AWQ for every linear in the transformer blocks of a model, and the modules that take the reciprocals of scales."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..nn.linears import weight_matrix
+from ..nn.norms import is_norm, scaled_vectors
+from ..numerics.affine import dequantize, quantize
+from ..numerics.quantized_weight import QuantizedWeight
+from ..numerics.scheme import WeightScheme
+from .absorbers import Absorber, find_absorber
+from .awq import AwqOptions, InputSample, ScaleSearch, clipped, search_scale
+from .layer_walk import SchemeOf, Walk, calibrate, find_stages, set_weight, walk_blocks
+
+logger = logging.getLogger("ipex_quant")
+
+_NORM_OFFSETS = (0.0, 1.0)
+"""What norms add to their weight: nothing, or, as Gemma's, one."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What was done to the linears `members` of one share group, by their names in the model.
+
+    Their weights were multiplied by `scale`, float32 ``[K]``, along the input channels before they were quantized, and
+    the output channels of `absorber` by `factor`, float32 ``[M]``; both None when nothing can absorb the scale, or none
+    is better. `search` holds the errors.
+    """
+
+    members: tuple[str, ...]
+    absorber: str | None = None
+    scale: torch.Tensor | None = None
+    factor: torch.Tensor | None = None
+    search: ScaleSearch | None = None
+
+
+@dataclass(frozen=True)
+class AwqResult:
+    """Quantized weights by module name, new values of other parameters by name, and how share groups were scaled."""
+
+    weights: dict[str, QuantizedWeight]
+    parameters: dict[str, torch.Tensor]
+    scalings: list[Scaling]
+
+
+def awq_blocks(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    scheme: WeightScheme | SchemeOf,
+    options: AwqOptions | None = None,
+) -> AwqResult:
+    """AWQ for every linear in the transformer blocks of `model`, as `walk_blocks` goes through them.
+
+    The reciprocal of a share group's scale goes into the norm before it, or into the output channels of a linear that
+    is quantized already, which changes nothing but the scales of its rows. A group that neither reaches is only
+    clipped. Raises as `walk_blocks` does, and ValueError for inputs that are NaN or Inf, naming the linear.
+    """
+    blocks = _AwqBlocks(model, options or AwqOptions())
+    weights = walk_blocks(model, batches, scheme, blocks)
+    scaled = sum(scaling.scale is not None for scaling in blocks.scalings)
+    logger.info("AWQ: %d of %d share groups are scaled", scaled, len(blocks.scalings))
+    return AwqResult(weights, blocks.parameters, blocks.scalings)
+
+
+class _AwqBlocks:
+    title = "AWQ"
+
+    def __init__(self, model: nn.Module, options: AwqOptions) -> None:
+        self.options = options
+        self.parameters: dict[str, torch.Tensor] = {}
+        self.scalings: list[Scaling] = []
+        uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        self._shared = {key for key, count in uses.items() if count > 1}
+
+    def __call__(self, walk: Walk, index: int, schemes: Mapping[str, WeightScheme]) -> dict[str, QuantizedWeight]:
+        found: dict[str, QuantizedWeight] = {}
+        for stage in find_stages(walk, index, list(schemes)):
+            samples = calibrate(walk, index, stage, partial(InputSample, capacity=self.options.tokens))
+            for members, sample in zip(stage.groups, samples, strict=True):
+                if sample.count:
+                    _Group(self, walk, index, members, sample).quantize(schemes, found)
+        return found
+
+    def is_shared(self, module: nn.Module) -> bool:
+        """Whether another module has a parameter of this one too."""
+        return any(id(parameter) in self._shared for parameter in module.parameters(recurse=False))
+
+
+class _Group:
+    """One share group of a block, from the search of its scale to its quantized weights."""
+
+    def __init__(self, owner: _AwqBlocks, walk: Walk, index: int, members: Sequence[str], sample: InputSample) -> None:
+        self.owner, self.options = owner, owner.options
+        self.walk, self.index, self.block = walk, index, walk.blocks[index]
+        self.members, self.sample = members, sample
+        self.weights = [weight_matrix(self.block.get_submodule(name)).float() for name in members]
+
+    def quantize(self, schemes: Mapping[str, WeightScheme], found: dict[str, QuantizedWeight]) -> None:
+        """Put the weights of the members into `found`, where those of a linear that absorbs the scale change."""
+        scaling = self._scaling([schemes[name] for name in self.members], found)
+        self.owner.scalings.append(scaling)
+        inputs, weights = self.sample.vectors, self.weights
+        if scaling.scale is not None:
+            inputs, weights = inputs / scaling.scale, [weight * scaling.scale for weight in weights]
+        for name, weight in zip(self.members, weights, strict=True):
+            found[name] = quantize(clipped(weight, schemes[name], inputs, self.options), schemes[name])
+            set_weight(self.block.get_submodule(name), dequantize(found[name]))
+
+    def _scaling(self, schemes: list[WeightScheme], found: dict[str, QuantizedWeight]) -> Scaling:
+        names = tuple(self.walk.full_name(self.index, name) for name in self.members)
+        absorber = self._absorber(found) if self.options.alpha_steps else None
+        if absorber is None:
+            logger.info("AWQ: %s: no module before it can absorb a scale; it is only clipped", ", ".join(names))
+            return Scaling(names)
+        magnitude = _mean_by_source(self.sample.magnitude, absorber)
+        search = search_scale(self.weights, schemes, self.sample.vectors, magnitude, self.options.alpha_steps)
+        if search.alpha == 0:
+            return Scaling(names, search=search)
+        factor = torch.ones(absorber.width)
+        used = absorber.sources >= 0
+        factor[absorber.sources[used]] = 1 / search.scale[used]
+        if absorber.name in found:
+            self._divide_linear(absorber.name, factor, found)
+        else:
+            factor = self._multiply_norm(absorber.name, factor)
+        if factor is None:
+            return Scaling(names, search=search)
+        scale = torch.where(used, 1 / factor[absorber.sources], 1.0)
+        return Scaling(names, self.walk.full_name(self.index, absorber.name), scale, factor, search)
+
+    def _absorber(self, found: Mapping[str, QuantizedWeight]) -> Absorber | None:
+        norms = [name for name, module in self.block.named_modules() if is_norm(module)]
+        candidates = (*reversed(norms), *reversed(found))
+        candidates = [name for name in candidates if not self.owner.is_shared(self.block.get_submodule(name))]
+        return find_absorber(self.block, lambda: self.walk.run(self.index, 0), self.members, candidates)
+
+    def _divide_linear(self, name: str, factor: torch.Tensor, found: dict[str, QuantizedWeight]) -> None:
+        """Multiply the rows of a weight that is quantized, which its scales do without rounding the codes anew."""
+        linear = self.block.get_submodule(name)
+        found[name] = replace(found[name], scales=found[name].scales * factor.unsqueeze(1))
+        set_weight(linear, dequantize(found[name]))
+        if linear.bias is not None:
+            self._set_parameter(name, "bias", (linear.bias.float() * factor).to(linear.bias.dtype))
+
+    def _multiply_norm(self, name: str, factor: torch.Tensor) -> torch.Tensor | None:
+        """Multiply a norm's output; the result is by what, given that its vectors are rounded to their dtype."""
+        norm = self.block.get_submodule(name)
+        for offset in _NORM_OFFSETS:
+            vectors = scaled_vectors(norm, factor, offset)
+            if vectors is None:
+                continue
+            gain, scaled = norm.weight.float() + offset, vectors["weight"].float() + offset
+            rounded = torch.where(gain == 0, factor, scaled / gain)
+            if torch.isfinite(rounded).all() and (rounded > 0).all():
+                for key, vector in vectors.items():
+                    self._set_parameter(name, key, vector)
+                return rounded
+        return None
+
+    def _set_parameter(self, module: str, key: str, value: torch.Tensor) -> None:
+        getattr(self.block.get_submodule(module), key).data = value
+        self.owner.parameters[self.walk.full_name(self.index, f"{module}.{key}")] = value
+
+
+def _mean_by_source(magnitude: torch.Tensor, absorber: Absorber) -> torch.Tensor:
+    """`magnitude` averaged over the channels that one channel of the absorber reaches; 0 for those that none does."""
+    used = absorber.sources >= 0
+    sources = absorber.sources[used]
+    sums = torch.zeros(absorber.width).index_add_(0, sources, magnitude[used])
+    counts = torch.zeros(absorber.width).index_add_(0, sources, torch.ones(len(sources)))
+    mean = torch.zeros_like(magnitude)
+    mean[used] = (sums / counts.clamp(min=1))[sources]
+    return mean
