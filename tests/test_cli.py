@@ -100,18 +100,20 @@ def test_explain_names_every_quantized_module(quantized_dir, capsys):
     assert "lm_head" in printed
 
 
-def test_gptq_calibrates_on_the_given_text(float_dir, text_file, tmp_path, quantized_dir):
+@pytest.mark.parametrize("algorithm", ["gptq", "awq"])
+def test_weights_are_calibrated_on_the_given_text(float_dir, text_file, tmp_path, quantized_dir, algorithm):
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
-        "algorithm: gptq\nweight_dtype: int4\nweight_qscheme: symmetric\ngroup_size: 128\nlowp_mode: int8\n"
+        f"algorithm: {algorithm}\nweight_dtype: int4\nweight_qscheme: symmetric\ngroup_size: 128\nlowp_mode: int8\n"
         "sequence_length: 64\n"
     )
     out = tmp_path / "out"
     arguments = ["--recipe", str(recipe), "--out", str(out), "--dataset", str(text_file), "--samples", "4"]
     assert cli.main(["quantize", str(float_dir), *arguments]) == 0
-    gptq, rtn = (load_file(next(d.glob("*.safetensors"))) for d in (out, quantized_dir))
-    assert gptq.keys() == rtn.keys()
-    assert any(not torch.equal(gptq[name], rtn[name]) for name in gptq)
+    found, rtn = (load_file(next(d.glob("*.safetensors"))) for d in (out, quantized_dir))
+    assert found.keys() == rtn.keys()
+    assert any(not torch.equal(found[name], rtn[name]) for name in found)
+    assert cli.main(["generate", str(out), "--prompt", "Return the", "--max-new-tokens", "5"]) == 0
 
 
 @pytest.mark.parametrize("arguments", [[], ["quantize"], ["frobnicate"], ["generate", "x", "--max-new-tokens", "0"]])
