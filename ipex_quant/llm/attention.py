@@ -161,14 +161,15 @@ def attention_forward(
     else:
         options["mask"] = attention_mask
     if position_bias is not None:
-        options["mask"] = _with_bias(options.pop("mask", None), position_bias)
+        options["mask"] = with_bias(options.pop("mask", None), position_bias)
     keys, values = Storage.of(key), Storage.of(value)
     if len(query) != keys.batch:
         query = query.expand(keys.batch, -1, -1, -1)
     return attend(query, keys, values, **options), None
 
 
-def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor) -> torch.Tensor:
-    if mask is None:
-        return bias
+def with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """One mask, bool or added to the scores, that also adds `bias` to them."""
+    if mask is None or bias is None:
+        return mask if bias is None else bias
     return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask

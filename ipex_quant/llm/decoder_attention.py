@@ -13,7 +13,7 @@ from torch import nn
 from .. import ops
 from ..nn.linears import linear_shape
 from ..ops import PostOp
-from .attention import attention_forward
+from .attention import attention_forward, with_bias
 from .cache import NativeLayer, Storage, attend
 from .families import Attention, Layout, Rope
 from .fusing import fused_linear, fused_linears
@@ -97,6 +97,8 @@ class FusedAttention:
         if cache is not None:
             cache = getattr(cache, "self_attention_cache", cache)
             room = self.reserve(cache.layers, x, mask)
+            if room is not None and self.names.position_bias:
+                mask = with_bias(mask, self.position_bias(kwargs, 1, room.start + 1))
         projected = self.project(x)
         if self.clip:
             projected = [each.clamp(-self.clip, self.clip) for each in projected]
@@ -143,7 +145,7 @@ class FusedAttention:
     def reserve(self, layers: list[Any], x: torch.Tensor, mask: torch.Tensor | None) -> Room | None:
         """Room in a native cache for keys and values of `x`; None where only its `update` will do."""
         layer, length = layers[self.layer_index] if self.layer_index < len(layers) else None, x.shape[1]
-        if not isinstance(layer, NativeLayer) or self.names.position_bias or (layer.is_sliding and length > 1):
+        if not isinstance(layer, NativeLayer) or (length > 1 and (layer.is_sliding or self.names.position_bias)):
             return None
         room = layer.reserve(length) if mask is None or type(mask) is torch.Tensor else None
         if room is None or layer.dtype != x.dtype or room[0][0].dtype not in (x.dtype, torch.int8):
@@ -209,21 +211,19 @@ class FusedAttention:
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         """``[B, L, H, D]`` of queries ``[B, H, L, D]`` over what any cache gave."""
-        if self.names.position_bias and kwargs.get("position_bias") is None:
-            kwargs["position_bias"] = self.relative_bias(query.shape[2], key.shape[2])
         if self.slopes is None:
-            options = {"position_bias": kwargs["position_bias"]} if self.names.position_bias else {}
-            if self.softcap:
-                options["softcap"] = self.softcap
+            options = {"softcap": self.softcap} if self.softcap else {}
+            if self.names.position_bias:
+                options["position_bias"] = self.position_bias(kwargs, query.shape[2], key.shape[2])
             return attention_forward(self.module, query, key, value, mask, scaling=self.scale, **options)[0]
         options = {"causal": mask is None, "mask": mask}
         return attend(query, Storage.of(key), Storage.of(value), scale=self.scale, alibi=self.slopes, **options)
 
-    def relative_bias(self, queries: int, keys: int) -> torch.Tensor | None:
-        """What a module that has a `relative_attention_bias` adds to the scores of its layer and those after it."""
-        if not self.module.has_relative_attention_bias:
-            return None
-        return self.module.compute_bias(queries, keys, past_seen_tokens=keys - queries)
+    def position_bias(self, kwargs: dict[str, Any], queries: int, keys: int) -> torch.Tensor | None:
+        """What is added to the scores of this layer and those after it; a module with a table of biases makes it."""
+        if kwargs.get("position_bias") is None and self.module.has_relative_attention_bias:
+            kwargs["position_bias"] = self.module.compute_bias(queries, keys, past_seen_tokens=keys - queries)
+        return kwargs.get("position_bias")
 
 
 def _features(linear: nn.Module) -> tuple[int, int]:
