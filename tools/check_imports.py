@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("quantization",),
     ("llm", "autotune"),
     (PACKAGE,),  # the public face: `ipex_quant/__init__.py`
-    ("recipes",),
+    ("recipes", "integrations"),
     ("demo",),
     ("cli",),
 )

@@ -1,0 +1,222 @@
+"""neural-compressor's users reach our algorithms: static INT8 with SmoothQuant, and weight-only INT4, INT8, NF4, FP8.
+
+After `register()`, configurations of the two classes it returns work in ``neural_compressor.torch.quantization``: its
+``prepare``, ``convert``, ``quantize`` and ``autotune``. Values in lists make a configuration a tuning space.
+"""
+
+# No postponed annotations: neural-compressor reads those of a configuration's arguments.
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.ao.quantization import QConfigMapping
+
+from .. import quantization
+from ..autotune.recipe import AUTO, Int8Recipe, WeightOnlyRecipe
+from ..autotune.smoothing import read_smoothquant_args
+from ..autotune.static import StaticQuantizer
+from ..autotune.statistics import collect
+from ..autotune.weight_only import ALGORITHMS, DEFAULT_ACT_QUANT_MODE, gptq_weights, quantized_model
+from ..nn.linears import is_linear
+from ..numerics.scheme import WeightScheme, WoqLowpMode, WoqWeightDtype
+from ..quantization import convert, get_smooth_quant_qconfig_mapping, prepare
+from ..quantization._example import Example
+
+INT8_NAME = "ipex_quant_int8"
+WEIGHT_ONLY_NAME = "ipex_quant_weight_only"
+
+
+class Configs(NamedTuple):
+    """The configuration classes that `register` makes."""
+
+    int8: type
+    weight_only: type
+
+
+def register() -> Configs:
+    """Make our algorithms known to neural-compressor, by the names above, and return their configuration classes.
+
+    Raises ImportError without neural-compressor. Calling it again replaces the classes.
+    """
+    try:
+        from neural_compressor.common.base_config import register_config
+        from neural_compressor.common.utils import DEFAULT_WHITE_LIST, OP_NAME_OR_MODULE_TYPE
+        from neural_compressor.torch.quantization.config import TorchBaseConfig
+        from neural_compressor.torch.utils.utility import register_algo
+    except ImportError as error:
+        raise ImportError("expected neural-compressor; run `pip install ipex_quant[autotune]`") from error
+
+    class Common(TorchBaseConfig):
+        """What both configurations have in common."""
+
+        supported_configs = ()
+
+        @classmethod
+        def register_supported_configs(cls) -> None:
+            """The base class wants it."""
+
+        @staticmethod
+        def get_model_info(model: nn.Module, *_: Any) -> list:
+            """Name and type of the layers that can be quantized."""
+            return [(name, type(module).__name__) for name, module in model.named_modules() if is_linear(module)]
+
+    class Int8Config(Common):
+        """Static INT8: `alpha` is SmoothQuant's, a number in 0..1 or "auto"; None is without smoothing.
+
+        `dtype` int8, or fp32 for a layer that is to stay in float.
+        """
+
+        name = INT8_NAME
+
+        def __init__(
+            self,
+            alpha: float | str | None = 0.5,
+            dtype: str = "int8",
+            white_list: list[OP_NAME_OR_MODULE_TYPE] | None = DEFAULT_WHITE_LIST,
+            **kwargs: Any,
+        ) -> None:
+            super().__init__(white_list=white_list)
+            self.alpha = alpha
+            self.dtype = dtype
+            self._post_init()
+
+        @classmethod
+        def get_config_set_for_tuning(cls) -> "Int8Config":
+            return cls(alpha=[AUTO, 0.5])
+
+    class WeightOnlyConfig(Common):
+        """Weights in few bits: `weight_dtype` int4, int8, nf4 or fp8, or fp32 for a layer that is to stay in float.
+
+        `algorithm` is rtn or gptq; `lowp_mode` none, fp16, bf16 or int8, what is computed with the weights.
+        """
+
+        name = WEIGHT_ONLY_NAME
+
+        def __init__(
+            self,
+            weight_dtype: str = "int4",
+            symmetric: bool = False,
+            group_size: int = 128,
+            algorithm: str = "rtn",
+            lowp_mode: str = "int8",
+            white_list: list[OP_NAME_OR_MODULE_TYPE] | None = DEFAULT_WHITE_LIST,
+            **kwargs: Any,
+        ) -> None:
+            super().__init__(white_list=white_list)
+            self.weight_dtype = weight_dtype
+            self.symmetric = symmetric
+            self.group_size = group_size
+            self.algorithm = algorithm
+            self.lowp_mode = lowp_mode
+            self._post_init()
+
+        @classmethod
+        def get_config_set_for_tuning(cls) -> "WeightOnlyConfig":
+            return cls(group_size=[128, 32], algorithm=["rtn", "gptq"])
+
+    for config, algorithm in ((Int8Config, _int8), (WeightOnlyConfig, _weight_only)):
+        register_config(framework_name="torch", algo_name=config.name)(config)
+        register_algo(config.name)(algorithm)
+    return Configs(Int8Config, WeightOnlyConfig)
+
+
+def _int8(
+    model: nn.Module,
+    configs_mapping: dict,
+    mode: Any,
+    run_fn: Any = None,
+    run_args: Any = None,
+    example_inputs: Any = None,
+    **_: Any,
+) -> nn.Module:
+    """neural-compressor's entry of the INT8 algorithm."""
+    configs = _chosen(configs_mapping, INT8_NAME, "dtype")
+    alphas = {name: config.alpha for name, config in configs.items()}
+    if mode.value == "convert":
+        return convert(model, inplace=True)
+    if AUTO in alphas.values():
+        if mode.value == "prepare" or set(alphas.values()) != {AUTO}:
+            raise ValueError('alpha: "auto" needs quantize or autotune, and is for all layers or none')
+        return _auto_int8(model, alphas, _calibration(run_fn, run_args), example_inputs)
+    made: dict[float | None, Any] = {None: quantization.default_static_qconfig}
+    mapping = QConfigMapping()
+    for name, alpha in alphas.items():
+        if alpha not in made:
+            made[alpha] = get_smooth_quant_qconfig_mapping(alpha).global_qconfig
+        mapping.set_module_name(name, made[alpha])
+    example = _example(example_inputs)
+    args, kwargs = example.args or None, dict(example.kwargs) or None
+    prepared = prepare(model, mapping, args, inplace=True, example_kwarg_inputs=kwargs)
+    if mode.value == "prepare":
+        return prepared
+    _calibration(run_fn, run_args)(prepared)
+    return convert(prepared, inplace=True)
+
+
+def _auto_int8(model: nn.Module, alphas: dict, run: Callable, example_inputs: Any) -> nn.Module:
+    statistics = collect(model, [_example(example_inputs)], [1], run)
+    others = {name for name, module in model.named_modules() if is_linear(module)} - alphas.keys()
+    quantizer = StaticQuantizer(statistics, [AUTO], read_smoothquant_args(None)[1], frozenset(others))
+    return quantizer.quantized(Int8Recipe(AUTO, 1, tuple(sorted(others))))
+
+
+def _weight_only(
+    model: nn.Module, configs_mapping: dict, mode: Any, run_fn: Any = None, run_args: Any = None, **_: Any
+) -> nn.Module:
+    """neural-compressor's entry of the weight-only algorithms."""
+    configs = _chosen(configs_mapping, WEIGHT_ONLY_NAME, "weight_dtype")
+    if mode.value == "prepare" or not configs:
+        return model
+    algorithms, modes = ({getattr(config, key) for config in configs.values()} for key in ("algorithm", "lowp_mode"))
+    if len(algorithms) > 1 or len(modes) > 1:
+        raise ValueError("algorithm, lowp_mode: expected the same for all layers")
+    (algorithm,), (lowp_mode,) = algorithms, modes
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    schemes = tuple(
+        (name, WeightScheme(WoqWeightDtype[c.weight_dtype.upper()], c.symmetric, c.group_size))
+        for name, c in configs.items()
+    )
+    recipe = WeightOnlyRecipe(algorithm, WoqLowpMode[lowp_mode.upper()], schemes)
+    weights = {}
+    if algorithm == "gptq":
+        if mode.value == "convert":
+            raise ValueError("algorithm: gptq needs data; use neural_compressor's quantize or autotune with a run_fn")
+        weights = gptq_weights(model, _batches(model, _calibration(run_fn, run_args)), recipe)
+    return quantized_model(model, recipe, weights, DEFAULT_ACT_QUANT_MODE, inplace=True)
+
+
+def _chosen(configs_mapping: dict, algorithm: str, dtype: str) -> dict[str, Any]:
+    """Configurations of the layers that `algorithm` is to quantize, by name."""
+    ours = {name: config for (name, _), config in configs_mapping.items() if config.name == algorithm}
+    return {name: config for name, config in ours.items() if getattr(config, dtype) != "fp32"}
+
+
+def _calibration(run_fn: Any, run_args: Any) -> Callable[[nn.Module], Any]:
+    if run_fn is None:
+        raise ValueError("run_fn: expected a function that runs calibration data through the model, got None")
+    arguments = () if run_args is None else run_args if isinstance(run_args, (tuple, list)) else (run_args,)
+    return lambda model: run_fn(model, *arguments)
+
+
+def _batches(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Example]:
+    """What ``run(model)`` calls the model with."""
+    batches: list[Example] = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: batches.append(Example(args, kwargs)), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            run(model)
+    finally:
+        handle.remove()
+    return batches
+
+
+def _example(example_inputs: Any) -> Example:
+    if example_inputs is None:
+        raise ValueError("example_inputs: expected a tensor, a tuple or a dict, which show what layers share, got None")
+    if isinstance(example_inputs, dict):
+        return Example(kwargs=example_inputs)
+    return Example(tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,))
