@@ -31,6 +31,7 @@ from .search import Search, search_weight_only
 from .trials import Trial
 
 ALGORITHMS = ("gptq", "rtn")
+DEFAULT_ACT_QUANT_MODE = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
 GPTQ_DTYPES = (WoqWeightDtype.INT4, WoqWeightDtype.INT8)
 
 
@@ -48,7 +49,7 @@ class WeightOnlySpace:
     qschemes: Sequence[WoqWeightQScheme] = (WoqWeightQScheme.ASYMMETRIC, WoqWeightQScheme.SYMMETRIC)
     algorithms: Sequence[str] = ALGORITHMS
     lowp_modes: Sequence[WoqLowpMode] = (WoqLowpMode.INT8,)
-    act_quant_mode: WoqActQuantMode = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
+    act_quant_mode: WoqActQuantMode = DEFAULT_ACT_QUANT_MODE
     lm_head: Sequence[bool] = (True,)
     mixed: bool = True
 
@@ -86,22 +87,13 @@ class WeightOnlySpace:
         found: dict[WeightScheme, None] = {}
         for dtype, group_size, qscheme in itertools.product(self.weight_dtypes, self.group_sizes, self.qschemes):
             try:
-                qconfig = self.qconfig(dtype, group_size, qscheme, lowp_mode)
+                qconfig = _qconfig(dtype, group_size, qscheme, lowp_mode, self.act_quant_mode)
             except ValueError:
                 continue  # no such combination
             found[WeightScheme(dtype, qconfig.weight_qscheme == WoqWeightQScheme.SYMMETRIC, group_size)] = None
         if not found:
             raise ValueError(f"quantization_config: none of its combinations exists for lowp_mode {lowp_mode.name}")
         return list(found)
-
-    def qconfig(
-        self, dtype: WoqWeightDtype, group_size: int, qscheme: WoqWeightQScheme, lowp_mode: WoqLowpMode
-    ) -> QConfigWoq:
-        """The configuration of one layer; ValueError for a combination that does not exist."""
-        mode = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM if self.act_quant_mode < 0 else self.act_quant_mode
-        return get_weight_only_quant_qconfig_mapping(
-            weight_dtype=dtype, group_size=group_size, weight_qscheme=qscheme, lowp_mode=lowp_mode, act_quant_mode=mode
-        ).global_qconfig
 
 
 class WeightOnlyQuantizer:
@@ -162,15 +154,10 @@ class WeightOnlyQuantizer:
 
     def result(self, model: nn.Module, recipe: WeightOnlyRecipe, inplace: bool) -> nn.Module:
         """`model`, or a copy, quantized as `recipe` says."""
-        schemes = dict(recipe.schemes)
-        weights = self._gptq(schemes) if recipe.algorithm == "gptq" else {}
-        mapping = QConfigMapping()
-        for name, scheme in schemes.items():
-            mapping.set_module_name(name, None if scheme is None else self._qconfig(scheme, recipe.lowp_mode))
-        converted = convert(prepare(model, mapping, inplace=inplace), inplace=True)
-        for name, weight in weights.items():
-            converted.get_submodule(name)._set_weight(weight)
-        return converted
+        if self._found[0] != recipe.schemes and recipe.algorithm == "gptq":
+            self._found = recipe.schemes, gptq_weights(self.model, self.batches, recipe)
+        weights = self._found[1] if recipe.algorithm == "gptq" else {}
+        return quantized_model(model, recipe, weights, self.space.act_quant_mode, inplace)
 
     def sensitivity(self, recipe: WeightOnlyRecipe) -> dict[str, dict[str, Any]]:
         """Scheme and estimated error of every share group, by the name of its first layer."""
@@ -258,25 +245,57 @@ class WeightOnlyQuantizer:
         ]
         return min(smallest) / self.weights
 
-    def _qconfig(self, scheme: WeightScheme, lowp_mode: WoqLowpMode) -> QConfigWoq:
-        qscheme = WoqWeightQScheme.SYMMETRIC if scheme.symmetric else WoqWeightQScheme.ASYMMETRIC
-        return self.space.qconfig(scheme.dtype, scheme.group_size, qscheme, lowp_mode)
-
-    def _gptq(self, schemes: Mapping[str, WeightScheme | None]) -> dict[str, QuantizedWeight]:
-        """GPTQ's weights for the layers in the transformer blocks that it knows the dtype of; the last are kept."""
-        key = tuple(schemes.items())
-        if self._found[0] != key:
-            suited = {n: s for n, s in schemes.items() if s is not None and s.dtype in GPTQ_DTYPES}
-            batches = [_by_name(self.model, batch) for batch in self.batches]
-            self._found = key, quantize_blocks(self.model, batches, suited.get)
-        return self._found[1]
-
     def _share_groups(self) -> dict[str, tuple[str, ...]]:
         """Layers that consume the same tensor, by the name of the first."""
         groups = trace_groups(self.model, self.layers, (), partial(self.batches[0].run, self.model))
         found = {group.members[0]: group.members for group in groups}
         traced = {name for members in found.values() for name in members}
         return found | {name: (name,) for name in self.layers if name not in traced}
+
+
+def gptq_weights(model: nn.Module, batches: Sequence[Example], recipe: WeightOnlyRecipe) -> dict[str, QuantizedWeight]:
+    """What GPTQ makes of the layers in transformer blocks that `recipe` gives a scheme GPTQ knows."""
+    schemes = {name: s for name, s in recipe.schemes if s is not None and s.dtype in GPTQ_DTYPES}
+    return quantize_blocks(model, [_by_name(model, batch) for batch in batches], schemes.get)
+
+
+def quantized_model(
+    model: nn.Module,
+    recipe: WeightOnlyRecipe,
+    weights: Mapping[str, QuantizedWeight],
+    act_quant_mode: WoqActQuantMode,
+    inplace: bool,
+) -> nn.Module:
+    """`model`, or a copy, with the layers of `recipe` quantized: to `weights`, or else rounded to nearest."""
+    mapping = QConfigMapping()
+    for name, scheme in recipe.schemes:
+        qconfig = None
+        if scheme is not None:
+            qscheme = WoqWeightQScheme.SYMMETRIC if scheme.symmetric else WoqWeightQScheme.ASYMMETRIC
+            qconfig = _qconfig(scheme.dtype, scheme.group_size, qscheme, recipe.lowp_mode, act_quant_mode)
+        mapping.set_module_name(name, qconfig)
+    converted = convert(prepare(model, mapping, inplace=inplace), inplace=True)
+    for name, weight in weights.items():
+        converted.get_submodule(name)._set_weight(weight)
+    return converted
+
+
+def _qconfig(
+    dtype: WoqWeightDtype,
+    group_size: int,
+    qscheme: WoqWeightQScheme,
+    lowp_mode: WoqLowpMode,
+    act_quant_mode: WoqActQuantMode,
+) -> QConfigWoq:
+    """The configuration of one layer; ValueError for a combination that does not exist."""
+    return get_weight_only_quant_qconfig_mapping(
+        weight_dtype=dtype,
+        group_size=group_size,
+        weight_qscheme=qscheme,
+        lowp_mode=lowp_mode,
+        # A mapping that computes in another mode than INT8 has none.
+        act_quant_mode=DEFAULT_ACT_QUANT_MODE if act_quant_mode == WoqActQuantMode.NONE else act_quant_mode,
+    ).global_qconfig
 
 
 def _output_layer(model: nn.Module) -> str | None:
