@@ -127,6 +127,10 @@ VARIANTS = {
         transformers.StableLmForCausalLM,
         {**GROUPED, "qk_layernorm": True, "use_parallel_residual": True},
     ),
+    "opt-without-vectors": (
+        transformers.OPTForCausalLM,
+        {**OPT, "enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
+    ),
     "mpt-clip": (transformers.MptForCausalLM, {**MPT, "n_heads": 4, "attn_config": {"clip_qkv": 0.8}}),
     "bloom-normed": (
         transformers.BloomForCausalLM,

@@ -185,3 +185,24 @@ def test_a_bfloat16_stack_multiplies_in_int8_and_caches_in_int8(name):
 
     assert cache.layers[0]._buffers[0].dtype == torch.int8
     assert relative_error(result.flatten(), expected[: result.numel()]) < 0.15
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_nan_stays_in_its_sequence(name):
+    mapping = get_weight_only_quant_qconfig_mapping(
+        weight_dtype=WoqWeightDtype.INT4, group_size=32, lowp_mode=WoqLowpMode.INT8
+    )
+    model = ipex.llm.optimize(build(name), quantization_config=mapping, kv_cache_dtype=torch.int8)
+    embeddings = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(1))
+
+    def steps():
+        cache = DynamicCache()
+        parts = (embeddings[:, :8], embeddings[:, 8:])
+        return torch.cat([model(inputs_embeds=part, past_key_values=cache).logits for part in parts], dim=1)
+
+    expected = steps()
+    embeddings[1, 3] = torch.nan
+    actual = steps()
+
+    assert torch.equal(actual[0], expected[0])
+    assert actual[1, 3:].isnan().all()
