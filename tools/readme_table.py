@@ -1,6 +1,6 @@
-"""Write a table of measured speeds in README.md from a result of benchmarks/linear.py or benchmarks/int8.py.
+"""Write a table of measured speeds in README.md from a result of the script of that name in benchmarks/.
 
-python tools/readme_table.py {linear,int8} benchmarks/results/FILE.json
+python tools/readme_table.py {linear,int8,generate,peers} benchmarks/results/FILE.json
 """
 
 from __future__ import annotations
@@ -16,17 +16,38 @@ OURS = {"linear": "four", "int8": "three"}
 """How many of the first lines are ours, by benchmark."""
 SHAPE = (14336, 4096)
 ROWS = (1, 4, 8, 128, 512)
+GENERATION = {
+    "generate": {
+        "prefill token/s": ("prefill_tokens_per_second", "prefill_first_over_this"),
+        "decode token/s": ("decode_tokens_per_second", "decode_first_over_this"),
+        "prefill outside GEMMs": "prefill_outside_gemm",
+        "decode outside GEMMs": "decode_outside_gemm",
+        "weights": "weight_bytes",
+        "peak": "peak_bytes",
+    },
+    "peers": {
+        "prefill token/s": ("prefill_tokens_per_second", "prefill_first_over_this"),
+        "decode token/s": ("decode_tokens_per_second", "decode_first_over_this"),
+        "weights": "weight_bytes",
+        "peak": "peak_bytes",
+    },
+}
+"""Columns by benchmark, and what they show of a record; a pair is a value and a ratio."""
 
 
 def main() -> None:
     """Replace what stands between the two marks in README.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmark", choices=OURS)
+    parser.add_argument("benchmark", choices=[*OURS, *GENERATION])
     parser.add_argument("result", type=Path)
     parser.add_argument("--readme", type=Path, default=README)
     options = parser.parse_args()
     text = options.readme.read_text(encoding="utf-8")
-    table = section(json.loads(options.result.read_text(encoding="utf-8")), OURS[options.benchmark])
+    result = json.loads(options.result.read_text(encoding="utf-8"))
+    if options.benchmark in OURS:
+        table = section(result, OURS[options.benchmark])
+    else:
+        table = generation_section(result, GENERATION[options.benchmark])
     mark = f"<!-- measured: {options.benchmark} -->"
     pattern = re.compile(rf"({mark}\n).*?(<!-- end -->)", re.DOTALL)
     changed, count = pattern.subn(lambda found: f"{found[1]}{table}\n{found[2]}", text)
@@ -53,6 +74,47 @@ def section(result: dict, ours: str) -> str:
         *(f"| {kernel} | " + " | ".join(_cell(records[kernel, m]) for m in ROWS) + " |" for kernel in kernels),
     ]
     return "\n".join(lines)
+
+
+def generation_section(result: dict, columns: dict[str, str | tuple[str, str]]) -> str:
+    """Markdown of every shape: a line for each engine, one that failed with the reason, and a sentence on beams."""
+    machine, lines = result["machine"], []
+    for shape in dict.fromkeys(r["shape"] for r in result["generate"]):
+        records = [r for r in result["generate"] if r["shape"] == shape]
+        greedy, beams = ([r for r in records if (r["beams"] > 1) == several] for several in (False, True))
+        first = greedy[0]
+        lines += [
+            f"`{shape}`, {first['prompt']} tokens of prompt and {first['new_tokens']} new ones, on "
+            f"{machine['threads']} threads of {machine['cpu']}. In brackets: how many times as fast {first['engine']} "
+            "was in the same rounds. Memory in GB: of the weights, and the most of loading and generating.",
+            "",
+            "| engine | " + " | ".join(columns) + " |",
+            "|---" + "|--:" * len(columns) + "|",
+            *(_generation_line(record, columns) for record in greedy),
+            "",
+            *(
+                f"With {r['beams']} beams and {r['new_tokens']} new tokens: {r['engine']}, "
+                f"{r['total_tokens_per_second']:.3g} token/s, prompt included ({r['total_first_over_this']:.2f}x).\n"
+                for r in beams
+                if "error" not in r
+            ),
+        ]
+    return "\n".join(lines).rstrip()
+
+
+def _generation_line(record: dict, columns: dict[str, str | tuple[str, str]]) -> str:
+    if "error" in record:
+        return f"| {record['engine']} | failed: {record['error'].replace('|', '/')} |" + " |" * (len(columns) - 1)
+    cells = []
+    for column in columns.values():
+        key = column if isinstance(column, str) else column[0]
+        if key.endswith("_bytes"):
+            cells.append(f"{record[key] / 1e9:.2f}")
+        elif key.endswith("_gemm"):
+            cells.append(f"{record[key]:.0%}")
+        else:
+            cells.append(f"{record[key]:.3g} ({record[column[1]]:.2f}x)")
+    return f"| {record['engine']} | " + " | ".join(cells) + " |"
 
 
 def _cell(record: dict) -> str:

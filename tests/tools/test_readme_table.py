@@ -22,8 +22,9 @@ def result(tmp_path):
     return path
 
 
-def run(result, readme):
-    return subprocess.run([sys.executable, SCRIPT, "int8", result, "--readme", readme], capture_output=True, text=True)
+def run(result, readme, benchmark="int8"):
+    command = [sys.executable, SCRIPT, benchmark, result, "--readme", readme]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_the_section_of_the_readme_is_replaced(result, tmp_path):
@@ -47,6 +48,31 @@ def test_a_readme_without_the_marks_is_left_alone(result, tmp_path):
     assert failed.returncode == 2
     assert "expected one section" in failed.stderr
     assert readme.read_text() == "nothing"
+
+
+@pytest.mark.parametrize("benchmark", ["peers", "generate"])
+def test_generation_is_compared_by_engine(benchmark, tmp_path):
+    common = {"shape": "llama-1.1b", "prompt": 512, "new_tokens": 64, "beams": 1}
+    speed = {"prefill_tokens_per_second": 200.04, "decode_tokens_per_second": 30.25, "weight_bytes": 7e8}
+    ratios = {"prefill_first_over_this": 1.5, "decode_first_over_this": 2, "peak_bytes": 1.5e9}
+    shares = {"prefill_outside_gemm": 0.125, "decode_outside_gemm": 0.25}
+    records = [
+        {**common, "engine": "ours, INT4", **speed, **ratios, **shares},
+        {**common, "engine": "theirs", "error": "not installed: no | compiler"},
+        {**common, "engine": "a search", "beams": 4, "total_tokens_per_second": 9, "total_first_over_this": 2.5},
+    ]
+    result, readme = tmp_path / "result.json", tmp_path / "README.md"
+    result.write_text(json.dumps({"machine": {"threads": 2, "cpu": "A Fast One"}, "generate": records}))
+    readme.write_text(f"<!-- measured: {benchmark} -->\n<!-- end -->\n")
+    assert run(result, readme, benchmark).returncode == 0
+    lines = readme.read_text().splitlines()
+    measured = "| 12% | 25% " if benchmark == "generate" else ""
+    assert f"| ours, INT4 | 200 (1.50x) | 30.2 (2.00x) {measured}| 0.70 | 1.50 |" in lines
+    failed = next(line for line in lines if line.startswith("| theirs"))
+    assert failed.startswith("| theirs | failed: not installed: no / compiler |")
+    assert {line.count("|") for line in lines if line.startswith("|")} == {8 if benchmark == "generate" else 6}
+    assert "how many times as fast ours, INT4 was" in readme.read_text()
+    assert "With 4 beams and 64 new tokens: a search, 9 token/s" in readme.read_text()
 
 
 def test_the_readme_has_the_marks():
