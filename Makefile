@@ -10,6 +10,9 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 JOBS ?= 2
 PYTEST_ARGS ?=
+# For bench-peers: how to name its result, and options such as --quick.
+MACHINE ?= local
+PEERS_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -18,11 +21,12 @@ BUILD_STAMP := $(VENV)/.stamp-build
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX ?= g++
 SANITIZE := $(CURDIR)/build/sanitize
+PEERS := build/peers
 
-.PHONY: help env build demo test lint format sanitize bench wheel clean
+.PHONY: help env build demo test lint format sanitize bench bench-peers wheel clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 env: $(ENV_STAMP)  ## create the virtual environment with everything that building and testing need
 
@@ -76,6 +80,24 @@ bench: build  ## measure the linear kernels against limits and peers, and what c
 	$(BIN)/python benchmarks/int8.py
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/generate.py
+
+bench-peers: build $(addprefix $(PEERS)/,llamacpp/.stamp openvino/.stamp chart/.stamp)  ## compare generation with llama.cpp and OpenVINO
+	$(BIN)/python benchmarks/peers.py --json benchmarks/results/peers-$(MACHINE).json $(PEERS_ARGS)
+	-$(PEERS)/chart/bin/python benchmarks/peers_chart.py benchmarks/results/peers-$(MACHINE).json
+
+# Environments of their own. The table reports what cannot be installed, with the end of its log. No model here takes
+# images, and a torchvision that was made for another build of torch would break transformers.
+$(PEERS)/%/.stamp: benchmarks/requirements/%.txt
+	mkdir -p $(PEERS)
+	-{ $(PYTHON) -m venv $(PEERS)/$* && \
+	    if [ $* = openvino ]; then \
+	        $(PEERS)/$*/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'; \
+	    fi && \
+	    CMAKE_ARGS=-DGGML_NATIVE=ON CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) \
+	        $(PEERS)/$*/bin/python -m pip install -r $< && \
+	    $(PEERS)/$*/bin/python -m pip uninstall --yes torchvision && \
+	    touch $@; } > $(PEERS)/$*.log 2>&1
 
 wheel: $(ENV_STAMP)  ## build a wheel into dist/
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
