@@ -1,4 +1,4 @@
-"""`ipex-quant`: quantize, generate, eval, explain and demo from a shell.
+"""`ipex-quant`: quantize, autotune, generate, eval, explain and demo from a shell.
 
 Commands import what they need when they run, so that `--help` and wrong usage answer at once.
 """
@@ -66,6 +66,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--column", metavar="NAME", help="column of the dataset that holds the text")
     sub.add_argument("--samples", type=_positive, metavar="N", help="windows of the text (default: the recipe's)")
 
+    sub = command("autotune", _autotune, "Find the best way to quantize a model within an accuracy budget.")
+    sub.add_argument("model_dir", metavar="MODEL_DIR", help='float model with its tokenizer, or "embedded"')
+    sub.add_argument("--recipe", default="w8a8-smoothquant", help="recipe to tune around (default %(default)s)")
+    sub.add_argument("--max-loss", type=float, default=0.01, metavar="X", help="allowed rise of perplexity, relative")
+    sub.add_argument("--max-bytes-per-weight", type=float, metavar="X", help="budget of a weight-only recipe")
+    sub.add_argument("--time", type=float, default=0, metavar="S", help="seconds; 0 ends at the first success")
+    sub.add_argument("--text", type=Path, metavar="FILE", help="text whose perplexity counts")
+    sub.add_argument("--max-tokens", type=_positive, default=8192, metavar="N", help="predict at most N of its tokens")
+    sub.add_argument("--sequence-length", type=_positive, default=512, metavar="N")
+    sub.add_argument("--dataset", metavar="FILE_OR_NAME", help="calibration text (default: Python's docs)")
+    sub.add_argument("--column", metavar="NAME", help="column of the dataset that holds the text")
+    sub.add_argument("--samples", type=_positive, default=100, metavar="N", help="windows of it (default %(default)s)")
+    sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations (default %(default)s)")
+    sub.add_argument("--record", type=Path, metavar="FILE", help="keep the trials there, to go on after a stop")
+    sub.add_argument("--report", type=Path, action="append", metavar="FILE", help="write a report, .html or .json")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="new directory for the tuned model")
+
     sub = command("generate", _generate, "Continue a prompt with a quantized model.")
     sub.add_argument("directory", type=Path, metavar="DIR", help="result of `ipex-quant quantize`")
     sub.add_argument("--prompt", required=True)
@@ -111,6 +128,42 @@ def _quantize(options: argparse.Namespace) -> int:
     tokenizer.save_pretrained(options.out)
     after = evaluation.model_bytes(model)
     print(f"{options.out}: {recipe.name}, {after / 1e6:.1f} MB in memory, before {before / 1e6:.1f} MB")
+    return 0
+
+
+def _autotune(options: argparse.Namespace) -> int:
+    from . import data
+    from .recipes.recipe import load_recipe
+    from .recipes.tune import Tuning
+
+    recipe = load_recipe(options.recipe)
+    if options.out is not None and options.out.exists():
+        raise ValueError(f"--out: expected a directory that does not exist yet, got {options.out}")
+    embedded = options.model_dir == "embedded"
+    if options.text is None and not embedded:
+        raise ValueError("--text: expected a file whose perplexity counts")
+    text = options.text.read_text(encoding="utf-8") if options.text else data.held_out_text()
+    directory = data.embedded_model_dir() if embedded else Path(options.model_dir)
+    tokenizer = _tokenizer(directory)
+    tuning = Tuning(recipe, tokenizer, options.samples, options.sequence_length)
+    try:
+        calibration = tuning.calibration(options.dataset, options.column)
+    except RuntimeError as error:  # the hub has no such dataset, or cannot be reached
+        raise ValueError(f"--dataset: {error}") from error
+    model, report = tuning.run(
+        _float_model(directory, options.dtype),
+        calibration,
+        tuning.perplexity(text, options.max_tokens),
+        accuracy_criterion={"relative": options.max_loss},
+        max_bytes_per_weight=options.max_bytes_per_weight,
+        tuning_time=options.time,
+        record=options.record,
+        report=options.report or (),
+    )
+    print(report.table())
+    if options.out is not None:
+        ipex.llm.save(model, options.out, tokenizer)
+        print(f"{options.out}: the result")
     return 0
 
 

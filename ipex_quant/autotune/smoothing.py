@@ -17,10 +17,11 @@ _AUTO_KEYS = ("init_alpha", "alpha_min", "alpha_max", "alpha_step", "shared_crit
 def read_smoothquant_args(arguments: Mapping[str, Any] | None) -> tuple[tuple[float | str | None, ...], AlphaSearch]:
     """The alphas of the recipes to try, None for no smoothing, and the search that `auto` stands for.
 
-    `arguments` may hold `alpha`, a number in 0..1, "auto" (the default) or a list of these, and `auto_alpha_args`:
-    `init_alpha` (0.5), `alpha_min` (0), `alpha_max` (1), `alpha_step` (0.1), `shared_criterion` ("mean", or "min" or
-    "max"), `enable_blockwise_loss` (False; IPEX's `do_blockwise`). `folding` is accepted: factors are always folded
-    where that costs nothing. None tries "auto" and no smoothing. Raises TypeError or ValueError for anything else.
+    `arguments` may hold `alpha`, a number in 0..1, "auto" (the default), None or a list of these, and
+    `auto_alpha_args`: `init_alpha` (0.5), `alpha_min` (0), `alpha_max` (1), `alpha_step` (0.1), `shared_criterion`
+    ("mean", or "min" or "max"), `enable_blockwise_loss` (False; IPEX's `do_blockwise`): one alpha for a block instead
+    of one for each share group. `folding` is accepted: factors are always folded where that costs nothing. Without
+    arguments "auto" and None are tried. Raises TypeError or ValueError for anything else.
     """
     if arguments is None:
         return (AUTO, None), AlphaSearch()
@@ -31,10 +32,8 @@ def read_smoothquant_args(arguments: Mapping[str, Any] | None) -> tuple[tuple[fl
     given = list(given) if isinstance(given, (list, tuple)) else [given]
     if not given:
         raise ValueError("smoothquant_args: alpha: expected at least one value, got an empty list")
-    alphas = tuple(
-        dict.fromkeys(alpha if isinstance(alpha, str) and alpha == AUTO else _alpha("alpha", alpha) for alpha in given)
-    )
-    return alphas, _read_auto_args(arguments.get("auto_alpha_args") or {})
+    alphas = (alpha if alpha is None or _is_auto(alpha) else _alpha("alpha", alpha) for alpha in given)
+    return tuple(dict.fromkeys(alphas)), _read_auto_args(arguments.get("auto_alpha_args") or {})
 
 
 def _read_auto_args(arguments: Any) -> AlphaSearch:
@@ -55,10 +54,14 @@ def _read_auto_args(arguments: Any) -> AlphaSearch:
     if not isinstance(by_block, bool):
         raise TypeError(f"auto_alpha_args: enable_blockwise_loss: expected True or False, got {by_block!r}")
     first = arguments.get("init_alpha", 0.5)
-    first = 0.5 if first == AUTO else _alpha("init_alpha", first)
+    first = 0.5 if _is_auto(first) else _alpha("init_alpha", first)
     count = int((high - low) / step + 1e-6) + 1
     alphas = [round(low + i * step, 6) for i in range(count)]
     return AlphaSearch(tuple(alphas), combine, by_block, first)
+
+
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value == AUTO
 
 
 def _alpha(name: str, value: Any) -> float:

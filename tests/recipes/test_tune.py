@@ -1,0 +1,82 @@
+import json
+from dataclasses import replace
+
+import datasets  # noqa: F401 - its logger keeps the stderr that it finds when imported, which must not be a test's
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+import ipex_quant as ipex
+from ipex_quant import cli, data, evaluation
+from ipex_quant.autotune.constraints import float_layers
+from ipex_quant.nn import QuantizedModule
+from ipex_quant.recipes.recipe import load_recipe
+from ipex_quant.recipes.tune import tuning_arguments
+
+
+@pytest.fixture(scope="module")
+def float_dir(tmp_path_factory):
+    """A one-layer model with the embedded model's tokenizer and shape, quick to tune."""
+    folder = tmp_path_factory.mktemp("models") / "float"
+    model = AutoModelForCausalLM.from_pretrained(data.embedded_model_dir(), local_files_only=True)
+    model.config.num_hidden_layers = 1
+    small = LlamaForCausalLM(model.config)
+    small.load_state_dict(model.state_dict(), strict=False)
+    small.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(data.embedded_model_dir(), local_files_only=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [("w8a8-smoothquant", []), ("w4a8-g128", ["--max-bytes-per-weight", "0.56"])],
+)
+def test_the_command_tunes_reports_and_saves(float_dir, tmp_path, capsys, recipe, options):
+    text = tmp_path / "text.txt"
+    text.write_text(data.held_out_text()[:6000], encoding="utf-8")
+    files = [
+        "--text",
+        text,
+        "--report",
+        tmp_path / "o.html",
+        "--report",
+        tmp_path / "o.json",
+        "--out",
+        tmp_path / "out",
+    ]
+    sizes = ["--samples", "4", "--sequence-length", "128", "--max-tokens", "256", "--max-loss", "0.5"]
+    arguments = ["autotune", float_dir, "--recipe", recipe, *options, *files, *sizes]
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    head, line, *_ = capsys.readouterr().out.splitlines()
+    assert head.split()[0] == "recipe"
+    assert line.startswith("*p")
+    report = json.loads((tmp_path / "o.json").read_text())
+    best = report["trials"][report["best"]]
+    assert best["met"]
+    assert "<svg" in (tmp_path / "o.html").read_text()
+    model = ipex.llm.load(tmp_path / "out")
+    assert sum(isinstance(module, QuantizedModule) for module in model.modules()) == 8
+    assert evaluation.model_bytes(model) == best["model_bytes"]
+    if options:
+        assert best["bytes_per_weight"] <= 0.56
+
+
+def test_bad_input(float_dir, tmp_path, capsys):
+    assert cli.main(["autotune", str(float_dir)]) == 2
+    assert "--text: expected a file" in capsys.readouterr().err
+    assert cli.main(["autotune", "embedded", "--recipe", "w8a8-dynamic"]) == 2
+    assert "w8a8-dynamic: expected a static or weight-only one" in capsys.readouterr().err
+    assert cli.main(["autotune", "embedded", "--out", str(tmp_path)]) == 2
+    assert "--out: expected a directory that does not exist yet" in capsys.readouterr().err
+
+
+def test_modules_that_a_recipe_skips_stay_in_float():
+    recipe = replace(load_recipe("w8a8-static"), skip=("lm_head", r"model\.layers\.0"))
+    arguments = tuning_arguments(recipe)
+    assert arguments["smoothquant_args"] == {"alpha": [None]}
+    names = list(arguments["op_type_dict"])
+    model = nn.Module()
+    model.lm_head = nn.Linear(2, 2)
+    model.other = nn.Linear(2, 2)
+    assert float_layers(model, {names[0]: arguments["op_type_dict"][names[0]]}) == {"lm_head"}
