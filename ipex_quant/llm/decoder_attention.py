@@ -103,7 +103,8 @@ class FusedAttention:
         if self.clip:
             projected = [each.clamp(-self.clip, self.clip) for each in projected]
         if self.norms and self.names.joint_norms:
-            projected[:2] = self.norms[0](projected[0]), self.norms[1](projected[1])
+            query, key, value = projected
+            projected = [self.norms[0](query), self.norms[1](key), value]
         if room is not None and self.fits_one_call(x, mask):
             attended = self.turn_and_attend(self.join(projected, *x.shape[:2]), kwargs, mask, room)
             return self.output(attended, post_op, *others)

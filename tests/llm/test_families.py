@@ -457,7 +457,15 @@ def test_hooks_within_a_layer_run():
 
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    [("gemma", None), ("llama", "int4"), ("llama", "int8"), ("gpt-neox", "int4-int8"), ("bloom", "int8")],
+    [
+        ("gemma2", None),
+        ("olmo2", None),
+        ("cohere-norms", None),
+        ("llama", "int4"),
+        ("llama", "int8"),
+        ("gpt-neox", "int4-int8"),
+        ("bloom", "int8"),
+    ],
 )
 def test_layers_compile_without_a_graph_break(name, recipe):
     model = build(name)
