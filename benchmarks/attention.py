@@ -157,8 +157,11 @@ def main() -> None:
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="two contexts of MHA and GQA 8:1, and two rounds")
     parser.add_argument("--json", type=Path, help="where to write the records")
     args = parser.parse_args()
+    if args.quick:
+        args.heads, args.contexts, args.rounds = ["MHA", "GQA 8:1"], [512, 8192], 2
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 

@@ -9,6 +9,7 @@ namespace {
 constexpr int64_t kMaxRows = 96;      // of a task: what these keep fits the second-level cache
 constexpr int64_t kFewRows = 16;      // up to here packing is what costs, and its result stays in the first-level cache
 constexpr int64_t kTokenChunk = 512;  // of a task that has all rows of its KV head
+constexpr int64_t kWorkerProducts = int64_t(1) << 17;  // below this a thread costs more than it gives
 
 void set_sizes(AttentionArgs& args, const std::vector<AttentionSequence>& sequences) {
   int64_t rows = 1;
@@ -63,6 +64,12 @@ void AttentionCall::divide(const AttentionSequence& s, int64_t head) {
     }
     products_ += task.rows * (end - begin) * (args_.key_dim + args_.value_dim);
   }
+}
+
+int64_t AttentionCall::run_length(int64_t threads) const {
+  const int64_t workers = std::clamp<int64_t>(products_ / kWorkerProducts, 1, threads);
+  const int64_t runs = workers < threads ? workers : merges_.empty() ? tasks() : 4 * threads;
+  return runs ? (tasks() + runs - 1) / runs : 1;
 }
 
 void AttentionCall::run(int64_t i, uint8_t* scratch) {

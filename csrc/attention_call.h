@@ -16,12 +16,10 @@ class AttentionCall {
   AttentionCall(const AttentionCall&) = delete;
 
   int64_t tasks() const { return int64_t(tasks_.size()); }
-  // Of each of `threads` at a time: decode reads memory fastest in long forward streams, so it takes runs of chunks.
-  int64_t run_length(int64_t threads) const {
-    return merges_.empty() ? 1 : (tasks() + 4 * threads - 1) / (4 * threads);
-  }
-  int64_t products() const { return products_; }  // multiply-accumulates of all tasks, at most
-  int64_t scratch_bytes() const { return AttentionScratch(args_).bytes; }
+  // Neighbouring tasks that a thread of `threads` takes at a time: decode reads memory fastest in long forward streams,
+  // and a small call is not worth waking a thread for.
+  int64_t run_length(int64_t threads) const;
+  int64_t scratch_bytes() const { return kernels().attention_scratch(args_); }
   // In any order, by any thread; of the tasks that share rows the last one to finish joins their results.
   void run(int64_t task, uint8_t* scratch);
 
@@ -34,7 +32,7 @@ class AttentionCall {
   std::vector<AttentionMerge> merges_;
   std::unique_ptr<std::atomic<int64_t>[]> unfinished_;  // tasks of each merge
   Buffer partials_;
-  int64_t products_ = 0;
+  int64_t products_ = 0;  // multiply-accumulates, at most
 };
 
 // Tokens on their way into a cache.

@@ -7,8 +7,7 @@
 namespace ipex_quant {
 
 constexpr int64_t kAttentionColumns = 64;  // columns of a panel; blocks of tokens are whole panels
-constexpr int64_t kAttentionAlign = 64;
-constexpr int64_t kStreamedRows = 8;  // up to here keys and values are multiplied as they come
+constexpr int64_t kStreamedRows = 8;       // up to here keys and values are multiplied as they come
 
 // Elements that are `row`, `head` and `token` bytes apart; those of a token are adjacent.
 struct TokenView {
@@ -86,32 +85,6 @@ struct WriteCacheArgs {
   const uint8_t* x;
   uint8_t* codes;
   float* scale;
-};
-
-// Regions of the scratch memory of a task, in bytes from its aligned start.
-struct AttentionScratch {
-  int64_t query, keys, values, scores, probabilities, sums, row_state, token_state, zeros, bytes;
-
-  explicit AttentionScratch(const AttentionArgs& a) {
-    // Sizes are those of floats, which need the most; two planes of bytes fill whole cache lines.
-    const int64_t key_words = (a.key_dim + 31) / 32 * 32;
-    int64_t at = 0;
-    const auto take = [&at](int64_t size) {
-      const int64_t begin = at;
-      at += (size + kAttentionAlign - 1) / kAttentionAlign * kAttentionAlign;
-      return begin;
-    };
-    query = take(a.max_rows * key_words * 4);
-    keys = take(a.block * key_words * 4);
-    values = take(a.block * a.value_columns() * 4);
-    scores = take(a.max_rows * a.block * 4);
-    probabilities = take(a.max_rows * a.block * 2);
-    sums = take(a.max_rows * a.value_columns() * 4);
-    row_state = take(a.max_rows * 8 * 4);
-    token_state = take(a.block * 40);
-    zeros = take((a.key_dim > a.value_dim ? a.key_dim : a.value_dim) * 4 + 64);
-    bytes = at + kAttentionAlign;
-  }
 };
 
 }  // namespace ipex_quant

@@ -169,6 +169,7 @@ struct KernelTable {
   void (*norm_rows)(const NormArgs&, int64_t begin, int64_t end);
   void (*rotate_positions)(const RotaryArgs&, int64_t begin, int64_t end);
   void (*gated_product)(const GatedArgs&, int64_t begin, int64_t end);  // a range of elements
+  int64_t (*attention_scratch)(const AttentionArgs&);                   // bytes, of any task
   void (*attention_task)(const AttentionArgs&, const AttentionTask&, uint8_t* scratch);
   void (*attention_merge)(const AttentionArgs&, const AttentionMerge&, uint8_t* scratch);
   void (*quantize_token)(const WriteCacheArgs&);

@@ -113,21 +113,31 @@ inline ByteLut16 make_byte_lut16(const uint8_t* table) {
 }
 inline vi lookup(const ByteLut16& table, vi index) { return _mm256_shuffle_epi8(table, index); }
 
+inline void transpose_quads(vi (&x)[4]) {
+  const vi a = _mm256_unpacklo_epi32(x[0], x[1]), b = _mm256_unpackhi_epi32(x[0], x[1]);
+  const vi c = _mm256_unpacklo_epi32(x[2], x[3]), d = _mm256_unpackhi_epi32(x[2], x[3]);
+  x[0] = _mm256_unpacklo_epi64(a, c), x[1] = _mm256_unpackhi_epi64(a, c);
+  x[2] = _mm256_unpacklo_epi64(b, d), x[3] = _mm256_unpackhi_epi64(b, d);
+}
 inline void transpose(vi (&x)[kLanes]) {
-  vi pairs[kLanes], quads[kLanes];
-  unroll<kLanes / 2>([&](auto i) IPEX_QUANT_INLINE {
-    pairs[2 * i] = _mm256_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
-    pairs[2 * i + 1] = _mm256_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
-  });
-  // quads[4 g + c] has in its 128-bit lane L column 4 L + c of rows 4 g to 4 g + 3.
-  unroll2<2, 2>([&](auto g, auto i) IPEX_QUANT_INLINE {
-    quads[4 * g + 2 * i] = _mm256_unpacklo_epi64(pairs[4 * g + i], pairs[4 * g + 2 + i]);
-    quads[4 * g + 2 * i + 1] = _mm256_unpackhi_epi64(pairs[4 * g + i], pairs[4 * g + 2 + i]);
+  vi quads[2][4];
+  unroll<2>([&](auto g) IPEX_QUANT_INLINE {
+    unroll<4>([&](auto i) IPEX_QUANT_INLINE { quads[g][i] = x[4 * g + i]; });
+    transpose_quads(quads[g]);
   });
   unroll<4>([&](auto c) IPEX_QUANT_INLINE {
-    x[c] = _mm256_permute2x128_si256(quads[c], quads[4 + c], 0x20);
-    x[4 + c] = _mm256_permute2x128_si256(quads[c], quads[4 + c], 0x31);
+    x[c] = _mm256_permute2x128_si256(quads[0][c], quads[1][c], 0x20);
+    x[4 + c] = _mm256_permute2x128_si256(quads[0][c], quads[1][c], 0x31);
   });
+}
+template <int I>
+inline vi spread_quads(vi x) {
+  return _mm256_shuffle_epi32(x, I * 0x55);
+}
+template <class Add, class V>
+inline vi sum_quads_by(const V (&x)[2], Add add) {
+  const vi a = vi(x[0]), b = vi(x[1]);
+  return add(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
 }
 template <class Add, class V>
 inline vi reduce_lanes_by(const V (&x)[kLanes], Add add) {
@@ -139,14 +149,14 @@ inline vi reduce_lanes_by(const V (&x)[kLanes], Add add) {
   unroll<2>([&](auto i) IPEX_QUANT_INLINE {
     z[i] = add(_mm256_unpacklo_epi64(y[2 * i], y[2 * i + 1]), _mm256_unpackhi_epi64(y[2 * i], y[2 * i + 1]));
   });
-  return add(_mm256_permute2x128_si256(z[0], z[1], 0x20), _mm256_permute2x128_si256(z[0], z[1], 0x31));
+  return sum_quads_by(z, add);
 }
-inline vi reduce_lanes(const vi (&x)[kLanes]) {
-  return reduce_lanes_by(x, [](vi a, vi b) IPEX_QUANT_INLINE { return add_i(a, b); });
-}
-inline vf reduce_lanes(const vf (&x)[kLanes]) {
-  return as_f(reduce_lanes_by(x, [](vi a, vi b) IPEX_QUANT_INLINE { return as_i(add_f(as_f(a), as_f(b))); }));
-}
+constexpr auto kAddLanes = [](vi a, vi b) IPEX_QUANT_INLINE { return add_i(a, b); };
+constexpr auto kAddFloatLanes = [](vi a, vi b) IPEX_QUANT_INLINE { return as_i(add_f(as_f(a), as_f(b))); };
+inline vi reduce_lanes(const vi (&x)[kLanes]) { return reduce_lanes_by(x, kAddLanes); }
+inline vf reduce_lanes(const vf (&x)[kLanes]) { return as_f(reduce_lanes_by(x, kAddFloatLanes)); }
+inline vi sum_quads(const vi (&x)[kLanes / 4]) { return sum_quads_by(x, kAddLanes); }
+inline vi sum_quads(const vf (&x)[kLanes / 4]) { return sum_quads_by(x, kAddFloatLanes); }
 inline vi load_quads(const void* a, const void* b, const void* c, const void* d) {
   const auto load = [](const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); };
   const __m128i ab = _mm_unpacklo_epi8(load(a), load(b)), cd = _mm_unpacklo_epi8(load(c), load(d));

@@ -74,29 +74,41 @@ inline ByteLut16 make_byte_lut16(const uint8_t* table) {
 }
 inline vi lookup(const ByteLut16& table, vi index) { return _mm512_shuffle_epi8(table, index); }
 
+inline void transpose_quads(vi (&x)[4]) {
+  const vi a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+  const vi c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+  x[0] = _mm512_unpacklo_epi64(a, c), x[1] = _mm512_unpackhi_epi64(a, c);
+  x[2] = _mm512_unpacklo_epi64(b, d), x[3] = _mm512_unpackhi_epi64(b, d);
+}
 inline void transpose(vi (&x)[kLanes]) {
-  vi pairs[kLanes], quads[kLanes];
-  unroll<kLanes / 2>([&](auto i) IPEX_QUANT_INLINE {
-    pairs[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
-    pairs[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
-  });
-  // quads[4 g + c] has in its 128-bit lane L column 4 L + c of rows 4 g to 4 g + 3.
-  unroll2<4, 2>([&](auto g, auto i) IPEX_QUANT_INLINE {
-    quads[4 * g + 2 * i] = _mm512_unpacklo_epi64(pairs[4 * g + i], pairs[4 * g + 2 + i]);
-    quads[4 * g + 2 * i + 1] = _mm512_unpackhi_epi64(pairs[4 * g + i], pairs[4 * g + 2 + i]);
+  vi quads[4][4];
+  unroll<4>([&](auto g) IPEX_QUANT_INLINE {
+    unroll<4>([&](auto i) IPEX_QUANT_INLINE { quads[g][i] = x[4 * g + i]; });
+    transpose_quads(quads[g]);
   });
   unroll<4>([&](auto c) IPEX_QUANT_INLINE {
-    const vi low = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0x44);
-    const vi high = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0xEE);
-    const vi low2 = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0x44);
-    const vi high2 = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0xEE);
+    const vi low = _mm512_shuffle_i32x4(quads[0][c], quads[1][c], 0x44);
+    const vi high = _mm512_shuffle_i32x4(quads[0][c], quads[1][c], 0xEE);
+    const vi low2 = _mm512_shuffle_i32x4(quads[2][c], quads[3][c], 0x44);
+    const vi high2 = _mm512_shuffle_i32x4(quads[2][c], quads[3][c], 0xEE);
     x[c] = _mm512_shuffle_i32x4(low, low2, 0x88);
     x[4 + c] = _mm512_shuffle_i32x4(low, low2, 0xDD);
     x[8 + c] = _mm512_shuffle_i32x4(high, high2, 0x88);
     x[12 + c] = _mm512_shuffle_i32x4(high, high2, 0xDD);
   });
 }
-// Halves the number of vectors three times in lanes of 128 bits, then twice across them.
+template <int I>
+inline vi spread_quads(vi x) {
+  return _mm512_shuffle_epi32(x, _MM_PERM_ENUM(I * 0x55));
+}
+template <class Add, class V>
+inline vi sum_quads_by(const V (&x)[4], Add add) {
+  const auto across = [&](vi a, vi b) IPEX_QUANT_INLINE {
+    return add(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
+  };
+  return across(across(vi(x[0]), vi(x[1])), across(vi(x[2]), vi(x[3])));
+}
+// Halves the number of vectors twice within quads, then twice across them.
 template <class Add, class V>
 inline vi reduce_lanes_by(const V (&x)[kLanes], Add add) {
   vi y[8], z[4];
@@ -107,17 +119,14 @@ inline vi reduce_lanes_by(const V (&x)[kLanes], Add add) {
   unroll<4>([&](auto i) IPEX_QUANT_INLINE {
     z[i] = add(_mm512_unpacklo_epi64(y[2 * i], y[2 * i + 1]), _mm512_unpackhi_epi64(y[2 * i], y[2 * i + 1]));
   });
-  const auto across = [&](vi a, vi b) IPEX_QUANT_INLINE {
-    return add(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
-  };
-  return across(across(z[0], z[1]), across(z[2], z[3]));
+  return sum_quads_by(z, add);
 }
-inline vi reduce_lanes(const vi (&x)[kLanes]) {
-  return reduce_lanes_by(x, [](vi a, vi b) IPEX_QUANT_INLINE { return add_i(a, b); });
-}
-inline vf reduce_lanes(const vf (&x)[kLanes]) {
-  return as_f(reduce_lanes_by(x, [](vi a, vi b) IPEX_QUANT_INLINE { return as_i(add_f(as_f(a), as_f(b))); }));
-}
+constexpr auto kAddLanes = [](vi a, vi b) IPEX_QUANT_INLINE { return add_i(a, b); };
+constexpr auto kAddFloatLanes = [](vi a, vi b) IPEX_QUANT_INLINE { return as_i(add_f(as_f(a), as_f(b))); };
+inline vi reduce_lanes(const vi (&x)[kLanes]) { return reduce_lanes_by(x, kAddLanes); }
+inline vf reduce_lanes(const vf (&x)[kLanes]) { return as_f(reduce_lanes_by(x, kAddFloatLanes)); }
+inline vi sum_quads(const vi (&x)[kLanes / 4]) { return sum_quads_by(x, kAddLanes); }
+inline vi sum_quads(const vf (&x)[kLanes / 4]) { return sum_quads_by(x, kAddFloatLanes); }
 inline vi load_quads(const void* a, const void* b, const void* c, const void* d) {
   const auto load = [](const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); };
   vi x = _mm512_inserti32x4(_mm512_castsi128_si512(load(a)), load(b), 1);

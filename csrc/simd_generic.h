@@ -169,6 +169,25 @@ inline void transpose(vi (&x)[kLanes]) {
       x[j].v[i] = lane;
     }
 }
+inline void transpose_quads(vi (&x)[4]) {
+  for (int q = 0; q < kLanes; q += 4)
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < i; ++j) {
+        const uint32_t lane = x[i].v[q + j];
+        x[i].v[q + j] = x[j].v[q + i];
+        x[j].v[q + i] = lane;
+      }
+}
+template <int I>
+inline vi spread_quads(vi x) {
+  IPEX_QUANT_EACH(vi, x.v[i / 4 * 4 + I]);
+}
+inline vi sum_quads(const vi (&x)[kLanes / 4]) { IPEX_QUANT_EACH(vi, x[i / 4].v[i % 4] + x[i / 4].v[i % 4 + 4]); }
+inline vi sum_quads(const vf (&x)[kLanes / 4]) {
+  vf r;
+  for (int i = 0; i < kLanes; ++i) r.v[i] = x[i / 4].v[i % 4] + x[i / 4].v[i % 4 + 4];
+  return as_i(r);
+}
 inline vi reduce_lanes(const vi (&x)[kLanes]) { IPEX_QUANT_EACH(vi, uint32_t(reduce_add(x[i]))); }
 inline vf reduce_lanes(const vf (&x)[kLanes]) { IPEX_QUANT_EACH(vf, reduce_add(x[i])); }
 inline vi load_quads(const void* a, const void* b, const void* c, const void* d) {

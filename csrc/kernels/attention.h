@@ -2,7 +2,8 @@
 // sums of the softmax (Milakov and Gimelshein 2018, Dao et al. 2022). Prefill, decode and every kind of cache run this.
 #pragma once
 
-#include "../half.h"
+#include <type_traits>
+
 #include "attention_stream.h"
 
 namespace ipex_quant {
@@ -33,14 +34,50 @@ inline float exp2_scalar(float x) {
 }
 
 constexpr float kLog2E = 1.44269504f, kMinusInfinity = -__builtin_inff();
+constexpr float kLowestMask = -0x1p126f;  // times kLog2E it is finite
+constexpr int32_t kLaneNumbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // -------------------------------------------------------------------------------------------------------------- task
+constexpr int64_t kAttentionAlign = 64;
+
+// Regions of the scratch memory of a task, in bytes from its aligned start. Tasks that only stream pack nothing, and so
+// little memory that a thread gets it from what it has at hand.
+struct AttentionScratch {
+  int64_t query, keys, values, scores, probabilities, sums, row_state, token_state, zeros, bytes;
+
+  AttentionScratch(const AttentionArgs& a, bool streams) {
+    // Sizes are those of floats, which need the most; two planes of bytes fill whole cache lines.
+    const int64_t key_words = (a.key_dim + 31) / 32 * 32;
+    int64_t at = 0;
+    const auto take = [&at](int64_t size) {
+      const int64_t begin = at;
+      at += (size + kAttentionAlign - 1) / kAttentionAlign * kAttentionAlign;
+      return begin;
+    };
+    query = take(a.max_rows * key_words * 4);
+    keys = take((streams ? a.max_rows : a.block) * key_words * 4);
+    values = take(streams ? 0 : a.block * a.value_columns() * 4);
+    scores = take(a.max_rows * a.block * 4);
+    probabilities = take(a.max_rows * a.block * 2);
+    sums = take(a.max_rows * a.value_columns() * 4);
+    row_state = take(a.max_rows * 8 * 4);
+    token_state = take(a.block * 40);
+    zeros = take((a.key_dim > a.value_dim ? a.key_dim : a.value_dim) * 4 + 64);
+    bytes = at + kAttentionAlign;
+  }
+};
+
+template <class Path>
+inline AttentionScratch scratch_of(const AttentionArgs& args) {
+  return {args, can_stream<Path>(args.max_rows, args.key_dim, args.value_dim)};
+}
+
 template <class Path>
 class AttentionRun {
  public:
   AttentionRun(const AttentionArgs& args, const AttentionTask& task, uint8_t* scratch)
       : args_(args), task_(task), sequence_(*task.sequence), columns_(args.value_columns()), block_(args.block) {
-    const AttentionScratch at(args);
+    const AttentionScratch at = scratch_of<Path>(args);
     uint8_t* base = scratch + (-reinterpret_cast<uintptr_t>(scratch) & (kAttentionAlign - 1));
     const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
     query_words_ = (words(kSource, args.key_dim) + 15) / 16 * 16;
@@ -68,6 +105,9 @@ class AttentionRun {
     std::memset(sums_, 0, size_t(task_.rows * columns_) * sizeof(float));
     for (int64_t r = 0; r < task_.rows; ++r) maximum_[r] = kMinusInfinity, total_[r] = 0.0f;
     const bool stream = can_stream<Path>(task_.rows, args_.key_dim, args_.value_dim);
+    if (stream && task_.rows > 2)
+      task_.rows > 4 ? pack_query_quads<Path, 8>(query_, query_words_, steps(), keys_)
+                     : pack_query_quads<Path, 4>(query_, query_words_, steps(), keys_);
     for (start_ = task_.begin; start_ < task_.end; start_ += block_) {
       count_ = task_.end - start_ < block_ ? task_.end - start_ : block_;
       find_tokens();
@@ -83,7 +123,7 @@ class AttentionRun {
     for (int64_t tile = 0; tile < tiles; ++tile)
       each_tile(tile, tiles, [&](auto rows, int64_t row, Span span) {
         score<decltype(rows)::value>(row, span);
-        for (int64_t r = row; r < row + rows; ++r) softmax(r, span);
+        softmax(row, rows, span);
       });
     pack(args_.value_dim, value_rows_, values_, columns_, false);
     for (int64_t tile = 0; tile < tiles; ++tile)
@@ -111,18 +151,25 @@ class AttentionRun {
   void stream_rows(Span span) {
     constexpr Source kFrom = Source(S);
     constexpr int kVectors = kStreamSums / (Rows * Path::kPlanes);
-    stream_scores<Path, kFrom, Rows>({key_rows_, value_rows_}, span, query_, query_sums_, query_words_,
-                                     args_.key_dim / (kLanes * Path::kElements), scores_, block_);
-    for (int64_t r = 0; r < task_.rows; ++r) softmax(r, span);
+    const int64_t element = Path::kElements == 4 ? 1 : float_size(args_.type);
+    const RowsAhead values(value_rows_ + span.begin, span.end - span.begin, args_.value_dim * element);
+    RowsAhead keys(key_ahead_, block_, args_.key_dim * element);
+    if constexpr (Rows > 2)
+      stream_quad_scores<Path, kFrom, Rows>(key_rows_, values, span, keys_, query_sums_, steps(), scores_, block_);
+    else
+      stream_scores<Path, kFrom, Rows>(key_rows_, values, span, query_, query_sums_, query_words_, steps(), scores_,
+                                       block_);
+    softmax(0, task_.rows, span);
     stream_values < Path, kFrom, Rows,
-        kVectors<8 ? kVectors : 8>({value_rows_, key_ahead_}, span, probabilities_, probability_stride_ / Path::kPlanes,
-                                   0, {sums_, columns_, correction_, value_factor_});
+        kVectors<8 ? kVectors : 8>(value_rows_, keys, span, probabilities_, probability_stride_ / Path::kPlanes, 0,
+                                   {sums_, columns_, correction_, value_factor_});
   }
 
   static constexpr Source kSource = Path::kElements == 4   ? Source::kQuads
                                     : Path::kElements == 2 ? Source::kPairs
                                                            : Source::kFloat32;
 
+  int64_t steps() const { return args_.key_dim / (kLanes * Path::kElements); }  // vectors of a streamed key
   int64_t query_of(int64_t r) const { return (task_.row + r) / args_.group; }
   int64_t head_of(int64_t r) const { return task_.head * args_.group + (task_.row + r) % args_.group; }
   // Tokens of this block that row r sees.
@@ -166,27 +213,48 @@ class AttentionRun {
     }
   }
 
-  // Calls f(t, row, token) for tokens [begin, end) of the sequence, counted from start_, with their place in the cache.
+  // Calls f(t, count, row, token) for runs of tokens [begin, end) of the sequence, counted from start_, that are
+  // neighbours in a row of the cache.
   template <class F>
-  void each_place(int64_t begin, int64_t end, F f) const {
-    if (!sequence_.table)
-      for (int64_t t = begin; t < end; ++t) f(t, sequence_.row, start_ + t + sequence_.first);
-    else if (!args_.page)
-      for (int64_t t = begin; t < end; ++t) f(t, sequence_.table[start_ + t], start_ + t);
-    else
-      for (int64_t t = begin; t < end; ++t) f(t, sequence_.table[(start_ + t) / args_.page], (start_ + t) % args_.page);
+  void each_run(int64_t begin, int64_t end, F f) const {
+    if (!sequence_.table) {
+      if (begin < end) f(begin, end - begin, sequence_.row, start_ + begin + sequence_.first);
+      return;
+    }
+    for (int64_t t = begin, count; t < end; t += count) {
+      const int64_t token = start_ + t;
+      const int64_t row = sequence_.table[args_.page ? token / args_.page : token];
+      if (args_.page) {
+        const int64_t place = token % args_.page;
+        count = args_.page - place < end - t ? args_.page - place : end - t;
+        f(t, count, row, place);
+      } else {
+        for (count = 1; t + count < end && sequence_.table[token + count] == row;) ++count;
+        f(t, count, row, token);
+      }
+    }
+  }
+
+  static void find_rows(const TokenView& view, const uint8_t* first, int64_t count, const uint8_t** rows) {
+    for (int64_t i = 0; i < count; ++i) rows[i] = first + i * view.token;
+  }
+
+  static void read_scales(const TokenView& view, const uint8_t* first, int64_t count, float* scales) {
+    if (view.token == int64_t(sizeof(float))) {
+      std::memcpy(scales, first, size_t(count) * sizeof(float));
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) std::memcpy(scales + i, first + i * view.token, sizeof(float));
   }
 
   // Where the tokens of the block are, up to a multiple of 16, the last of which may be zeros.
   void find_tokens() {
-    const TokenView &key = args_.key, &value = args_.value;
-    const uint8_t *keys = key.data + task_.head * key.head, *values = value.data + task_.head * value.head;
-    each_place(0, count_, [&](int64_t t, int64_t row, int64_t token) IPEX_QUANT_INLINE {
-      key_rows_[t] = keys + row * key.row + token * key.token;
-      value_rows_[t] = values + row * value.row + token * value.token;
+    each_run(0, count_, [&](int64_t t, int64_t count, int64_t row, int64_t token) IPEX_QUANT_INLINE {
+      find_rows(args_.key, args_.key.at(row, task_.head, token), count, key_rows_ + t);
+      find_rows(args_.value, args_.value.at(row, task_.head, token), count, value_rows_ + t);
       if constexpr (Path::kElements == 4) {
-        std::memcpy(key_scales_ + t, args_.key_scales.at(row, task_.head, token), 4);
-        std::memcpy(value_scales_ + t, args_.value_scales.at(row, task_.head, token), 4);
+        read_scales(args_.key_scales, args_.key_scales.at(row, task_.head, token), count, key_scales_ + t);
+        read_scales(args_.value_scales, args_.value_scales.at(row, task_.head, token), count, value_scales_ + t);
       }
     });
     for (int64_t t = count_; t < (count_ + 15) / 16 * 16; ++t) {
@@ -198,11 +266,10 @@ class AttentionRun {
   // Where the keys of the next block are, in this task or in the next.
   void find_ahead() {
     const int64_t left = sequence_.tokens - start_, end = left < 2 * block_ ? left : 2 * block_;
-    const uint8_t* keys = args_.key.data + task_.head * args_.key.head;
-    for (int64_t t = 0; t < block_; ++t) key_ahead_[t] = zeros_;
-    each_place(block_, end, [&](int64_t t, int64_t row, int64_t token) IPEX_QUANT_INLINE {
-      key_ahead_[t - block_] = keys + row * args_.key.row + token * args_.key.token;
+    each_run(block_, end, [&](int64_t t, int64_t count, int64_t row, int64_t token) IPEX_QUANT_INLINE {
+      find_rows(args_.key, args_.key.at(row, task_.head, token), count, key_ahead_ + t - block_);
     });
+    for (int64_t t = end > block_ ? end - block_ : 0; t < block_; ++t) key_ahead_[t] = zeros_;
   }
 
   // Calls f(Index<source>).
@@ -253,44 +320,85 @@ class AttentionRun {
     }
   }
 
-  // Scores of row r to probabilities, 0 for what it does not see in `span`, and the row's new maximum and total.
-  void softmax(int64_t r, Span span) {
-    float* s = scores_ + r * block_;
+  // Scores of rows [row, row + count) to probabilities, several at a time, whose latencies then overlap.
+  void softmax(int64_t row, int64_t count, Span span) {
+    for (; count >= 4; row += 4, count -= 4) softmax_rows<4>(row, span);
+    if (count >= 2) softmax_rows<2>(row, span), row += 2;
+    if (count % 2) softmax_rows<1>(row, span);
+  }
+
+  // 0 for what a row does not see in `span`, and the rows' new maxima and totals.
+  template <int Rows>
+  void softmax_rows(int64_t row, Span span) {
+    float* const s = scores_ + row * block_;
     if constexpr (Path::kElements == 4)
       for (int64_t t = span.begin; t < span.end; t += kLanes)
-        store_f(s + t, mul_f(load_f(s + t), load_f(key_scales_ + t)));
-    float scale = args_.scale * query_scale_[r] * kLog2E;
-    if (!(args_.scale > 0.0f) || args_.softcap > 0.0f || args_.alibi || args_.mask.type != MaskType::kNone) {
-      transform(r, span);
-      scale = 1.0f;
+        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+          store_f(s + m * block_ + t, mul_f(load_f(s + m * block_ + t), load_f(key_scales_ + t)));
+        });
+    const bool transformed =
+        !(args_.scale > 0.0f) || args_.softcap > 0.0f || args_.alibi || args_.mask.type != MaskType::kNone;
+    vf factor[Rows], largest[Rows], minus_reference[Rows], total[Rows], weighted[Rows];  // by the scales of values
+    for (int m = 0; m < Rows; ++m) {
+      if (transformed) transform(row + m, span);
+      hide_unseen(row + m, span);
     }
-    const Span seen = span_of(r);
-    for (int64_t t = span.begin; t < seen.begin; ++t) s[t] = kMinusInfinity;
-    for (int64_t t = seen.end > span.begin ? seen.end : span.begin; t < span.end; ++t) s[t] = kMinusInfinity;
+    unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+      factor[m] = set1_f(transformed ? 1.0f : args_.scale * query_scale_[row + m] * kLog2E);
+      largest[m] = set1_f(kMinusInfinity);
+      total[m] = zero_f();
+    });
+    for (int64_t t = span.begin; t < span.end; t += kLanes)
+      unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { largest[m] = max_f(largest[m], load_f(s + m * block_ + t)); });
+    unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+      minus_reference[m] = set1_f(-raise_maximum(row + m, reduce_max(mul_f(largest[m], factor[m]))));
+      largest[m] = weighted[m] = zero_f();
+    });
+    for (int64_t t = span.begin; t < span.end; t += kLanes)
+      unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+        const vf e = exp2_f<Path::kCoarse>(fma_f(load_f(s + m * block_ + t), factor[m], minus_reference[m]));
+        total[m] = add_f(total[m], e);
+#if defined(IPEX_QUANT_BF16_DOT)
+        if constexpr (Path::kElements == 2) {
+          float* p = probabilities_ + (row + m) * probability_stride_;
+          return store_bf16_operand(reinterpret_cast<uint8_t*>(p) + 2 * t, e);
+        }
+#endif
+        vf x = e;
+        if constexpr (Path::kElements == 4) {
+          x = mul_f(e, load_f(value_scales_ + t));
+          largest[m] = max_f(largest[m], x);
+          weighted[m] = add_f(weighted[m], x);
+        }
+        store_f(s + m * block_ + t, x);
+      });
+    unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+      total_[row + m] = total_[row + m] * correction_[row + m] + reduce_add(total[m]);
+    });
+    if constexpr (Path::kElements == 4) quantize_probabilities<Rows>(row, span, largest, weighted);
+  }
 
-    const vf factor = set1_f(scale);
-    vf largest = set1_f(kMinusInfinity);
-    for (int64_t t = span.begin; t < span.end; t += kLanes) largest = max_f(largest, mul_f(load_f(s + t), factor));
-    const float previous = maximum_[r], block_maximum = reduce_max(largest);
-    const float maximum = block_maximum > previous ? block_maximum : previous;
+  // Takes the largest score of a block into the maximum of row r. Returns what is subtracted from its scores.
+  float raise_maximum(int64_t r, float block_maximum) {
+    const float previous = maximum_[r], maximum = block_maximum > previous ? block_maximum : previous;
     const float reference = maximum == kMinusInfinity ? 0.0f : maximum;  // nothing seen so far
     correction_[r] = maximum == previous ? 1.0f : exp2_scalar(previous - reference);
     maximum_[r] = maximum;
-    const vf minus_reference = set1_f(-reference);
-    vf total = zero_f();
-    float* p = probabilities_ + r * probability_stride_;
-    for (int64_t t = span.begin; t < span.end; t += kLanes) {
-      const vf e = exp2_f<Path::kCoarse>(fma_f(load_f(s + t), factor, minus_reference));
-      total = add_f(total, e);
-#if defined(IPEX_QUANT_BF16_DOT)
-      if constexpr (Path::kElements == 2)
-        store_bf16_operand(reinterpret_cast<uint8_t*>(p) + 2 * t, e);
-      else
-#endif
-        store_f(s + t, e);
-    }
-    total_[r] = total_[r] * correction_[r] + reduce_add(total);
-    if constexpr (Path::kElements == 4) quantize_probabilities(r, span, reinterpret_cast<uint8_t*>(p));
+    return reference;
+  }
+
+  void hide_unseen(int64_t r, Span span) {
+    const Span seen = span_of(r);
+    const auto hide = [&](int64_t t) IPEX_QUANT_INLINE {  // the lanes of t on that are not in seen
+      const vi token = add_i(load_i(kLaneNumbers), set1_i(int32_t(t)));
+      const vi before = sub_i(set1_i(int32_t(seen.begin)), token), behind = sub_i(token, set1_i(int32_t(seen.end - 1)));
+      float* s = scores_ + r * block_ + t;
+      store_f(s, if_zero(max_i(max_i(before, behind), zero_i()), load_f(s), set1_f(kMinusInfinity)));
+    };
+    int64_t t = span.begin;
+    for (; t < span.end && t < seen.begin; t += kLanes) hide(t);
+    const int64_t whole = t > seen.end ? t : t + (seen.end - t) / kLanes * kLanes;
+    for (t = whole; t < span.end; t += kLanes) hide(t);
   }
 
   // Everything but the product itself, in the order that eager code has.
@@ -308,53 +416,60 @@ class AttentionRun {
         x = mul_f(tanh, set1_f(args_.softcap));
       }
       if (args_.alibi) {
-        float steps[kLanes];
-        for (int i = 0; i < kLanes; ++i) steps[i] = float(distance + t + i);
-        x = fma_f(load_f(steps), set1_f(args_.alibi[head]), x);
+        const vi steps = add_i(load_i(kLaneNumbers), set1_i(int32_t(distance + t)));
+        x = fma_f(cvt_f(steps), set1_f(args_.alibi[head]), x);
       }
       if (args_.mask.type != MaskType::kNone) x = add_f(x, load_f(mask_ + t));
       store_f(s + t, mul_f(x, set1_f(kLog2E)));
     }
   }
 
+  // What is added to the scores of row (head, query). Finite numbers stay so in all that follows: a row of which
+  // everything is masked by the lowest float then gets the mean of what it sees, and 0 only where that is nothing.
   void read_mask(int64_t head, int64_t query, Span span) {
     const AttentionMask& mask = args_.mask;
-    const uint8_t* from = mask.data + sequence_.index * mask.batch + head * mask.head + query * mask.query;
-    const int64_t end = span.end < count_ ? span.end : count_;
-    for (int64_t t = span.begin; t < end; ++t) {
-      const uint8_t* p = from + (start_ + t) * mask.token;
-      if (mask.type == MaskType::kBool) {
-        mask_[t] = *p ? 0.0f : kMinusInfinity;
-      } else if (mask.float_type == kFloat32) {
-        std::memcpy(mask_ + t, p, 4);
-      } else {
-        uint16_t bits;
-        std::memcpy(&bits, p, 2);
-        mask_[t] = mask.float_type == kBFloat16 ? bits_to_float(int32_t(uint32_t(bits) << 16)) : half_to_float(bits);
+    const uint8_t* from =
+        mask.data + sequence_.index * mask.batch + head * mask.head + query * mask.query + start_ * mask.token;
+    const int64_t size = mask.type == MaskType::kBool ? 1 : float_size(mask.float_type);
+    const vf hidden = set1_f(kMinusInfinity);
+    for (int64_t t = span.begin; t < span.end; t += kLanes) {
+      const uint8_t* p = from + t * mask.token;
+      uint8_t elements[4 * kLanes] = {};
+      if (mask.token != size || count_ - t < kLanes) {
+        for (int64_t i = 0; i < kLanes && t + i < count_; ++i)
+          std::memcpy(elements + i * size, p + i * mask.token, size_t(size));
+        p = elements;
       }
+      vf x;
+      if (mask.type == MaskType::kBool) {
+        x = if_zero(load_u8(p), hidden, zero_f());
+      } else {
+        x = load_float(p, mask.float_type, 0);
+        x = if_zero(sub_i(as_i(x), as_i(hidden)), x, max_f(set1_f(kLowestMask), x));
+      }
+      store_f(mask_ + t, x);
     }
-    for (int64_t t = end; t < span.end; ++t) mask_[t] = 0.0f;
   }
 
   // Probabilities times the scales of the values, as 16-bit integers relative to the largest: high bytes, then low
   // ones.
-  void quantize_probabilities(int64_t r, Span span, uint8_t* high) {
-    float* s = scores_ + r * block_;
-    vf largest = zero_f(), sum = zero_f();
-    for (int64_t t = span.begin; t < span.end; t += kLanes) {
-      const vf x = mul_f(load_f(s + t), load_f(value_scales_ + t));
-      store_f(s + t, x);
-      largest = max_f(largest, x);
-      sum = add_f(sum, x);
-    }
-    const float range = reduce_max(largest), total = reduce_add(sum);
-    const vf inverse = set1_f(range >= 0x1p-100f ? 65535.0f / range : 0.0f);
-    for (int64_t t = span.begin; t < span.end; t += kLanes) {
-      const vi code = round_i(mul_f(load_f(s + t), inverse));
-      store_u8(high + t, srl_i<8>(code));
-      store_u8(high + block_ + t, code);
-    }
-    value_factor_[r] = range / 65535.0f + (total - total);  // NaN if any is not finite
+  template <int Rows>
+  void quantize_probabilities(int64_t row, Span span, const vf (&largest)[Rows], const vf (&sum)[Rows]) {
+    vf inverse[Rows];
+    unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+      const float range = reduce_max(largest[m]), total = reduce_add(sum[m]);
+      inverse[m] = set1_f(range >= 0x1p-100f ? 65535.0f / range : 0.0f);
+      value_factor_[row + m] = range / 65535.0f + (total - total);  // NaN if any is not finite
+    });
+    const float* s = scores_ + row * block_;
+    uint8_t* high = reinterpret_cast<uint8_t*>(probabilities_ + row * probability_stride_);
+    for (int64_t t = span.begin; t < span.end; t += kLanes)
+      unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+        const vi code = round_i(mul_f(load_f(s + m * block_ + t), inverse[m]));
+        uint8_t* to = high + m * probability_stride_ * int64_t(sizeof(float)) + t;
+        store_u8(to, srl_i<8>(code));
+        store_u8(to + block_, code);
+      });
   }
 
   template <int Rows, int Vectors>
@@ -431,12 +546,22 @@ void AttentionRun<Path>::store_output() {
   for (int64_t r = 0; r < task_.rows; ++r) store_row(args_, task_, r, sums_ + r * columns_, total_[r]);
 }
 
-inline void attention_task(const AttentionArgs& args, const AttentionTask& task, uint8_t* scratch) {
-  if (args.bytes) return AttentionRun<BytePath>(args, task, scratch).run();
+// Calls f with the path of a call, as a null pointer.
+template <class F>
+inline auto with_path(const AttentionArgs& args, F f) {
+  if (args.bytes) return f(static_cast<BytePath*>(nullptr));
 #if defined(IPEX_QUANT_BF16_DOT)
-  if (args.type == kBFloat16) return AttentionRun<PairPath>(args, task, scratch).run();
+  if (args.type == kBFloat16) return f(static_cast<PairPath*>(nullptr));
 #endif
-  AttentionRun<FloatPath>(args, task, scratch).run();
+  return f(static_cast<FloatPath*>(nullptr));
+}
+
+inline int64_t attention_scratch(const AttentionArgs& args) {
+  return with_path(args, [&](auto* path) { return scratch_of<std::remove_pointer_t<decltype(path)>>(args).bytes; });
+}
+
+inline void attention_task(const AttentionArgs& args, const AttentionTask& task, uint8_t* scratch) {
+  with_path(args, [&](auto* path) { AttentionRun<std::remove_pointer_t<decltype(path)>>(args, task, scratch).run(); });
 }
 
 // Joins the partial results of the same rows. `scratch` holds a row of sums.

@@ -8,11 +8,13 @@ namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
 
 // ------------------------------------------------------------------------------------------------------- multiplies
-// Operands of a multiply: words of `a` are broadcast, those of `b` are read by vectors.
+// Operands of a multiply: words of `a` are broadcast or, as `lanes`, one for each lane; those of `b` are read by
+// vectors.
 struct FloatDot {
   using Sum = vf;
   static vf a(const float* p) { return set1_f(*p); }
   static vf b(const float* p) { return load_f(p); }
+  static vf lanes(const float* p) { return load_f(p); }
   static vf from(vi words) { return as_f(words); }
   static void add(vf& sum, vf a, vf b) { sum = fma_f(a, b, sum); }
 };
@@ -21,6 +23,7 @@ struct PairDot {
   using Sum = vf;
   static vi a(const float* p) { return broadcast4(p); }
   static vi b(const float* p) { return load_i(p); }
+  static vi lanes(const float* p) { return load_i(p); }
   static vi from(vi words) { return words; }
   static void add(vf& sum, vi a, vi b) { dot_bf16(sum, b, a); }
 };
@@ -28,7 +31,9 @@ struct PairDot {
 struct QueryKeyDot {
   using Sum = vi;
   static S8<false> a(const float* p) { return as_s8<false>(broadcast4(p)); }
-  static U8<false> b(const float* p) { return as_u8<false>(load_i(p)); }
+  static U8<false> b(const float* p) { return from(load_i(p)); }
+  static S8<false> lanes(const float* p) { return as_s8<false>(load_i(p)); }
+  static U8<false> from(vi words) { return as_u8<false>(words); }
   static void add(vi& sum, S8<false> a, U8<false> b) { dot<false>(sum, b, a); }
 };
 struct ProbabilityValueDot {

@@ -20,47 +20,64 @@ inline bool can_stream(int64_t rows, int64_t key_dim, int64_t value_dim) {
 
 template <class Path>
 IPEX_QUANT_INLINE inline void add_lanes(typename Path::Scores::Sum& sum, vi key, const float* query) {
-  if constexpr (Path::kElements == 4)
-    dot<false>(sum, as_u8<false>(sub_i8(key, set1_i(int32_t(0x80808080)))), as_s8<false>(load_i(query)));
-#if defined(IPEX_QUANT_BF16_DOT)
-  else if constexpr (Path::kElements == 2)
-    dot_bf16(sum, key, load_i(query));
-#endif
-  else
-    sum = fma_f(as_f(key), load_f(query), sum);
+  if constexpr (Path::kElements == 4) key = sub_i8(key, set1_i(int32_t(0x80808080)));
+  Path::Scores::add(sum, Path::Scores::lanes(query), Path::Scores::from(key));
 }
 
-// Rows that are read, and for each of them one that will be read later, of which as much is asked for: the hardware
-// does not foresee rows that are read in turns, and drops what is asked for in bursts.
-struct RowStream {
-  const uint8_t *const *rows, *const *ahead;
+// Rows that will be read later, of which as much is asked for as is read meanwhile: the hardware does not foresee rows
+// that are read in turns, and drops what is asked for in bursts.
+class RowsAhead {
+ public:
+  RowsAhead(const uint8_t* const* rows, int64_t count, int64_t bytes)
+      : row_(rows), last_(rows + count - 1), bytes_(bytes) {}
+
+  template <int Lines>
+  IPEX_QUANT_INLINE void ask() {
+    for (int i = 0; i < Lines; ++i) {
+      __builtin_prefetch(*row_ + at_, 0, kSecondLevel);
+      at_ += kLine;
+      const bool done = at_ >= bytes_;
+      at_ = done ? 0 : at_;
+      row_ += done && row_ < last_;
+    }
+  }
+
+  static constexpr int64_t kLine = 64;
+
+ private:
+  const uint8_t *const *row_, *const *last_;
+  int64_t bytes_, at_ = 0;
 };
+
+// Of that many bytes, at least one.
+constexpr int lines(int64_t bytes) { return bytes < RowsAhead::kLine ? 1 : int(bytes / RowsAhead::kLine); }
+
+// What products with keys that were made unsigned have too much, negated, modulo 2^32; of the sums of a query's planes.
+inline int32_t key_offset(const int32_t* sums) { return int32_t(-128 * (256 * uint32_t(sums[0]) + uint32_t(sums[1]))); }
 
 // Scores of Rows queries, each in kPlanes rows of `words` words, with keys [begin, end) to [Rows][stride].
 template <class Path, Source S, int Rows>
-inline void stream_scores(const RowStream& keys, Span span, const float* query, const int32_t* query_sums,
-                          int64_t words, int64_t steps, float* scores, int64_t stride) {
+inline void stream_scores(const uint8_t* const* keys, RowsAhead ahead, Span span, const float* query,
+                          const int32_t* query_sums, int64_t words, int64_t steps, float* scores, int64_t stride) {
   constexpr int kPlanes = Path::kPlanes, kTokens = int(kLanes) / Rows, kPart = kTokens / kPlanes;
   using Sum = typename Path::Scores::Sum;
   int32_t corrections[kLanes];
   if constexpr (kPlanes == 2)
     for (int i = 0; i < kLanes; ++i) {
       const int row = i % (Rows * kPart) / kPart;
-      corrections[i] = int32_t(-128 * (256 * uint32_t(query_sums[2 * row]) + uint32_t(query_sums[2 * row + 1])));
+      corrections[i] = key_offset(query_sums + 2 * row);
     }
   for (int64_t t = span.begin; t < span.end; t += kTokens) {
     Sum results[kLanes];
     unroll<kPlanes>([&](auto part) IPEX_QUANT_INLINE {
-      const uint8_t *const *rows = keys.rows + t + part * kPart, *const *ahead = keys.ahead + t + part * kPart;
+      const uint8_t* const* rows = keys + t + part * kPart;
       Sum sums[Rows * kPlanes][kPart];
       unroll2<Rows * kPlanes, kPart>([&](auto m, auto j) IPEX_QUANT_INLINE { sums[m][j] = Sum{}; });
       for (int64_t step = 0; step < steps; ++step) {
         vi key[kPart];
-        unroll<kPart>([&](auto j) IPEX_QUANT_INLINE {
-          const int64_t at = step * kLanes * word_bytes(S);
-          key[j] = load_words<S>(rows[j] + at);
-          __builtin_prefetch(ahead[j] + at, 0, kSecondLevel);
-        });
+        unroll<kPart>([&](auto j)
+                          IPEX_QUANT_INLINE { key[j] = load_words<S>(rows[j] + step * kLanes * word_bytes(S)); });
+        ahead.ask<lines(kPart * kLanes * word_bytes(S))>();
         unroll2<Rows * kPlanes, kPart>([&](auto m, auto j) IPEX_QUANT_INLINE {
           add_lanes<Path>(sums[m][j], key[j], query + m * words + step * kLanes);
         });
@@ -84,16 +101,86 @@ inline void stream_scores(const RowStream& keys, Span span, const float* query, 
   }
 }
 
+// Quads of four rows, each in kPlanes rows of `words` words: [step][lane of a quad][group of four rows][plane][kLanes].
+template <class Path, int Rows>
+inline void pack_query_quads(const float* query, int64_t words, int64_t steps, float* packed) {
+  constexpr int kPlanes = Path::kPlanes, kGroups = Rows / 4;
+  for (int64_t step = 0; step < steps; ++step, packed += 4 * kGroups * kPlanes * kLanes)
+    unroll2<kGroups, kPlanes>([&](auto group, auto plane) IPEX_QUANT_INLINE {
+      vi x[4];
+      unroll<4>([&](auto i) IPEX_QUANT_INLINE {
+        x[i] = load_i(query + ((4 * group + i) * kPlanes + plane) * words + step * kLanes);
+      });
+      transpose_quads(x);
+      unroll<4>([&](auto i)
+                    IPEX_QUANT_INLINE { store_i(packed + ((i * kGroups + group) * kPlanes + plane) * kLanes, x[i]); });
+    });
+}
+
+// As stream_scores for four or eight rows: a word of a key meets four rows at once, so that sums need few additions
+// across lanes. The sums of a token are over every fourth word; lane i of a quad is row i of its group.
+template <class Path, Source S, int Rows>
+inline void stream_quad_scores(const uint8_t* const* keys, RowsAhead ahead, Span span, const float* query,
+                               const int32_t* query_sums, int64_t steps, float* scores, int64_t stride) {
+  constexpr int kPlanes = Path::kPlanes, kGroups = Rows / 4, kSums = kGroups * kPlanes, kQuads = int(kLanes) / 4;
+  constexpr int kTokens = kStreamSums / (kSums < 2 ? 2 : kSums);  // whose words are in registers
+  constexpr int kColumns = kTokens / kQuads;
+  using Sum = typename Path::Scores::Sum;
+  for (int64_t t = span.begin; t < span.end; t += kLanes) {
+    vi totals[kGroups][4];  // quad q of vector i is token 4 q + i
+    unroll<int(kLanes) / kTokens>([&](auto part) IPEX_QUANT_INLINE {
+      const uint8_t* const* rows = keys + t + part * kColumns;
+      constexpr auto token = [](int j) { return 4 * (j % kQuads) + j / kQuads; };
+      Sum sums[kTokens][kSums];
+      unroll2<kTokens, kSums>([&](auto j, auto m) IPEX_QUANT_INLINE { sums[j][m] = Sum{}; });
+      const float* q = query;
+      for (int64_t step = 0; step < steps; ++step) {
+        vi key[kTokens];
+        unroll<kTokens>([&](auto j) IPEX_QUANT_INLINE {
+          key[j] = load_words<S>(rows[token(j)] + step * kLanes * word_bytes(S));
+          if constexpr (S == Source::kQuads) key[j] = sub_i8(key[j], set1_i(int32_t(0x80808080)));
+        });
+        ahead.ask<lines(kTokens * kLanes * word_bytes(S))>();
+        unroll<4>([&](auto i) IPEX_QUANT_INLINE {
+          decltype(Path::Scores::lanes(q)) x[kSums];
+          unroll<kSums>([&](auto m) IPEX_QUANT_INLINE { x[m] = Path::Scores::lanes(q + m * kLanes); });
+          unroll<kTokens>([&](auto j) IPEX_QUANT_INLINE {
+            const auto word = Path::Scores::from(spread_quads<decltype(i)::value>(key[j]));
+            unroll<kSums>([&](auto m) IPEX_QUANT_INLINE { Path::Scores::add(sums[j][m], x[m], word); });
+          });
+          q += kSums * kLanes;
+        });
+      }
+      unroll2<kGroups, kColumns>([&](auto group, auto i) IPEX_QUANT_INLINE {
+        Sum parts[kQuads];
+        unroll<kQuads>([&](auto j) IPEX_QUANT_INLINE {
+          Sum* sum = sums[i * kQuads + j] + group * kPlanes;
+          if constexpr (kPlanes == 2)
+            parts[j] = add_i(sll_i<8>(sum[0]), sum[1]);  // modulo 2^32, in which the score fits
+          else
+            parts[j] = sum[0];
+        });
+        totals[group][part * kColumns + i] = sum_quads(parts);
+      });
+    });
+    unroll<kGroups>([&](auto group) IPEX_QUANT_INLINE {
+      transpose_quads(totals[group]);
+      unroll<4>([&](auto i) IPEX_QUANT_INLINE {
+        constexpr int kRow = 4 * decltype(group)::value + decltype(i)::value;
+        vf score = as_f(totals[group][i]);
+        if constexpr (kPlanes == 2) score = cvt_f(add_i(totals[group][i], set1_i(key_offset(query_sums + 2 * kRow))));
+        store_f(scores + kRow * stride + t, score);
+      });
+    });
+  }
+}
+
 // Words of kElements rows of values, from `column` on.
 template <Source S, int Vectors>
-IPEX_QUANT_INLINE inline void load_values(const uint8_t* const* rows, const uint8_t* const* ahead, int64_t column,
+IPEX_QUANT_INLINE inline void load_values(const uint8_t* const* rows, RowsAhead& ahead, int64_t column,
                                           vi (&words)[Vectors]) {
   constexpr int64_t kSize = S == Source::kQuads ? 1 : S == Source::kFloat32 ? 4 : 2;
-  unroll<int(word_elements(S))>([&](auto i) IPEX_QUANT_INLINE {
-    unroll<int((Vectors * kLanes * kSize + 63) / 64)>([&](auto line) IPEX_QUANT_INLINE {
-      __builtin_prefetch(ahead[i] + column * kSize + 64 * line, 0, kSecondLevel);
-    });
-  });
+  ahead.ask<lines(word_elements(S) * Vectors * kLanes * kSize)>();
   if constexpr (S == Source::kPairs) {
 #if defined(IPEX_QUANT_BF16_DOT)
     unroll<Vectors / 2>([&](auto v) IPEX_QUANT_INLINE {
@@ -121,8 +208,8 @@ struct StreamSums {
 
 // Adds probabilities, whose planes are `stride` words apart, times the values of tokens [begin, end).
 template <class Path, Source S, int Rows, int Vectors>
-inline void stream_values(const RowStream& values, Span span, const float* p, int64_t stride, int64_t column,
-                          const StreamSums& out) {
+inline void stream_values(const uint8_t* const* values, RowsAhead& ahead, Span span, const float* p, int64_t stride,
+                          int64_t column, const StreamSums& out) {
   constexpr int kPlanes = Path::kPlanes, kElements = Path::kElements;
   using Dot = typename Path::Values;
   for (; column + Vectors * kLanes <= out.columns; column += Vectors * kLanes) {
@@ -135,7 +222,7 @@ inline void stream_values(const RowStream& values, Span span, const float* p, in
     });
     for (int64_t t = span.begin; t < span.end; t += kElements) {
       vi words[Vectors];
-      load_values<S>(values.rows + t, values.ahead + t, column, words);
+      load_values<S>(values + t, ahead, column, words);
       decltype(Dot::b(p)) w[Vectors];
       unroll<Vectors>([&](auto v) IPEX_QUANT_INLINE { w[v] = Dot::from(words[v]); });
       unroll<Rows * kPlanes>([&](auto m) IPEX_QUANT_INLINE {
@@ -154,7 +241,7 @@ inline void stream_values(const RowStream& values, Span span, const float* p, in
     });
   }
   if constexpr (Vectors > (S == Source::kPairs ? 2 : 1))
-    if (column < out.columns) stream_values<Path, S, Rows, Vectors / 2>(values, span, p, stride, column, out);
+    if (column < out.columns) stream_values<Path, S, Rows, Vectors / 2>(values, ahead, span, p, stride, column, out);
 }
 
 }  // namespace IPEX_QUANT_ISA_NS

@@ -43,8 +43,9 @@ constexpr bool kHasBf16Dot = false;
 #endif
 
 constexpr KernelTable make_table() {
-  return {kHasBf16Dot, stage_ranges,     stage_rows,    gemm_tile,      quantize_rows,   quantize_activation, int8_tile,
-          norm_rows,   rotate_positions, gated_product, attention_task, attention_merge, quantize_token};
+  return {kHasBf16Dot,         stage_ranges,   stage_rows,      gemm_tile,        quantize_rows,
+          quantize_activation, int8_tile,      norm_rows,       rotate_positions, gated_product,
+          attention_scratch,   attention_task, attention_merge, quantize_token};
 }
 
 }  // namespace IPEX_QUANT_ISA_NS

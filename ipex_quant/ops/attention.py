@@ -6,7 +6,7 @@ import torch
 
 from . import isa  # noqa: F401  (loads the native library)
 
-_ops = torch.ops.ipex_quant
+_ops = torch.ops.ipex_quant  # .default, which a call then need not look for
 
 
 def attention(
@@ -35,9 +35,11 @@ def attention(
     above 0 makes a score s ``c * tanh(s / c)``; `alibi` float32 ``[H]`` adds ``slope * (token - position)``.
     `rows` int32 ``[B, T]`` says which row of `key` and `value` has each token of a sequence; without it Bk is B.
 
-    A query to which everything is masked gets 0. Raises RuntimeError when an argument does not fit.
+    A query that sees nothing, as all is hidden or masked by False or -inf, gets 0. A finite mask below ``-2 ** 126``
+    counts as that; where it covers all that a query sees, the query gets the mean of those values, as in torch.
+    Raises RuntimeError when an argument does not fit.
     """
-    return _ops.attention(
+    return _ops.attention.default(
         query, key, value, scale, causal, mask, window, softcap, alibi, key_scales, value_scales, rows
     )
 
@@ -49,7 +51,7 @@ def write_cache(key: torch.Tensor, cache: torch.Tensor, scales: torch.Tensor | N
     capacity]``; a cache in the dtype of `key` takes None. Raises RuntimeError when an argument does not fit, with
     nothing written.
     """
-    _ops.write_cache(key, cache, scales, start)
+    _ops.write_cache.default(key, cache, scales, start)
 
 
 def fused_rope_attention(
@@ -78,7 +80,7 @@ def fused_rope_attention(
     argument does not fit, with nothing written.
     """
     rotary_dim = key_cache.shape[-1] if rotary_dim is None else rotary_dim
-    return _ops.fused_rope_attention(
+    return _ops.fused_rope_attention.default(
         qkv,
         cos,
         sin,
@@ -112,7 +114,7 @@ def write_paged_cache(
     int8 cache has scales float32 ``[blocks, Hkv, block]``. Raises RuntimeError when an argument does not fit, with
     nothing written.
     """
-    _ops.write_paged_cache(key, value, key_cache, value_cache, key_scales, value_scales, slots)
+    _ops.write_paged_cache.default(key, value, key_cache, value_cache, key_scales, value_scales, slots)
 
 
 def paged_attention(
@@ -137,7 +139,7 @@ def paged_attention(
     last tokens. It has ``lengths[b]`` tokens, in the blocks ``block_tables[b]``, int32 ``[B, blocks]``; the
     others are int32 or int64. Returns ``[tokens, H, Dv]``. Raises RuntimeError when an argument does not fit.
     """
-    return _ops.paged_attention(
+    return _ops.paged_attention.default(
         query,
         key_cache,
         value_cache,
@@ -173,7 +175,7 @@ def varlen_attention(
     ``starts[b]`` to ``starts[b + 1]``, int32 or int64; the last query is at the position of the last key. Returns
     ``[tokens, H, Dv]``. Raises RuntimeError when an argument does not fit.
     """
-    return _ops.varlen_attention(query, key, value, query_starts, key_starts, scale, causal, window, softcap, alibi)
+    return _ops.varlen_attention.default(query, key, value, query_starts, key_starts, scale, causal, window, softcap, alibi)
 
 
 @torch.library.register_fake("ipex_quant::attention")

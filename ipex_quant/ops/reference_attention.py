@@ -10,6 +10,10 @@ from .reference import MIN_RANGE
 from .reference_llm import rotary
 
 
+LOWEST_MASK = -(2.0**126)
+"""A mask that is lower, but finite, counts as this."""
+
+
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -37,7 +41,7 @@ def attention(
     if alibi is not None:
         scores = scores + alibi.double()[:, None, None] * distance
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + _finite(mask)
     if causal or window:
         scores = scores.masked_fill(distance > 0, -math.inf)
     if window:
@@ -45,6 +49,11 @@ def attention(
     nothing = (scores == -math.inf).all(-1, keepdim=True)
     probabilities = scores.softmax(-1).masked_fill(nothing, 0.0)
     return (probabilities @ value).transpose(1, 2).to(query.dtype)
+
+
+def _finite(mask: torch.Tensor) -> torch.Tensor:
+    """What float32 scores can be added to and stay finite where the mask is."""
+    return torch.where(mask == -math.inf, -math.inf, mask.double().clamp(min=LOWEST_MASK))
 
 
 def _gathered(cache: torch.Tensor, scales: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor:

@@ -136,6 +136,25 @@ def test_masks_may_hold_the_lowest_float(dtype: torch.dtype) -> None:
     torch.testing.assert_close(result[1:], alone, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, -1e38])
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_masked_by_the_lowest_float_alone_gets_the_mean(lowest: float, causal: bool) -> None:
+    """As the rows of the padding get it from torch, with the masks that transformers makes."""
+    query, key, value = case(2, 2, 2, 12, 12, (16, 16), torch.float32)
+    mask = torch.zeros(2, 1, 12, 12)
+    mask[1, ..., :5] = lowest  # queries 0 to 4 see nothing else, if they look back only
+    if not causal:
+        mask[1, :, :5] = lowest
+    result = check(query, key, value, mask=mask, causal=causal)
+    if causal:
+        torch.testing.assert_close(result[1, 0], value[1, :, 0].repeat_interleave(2, 0), rtol=1e-5, atol=1e-5)
+        mask = mask + torch.full((12, 12), -torch.inf).triu(1)
+    torch_result = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=0.25, enable_gqa=True
+    )
+    torch.testing.assert_close(result, torch_result.transpose(1, 2), rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
