@@ -175,7 +175,9 @@ def varlen_attention(
     ``starts[b]`` to ``starts[b + 1]``, int32 or int64; the last query is at the position of the last key. Returns
     ``[tokens, H, Dv]``. Raises RuntimeError when an argument does not fit.
     """
-    return _ops.varlen_attention.default(query, key, value, query_starts, key_starts, scale, causal, window, softcap, alibi)
+    return _ops.varlen_attention.default(
+        query, key, value, query_starts, key_starts, scale, causal, window, softcap, alibi
+    )
 
 
 @torch.library.register_fake("ipex_quant::attention")
