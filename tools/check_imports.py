@@ -23,8 +23,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("quantization",),
     ("llm", "autotune"),
     (PACKAGE,),  # the public face: `ipex_quant/__init__.py`
-    ("recipes", "integrations"),
-    ("demo",),
+    ("recipes",),
+    ("demo", "integrations"),
     ("cli",),
 )
 """Modules and subpackages of the package, lowest layer first. Those of one layer do not import each other."""

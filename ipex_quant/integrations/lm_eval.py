@@ -1,0 +1,114 @@
+"""lm-evaluation-harness scores models of ours: importing this registers them with it as model ``ipex_quant``.
+
+From a shell, ``python -m ipex_quant.integrations.lm_eval`` is the harness' own command, with that model known to it:
+
+    python -m ipex_quant.integrations.lm_eval run --model ipex_quant \\
+        --model_args pretrained=MODEL_DIR,recipe=w4a8-g128 --tasks lambada_openai
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import llm
+from ..nn.linears import FLOAT_DTYPES
+from ..recipes.apply import apply_recipe, calibration_data
+from ..recipes.recipe import Recipe, load_recipe
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+_FLOAT_MODEL_ONLY = "recipe, dtype, dataset and column are for a directory with a float model"
+
+
+@register_model("ipex_quant")
+class IpexQuantLM(HFLM):
+    """A causal language model of ours for lm-evaluation-harness.
+
+    - `pretrained`: a directory that `ipex_quant.llm.save` wrote, or one with a float model; or a model in memory.
+    - `recipe`: what to quantize a float model with, as ``ipex-quant quantize`` does: a name or a YAML file. Without one
+      it stays in float, computed by our native stack.
+    - `dtype`: of a float model's activations: bfloat16, float16 or float32.
+    - `dataset`, `column`: what the recipe calibrates on, as `ipex_quant.quantization.calibration_dataloader` takes it.
+    - `tokenizer`: by default the one beside the model; a model in memory that was not loaded needs one.
+    - `device`: without effect, since its default in the harness is a GPU; models of ours run on the CPU.
+    - `options`: those of the harness' own ``hf`` model that do not concern loading (``batch_size``, ``max_length``...).
+
+    Raises ValueError for a directory without a model, and an argument that does not go with `pretrained`; TypeError
+    for a model that is no transformers model.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Path | PreTrainedModel,
+        recipe: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        dataset: str | None = None,
+        column: str | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        if dataset is not None and recipe is None:
+            raise ValueError("dataset: it is what a recipe calibrates on, expected a recipe too")
+        for_float = (recipe, dtype, dataset, column) != (None, None, None, None)
+        if isinstance(pretrained, nn.Module):
+            if not isinstance(pretrained, PreTrainedModel):
+                raise TypeError(f"pretrained: expected a transformers model, got {type(pretrained).__name__}")
+            if for_float:
+                raise ValueError(f"pretrained: {_FLOAT_MODEL_ONLY}, got a model in memory")
+            model, directory = pretrained, pretrained.name_or_path
+        else:
+            directory = str(pretrained)
+            quantized = _is_quantized(directory)
+            if quantized and for_float:
+                raise ValueError(f"pretrained: {_FLOAT_MODEL_ONLY}, {directory} holds a quantized one")
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer or directory) if _is_path(tokenizer) else tokenizer
+            if quantized:
+                model = llm.load(directory)
+            else:
+                model = _float_model(directory, dtype, recipe and load_recipe(recipe), tokenizer, dataset, column)
+        super().__init__(model, backend="causal", tokenizer=tokenizer or directory, device="cpu", **options)
+
+
+def _is_path(tokenizer: str | PreTrainedTokenizerBase | None) -> bool:
+    return tokenizer is None or isinstance(tokenizer, (str, Path))
+
+
+def _is_quantized(directory: str) -> bool:
+    config = Path(directory) / "config.json"
+    if not config.is_file():
+        raise ValueError(f"pretrained: expected a directory with a config.json, got {directory}")
+    method = (json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}).get("quant_method")
+    return method == "ipex_quant"
+
+
+def _float_model(
+    directory: str,
+    dtype: str | torch.dtype | None,
+    recipe: Recipe | None,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: str | None,
+    column: str | None,
+) -> PreTrainedModel:
+    """The float model in `directory`, quantized by `recipe` if there is one."""
+    dtype = _DTYPES.get(str(dtype or torch.bfloat16).removeprefix("torch."))
+    if dtype is None:
+        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}")
+    calibration = () if recipe is None else calibration_data(recipe, tokenizer, dataset, column)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    if recipe is None:
+        return llm.optimize(model, dtype=dtype, inplace=True)
+    return apply_recipe(recipe, model, calibration, dtype)
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
