@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--samples", type=_positive, default=100, metavar="N", help="windows of it (default %(default)s)")
     sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations (default %(default)s)")
     sub.add_argument("--record", type=Path, metavar="FILE", help="keep the trials there, to go on after a stop")
-    sub.add_argument("--report", type=Path, action="append", metavar="FILE", help="write a report, .html or .json")
+    sub.add_argument(
+        "--report", type=Path, action="append", metavar="FILE", help="write a report: .html, .json or .svg"
+    )
     sub.add_argument("--out", type=Path, metavar="DIR", help="new directory for the tuned model")
 
     sub = command("generate", _generate, "Continue a prompt with a quantized model.")

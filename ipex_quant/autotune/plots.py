@@ -115,7 +115,7 @@ def _axis_title(x: str, y: str) -> str:
 
 
 def _svg(parts: Sequence[str], title: str) -> str:
-    return (
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' "
-        f"font-family='system-ui, sans-serif' font-size='12' fill='{_INK}'><title>{title}</title>{''.join(parts)}</svg>"
-    )
+    head = f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img'"
+    ground = f"<rect width='{_WIDTH}' height='{_HEIGHT}' fill='#fff'/>"  # or else a dark page would show through
+    style = f"font-family='system-ui, sans-serif' font-size='12' fill='{_INK}'"
+    return f"{head} {style}><title>{title}</title>{ground}{''.join(parts)}</svg>"

@@ -23,6 +23,9 @@ th:nth-child(2), td:nth-child(2) { text-align: left; }
 tr.best { font-weight: 600; background: #eef6f0; } svg { width: 100%; height: auto; }
 """
 
+_WRITERS = {".html": "to_html", ".json": "to_json_text", ".svg": "to_svg"}
+"""The method that makes the content of a file, by its suffix."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -75,25 +78,33 @@ class Report:
         values = {**vars(self), "trials": [asdict(trial) for trial in self.trials]}
         return {**values, "pareto_front": [trial.index for trial in self.pareto_front]}
 
-    def to_html(self) -> str:
-        """A page that needs nothing else: two plots and the table."""
+    def to_json_text(self) -> str:
+        """`to_json` as text."""
+        return json.dumps(self.to_json(), indent=1) + "\n"
+
+    def to_svg(self) -> str:
+        """The plot of metric against size, with the Pareto front marked."""
         points = [(trial.model_bytes / 1e6, trial.metric, trial.label) for trial in self.trials]
         front = [(trial.model_bytes / 1e6, trial.metric) for trial in self.pareto_front]
         best = next((points[i] for i, trial in enumerate(self.trials) if trial.index == self.best), None)
+        return scatter_plot(points, front, best, self.baseline)
+
+    def to_html(self) -> str:
+        """A page that needs nothing else: two plots and the table."""
         bars = [(name, layer["error"], _layer_note(layer)) for name, layer in self.sensitivity.items()]
         return (
             "<!doctype html>\n<html lang='en'><meta charset='utf-8'><title>autotune</title>"
             f"<style>{_STYLE}</style>\n<h1>Tuning report</h1>\n<p>{html.escape(self._summary())}</p>\n"
             "<h2>Metric against size</h2>\n"
-            f"{scatter_plot(points, front, best, self.baseline)}\n<h2>Sensitivity of the layers</h2>\n"
+            f"{self.to_svg()}\n<h2>Sensitivity of the layers</h2>\n"
             "<p>Squared error of each layer's output when it is quantized, relative to the output's own.</p>\n"
             f"{bar_plot(bars)}\n<h2>Trials</h2>\n{self._html_table()}</html>\n"
         )
 
     def write(self, path: str | os.PathLike) -> None:
-        """Write `path`: HTML, or JSON if that is its suffix; ValueError for another suffix."""
+        """Write `path`: HTML, JSON, or only the plot of metric against size as SVG; ValueError for another suffix."""
         path = checked_report_path(path)
-        write_whole(path, self.to_html() if path.suffix == ".html" else json.dumps(self.to_json(), indent=1) + "\n")
+        write_whole(path, getattr(self, _WRITERS[path.suffix])())
 
     def _summary(self) -> str:
         text = f"{len(self.trials)} trials; float model {self.baseline:.5g}; allowed loss {self.criterion}."
@@ -125,10 +136,10 @@ class Report:
 
 
 def checked_report_path(path: str | os.PathLike) -> Path:
-    """`path` as a Path; ValueError unless it ends in .html or .json and its directory exists."""
+    """`path` as a Path; ValueError unless it ends in .html, .json or .svg and its directory exists."""
     path = Path(path)
-    if path.suffix not in (".html", ".json"):
-        raise ValueError(f"report: expected a file that ends in .html or .json, got {path}")
+    if path.suffix not in _WRITERS:
+        raise ValueError(f"report: expected a file that ends in {', '.join(_WRITERS)}, got {path}")
     if not path.parent.is_dir():
         raise ValueError(f"report: the directory of {path} does not exist; make it first")
     return path

@@ -100,7 +100,7 @@ def autotune(
       or a more accurate one until they are over, or nothing is left to try.
     - `quantization_config`: a `WeightOnlySpace`, or a mapping for weight-only quantization.
     - `record` is a file for the trials, replaced at once after each. If it exists, tuning goes on after its trials.
-    - `report` names files for the `Report`, .html or .json.
+    - `report` names files for the `Report`: .html, .json, or .svg for its plot of metric against size.
     - `seed` draws samples of the layers' inputs. With the same seed and data, trials and result are the same.
 
     `model` is unchanged unless `inplace`. Warns, naming the gap, when no recipe meets the criterion: the result is then

@@ -52,9 +52,15 @@ def test_html_stands_alone(report, tmp_path):
     points = [c for c in scatter.iter(f"{namespace}circle") if c.find(f"{namespace}title") is not None]
     assert len(points) == 4
     assert len(next(iter(scatter.iter(f"{namespace}polyline"))).get("points").split()) == 3
-    assert len(list(bars.iter(f"{namespace}rect"))) == 5
-    heights = [float(bar.get("height")) for bar in bars.iter(f"{namespace}rect")]
+    heights = [float(bar.get("height")) for bar in bars.iter(f"{namespace}rect") if len(bar)]
+    assert len(heights) == 5
     assert heights == sorted(heights, reverse=True)
+
+
+def test_the_plot_alone(report, tmp_path):
+    report.write(tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_text() in report.to_html()
+    assert ElementTree.parse(tmp_path / "plot.svg").getroot().tag.endswith("svg")
 
 
 def test_one_trial_is_enough(tmp_path):
@@ -73,7 +79,7 @@ def test_a_record_is_read(tmp_path):
 
 
 def test_bad_paths(report, tmp_path):
-    with pytest.raises(ValueError, match=r"ends in .html or .json"):
+    with pytest.raises(ValueError, match=r"ends in \.html, \.json, \.svg"):
         report.write(tmp_path / "report.pdf")
     with pytest.raises(ValueError, match="does not exist"):
         report.write(tmp_path / "no" / "report.html")
