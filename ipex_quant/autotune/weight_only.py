@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from ..quantization import QConfigWoq, convert, get_weight_only_quant_qconfig_ma
 from ..quantization._example import Example
 from ..quantization._rules import choose_qconfigs
 from ..smoothquant.tracing import trace_groups
+from ..woq.awq_blocks import awq_blocks
 from ..woq.gptq_blocks import quantize_blocks
 from ..woq.layer_walk import find_blocks
 from .allocation import Option, allocate
@@ -30,7 +32,7 @@ from .recipe import WeightOnlyRecipe
 from .search import Search, search_weight_only
 from .trials import Trial
 
-ALGORITHMS = ("gptq", "rtn")
+ALGORITHMS = ("gptq", "awq", "rtn")
 DEFAULT_ACT_QUANT_MODE = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
 GPTQ_DTYPES = (WoqWeightDtype.INT4, WoqWeightDtype.INT8)
 
@@ -39,7 +41,7 @@ GPTQ_DTYPES = (WoqWeightDtype.INT4, WoqWeightDtype.INT8)
 class WeightOnlySpace:
     """The ways to quantize weights that `autotune` chooses from: all combinations that exist.
 
-    `algorithms` are tried in the order given: "gptq" or "rtn". `lm_head` says whether the output layer may be
+    `algorithms` are tried in the order given: "gptq", "awq" or "rtn". `lm_head` says whether the output layer may be
     quantized, may stay in float, or both. With `mixed` layers get schemes of their own. Raises ValueError for an empty
     field and an unknown algorithm.
     """
@@ -96,6 +98,14 @@ class WeightOnlySpace:
         return list(found)
 
 
+@dataclass(frozen=True)
+class FoundWeights:
+    """What an algorithm found: quantized weights by module name, and new values of other parameters by theirs."""
+
+    weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
 class WeightOnlyQuantizer:
     """Makes weight-only models, of schemes whose errors one pass over a few batches estimates.
 
@@ -128,7 +138,7 @@ class WeightOnlyQuantizer:
             for name, group in tqdm(self.groups.items(), "estimating errors")
         }
         self.weights = sum(weight_matrix(model.get_submodule(name)).numel() for name in self.layers)
-        self._found: tuple[Any, dict[str, QuantizedWeight]] = (None, {})
+        self._found: tuple[Any, FoundWeights] = (None, FoundWeights())
 
     def search(self) -> Search:
         """The recipes to try; ValueError when none is within the budget."""
@@ -154,10 +164,10 @@ class WeightOnlyQuantizer:
 
     def result(self, model: nn.Module, recipe: WeightOnlyRecipe, inplace: bool) -> nn.Module:
         """`model`, or a copy, quantized as `recipe` says."""
-        if self._found[0] != recipe.schemes and recipe.algorithm == "gptq":
-            self._found = recipe.schemes, gptq_weights(self.model, self.batches, recipe)
-        weights = self._found[1] if recipe.algorithm == "gptq" else {}
-        return quantized_model(model, recipe, weights, self.space.act_quant_mode, inplace)
+        key = recipe.algorithm, recipe.schemes
+        if self._found[0] != key:
+            self._found = key, find_weights(self.model, self.batches, recipe)
+        return quantized_model(model, recipe, self._found[1], self.space.act_quant_mode, inplace)
 
     def sensitivity(self, recipe: WeightOnlyRecipe) -> dict[str, dict[str, Any]]:
         """Scheme and estimated error of every share group, by the name of its first layer."""
@@ -253,20 +263,30 @@ class WeightOnlyQuantizer:
         return found | {name: (name,) for name in self.layers if name not in traced}
 
 
-def gptq_weights(model: nn.Module, batches: Sequence[Example], recipe: WeightOnlyRecipe) -> dict[str, QuantizedWeight]:
-    """What GPTQ makes of the layers in transformer blocks that `recipe` gives a scheme GPTQ knows."""
-    schemes = {name: s for name, s in recipe.schemes if s is not None and s.dtype in GPTQ_DTYPES}
-    return quantize_blocks(model, [_by_name(model, batch) for batch in batches], schemes.get)
+def find_weights(model: nn.Module, batches: Sequence[Example], recipe: WeightOnlyRecipe) -> FoundWeights:
+    """What the algorithm of `recipe` makes of the layers in transformer blocks; nothing when it rounds to nearest.
+
+    GPTQ leaves layers of a dtype that it does not know to rounding.
+    """
+    schemes = {name: scheme for name, scheme in recipe.schemes if scheme is not None}
+    if recipe.algorithm == "rtn":
+        return FoundWeights()
+    inputs = [_by_name(model, batch) for batch in batches]
+    if recipe.algorithm == "awq":
+        result = awq_blocks(model, inputs, schemes.get)
+        return FoundWeights(result.weights, result.parameters)
+    suited = {name: scheme for name, scheme in schemes.items() if scheme.dtype in GPTQ_DTYPES}
+    return FoundWeights(quantize_blocks(model, inputs, suited.get))
 
 
 def quantized_model(
     model: nn.Module,
     recipe: WeightOnlyRecipe,
-    weights: Mapping[str, QuantizedWeight],
+    found: FoundWeights,
     act_quant_mode: WoqActQuantMode,
     inplace: bool,
 ) -> nn.Module:
-    """`model`, or a copy, with the layers of `recipe` quantized: to `weights`, or else rounded to nearest."""
+    """`model`, or a copy, with the layers of `recipe` quantized: as `found`, or else rounded to nearest."""
     mapping = QConfigMapping()
     for name, scheme in recipe.schemes:
         qconfig = None
@@ -274,8 +294,13 @@ def quantized_model(
             qscheme = WoqWeightQScheme.SYMMETRIC if scheme.symmetric else WoqWeightQScheme.ASYMMETRIC
             qconfig = _qconfig(scheme.dtype, scheme.group_size, qscheme, recipe.lowp_mode, act_quant_mode)
         mapping.set_module_name(name, qconfig)
-    converted = convert(prepare(model, mapping, inplace=inplace), inplace=True)
-    for name, weight in weights.items():
+    prepared = prepare(model, mapping, inplace=inplace)
+    for name, value in found.parameters.items():
+        owner, _, key = name.rpartition(".")
+        old = prepared.get_parameter(name)  # replaced, since a copy's has the memory of the model's
+        setattr(prepared.get_submodule(owner), key, nn.Parameter(value.to(old.dtype), old.requires_grad))
+    converted = convert(prepared, inplace=True)
+    for name, weight in found.weights.items():
         converted.get_submodule(name)._set_weight(weight)
     return converted
 

@@ -17,7 +17,7 @@ from ..autotune.recipe import AUTO, Int8Recipe, WeightOnlyRecipe
 from ..autotune.smoothing import read_smoothquant_args
 from ..autotune.static import StaticQuantizer
 from ..autotune.statistics import collect
-from ..autotune.weight_only import ALGORITHMS, DEFAULT_ACT_QUANT_MODE, gptq_weights, quantized_model
+from ..autotune.weight_only import ALGORITHMS, DEFAULT_ACT_QUANT_MODE, FoundWeights, find_weights, quantized_model
 from ..nn.linears import is_linear
 from ..numerics.scheme import WeightScheme, WoqLowpMode, WoqWeightDtype
 from ..quantization import convert, get_smooth_quant_qconfig_mapping, prepare
@@ -88,7 +88,7 @@ def register() -> Configs:
     class WeightOnlyConfig(Common):
         """Weights in few bits: `weight_dtype` int4, int8, nf4 or fp8, or fp32 for a layer that is to stay in float.
 
-        `algorithm` is rtn or gptq; `lowp_mode` none, fp16, bf16 or int8, what is computed with the weights.
+        `algorithm` is rtn, gptq or awq; `lowp_mode` none, fp16, bf16 or int8, what is computed with the weights.
         """
 
         name = WEIGHT_ONLY_NAME
@@ -179,12 +179,12 @@ def _weight_only(
         for name, c in configs.items()
     )
     recipe = WeightOnlyRecipe(algorithm, WoqLowpMode[lowp_mode.upper()], schemes)
-    weights = {}
-    if algorithm == "gptq":
+    found = FoundWeights()
+    if algorithm != "rtn":
         if mode.value == "convert":
-            raise ValueError("algorithm: gptq needs data; use neural_compressor's quantize or autotune with a run_fn")
-        weights = gptq_weights(model, _batches(model, _calibration(run_fn, run_args)), recipe)
-    return quantized_model(model, recipe, weights, DEFAULT_ACT_QUANT_MODE, inplace=True)
+            raise ValueError(f"algorithm: {algorithm} needs data; use neural-compressor's quantize or autotune")
+        found = find_weights(model, _batches(model, _calibration(run_fn, run_args)), recipe)
+    return quantized_model(model, recipe, found, DEFAULT_ACT_QUANT_MODE, inplace=True)
 
 
 def _chosen(configs_mapping: dict, algorithm: str, dtype: str) -> dict[str, Any]:

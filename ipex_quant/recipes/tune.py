@@ -15,12 +15,14 @@ from .. import evaluation
 from ..autotune import Report, WeightOnlySpace, autotune
 from ..quantization import WoqWeightDtype, convert
 from .apply import calibration_data
-from .recipe import Gptq, Recipe, SmoothQuant, Static, WeightOnly
+from .recipe import Awq, Gptq, Recipe, SmoothQuant, Static, WeightOnly
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from ..quantization._calibration_data import Source
+
+_ALGORITHMS = {"gptq": Gptq, "awq": Awq}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def tuning_arguments(recipe: Recipe) -> dict[str, Any]:
     """What `recipe` says to `autotune`.
 
     Of a static one what is tried: with SmoothQuant its alpha and "auto". Of a weight-only one the dtype, beside INT8
-    for layers that need it, the compute mode, and GPTQ if that is its algorithm; group sizes and zero points are open.
+    for layers that need it, the compute mode, and GPTQ or AWQ if that is its algorithm; group sizes and zero points are open.
     The modules it skips stay in float. Raises ValueError for a dynamic recipe, which has nothing to tune.
     """
     settings = recipe.settings
@@ -77,7 +79,7 @@ def tuning_arguments(recipe: Recipe) -> dict[str, Any]:
         raise ValueError(f"recipe {recipe.name}: expected a static or weight-only one; this one has nothing to tune")
     space = WeightOnlySpace(
         weight_dtypes=[settings.weight_dtype, WoqWeightDtype.INT8],
-        algorithms=["gptq", "rtn"] if isinstance(settings, Gptq) else ["rtn"],
+        algorithms=[*(name for name, kind in _ALGORITHMS.items() if isinstance(settings, kind)), "rtn"],
         lowp_modes=[settings.lowp_mode],
         act_quant_mode=settings.act_quant_mode,
     )

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ipex_quant import data, evaluation, llm
 from ipex_quant.autotune import Report, WeightOnlySpace, autotune
@@ -9,6 +10,7 @@ from ipex_quant.autotune.weight_only import WeightOnlyQuantizer
 from ipex_quant.nn import QuantizedModule
 from ipex_quant.numerics.scheme import WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
 from ipex_quant.quantization import get_smooth_quant_qconfig_mapping, get_weight_only_quant_qconfig_mapping
+from ipex_quant.woq.awq_blocks import awq_blocks
 
 from .conftest import SAMPLES, SEQUENCE_LENGTH, TUNING_TOKENS
 
@@ -32,6 +34,7 @@ def tuned(make_model, batches, compare, tmp_path_factory):
         sampling_sizes=[SAMPLES],
         accuracy_criterion={"absolute": 0.05},
         tuning_time=10_000,
+        quantization_config=WeightOnlySpace(algorithms=["gptq", "rtn"]),
         max_bytes_per_weight=0.56,
         record=folder / "trials.jsonl",
         report=[folder / "report.html", folder / "report.json"],
@@ -91,6 +94,30 @@ def test_layers_that_share_their_input_have_one_scheme(tuned):
         assert attention.q_proj.scheme == attention.k_proj.scheme == attention.v_proj.scheme
         assert mlp.gate_proj.scheme == mlp.up_proj.scheme
     assert len({module.scheme for module in model.modules() if isinstance(module, QuantizedModule)}) > 1
+
+
+def test_awq_scales_norms_of_a_copy_only():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=96, initializer_range=0.2)).eval()
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[5] = 30.0
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = [torch.randint(0, 96, (2, 24)) for _ in range(3)]
+    examples = read_batches(model, ids, 6)
+    space = WeightOnlySpace([WoqWeightDtype.INT4], [32], algorithms=["rtn", "awq"], lowp_modes=[WoqLowpMode.NONE])
+    quantizer = WeightOnlyQuantizer(model, examples, space, None, frozenset(), 0)
+    recipes = {recipe.algorithm: recipe for recipe in quantizer._recipes(1e9, WoqLowpMode.NONE)}
+    found = quantizer.quantized(recipes["awq"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    expected = awq_blocks(model, [{"input_ids": each} for each in ids], dict(recipes["awq"].schemes).get)
+    assert expected.parameters, "some group is scaled"
+    assert all(torch.equal(found.get_parameter(name), value) for name, value in expected.parameters.items())
+    for name, weight in expected.weights.items():
+        assert torch.equal(found.get_submodule(name).quantized_weight().codes, weight.codes)
+    logits = model(ids[0]).logits
+    error = {name: (quantizer.quantized(r)(ids[0]).logits - logits).norm() for name, r in recipes.items()}
+    assert error["awq"] < 0.9 * error["rtn"]
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_quantize_to_int8(configs, model, samples, run, alpha):
     assert (quantized(samples[0]).logits - expected).norm() < 0.1 * expected.norm()
 
 
-@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
+@pytest.mark.parametrize("algorithm", ["rtn", "gptq", "awq"])
 def test_weight_only(configs, model, run, samples, algorithm):
     config = configs.weight_only(algorithm=algorithm, group_size=32, lowp_mode="bf16")
     quantized = inc.quantize(model, config, run_fn=run, inplace=False)
@@ -69,7 +69,7 @@ def test_weight_only(configs, model, run, samples, algorithm):
     assert str(linear.scheme) == "int4 asym g32"
     expected = model(samples[0]).logits
     error = (quantized(samples[0]).logits - expected).norm() / expected.norm()
-    assert error < {"rtn": 0.45, "gptq": 0.3}[algorithm]
+    assert error < {"rtn": 0.45, "gptq": 0.3, "awq": 0.4}[algorithm]
 
 
 def test_autotune_chooses_from_a_space(configs, model, samples, run):
