@@ -9,6 +9,7 @@ from torch import nn
 
 import ipex_quant as ipex
 from ipex_quant.nn import Int8Linear
+from ipex_quant.nn.fused_forward import restore_forwards
 from ipex_quant.quantization import get_smooth_quant_qconfig_mapping
 
 from .conftest import inputs_of
@@ -51,6 +52,7 @@ class Simulated(nn.Module):
 
 def simulated(model):
     model = copy.deepcopy(model)
+    restore_forwards(model)  # fused layers call the modules that they were fused of
     for name, layer in int8_layers(model).items():
         model.set_submodule(name, Simulated(layer))
     return model
