@@ -66,8 +66,8 @@ def tuning_arguments(recipe: Recipe) -> dict[str, Any]:
     """What `recipe` says to `autotune`.
 
     Of a static one what is tried: with SmoothQuant its alpha and "auto". Of a weight-only one the dtype, beside INT8
-    for layers that need it, the compute mode, and GPTQ or AWQ if that is its algorithm; group sizes and zero points are open.
-    The modules it skips stay in float. Raises ValueError for a dynamic recipe, which has nothing to tune.
+    for layers that need it, the compute mode, and GPTQ or AWQ if that is its algorithm; group sizes and zero points are
+    open. The modules it skips stay in float. Raises ValueError for a dynamic recipe, which has nothing to tune.
     """
     settings = recipe.settings
     fp32 = {"weight": {"dtype": ["fp32"]}}

@@ -1,0 +1,113 @@
+import pytest
+import torch
+from torch import nn
+
+from ipex_quant import data, evaluation
+from ipex_quant.autotune import autotune
+from ipex_quant.autotune.batches import read_batches
+from ipex_quant.autotune.recipe import AUTO, Int8Recipe
+from ipex_quant.autotune.static import AlphaSearch, StaticQuantizer, layer_type
+from ipex_quant.autotune.statistics import SAMPLE_ROWS, collect
+from ipex_quant.nn import Int8Conv2d, Int8Linear
+from ipex_quant.quantization import calibrate, convert, default_static_qconfig_mapping, prepare
+from ipex_quant.quantization import get_smooth_quant_qconfig_mapping as smooth_mapping
+
+from .conftest import SAMPLES, SEQUENCE_LENGTH
+
+
+@pytest.fixture(scope="module")
+def quantizer(make_model, batches):
+    model = make_model()
+    return StaticQuantizer(collect(model, read_batches(model, batches, SAMPLES), [4, SAMPLES]), [AUTO], AlphaSearch())
+
+
+@pytest.mark.parametrize("alpha", [0.5, None])
+def test_a_recipe_is_what_prepare_calibrate_and_convert_make(quantizer, make_model, batches, alpha):
+    mapping = default_static_qconfig_mapping if alpha is None else smooth_mapping(alpha)
+    for samples in (4, SAMPLES):
+        prepared = prepare(make_model(), mapping, example_kwarg_inputs=batches[0])
+        expected = convert(calibrate(prepared, batches[:samples]))
+        found = quantizer.quantized(Int8Recipe(alpha, samples))
+        state = expected.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())
+
+
+def test_auto_is_at_least_as_good_as_the_best_fixed_alpha(quantizer, make_model, tokenizer):
+    reference = make_model(outliers=False)
+    divergence = {
+        alpha: evaluation.compare(
+            reference,
+            quantizer.quantized(Int8Recipe(alpha, SAMPLES)),
+            tokenizer,
+            data.held_out_text(),
+            SEQUENCE_LENGTH,
+            4096,
+        ).kl_divergence
+        for alpha in (AUTO, 0.3, 0.5, 0.7)
+    }
+    assert divergence[AUTO] <= min(divergence[alpha] for alpha in (0.3, 0.5, 0.7))
+
+
+def test_the_errors_are_those_of_the_layers(quantizer, make_model, batches):
+    """On the inputs of a batch that they were not estimated with."""
+    model, name = make_model(), "model.layers.1.mlp.down_proj"
+    quantized = quantizer.quantized(Int8Recipe(0.5, SAMPLES))
+    inputs = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model(**batches[1])
+        handle.remove()
+        exact = model.get_submodule(name)(inputs[0])
+        actual = quantized.get_submodule(name)(inputs[0])
+    error = ((actual - exact).square().sum() / exact.square().sum()).item()
+    assert quantizer.plan(Int8Recipe(0.5, SAMPLES)).errors[name] == pytest.approx(error, rel=0.6)
+
+
+def test_members_of_a_share_group_have_one_alpha(quantizer):
+    alphas = quantizer.plan(Int8Recipe(AUTO, SAMPLES)).alphas
+    for i in range(6):
+        attention = f"model.layers.{i}.self_attn"
+        assert len({alphas[f"{attention}.{name}_proj"] for name in "qkv"}) == 1
+    assert len(set(alphas.values())) > 1
+
+
+def test_a_block_may_have_one_alpha(quantizer):
+    search = AlphaSearch(alphas=(0.3, 0.6), shared_criterion="max", by_block=True)
+    alphas = StaticQuantizer(quantizer.statistics, [AUTO], search).plan(Int8Recipe(AUTO, SAMPLES)).alphas
+    for i in range(6):
+        assert len({alpha for name, alpha in alphas.items() if name.startswith(f"model.layers.{i}.")}) == 1
+    assert set(alphas.values()) <= {0.3, 0.6}
+
+
+def test_the_sample_of_an_input_is_bounded_and_the_same_each_time(quantizer, make_model, batches):
+    samples = quantizer.statistics.samples
+    assert {len(sample) for sample in samples.values()} == {SAMPLE_ROWS}
+    model = make_model()
+    again = collect(model, read_batches(model, batches, SAMPLES), [SAMPLES]).samples
+    assert all(torch.equal(again[name], sample) for name, sample in samples.items())
+
+
+def test_convolutions(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)
+    )
+    batches = [torch.randn(4, 3, 8, 8) for _ in range(4)]
+    for x in batches:
+        model(x)  # statistics of the BatchNorm
+    model.eval()
+    prepared = autotune(model, batches, accuracy_criterion={"relative": 0.02}, report=tmp_path / "report.json")
+    converted = convert(prepared)
+    assert [type(module) for module in (converted[0], converted[3], converted[5])] == [
+        Int8Conv2d,
+        Int8Conv2d,
+        Int8Linear,
+    ]
+    error = (converted(batches[0]) - model(batches[0])).norm() / model(batches[0]).norm()
+    assert error < 0.05
+
+
+def test_types_of_layers():
+    assert layer_type("model.layers.0.mlp.down_proj", nn.Linear(1, 1)) == "down_proj"
+    assert layer_type("0.3", nn.Linear(1, 1)) == "Linear"
+    assert layer_type("features.conv", nn.Conv2d(1, 1, 1)) == "Conv2d"
