@@ -30,10 +30,11 @@ _KNOWN = _USED + _WITHOUT_EFFECT
 def fuse_decoder(model: nn.Module) -> list[str]:
     """Let every decoder layer of `model` that is of a known family compute in few native calls; return their names.
 
-    Call it again after modules were replaced, and `restore_forwards` before something has to call them one by one, such
-    as calibration: hooks that are registered later on modules within a layer are not called. A fused layer runs stock
-    code in training mode, under autocast, where gradients or attention weights are asked for, and where it gets an
-    argument that it does not know. Why other layers of a known family stay stock is logged.
+    Call `restore_forwards` before something has to call modules one by one, such as calibration: hooks that are
+    registered later on modules within a layer are not called. A fused layer runs stock code in training mode, under
+    autocast, where gradients or attention weights are asked for, where it gets an argument that it does not know, and
+    once a module within it was replaced, until this is called again. Why other layers of a known family stay stock is
+    logged.
     """
     restore_forwards(model, FusedLayer)
     fused = []
@@ -71,6 +72,9 @@ class FusedLayer(FusedForward):
 
     def __init__(self, layer: nn.Module, family: Family) -> None:
         self.layer = layer
+        self.parts = [
+            (parent._modules, name, child) for parent in layer.modules() for name, child in parent._modules.items()
+        ]
         self.names = list(inspect.signature(type(layer).forward).parameters)[2:]  # after self and the hidden states
         norms = [norm_part(layer, name) if name else None for name in family.norms]
         self.first_norm, self.second_norm = norms[0], norms[1] if len(norms) > 1 else None
@@ -104,6 +108,9 @@ class FusedLayer(FusedForward):
     def _needs_stock(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
         if self.layer.training or torch.is_autocast_enabled("cpu"):
             return True
+        for modules, name, module in self.parts:
+            if modules.get(name) is not module:  # it was replaced, by an adapter for instance
+                return True
         for name, value in kwargs.items():
             if name not in self.known and value is not None and value is not False:
                 return True

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from ..nn.linears import linear_shape
+from ..nn.linears import is_linear, linear_shape
 from ..ops import PostOp
 from .attention import attention_forward, with_bias
 from .cache import NativeLayer, Storage, attend
@@ -228,9 +228,9 @@ class FusedAttention:
 
 
 def _features(linear: nn.Module) -> tuple[int, int]:
-    if hasattr(linear, "out_features"):
-        return linear.out_features, linear.in_features
-    return linear_shape(linear)  # transformers' Conv1D
+    if is_linear(linear) and not hasattr(linear, "out_features"):  # transformers' Conv1D
+        return linear_shape(linear)
+    return part(linear, "out_features"), part(linear, "in_features")
 
 
 def _write(new: torch.Tensor, cache: torch.Tensor, scales: torch.Tensor | None, start: int) -> None:

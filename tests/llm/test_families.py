@@ -381,6 +381,24 @@ def test_tokens_of_an_image_see_each_other(cached):
     torch.testing.assert_close(actual, stock(tokens, pixel_values=image).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_replaced_modules_count(copied):
+    stock = build("llama")
+    model = copied(fused(stock))
+    plain = steps(model, 0)
+    for each in (stock, model):
+        projection = each.model.layers[1].self_attn.q_proj
+        each.model.layers[1].self_attn.q_proj = torch.nn.Sequential(projection, torch.nn.ReLU())
+
+    expected = steps(stock, 0)
+
+    assert not torch.allclose(plain, expected)
+    torch.testing.assert_close(steps(model, 0), expected, rtol=0, atol=1e-4)
+    assert len(fuse_decoder(model)) == 1
+
+
 def test_restored_layers_are_stock():
     model = build("llama")
     fuse_decoder(model)
