@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .recipe import Int8Recipe, WeightOnlyRecipe
 from .trials import Trial
 
-Search = Generator[Int8Recipe | WeightOnlyRecipe, Trial, None]
+Search = Generator[Int8Recipe | WeightOnlyRecipe, Trial, Any]
 
 TYPE_SHARE = 0.25
 """Share of the total error from which on layers of one type are tried together."""
@@ -58,13 +59,32 @@ def search_int8(recipes: Sequence[Int8Recipe], layers_of: Callable[[Int8Recipe],
 
 
 def search_weight_only(recipes: Sequence[Sequence[WeightOnlyRecipe]]) -> Search:
-    """All recipes of one size, then those of the next larger one, up to a size with which one meets the criterion."""
-    for of_one_size in recipes:
-        met = False
-        for recipe in of_one_size:
+    """The smallest size that meets the criterion by its first recipe; then the others of this and of smaller sizes.
+
+    `recipes` are those of every size, smallest first. Sizes grow in steps that double until one meets the criterion,
+    and bisection finds the smallest. Then smaller sizes are tried with all their recipes until none of a size meets it.
+    """
+    met: dict[WeightOnlyRecipe, bool] = {}
+
+    def attempt(recipe: WeightOnlyRecipe) -> Search:
+        if recipe not in met:
             trial = yield recipe
-            met = met or trial.met
-        if met:
+            met[recipe] = trial.met
+        return met[recipe]
+
+    last = len(recipes) - 1
+    lowest, highest, step = -1, 0, 1
+    while not (yield from attempt(recipes[highest][0])) and highest < last:
+        lowest, highest, step = highest, min(highest + step, last), 2 * step
+    while highest - lowest > 1 and met[recipes[highest][0]]:
+        middle = (lowest + highest) // 2
+        found = yield from attempt(recipes[middle][0])
+        lowest, highest = (lowest, middle) if found else (middle, highest)
+    for of_one_size in reversed(recipes[: highest + 1]):
+        outcomes = []
+        for recipe in of_one_size:
+            outcomes.append((yield from attempt(recipe)))
+        if not any(outcomes):
             return
 
 

@@ -34,6 +34,9 @@ from .trials import Trial
 
 ALGORITHMS = ("gptq", "awq", "rtn")
 DEFAULT_ACT_QUANT_MODE = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
+SIZE_STEP = 1.05
+"""By how much the sizes grow that are tried without a budget."""
+
 GPTQ_DTYPES = (WoqWeightDtype.INT4, WoqWeightDtype.INT8)
 
 
@@ -142,17 +145,17 @@ class WeightOnlyQuantizer:
 
     def search(self) -> Search:
         """The recipes to try; ValueError when none is within the budget."""
-        sizes = self._budgets()
         recipes = [
             [recipe for lowp_mode in self.space.lowp_modes for recipe in self._recipes(budget, lowp_mode)]
-            for budget in sizes
+            for budget in self._budgets()
         ]
-        if not any(recipes):
+        recipes = [of_one_size for of_one_size in recipes if of_one_size]
+        if not recipes:
             raise ValueError(
                 f"max_bytes_per_weight: {self.max_bytes_per_weight:g} is too few for all of the schemes; the smallest "
                 f"take {self._smallest():.4f}"
             )
-        return search_weight_only([list(dict.fromkeys(each)) for each in recipes])
+        return search_weight_only(recipes)
 
     def cost(self, trial: Trial) -> float:
         """What counts before accuracy: nothing within a budget, else the size."""
@@ -205,15 +208,18 @@ class WeightOnlyQuantizer:
         return [option for option in self.options[name] if option.scheme in schemes]
 
     def _budgets(self) -> list[float]:
-        """Bytes of all layers: the one that is asked for, else those of every uniform choice, smallest first."""
+        """Bytes of all layers: what is asked for, else from the smallest choice to the largest uniform one in steps."""
         if self.max_bytes_per_weight is not None:
             return [self.max_bytes_per_weight * self.weights]
-        sizes = {
+        budgets = [self._smallest() * self.weights]
+        largest = max(
             sum(option.bytes for option in choice.values())
             for lowp_mode in self.space.lowp_modes
             for choice in self._uniform(lowp_mode)
-        }
-        return sorted(sizes)
+        )
+        while budgets[-1] < largest:
+            budgets.append(min(budgets[-1] * SIZE_STEP, largest))
+        return budgets
 
     def _uniform(self, lowp_mode: WoqLowpMode) -> Iterator[dict[str, Option]]:
         """Every scheme for all layers, with each choice that there is for the output layer."""

@@ -72,11 +72,36 @@ def test_layers_that_the_user_leaves_in_float_stay_there():
     assert all("head" in recipe.float_modules for recipe in tried)
 
 
-def test_weight_only_sizes_grow_until_one_meets():
-    schemes = [WeightScheme(WoqWeightDtype.INT4, True, size) for size in (128, 64, 32)]
-    recipes = [[WeightOnlyRecipe(a, WoqLowpMode.INT8, (("x", s),)) for a in ("gptq", "rtn")] for s in schemes]
-    tried = run(search_weight_only(recipes), lambda recipe: recipe == recipes[1][0])
-    assert tried == [*recipes[0], *recipes[1]]
+def weight_only_recipes(sizes):
+    """Two recipes of each size."""
+    schemes = [WeightScheme(WoqWeightDtype.INT4, True, 1 << i) for i in range(sizes)]
+    return [[WeightOnlyRecipe(a, WoqLowpMode.INT8, (("x", s),)) for a in ("gptq", "rtn")] for s in schemes]
+
+
+@pytest.mark.parametrize("smallest", range(15))
+def test_the_smallest_weight_only_size_is_found(smallest):
+    recipes = weight_only_recipes(15)
+    fine = [recipe for of_one_size in recipes[smallest:] for recipe in of_one_size]
+    tried = run(search_weight_only(recipes), lambda recipe: recipe in fine)
+    assert len(set(tried)) == len(tried) <= 12
+    assert set(recipes[smallest]) <= set(tried)
+    assert set(recipes[max(smallest - 1, 0)]) <= set(tried), "another algorithm may do with less"
+
+
+def test_another_algorithm_may_do_with_less():
+    recipes = weight_only_recipes(8)
+    fine = [recipes[6][0], recipes[7][0], *(of_one_size[1] for of_one_size in recipes[3:])]
+    tried = run(search_weight_only(recipes), lambda recipe: recipe in fine)
+    assert recipes[3][1] in tried
+
+
+def test_one_size_and_no_success():
+    recipes = weight_only_recipes(1)
+    assert run(search_weight_only(recipes), lambda recipe: False) == recipes[0]
+    assert run(search_weight_only(recipes), lambda recipe: True) == recipes[0]
+    recipes = weight_only_recipes(4)
+    tried = run(search_weight_only(recipes), lambda recipe: False)
+    assert tried == [recipes[0][0], recipes[1][0], recipes[3][0], recipes[3][1]]
 
 
 def test_the_best_trial():
