@@ -48,11 +48,12 @@ def scatter_plot(
 
 
 def bar_plot(bars: Sequence[tuple[str, float, str]]) -> str:
-    """A bar for each (name, positive value, note), in the order given; empty when there is none."""
-    values = [max(value, 1e-12) for _, value, _ in bars]
-    if not values:
+    """A bar for each (name, value, note), in the order given, without height for 0; empty when all are 0."""
+    values = [value for _, value, _ in bars]
+    positive = [value for value in values if value > 0]
+    if not positive:
         return ""
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
+    low, high = math.floor(math.log10(min(positive) / 1.5)), math.ceil(math.log10(max(positive)))
     y = _Axis([low, max(high, low + 1)], _HEIGHT - _BOTTOM, _TOP, margin=0)
     parts = [
         f"<line x1='{_LEFT}' x2='{_WIDTH - _RIGHT}' y1='{y.at(n):.1f}' y2='{y.at(n):.1f}' stroke='{_GRID}'/>"
@@ -61,7 +62,7 @@ def bar_plot(bars: Sequence[tuple[str, float, str]]) -> str:
     ]
     step = (_WIDTH - _LEFT - _RIGHT) / len(values)
     for i, ((name, _, note), value) in enumerate(zip(bars, values, strict=True)):
-        top = y.at(math.log10(value))
+        top = y.at(math.log10(value)) if value > 0 else y.at(low)
         parts.append(
             f"<rect x='{_LEFT + i * step:.1f}' y='{top:.1f}' width='{max(step * 0.8, 0.5):.1f}' "
             f"height='{_HEIGHT - _BOTTOM - top:.1f}' fill='{_POINT}'>"

@@ -97,7 +97,8 @@ class Report:
             f"<style>{_STYLE}</style>\n<h1>Tuning report</h1>\n<p>{html.escape(self._summary())}</p>\n"
             "<h2>Metric against size</h2>\n"
             f"{self.to_svg()}\n<h2>Sensitivity of the layers</h2>\n"
-            "<p>Squared error of each layer's output when it is quantized, relative to the output's own.</p>\n"
+            "<p>What quantizing each layer costs: the squared error of its output relative to the output or, where "
+            "only weights are quantized, the estimated divergence of the model's predictions in nats a token.</p>\n"
             f"{bar_plot(bars)}\n<h2>Trials</h2>\n{self._html_table()}</html>\n"
         )
 

@@ -68,6 +68,17 @@ def test_one_trial_is_enough(tmp_path):
     assert "has not ended" in (tmp_path / "report.html").read_text()
 
 
+def test_a_layer_without_error_has_no_height():
+    sensitivity = {"a": {"error": 0.0}, "b": {"error": 1e-3}, "c": {"error": 2e-2}}
+    page = Report(1.0, "0.1 relative", 0, [trial(0, 1.0, 10)], sensitivity).to_html()
+    bars = [part for part in page.split("<rect")[1:] if part.split(">")[1] == "<title"]
+    assert "height='0.0'" in bars[0]
+    assert "1e-12" not in page
+    assert "1e-4" in page, "the lowest bar has some height"
+    nothing = Report(1.0, "0.1 relative", 0, [trial(0, 1.0, 10)], {"a": {"error": 0.0}}).to_html()
+    assert nothing.count("<svg") == 1
+
+
 def test_a_record_is_read(tmp_path):
     record = TrialRecord(tmp_path / "r.jsonl", {"criterion": "0.1 relative"})
     record.set_baseline(1.0, 0.0)
