@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_SUBMODULES = ("llm", "nn", "ops", "quantization")
+_SUBMODULES = ("autotune", "llm", "nn", "ops", "quantization")
 
 __all__ = ["explain", "optimize_transformers", "show_config", *_SUBMODULES]
 
