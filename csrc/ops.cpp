@@ -1,7 +1,5 @@
 // The weight-only ops: schema, argument checks, memory and threads. Nothing in csrc but ops*.cpp talks to torch, and
 // they do so only through its stable ABI.
-#include "ops.h"
-
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,15 +11,11 @@
 #include <tuple>
 #include <vector>
 
+#include "ops_woq.h"
 #include "pack.h"
-#include "woq_plan.h"
 
 namespace ipex_quant {
 namespace {
-
-ScalarType code_type(int64_t dtype) {
-  return dtype == kInt8 ? ScalarType::Char : dtype == kFp8 ? ScalarType::Float8_e4m3fn : ScalarType::Byte;
-}
 
 void check_scheme(int64_t n, int64_t k, int64_t dtype, int64_t group_size, bool asymmetric) {
   constexpr int64_t kLargest = int64_t(1) << 31;
@@ -33,26 +27,12 @@ void check_scheme(int64_t n, int64_t k, int64_t dtype, int64_t group_size, bool 
   IPEX_QUANT_CHECK(!asymmetric || dtype == kInt8 || dtype == kInt4, "only INT8 and INT4 have zero points");
 }
 
-// The data of a perm, or null without one.
-const int32_t* perm_data(const std::optional<Tensor>& perm, int64_t k) {
-  if (!perm) return nullptr;
-  check_tensor("perm", *perm, ScalarType::Int, 1);
-  IPEX_QUANT_CHECK(perm->size(0) == k, "perm: expected ", k, " elements, got ", perm->size(0));
-  const int32_t* p = static_cast<const int32_t*>(perm->const_data_ptr());
-  for (int64_t i = 0; i < k; ++i)
-    IPEX_QUANT_CHECK(p[i] >= 0 && p[i] < k, "perm: expected values in 0..", k - 1, ", got ", p[i]);
-  return p;
-}
+}  // namespace
 
-// Packing and unpacking write through the perm, so there it must hit every feature.
-const int32_t* permutation_data(const std::optional<Tensor>& perm, int64_t k) {
-  const int32_t* p = perm_data(perm, k);
-  if (!p) return nullptr;
-  std::vector<bool> seen(size_t(k), false);
-  for (int64_t i = 0; i < k; ++i) seen[size_t(p[i])] = true;
-  IPEX_QUANT_CHECK(std::find(seen.begin(), seen.end(), false) == seen.end(), "perm: expected a permutation of 0..",
-                   k - 1);
-  return p;
+void check_positions(const char* name, const int32_t* positions, int64_t k) {
+  for (int64_t i = 0; i < k; ++i)
+    IPEX_QUANT_CHECK(positions[i] >= 0 && positions[i] < k, name, ": expected values in 0..", k - 1, ", got ",
+                     positions[i]);
 }
 
 WoqHeader read_header(const Tensor& packed) {
@@ -72,6 +52,39 @@ WoqGeometry geometry_of(const WoqHeader& h, const Tensor& packed) {
   IPEX_QUANT_CHECK(packed.numel() == g.total_bytes(), "packed: expected ", g.total_bytes(), " bytes, got ",
                    packed.numel());
   return g;
+}
+
+void check_modes(int64_t lowp_mode, int64_t act_quant_mode) {
+  IPEX_QUANT_CHECK(lowp_mode >= kLowpNone && lowp_mode <= kLowpInt8, "lowp_mode: expected 0..3, got ", lowp_mode);
+  IPEX_QUANT_CHECK(lowp_mode != kLowpInt8 || (act_quant_mode >= kPerTensor && act_quant_mode < 2 * kSymmetricActOffset),
+                   "act_quant_mode: INT8 compute needs 0..7, got ", act_quant_mode);
+}
+
+namespace {
+
+ScalarType code_type(int64_t dtype) {
+  return dtype == kInt8 ? ScalarType::Char : dtype == kFp8 ? ScalarType::Float8_e4m3fn : ScalarType::Byte;
+}
+
+// The data of a perm, or null without one.
+const int32_t* perm_data(const std::optional<Tensor>& perm, int64_t k) {
+  if (!perm) return nullptr;
+  check_tensor("perm", *perm, ScalarType::Int, 1);
+  IPEX_QUANT_CHECK(perm->size(0) == k, "perm: expected ", k, " elements, got ", perm->size(0));
+  const int32_t* p = static_cast<const int32_t*>(perm->const_data_ptr());
+  check_positions("perm", p, k);
+  return p;
+}
+
+// Packing and unpacking write through the perm, so there it must hit every feature.
+const int32_t* permutation_data(const std::optional<Tensor>& perm, int64_t k) {
+  const int32_t* p = perm_data(perm, k);
+  if (!p) return nullptr;
+  std::vector<bool> seen(size_t(k), false);
+  for (int64_t i = 0; i < k; ++i) seen[size_t(p[i])] = true;
+  IPEX_QUANT_CHECK(std::find(seen.begin(), seen.end(), false) == seen.end(), "perm: expected a permutation of 0..",
+                   k - 1);
+  return p;
 }
 
 Tensor woq_pack(Tensor codes, Tensor scales, std::optional<Tensor> zero_points, std::optional<Tensor> perm,
@@ -171,9 +184,7 @@ void multiply(const std::vector<GemmArgs>& weights, bool together) {
   int64_t row_parts = 1;
   if (!decode && tiles < 4 * threads)
     row_parts = std::max<int64_t>(1, std::min((4 * threads + tiles - 1) / tiles, s.rows / 64));
-  // Decode reads memory fastest in long forward streams, so its threads take long runs of tiles.
-  const int64_t run = decode ? (tiles + 4 * threads - 1) / (4 * threads) : 1;
-  parallel_tasks(tiles * row_parts, run, [&](auto next) {
+  const auto multiply_tasks = [&](auto next) {
     const Buffer scratch = make_buffer(gemm_scratch(*weights[0].geometry, s, (s.rows + row_parts - 1) / row_parts));
     for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next()) {
       int64_t first = 0;  // the weight's first tile among all
@@ -186,13 +197,11 @@ void multiply(const std::vector<GemmArgs>& weights, bool together) {
         if (!together) first += weight.geometry->tiles;
       }
     }
-  });
-}
-
-void check_modes(int64_t lowp_mode, int64_t act_quant_mode) {
-  IPEX_QUANT_CHECK(lowp_mode >= kLowpNone && lowp_mode <= kLowpInt8, "lowp_mode: expected 0..3, got ", lowp_mode);
-  IPEX_QUANT_CHECK(lowp_mode != kLowpInt8 || (act_quant_mode >= kPerTensor && act_quant_mode < 2 * kSymmetricActOffset),
-                   "act_quant_mode: INT8 compute needs 0..7, got ", act_quant_mode);
+  };
+  if (decode)
+    parallel_streams(tiles, multiply_tasks);
+  else
+    parallel_tasks(tiles * row_parts, 1, multiply_tasks);
 }
 
 // What a weight-only linear is called with, checked, and the activations staged for the kernels: once for all weights.

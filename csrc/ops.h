@@ -14,6 +14,7 @@
 #include "buffer.h"
 #include "check.h"
 #include "kernels.h"
+#include "team.h"
 
 namespace ipex_quant {
 
@@ -34,9 +35,6 @@ void parallel(int64_t count, int64_t grain, F f) {
 
 // Runs f(next) on every thread, where next() hands out runs [begin, end) of at most `run` tasks until it returns an
 // empty one: threads that the system slows down take fewer.
-struct Tasks {
-  int64_t begin, end;
-};
 template <class F>
 void parallel_tasks(int64_t count, int64_t run, F f) {
   std::atomic<int64_t> taken{0};
@@ -46,6 +44,14 @@ void parallel_tasks(int64_t count, int64_t run, F f) {
   };
   const int64_t workers = std::min<int64_t>((count + run - 1) / run, torch::stable::get_num_threads());
   parallel(workers, 1, [&](int64_t, int64_t) { f(next); });
+}
+
+// Likewise with `SharedTasks`.
+template <class F>
+void parallel_streams(int64_t count, F f) {
+  const int64_t workers = std::min<int64_t>(count, torch::stable::get_num_threads());
+  SharedTasks tasks(count, workers);
+  parallel(workers, 1, [&](int64_t thread, int64_t) { f([&] { return tasks.next(thread); }); });
 }
 
 inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
@@ -150,7 +156,33 @@ RotaryArgs rotary_args(const RotaryInput& x, Tensor& cos, Tensor& sin, int64_t r
 // attention_call.h
 class AttentionCall;
 class RopeAttention;
+struct RopeAttentionArgs;
 void run(AttentionCall& call);
 void run(RopeAttention& call);
+
+// Queries, keys and values [batch, length, width], of which a token's elements are adjacent.
+struct QkvInput {
+  const void* data;
+  ScalarType dtype;
+  int64_t batch, length, width;
+  int64_t strides[2];
+};
+
+// What rotates, stores and attends to them, which owns what the arguments point to.
+struct RopeAttentionOptions {
+  Tensor cos, sin;
+  int64_t rotary_dim;
+  bool interleaved;
+  Tensor key_cache, value_cache;
+  std::optional<Tensor> key_scales, value_scales;
+  int64_t start;
+  double scale;
+  std::optional<Tensor> mask;
+  int64_t window;
+  double softcap;
+  std::optional<Tensor> alibi;
+};
+// All but where the result goes.
+RopeAttentionArgs rope_attention_args(const QkvInput& qkv, RopeAttentionOptions& options);
 
 }  // namespace ipex_quant

@@ -286,36 +286,14 @@ Tensor fused_rope_attention(Tensor qkv, Tensor cos, Tensor sin, int64_t rotary_d
                             int64_t start, double scale, std::optional<Tensor> mask, int64_t window, double softcap,
                             std::optional<Tensor> alibi) {
   check_dim("qkv", qkv, 3);
-  check_dim("key_cache", key_cache, 4);
-  const FloatType type = float_type("qkv", qkv.scalar_type());
-  const int64_t batch = qkv.size(0), length = qkv.size(1);
-  const int64_t kv_heads = key_cache.size(1), dim = key_cache.size(3),
-                heads = dim ? qkv.size(2) / dim - 2 * kv_heads : 0;
-  IPEX_QUANT_CHECK(heads > 0 && qkv.size(2) == (heads + 2 * kv_heads) * dim, "qkv: expected [batch, length, (heads + ",
-                   2 * kv_heads, ") * ", dim, "], got ", shape_of(qkv));
   qkv = with_unit_stride(qkv);
-  const int64_t row = qkv.stride(0), token = qkv.stride(1);
-  RopeAttentionArgs args{};
-  args.rotary =
-      rotary_args({qkv.const_data_ptr(), qkv.scalar_type(), batch, length, heads + kv_heads, dim, {row, token, dim}},
-                  cos, sin, rotary_dim, interleaved);
-  AttentionArgs& attention = args.attention;
-  attention.type = type;
-  set_options(attention, {scale, true, window, softcap});
-  set_heads(attention, heads, kv_heads);
-  attention.key_dim = dim;
-  attention.alibi = optional_vector("alibi", alibi, heads);
-  const NewTokens tokens{{}, type, batch, kv_heads, length, dim};
-  write_to("key_cache", key_cache, key_scales, tokens);
-  write_to("value_cache", value_cache, value_scales, tokens);
-  IPEX_QUANT_CHECK(key_cache.size(0) == batch, "key_cache: expected the batch size of qkv, ", batch, ", got ",
-                   key_cache.size(0));
-  check_start(start, length, key_cache.size(2));
-  Cache{key_cache, value_cache, key_scales, value_scales}.describe(attention, qkv.scalar_type());
-  if (mask) attention.mask = mask_of(*mask, {batch, heads, length, start + length});
-  Tensor output = empty_in_dtype_of(qkv, {batch, length, heads * dim});
-  args.batch = batch;
-  args.start = start;
+  const QkvInput input{qkv.const_data_ptr(), qkv.scalar_type(), qkv.size(0),
+                       qkv.size(1),          qkv.size(2),       {qkv.stride(0), qkv.stride(1)}};
+  RopeAttentionOptions options{cos,          sin,   rotary_dim, interleaved, key_cache, value_cache, key_scales,
+                               value_scales, start, scale,      mask,        window,    softcap,     alibi};
+  RopeAttentionArgs args = rope_attention_args(input, options);
+  Tensor output = empty_in_dtype_of(
+      qkv, {input.batch, input.length, args.attention.kv_heads * args.attention.group * args.attention.value_dim});
   args.output = static_cast<uint8_t*>(output.mutable_data_ptr());
   RopeAttention call(args);
   run(call);
@@ -444,6 +422,37 @@ Tensor varlen_attention(Tensor query, Tensor key, Tensor value, Tensor query_sta
 }
 
 }  // namespace
+
+RopeAttentionArgs rope_attention_args(const QkvInput& qkv, RopeAttentionOptions& o) {
+  check_dim("key_cache", o.key_cache, 4);
+  const FloatType type = float_type("qkv", qkv.dtype);
+  const int64_t batch = qkv.batch, length = qkv.length;
+  const int64_t kv_heads = o.key_cache.size(1), dim = o.key_cache.size(3),
+                heads = dim ? qkv.width / dim - 2 * kv_heads : 0;
+  IPEX_QUANT_CHECK(heads > 0 && qkv.width == (heads + 2 * kv_heads) * dim, "qkv: expected [batch, length, (heads + ",
+                   2 * kv_heads, ") * ", dim, "], got [", batch, ", ", length, ", ", qkv.width, "]");
+  RopeAttentionArgs args{};
+  args.rotary =
+      rotary_args({qkv.data, qkv.dtype, batch, length, heads + kv_heads, dim, {qkv.strides[0], qkv.strides[1], dim}},
+                  o.cos, o.sin, o.rotary_dim, o.interleaved);
+  AttentionArgs& attention = args.attention;
+  attention.type = type;
+  set_options(attention, {o.scale, true, o.window, o.softcap});
+  set_heads(attention, heads, kv_heads);
+  attention.key_dim = dim;
+  attention.alibi = optional_vector("alibi", o.alibi, heads);
+  const NewTokens tokens{{}, type, batch, kv_heads, length, dim};
+  write_to("key_cache", o.key_cache, o.key_scales, tokens);
+  write_to("value_cache", o.value_cache, o.value_scales, tokens);
+  IPEX_QUANT_CHECK(o.key_cache.size(0) == batch, "key_cache: expected the batch size of qkv, ", batch, ", got ",
+                   o.key_cache.size(0));
+  check_start(o.start, length, o.key_cache.size(2));
+  Cache{o.key_cache, o.value_cache, o.key_scales, o.value_scales}.describe(attention, qkv.dtype);
+  if (o.mask) attention.mask = mask_of(*o.mask, {batch, heads, length, o.start + length});
+  args.batch = batch;
+  args.start = o.start;
+  return args;
+}
 
 void run(AttentionCall& call) {
   parallel_tasks(call.tasks(), call.run_length(torch::stable::get_num_threads()), [&](auto next) {

@@ -11,6 +11,7 @@ from .attention import (
     write_cache,
     write_paged_cache,
 )
+from .decoder import DecoderStructure, DecoderWeights, decoder_layers
 from .gated import gelu_mul, gelu_mul_halves, silu_mul, silu_mul_halves
 from .int8 import (
     PackedInt8,
@@ -40,12 +41,15 @@ from .woq import (
 
 __all__ = [
     "ISA_LEVELS",
+    "DecoderStructure",
+    "DecoderWeights",
     "PackedInt8",
     "PackedWeight",
     "PostOp",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "decoder_layers",
     "fused_rope_attention",
     "gelu_mul",
     "gelu_mul_halves",

@@ -121,7 +121,17 @@ def test_packed_bytes_and_integer_results_do_not_depend_on_the_level(results, le
 def test_ops_pass_their_tests(level: str) -> None:
     tests = [
         str(Path(__file__).with_name(f"test_{name}.py"))
-        for name in ("attention", "attention_fused", "attention_ragged", "gated", "int8", "norm", "rope", "woq_group")
+        for name in (
+            "attention",
+            "attention_fused",
+            "attention_ragged",
+            "decoder",
+            "gated",
+            "int8",
+            "norm",
+            "rope",
+            "woq_group",
+        )
     ]
     done = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, level=level, capture_output=True)
     assert done.returncode == 0, done.stdout

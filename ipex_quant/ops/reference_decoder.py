@@ -1,0 +1,92 @@
+"""Plain-torch definition of decoder layers with packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ..numerics.quantized_weight import QuantizedWeight
+from .decoder import DecoderStructure, DecoderWeights
+from .reference import woq_linear
+from .reference_attention import fused_rope_attention
+from .reference_llm import layer_norm, rms_norm
+from .woq import PostOp
+
+_ACTIVATIONS = {
+    PostOp.RELU: F.relu,
+    PostOp.GELU: F.gelu,
+    PostOp.NEW_GELU: lambda x: F.gelu(x, approximate="tanh"),
+    PostOp.SILU: F.silu,
+}
+
+
+def decoder_layers(
+    x: torch.Tensor,
+    quantized: Sequence[QuantizedWeight],
+    weights: DecoderWeights,
+    structure: DecoderStructure,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    caches: Sequence[torch.Tensor],
+    starts: Sequence[int],
+    mask: torch.Tensor | None = None,
+    alibi: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `ipex_quant.ops.decoder_layers`, with `quantized` in the place of ``weights.packed``."""
+    count, buffers = structure.projections + structure.mlp_inputs + 2, len(caches) // len(starts)
+    for i, start in enumerate(starts):
+        layer = _Layer(quantized[i * count :], weights.biases[i * count :], structure)
+        norms, biases = weights.norms[2 * i :], weights.norm_biases[2 * i :]
+        attended = layer.attention(
+            layer.norm(x, norms[0], biases[0] if biases else None),
+            weights.head_norms[2 * i : 2 * i + 2],
+            caches[i * buffers : (i + 1) * buffers],
+            {"cos": cos, "sin": sin, "start": start, "mask": mask, "alibi": alibi},
+        )
+        hidden = x if structure.parallel else x + attended
+        inner = layer.mlp(layer.norm(hidden, norms[1], biases[1] if biases else None))
+        x = inner + attended + x if structure.parallel else inner + hidden
+    return x
+
+
+class _Layer:
+    """Linears in the order in which they are called."""
+
+    def __init__(
+        self, weights: Sequence[QuantizedWeight], biases: Sequence[torch.Tensor | None], structure: DecoderStructure
+    ) -> None:
+        self.linears = iter(zip(weights, biases or [None] * len(weights), strict=True))
+        self.structure = structure
+
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = next(self.linears)
+        return woq_linear(x, weight, bias, self.structure.lowp_mode, self.structure.act_quant_mode)
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        eps = self.structure.eps
+        return layer_norm(x, weight, bias, eps) if self.structure.centered else rms_norm(x, weight, eps)
+
+    def attention(
+        self, x: torch.Tensor, norms: Sequence[torch.Tensor], cache: Sequence[torch.Tensor], options: dict
+    ) -> torch.Tensor:
+        structure = self.structure
+        projected = torch.cat([self.linear(x) for _ in range(structure.projections)], -1)
+        if norms:
+            kv_heads, dim = cache[0].shape[1], cache[0].shape[3]
+            heads = projected.unflatten(-1, (-1, dim))
+            query, key, value = heads.split((heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads), 2)
+            projected = torch.cat((self.norm(query, norms[0]), self.norm(key, norms[1]), value), 2).flatten(2)
+        options |= {"rotary_dim": structure.rotary_dim, "interleaved": structure.interleaved}
+        options |= {"scale": structure.scale, "softcap": structure.softcap}
+        tables = options.pop("cos"), options.pop("sin")
+        return self.linear(fused_rope_attention(projected, *tables, *cache, **options))
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        activation = _ACTIVATIONS[self.structure.activation]
+        inner = [self.linear(x) for _ in range(self.structure.mlp_inputs)]
+        if not self.structure.gated:
+            return self.linear(activation(inner[0]))
+        gates, factors = inner if len(inner) == 2 else inner[0].chunk(2, -1)
+        return self.linear(activation(gates) * factors)

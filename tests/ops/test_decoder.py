@@ -1,0 +1,296 @@
+"""Decoder layers in one call: the bits of their parts, the plain-torch definition, and bad arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ipex_quant import ops
+from ipex_quant.numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
+from ipex_quant.ops import PostOp, reference_decoder
+from ipex_quant.ops.decoder import DecoderStructure, DecoderWeights, decoder_layers
+
+from .test_attention import DTYPES, generator, normal
+
+INT4 = WeightScheme(WoqWeightDtype.INT4, False, 32)
+INT8_MODE = {"lowp_mode": WoqLowpMode.INT8, "act_quant_mode": WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM}
+CAPACITY = 20
+
+
+class Stack:
+    """Layers of random weights, and what they are called with."""
+
+    def __init__(
+        self,
+        structure: DecoderStructure,
+        shape: tuple[int, int] = (1, 1),
+        dtype: torch.dtype = torch.float32,
+        layers: int = 2,
+        scheme: WeightScheme = INT4,
+        biased: bool = False,
+        head_norms: bool = False,
+        int8: bool = False,
+        start: int = 5,
+        heads: tuple[int, int, int] = (4, 2, 16),
+    ) -> None:
+        query, kv, dim = heads
+        features, inner, width = 80, 72, (query + 2 * kv) * dim
+        projections = [query * dim, kv * dim, kv * dim] if structure.projections == 3 else [width]
+        joined = structure.gated and structure.mlp_inputs == 1
+        sizes = [(n, features) for n in projections] + [(features, query * dim)]
+        sizes += [(2 * inner if joined else inner, features)] * structure.mlp_inputs + [(features, inner)]
+        weights = [normal(*size, seed=i) * 0.1 for i, size in enumerate(sizes * layers)]
+        self.quantized = [ops.quantize_weight(weight, scheme) for weight in weights]
+        self.weights = DecoderWeights(
+            packed=[ops.pack_weight(weight).data for weight in self.quantized],
+            biases=[normal(len(w), seed=i) if i % 3 else None for i, w in enumerate(weights)] if biased else [],
+            norms=[1 + 0.1 * normal(features, dtype=dtype, seed=i) for i in range(2 * layers)],
+            norm_biases=[normal(features, dtype=dtype, seed=i) for i in range(2 * layers)] if biased else [],
+            head_norms=[1 + 0.1 * normal(dim, dtype=dtype, seed=i) for i in range(2 * layers if head_norms else 0)],
+        )
+        if biased and not structure.centered:
+            self.weights.norm_biases.clear()
+        self.structure = dataclasses.replace(structure, scale=dim**-0.5)
+        self.x = normal(*shape, features, dtype=dtype)
+        angles = normal(1, shape[1], structure.rotary_dim // 2, seed=3)
+        self.tables = angles.cos(), angles.sin()
+        size = (shape[0], kv, CAPACITY, dim)
+        self.caches = [normal(*size, dtype=dtype, seed=i) for i in range(2 * layers)]
+        if int8:
+            codes = [ops.reference_attention.quantize_token(cache) for cache in self.caches]
+            self.caches = [t for i in range(layers) for t in (*zip(*codes[2 * i : 2 * i + 2], strict=True),)]
+            self.caches = [t for pair in self.caches for t in pair]
+        self.starts = [start] * layers
+
+    def run(self, function=decoder_layers, *first, **options):
+        """The result and the caches after it."""
+        caches = [cache.clone() for cache in self.caches]
+        arguments = (self.weights, self.structure, *self.tables, caches, self.starts)
+        return function(self.x, *first, *arguments, **options), caches
+
+
+def in_parts(
+    x, weights, structure, cos, sin, caches, starts, mask=None, alibi=None
+):  # what the lean decoder calls where one call does not do
+    modes, eps = (structure.lowp_mode, structure.act_quant_mode), structure.eps
+    linears = iter(zip(weights.packed, weights.biases or [None] * len(weights.packed), strict=True))
+    norms = iter(zip(weights.norms, weights.norm_biases or [None] * len(weights.norms), strict=True))
+    each = len(caches) // len(starts)
+
+    def linear(value, post_op=PostOp.NONE, *others):
+        data, bias = next(linears)
+        size = int.from_bytes(bytes(data[8:16].tolist()), "little")  # out_features of the header
+        return ops.woq_linear(value, data, size, bias, None, *modes, post_op, others)
+
+    def norm(value):
+        weight, bias = next(norms)
+        return ops.layer_norm(value, weight, bias, eps) if structure.centered else ops.rms_norm(value, weight, eps)
+
+    for i, start in enumerate(starts):
+        normed, cache = norm(x), caches[i * each : (i + 1) * each]
+        projected = torch.cat([linear(normed) for _ in range(structure.projections)], -1)
+        if weights.head_norms:
+            kv_heads, dim = cache[0].shape[1], cache[0].shape[3]
+            query, key, value = projected.unflatten(-1, (-1, dim)).tensor_split((-2 * kv_heads, -kv_heads), 2)
+            heads = zip((query, key), weights.head_norms[2 * i :], strict=False)
+            kind = (
+                (lambda a, b: ops.layer_norm(a, b, None, eps))
+                if structure.centered
+                else (lambda a, b: ops.rms_norm(a, b, eps))
+            )
+            projected = torch.cat([*(kind(a.contiguous(), b) for a, b in heads), value], 2).flatten(2)
+        options = {"rotary_dim": structure.rotary_dim, "interleaved": structure.interleaved, "scale": structure.scale}
+        options |= {"softcap": structure.softcap, "mask": mask, "alibi": alibi, "start": start}
+        attended = ops.fused_rope_attention(projected, cos, sin, *cache, **options)
+        attended = linear(attended) if structure.parallel else linear(attended, PostOp.ADD, x)
+        normed = norm(x if structure.parallel else attended)
+        if not structure.gated:
+            inner = linear(normed, structure.activation)
+        elif structure.mlp_inputs == 2:
+            inner = linear(normed, structure.activation)
+            inner = linear(normed, PostOp.MUL, inner)
+        else:
+            inner = torch.ops.ipex_quant.gated_product_halves(linear(normed), int(structure.activation))
+        x = linear(inner, PostOp.ADD_ADD, attended, x) if structure.parallel else linear(inner, PostOp.ADD, attended)
+    return x
+
+
+structures = st.builds(
+    DecoderStructure,
+    projections=st.sampled_from([1, 3]),
+    mlp_inputs=st.sampled_from([1, 2]),
+    activation=st.sampled_from([PostOp.GELU, PostOp.NEW_GELU, PostOp.SILU]),
+    parallel=st.booleans(),
+    centered=st.booleans(),
+    rotary_dim=st.sampled_from([0, 4, 16]),
+    interleaved=st.booleans(),
+    softcap=st.sampled_from([0.0, 5.0]),
+)
+modes = st.sampled_from(
+    [
+        {},
+        {"lowp_mode": WoqLowpMode.BF16},
+        *({"lowp_mode": WoqLowpMode.INT8, "act_quant_mode": m} for m in WoqActQuantMode if m != WoqActQuantMode.NONE),
+    ]
+)
+schemes = st.sampled_from(
+    [INT4, WeightScheme(WoqWeightDtype.INT8, True, -1), WeightScheme(WoqWeightDtype.NF4, True, 16)]
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    structure=structures,
+    mode=modes,
+    scheme=schemes,
+    shape=st.sampled_from([(1, 1), (3, 1), (1, 3), (2, 4)]),
+    dtype=st.sampled_from(DTYPES),
+    plain=st.booleans(),
+    biased=st.booleans(),
+    head_norms=st.booleans(),
+    int8=st.booleans(),
+    masked=st.booleans(),
+    alibi=st.booleans(),
+)
+def test_has_the_bits_of_its_parts(
+    structure, mode, scheme, shape, dtype, plain, biased, head_norms, int8, masked, alibi
+) -> None:
+    structure = dataclasses.replace(structure, **mode)
+    if plain:
+        structure = dataclasses.replace(structure, gated=False, mlp_inputs=1, activation=PostOp.RELU)
+    stack = Stack(structure, shape, dtype, scheme=scheme, biased=biased, head_norms=head_norms, int8=int8)
+    options = {"alibi": torch.tensor([0.5, 0.25, 0.1, 0.3])} if alibi else {}
+    if masked:
+        options["mask"] = torch.rand(shape[0], 1, 1, 5 + shape[1], generator=generator(4)) < 0.8
+    result, caches = stack.run(**options)
+    expected, expected_caches = stack.run(in_parts, **options)
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert torch.equal(result.nan_to_num(), expected.nan_to_num())
+    for got, wanted in zip(caches, expected_caches, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("mode", [{}, INT8_MODE])
+@pytest.mark.parametrize(
+    "structure",
+    [
+        DecoderStructure(rotary_dim=16),
+        DecoderStructure(projections=1, mlp_inputs=1, parallel=True, centered=True, rotary_dim=8, interleaved=True),
+        DecoderStructure(mlp_inputs=1, gated=False, activation=PostOp.RELU),
+    ],
+)
+def test_computes_what_is_defined(structure, mode) -> None:
+    stack = Stack(dataclasses.replace(structure, **mode), (2, 3), biased=True, head_norms=True)
+    result, caches = stack.run()
+
+    def expected_layers(x, *arguments):
+        return reference_decoder.decoder_layers(x, stack.quantized, *arguments)
+
+    expected, expected_caches = stack.run(expected_layers)
+    tolerance = 0.05 if mode else 1e-4  # one step of a quantized activation
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(caches, expected_caches, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_any_number_of_threads_gives_the_same(threads) -> None:
+    stack = Stack(DecoderStructure(rotary_dim=16, **INT8_MODE), (1, 5), torch.bfloat16, layers=3)
+    expected = stack.run()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(5):
+            result = stack.run()
+            assert torch.equal(result[0], expected[0])
+            assert all(map(torch.equal, result[1], expected[1]))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_features_in_another_order() -> None:
+    stack = Stack(DecoderStructure(rotary_dim=16))
+    order = torch.randperm(80, generator=generator(1)).int()
+    plain, _ = stack.run()
+    shuffled, _ = stack.run()
+    assert torch.equal(plain, shuffled)
+    stack.weights.perms.extend([None, None, order, None] * 2)
+    assert not torch.equal(stack.run()[0], plain)
+
+
+def test_no_token_gives_none() -> None:
+    assert Stack(DecoderStructure(rotary_dim=16), (0, 1)).run()[0].shape == (0, 1, 80)
+
+
+def changed(name: str, value: object):
+    def change(stack: Stack) -> None:
+        target = stack if hasattr(stack, name) else stack.weights
+        object.__setattr__(target, name, value(getattr(target, name)))
+
+    return change
+
+
+def with_structure(**options: object):
+    def change(stack: Stack) -> None:
+        stack.structure = dataclasses.replace(stack.structure, **options)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed("x", lambda x: x.repeat(1, 9, 1)), "at most 8 tokens"),
+        (changed("x", lambda x: x[0]), "x: expected shape"),
+        (changed("x", lambda x: x.double()), "expected float32"),
+        (changed("x", lambda x: x[..., :64]), "in features"),
+        (changed("packed", lambda p: p[:-1]), "packed: expected 7 for each of 2 layers"),
+        (changed("packed", lambda p: [t[:-1] for t in p]), "packed: expected"),
+        (changed("packed", lambda p: [p[1], p[0], *p[2:]]), "expected projections to 4, 2 and 2 heads"),
+        (changed("packed", lambda p: [*p[:3], p[6], *p[4:]]), "features"),
+        (changed("packed", lambda p: [*p[:4], p[0], *p[5:]]), "features"),
+        (changed("biases", lambda b: [torch.zeros(3)] * 14), "biases: expected"),
+        (changed("perms", lambda b: [None] * 7), "perms: expected 4"),
+        (changed("perms", lambda b: [torch.full((80,), 80).int(), *[None] * 7]), "perms"),
+        (changed("norms", lambda n: n[:2]), "norms: expected 2"),
+        (changed("norms", lambda n: [t[:3] for t in n]), "norms: expected shape"),
+        (changed("norms", lambda n: [t.half() for t in n]), "norms: expected float32"),
+        (changed("norm_biases", lambda n: [torch.zeros(3)] * 4), "norm_biases: expected shape"),
+        (changed("head_norms", lambda n: [torch.zeros(3)] * 4), "head_norms: expected shape"),
+        (changed("caches", lambda c: c[:3]), "caches: expected 2"),
+        (changed("caches", lambda c: [t[:, :1] for t in c]), "expected"),
+        (changed("caches", lambda c: [t.half() for t in c]), "expected the dtype"),
+        (changed("starts", lambda s: [CAPACITY] * 2), "do not fit a cache"),
+        (changed("starts", lambda s: [-1, 0]), "do not fit a cache"),
+        (changed("starts", lambda s: []), "starts"),
+        (changed("tables", lambda t: (t[0], t[1][:, :, :3])), "sin: expected"),
+        (with_structure(projections=2), "projections: expected 1 or 3"),
+        (with_structure(mlp_inputs=3), "mlp_inputs"),
+        (with_structure(gated=False), "mlp_inputs"),
+        (with_structure(activation=PostOp.RELU), "activation"),
+        (with_structure(activation=9), "activation"),
+        (with_structure(rotary_dim=18), "rotary_dim"),
+        (with_structure(lowp_mode=5), "lowp_mode"),
+        (with_structure(lowp_mode=3), "act_quant_mode"),
+        (with_structure(scale=float("nan")), "scale"),
+    ],
+)
+def test_bad_arguments_write_nothing(change, message) -> None:
+    stack = Stack(DecoderStructure(rotary_dim=16))
+    change(stack)
+    kept = [cache.clone() for cache in stack.caches]
+    with pytest.raises(RuntimeError, match=message):
+        decoder_layers(stack.x, stack.weights, stack.structure, *stack.tables, stack.caches, stack.starts)
+    assert all(map(torch.equal, stack.caches, kept))
+
+
+def test_opcheck() -> None:
+    stack = Stack(DecoderStructure(rotary_dim=16), layers=1)
+    w, s = stack.weights, stack.structure
+    arguments = (stack.x, w.packed, w.biases, w.perms, w.norms, w.norm_biases, w.head_norms, s.eps, s.centered)
+    arguments += (s.projections, s.mlp_inputs, int(s.activation), s.gated, s.parallel, 0, -1, *stack.tables)
+    arguments += (s.rotary_dim, s.interleaved, stack.caches, stack.starts, s.scale, None, s.softcap, None)
+    torch.library.opcheck(torch.ops.ipex_quant.decoder_layers.default, arguments)
