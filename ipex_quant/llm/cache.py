@@ -294,7 +294,8 @@ class NativeLayer(CacheLayerMixin):
             return None
         self._make_room(length)
         first = self._visible_from(0)
-        return tuple(x[:, :, first:] for x in self._buffers), self._count - first
+        buffers = tuple(x[:, :, first:] for x in self._buffers) if first else self._buffers
+        return buffers, self._count - first
 
     def commit(self, length: int) -> None:
         """Count `length` tokens that were written where `reserve` said."""

@@ -17,6 +17,7 @@ from .. import ops
 from ..nn.fused_forward import FusedForward, restore_forwards
 from ..ops import PostOp
 from .decoder_attention import CrossAttention, FusedAttention, UnsuitableError, norm_part, part
+from .decoder_step import layer_step
 from .families import FAMILIES, Family, Mlp, Residual
 from .fusing import activation_post_op, fused_linear, fused_linears
 
@@ -89,13 +90,16 @@ class FusedLayer(FusedForward):
         self.known = frozenset(_KNOWN + family.keywords)
         self.returns = family.returns
         self.clamps_float16 = family.clamps_float16
+        self.step = layer_step(self, family.residual)
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args:
             kwargs.update(zip(self.names, args, strict=False))
         if self._needs_stock(hidden_states, kwargs):
             return type(self.layer).forward(self.layer, hidden_states, **kwargs)
-        result = self.compute(hidden_states, kwargs)
+        result = self.step(hidden_states, kwargs) if self.step else None
+        if result is None:
+            result = self.compute(hidden_states, kwargs)
         return (result, *map(kwargs.get, self.returns)) if self.returns else result
 
     def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -190,6 +194,7 @@ class FusedMlp:
         self.output = fused_linear(part(module, names.output))
         self.first = fused_linear(inputs[0])
         self.inputs = fused_linears(inputs)
+        self.gated = names.gated
         if not names.gated:
             self.intermediate = self._activated
         else:

@@ -164,6 +164,10 @@ class WeightOnlyGroup(LinearGroup):
             return super().gated(x, activation)
         return _woq_linear_gated(x, *data, *biases, perms[0], self.out_features[0], *self.modes, int(activation))
 
+    def one_order(self) -> bool:
+        """Whether all see the features of the input in one order now."""
+        return self._one_order([module._buffers["_perm"] for module in self.modules])
+
     def _tensors(self) -> list[list[torch.Tensor | None]]:
         buffers = [module._buffers for module in self.modules]
         return [[tensors[name] for tensors in buffers] for name in ("_packed", "_bias", "_perm")]

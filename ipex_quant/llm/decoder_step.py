@@ -1,0 +1,175 @@
+"""Fused decoder layers in one native call each, or in one together, for the few tokens of a decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..ops import PostOp
+from ..ops.decoder import MAX_TOKENS, DecoderStructure
+from .decoder_attention import FusedAttention, Room
+from .families import Layout, Residual
+from .fusing import LinearGroup, WeightOnlyGroup, WeightOnlyLinear
+from .norms import LayerNorm, Norm
+
+if TYPE_CHECKING:
+    from .decoder import FusedLayer
+
+_decoder_layers = torch.ops.ipex_quant.decoder_layers.default
+_GATES = (PostOp.GELU, PostOp.NEW_GELU, PostOp.SILU)
+
+
+def layer_step(layer: FusedLayer, residual: Residual) -> LayerStep | None:
+    """What computes `layer` in one native call; None where it has a part that the call does not know."""
+    attention, mlp, parallel = layer.attention, layer.mlp, residual == Residual.PARALLEL
+    if (not parallel and residual != Residual.SEQUENTIAL) or layer.cross is not None or layer.after:
+        return None
+    norms = [layer.first_norm, layer.first_norm if parallel and layer.second_norm is None else layer.second_norm]
+    alike = {_norm_kind(norm) for norm in norms + attention.norms}
+    kind, eps = alike.pop()
+    if alike or kind not in (Norm, LayerNorm) or not _known_attention(attention):
+        return None
+    if not isinstance(getattr(mlp, "inputs", None), LinearGroup):
+        return None
+    groups = [_linears(group) for group in (attention.project, attention.output, mlp.inputs, mlp.output)]
+    if not all(groups) or mlp.post_op not in (_GATES if mlp.gated else (PostOp.RELU, *_GATES)):
+        return None
+    modes = {linear.options[1:] for linear in chain(*groups)}
+    return LayerStep(layer, groups, norms, eps, parallel) if len(modes) == 1 else None
+
+
+def _norm_kind(norm: Norm | None) -> tuple[type, float]:
+    if norm is None or norm.module._parameters.get("weight") is None:
+        return type(None), 0.0
+    return type(norm), norm.eps
+
+
+def _known_attention(attention: FusedAttention) -> bool:
+    layouts = (Layout.SEPARATE, Layout.BLOCKS)
+    unknown = attention.clip or attention.names.joint_norms or attention.names.position_bias
+    return attention.names.layout in layouts and attention.is_causal and not unknown
+
+
+def _linears(group: LinearGroup | WeightOnlyLinear) -> list[WeightOnlyLinear] | None:
+    """Weight-only linears that one call multiplies by, or None."""
+    linears = [group] if not isinstance(group, LinearGroup) else group.linears
+    if not all(type(linear) is WeightOnlyLinear for linear in linears):
+        return None
+    return linears if len(linears) == 1 or isinstance(group, WeightOnlyGroup) else None
+
+
+class LayerStep:
+    """The tensors of one layer, and what it computes with them."""
+
+    def __init__(
+        self,
+        layer: FusedLayer,
+        groups: Sequence[Sequence[WeightOnlyLinear]],
+        norms: Sequence[Norm],
+        eps: float,
+        parallel: bool,
+    ) -> None:
+        self.attention = attention = layer.attention
+        self.groups = [group for group in (attention.project, layer.mlp.inputs) if isinstance(group, WeightOnlyGroup)]
+        self.linears = [linear.module for group in groups for linear in group]
+        self.first_of_group = [group[0].module for group in groups]
+        self.norms = [norm.module for norm in norms]
+        self.head_norms = [norm.module for norm in attention.norms]
+        _, lowp_mode, act_quant_mode = groups[0][0].options
+        self.structure = DecoderStructure(
+            projections=len(groups[0]),
+            mlp_inputs=len(groups[2]),
+            activation=layer.mlp.post_op,
+            gated=layer.mlp.gated,
+            parallel=parallel,
+            centered=type(norms[0]) is LayerNorm,
+            eps=eps,
+            lowp_mode=lowp_mode,
+            act_quant_mode=act_quant_mode,
+            interleaved=attention.interleaved,
+            scale=attention.scale,
+            softcap=attention.softcap,
+        )
+
+    def __call__(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """Hidden states after the layer; None where this call needs the ordinary path, with nothing done."""
+        return run([self], x, kwargs)
+
+    def room(self, x: torch.Tensor, kwargs: dict[str, Any], mask: torch.Tensor | None) -> Room | None:
+        cache = kwargs.get(self.attention.names.cache)
+        if cache is None:
+            return None
+        cache = getattr(cache, "self_attention_cache", cache)
+        return self.attention.reserve(cache.layers, x, mask)
+
+
+def run(steps: Sequence[LayerStep], x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Layers of one structure, one after the other; None where one of them needs the ordinary path, with nothing done.
+
+    The positions are those that the first layer finds in `kwargs`.
+    """
+    batch, length, _ = x.shape
+    if batch * length > MAX_TOKENS or torch.compiler.is_compiling():  # where the cache starts would be a constant
+        return None
+    attention = steps[0].attention
+    mask = kwargs.get("attention_mask")
+    if mask is not None:
+        if length > 1:
+            return None
+        mask = ~mask if attention.names.masked_is_true else mask
+    rooms = [step.room(x, kwargs, mask) for step in steps]
+    if None in rooms:
+        return None
+    buffers = [linear._buffers for step in steps for linear in step.linears]
+    biases = [tensors["_bias"] for tensors in buffers]
+    perms = [module._buffers["_perm"] for step in steps for module in step.first_of_group]
+    for group in chain.from_iterable(step.groups for step in steps):
+        if not group.one_order():
+            return None
+    norms = [module._parameters for step in steps for module in step.norms]
+    norm_biases = [parameters.get("bias") for parameters in norms]
+    head_norms = [module._parameters["weight"] for step in steps for module in step.head_norms]
+    if attention.rope is None:
+        cos = sin = x.new_empty(1, length, 0)
+    else:
+        cos, sin = attention.rope(attention, kwargs, x.dtype)
+    s = steps[0].structure
+    result = _decoder_layers(
+        x,
+        [tensors["_packed"] for tensors in buffers],
+        _given(biases),
+        _given(perms),
+        [parameters["weight"] for parameters in norms],
+        _given(norm_biases),
+        head_norms,
+        s.eps,
+        s.centered,
+        s.projections,
+        s.mlp_inputs,
+        int(s.activation),
+        s.gated,
+        s.parallel,
+        s.lowp_mode,
+        s.act_quant_mode,
+        cos,
+        sin,
+        cos.shape[-1] * (1 + s.interleaved),
+        s.interleaved,
+        [tensor for room in rooms for tensor in room[1:5] if tensor is not None],
+        [room.start for room in rooms],
+        s.scale,
+        mask,
+        s.softcap,
+        attention.slopes,
+    )
+    for room in rooms:
+        room.layer.commit(length)
+    return result
+
+
+def _given(tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """`tensors`, or nothing if all are None, which costs less to hand over."""
+    return [] if all(tensor is None for tensor in tensors) else tensors
