@@ -79,7 +79,7 @@ def test_the_result_holds_what_the_search_found(model, samples):
 @pytest.mark.parametrize("dtype", list(WoqWeightDtype))
 @pytest.mark.parametrize("lowp_mode", [WoqLowpMode.NONE, WoqLowpMode.INT8])
 def test_every_dtype_saves_and_loads_bit_equal(model, samples, tmp_path, dtype, lowp_mode):
-    mapping = get_weight_only_quant_qconfig_mapping(weight_dtype=dtype, group_size=16, lowp_mode=lowp_mode)
+    mapping = get_weight_only_quant_qconfig_mapping(weight_dtype=dtype, group_size=32, lowp_mode=lowp_mode)
     with torch.inference_mode():
         exact = model(IDS).logits
         for parameter in model.parameters():  # the frequencies of the rotary embedding stay float32
