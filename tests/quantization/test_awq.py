@@ -88,7 +88,7 @@ def test_every_dtype_saves_and_loads_bit_equal(model, samples, tmp_path, dtype, 
         assert quantized is model
         quantized = ipex.llm.optimize(quantized, dtype=torch.bfloat16, inplace=True)
         logits = quantized(IDS).logits
-        assert (logits.float() - exact).norm() < (0.05 if dtype == WoqWeightDtype.INT8 else 0.2) * exact.norm()
+        assert (logits.float() - exact).norm() < (0.05 if dtype == WoqWeightDtype.INT8 else 0.3) * exact.norm()
         ipex.llm.save(quantized, tmp_path / "model")
         loaded = ipex.llm.load(tmp_path / "model")
         assert torch.equal(loaded(IDS).logits, logits)
@@ -111,7 +111,7 @@ def test_a_tied_output_layer(samples):
     exact = model(IDS).logits
     quantized = ipex.llm.optimize(awq(model, samples, INT4, FEW), dtype=torch.float32)
     assert isinstance(quantized.lm_head, WeightOnlyQuantizedLinear)
-    assert (quantized(IDS).logits - exact).norm() < 0.2 * exact.norm()
+    assert (quantized(IDS).logits - exact).norm() < 0.3 * exact.norm()
 
 
 @pytest.mark.parametrize(
