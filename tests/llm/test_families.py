@@ -381,6 +381,21 @@ def test_tokens_of_an_image_see_each_other(cached):
     torch.testing.assert_close(actual, stock(tokens, pixel_values=image).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("_no_stock_layers")
+@pytest.mark.parametrize("name", ["phi3", "llama", "gpt-bigcode"])
+def test_a_mask_may_show_later_tokens(name):
+    stock = build(name)
+    tokens = torch.randint(3, 96, (1, 6), generator=torch.Generator().manual_seed(1))
+    visible = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    visible[..., :4, :4] = True  # a prefix
+
+    actual = fused(stock)(tokens, attention_mask=visible, past_key_values=native_cache(stock.config)).logits
+
+    expected = stock(tokens, attention_mask=visible).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    assert not torch.allclose(expected, stock(tokens).logits)
+
+
 @pytest.mark.parametrize(
     "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 )
