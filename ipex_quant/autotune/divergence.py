@@ -8,6 +8,7 @@ batches serves all layers and schemes. Without logits the error is relative, tha
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..nn.fused_forward import restored_forwards
 from ..nn.linears import weight_matrix
 from ..nn.modes import evaluating
 from ..quantization._example import Example
@@ -58,11 +60,13 @@ def sample_layers(
     samples: dict[str, LayerSample] = {}
     rows = -(-SAMPLE_ROWS // len(batches))
     generator = torch.Generator().manual_seed(seed)
-    with evaluating(model), _without_gradients(model), torch.enable_grad():
+    # A cache may be for inference only.
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    with evaluating(model), restored_forwards(model), _without_gradients(model), torch.enable_grad():
         for batch in tqdm(batches, "sampling layers"):
             draw = int(torch.randint(1 << 30, (), generator=generator))
             with _hooks(model, names, partial(_see, samples, rows, draw)):
-                output = model(*batch.args, **batch.kwargs)
+                output = model(*batch.args, **{**batch.kwargs, **options})
                 logits = getattr(output, "logits", None)
                 if isinstance(logits, torch.Tensor) and logits.requires_grad:
                     _log_likelihood(logits, batch, generator).backward()

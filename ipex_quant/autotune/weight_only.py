@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +16,8 @@ from torch.ao.quantization import QConfigMapping
 from tqdm import tqdm
 
 from .. import ops
-from ..nn.linears import weight_matrix
+from ..nn.fused_forward import restored_forwards
+from ..nn.linears import is_linear, weight_matrix
 from ..numerics.affine import dequantize
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
@@ -128,13 +130,16 @@ class WeightOnlyQuantizer:
         self.model, self.batches, self.space = model, batches, space
         self.max_bytes_per_weight = max_bytes_per_weight
         chosen, _ = choose_qconfigs(get_weight_only_quant_qconfig_mapping(), model)
-        self.layers = list(chosen)
+        self.layers = [name for name in chosen if is_linear(model.get_submodule(name))]
         self.head = _output_layer(model)
+        self.always_float = always_float & set(self.layers)
         self.groups = self._share_groups()
-        self.always_float = {name for name, group in self.groups.items() if always_float & set(group)}
         if set(self.groups) == self.always_float:
             raise ValueError("op_type_dict: it leaves all layers in float, so that there is nothing to tune")
         samples = sample_layers(model, batches, self.layers, seed)
+        missed = [name for name in self.layers if name not in samples]
+        if missed:
+            warnings.warn(f"autotune: no batch reached {', '.join(missed)}: they get the smallest scheme", stacklevel=4)
         every = dict.fromkeys(scheme for mode in space.lowp_modes for scheme in space.schemes(mode))
         self.options = {
             name: [self._option(group, samples, scheme) for scheme in (*every, None)]
@@ -262,11 +267,13 @@ class WeightOnlyQuantizer:
         return min(smallest) / self.weights
 
     def _share_groups(self) -> dict[str, tuple[str, ...]]:
-        """Layers that consume the same tensor, by the name of the first."""
-        groups = trace_groups(self.model, self.layers, (), partial(self.batches[0].run, self.model))
-        found = {group.members[0]: group.members for group in groups}
-        traced = {name for members in found.values() for name in members}
-        return found | {name: (name,) for name in self.layers if name not in traced}
+        """Layers that consume the same tensor, by the name of the first; those that stay in float are alone."""
+        with restored_forwards(self.model):
+            traced = trace_groups(self.model, self.layers, (), partial(self.batches[0].run, self.model))
+        together = [[name for name in group.members if name not in self.always_float] for group in traced]
+        grouped = {name for members in together for name in members}
+        together += [[name] for name in self.layers if name not in grouped]
+        return {members[0]: tuple(members) for members in together if members}
 
 
 def find_weights(model: nn.Module, batches: Sequence[Example], recipe: WeightOnlyRecipe) -> FoundWeights:

@@ -167,6 +167,30 @@ def test_op_type_dict(tiny, tiny_batches):
     assert [isinstance(model[i], QuantizedModule) for i in (0, 2, 4)] == [True, False, True]
 
 
+def test_one_member_of_a_share_group_may_stay_in_float(make_model, batches):
+    name = "model.layers.0.self_attn.q_proj"
+    model = make_model(outliers=False)
+    space = WeightOnlySpace(algorithms=["rtn"])
+    quantizer = WeightOnlyQuantizer(model, read_batches(model, batches, 1), space, None, frozenset([name]), 0)
+    assert quantizer.groups[name] == (name,)
+    for recipe in quantizer._recipes(1e9, WoqLowpMode.INT8):
+        assert [each for each, scheme in recipe.schemes if scheme is None] == [name]
+
+
+def test_a_fused_model_is_sampled_too(make_model, batches):
+    model = make_model(outliers=False)
+    fused = llm.optimize(model, dtype=torch.float32)
+    quantizers = [
+        WeightOnlyQuantizer(
+            each, read_batches(each, batches, 2), WeightOnlySpace(algorithms=["rtn"]), None, frozenset(), 0
+        )
+        for each in (model, fused)
+    ]
+    assert quantizers[0].groups == quantizers[1].groups
+    plain, native = ([option.error for choices in each.options.values() for option in choices] for each in quantizers)
+    assert native == pytest.approx(plain, rel=1e-3)
+
+
 def test_the_output_layer_may_stay_in_float(make_model, batches):
     model = make_model(outliers=False)
     space = WeightOnlySpace(algorithms=["rtn"], lm_head=[False], mixed=False)
