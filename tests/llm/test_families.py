@@ -387,13 +387,17 @@ def test_a_mask_may_show_later_tokens(name):
     stock = build(name)
     tokens = torch.randint(3, 96, (1, 6), generator=torch.Generator().manual_seed(1))
     visible = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
-    visible[..., :4, :4] = True  # a prefix
+    visible[..., 2:5, 2:5] = True
 
-    actual = fused(stock)(tokens, attention_mask=visible, past_key_values=native_cache(stock.config)).logits
+    def logits(model, cache, mask):
+        model(tokens[:, :2], past_key_values=cache)
+        return model(tokens[:, 2:], attention_mask=mask, past_key_values=cache).logits
 
-    expected = stock(tokens, attention_mask=visible).logits
+    actual = logits(fused(stock), native_cache(stock.config), visible[:, :, 2:])
+
+    expected = logits(stock, DynamicCache(config=stock.config), visible[:, :, 2:])
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
-    assert not torch.allclose(expected, stock(tokens).logits)
+    assert not torch.allclose(expected, logits(stock, DynamicCache(config=stock.config), None))
 
 
 @pytest.mark.parametrize(
