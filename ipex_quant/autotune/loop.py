@@ -15,13 +15,12 @@ logger = logging.getLogger("ipex_quant")
 
 
 def run_trials(
-    search: Search, measure: Callable[[Any, int], Trial], record: TrialRecord, tuning_time: float
+    search: Search, measure: Callable[[Any, int], Trial], record: TrialRecord, is_over: Callable[[], bool]
 ) -> list[Trial]:
-    """Measure the recipes of `search` and record their trials, until it ends, or as `tuning_time` says.
+    """Measure the recipes of `search` and record their trials, until it ends, or ``is_over()`` after one of them.
 
-    That is a number of seconds that the trials, with those of an earlier run, may take; 0 ends at the first trial that
-    meets the criterion. A trial that the record holds from an earlier run is not measured again. Raises ImportError
-    without neural-compressor.
+    A trial that the record holds from an earlier run is not measured again. Raises ImportError without
+    neural-compressor.
     """
     tuning = _tuning_parts()
 
@@ -46,9 +45,7 @@ def run_trials(
         """Records trials, and ends the search by our criterion and the time."""
 
         def need_stop(self) -> bool:
-            if tuning_time > 0:
-                return record.seconds >= tuning_time
-            return record.trials[-1].met
+            return is_over()
 
         def _print_trial_results_table(self, *_: Any) -> None:
             """The progress bar and the report show the trials."""

@@ -135,6 +135,7 @@ def autotune(
     trials = TrialRecord(record, identity)
     eval_func = eval_func or agreement(model, batches)
     measure = _Measure(eval_func, criterion, _baseline(model, eval_func, criterion, trials))
+    start = time.perf_counter()
     quantizer: Quantizer
     if weight_only:
         quantizer = WeightOnlyQuantizer(model, batches, space, max_bytes_per_weight, always_float, seed)
@@ -142,7 +143,13 @@ def autotune(
         statistics = collect(model, batches, sizes, calib_func, seed)
         quantizer = StaticQuantizer(statistics, alphas, alpha_search, always_float)
 
-    done = run_trials(quantizer.search(), lambda recipe, index: measure(quantizer, recipe, index), trials, tuning_time)
+    search = quantizer.search()
+    setup = time.perf_counter() - start
+
+    def is_over() -> bool:
+        return setup + trials.seconds >= tuning_time if tuning_time > 0 else trials.trials[-1].met
+
+    done = run_trials(search, lambda recipe, index: measure(quantizer, recipe, index), trials, is_over)
     best = best_trial(done, quantizer.cost)
     recipe = _RECIPES[best.recipe["kind"]].from_json(best.recipe)
     trials.finish(best, quantizer.sensitivity(recipe))

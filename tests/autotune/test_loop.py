@@ -17,12 +17,12 @@ def measure(recipe, index):
     return Trial(index, recipe.to_json(), str(recipe), 0.0, loss, loss <= 2, 1, 1.0, None, None, 10.0)
 
 
-@pytest.mark.parametrize(("tuning_time", "count"), [(0, 3), (1000, 5), (35, 4), (1, 1)])
-def test_when_the_search_ends(tuning_time, count):
+@pytest.mark.parametrize("count", [1, 3, 5, 9])
+def test_when_the_search_ends(count):
     record = TrialRecord(None, {})
-    trials = run_trials(search(), measure, record, tuning_time)
-    assert [trial.recipe["samples"] for trial in trials] == list(range(1, count + 1))
-    assert [trial.index for trial in trials] == list(range(count))
+    trials = run_trials(search(), measure, record, lambda: len(record.trials) == count)
+    assert [trial.recipe["samples"] for trial in trials] == list(range(1, min(count, 5) + 1))
+    assert [trial.index for trial in trials] == list(range(len(trials)))
     assert record.trials == trials
 
 
@@ -30,4 +30,4 @@ def test_without_neural_compressor(monkeypatch):
     monkeypatch.setitem(sys.modules, "neural_compressor", None)
     monkeypatch.setitem(sys.modules, "neural_compressor.common", None)
     with pytest.raises(ImportError, match=r"pip install ipex_quant\[autotune\]"):
-        run_trials(search(), measure, TrialRecord(None, {}), 0)
+        run_trials(search(), measure, TrialRecord(None, {}), bool)

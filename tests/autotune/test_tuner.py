@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ def test_outliers_are_tuned_within_one_percent(make_model, batches, eval_func, t
     head, sensitivity, trials = read_record(tmp_path / "trials.jsonl")
     assert trials[head["best"]].met
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_pre_hooks or hasattr(module, "qconfig") for module in model.modules())
     assert sensitivity.keys() == set(float_linears(model))
 
     converted = convert(prepared)
@@ -136,6 +138,19 @@ def test_sampling_sizes_are_recipes(tiny, tiny_batches, tmp_path):
     _, _, trials = read_record(tmp_path / "trials.jsonl")
     tried = {(trial.recipe["alpha"], trial.recipe["samples"]) for trial in trials}
     assert tried == {(alpha, samples) for alpha in (0.4, 0.6) for samples in (8, 16, 100)}
+
+
+def test_tuning_time(tiny, tiny_batches, tmp_path):
+    def slow(model):
+        time.sleep(0.2)
+        return 1.0
+
+    counts = {}
+    for seconds in (0, 0.01, 1000):
+        path = tmp_path / f"{seconds}.jsonl"
+        autotune(tiny, tiny_batches, eval_func=slow, sampling_sizes=[8, 16], tuning_time=seconds, record=path)
+        counts[seconds] = len(read_record(path)[2])
+    assert counts == {0: 1, 0.01: 1, 1000: 4}
 
 
 def test_positional_arguments_of_both_versions(tiny, tiny_batches):
