@@ -82,7 +82,7 @@ def norm_of(module: nn.Module) -> Norm | None:
             for kind in (Norm, OffsetNorm, LayerNorm) if weight.dim() == 1 else (HeadNorm,):
                 if torch.allclose(kind(probe, eps)(x), expected, rtol=1e-4, atol=1e-4):
                     return kind(module, eps)
-    except (RuntimeError, TypeError):  # its forward takes something else
+    except Exception:  # its forward takes something else
         pass
     return None
 

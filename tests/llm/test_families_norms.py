@@ -20,6 +20,11 @@ class Doubling(LlamaRMSNorm):
         return 2 * super().forward(x)
 
 
+class Gated(LlamaRMSNorm):
+    def forward(self, x, gate=None):
+        return super().forward(x) * gate.sigmoid()
+
+
 def sequential(norm):
     nn.init.normal_(norm.weight, 1.0, 0.2)
     return nn.Sequential(norm)
@@ -62,7 +67,7 @@ def test_other_lists_are_no_norm(norms):
     assert norm_of(nn.ModuleList(norms)) is None
 
 
-@pytest.mark.parametrize("module", [Doubling(48), nn.LayerNorm(48), nn.PReLU(48), nn.Linear(48, 48)])
+@pytest.mark.parametrize("module", [Doubling(48), Gated(48), nn.LayerNorm(48), nn.PReLU(48), nn.Linear(48, 48)])
 def test_other_modules_stay(module):
     assert fuse_norms(nn.Sequential(module)) == []
 
