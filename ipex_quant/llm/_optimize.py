@@ -48,8 +48,8 @@ def optimize(
 
     Attention, norms and key/value caches become native by the model's structure, whole decoder layers where their
     family is known; `generate` and `forward` are called as before. Calls that need gradients, and training mode, run
-    stock code: call the model under ``torch.inference_mode()``. Hooks that are registered later on modules within a
-    fused layer are not called; `ipex_quant.quantization.prepare` and the like take the layers apart first.
+    stock code: call the model under ``torch.inference_mode()``. So do layers within which modules are replaced or get
+    hooks; `ipex_quant.quantization.prepare` and the like take fused layers apart first.
 
     - `dtype` is float32, bfloat16 or float16.
     - `quantization_config`, a mapping that ``ipex_quant.quantization`` makes, says which layers and how; ``lm_head``

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import output_capturing
 
 from .. import ops
-from ..nn.fused_forward import FusedForward, restore_forwards
+from ..nn.fused_forward import FusedForward, fused_forward, restore_forwards
 from ..ops import PostOp
 from .decoder_attention import CrossAttention, FusedAttention, UnsuitableError, norm_part, part
 from .decoder_step import layer_step
@@ -31,11 +32,10 @@ _KNOWN = _USED + _WITHOUT_EFFECT
 def fuse_decoder(model: nn.Module) -> list[str]:
     """Let every decoder layer of `model` that is of a known family compute in few native calls; return their names.
 
-    Call `restore_forwards` before something has to call modules one by one, such as calibration: hooks that are
-    registered later on modules within a layer are not called. A fused layer runs stock code in training mode, under
-    autocast, where gradients or attention weights are asked for, where it gets an argument that it does not know, and
-    once a module within it was replaced, until this is called again. Why other layers of a known family stay stock is
-    logged.
+    Call `restore_forwards` before something has to call modules one by one, such as calibration. A fused layer runs
+    stock code in training mode, under autocast, where gradients or attention weights are asked for, where it gets an
+    argument that it does not know, while a module within it has hooks that it did not have, and once one was replaced,
+    until this is called again. Why other layers of a known family stay stock is logged.
     """
     restore_forwards(model, FusedLayer)
     fused = []
@@ -57,6 +57,9 @@ def _fuse(layer: nn.Module) -> str | None:
     family = next((family for family in families if _holds(layer, family)), None)
     if family is None:
         return f"it has none of {[dict(family.requires) for family in families]}"
+    for name, module in layer.named_modules():
+        if not _is_called(name, family) and (_is_replaced(module) or (name and _has_hooks(module))):
+            return f"{name or 'it'} has hooks, or a forward that is not transformers'"
     try:
         layer.forward = _LAYERS[family.residual](layer, family)
     except UnsuitableError as error:
@@ -68,6 +71,31 @@ def _holds(layer: nn.Module, family: Family) -> bool:
     return all(part(layer, path, value) == value for path, value in family.requires.items())
 
 
+def _is_called(name: str, family: Family) -> bool:
+    """Whether a fused layer calls this module, or the one that it is in, if it is not just a linear layer."""
+    return any(name == path or name.startswith(f"{path}.") for path in family.called)
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether what `module` computes is not what its class in transformers or torch does."""
+    replaced = "forward" in vars(module) and not fused_forward(module)
+    return replaced or type(module).forward.__module__.partition(".")[0] not in ("transformers", "torch")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return _are_hooks(module._forward_hooks) or _are_hooks(module._forward_pre_hooks)
+
+
+def _are_hooks(hooks: dict[int, Any]) -> bool:
+    """Whether there are `hooks` besides those that transformers leaves, which have nothing to do mostly."""
+    return any(getattr(hook, "__module__", "") != output_capturing.__name__ for hook in hooks.values())
+
+
+def _collects_attentions() -> bool:
+    """Whether transformers takes attention weights from the attention modules, which not every layer is told of."""
+    return any("attentions" in name for name in output_capturing._active_collector.get() or ())
+
+
 class FusedLayer(FusedForward):
     """What is in the place of a decoder layer's `forward`, with the same arguments and results."""
 
@@ -76,6 +104,8 @@ class FusedLayer(FusedForward):
         self.parts = [
             (parent._modules, name, child) for parent in layer.modules() for name, child in parent._modules.items()
         ]
+        hooks = [each for module in layer.modules() for each in (module._forward_hooks, module._forward_pre_hooks)]
+        self.no_hooks = [each for each in hooks[2:] if not each]  # those of the layer itself are called in any case
         self.names = list(inspect.signature(type(layer).forward).parameters)[2:]  # after self and the hidden states
         norms = [norm_part(layer, name) if name else None for name in family.norms]
         self.first_norm, self.second_norm = norms[0], norms[1] if len(norms) > 1 else None
@@ -115,6 +145,8 @@ class FusedLayer(FusedForward):
         for modules, name, module in self.parts:
             if modules.get(name) is not module:  # it was replaced, by an adapter for instance
                 return True
+        if not torch.compiler.is_compiling() and (_collects_attentions() or self._has_new_hooks()):
+            return True
         for name, value in kwargs.items():
             if name not in self.known and value is not None and value is not False:
                 return True
@@ -126,6 +158,9 @@ class FusedLayer(FusedForward):
         if not torch.is_grad_enabled():
             return False
         return hidden_states.requires_grad or any(parameter.requires_grad for parameter in self.layer.parameters())
+
+    def _has_new_hooks(self) -> bool:
+        return any(self.no_hooks) and any(map(_are_hooks, self.no_hooks))
 
 
 class SequentialLayer(FusedLayer):

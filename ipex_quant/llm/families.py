@@ -142,6 +142,14 @@ class Family:
     clamps_float16: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Where the linear layers are, or a whole MLP: what a fused layer calls as it is if it is something else."""
+        paths = ["mlp"] if self.mlp is None else [f"{self.mlp.module}.{x}" for x in (*self.mlp.inputs, self.mlp.output)]
+        for attention in filter(None, (self.attention, self.cross)):
+            paths += [f"{attention.module}.{name}" for name in (*attention.projections, attention.output)]
+        return tuple(path.lstrip(".") for path in paths)
+
 
 _LLAMA = Family()
 _QWEN3_ATTENTION = Attention(norms=("q_norm", "k_norm"))
