@@ -12,7 +12,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
-from .cache import DeferredTensor, Storage, attend
+from .cache import DeferredTensor, Storage, attend, values_of
 
 logger = logging.getLogger("ipex_quant")
 
@@ -139,18 +139,16 @@ def attention_forward(
     """Attention of `query` ``[B, H, Lq, D]`` over `key` and `value` ``[B, Hkv, T, D]``, as transformers calls it.
 
     Returns (``[B, Lq, H, Dv]``, None). Keys and values from a `NativeLayer` are read where and as they are stored. With
-    gradients it runs in plain torch.
+    gradients or `dropout` it runs in plain torch; under autocast it computes in autocast's dtype.
 
-    Raises ValueError for dropout and for attention sinks, which it does not have.
+    Raises ValueError for attention sinks, which it does not have.
     """
-    if dropout:
-        raise ValueError(
-            f"dropout: expected 0, got {dropout}; call model.eval(), or model.set_attn_implementation('sdpa') to train"
-        )
     if kwargs.get("s_aux") is not None:
         raise ValueError("attention sinks are not supported: call model.set_attn_implementation('eager')")
     if kwargs.get("output_attentions"):
         logger.warning("the native attention has no weights to return: call model.set_attn_implementation('eager')")
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     options: dict[str, Any] = {"scale": query.shape[-1] ** -0.5 if scaling is None else scaling}
     if softcap is not None:
         options["softcap"] = softcap
@@ -163,8 +161,13 @@ def attention_forward(
     if position_bias is not None:
         options["mask"] = with_bias(options.pop("mask", None), position_bias)
     keys, values = Storage.of(key), Storage.of(value)
+    if (keys.rows is None, keys.scales is None) != (values.rows is None, values.scales is None):
+        # the model computed one of them anew
+        keys, values = (Storage.of(values_of(x)) for x in (key, value))
     if len(query) != keys.batch:
         query = query.expand(keys.batch, -1, -1, -1)
+    if dropout:
+        options["dropout"] = dropout
     return attend(query, keys, values, **options), None
 
 

@@ -51,6 +51,11 @@ class DeferredTensor(torch.Tensor):
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
+def values_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A plain tensor with the values of any tensor."""
+    return tensor.values_of() if isinstance(tensor, DeferredTensor) else tensor
+
+
 class StoredTensor(DeferredTensor):
     """Keys or values of a layer, ``[B, Hkv, T, D]``, that are stored in another way: see `Storage`."""
 
@@ -125,7 +130,9 @@ class Storage:
 
     def tensor(self) -> torch.Tensor:
         """What a model's code works with: ``[B, Hkv, T, D]`` in the model's dtype."""
-        if self.scales is None and self.rows is None and self.stored.dtype == self.dtype:
+        # as after a concatenation, sequences and heads can be viewed as one dimension
+        regular = self.stored.stride(0) == self.stored.shape[1] * self.stored.stride(1)
+        if self.scales is None and self.rows is None and self.stored.dtype == self.dtype and regular:
             return self.stored
         return _stored_tensor(self.stored, self.scales, self.rows, self.dtype)
 
@@ -134,20 +141,18 @@ def attend(query: torch.Tensor, keys: Storage, values: Storage, **options: Any) 
     """Attention of `query` ``[B, H, Lq, D]`` over what a layer stores; `options` are those of `ops.attention`.
 
     Returns ``[B, Lq, H, Dv]`` in the dtype of `query`. Keys and values in a float dtype that is not the query's are
-    multiplied in theirs. Where gradients are needed it runs in plain torch.
+    multiplied in theirs. Where gradients are needed, or with the further option `dropout`, it runs in plain torch.
     """
     dtype = query.dtype
     if keys.scales is None:
         query = query.to(keys.stored.dtype)
     tensors = (query, keys.stored, values.stored, options.get("mask"))
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        run = differentiable_attention
-    else:
-        run = attention
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    run = differentiable_attention if differentiable or options.get("dropout") else attention
     out = run(
         query, keys.stored, values.stored, key_scales=keys.scales, value_scales=values.scales, rows=keys.rows, **options
     )
-    return out.to(dtype)
+    return out.to(dtype).contiguous()
 
 
 class NativeLayer(CacheLayerMixin):

@@ -24,8 +24,8 @@ def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None 
       ``model.config.kv_cache_dtype`` counts, a dtype or its name, whenever it is set.
     - In `generate`, several beams or returned sequences of a prompt share its prefill and its keys and values.
     - With ``model.config.token_latency = True``, `generate` returns (output, seconds per token), as IPEX does.
-    - Calls with gradients, caches that hold something already, and layers of another kind (linear attention,
-      convolutions) stay as they are.
+    - Calls with gradients or under autocast, caches that hold something already, and layers of another kind (linear
+      attention, convolutions) stay as they are.
 
     Returns the names of the attention modules that do not use the native attention: these compute with a float copy of
     the whole cache at every step if it is int8 or shared between beams. Raises TypeError for what is no transformers
@@ -66,6 +66,8 @@ class CacheHook:
 
     def make_native(self, cache: Any, model: PreTrainedModel, shared: bool = False) -> None:
         """Replace the empty layers of `cache`; `shared` says that sequences will be repeated."""
+        if torch.is_autocast_enabled("cpu"):  # keys and values may then differ in dtype
+            return
         dtype = self.dtype or config_cache_dtype(model)
         if isinstance(cache, EncoderDecoderCache):
             _replace_layers(cache.self_attention_cache, dtype, shared)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
 from .reference import MIN_RANGE
 from .reference_llm import rotary
-
 
 LOWEST_MASK = -(2.0**126)
 """A mask that is lower, but finite, counts as this."""
@@ -28,8 +28,9 @@ def attention(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
-    """As `ipex_quant.ops.attention`, in float64 up to the last rounding."""
+    """As `ipex_quant.ops.attention`, in float64 up to the last rounding, and with dropout of the probabilities."""
     key, value = _gathered(key, key_scales, rows), _gathered(value, value_scales, rows)
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -48,7 +49,7 @@ def attention(
         scores = scores.masked_fill(distance <= -window, -math.inf)
     nothing = (scores == -math.inf).all(-1, keepdim=True)
     probabilities = scores.softmax(-1).masked_fill(nothing, 0.0)
-    return (probabilities @ value).transpose(1, 2).to(query.dtype)
+    return (F.dropout(probabilities, dropout) @ value).transpose(1, 2).to(query.dtype)
 
 
 def _finite(mask: torch.Tensor) -> torch.Tensor:

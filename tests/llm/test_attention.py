@@ -155,10 +155,44 @@ def test_gradients_flow():
         torch.testing.assert_close(a, b)
 
 
-def test_what_it_does_not_have_is_refused():
+@pytest.mark.parametrize("anew", ["keys", "values"])
+@pytest.mark.parametrize("dtype", [None, torch.int8])
+def test_keys_or_values_that_the_model_computed_anew(dtype, anew):
+    layer = NativeLayer(dtype)
+    q, k, v = tensors(1, 5)
+    layer.update(k, v)
+    layer.batch_repeat_interleave(2)
+    q, k, v = tensors(1, 1, batch=4)
+    keys, values = layer.update(k, v)
+    keys, values = (keys * 2, values) if anew == "keys" else (keys, values * 2)
+    out, _ = attention_forward(Module(), q, keys, values, None)
+    torch.testing.assert_close(out, expected(q, keys + 0, values + 0, causal(1, 6)), rtol=1e-3, atol=1e-4)
+
+
+def test_results_can_be_viewed():
+    q, k, v = tensors(4, 4)
+    with torch.enable_grad():
+        assert attention_forward(Module(), q.requires_grad_(), k, v, None)[0].is_contiguous()
+
+
+def test_dropout():
+    q, k, v = tensors(3, 3)
+    torch.manual_seed(0)
+    out = torch.stack([attention_forward(Module(), q, k, v, None, dropout=0.25)[0] for _ in range(400)])
+    assert not torch.equal(out[0], out[1])
+    torch.testing.assert_close(out.mean(0), attention_forward(Module(), q, k, v, None)[0], rtol=0.1, atol=0.2)
+
+
+def test_autocast():
+    q, k, v = tensors(3, 3)
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves the dtypes of what it does not multiply as they are
+        out = attention_forward(Module(), q, k, v.bfloat16(), None)[0]
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected(q, k, v, causal(3, 3)), rtol=0.02, atol=0.02)
+
+
+def test_sinks_are_refused():
     q, k, v = tensors(2, 2)
-    with pytest.raises(ValueError, match=r"dropout.*0\.1"):
-        attention_forward(Module(), q, k, v, None, dropout=0.1)
     with pytest.raises(ValueError, match="sinks"):
         attention_forward(Module(), q, k, v, None, s_aux=torch.zeros(4))
 
