@@ -81,8 +81,9 @@ class FusedAttention:
         self.rope = _ROPES[names.rope]
         self.interleaved = names.rope not in (Rope.NONE, Rope.HALF)
         blocks = names.layout == Layout.BLOCKS or (names.layout == Layout.GROUPS and self.key_heads == 1)
+        self.in_blocks = blocks or names.layout == Layout.SEPARATE
         by_heads = self.norms and not names.joint_norms
-        self.joins = not by_heads and (blocks or names.layout == Layout.SEPARATE)
+        self.joins = not by_heads and self.in_blocks
         self.is_joined = not by_heads and blocks
         self.is_causal = getattr(module, "is_causal", True)
         self.slopes = alibi_slopes(self.heads) if names.alibi else None

@@ -11,7 +11,7 @@ import torch
 from ..ops import PostOp
 from ..ops.decoder import MAX_TOKENS, DecoderStructure
 from .decoder_attention import FusedAttention, Room
-from .families import Layout, Residual
+from .families import Residual
 from .fusing import LinearGroup, WeightOnlyGroup, WeightOnlyLinear
 from .norms import LayerNorm, Norm
 
@@ -48,9 +48,8 @@ def _norm_kind(norm: Norm | None) -> tuple[type, float]:
 
 
 def _known_attention(attention: FusedAttention) -> bool:
-    layouts = (Layout.SEPARATE, Layout.BLOCKS)
     unknown = attention.clip or attention.names.joint_norms or attention.names.position_bias
-    return attention.names.layout in layouts and attention.is_causal and not unknown
+    return attention.in_blocks and attention.is_causal and not unknown
 
 
 def _linears(group: LinearGroup | WeightOnlyLinear) -> list[WeightOnlyLinear] | None:

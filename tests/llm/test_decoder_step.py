@@ -24,6 +24,7 @@ ONE_CALL = {
     "stablelm-parallel": (transformers.StableLmForCausalLM, {**GROUPED, "use_parallel_residual": True}),
     "gpt-j": (transformers.GPTJForCausalLM, {**OLD_NAMES, "rotary_dim": 8}),
     "opt": (transformers.OPTForCausalLM, OPT),
+    "falcon-multi-query": (transformers.FalconForCausalLM, SIZES),
 }
 SEVERAL_CALLS = {
     "gemma": (transformers.GemmaForCausalLM, {**GROUPED, "head_dim": 32}),  # its norms add one to their weight
