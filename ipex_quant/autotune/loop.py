@@ -22,7 +22,7 @@ def run_trials(
     A trial that the record holds from an earlier run is not measured again. Raises ImportError without
     neural-compressor.
     """
-    tuning = _tuning_parts()
+    tuning = tuning_parts()
 
     class Config(tuning.BaseConfig):
         """A recipe in a config set."""
@@ -85,7 +85,8 @@ def run_trials(
     return record.trials
 
 
-def _tuning_parts() -> Any:
+def tuning_parts() -> Any:
+    """neural-compressor's module of them; ImportError when it is not installed."""
     try:
         from neural_compressor.common import base_tuning
     except ImportError as error:

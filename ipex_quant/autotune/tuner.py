@@ -16,11 +16,12 @@ from torch import nn
 from torch.ao.quantization import QConfigMapping
 
 from ..evaluation import model_bytes
+from ..quantization._rules import choose_qconfigs
 from .agreement import agreement
 from .batches import read_batches, tensors
 from .constraints import float_layers
 from .criterion import Criterion, measured
-from .loop import run_trials
+from .loop import run_trials, tuning_parts
 from .recipe import Int8Recipe, WeightOnlyRecipe
 from .report import Report, checked_report_path
 from .search import Search, best_trial
@@ -98,7 +99,8 @@ def autotune(
     - `accuracy_criterion` is ``{"relative": 0.01}``, the default, or ``{"absolute": ...}``: the largest loss allowed.
     - `tuning_time`: 0 ends at the first recipe that meets the criterion; seconds above it go on looking for a smaller
       or a more accurate one until they are over, or nothing is left to try.
-    - `quantization_config`: a `WeightOnlySpace`, or a mapping for weight-only quantization.
+    - `quantization_config`: a `WeightOnlySpace`, or a weight-only mapping: its global configuration is all there is to
+      try then, and what its rules leave in float stays there.
     - `record` is a file for the trials, replaced at once after each. If it exists, tuning goes on after its trials.
     - `report` names files for the `Report`: .html, .json, or .svg for its plot of metric against size.
     - `seed` draws samples of the layers' inputs. With the same seed and data, trials and result are the same.
@@ -112,6 +114,7 @@ def autotune(
         tuning_time = tuning_time if isinstance(accuracy_criterion, Mapping | None) else accuracy_criterion
         smoothquant_args, sampling_sizes, accuracy_criterion = None, smoothquant_args, sampling_sizes
     _check_arguments(model, calib_func, eval_func, tuning_time)
+    tuning_parts()  # before anything is computed
     weight_only = quantization_config is not None or max_bytes_per_weight is not None
     if weight_only and (smoothquant_args is not None or calib_func is not None):
         raise ValueError("smoothquant_args, calib_func: they are for static INT8; leave them out to quantize weights")
@@ -121,6 +124,8 @@ def autotune(
     always_float = float_layers(model, op_type_dict)
     alphas, alpha_search = read_smoothquant_args(smoothquant_args)
     space = WeightOnlySpace.of(quantization_config)
+    if isinstance(quantization_config, QConfigMapping):
+        always_float |= choose_qconfigs(quantization_config, model)[1].keys()
     batches = read_batches(model, calib_dataloader, sizes[-1])
 
     identity = {

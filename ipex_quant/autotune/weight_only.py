@@ -72,7 +72,10 @@ class WeightOnlySpace:
 
     @classmethod
     def of(cls, value: Any) -> WeightOnlySpace:
-        """`value` if it is a space; of a weight-only mapping its global configuration; None is the default space."""
+        """`value` if it is a space; the point that a weight-only mapping's global configuration is; None the default.
+
+        Raises TypeError for anything else.
+        """
         if value is None or isinstance(value, WeightOnlySpace):
             return value or cls()
         qconfig = value.global_qconfig if isinstance(value, QConfigMapping) else value
@@ -229,12 +232,12 @@ class WeightOnlyQuantizer:
     def _uniform(self, lowp_mode: WoqLowpMode) -> Iterator[dict[str, Option]]:
         """Every scheme for all layers, with each choice that there is for the output layer."""
         for scheme in self.space.schemes(lowp_mode):
-            for head_in_float in self.space.lm_head:
+            for head_quantized in self.space.lm_head:
                 choice = {}
                 for name in self.groups:
                     allowed = {option.scheme: option for option in self._allowed(name, lowp_mode)}
-                    in_float = None in allowed and (len(allowed) == 1 or not head_in_float)
-                    choice[name] = allowed[None if in_float else scheme]
+                    quantized = scheme in allowed and (head_quantized or name != self.head)
+                    choice[name] = allowed[scheme if quantized else None]
                 yield choice
 
     def _recipes(self, budget: float, lowp_mode: WoqLowpMode) -> Iterator[WeightOnlyRecipe]:

@@ -143,6 +143,9 @@ def test_a_plain_model_and_a_mapping(tiny, tiny_batches):
     assert model[0]._lowp_mode == WoqLowpMode.BF16
     assert type(tiny[0]) is nn.Linear
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
+    mapping.set_module_name("2", None)
+    model = autotune(tiny, tiny_batches, **options)
+    assert [isinstance(model[i], QuantizedModule) for i in (0, 2, 4)] == [True, False, True]
     assert autotune(tiny, tiny_batches, **options, inplace=True) is tiny
     assert isinstance(tiny[0], QuantizedModule)
 
@@ -195,6 +198,10 @@ def test_the_output_layer_may_stay_in_float(make_model, batches):
     model = make_model(outliers=False)
     space = WeightOnlySpace(algorithms=["rtn"], lm_head=[False], mixed=False)
     tuned = autotune(model, batches[:2], quantization_config=space, accuracy_criterion={"absolute": 1.0})
+    both = WeightOnlySpace(algorithms=["rtn"], lm_head=[True, False])
+    quantizer = WeightOnlyQuantizer(model, read_batches(model, batches, 1), both, None, frozenset(), 0)
+    heads = [choice["lm_head"].scheme is None for choice in quantizer._uniform(WoqLowpMode.INT8)]
+    assert heads == [False, True] * len(both.schemes(WoqLowpMode.INT8))
     assert type(tuned.lm_head) is nn.Linear
     assert isinstance(tuned.model.layers[0].self_attn.q_proj, QuantizedModule)
 
