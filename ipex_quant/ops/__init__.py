@@ -12,6 +12,7 @@ from .attention import (
     write_paged_cache,
 )
 from .decoder import DecoderStructure, DecoderWeights, decoder_layers
+from .experts import ExpertGate, PackedExperts, pack_experts, run_experts, unpack_experts, woq_experts
 from .gated import gelu_mul, gelu_mul_halves, silu_mul, silu_mul_halves
 from .int8 import (
     PackedInt8,
@@ -43,6 +44,8 @@ __all__ = [
     "ISA_LEVELS",
     "DecoderStructure",
     "DecoderWeights",
+    "ExpertGate",
+    "PackedExperts",
     "PackedInt8",
     "PackedWeight",
     "PostOp",
@@ -59,6 +62,7 @@ __all__ = [
     "isa_name",
     "kernel_name",
     "layer_norm",
+    "pack_experts",
     "pack_int8",
     "pack_weight",
     "paged_attention",
@@ -67,13 +71,16 @@ __all__ = [
     "quantize_weight",
     "rms_norm",
     "rotary",
+    "run_experts",
     "silu_mul",
     "silu_mul_halves",
     "supported_isas",
+    "unpack_experts",
     "unpack_int8",
     "unpack_weight",
     "varlen_attention",
     "woq_dequantize",
+    "woq_experts",
     "woq_linear",
     "woq_linear_gated",
     "woq_linear_group",

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 
 from ..numerics import affine
 from ..numerics.codebooks import NF4_LEVELS
+from ..numerics.quantized_stack import QuantizedStack
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
+from .experts import ExpertGate
 from .woq import PostOp
 
 ACT_BLOCK = 128
@@ -54,16 +56,52 @@ def woq_linear(
     quantizes `x` as `act_quant_mode` says and sums integers. `bias` is float32 ``[N]`` and is added in float32; the sum
     is rounded to the dtype of `x` before `post_op`. Raises ValueError when INT8 comes without an activation mode.
     """
+    acc = woq_sums(x.reshape(-1, qw.shape[1]), qw, bias, lowp_mode, act_quant_mode)
+    return finish(acc.to(x.dtype).reshape(*x.shape[:-1], qw.shape[0]), post_op, others)
+
+
+def woq_sums(
+    x: torch.Tensor,
+    qw: QuantizedWeight,
+    bias: torch.Tensor | None,
+    lowp_mode: WoqLowpMode,
+    act_quant_mode: WoqActQuantMode,
+) -> torch.Tensor:
+    """`woq_linear` of rows ``[M, K]`` before it is rounded, in float32."""
     if lowp_mode == WoqLowpMode.INT8 and act_quant_mode == WoqActQuantMode.NONE:
         raise ValueError("act_quant_mode: compute mode INT8 needs one, got NONE")
-    rows = x.reshape(-1, qw.shape[1])
     if lowp_mode != WoqLowpMode.INT8:
-        acc = _float_matmul(rows.to(_COMPUTE_DTYPE.get(lowp_mode, x.dtype)), qw)
+        acc = _float_matmul(x.to(_COMPUTE_DTYPE.get(lowp_mode, x.dtype)), qw)
     else:
-        acc = _byte_matmul(rows.float(), qw, act_quant_mode)
-    if bias is not None:
-        acc = acc + bias
-    return finish(acc.to(x.dtype).reshape(*x.shape[:-1], qw.shape[0]), post_op, others)
+        acc = _byte_matmul(x.float(), qw, act_quant_mode)
+    return acc if bias is None else acc + bias
+
+
+def woq_experts(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: QuantizedStack,
+    down: QuantizedStack,
+    gate: ExpertGate,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    lowp_mode: WoqLowpMode = WoqLowpMode.NONE,
+    act_quant_mode: WoqActQuantMode = WoqActQuantMode.NONE,
+) -> torch.Tensor:
+    """Sum over the experts of each row of `x` ``[T, H]``, as `ipex_quant.ops.woq_experts` documents it."""
+    sums = torch.zeros(x.shape)
+    for expert in experts.unique().tolist():
+        token, choice = (experts == expert).nonzero(as_tuple=True)
+        bias = None if gate_up_bias is None else gate_up_bias[expert]
+        both = woq_sums(x[token], gate_up[expert], bias, lowp_mode, act_quant_mode)
+        both = both.to(x.dtype) if gate.clamp is None else both
+        bias = None if down_bias is None else down_bias[expert]
+        hidden = gate(*both.chunk(2, dim=-1)).to(x.dtype)
+        rows = woq_sums(hidden, down[expert], bias, lowp_mode, act_quant_mode)
+        for row, (t, j) in enumerate(zip(token.tolist(), choice.tolist(), strict=True)):
+            sums[t] += weights[t, j] * rows[row]
+    return sums.to(x.dtype)
 
 
 def group_order(qw: QuantizedWeight) -> torch.Tensor:

@@ -1,0 +1,247 @@
+"""Mixture of experts with packed weights: packing the stacks, and multiplying tokens by the experts they go to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..numerics import affine
+from ..numerics.nibbles import pack_nibbles
+from ..numerics.quantized_stack import QuantizedStack
+from ..numerics.quantized_weight import QuantizedWeight
+from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode
+from .woq import PackedWeight, PostOp, pack_weight, unpack_weight
+
+_ops = torch.ops.ipex_quant
+_woq_experts = _ops.woq_experts.default
+
+TILE_ROWS = 64
+"""Output features of a tile (``csrc/layout.h``); every expert begins with a tile of its own."""
+
+
+@dataclass(frozen=True)
+class ExpertGate:
+    """How the gate and the up projection of an expert become one: ``activation(gate) * up``.
+
+    With `clamp`, ``(limit, slope, offset)``, it is ``g * sigmoid(slope * g) * (u + offset)``, where g is the gate, at
+    most the limit, and u is up, within the limit in both directions; `activation` then is SILU, the slope positive.
+    """
+
+    activation: PostOp
+    clamp: tuple[float, float, float] | None = None
+
+    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """The product of two tensors of one shape and dtype, rounded as eager code does, if clamped only once."""
+        if self.clamp is None:
+            activations = {
+                PostOp.GELU: F.gelu,
+                PostOp.NEW_GELU: lambda x: F.gelu(x, approximate="tanh"),
+                PostOp.SILU: F.silu,
+            }
+            return activations[self.activation](gate.float()).to(gate.dtype) * up
+        limit, slope, offset = self.clamp
+        wide, shifted = gate.float().clamp(max=limit), up.float().clamp(-limit, limit) + offset
+        return (wide * torch.sigmoid(slope * wide) * shifted).to(gate.dtype)
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """The stacked weights of experts as the kernels read them: one packed weight whose rows are those of all experts.
+
+    An expert has `blocks` of rows (gate and up, or down alone), each filled up to whole tiles. `perm`, int32
+    ``[E, K]``, is a `PackedWeight`'s for every expert, or None. `shape` is that of the stack.
+    """
+
+    data: torch.Tensor
+    perm: torch.Tensor | None
+    scheme: WeightScheme
+    shape: tuple[int, int, int]
+    blocks: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the packed weight."""
+        experts, out_features, _ = self.shape
+        return experts * self.blocks * _padded(out_features // self.blocks)
+
+
+def pack_experts(stack: QuantizedStack, blocks: int) -> PackedExperts:
+    """Lay a stack out for the kernels; `blocks` divides its out_features."""
+    perm, codes = None, stack.codes
+    if stack.g_idx is not None:
+        perm = stack.g_idx.argsort(dim=1, stable=True).to(torch.int32)
+        codes = torch.stack([_with_features(stack[expert], perm[expert]) for expert in range(len(perm))])
+    tensors = (codes, stack.scales, stack.zero_points)
+    rows = [None if tensor is None else _fill_tiles(tensor, blocks) for tensor in tensors]
+    shape = (len(rows[0]), stack.shape[2])
+    data = pack_weight(QuantizedWeight(*rows, None, stack.scheme, shape)).data
+    return PackedExperts(data, perm, stack.scheme, stack.shape, blocks)
+
+
+def unpack_experts(packed: PackedExperts) -> QuantizedStack:
+    """Return the stack that `pack_experts` was given, bit for bit."""
+    experts, out_features, in_features = packed.shape
+    qw = unpack_weight(PackedWeight(packed.data, None, packed.scheme, (packed.rows, in_features)))
+    size = out_features // packed.blocks
+
+    def stacked(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view(experts, packed.blocks, -1, tensor.shape[1])[:, :, :size].reshape(experts, out_features, -1)
+
+    codes, g_idx = stacked(qw.codes), None
+    scales, zero_points = stacked(qw.scales), None if qw.zero_points is None else stacked(qw.zero_points)
+    if packed.perm is not None:
+        stack = QuantizedStack(codes, scales, zero_points, None, packed.scheme, packed.shape)
+        inverse = packed.perm.argsort(dim=1)
+        codes = torch.stack([_with_features(stack[expert], inverse[expert]) for expert in range(experts)])
+        g_idx = (inverse // (packed.scheme.group_size if packed.scheme.group_size > 0 else in_features)).int()
+    return QuantizedStack(codes, scales, zero_points, g_idx, packed.scheme, packed.shape)
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // TILE_ROWS) * TILE_ROWS
+
+
+def _fill_tiles(tensor: torch.Tensor, blocks: int) -> torch.Tensor:
+    """``[E, blocks * n, columns]`` as rows ``[E * blocks * padded n, columns]``, zeros where there is none."""
+    experts, rows, columns = tensor.shape
+    split = tensor.reshape(experts, blocks, rows // blocks, columns)
+    if rows // blocks % TILE_ROWS:
+        filled = tensor.new_zeros(experts, blocks, _padded(rows // blocks), columns)
+        filled[:, :, : rows // blocks] = split
+        split = filled
+    return split.reshape(-1, columns)
+
+
+def _with_features(qw: QuantizedWeight, order: torch.Tensor) -> torch.Tensor:
+    """Codes of a weight with its input features in another order."""
+    codes = affine.stored_codes(qw)[:, order.long()]
+    return pack_nibbles(codes) if codes.dtype == torch.uint8 else codes.contiguous()
+
+
+def woq_experts(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: PackedExperts,
+    down: PackedExperts,
+    gate: ExpertGate,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    lowp_mode: WoqLowpMode = WoqLowpMode.NONE,
+    act_quant_mode: WoqActQuantMode = WoqActQuantMode.NONE,
+) -> torch.Tensor:
+    """Sum of ``weights[t, j] * down_e(gate(gate_e(x[t]), up_e(x[t])))`` over the experts ``e = experts[t, j]``.
+
+    - `x`: float32, bfloat16 or float16 ``[T, H]``.
+    - `experts`: int64 ``[T, k]``, expert indices. `weights`: float ``[T, k]``.
+    - `gate_up`: stack ``[E, 2 * I, H]``, the gate and then the up projection, in two blocks; `down`: ``[E, H, I]``.
+    - biases are float32 ``[E, 2 * I]`` and ``[E, H]``.
+
+    Every expert computes what `woq_linear` does with the rows of its tokens, but for a clamped gate, whose operands are
+    not rounded. The product of the gate is rounded to the dtype of `x`, results of `down` are not: they are added in
+    float32, in the order of experts, so that the sum is the same on any number of threads. Only the weights of chosen
+    experts are read. Returns ``[T, H]`` in the dtype of `x`. `x` and `weights` have gradients. Raises RuntimeError when
+    an argument does not fit, ahead of any computation.
+    """
+    sizes = gate_up.shape[0], gate_up.shape[1] // 2
+    tensors = gate_up.data, down.data, gate_up_bias, down_bias, gate_up.perm, down.perm
+    modes = int(lowp_mode), int(act_quant_mode)
+    return run_experts(x, experts, weights, *tensors, *sizes, *modes, int(gate.activation), list(gate.clamp or ()))
+
+
+def run_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """`woq_experts` with the other arguments as the native op takes them, for callers that have them at hand."""
+    if experts.dtype != torch.int64:
+        experts = experts.to(torch.int64)
+    if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
+        return _Differentiable.apply(x, weights, experts, *arguments)
+    return _woq_experts(x, experts, weights, *arguments)
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weights, experts, *arguments):
+        # save_for_backward refuses inference tensors, which a weight packed under inference_mode is.
+        ctx.arguments = x.detach(), weights.detach(), experts, *arguments
+        return _woq_experts(x, experts, weights, *arguments)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weights, experts, *arguments = ctx.arguments
+        return *_backward(grad, x, experts, weights, *arguments), *[None] * (1 + len(arguments))
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor experts, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, "
+    "Tensor? gate_up_perm, Tensor? down_perm, int num_experts, int intermediate, int lowp_mode, int act_quant_mode, "
+    "int activation, float[] clamp"
+)
+
+
+@torch.library.custom_op(
+    "ipex_quant::woq_experts_backward", mutates_args=(), schema=f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor)"
+)
+def _backward(
+    grad, x, experts, weights, gate_up, down, up_bias, down_bias, up_perm, down_perm, count, width, _, __, act, clamp
+):
+    gate = ExpertGate(PostOp(act), tuple(clamp) or None)
+    x_grad, weights_grad = torch.zeros(x.shape), torch.zeros(weights.shape)
+    for expert in experts.unique().tolist():
+        up_weight = _expert_weight(gate_up, up_perm, expert, (count, 2, width, x.shape[1]))
+        down_weight = _expert_weight(down, down_perm, expert, (count, 1, x.shape[1], width))
+        token, choice = (experts == expert).nonzero(as_tuple=True)
+        both = F.linear(x[token].float(), up_weight, None if up_bias is None else up_bias[expert]).chunk(2, dim=-1)
+        out = F.linear(gate(*both), down_weight, None if down_bias is None else down_bias[expert])
+        rows = grad[token].float()
+        weights_grad[token, choice] = (rows * out).sum(-1)
+        hidden_grad = (rows * weights[token, choice, None]) @ down_weight
+        x_grad.index_add_(0, token, torch.cat(_gate_gradients(gate, *both, hidden_grad), dim=-1) @ up_weight)
+    return x_grad.to(x.dtype), weights_grad.to(weights.dtype)
+
+
+def _gate_gradients(
+    gate: ExpertGate, x: torch.Tensor, up: torch.Tensor, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `gate(x, up)` for both of its operands, all float32."""
+    if gate.clamp is not None:
+        limit, slope, offset = gate.clamp
+        g, shifted = x.clamp(max=limit), up.clamp(-limit, limit) + offset
+        s = torch.sigmoid(slope * g)
+        x_grad = grad * shifted * s * (1 + slope * g * (1 - s)) * (x <= limit)
+        return x_grad, grad * g * s * (up.abs() <= limit)
+    up_grad = grad * gate(x, torch.ones_like(up))
+    if gate.activation == PostOp.SILU:
+        return torch.ops.aten.silu_backward(grad * up, x), up_grad
+    approximate = "tanh" if gate.activation == PostOp.NEW_GELU else "none"
+    return torch.ops.aten.gelu_backward(grad * up, x, approximate=approximate), up_grad
+
+
+@_backward.register_fake
+def _(grad, x, experts, weights, *arguments):
+    return torch.empty_like(x), torch.empty_like(weights)
+
+
+def _expert_weight(
+    data: torch.Tensor, perm: torch.Tensor | None, expert: int, sizes: tuple[int, int, int, int]
+) -> torch.Tensor:
+    """Real values ``[blocks * n, K]`` of one expert of a packed stack with ``(experts, blocks, n, K)``."""
+    count, blocks, n, in_features = sizes
+    rows = blocks * _padded(n)
+    header, tiles = data[:64].clone(), data[64:].view(count, -1)[expert]  # WoqHeader, whose out_features is at byte 8
+    header[8:16] = torch.tensor([rows]).view(torch.uint8)
+    values = _ops.woq_dequantize(torch.cat((header, tiles)), None, rows, in_features, torch.float32)
+    values = values.view(blocks, -1, in_features)[:, :n].reshape(blocks * n, in_features)
+    return values if perm is None else values[:, perm[expert].argsort()]
+
+
+@torch.library.register_fake("ipex_quant::woq_experts")
+def _(x, experts, weights, *arguments):
+    for tensor in (experts, weights, *(a for a in arguments if isinstance(a, torch.Tensor))):
+        torch._check(
+            tensor.device == x.device,
+            lambda tensor=tensor: f"woq_experts: expected all tensors on device {x.device}, got {tensor.device}",
+        )
+    return x.new_empty(x.shape)
