@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass, fields
 from torch import nn
 
 from .. import ops
-from ..nn import Int8Conv2d, Int8Linear, QuantizedModule, WeightOnlyQuantizedLinear
+from ..nn import Int8Conv2d, Int8Linear, QuantizedModule, WeightOnlyQuantizedExperts, WeightOnlyQuantizedLinear
 from ..nn.linears import holds_experts, is_linear, weight_matrix
 from ..numerics.scheme import WoqLowpMode
 from ..ops.int8 import INT8_PER_CHANNEL
@@ -69,7 +69,7 @@ def explain(model: nn.Module) -> Explanation:
     siblings = {name: [each for each in group if each != name] for group in share_groups(model) for name in group}
     rows = []
     for name, module in model.named_modules():
-        if isinstance(module, WeightOnlyQuantizedLinear):
+        if isinstance(module, (WeightOnlyQuantizedLinear, WeightOnlyQuantizedExperts)):
             rows.append(_weight_only_row(name, module))
         elif isinstance(module, QuantizedModule):
             rows.append(_int8_row(name, module, siblings.get(name, [])))
@@ -80,16 +80,18 @@ def explain(model: nn.Module) -> Explanation:
     return explanation
 
 
-def _weight_only_row(name: str, module: WeightOnlyQuantizedLinear) -> Row:
+def _weight_only_row(name: str, module: WeightOnlyQuantizedLinear | WeightOnlyQuantizedExperts) -> Row:
     dtype = module.weight.dtype
     mode, act = module._lowp_mode, module._act_quant_mode
     compute = mode.name.lower() if mode != WoqLowpMode.NONE else str(dtype).removeprefix("torch.")
     if mode == WoqLowpMode.INT8:
         compute += f" ({act.name.lower()})"
-    shape = (module.out_features, module.in_features)
+    shape = module.weight_shape
     if module.scheme is None:
         return Row(name, module.dtype.name.lower(), shape, compute, "", "", 0, "it has no weight yet")
     kernel = ops.kernel_name(module.scheme, mode, dtype)
+    if isinstance(module, WeightOnlyQuantizedExperts):
+        kernel += ", routed experts"
     return Row(name, str(module.scheme), shape, compute, kernel, ops.isa_name(), module.nbytes)
 
 
@@ -114,10 +116,8 @@ def _float_row(name: str, module: nn.Module, reason: str) -> Row:
 
 
 def _reason(module: nn.Module) -> str:
-    if is_linear(module):
+    if is_linear(module) or holds_experts(module):
         return "not asked to be quantized"
-    if holds_experts(module):
-        return "experts in 3-D parameters are not supported yet"
     return f"{type(module).__name__} is no linear layer"
 
 

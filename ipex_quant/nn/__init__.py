@@ -1,6 +1,7 @@
 """Quantized modules."""
 
 from . import modules
+from .experts import WeightOnlyQuantizedExperts
 from .int8_conv2d import Int8Conv2d
 from .int8_linear import Int8Linear
 from .quantized_module import Placeholder, QuantizedModule
@@ -14,6 +15,7 @@ __all__ = [
     "QuantDtype",
     "QuantMethod",
     "QuantizedModule",
+    "WeightOnlyQuantizedExperts",
     "WeightOnlyQuantizedLinear",
     "WoqWeightFormat",
     "modules",

@@ -62,9 +62,13 @@ def weight_obstacle(module: nn.Module) -> str | None:
 
 
 def holds_experts(module: nn.Module) -> bool:
-    """Whether `module`, no convolution, holds 3-D parameters: how transformers stacks the experts of a layer."""
+    """Whether `module`, no convolution, holds 3-D parameters: how transformers stacks the experts of a layer.
+
+    A parameter of one expert counts for nothing, since embeddings of tokens and positions look like that.
+    """
     convolution = isinstance(module, nn.modules.conv._ConvNd)
-    return not convolution and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    shapes = (parameter.shape for parameter in module.parameters(recurse=False))
+    return not convolution and any(len(shape) == 3 and shape[0] > 1 for shape in shapes)
 
 
 def _computes_linear(module: nn.Module) -> bool:

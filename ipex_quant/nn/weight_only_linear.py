@@ -254,9 +254,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule):
     @classmethod
     def placeholder(cls, module: nn.Module, entry: dict[str, Any]) -> Placeholder:
         """Tensors of the scheme in `entry` for the linear layer `module`; ValueError for a combination that is none."""
-        scheme, (lowp_mode, act_quant_mode) = _scheme(entry), _modes(entry)
-        if lowp_mode == WoqLowpMode.INT8 and act_quant_mode == WoqActQuantMode.NONE:
-            raise ValueError("lowp_mode int8 quantizes activations, got act_quant_mode none")
+        scheme, _ = read_scheme(entry), read_modes(entry)
         rows, columns = linear_shape(module)
         grid = (rows, scheme.group_count(columns))
         tensors = {
@@ -275,8 +273,8 @@ class WeightOnlyQuantizedLinear(QuantizedModule):
         for place in loaded:
             tensors = place.tensors
             bias = tensors.pop("bias")
-            qw = QuantizedWeight(**tensors, scheme=_scheme(place.entry), shape=place.shape)
-            modules.append(cls.from_quantized_weight(qw, bias, *_modes(place.entry)))
+            qw = QuantizedWeight(**tensors, scheme=read_scheme(place.entry), shape=place.shape)
+            modules.append(cls.from_quantized_weight(qw, bias, *read_modes(place.entry)))
         return modules
 
     @property
@@ -381,12 +379,18 @@ class WeightOnlyQuantizedLinear(QuantizedModule):
             self._set_weight(plain)
 
 
-def _scheme(entry: dict[str, Any]) -> WeightScheme:
+def read_scheme(entry: dict[str, Any]) -> WeightScheme:
+    """Scheme that a saved configuration's entry tells; ValueError or TypeError for one that does not exist."""
     return WeightScheme(_member(WoqWeightDtype, entry["weight_dtype"]), flag(entry, "symmetric"), entry["group_size"])
 
 
-def _modes(entry: dict[str, Any]) -> tuple[WoqLowpMode, WoqActQuantMode]:
-    return _member(WoqLowpMode, entry["lowp_mode"]), _member(WoqActQuantMode, entry["act_quant_mode"])
+def read_modes(entry: dict[str, Any]) -> tuple[WoqLowpMode, WoqActQuantMode]:
+    """Compute modes that a saved configuration's entry tells; ValueError for some that do not go together."""
+    lowp_mode = _member(WoqLowpMode, entry["lowp_mode"])
+    act_quant_mode = _member(WoqActQuantMode, entry["act_quant_mode"])
+    if lowp_mode == WoqLowpMode.INT8 and act_quant_mode == WoqActQuantMode.NONE:
+        raise ValueError("lowp_mode int8 quantizes activations, got act_quant_mode none")
+    return lowp_mode, act_quant_mode
 
 
 def _member(enum: type[IntEnum], name: Any) -> Any:

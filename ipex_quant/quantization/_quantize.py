@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.ao.quantization import QConfig, QConfigMapping
 
-from ..nn import QuantizedModule, WeightOnlyQuantizedLinear
+from ..nn import QuantizedModule, WeightOnlyQuantizedExperts, WeightOnlyQuantizedLinear
 from ..nn.fused_forward import restore_forwards
 from ..nn.linears import holds_experts, is_linear
 from ..nn.norms import is_norm
@@ -47,7 +47,8 @@ def prepare(
     """Mark the layers of `model` that `configure` quantizes, and observe their inputs where calibration needs them.
 
     Every rule of the mapping counts, by torch's precedence (module name, regex, type, global); None leaves a module in
-    float. Linear layers are quantized, with static configurations ``nn.Conv2d`` too.
+    float. Linear layers are quantized, with weight-only configurations the experts of transformers models too, with
+    static ones ``nn.Conv2d``.
 
     Static and SmoothQuant configurations need an example, `example_inputs` (a tensor or a tuple of positional
     arguments) or `example_kwarg_inputs`, which `model` is run on once: layers of one parent that consume the same
@@ -205,11 +206,11 @@ def _forget(model: nn.Module) -> None:
 
 
 def marked_modules(model: nn.Module) -> list[str]:
-    """Names of the linear layers that `prepare` marked."""
+    """Names of the linear layers and the experts that `prepare` marked."""
     return [
         name
         for name, module in model.named_modules()
-        if is_linear(module) and isinstance(getattr(module, "qconfig", None), QConfigWoq)
+        if (is_linear(module) or holds_experts(module)) and isinstance(getattr(module, "qconfig", None), QConfigWoq)
     ]
 
 
@@ -226,14 +227,14 @@ def check_any_quantized(model: nn.Module) -> None:
 
 
 def warn_if_mostly_float(model: nn.Module, refused: list[str]) -> None:
-    """Warn when the `refused` linear layers and the experts of `model` outweigh what is quantized."""
-    experts = [name for name, module in model.named_modules() if holds_experts(module)]
-    parameters = (p for name in (*refused, *experts) for p in model.get_submodule(name).parameters())
+    """Warn when the `refused` layers, linear ones and experts, outweigh what is quantized in `model`."""
+    parameters = (p for name in refused for p in model.get_submodule(name).parameters())
     in_float = sum(parameter.numel() for parameter in parameters if parameter.dim() > 1)
     quantized = (module for module in model.modules() if isinstance(module, QuantizedModule))
     if in_float > sum(math.prod(module.weight_shape) for module in quantized):
-        kinds = [f"{len(refused)} linear layers"] * bool(refused)
-        kinds += [f"the experts in 3-D parameters of {len(experts)} modules"] * bool(experts)
+        experts = sum(holds_experts(model.get_submodule(name)) for name in refused)
+        kinds = [f"{len(refused) - experts} linear layers"] * (len(refused) > experts)
+        kinds += [f"the experts in 3-D parameters of {experts} modules"] * bool(experts)
         warnings.warn(
             f"most weights stay in float: {' and '.join(kinds)} cannot be quantized; ipex.explain(model) says why",
             stacklevel=3,
@@ -241,5 +242,6 @@ def warn_if_mostly_float(model: nn.Module, refused: list[str]) -> None:
 
 
 def _from_float(name: str, module: nn.Module) -> nn.Module:
+    kind = WeightOnlyQuantizedLinear if is_linear(module) else WeightOnlyQuantizedExperts
     with naming(name):
-        return WeightOnlyQuantizedLinear.from_float(module)
+        return kind.from_float(module)

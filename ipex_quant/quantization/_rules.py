@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 
-from ..nn.linears import conv_obstacle, is_linear, obstacle, weight_obstacle
-from ._qconfig import kind_of
+from ..nn.linears import conv_obstacle, holds_experts, is_linear, obstacle, weight_obstacle
+from ..nn.stacked_experts import experts_obstacle, experts_weight_obstacle
+from ._qconfig import QuantizationKind, kind_of
 
 _BY_RULE = "the mapping's "
 BY_SUMMARY = "the qconf summary leaves it in float"
@@ -21,13 +22,14 @@ def choose_qconfigs(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Configuration of every layer of `model` to quantize, and why each other one stays in float, by name.
 
-    Layers are linear ones and, where activations are quantized statically, ``nn.Conv2d``. Without `read_weights` the
-    layers' own weights do not matter. Raises TypeError for a configuration of an unknown kind.
+    Layers are linear ones, modules with the experts of a layer and, where activations are quantized statically,
+    ``nn.Conv2d``. Without `read_weights` the layers' own weights do not matter. Raises TypeError for a configuration of
+    an unknown kind.
     """
     _check_rules(mapping, model)
     chosen, reasons = {}, {}
     for name, module in model.named_modules():
-        if not is_linear(module) and not isinstance(module, nn.Conv2d):
+        if not (is_linear(module) or isinstance(module, nn.Conv2d) or holds_experts(module)):
             continue
         path = name.split(".") if name else []
         lineage = [model.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1)]
@@ -41,14 +43,22 @@ def choose_qconfigs(
         if kind is None:
             reasons[name] = f"{_BY_RULE}{rule} is None"
             continue
-        parent = lineage[1] if path else None
-        reason = conv_obstacle(module) if isinstance(module, nn.Conv2d) else obstacle(module, parent)
-        reason = reason or (read_weights and weight_obstacle(module))
+        reason = _obstacle(module, lineage[1] if path else None, kind, read_weights)
         if reason:
             reasons[name] = reason
         else:
             chosen[name] = qconfig
     return chosen, reasons
+
+
+def _obstacle(module: nn.Module, parent: nn.Module | None, kind: QuantizationKind, read_weights: bool) -> str | None:
+    if isinstance(module, nn.Conv2d):
+        return conv_obstacle(module) or (weight_obstacle(module) if read_weights else None)
+    if is_linear(module):
+        return obstacle(module, parent) or (weight_obstacle(module) if read_weights else None)
+    if kind is not QuantizationKind.WEIGHT_ONLY:
+        return f"experts are quantized weight-only, not {kind.value}"
+    return experts_obstacle(module) or (experts_weight_obstacle(module) if read_weights else None)
 
 
 def refused_modules(reasons: dict[str, str]) -> list[str]:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import data, llm
-from ..nn.linears import is_linear
+from ..nn.linears import holds_experts, is_linear
 from ..quantization import WoqWeightQScheme, awq, calibrate, calibration_dataloader, convert, gptq, prepare
 from .recipe import BITS, Awq, Calibrated, Gptq, Recipe
 
@@ -56,7 +56,7 @@ def apply_recipe(
     mapping = recipe.qconfig_mapping()
     if isinstance(recipe.settings, Gptq):
         model = _apply_gptq(recipe, model, calibration, dtype)
-        mapping = mapping if _float_linears(model, recipe) else None
+        mapping = mapping if _left_in_float(model, recipe) else None
     elif isinstance(recipe.settings, Awq):
         size = {"nsamples": recipe.settings.samples, "pad_max_length": recipe.settings.sequence_length}
         model = awq(model, calibration, mapping, recipe.settings.options(), **size, inplace=True)
@@ -92,10 +92,10 @@ def _apply_gptq(recipe: Recipe, model: nn.Module, calibration: Collection[Any], 
         )
 
 
-def _float_linears(model: nn.Module, recipe: Recipe) -> list[str]:
-    """Names of the linear layers that `recipe` wants quantized and that are not yet."""
+def _left_in_float(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Names of the linear layers and experts that `recipe` wants quantized and that are not yet."""
     return [
         name
         for name, module in model.named_modules()
-        if is_linear(module) and not any(re.match(pattern, name) for pattern in recipe.skip)
+        if (is_linear(module) or holds_experts(module)) and not any(re.match(pattern, name) for pattern in recipe.skip)
     ]

@@ -29,8 +29,8 @@ def test_every_module_with_a_matrix_has_a_row(make_model, mapping):
     assert row.kernel
     assert row.reason == ""
     assert 64 * 64 // 2 < row.nbytes < 64 * 64
-    assert found[f"{layer}.mlp.experts"].reason == "experts in 3-D parameters are not supported yet"
-    assert found[f"{layer}.mlp.experts"].shape == (4, 32, 64)
+    row = found[f"{layer}.mlp.experts"]
+    assert (row.scheme, row.shape, row.kernel) == ("int4 asym g32", (4, 48, 64), "int8 dot, routed experts")
     assert found["lm_head"].reason == "the mapping's set_module_name('lm_head') is None"
     assert found["lm_head"].nbytes == 96 * 64 * 2
     assert found["model.embed_tokens"].reason == "Embedding is no linear layer"

@@ -7,7 +7,7 @@ from torch import nn
 from torch.ao.quantization import QConfigMapping
 
 import ipex_quant as ipex
-from ipex_quant.nn import WeightOnlyQuantizedLinear
+from ipex_quant.nn import WeightOnlyQuantizedExperts, WeightOnlyQuantizedLinear
 from ipex_quant.numerics import affine
 from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
@@ -27,6 +27,11 @@ def dequantized(model, quantized_model):
         weight = affine.dequantize(module.quantized_weight())
         layer = reference.get_submodule(name)
         layer.weight = nn.Parameter(weight if isinstance(layer, nn.Linear) else weight.t())
+    for name, module in quantized_model.named_modules():
+        if isinstance(module, WeightOnlyQuantizedExperts):
+            gate, up, down = module.dequantized_weight(torch.float32).chunk(3, dim=1)
+            experts = reference.get_submodule(name)
+            experts.gate_up_proj.data, experts.down_proj.data = torch.cat((gate, up), dim=1), down.transpose(1, 2)
     return reference
 
 
@@ -198,7 +203,7 @@ def test_a_scripted_model_is_refused():
         ipex.llm.optimize(torch.jit.script(nn.Linear(2, 2)), quantization_config=int4())
 
 
-def test_falcon_is_quantized_and_experts_that_are_not_are_warned_about(logits):
+def test_falcon_is_quantized_and_experts_that_cannot_be_are_warned_about(logits):
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
     falcon = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes)).eval()
     optimized = ipex.llm.optimize(falcon, quantization_config=int4())
@@ -206,6 +211,7 @@ def test_falcon_is_quantized_and_experts_that_are_not_are_warned_about(logits):
     torch.testing.assert_close(logits(optimized), logits(dequantized(falcon, optimized)), rtol=1e-4, atol=1e-4)
     config = transformers.MixtralConfig(**sizes, intermediate_size=96, num_key_value_heads=2, num_local_experts=4)
     mixtral = transformers.MixtralForCausalLM(config).eval()
+    mixtral.model.layers[0].mlp.experts.act_fn = nn.Tanh()
     with pytest.warns(UserWarning, match=r"^most weights stay in float: the experts in 3-D parameters of 1 modules"):
         ipex.llm.optimize(mixtral, quantization_config=int4())
 

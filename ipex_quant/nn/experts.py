@@ -1,0 +1,302 @@
+"""`WeightOnlyQuantizedExperts`: the experts of a layer with their weights packed, in 8 or 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..numerics import affine
+from ..numerics.quantized_stack import QuantizedStack
+from ..numerics.quantized_weight import CODE_DTYPES, code_columns
+from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightQScheme
+from ..ops import ExpertGate
+from .linears import holds_experts
+from .quantized_module import Placeholder, QuantizedModule, autocast
+from .stacked_experts import PROJECTIONS, expert_bias, expert_gate, expert_weight, experts_obstacle, experts_shape
+from .weight_only_linear import read_modes, read_scheme
+
+
+class WeightOnlyQuantizedExperts(QuantizedModule):
+    """A mixture of E experts, gated MLPs ``down(activation(gate(x)) * up(x))``, with packed weights.
+
+    It stands where transformers has a module with the weights of all experts in 3-D parameters, and is called as that:
+    with `x` float32, bfloat16 or float16 ``[T, H]``, expert indices ``[T, k]`` and their weights ``[T, k]``. The result
+    ``[T, H]`` has the dtype of `x`, or under torch.autocast autocast's; only the weights of chosen experts are read.
+    Gradients reach `x` and the weights of the choice. The state dict holds plain tensors: those of `QuantizedStack` as
+    ``gate_up_codes``, ``down_scales`` and so on, gate above up, and ``gate_up_bias`` and ``down_bias`` in float32, each
+    where there is one; saving unpacks the weights and loading packs them. `weight` is ``[E, 3 * I, H]``: gate, up and
+    the transpose of down. RuntimeError when it is called without weights or moved off the CPU.
+    """
+
+    kind = "weight_only_experts"
+    entry_names = frozenset(
+        ("weight_dtype", "symmetric", "group_size", "act_order", "bias", "lowp_mode", "act_quant_mode")
+    )
+    weight_names = tuple(
+        f"{projection}_{name}" for projection in PROJECTIONS for name in (*QuantizedStack.names, "bias")
+    )
+
+    def __init__(self, shape: tuple[int, int, int], gate: ExpertGate, scheme: WeightScheme) -> None:
+        """A module without weights for ``(experts, hidden_size, intermediate_size)``; `load_state_dict` brings them."""
+        super().__init__()
+        self.num_experts, self.hidden_dim, self.intermediate_dim = shape
+        self.gate = gate
+        self.scheme = scheme
+        self._lowp_mode = WoqLowpMode.NONE
+        self._act_quant_mode = WoqActQuantMode.NONE
+        for projection in PROJECTIONS:
+            for name in ("packed", "perm", "bias"):
+                self.register_buffer(f"_{projection}_{name}", None, persistent=False)
+
+    @classmethod
+    def from_stacks(
+        cls,
+        stacks: tuple[QuantizedStack, QuantizedStack],
+        gate: ExpertGate,
+        biases: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+        lowp_mode: WoqLowpMode = WoqLowpMode.NONE,
+        act_quant_mode: WoqActQuantMode = WoqActQuantMode.NONE,
+    ) -> WeightOnlyQuantizedExperts:
+        """Pack the stacks of gate above up ``[E, 2 * I, H]`` and down ``[E, H, I]``; ValueError if they do not fit."""
+        experts, hidden, width = stacks[1].shape
+        module = cls((experts, hidden, width), gate, stacks[1].scheme)
+        module._lowp_mode = WoqLowpMode(lowp_mode)
+        module._act_quant_mode = WoqActQuantMode(act_quant_mode)
+        module._set_weights(stacks, biases)
+        return module
+
+    @classmethod
+    def from_float(cls, mod: nn.Module) -> WeightOnlyQuantizedExperts:
+        """Quantize the experts that `mod` holds as its attribute `qconfig`, a `QConfigWoq`, says.
+
+        Biases of zeros are dropped. Raises ValueError when the weights hold NaN or Inf.
+        """
+        qconfig = mod.qconfig
+        symmetric = qconfig.weight_qscheme == WoqWeightQScheme.SYMMETRIC
+        scheme = WeightScheme(qconfig.weight_dtype, symmetric, qconfig.group_size)
+        stacks = [
+            QuantizedStack.of(
+                [ops.quantize_weight(expert_weight(mod, name, index), scheme) for index in range(mod.num_experts)]
+            )
+            for name in PROJECTIONS
+        ]
+        return cls.in_place_of(mod, tuple(stacks), qconfig)
+
+    @classmethod
+    def in_place_of(
+        cls,
+        mod: nn.Module,
+        stacks: tuple[QuantizedStack, QuantizedStack],
+        qconfig: Any,
+        biases: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    ) -> WeightOnlyQuantizedExperts:
+        """A module with `stacks`, `biases` or else those of `mod`, and its gate; computed as `qconfig` says.
+
+        The weights of `mod` are not read.
+        """
+        own = zip(biases, PROJECTIONS, strict=True)
+        biases = tuple(expert_bias(mod, name) if bias is None else bias for bias, name in own)
+        module = cls.from_stacks(stacks, expert_gate(mod), biases, qconfig.lowp_mode, qconfig.act_quant_mode)
+        return module.train(mod.training).to(mod.down_proj.dtype)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        buffers = self._buffers
+        if buffers["_down_packed"] is None:
+            raise RuntimeError("WeightOnlyQuantizedExperts has no weights yet; load a state dict or use from_float")
+        return ops.run_experts(
+            autocast(hidden_states),
+            top_k_index,
+            top_k_weights,
+            *(buffers[f"_{projection}_{name}"] for name in ("packed", "bias", "perm") for projection in PROJECTIONS),
+            self.num_experts,
+            self.intermediate_dim,
+            int(self._lowp_mode),
+            int(self._act_quant_mode),
+            int(self.gate.activation),
+            list(self.gate.clamp or ()),
+        )
+
+    def quantized_stack(self, projection: str) -> QuantizedStack:
+        """The plain form of the weights of "gate_up" or "down", in new tensors; RuntimeError when there are none."""
+        return ops.unpack_experts(self._packed_experts(projection))
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int]:
+        """``(experts, 3 * intermediate_size, hidden_size)``."""
+        return self.num_experts, 3 * self.intermediate_dim, self.hidden_dim
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the module holds: packed weights, biases and input permutations."""
+        return sum(b.numel() * b.element_size() for b in self._buffers.values() if b is not None)
+
+    def plain_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of both stacks and the biases, those that there are."""
+        tensors = {}
+        for projection in PROJECTIONS:
+            if self._buffers[f"_{projection}_packed"] is not None:
+                own = self.quantized_stack(projection).tensors() | {"bias": self._buffers[f"_{projection}_bias"]}
+                tensors |= {f"{projection}_{name}": tensor for name, tensor in own.items() if tensor is not None}
+        return tensors
+
+    def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """``[E, 3 * I, H]`` in a new tensor; RuntimeError when there are no weights."""
+        gate_up, down = map(self.quantized_stack, PROJECTIONS)
+        return torch.stack(
+            [
+                torch.cat((affine.dequantize(gate_up[index], dtype), affine.dequantize(down[index], dtype).t()))
+                for index in range(self.num_experts)
+            ]
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Scheme, compute mode, and which tensors there are."""
+        return {
+            "weight_dtype": self.scheme.dtype.name.lower(),
+            "symmetric": self.scheme.symmetric,
+            "group_size": self.scheme.group_size,
+            "act_order": [self._buffers[f"_{projection}_perm"] is not None for projection in PROJECTIONS],
+            "bias": [self._buffers[f"_{projection}_bias"] is not None for projection in PROJECTIONS],
+            "lowp_mode": self._lowp_mode.name.lower(),
+            "act_quant_mode": self._act_quant_mode.name.lower(),
+        }
+
+    @classmethod
+    def placeholder(cls, module: nn.Module, entry: dict[str, Any]) -> Placeholder:
+        """Tensors of the scheme in `entry` for the float `module`; ValueError when it is none that holds experts."""
+        obstacle = experts_obstacle(module) if holds_experts(module) else "it holds no experts"
+        if obstacle:
+            raise ValueError(f"expected experts in 3-D parameters, got a {type(module).__name__}: {obstacle}")
+        scheme = read_scheme(entry)
+        read_modes(entry)
+        experts, hidden, width = experts_shape(module)
+        tensors = {}
+        for index, (projection, rows, columns) in enumerate((("gate_up", 2 * width, hidden), ("down", hidden, width))):
+            grid = (experts, rows, scheme.group_count(columns))
+            tensors |= {
+                f"{projection}_codes": (
+                    CODE_DTYPES[scheme.dtype],
+                    (experts, rows, code_columns(scheme.dtype, columns)),
+                ),
+                f"{projection}_scales": (torch.float32, grid),
+                f"{projection}_zero_points": None if scheme.symmetric else (torch.int16, grid),
+                f"{projection}_g_idx": (torch.int32, (experts, columns)) if _flags(entry, "act_order")[index] else None,
+                f"{projection}_bias": (torch.float32, (experts, rows)) if _flags(entry, "bias")[index] else None,
+            }
+        place = Placeholder((experts, 3 * width, hidden), entry, tensors)
+        place.gate = expert_gate(module)
+        return place
+
+    @classmethod
+    def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[WeightOnlyQuantizedExperts]:
+        """One module for each; ValueError or TypeError for tensors that do not fit the scheme."""
+        modules = []
+        for place in loaded:
+            experts, rows, hidden = place.shape
+            module = cls((experts, hidden, rows // 3), place.gate, read_scheme(place.entry))
+            module._lowp_mode, module._act_quant_mode = read_modes(place.entry)
+            module._load_weight({name: tensor for name, tensor in place.tensors.items() if tensor is not None})
+            modules.append(module)
+        return modules
+
+    def extra_repr(self) -> str:
+        fields = {
+            "num_experts": self.num_experts,
+            "hidden_dim": self.hidden_dim,
+            "intermediate_dim": self.intermediate_dim,
+            "gate": self.gate.activation.name.lower(),
+            "scheme": self.scheme,
+            "lowp_mode": self._lowp_mode.name.lower(),
+            "act_quant_mode": self._act_quant_mode.name.lower(),
+        }
+        return ", ".join(f"{name}={value}" for name, value in fields.items())
+
+    def _packed_experts(self, projection: str) -> ops.PackedExperts:
+        data = self._buffers[f"_{projection}_packed"]
+        if data is None:
+            raise RuntimeError("WeightOnlyQuantizedExperts has no weights yet; load a state dict or use from_float")
+        perm = self._buffers[f"_{projection}_perm"]
+        if projection == "down":
+            shape = (self.num_experts, self.hidden_dim, self.intermediate_dim)
+            return ops.PackedExperts(data, perm, self.scheme, shape, 1)
+        shape = (self.num_experts, 2 * self.intermediate_dim, self.hidden_dim)
+        return ops.PackedExperts(data, perm, self.scheme, shape, 2)
+
+    def _set_weights(
+        self,
+        stacks: tuple[QuantizedStack, QuantizedStack],
+        biases: tuple[torch.Tensor | None, torch.Tensor | None],
+    ) -> None:
+        experts, hidden, width = self.num_experts, self.hidden_dim, self.intermediate_dim
+        shapes = [(experts, 2 * width, hidden), (experts, hidden, width)]
+        if [stack.shape for stack in stacks] != shapes or any(stack.scheme != self.scheme for stack in stacks):
+            raise ValueError(
+                f"gate_up, down: expected {self.scheme} of shapes {shapes}, got "
+                + " and ".join(f"{stack.scheme} {stack.shape}" for stack in stacks)
+            )
+        for projection, shape, bias in zip(PROJECTIONS, shapes, biases, strict=True):
+            if bias is not None and bias.shape != shape[:2]:
+                raise ValueError(f"{projection}_bias: expected shape {list(shape[:2])}, got {list(bias.shape)}")
+        for projection, stack, bias in zip(PROJECTIONS, stacks, biases, strict=True):
+            packed = ops.pack_experts(stack, 2 if projection == "gate_up" else 1)
+            self._buffers[f"_{projection}_packed"], self._buffers[f"_{projection}_perm"] = packed.data, packed.perm
+            bias = None if bias is None else bias.detach().to(torch.float32, copy=True)
+            self._buffers[f"_{projection}_bias"] = bias
+
+    def _expected_names(self, given: dict[str, torch.Tensor]) -> list[str]:
+        needed = {"codes", "scales"} | (set() if self.scheme.symmetric else {"zero_points"})
+        present = {"g_idx": "perm", "bias": "bias"}  # those of a module with weights, else whatever is given
+        empty = self._gate_up_packed is None
+
+        def wanted(projection: str, name: str) -> bool:
+            if name not in present:
+                return name in needed
+            if empty:
+                return f"{projection}_{name}" in given
+            return self._buffers[f"_{projection}_{present[name]}"] is not None
+
+        return [full for full in self.weight_names if wanted(*_split_name(full))]
+
+    def _load_weight(self, tensors: dict[str, torch.Tensor]) -> None:
+        experts, hidden, width = self.num_experts, self.hidden_dim, self.intermediate_dim
+        shapes = {"gate_up": (experts, 2 * width, hidden), "down": (experts, hidden, width)}
+        stacks = tuple(
+            QuantizedStack(
+                *(tensors.get(f"{projection}_{name}") for name in QuantizedStack.names),
+                self.scheme,
+                shapes[projection],
+            )
+            for projection in PROJECTIONS
+        )
+        self._set_weights(stacks, tuple(tensors.get(f"{projection}_bias") for projection in PROJECTIONS))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickles may be read by another machine or version, so they hold the plain weights.
+        packed = {f"_{projection}_{name}" for projection in PROJECTIONS for name in ("packed", "perm", "bias")}
+        buffers = {name: None if name in packed else buffer for name, buffer in self._buffers.items()}
+        return {**self.__dict__, "_buffers": buffers, "_plain": self.plain_tensors()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        plain = state.pop("_plain")
+        super().__setstate__(state)
+        if plain:
+            self._load_weight(plain)
+
+
+def _flags(entry: dict[str, Any], name: str) -> list[bool]:
+    """Value `name` of a saved configuration's entry, one for each projection; ValueError when it is none."""
+    flags = entry[name]
+    if not isinstance(flags, list) or len(flags) != len(PROJECTIONS) or not all(isinstance(f, bool) for f in flags):
+        raise ValueError(f"{name}: expected two of true or false, got {flags!r}")
+    return flags
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    projection = next(each for each in PROJECTIONS if name.startswith(each))
+    return projection, name.removeprefix(f"{projection}_")
