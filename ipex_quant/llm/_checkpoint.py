@@ -18,21 +18,25 @@ from ..quantization._quantize import FLOAT_REASONS, check_any_quantized, warn_if
 from ..quantization._rules import choose_qconfigs, refused_modules
 from ..quantization._swap import copy_sharing_parameters, own_parameters, swap_modules
 from ..quantization._tying import untie
+from ._checkpoint_experts import experts_from_checkpoint, module_of, stack_float_experts, with_model_names
 
 
 def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, mapping: QConfigMapping, inplace: bool) -> nn.Module:
-    """Replace the linear layers that `checkpoint` holds quantized, one at a time, and load its other tensors.
+    """Replace the layers that `checkpoint` holds quantized, one at a time, and load its other tensors.
 
     `mapping` says which layers and what they compute in; the checkpoint says how they are quantized. A layer that it
     does not hold keeps its float weight and bias, a quantized layer without a bias in it the float layer's bias. Float
-    weights may be on the meta device if the checkpoint has them. Raises ValueError for layers that `model` does not
-    have, a tensor that is missing or does not fit, and parameters that are left without values.
+    weights may be on the meta device if the checkpoint has them. Experts that `model` stacks may be linear layers of
+    their own in the checkpoint, in any names that transformers knows. Raises ValueError for layers that `model` does
+    not have, a tensor that is missing or does not fit, and parameters that are left without values.
     """
     chosen, reasons = choose_qconfigs(mapping, model, read_weights=False)
     if not all(isinstance(qconfig, QConfigWoq) for qconfig in chosen.values()):
         raise ValueError("low_precision_checkpoint: it goes with a weight-only quantization_config")
-    _check_stored(set(checkpoint), chosen, reasons, model)
-    stored = {name for name in chosen if checkpoint.holds(name)}
+    checkpoint = with_model_names(model, checkpoint)
+    stored = {module_of(name) for name in checkpoint}
+    _check_stored(stored, chosen, reasons, model)
+    stored = {name for name in chosen if name in stored or checkpoint.holds(name)}
     refused = refused_modules(reasons)
     replacements = {
         name: partial(_from_checkpoint, checkpoint, name, qconfig) for name, qconfig in chosen.items() if name in stored
@@ -46,7 +50,7 @@ def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, mapping: QConfigM
     check_any_quantized(model)
     warn_if_mostly_float(model, refused)
     own_parameters(model)
-    _load_others(model, checkpoint.other_tensors())
+    _load_others(model, stack_float_experts(model, checkpoint.other_tensors()))
     return model
 
 
@@ -56,12 +60,13 @@ def _check_stored(stored: set[str], chosen: dict[str, QConfigWoq], reasons: dict
         linears = [name for name, module in model.named_modules() if is_linear(module)]
         raise ValueError(
             f"low_precision_checkpoint: the model has no place for {len(unused)} of {len(stored)} quantized layers, "
-            f"first {unused[:3]}; linear layers of the model are {linears[:3]}, ... (experts in 3-D parameters are not "
-            "supported yet)"
+            f"first {unused[:3]}; linear layers of the model are {linears[:3]}, ..."
         )
 
 
 def _from_checkpoint(checkpoint: Checkpoint, name: str, qconfig: QConfigWoq, module: nn.Module) -> nn.Module:
+    if not is_linear(module):
+        return experts_from_checkpoint(checkpoint, name, qconfig, module)
     out_features, in_features = weight_matrix(module).shape
     found = checkpoint.quantized_weight(name, in_features, out_features)
     if found is None:
