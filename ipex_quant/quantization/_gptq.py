@@ -16,10 +16,12 @@ from torch import nn
 
 from ..checkpoints import gptq_tensors
 from ..nn.linears import is_linear, weight_matrix
+from ..nn.stacked_experts import expert_bias
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqWeightDtype
 from ..woq.gptq import GptqOptions
 from ..woq.gptq_blocks import quantize_blocks
+from ..woq.gptq_experts import PARTS, can_quantize_experts
 
 logger = logging.getLogger("ipex_quant")
 
@@ -44,14 +46,15 @@ def gptq(
     scale_dtype: torch.dtype = torch.float16,
     save_dir: str | Path = "saved_results",
 ) -> Path:
-    """Quantize the linears in the transformer blocks of `model` with GPTQ and write a checkpoint directory.
+    """Quantize the linears and experts in the transformer blocks of `model` with GPTQ; write a checkpoint directory.
 
     The signature is IPEX's. `save_dir`, which must not exist or be empty, is what is returned; it holds
     ``model.safetensors`` (sharded when large), ``config.json`` with a `quantization_config` and
     ``quantize_config.json``, and loads with `load_low_precision_checkpoint` and other GPTQ tools. Symmetric weights are
     written in GPTQ version 1, which all tools read; asymmetric ones in version 2 (``gptq_v2``), since version 1 has no
-    zero point 0 and readers disagree about its others. Embeddings, lm_head and all else keep their float weights.
-    `model` comes back as it was.
+    zero point 0 and readers disagree about its others. Experts in 3-D parameters are calibrated with the tokens routed
+    to them, and written one by one, as ``<experts>.3.gate_proj``, ``up_proj`` and ``down_proj``. Embeddings, lm_head
+    and all else keep their float weights. `model` comes back as it was.
 
     - `dataloader` yields samples or batches: a mapping of tensors (``input_ids``, ``attention_mask``, ...), a tensor of
       ``input_ids`` ``[T]`` or ``[B, T]``, or a tuple that begins with one of these. At most `nsamples` sequences are
@@ -83,6 +86,8 @@ def gptq(
     for name, module in model.named_modules():
         if is_linear(module) and not torch.isfinite(weight_matrix(module)).all():
             raise ValueError(f"{name}: weight: expected finite values, got NaN or Inf")
+        if can_quantize_experts(module) and not all(parameter.isfinite().all() for parameter in module.parameters()):
+            raise ValueError(f"{name}: expected finite values, got NaN or Inf")
     weights = quantize_blocks(model, batches, scheme, options)
     config = {
         "quant_method": "gptq",
@@ -181,6 +186,7 @@ def _write(
         name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in weights
     }
     v2 = config["checkpoint_format"] == "gptq_v2"
+    tensors = _without_stacked_experts(tensors, model, weights)
     for name, qw in weights.items():
         stored = gptq_tensors(qw, v2=v2, scale_dtype=scale_dtype)
         tensors |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
@@ -199,3 +205,25 @@ def _write(
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.to_json_file(directory / "generation_config.json")
+
+
+def _without_stacked_experts(
+    tensors: Mapping[str, torch.Tensor], model: nn.Module, weights: Mapping[str, QuantizedWeight]
+) -> dict[str, torch.Tensor]:
+    """`tensors` without the experts that `weights` has one by one, but with the biases of their parts."""
+    kept = dict(tensors)
+    for name, module in model.named_modules():
+        if not can_quantize_experts(module) or f"{name}.0.{PARTS[0]}_proj" not in weights:
+            continue
+        for key in module._parameters:
+            del kept[f"{name}.{key}"]
+        gate_up, down = expert_bias(module, "gate_up"), expert_bias(module, "down")
+        for expert in range(module.num_experts):
+            biases = (None, None) if gate_up is None else gate_up[expert].chunk(2)
+            biases = (*biases, None if down is None else down[expert])
+            kept |= {
+                f"{name}.{expert}.{part}_proj.bias": bias.clone()
+                for part, bias in zip(PARTS, biases, strict=True)
+                if bias is not None
+            }
+    return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from ..numerics.affine import dequantize
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme
 from .gptq import GptqOptions, HessianAccumulator, quantize_weight
+from .gptq_experts import can_quantize_experts, quantize_experts
 from .layer_walk import SchemeOf, Walk, calibrate, find_stages, set_weight, walk_blocks
 
 
@@ -21,16 +23,30 @@ def quantize_blocks(
     scheme: WeightScheme | SchemeOf,
     options: GptqOptions | None = None,
 ) -> dict[str, QuantizedWeight]:
-    """GPTQ for every linear in the transformer blocks of `model`, as `walk_blocks` goes through them."""
+    """GPTQ for every linear and expert in the transformer blocks of `model`, as `walk_blocks` goes through them.
+
+    Experts in 3-D parameters are in the result one by one, as `quantize_experts` names them.
+    """
     options = options or GptqOptions()
-    return walk_blocks(model, batches, scheme, _GptqBlocks(options), options.scale_dtype)
+    scheme_of = (lambda name: scheme) if isinstance(scheme, WeightScheme) else scheme
+    blocks = _GptqBlocks(scheme_of, options)
+    weights = walk_blocks(model, batches, scheme_of, blocks, options.scale_dtype)
+    if blocks.idle:
+        warnings.warn(
+            f"GPTQ: no calibration token is routed to {', '.join(blocks.idle[:8])}"
+            + f"{', ...' * (len(blocks.idle) > 8)} ({len(blocks.idle)} experts); rounded to nearest instead",
+            stacklevel=3,
+        )
+    return weights
 
 
 class _GptqBlocks:
     title = "GPTQ"
 
-    def __init__(self, options: GptqOptions) -> None:
+    def __init__(self, scheme_of: SchemeOf, options: GptqOptions) -> None:
+        self.scheme_of = scheme_of
         self.options = options
+        self.idle: list[str] = []
 
     def __call__(self, walk: Walk, index: int, schemes: Mapping[str, WeightScheme]) -> dict[str, QuantizedWeight]:
         block = walk.blocks[index]
@@ -42,4 +58,10 @@ class _GptqBlocks:
                     weight = weight_matrix(linear)
                     found[name] = quantize_weight(weight, seen.hessian, schemes[name], self.options)
                     set_weight(linear, dequantize(found[name]))
+        for name in [name for name, module in block.named_modules() if can_quantize_experts(module)]:
+            scheme = self.scheme_of(walk.full_name(index, name))
+            if scheme is not None:
+                experts, idle = quantize_experts(walk, index, name, scheme, self.options)
+                found |= experts
+                self.idle += [walk.full_name(index, each) for each in idle]
         return found

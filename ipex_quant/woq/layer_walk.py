@@ -70,7 +70,7 @@ def walk_blocks(
                 found = quantize_block(walk, index, schemes)
                 if index + 1 < len(blocks):
                     walk.advance(index)
-            quantized |= {names[name]: weight for name, weight in found.items()}
+            quantized |= {walk.full_name(index, name): weight for name, weight in found.items()}
             missed += [names[name] for name in schemes if name not in found]
     for name in missed:
         quantized[name] = rtn(weight_matrix(model.get_submodule(name)), scheme_of(name), scale_dtype)

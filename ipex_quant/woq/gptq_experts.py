@@ -1,0 +1,102 @@
+"""GPTQ for the experts that transformers stacks in 3-D parameters, each calibrated with the tokens routed to it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..nn.linears import holds_experts
+from ..nn.stacked_experts import (
+    expert_bias,
+    expert_gate,
+    expert_weight,
+    experts_obstacle,
+    experts_shape,
+    set_expert_weights,
+)
+from ..numerics.affine import dequantize
+from ..numerics.quantized_weight import QuantizedWeight
+from ..numerics.scheme import WeightScheme
+from .gptq import GptqOptions, HessianAccumulator, quantize_weight
+from .layer_walk import Walk
+from .rtn import rtn
+
+PARTS = ("gate", "up", "down")
+"""Linear layers of one expert, as checkpoints hold them: ``<experts>.<index>.<part>_proj``."""
+
+
+def can_quantize_experts(module: nn.Module) -> bool:
+    """Whether `module` holds experts in 3-D parameters of which is known what they compute."""
+    return holds_experts(module) and experts_obstacle(module) is None
+
+
+def quantize_experts(
+    walk: Walk, index: int, name: str, scheme: WeightScheme, options: GptqOptions
+) -> tuple[dict[str, QuantizedWeight], list[str]]:
+    """GPTQ of the experts that block `index` calls `name`; down sees what quantized gate and up make of its tokens.
+
+    The weights are by ``<name>.<expert>.gate_proj``, ``up_proj`` and ``down_proj``; gate and up have one order of input
+    features. An expert that no token is routed to is rounded to nearest, and its name is in the list. The module gets
+    the quantized weights in new memory.
+    """
+    module = walk.blocks[index].get_submodule(name)
+    gate, bias, width = expert_gate(module), expert_bias(module, "gate_up"), experts_shape(module)[2]
+    calls = _calls(walk, index, module)
+    found: dict[str, QuantizedWeight] = {}
+    idle: list[str] = []
+    values: dict[str, list[torch.Tensor]] = {"gate_up": [], "down": []}
+    for expert in range(module.num_experts):
+        x = torch.cat([tokens[(chosen == expert).any(dim=-1)] for tokens, chosen in calls]).float()
+        idle += [] if len(x) else [f"{name}.{expert}"]
+        gate_up = _quantize(expert_weight(module, "gate_up", expert), x, scheme, options)
+        values["gate_up"].append(dequantize(gate_up))
+        hidden = gate(*F.linear(x, values["gate_up"][-1], None if bias is None else bias[expert]).chunk(2, dim=-1))
+        down = _quantize(expert_weight(module, "down", expert), hidden, scheme, options)
+        values["down"].append(dequantize(down))
+        for part, weight in zip(PARTS, (_rows(gate_up, 0, width), _rows(gate_up, width, width), down), strict=True):
+            found[f"{name}.{expert}.{part}_proj"] = weight
+    for projection, weights in values.items():
+        set_expert_weights(module, projection, torch.stack(weights))
+    return found, idle
+
+
+def _calls(walk: Walk, index: int, module: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What `module` of block `index` is called with, a batch: the tokens that no mask hides and their experts."""
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = module.register_forward_pre_hook(lambda _, args: calls.append((args[0].detach(), args[1])))
+    try:
+        for batch_index, batch in enumerate(walk.batches):
+            walk.run(index, batch_index)
+            mask = batch.get("attention_mask")
+            if mask is not None and mask.dim() == 2 and mask.numel() == len(calls[-1][0]):
+                calls[-1] = tuple(tensor[mask.flatten().bool()] for tensor in calls[-1])
+    finally:
+        handle.remove()
+    return calls
+
+
+def _quantize(
+    weight: torch.Tensor, inputs: torch.Tensor, scheme: WeightScheme, options: GptqOptions
+) -> QuantizedWeight:
+    if len(inputs) == 0:
+        return rtn(weight, scheme, options.scale_dtype)
+    seen = HessianAccumulator(weight.shape[1])
+    seen.add(inputs)
+    return quantize_weight(weight, seen.hessian, scheme, options)
+
+
+def _rows(weight: QuantizedWeight, first: int, count: int) -> QuantizedWeight:
+    rows = slice(first, first + count)
+    zero_points = None if weight.zero_points is None else weight.zero_points[rows]
+    g_idx = None if weight.g_idx is None else weight.g_idx.clone()  # files hold no tensor twice
+    return dataclasses.replace(
+        weight,
+        codes=weight.codes[rows],
+        scales=weight.scales[rows],
+        zero_points=zero_points,
+        g_idx=g_idx,
+        shape=(count, weight.shape[1]),
+    )
