@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ def _linears(group: LinearGroup | WeightOnlyLinear) -> list[WeightOnlyLinear] | 
 
 
 class LayerStep:
-    """The tensors of one layer, and what it computes with them."""
+    """Layers of one structure, one after the other, in one native call."""
 
     def __init__(
         self,
@@ -71,7 +72,8 @@ class LayerStep:
         eps: float,
         parallel: bool,
     ) -> None:
-        self.attention = attention = layer.attention
+        attention = layer.attention
+        self.attentions = [attention]
         self.groups = [group for group in (attention.project, layer.mlp.inputs) if isinstance(group, WeightOnlyGroup)]
         self.linears = [linear.module for group in groups for linear in group]
         self.first_of_group = [group[0].module for group in groups]
@@ -93,82 +95,85 @@ class LayerStep:
             softcap=attention.softcap,
         )
 
-    def __call__(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """Hidden states after the layer; None where this call needs the ordinary path, with nothing done."""
-        return run([self], x, kwargs)
+    def followed_by(self, others: Iterable[LayerStep]) -> LayerStep | None:
+        """This layer and others in one call; None where they differ in structure."""
+        if any(other.structure != self.structure for other in others):
+            return None
+        steps = [self, *others]
+        together = copy.copy(self)
+        for name in ("attentions", "groups", "linears", "first_of_group", "norms", "head_norms"):
+            setattr(together, name, [item for step in steps for item in getattr(step, name)])
+        return together
 
-    def room(self, x: torch.Tensor, kwargs: dict[str, Any], mask: torch.Tensor | None) -> Room | None:
-        cache = kwargs.get(self.attention.names.cache)
+    def __call__(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """Hidden states after the layers, called with `kwargs`; None with nothing done where it cannot be one call.
+
+        The positions are those that the first layer finds in `kwargs`.
+        """
+        batch, length, _ = x.shape
+        if batch * length > MAX_TOKENS or torch.compiler.is_compiling():  # where the cache starts would be a constant
+            return None
+        attention, mask = self.attentions[0], kwargs.get("attention_mask")
+        if mask is not None:
+            if length > 1:
+                return None
+            mask = ~mask if attention.names.masked_is_true else mask
+        rooms = self._reserve(x, kwargs, mask)
+        if rooms is None or not all(group.one_order() for group in self.groups):
+            return None
+        if attention.rope is None:
+            cos = sin = x.new_empty(1, length, 0)
+        else:
+            cos, sin = attention.rope(attention, kwargs, x.dtype)
+        buffers = [module._buffers for module in self.linears]
+        norms = [module._parameters for module in self.norms]
+        s = self.structure
+        result = _decoder_layers(
+            x,
+            [tensors["_packed"] for tensors in buffers],
+            _given([tensors["_bias"] for tensors in buffers]),
+            _given([module._buffers["_perm"] for module in self.first_of_group]),
+            [parameters["weight"] for parameters in norms],
+            _given([parameters.get("bias") for parameters in norms]),
+            [module._parameters["weight"] for module in self.head_norms],
+            s.eps,
+            s.centered,
+            s.projections,
+            s.mlp_inputs,
+            int(s.activation),
+            s.gated,
+            s.parallel,
+            s.lowp_mode,
+            s.act_quant_mode,
+            cos,
+            sin,
+            cos.shape[-1] * (1 + s.interleaved),
+            s.interleaved,
+            [tensor for room in rooms for tensor in room[1:5] if tensor is not None],
+            [room.start for room in rooms],
+            s.scale,
+            mask,
+            s.softcap,
+            attention.slopes,
+        )
+        for room in rooms:
+            room.layer.commit(length)
+        return result
+
+    def _reserve(self, x: torch.Tensor, kwargs: dict[str, Any], mask: torch.Tensor | None) -> list[Room] | None:
+        cache = kwargs.get(self.attentions[0].names.cache)
         if cache is None:
             return None
-        cache = getattr(cache, "self_attention_cache", cache)
-        return self.attention.reserve(cache.layers, x, mask)
-
-
-def run(steps: Sequence[LayerStep], x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """Layers of one structure, one after the other; None where one of them needs the ordinary path, with nothing done.
-
-    The positions are those that the first layer finds in `kwargs`.
-    """
-    batch, length, _ = x.shape
-    if batch * length > MAX_TOKENS or torch.compiler.is_compiling():  # where the cache starts would be a constant
-        return None
-    attention = steps[0].attention
-    mask = kwargs.get("attention_mask")
-    if mask is not None:
-        if length > 1:
-            return None
-        mask = ~mask if attention.names.masked_is_true else mask
-    rooms = [step.room(x, kwargs, mask) for step in steps]
-    if None in rooms:
-        return None
-    buffers = [linear._buffers for step in steps for linear in step.linears]
-    biases = [tensors["_bias"] for tensors in buffers]
-    perms = [module._buffers["_perm"] for step in steps for module in step.first_of_group]
-    for group in chain.from_iterable(step.groups for step in steps):
-        if not group.one_order():
-            return None
-    norms = [module._parameters for step in steps for module in step.norms]
-    norm_biases = [parameters.get("bias") for parameters in norms]
-    head_norms = [module._parameters["weight"] for step in steps for module in step.head_norms]
-    if attention.rope is None:
-        cos = sin = x.new_empty(1, length, 0)
-    else:
-        cos, sin = attention.rope(attention, kwargs, x.dtype)
-    s = steps[0].structure
-    result = _decoder_layers(
-        x,
-        [tensors["_packed"] for tensors in buffers],
-        _given(biases),
-        _given(perms),
-        [parameters["weight"] for parameters in norms],
-        _given(norm_biases),
-        head_norms,
-        s.eps,
-        s.centered,
-        s.projections,
-        s.mlp_inputs,
-        int(s.activation),
-        s.gated,
-        s.parallel,
-        s.lowp_mode,
-        s.act_quant_mode,
-        cos,
-        sin,
-        cos.shape[-1] * (1 + s.interleaved),
-        s.interleaved,
-        [tensor for room in rooms for tensor in room[1:5] if tensor is not None],
-        [room.start for room in rooms],
-        s.scale,
-        mask,
-        s.softcap,
-        attention.slopes,
-    )
-    for room in rooms:
-        room.layer.commit(length)
-    return result
+        layers = getattr(cache, "self_attention_cache", cache).layers
+        rooms = []
+        for attention in self.attentions:
+            room = attention.reserve(layers, x, mask)
+            if room is None:
+                return None
+            rooms.append(room)
+        return rooms
 
 
 def _given(tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
     """`tensors`, or nothing if all are None, which costs less to hand over."""
-    return [] if all(tensor is None for tensor in tensors) else tensors
+    return [] if tensors.count(None) == len(tensors) else tensors

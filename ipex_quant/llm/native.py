@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from ..nn.fused_forward import fused_forward
 from .attention import is_attention, is_native, use_native_attention
-from .decoder import fuse_decoder
+from .decoder import FusedLayer, fuse_decoder
+from .decoder_model import fuse_model
 from .families import FAMILIES
 from .generation import CacheHook, use_native_cache
 from .norms import fuse_norms, norm_of
@@ -34,7 +35,8 @@ class Part:
 
 def parts_of(model: nn.Module) -> list[Part]:
     """What is around the linear layers of `model`, as far as it is of a known sort."""
-    fused = {id(inner) for module in model.modules() if fused_forward(module) for inner in module.modules()}
+    layers = (module for module in model.modules() if isinstance(fused_forward(module), FusedLayer))
+    fused = {id(inner) for layer in layers for inner in layer.modules()}
     tests = {
         "decoder layers": (lambda module: type(module).__name__ in FAMILIES, fused_forward),
         "norms": (lambda module: not isinstance(module, nn.LayerNorm) and norm_of(module), fused_forward),
@@ -57,6 +59,7 @@ def use_native_stack(model: nn.Module, kv_cache_dtype: torch.dtype | None = None
     """
     fuse_decoder(model)
     fuse_norms(model)
+    fuse_model(model)
     if isinstance(model, PreTrainedModel):
         use_native_attention(model)
         use_native_cache(model, kv_cache_dtype)

@@ -8,6 +8,8 @@ import transformers
 
 import ipex_quant as ipex
 from ipex_quant.llm.decoder import FusedLayer
+from ipex_quant.llm.decoder_model import FusedModel
+from ipex_quant.nn.fused_forward import restore_forwards
 from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
 from .test_families import GROUPED, HALF_ROTARY, OLD_NAMES, OPT, SIZES
@@ -48,7 +50,9 @@ def build(name, dtype=torch.float32, kv_cache_dtype=None):
     config = get_weight_only_quant_qconfig_mapping(
         weight_dtype=WoqWeightDtype.INT4, group_size=32, lowp_mode=WoqLowpMode.INT8
     )
-    return ipex.llm.optimize(model, dtype=dtype, quantization_config=config, kv_cache_dtype=kv_cache_dtype)
+    model = ipex.llm.optimize(model, dtype=dtype, quantization_config=config, kv_cache_dtype=kv_cache_dtype)
+    restore_forwards(model, FusedModel)  # layers are called one by one
+    return model
 
 
 def layers_of(model):
@@ -122,9 +126,10 @@ def test_other_layers_are_called_in_parts(name):
 def test_hooked_modules_are_called():
     model = build("llama")
     seen = []
-    ipex.nn.fused_forward.restore_forwards(model)
+    restore_forwards(model)
     model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: seen.append(1))
     ipex.llm.native.use_native_stack(model)
+    restore_forwards(model, FusedModel)
 
     generate(model, inputs=prompts(1))
 

@@ -1,0 +1,121 @@
+"""All layers of a decoder in one native call, for the few tokens of a decode step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ..nn.fused_forward import FusedForward, restore_forwards
+from ..ops.decoder import MAX_TOKENS
+from .decoder import FusedLayer
+from .decoder_step import LayerStep
+
+MODELS = ("CohereModel", "GlmModel", "LlamaModel", "MistralModel", "OlmoModel", "Phi3Model", "Qwen2Model", "Qwen3Model")
+"""Classes that do nothing but embed, mask, give the layers positions, call them in order, and norm."""
+
+
+def fuse_model(model: nn.Module) -> list[str]:
+    """Let every model of a known class within `model` call all its fused layers at once; return their names.
+
+    That is for a few tokens with native caches and no padding, and where nobody wants to see what is between the
+    layers. `restore_forwards` undoes it.
+    """
+    restore_forwards(model, FusedModel)
+    names = []
+    for name, module in model.named_modules():
+        known = type(module).__name__ in MODELS and "forward" not in vars(module)
+        if known and getattr(module.config, "sliding_window", None) is None:
+            module.forward = FusedModel(module)
+            names.append(name)
+    return names
+
+
+class FusedModel(FusedForward):
+    """What is in the place of a model's `forward`, with the same arguments and results."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers: list[FusedLayer] = []  # those that `step` computes
+        self.step: LayerStep | None = None
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        known = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        hidden = None
+        if (input_ids is None) != (inputs_embeds is None) and self._suits(known, use_cache, kwargs):
+            hidden = self._all_layers(input_ids, inputs_embeds, **known)
+        if hidden is None:
+            known |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+            return type(self.model).forward(self.model, **known, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.model.norm(hidden), past_key_values=past_key_values)
+
+    def _suits(self, known: dict[str, Any], use_cache: bool | None, kwargs: dict[str, Any]) -> bool:
+        model, config, cache = self.model, self.model.config, known["past_key_values"]
+        if model.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return False
+        if cache is None or not (config.use_cache if use_cache is None else use_cache):
+            return False
+        if kwargs.get("return_dict", config.return_dict) is False or torch.compiler.is_compiling():
+            return False
+        if config.output_hidden_states or config.output_attentions:
+            return False
+        return all(value is None or value is False or name == "return_dict" for name, value in kwargs.items())
+
+    def _all_layers(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Any,
+    ) -> torch.Tensor | None:
+        """Hidden states after the last layer; None where the layers have to be called, with nothing done."""
+        model = self.model
+        batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+        if batch * length > MAX_TOKENS or not self._can_step():
+            return None
+        past = past_key_values.get_seq_length()
+        if attention_mask is not None and not _sees_all(attention_mask, past + length):
+            return None
+        x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if any(layer.any_norm.module._parameters["weight"].dtype != x.dtype for layer in self.layers):
+            return None
+        if position_ids is None:
+            position_ids = torch.arange(past, past + length, device=x.device).unsqueeze(0)
+        tables = model.rotary_emb(x, position_ids=position_ids)
+        return self.step(x, {"position_embeddings": tables, "past_key_values": past_key_values})
+
+    def _can_step(self) -> bool:
+        """Whether all layers are fused, and no hook wants to be called between them."""
+        modules = self.model.layers._modules.values()  # slices of the list itself are slow
+        if len(modules) != self.model.config.num_hidden_layers:
+            return False
+        layers = []
+        for module in modules:
+            attributes = module.__dict__
+            if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+                return False
+            layers.append(attributes.get("forward"))
+        if layers != self.layers:
+            steps = [layer.step if isinstance(layer, FusedLayer) else None for layer in layers]
+            self.step = None if None in steps or not steps else steps[0].followed_by(steps[1:])
+            self.layers = layers
+        return self.step is not None
+
+
+def _sees_all(attention_mask: Any, tokens: int) -> bool:
+    """Whether a mask ``[B, T]`` hides none of the tokens."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return False
+    return attention_mask.shape[1] == tokens and bool(attention_mask.all())
