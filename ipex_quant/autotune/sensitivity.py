@@ -6,6 +6,9 @@ The error of a layer is ``|y - y'|^2 / |y|^2`` over the sample, with `y` its flo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +16,9 @@ from torch import nn
 from ..nn.linears import is_linear, weight_matrix
 from ..numerics.affine import dequantize
 from ..numerics.int8 import ACTIVATION_MAX, StaticActivation, quantize_per_channel
+from ..quantization._example import Example
 from ..quantization._observed import LayerParameters
+from ..smoothquant.tracing import input_tensor
 
 COMBINE: Mapping[str, Callable[[Sequence[float]], float]] = {
     "min": min,
@@ -33,22 +38,45 @@ def int8_errors(
     for module, own in zip(modules, parameters, strict=True):
         if own.activation is not quantized[0]:
             quantized = own.activation, _rounded(sample.float(), own.activation)
-        errors.append(relative_error(module, sample.float(), quantized[1], _rounded_weight(module, own)))
+        exact = _output(module, sample.float(), module.weight.detach().float())
+        errors.append(relative_error(exact, _output(module, quantized[1], _rounded_weight(module, own))))
     return errors
 
 
 @torch.no_grad()
-def relative_error(
-    module: nn.Module, sample: torch.Tensor, quantized_sample: torch.Tensor, quantized_weight: torch.Tensor
-) -> float:
-    """The error of one layer, given what it computes with in place of its input and weight."""
-    if is_linear(module):
-        exact = nn.functional.linear(sample, weight_matrix(module).float())
-        actual = nn.functional.linear(quantized_sample, quantized_weight)
-    else:
-        exact = module._conv_forward(sample, module.weight.detach().float(), None)
-        actual = module._conv_forward(quantized_sample, quantized_weight, None)
-    return float((actual - exact).square().sum() / exact.square().sum().clamp(min=torch.finfo(torch.float32).tiny))
+def block_error(block: nn.Module, call: Example, parameters: Mapping[nn.Module, LayerParameters]) -> float:
+    """The error of what a transformer `block` returns for `call` when its layers are quantized with `parameters`."""
+    exact = _first_tensor(block(*call.args, **call.kwargs))
+    with ExitStack() as stack:
+        for module, own in parameters.items():
+            handle = module.register_forward_hook(
+                partial(_simulate, own, _rounded_weight(module, own)), with_kwargs=True
+            )
+            stack.callback(handle.remove)
+        return relative_error(exact, _first_tensor(block(*call.args, **call.kwargs)))
+
+
+def relative_error(exact: torch.Tensor, actual: torch.Tensor) -> float:
+    """``|actual - exact|^2 / |exact|^2``."""
+    change, power = ((value.float()).square().sum() for value in (actual - exact, exact))
+    return float(change / power.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _simulate(
+    own: LayerParameters, weight: torch.Tensor, module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor
+) -> torch.Tensor:
+    """A forward hook: what the quantized layer would return."""
+    result = _output(module, _rounded(input_tensor(args, kwargs).float(), own.activation), weight)
+    if module.bias is not None:
+        result += module.bias.float() if is_linear(module) else module.bias.float()[:, None, None]
+    return result.to(output.dtype)
+
+
+def _output(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What `module` computes of `x` with another weight, as it stores its own, and without a bias."""
+    if isinstance(module, nn.Conv2d):
+        return module._conv_forward(x, weight, None)
+    return nn.functional.linear(x, weight if isinstance(module, nn.Linear) else weight.t())
 
 
 def _rounded(sample: torch.Tensor, activation: StaticActivation) -> torch.Tensor:
@@ -58,9 +86,15 @@ def _rounded(sample: torch.Tensor, activation: StaticActivation) -> torch.Tensor
 
 
 def _rounded_weight(module: nn.Module, parameters: LayerParameters) -> torch.Tensor:
-    """The weight that the codes stand for, for inputs of the smoothed domain."""
+    """The weight that the codes stand for, for inputs of the smoothed domain, as `module` stores its own."""
     weight = weight_matrix(module).float() if is_linear(module) else module.weight.detach().float().flatten(1)
     if parameters.weight_factor is not None:
         weight = weight * parameters.weight_factor
     rounded = dequantize(quantize_per_channel(weight, parameters.weight_scales))
-    return rounded if is_linear(module) else rounded.reshape(module.weight.shape)
+    if not is_linear(module):
+        return rounded.reshape(module.weight.shape)
+    return rounded if isinstance(module, nn.Linear) else rounded.t()
+
+
+def _first_tensor(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, (tuple, list)) else output

@@ -19,9 +19,10 @@ def read_smoothquant_args(arguments: Mapping[str, Any] | None) -> tuple[tuple[fl
 
     `arguments` may hold `alpha`, a number in 0..1, "auto" (the default), None or a list of these, and
     `auto_alpha_args`: `init_alpha` (0.5), `alpha_min` (0), `alpha_max` (1), `alpha_step` (0.1), `shared_criterion`
-    ("mean", or "min" or "max"), `enable_blockwise_loss` (False; IPEX's `do_blockwise`): one alpha for a block instead
-    of one for each share group. `folding` is accepted: factors are always folded where that costs nothing. Without
-    arguments "auto" and None are tried. Raises TypeError or ValueError for anything else.
+    ("mean", or "min" or "max"), `enable_blockwise_loss` (False; or `do_blockwise`): one alpha for a transformer block,
+    by the error of what it returns, instead of one for each share group by that of its layers. `folding` is accepted:
+    factors are always folded where that costs nothing. Without arguments "auto" and None are tried. Raises TypeError or
+    ValueError for anything else.
     """
     if arguments is None:
         return (AUTO, None), AlphaSearch()

@@ -20,19 +20,19 @@ from ..observers import SmoothQuantActivationObserver, has_data
 from ..quantization import convert, get_smooth_quant_qconfig_mapping, prepare
 from ..quantization._observed import LayerParameters, Observed, ObservedGroup, observed
 from ..quantization._qconfig import QuantizationKind
-from ..woq.layer_walk import find_blocks
 from .recipe import AUTO, Int8Recipe
 from .search import Layer, Search, search_int8
-from .sensitivity import COMBINE, int8_errors
+from .sensitivity import COMBINE, block_error, int8_errors
 from .statistics import RecordingObserver, Statistics, is_smoothed
 from .trials import Trial
 
 
 @dataclass(frozen=True)
 class AlphaSearch:
-    """How alpha `auto` is found: the values tried, how members of a share group count, and whether a block has one.
+    """How alpha `auto` is found: the values tried, and how the members of a share group count.
 
-    `first` is taken where calibration kept no sample.
+    With `by_block` a transformer block has one, found by the error of what it returns. Of equally good ones that
+    closest to `first` is taken.
     """
 
     alphas: tuple[float, ...] = tuple(i / 10 for i in range(11))
@@ -153,23 +153,31 @@ class StaticQuantizer:
         yield from (group for group in self.statistics.groups if group.name in reached)
 
     def _auto_alphas(self, samples: int) -> dict[str, float]:
-        """The alpha of every share group that has the least error, alone or together with those of its block."""
-        groups = [group for group in self._groups(samples) if is_smoothed(group, self.model)]
+        """The alpha of least error for every share group, or for all of a transformer block by what that returns."""
         together: dict[str, list[ObservedGroup]] = {}
-        for group in groups:
-            together.setdefault(self._block_of(group.name) if self.alpha_search.by_block else group.name, []).append(
-                group
-            )
+        for group in self._groups(samples):
+            if is_smoothed(group, self.model):
+                together.setdefault(self._block_of(group.name) or group.name, []).append(group)
         found = {}
-        for members in tqdm(together.values(), "searching alpha"):
-            errors = {
-                alpha: sum(self._combined(samples, group, alpha) for group in members)
-                for alpha in self.alpha_search.alphas
-            }
-            # Of equal ones that closest to the middle: extremes serve the sample rather than the data.
+        for name, members in tqdm(together.items(), "searching alpha"):
+            errors = {alpha: self._error(samples, name, members, alpha) for alpha in self.alpha_search.alphas}
+            # Of equal ones that closest to the first: extremes serve the sample rather than the data.
             best = min(errors, key=lambda alpha: (errors[alpha], abs(alpha - self.alpha_search.first)))
             found |= {group.name: best for group in members}
+        for group in self.statistics.groups:
+            group.reset()  # running blocks has shown them data
         return found
+
+    def _error(self, samples: int, name: str, members: list[ObservedGroup], alpha: float) -> float:
+        """Of the share group, or the block, called `name`."""
+        call = self.statistics.block_calls.get(name)
+        if call is None:
+            return sum(self._combined(samples, group, alpha) for group in members)
+        parameters = {}
+        for group in members:
+            _, half = self._both_parameters(samples, group, alpha)
+            parameters |= {self.model.get_submodule(layer.name): p for layer, p in zip(group.layers, half, strict=True)}
+        return block_error(self.model.get_submodule(name), call, parameters)
 
     def _combined(self, samples: int, group: ObservedGroup, alpha: float) -> float:
         return COMBINE[self.alpha_search.shared_criterion](self._measure(samples, group, alpha)[1])
@@ -177,13 +185,20 @@ class StaticQuantizer:
     def _measure(
         self, samples: int, group: ObservedGroup, alpha: float | None
     ) -> tuple[list[LayerParameters], list[float]]:
-        observer = self.statistics.observers[samples][group.name]
-        whole = self._parameters(observer, group, alpha)
-        half = whole
-        if alpha is not None and has_data(observer.other_half):
-            half = self._parameters(observer, group, alpha, observer.other_half)
+        """The parameters of the layers of `group`, and their errors."""
+        whole, half = self._both_parameters(samples, group, alpha)
         modules = [self.model.get_submodule(layer.name) for layer in group.layers]
         return whole, int8_errors(modules, self.statistics.samples[group.name], half)
+
+    def _both_parameters(
+        self, samples: int, group: ObservedGroup, alpha: float | None
+    ) -> tuple[list[LayerParameters], list[LayerParameters]]:
+        """The parameters from all the data, and from the half of it that the sample is not of, to judge them by."""
+        observer = self.statistics.observers[samples][group.name]
+        whole = self._parameters(observer, group, alpha)
+        if alpha is None or not has_data(observer.other_half):
+            return whole, whole
+        return whole, self._parameters(observer, group, alpha, observer.other_half)
 
     def _parameters(
         self, observer: RecordingObserver, group: ObservedGroup, alpha: float | None, channels: nn.Module | None = None
@@ -196,14 +211,9 @@ class StaticQuantizer:
         stand_in.observer.alpha = alpha
         return Observed([]).parameters(self.model, stand_in)
 
-    def _block_of(self, name: str) -> str:
-        """The name of the transformer block that a layer is in; its own name outside of them."""
-        try:
-            prefix, _ = find_blocks(self.model)
-        except ValueError:
-            return name
-        parts = name.removeprefix(f"{prefix}.").split(".")
-        return f"{prefix}.{parts[0]}" if name.startswith(f"{prefix}.") else name
+    def _block_of(self, name: str) -> str | None:
+        """The name of the transformer block whose call was kept that a layer is in."""
+        return next((block for block in self.statistics.block_calls if name.startswith(f"{block}.")), None)
 
 
 def layer_type(name: str, module: nn.Module) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +19,15 @@ from ..observers import SmoothQuantActivationObserver, has_data, observe
 from ..quantization import get_smooth_quant_qconfig_mapping, prepare
 from ..quantization._example import Example
 from ..quantization._observed import ObservedGroup, observed
+from ..woq.layer_walk import find_blocks
 from .batches import sample_count
 
 SAMPLE_ROWS = 128
 """Input vectors that are kept for each share group; of a convolution, whole inputs of a batch."""
 
 SAMPLE_IMAGES = 4
+
+_CACHE_ARGUMENTS = ("past_key_value", "past_key_values", "use_cache", "layer_past")
 
 
 class RecordingObserver(SmoothQuantActivationObserver):
@@ -73,6 +78,7 @@ class Statistics:
         self.model, self.example = model, example
         self.groups = list(groups)
         self.samples: dict[str, torch.Tensor] = {}
+        self.block_calls: dict[str, Example] = {}
         self.observers: dict[int, dict[str, SmoothQuantActivationObserver]] = {}
 
     def snapshot(self, samples: int) -> None:
@@ -88,17 +94,19 @@ def collect(
     sampling_sizes: Sequence[int],
     calib_func: Callable[[nn.Module], Any] | None = None,
     seed: int = 0,
+    blocks: bool = False,
 ) -> Statistics:
     """Prepare a copy of `model`, which shares its parameters, and run `batches` through it, or `calib_func`.
 
     The copy is the `model` of the result, to convert. Sizes beyond the data are left out, but for the smallest of them,
-    which is all the data; with `calib_func`, whose samples cannot be counted, the last one stands for all.
+    which is all the data; with `calib_func`, whose samples cannot be counted, the last one stands for all. With
+    `blocks` the first call of each transformer block is kept.
     """
     prepared = prepare(
-        model, _recording_mapping(model, seed), batches[0].args or None, example_kwarg_inputs=batches[0].kwargs or None
+        model, _recording_mapping(seed), batches[0].args or None, example_kwarg_inputs=batches[0].kwargs or None
     )
     found = Statistics(prepared, batches[0], observed(prepared).static_groups)
-    with evaluating(prepared), torch.no_grad():
+    with evaluating(prepared), torch.no_grad(), _watched_blocks(prepared, found.block_calls if blocks else None):
         if calib_func is not None:
             calib_func(prepared)
             found.snapshot(sampling_sizes[-1])
@@ -125,7 +133,28 @@ def _run(prepared: nn.Module, batches: Sequence[Example], sampling_sizes: Sequen
         found.snapshot(wanted[0])
 
 
-def _recording_mapping(model: nn.Module, seed: int) -> QConfigMapping:
+@contextmanager
+def _watched_blocks(model: nn.Module, calls: dict[str, Example] | None) -> Iterator[None]:
+    """Put the first call of every transformer block into `calls`, without its cache."""
+    handles: dict[str, Any] = {}
+
+    def keep(name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        handles.pop(name).remove()
+        calls[name] = Example(args, {key: value for key, value in kwargs.items() if key not in _CACHE_ARGUMENTS})
+
+    if calls is not None:
+        prefix, blocks = find_blocks(model)
+        for index, block in enumerate(blocks):
+            name = f"{prefix}.{index}"
+            handles[name] = block.register_forward_pre_hook(partial(keep, name), with_kwargs=True)
+    try:
+        yield
+    finally:
+        for handle in handles.values():
+            handle.remove()
+
+
+def _recording_mapping(seed: int) -> QConfigMapping:
     mapping = get_smooth_quant_qconfig_mapping()
     qconfig = mapping.global_qconfig
     return mapping.set_global(qconfig._replace(activation=RecordingObserver.with_args(seed=seed)))

@@ -145,7 +145,7 @@ def autotune(
     if weight_only:
         quantizer = WeightOnlyQuantizer(model, batches, space, max_bytes_per_weight, always_float, seed)
     else:
-        statistics = collect(model, batches, sizes, calib_func, seed)
+        statistics = collect(model, batches, sizes, calib_func, seed, alpha_search.by_block)
         quantizer = StaticQuantizer(statistics, alphas, alpha_search, always_float)
 
     search = quantizer.search()

@@ -71,12 +71,24 @@ def test_members_of_a_share_group_have_one_alpha(quantizer):
     assert len(set(alphas.values())) > 1
 
 
-def test_a_block_may_have_one_alpha(quantizer):
-    search = AlphaSearch(alphas=(0.3, 0.6), shared_criterion="max", by_block=True)
-    alphas = StaticQuantizer(quantizer.statistics, [AUTO], search).plan(Int8Recipe(AUTO, SAMPLES)).alphas
+def test_a_block_may_have_one_alpha(make_model, batches):
+    """The one with which the block, converted for real, errs least on the call that calibration kept."""
+    model = make_model()
+    statistics = collect(model, read_batches(model, batches, 4), [4], blocks=True)
+    search = AlphaSearch(alphas=(0.0, 0.6), by_block=True)
+    quantizer = StaticQuantizer(statistics, [AUTO], search)
+    alphas = quantizer.plan(Int8Recipe(AUTO, 4)).alphas
     for i in range(6):
-        assert len({alpha for name, alpha in alphas.items() if name.startswith(f"model.layers.{i}.")}) == 1
-    assert set(alphas.values()) <= {0.3, 0.6}
+        assert {alpha for name, alpha in alphas.items() if name.startswith(f"model.layers.{i}.")} == {0.6}
+    name = "model.layers.2"
+    call = statistics.block_calls[name]
+    exact = model.get_submodule(name)(*call.args, **call.kwargs)
+    for alpha in search.alphas:
+        converted = quantizer.quantized(Int8Recipe(alpha, 4)).get_submodule(name)
+        actual = converted(*call.args, **call.kwargs)
+        error = ((actual - exact).square().sum() / exact.square().sum()).item()
+        groups = [group for group in statistics.groups if group.name.startswith(f"{name}.")]
+        assert quantizer._error(4, name, groups, alpha) == pytest.approx(error, rel=0.5)
 
 
 def test_the_sample_of_an_input_is_bounded_and_the_same_each_time(quantizer, make_model, batches):
