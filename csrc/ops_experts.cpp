@@ -71,9 +71,12 @@ struct Group {
 
 // Tiles [first, first + count) of a group's gate and up projection.
 struct UpTask {
-  const Group* group;
+  const Group& group;
   int64_t first, count;
 };
+
+// Tiles that are read in one stream where the rows are few; with many rows a tile is enough, and its results are large.
+int64_t longest_run(int64_t rows) { return rows <= kDecodeRows ? 32 : 1; }
 
 int64_t gemm_bytes(const Stack& stack, const WoqPlan& plan) {
   return gemm_scratch(stack.geometry, plan.staged, plan.staged.rows);
@@ -256,36 +259,30 @@ class Mixture {
     return memory;
   }
 
-  // Decode reads memory fastest in long forward streams, so its threads take long runs of tiles; `tiles` are all. An
-  // expert is a shorter stream than a linear's weight, so the runs are longer parts of it.
-  static int64_t run_length(int64_t tiles) {
-    const int64_t parts = 2 * int64_t(torch::stable::get_num_threads());
-    return (tiles + parts - 1) / parts;
-  }
-
   void multiply_up(uint8_t* hidden) {
-    const int64_t tiles = up_.geometry.tiles, run = run_length(tiles * (end_ - begin_));
-    std::vector<UpTask> tasks;
+    const int64_t tiles = up_.geometry.tiles;
     int64_t most_cells = 0, scratch_bytes = 0;
     for (const Group* g = begin_; g < end_; ++g) {
-      const int64_t length = std::min(g->rows <= kDecodeRows ? run : 1, tiles);
-      for (int64_t tile = 0; tile < tiles; tile += length) tasks.push_back({g, tile, std::min(length, tiles - tile)});
-      most_cells = std::max(most_cells, g->rows * length * kTileN);
+      most_cells = std::max(most_cells, g->rows * std::min(longest_run(g->rows), tiles) * kTileN);
       scratch_bytes = std::max(scratch_bytes, gemm_bytes(up_, g->input));
     }
     const int64_t side = round_up(most_cells * float_size(side_type()), 64);
-    parallel_tasks(int64_t(tasks.size()), 1, [&](auto next) {
+    parallel_streams((end_ - begin_) * tiles, [&](auto next) {
       const Buffer sides = make_buffer(2 * side), scratch = make_buffer(scratch_bytes);
-      for (Tasks range = next(); range.begin < range.end; range = next())
-        for (int64_t i = range.begin; i < range.end; ++i)
-          up_task(tasks[size_t(i)], sides.get(), sides.get() + side, hidden, scratch.get());
+      for (Tasks run = next(); run.begin < run.end; run = next())
+        for (int64_t i = run.begin, count; i < run.end; i += count) {
+          const Group& g = begin_[i / tiles];
+          const int64_t tile = i % tiles;
+          count = std::min({longest_run(g.rows), run.end - i, tiles - tile});
+          up_task({g, tile, count}, sides.get(), sides.get() + side, hidden, scratch.get());
+        }
     });
   }
 
   // Both projections of a run of columns, then their gated product.
   void up_task(const UpTask& task, uint8_t* gate_side, uint8_t* up_side, uint8_t* hidden, uint8_t* scratch) const {
     const KernelTable& table = kernels();
-    const Group& g = *task.group;
+    const Group& g = task.group;
     const int64_t column = task.first * kTileN, n = up_.geometry.n;
     const int64_t columns = std::min(task.count * kTileN, n - column);
     for (int64_t block = 0; block < 2; ++block) {
@@ -326,32 +323,34 @@ class Mixture {
 
   // A task has some columns of the result: it multiplies those of every group and adds them up.
   void multiply_down() {
-    const KernelTable& table = kernels();
-    const int64_t tiles = down_.geometry.tiles, run = widest_ <= kDecodeRows ? run_length(tiles) : 1;
+    const int64_t tiles = down_.geometry.tiles, longest = std::min(longest_run(widest_), tiles);
     int64_t scratch_bytes = 0;
     for (const Group* g = begin_; g < end_; ++g) scratch_bytes = std::max(scratch_bytes, gemm_bytes(down_, g->hidden));
-    parallel_tasks((tiles + run - 1) / run, 1, [&](auto next) {
-      const Buffer rows = make_buffer(widest_ * run * kTileN * 4), scratch = make_buffer(scratch_bytes);
-      for (Tasks range = next(); range.begin < range.end; range = next())
-        for (int64_t i = range.begin; i < range.end; ++i) {
-          const int64_t first = i * run, column = first * kTileN, n = down_.geometry.n;
-          const int64_t columns = std::min(run * kTileN, n - column);
-          for (const Group* g = begin_; g < end_; ++g) {
-            Output output{};
-            output.n = columns;
-            output.bias = down_.bias ? down_.bias_of(g->expert, 0) + column : nullptr;
-            output.y = rows.get();
-            const GemmArgs args{&down_.geometry, down_.tile(g->expert, 0, first), &g->hidden.staged, output};
-            for (int64_t tile = 0; tile < std::min(run, tiles - first); ++tile)
-              table.gemm_tile(args, tile, 0, g->rows, scratch.get());
-            add_weighted(*g, reinterpret_cast<const float*>(rows.get()), column, columns);
-          }
-          for (int64_t token = 0; last_ && type_ != kFloat32 && token < tokens_.count; ++token) {
-            const int64_t at = token * n + column;
-            store_rounded(static_cast<uint8_t*>(tokens_.y) + 2 * at, type_, tokens_.sums + at, columns);
-          }
-        }
+    parallel_streams(tiles, [&](auto next) {
+      const Buffer rows = make_buffer(widest_ * longest * kTileN * 4), scratch = make_buffer(scratch_bytes);
+      for (Tasks run = next(); run.begin < run.end; run = next())
+        for (int64_t first = run.begin; first < run.end; first += longest)
+          down_task(first, std::min(longest, run.end - first), rows.get(), scratch.get());
     });
+  }
+
+  // The columns of `count` tiles: those of every group multiplied, added up, and after the last chunk rounded.
+  void down_task(int64_t first, int64_t count, uint8_t* rows, uint8_t* scratch) const {
+    const KernelTable& table = kernels();
+    const int64_t column = first * kTileN, n = down_.geometry.n, columns = std::min(count * kTileN, n - column);
+    for (const Group* g = begin_; g < end_; ++g) {
+      Output output{};
+      output.n = columns;
+      output.bias = down_.bias ? down_.bias_of(g->expert, 0) + column : nullptr;
+      output.y = rows;
+      const GemmArgs args{&down_.geometry, down_.tile(g->expert, 0, first), &g->hidden.staged, output};
+      for (int64_t tile = 0; tile < count; ++tile) table.gemm_tile(args, tile, 0, g->rows, scratch);
+      add_weighted(*g, reinterpret_cast<const float*>(rows), column, columns);
+    }
+    for (int64_t token = 0; last_ && type_ != kFloat32 && token < tokens_.count; ++token) {
+      const int64_t at = token * n + column;
+      store_rounded(static_cast<uint8_t*>(tokens_.y) + 2 * at, type_, tokens_.sums + at, columns);
+    }
   }
 
   void add_weighted(const Group& g, const float* rows, int64_t column, int64_t columns) const {
