@@ -2,7 +2,7 @@
 
 `engine_rounds.py` says how they are measured. All engines run the same shape of Llama with random weights, every
 matrix of it in the engine's 4-bit or 8-bit type, and as many threads. An engine that cannot be installed, or fails,
-stays in the table with the reason.
+stays in the table with the reason. Models are written once, below `build/peers/models`.
 """
 
 from __future__ import annotations

@@ -77,5 +77,5 @@ def test_generation_is_compared_by_engine(benchmark, tmp_path):
 
 def test_the_readme_has_the_marks():
     text = (ROOT / "README.md").read_text()
-    assert [text.count(f"<!-- measured: {name} -->") for name in ("linear", "int8")] == [1, 1]
-    assert text.count("<!-- end -->") == 2
+    assert [text.count(f"<!-- measured: {name} -->") for name in ("linear", "int8", "peers", "generate")] == [1] * 4
+    assert text.count("<!-- end -->") == 4
