@@ -38,7 +38,8 @@ def awq(
     The result has `WeightOnlyQuantizedLinear` modules, computes right away, and goes through `llm.optimize` (without a
     `quantization_config`) and `llm.save`. All weight dtypes, group sizes and compute modes will do. Norms and linears
     before a scaled layer take the reciprocal of its scale; where none can, the layer's range is clipped only, which the
-    log (`ipex_quant`, INFO) tells. Linears outside the blocks (lm_head) are rounded to nearest.
+    log (`ipex_quant`, INFO) tells. Linears outside the blocks (lm_head), and experts in 3-D parameters, are rounded to
+    nearest.
 
     - `dataloader`, `nsamples`, `use_max_length` and `pad_max_length` are those of `gptq`.
     - `options` say how AWQ searches.

@@ -199,6 +199,17 @@ class TestRules:
         assert row.nbytes == experts_of(quantized)[LAYER].nbytes > 6 * 144 * 64
 
 
+def test_awq_rounds_experts_to_nearest():
+    with torch.inference_mode(False), torch.no_grad():
+        model = build("mixtral")
+        quantized = ipex.quantization.awq(model, [tokens(2, 20)], mapping())
+    expected = experts_of(optimized(model))
+    for name, module in experts_of(quantized).items():
+        for key, tensor in module.state_dict().items():
+            assert torch.equal(tensor, expected[name].state_dict()[key])
+    assert len(expected) == len(experts_of(quantized)) == 2
+
+
 def test_compiles_without_a_graph_break():
     model = optimized(build("mixtral"))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
