@@ -93,7 +93,8 @@ def _are_hooks(hooks: dict[int, Any]) -> bool:
 
 def _collects_attentions() -> bool:
     """Whether transformers takes attention weights from the attention modules, which not every layer is told of."""
-    return any("attentions" in name for name in output_capturing._active_collector.get() or ())
+    collected = output_capturing._active_collector.get()
+    return bool(collected) and any("attentions" in name for name in collected)
 
 
 class FusedLayer(FusedForward):

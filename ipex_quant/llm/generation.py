@@ -59,7 +59,8 @@ class CacheHook:
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
             return args, kwargs
         cache = kwargs.get("past_key_values")
-        if cache is None and len(args) <= self._position and _uses_cache(model, kwargs):
+        makes_cache = cache is None and len(args) <= self._position and _uses_cache(model, kwargs)
+        if makes_cache and not _is_packed(kwargs):
             cache = kwargs["past_key_values"] = _dynamic_cache(model)
         self.make_native(cache, model)
         return args, kwargs
@@ -103,6 +104,14 @@ def _replace_layers(cache: Cache, dtype: torch.dtype | None, shared: bool, spare
 def _uses_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     use_cache = kwargs.get("use_cache")
     return getattr(model.config.get_text_config(decoder=True), "use_cache", False) if use_cache is None else use_cache
+
+
+def _is_packed(kwargs: dict[str, Any]) -> bool:
+    """Whether a row has several sequences, which models see by the positions as long as there is no mask nor cache."""
+    positions = kwargs.get("position_ids")
+    if positions is None or positions.dim() != 2 or kwargs.get("attention_mask") is not None:
+        return False
+    return not torch.compiler.is_compiling() and bool((positions.diff(dim=-1) != 1).any())
 
 
 def _dynamic_cache(model: PreTrainedModel) -> Cache:
