@@ -33,6 +33,8 @@ def layer_step(layer: FusedLayer, residual: Residual) -> LayerStep | None:
     kind, eps = alike.pop()
     if alike or kind not in (Norm, LayerNorm) or not _known_attention(attention):
         return None
+    if any(norm.module._parameters.get("bias") is not None for norm in attention.norms):
+        return None
     if not isinstance(getattr(mlp, "inputs", None), LinearGroup):
         return None
     groups = [_linears(group) for group in (attention.project, attention.output, mlp.inputs, mlp.output)]

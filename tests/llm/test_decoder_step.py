@@ -32,6 +32,7 @@ SEVERAL_CALLS = {
     "gemma": (transformers.GemmaForCausalLM, {**GROUPED, "head_dim": 32}),  # its norms add one to their weight
     "llama-tanh": (transformers.LlamaForCausalLM, {**GROUPED, "hidden_act": "tanh"}),
     "gpt-neox": (transformers.GPTNeoXForCausalLM, SIZES),
+    "phi-norms": (transformers.PhiForCausalLM, {**GROUPED, "qk_layernorm": True}),  # norms of heads with a bias
 }
 
 
