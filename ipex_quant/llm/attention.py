@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -46,8 +47,12 @@ def use_native_attention(model: PreTrainedModel) -> list[str]:
 def _covers(model: PreTrainedModel) -> bool:
     if model._supports_sdpa:
         return True
-    # what only flash attention has are a soft cap, which is native too, and sinks
-    return model._supports_flash_attn and not any(hasattr(module, "sinks") for module in model.modules())
+    # what only flash attention has are a soft cap, which is native too, and sinks; those that have neither may be
+    # decoders whose attention does not say that it is causal
+    if not model._supports_flash_attn or any(hasattr(module, "sinks") for module in model.modules()):
+        return False
+    is_decoder = "past_key_values" in inspect.signature(model.forward).parameters
+    return not is_decoder or any(getattr(module, "is_causal", False) for module in model.modules())
 
 
 def is_attention(module: nn.Module) -> bool:

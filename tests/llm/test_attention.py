@@ -227,3 +227,14 @@ def test_attention_weights_take_the_eager_attention(llama):
     tokens = torch.arange(3, 9).unsqueeze(0)
     got, want = (model(tokens, output_attentions=True).attentions for model in (llama, other))
     torch.testing.assert_close(got, want)
+
+
+def test_decoders_that_do_not_say_they_are_causal_stay_as_they_are(logits):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "block_size": 8, "num_global_tokens": 2}
+    config = transformers.PegasusXConfig(vocab_size=96, **sizes, **heads)
+    stock = transformers.PegasusXForConditionalGeneration(config).eval()
+    model = copy.deepcopy(stock)
+    assert use_native_attention(model)
+    assert torch.equal(logits(model), logits(stock))
