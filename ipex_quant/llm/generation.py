@@ -144,7 +144,10 @@ def _prefill(
         return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
     prompts = {name: _every(value, copies, name) for name, value in model_kwargs.items()}
     outputs = prefill(input_ids[::copies], generation_config, prompts, *args, **kwargs)
-    cache.batch_repeat_interleave(copies)
+    made = getattr(
+        outputs, "past_key_values", None
+    )  # which may be another one: Phi-3 starts anew with its long factors
+    (cache if made is None else made).batch_repeat_interleave(copies)
     return type(outputs)(**{name: _repeated(value, copies) for name, value in outputs.items()})
 
 

@@ -217,6 +217,27 @@ def test_several_returned_sequences_share_their_prompt(llama_pair):
     assert [layer._used for layer in native_layers(cache)] == [2 * 40 + 6 * steps] * 2
 
 
+def test_a_prompt_may_be_computed_without_the_cache_it_came_with():
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope["original_max_position_embeddings"] = 8  # from there on the cache is made anew
+    config = transformers.Phi3Config(**GROUPED, rope_parameters=rope, original_max_position_embeddings=8)
+    model = transformers.Phi3ForCausalLM(config).eval()
+    for length in (5, 13):
+        expected, actual = (generate(each, prompt(model, 2, length), num_beams=3) for each in (model, native(model)))
+        assert torch.equal(actual, expected)
+
+
+def test_several_sequences_in_a_row():
+    torch.manual_seed(0)
+    config = transformers.MoshiConfig(**GROUPED, ffn_dim=64)  # which looks for them if it gets no cache
+    model = transformers.MoshiForCausalLM(config).eval()
+    inputs = {"input_ids": prompt(model, 1, 6)["input_ids"], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    expected = model(**inputs).logits
+    torch.testing.assert_close(native(model)(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(inputs["input_ids"]).logits, expected)
+
+
 def test_encoder_states_are_stored_once_for_their_beams():
     model = native(build("t5"))
     cache = cache_of(model, prompt(model, length=40), num_beams=4)
