@@ -408,8 +408,9 @@ Tensor woq_experts(Tensor x, Tensor experts, Tensor weights, Tensor gate_up, Ten
   const Tensor rows_of_x = as_contiguous(x);
   Tensor y = empty_in_dtype_of(x, x.sizes().data());
   const int64_t elements = tokens * hidden;
+  if (elements == 0) return y;
   if (choices == 0 || type == kFloat32) std::memset(y.mutable_data_ptr(), 0, size_t(elements * float_size(type)));
-  if (elements == 0 || choices == 0) return y;
+  if (choices == 0) return y;
   Buffer wide;
   float* sums = static_cast<float*>(y.mutable_data_ptr());
   if (type != kFloat32) {
