@@ -117,7 +117,7 @@ def _is_packed(kwargs: dict[str, Any]) -> bool:
 def _dynamic_cache(model: PreTrainedModel) -> Cache:
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
-        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache())  # no window on what was encoded
     return DynamicCache(config=config)
 
 
