@@ -143,10 +143,7 @@ class FusedLayer(FusedForward):
     def _needs_stock(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
         if self.layer.training or torch.is_autocast_enabled("cpu"):
             return True
-        for modules, name, module in self.parts:
-            if modules.get(name) is not module:  # it was replaced, by an adapter for instance
-                return True
-        if not torch.compiler.is_compiling() and (_collects_attentions() or self._has_new_hooks()):
+        if self.is_changed() or (not torch.compiler.is_compiling() and _collects_attentions()):
             return True
         for name, value in kwargs.items():
             if name not in self.known and value is not None and value is not False:
@@ -160,8 +157,11 @@ class FusedLayer(FusedForward):
             return False
         return hidden_states.requires_grad or any(parameter.requires_grad for parameter in self.layer.parameters())
 
-    def _has_new_hooks(self) -> bool:
-        return any(self.no_hooks) and any(map(_are_hooks, self.no_hooks))
+    def is_changed(self) -> bool:
+        """Whether a module within the layer was replaced, by an adapter for instance, or has hooks that it had not."""
+        if any(modules.get(name) is not module for modules, name, module in self.parts):
+            return True
+        return not torch.compiler.is_compiling() and any(self.no_hooks) and any(map(_are_hooks, self.no_hooks))
 
 
 class SequentialLayer(FusedLayer):

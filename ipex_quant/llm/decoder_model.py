@@ -111,7 +111,7 @@ class FusedModel(FusedForward):
             steps = [layer.step if isinstance(layer, FusedLayer) else None for layer in layers]
             self.step = None if None in steps or not steps else steps[0].followed_by(steps[1:])
             self.layers = layers
-        return self.step is not None
+        return self.step is not None and not any(layer.is_changed() for layer in layers)
 
 
 def _sees_all(attention_mask: Any, tokens: int) -> bool:

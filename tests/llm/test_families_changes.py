@@ -1,5 +1,6 @@
 """Fused layers of a model that somebody has changed, before they were fused or after."""
 
+import copy
 import types
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 
 import ipex_quant as ipex
-from ipex_quant.nn.fused_forward import fused_forward
+from ipex_quant.nn.fused_forward import fused_forward, restore_forwards
+from ipex_quant.quantization import WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
 WITHIN = ("self_attn", "self_attn.q_proj", "self_attn.o_proj", "mlp", "mlp.act_fn", "mlp.down_proj", "input_layernorm")
 
@@ -98,3 +100,19 @@ def test_attention_weights_that_no_layer_is_asked_for(make_model, tokens):
     actual = native(**tokens(stock), output_attentions=True).attentions
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert all(map(fused_forward, native.transformer.h))
+
+
+@pytest.mark.parametrize("change", [hook, replace])
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.down_proj"])
+def test_changes_count_where_all_layers_are_one_call(llama, change, name):
+    mapping = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4, group_size=32)
+    native = ipex.llm.optimize(llama, quantization_config=mapping)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True}
+    inputs = torch.tensor([[5, 6, 7]])
+    plain, *_ = native.generate(inputs, return_dict_in_generate=True, **options).logits[-1:]
+    change(native, name)
+    stock = copy.deepcopy(native)
+    restore_forwards(stock)
+    got, expected = (each.generate(inputs, return_dict_in_generate=True, **options) for each in (native, stock))
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(plain, expected.logits[-1], rtol=1e-2, atol=1e-2)
