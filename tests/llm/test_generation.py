@@ -5,6 +5,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from ipex_quant.llm.attention import use_native_attention
 from ipex_quant.llm.cache import NativeLayer, SlidingLayer
@@ -236,6 +237,23 @@ def test_several_sequences_in_a_row():
     expected = model(**inputs).logits
     torch.testing.assert_close(native(model)(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(model(inputs["input_ids"]).logits, expected)
+
+
+def test_what_was_encoded_is_seen_through_no_window():
+    torch.manual_seed(0)
+    side = {**GROUPED, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
+    config = transformers.T5GemmaConfig(encoder=side, decoder={**side, "cross_attention_hidden_size": 32}, **TOKENS)
+    model = transformers.T5GemmaForConditionalGeneration(config).eval()
+    other = native(model)
+
+    def logits(model):
+        tokens = prompt(model, 1, 12)["input_ids"]
+        first = model(tokens, decoder_input_ids=tokens[:, :1])
+        encoded = BaseModelOutput(first.encoder_last_hidden_state)
+        past = {"encoder_outputs": encoded, "past_key_values": first.past_key_values}
+        return model(decoder_input_ids=tokens[:, 1:2], **past).logits
+
+    torch.testing.assert_close(logits(other), logits(model), rtol=1e-4, atol=1e-5)
 
 
 def test_encoder_states_are_stored_once_for_their_beams():
