@@ -38,6 +38,7 @@ class FusedModel(FusedForward):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.angles = Angles(model.rotary_emb)
         self.layers: list[FusedLayer] = []  # those that `step` computes
         self.step: LayerStep | None = None
 
@@ -91,9 +92,10 @@ class FusedModel(FusedForward):
         x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if any(layer.any_norm.module._parameters["weight"].dtype != x.dtype for layer in self.layers):
             return None
-        if position_ids is None:
-            position_ids = torch.arange(past, past + length, device=x.device).unsqueeze(0)
-        tables = model.rotary_emb(x, position_ids=position_ids)
+        if position_ids is None or position_ids.tolist() == [[*range(past, past + length)]] * len(position_ids):
+            tables = self.angles.of_run(x, past, length)
+        else:
+            tables = model.rotary_emb(x, position_ids=position_ids)
         return self.step(x, {"position_embeddings": tables, "past_key_values": past_key_values})
 
     def _can_step(self) -> bool:
@@ -112,6 +114,44 @@ class FusedModel(FusedForward):
             self.step = None if None in steps or not steps else steps[0].followed_by(steps[1:])
             self.layers = layers
         return self.step is not None and not any(layer.is_changed() for layer in layers)
+
+
+class Angles:
+    """Cosines and sines of positions, computed for many at once where they do not depend on how many there are."""
+
+    BLOCK = 64
+    STATIC = ("default", "linear", "llama3", "yarn")
+
+    def __init__(self, rotary: nn.Module) -> None:
+        self.rotary = rotary
+        self._forget()
+
+    def _forget(self) -> None:
+        self.key: tuple[Any, ...] = ()
+        self.frequencies: torch.Tensor | None = None  # what the tables were computed with
+        self.tables: tuple[torch.Tensor, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rotary": self.rotary}  # tables of inference mode cannot be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def of_run(self, x: torch.Tensor, start: int, length: int) -> tuple[torch.Tensor, ...]:
+        """Cosines and sines ``[1, length, R]`` from position `start` on, in the dtype of `x`."""
+        block, offset = divmod(start, self.BLOCK)
+        rotary = self.rotary
+        hooked = rotary._forward_hooks or rotary._forward_pre_hooks or "forward" in vars(rotary)
+        if hooked or rotary.rope_type not in self.STATIC or offset + length > self.BLOCK:
+            return rotary(x, position_ids=torch.arange(start, start + length, device=x.device).unsqueeze(0))
+        frequencies = rotary._buffers["inv_freq"]
+        key = (block, x.dtype, rotary.attention_scaling)
+        if key != self.key or frequencies is not self.frequencies:
+            first = block * self.BLOCK
+            positions = torch.arange(first, first + self.BLOCK, device=x.device).unsqueeze(0)
+            self.tables, self.key, self.frequencies = rotary(x, position_ids=positions), key, frequencies
+        return tuple(table[:, offset : offset + length] for table in self.tables)
 
 
 def _sees_all(attention_mask: Any, tokens: int) -> bool:

@@ -87,6 +87,29 @@ def test_generates_with_the_bits_of_the_layers(name, batch, calls):
     assert all(map(torch.equal, got.logits, expected.logits))
 
 
+@pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}])
+def test_positions_beyond_the_first_ones(rope, calls, monkeypatch):
+    options = {**GROUPED, "rope_parameters": {"rope_theta": 10000.0, **rope}, "max_position_embeddings": 64}
+    monkeypatch.setitem(MODELS, "rope", (transformers.LlamaForCausalLM, options))
+    model = build("rope")
+    expected = generate(one_by_one(model), max_new_tokens=130, min_new_tokens=130)
+    calls.clear()
+    got = generate(model, max_new_tokens=130, min_new_tokens=130)
+    assert set(calls) == {2}
+    assert all(map(torch.equal, got.logits, expected.logits))
+
+
+def test_given_positions_count(calls):
+    model = build()
+    tokens = torch.randint(3, 96, (1, 7), generator=torch.Generator().manual_seed(1))
+    results = []
+    for each in (model, one_by_one(model)):
+        cache = each(tokens[:, :6], use_cache=True).past_key_values
+        results.append(each(tokens[:, 6:], past_key_values=cache, position_ids=torch.tensor([[9]])).logits)
+    assert 2 in calls
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -151,7 +174,8 @@ def test_the_base_model_alone(calls):
 
 def test_copies_and_pickles_work(calls):
     model = build()
-    expected = generate(model)
+    with torch.inference_mode():
+        expected = generate(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         calls.clear()
         got = generate(other)
