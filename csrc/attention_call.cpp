@@ -69,7 +69,7 @@ void AttentionCall::divide(const AttentionSequence& s, int64_t head) {
 int64_t AttentionCall::run_length(int64_t threads) const {
   const int64_t workers = std::clamp<int64_t>(products_ / kWorkerProducts, 1, threads);
   const int64_t runs = workers < threads ? workers : merges_.empty() ? tasks() : 4 * threads;
-  return runs ? (tasks() + runs - 1) / runs : 1;
+  return tasks() > 0 ? (tasks() + runs - 1) / runs : 1;
 }
 
 void AttentionCall::run(int64_t i, uint8_t* scratch) {

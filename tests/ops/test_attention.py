@@ -113,7 +113,11 @@ def test_rows_say_where_tokens_are(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_sees_nothing_gets_zero(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_sees_nothing_gets_zero(dtype: torch.dtype, threads: int, request: pytest.FixtureRequest) -> None:
+    before = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+    torch.set_num_threads(threads)
     query, key, value = case(1, 1, 2, 5, 3, (16, 16), dtype)
     result = check(query, key, value, causal=True)  # the first two queries are before the first token
     assert not result[:, :2].any()
