@@ -37,14 +37,16 @@ def test_the_python_in_readme_runs(names):
     results = []
     for block in BLOCKS:
         exec(compile(block, str(README), "exec"), names)
-        results.append({name: names.get(name) for name in ("model", "quantized", "int8_model")})
-    assert len(results) == 4
-    woq, plain, gptq, smooth = results
+        results.append({name: names.get(name) for name in ("model", "quantized", "int8_model", "tuned")})
+    assert len(results) == 5
+    woq, plain, gptq, smooth, tuning = results
     assert isinstance(woq["model"].lm_head, WeightOnlyQuantizedLinear)
     assert isinstance(llm.load("quantized").lm_head, WeightOnlyQuantizedLinear)
     assert isinstance(plain["quantized"]["body"], QuantizedModule)
     assert isinstance(plain["quantized"]["head"], nn.Linear)
     assert isinstance(gptq["model"].model.layers[0].mlp.up_proj, WeightOnlyQuantizedLinear)
+    assert isinstance(tuning["tuned"].model.layers[0].mlp.up_proj, WeightOnlyQuantizedLinear)
+    assert Path("report.html").stat().st_size > 1000
     deployed, converted = smooth["model"], smooth["int8_model"]
     assert isinstance(converted.lm_head, Int8Linear)
     assert isinstance(deployed.lm_head, Int8Linear)
