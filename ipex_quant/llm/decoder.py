@@ -102,9 +102,8 @@ class FusedLayer(FusedForward):
 
     def __init__(self, layer: nn.Module, family: Family) -> None:
         self.layer = layer
-        self.parts = [
-            (parent._modules, name, child) for parent in layer.modules() for name, child in parent._modules.items()
-        ]
+        self.children = [parent._modules for parent in layer.modules() if parent._modules]
+        self.expected_children = [dict(children) for children in self.children]
         hooks = [each for module in layer.modules() for each in (module._forward_hooks, module._forward_pre_hooks)]
         self.no_hooks = [each for each in hooks[2:] if not each]  # those of the layer itself are called in any case
         self.names = list(inspect.signature(type(layer).forward).parameters)[2:]  # after self and the hidden states
@@ -159,9 +158,9 @@ class FusedLayer(FusedForward):
 
     def is_changed(self) -> bool:
         """Whether a module within the layer was replaced, by an adapter for instance, or has hooks that it had not."""
-        if any(modules.get(name) is not module for modules, name, module in self.parts):
+        if self.children != self.expected_children:
             return True
-        return not torch.compiler.is_compiling() and any(self.no_hooks) and any(map(_are_hooks, self.no_hooks))
+        return any(self.no_hooks) and not torch.compiler.is_compiling() and any(map(_are_hooks, self.no_hooks))
 
 
 class SequentialLayer(FusedLayer):
