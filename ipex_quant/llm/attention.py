@@ -101,6 +101,9 @@ def attention_mask(
     Unlike sdpa's, None also means causal where queries are the last of more keys. A sliding window without padding is
     a deferred tensor, whose values nobody needs.
     """
+    # None is causal only to modules that are so; others take it for all of a prompt
+    later_chunk = getattr(config, "use_bidirectional_attention", False) and 1 < q_length < kv_length
+    allow_is_causal_skip = allow_is_causal_skip and not later_chunk
     if allow_is_causal_skip and not isinstance(q_offset, torch.Tensor) and q_offset + q_length == kv_offset + kv_length:
         padding = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
         if padding is None or not (is_tracing(padding) or padding.shape[1] < kv_length or not padding.all()):

@@ -238,3 +238,18 @@ def test_decoders_that_do_not_say_they_are_causal_stay_as_they_are(logits):
     model = copy.deepcopy(stock)
     assert use_native_attention(model)
     assert torch.equal(logits(model), logits(stock))
+
+
+def test_tokens_after_a_prompt_whose_tokens_see_each_other():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    options = {"head_dim": 16, "intermediate_size": 32, "vocab_size": 96, "use_bidirectional_attention": True}
+    stock = transformers.GemmaForCausalLM(transformers.GemmaConfig(**sizes, **options)).eval()
+    model = copy.deepcopy(stock)
+    assert not use_native_attention(model)
+    tokens = torch.arange(3, 11)[None]
+    results = []
+    for each in (model, stock):
+        first = each(tokens[:, :5])
+        results.append((first.logits, each(tokens[:, 5:], past_key_values=first.past_key_values).logits))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
