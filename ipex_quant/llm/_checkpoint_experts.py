@@ -154,7 +154,12 @@ def _stacked_biases(biases: list[list[torch.Tensor | None]], sizes: list[int]) -
     if not any(bias.any() for bias in given):
         return None
     rows = [
-        torch.cat([torch.zeros(n) if bias is None else bias.float() for bias, n in zip(row, sizes, strict=True)])
+        torch.cat(
+            [
+                torch.zeros(n, dtype=torch.float32) if bias is None else bias.float()
+                for bias, n in zip(row, sizes, strict=True)
+            ]
+        )
         for row in biases
     ]
     return torch.stack(rows)

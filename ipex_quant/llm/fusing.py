@@ -31,7 +31,7 @@ ACTIVATIONS: dict[PostOp, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def activation_post_op(activation: Callable[[torch.Tensor], torch.Tensor]) -> PostOp | None:
     """The post op that computes what `activation` does, found by trying it; None when there is none."""
-    x = torch.linspace(-12, 12, 1001)
+    x = torch.linspace(-12, 12, 1001, dtype=torch.float32)
     y = activation(x)
     for post_op, known in ACTIVATIONS.items():
         if torch.allclose(y, known(x), rtol=1e-5, atol=1e-5):

@@ -74,8 +74,8 @@ def norm_of(module: nn.Module) -> Norm | None:
     if len(module._parameters) != 1 or module._modules:
         return None
     probe, size = copy.copy(module), weight.numel()
-    probe.__dict__ |= {"_parameters": {"weight": torch.linspace(0.5, 2, size).view(weight.shape)}}
-    x = torch.linspace(-3, 2, 4 * size).view(4, *weight.shape)
+    probe.__dict__ |= {"_parameters": {"weight": torch.linspace(0.5, 2, size, dtype=torch.float32).view(weight.shape)}}
+    x = torch.linspace(-3, 2, 4 * size, dtype=torch.float32).view(4, *weight.shape)
     try:
         with torch.no_grad():
             expected = type(module).forward(probe, x)

@@ -41,7 +41,7 @@ def scaled_vectors(norm: nn.Module, factor: torch.Tensor, offset: float = 0.0) -
     width = len(factor)
     generator = torch.Generator().manual_seed(0)
     rows = 4 if width == 3 else 3  # so that channels are in the last dimension, and only there
-    x = torch.randn(2, rows, width, generator=generator)
+    x = torch.randn(2, rows, width, generator=generator, dtype=torch.float32)
     try:
         same = torch.allclose(after.forward(x), before.forward(x) * factor, rtol=1e-4, atol=1e-6)
     except Exception:  # whatever a forward that is not ours needs, the norm can stay as it is

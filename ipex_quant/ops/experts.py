@@ -188,7 +188,7 @@ def _backward(
     grad, x, experts, weights, gate_up, down, up_bias, down_bias, up_perm, down_perm, count, width, _, __, act, clamp
 ):
     gate = ExpertGate(PostOp(act), tuple(clamp) or None)
-    x_grad, weights_grad = torch.zeros(x.shape), torch.zeros(weights.shape)
+    x_grad, weights_grad = torch.zeros(x.shape, dtype=torch.float32), torch.zeros(weights.shape, dtype=torch.float32)
     for expert in experts.unique().tolist():
         up_weight = _expert_weight(gate_up, up_perm, expert, (count, 2, width, x.shape[1]))
         down_weight = _expert_weight(down, down_perm, expert, (count, 1, x.shape[1], width))

@@ -38,9 +38,11 @@ def inject_outliers(
         readers = [modules[name] for name in group.members]
         if group.producer is None or any(uses[id(reader.weight)] > 1 for reader in readers):
             continue  # another reader, or a weight tied to another, would see the change
-        multiplier = torch.ones(weight_matrix(readers[0]).shape[1])
+        multiplier = torch.ones(weight_matrix(readers[0]).shape[1], dtype=torch.float32)
         chosen = torch.randperm(len(multiplier), generator=generator)[:channels]
-        multiplier[chosen] = torch.tensor(FACTORS)[torch.randint(len(FACTORS), (len(chosen),), generator=generator)]
+        multiplier[chosen] = torch.tensor(FACTORS, dtype=torch.float32)[
+            torch.randint(len(FACTORS), (len(chosen),), generator=generator)
+        ]
         if fold_into_norm(modules[group.producer], multiplier):
             for reader in readers:
                 weight_matrix(reader).div_(multiplier)

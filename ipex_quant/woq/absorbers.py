@@ -117,7 +117,7 @@ class _Probe:
         reached = before.magnitude > 0
         place = 1
         while place < count or place == 1:
-            factor = torch.ones(self.width(name))
+            factor = torch.ones(self.width(name), dtype=torch.float32)
             factor[channels.start :] = torch.exp2(_EXPONENTS[numbers // place % base])
             after = self.observe(name, factor)
             ratio = after.magnitude[reached] / before.magnitude[reached]
@@ -133,7 +133,7 @@ class _Probe:
         """Whether the members alone see it when channels of the module are multiplied."""
         used = sources[sources >= 0].unique()
         generator = torch.Generator().manual_seed(0)
-        factor = torch.ones(self.width(name))
+        factor = torch.ones(self.width(name), dtype=torch.float32)
         factor[used] = torch.exp2(_EXPONENTS[torch.randint(len(_EXPONENTS), (len(used),), generator=generator)])
         undo = torch.where(sources >= 0, factor[sources], 1.0)
         after = self.observe(name, factor, undo)

@@ -56,10 +56,10 @@ class InputSample:
 
     def __init__(self, in_features: int, capacity: int) -> None:
         self.count = 0
-        self.vectors = torch.empty(0, in_features)
+        self.vectors = torch.empty(0, in_features, dtype=torch.float32)
         self._capacity = capacity
         self._sum = torch.zeros(in_features, dtype=torch.float64)
-        self._priorities = torch.empty(0)
+        self._priorities = torch.empty(0, dtype=torch.float32)
         self._generator = torch.Generator().manual_seed(0)
 
     @property
@@ -77,7 +77,9 @@ class InputSample:
             raise ValueError("inputs: expected finite values, got NaN or Inf; check the model and the calibration data")
         self._sum += total
         self.count += len(vectors)
-        priorities = torch.cat((self._priorities, torch.rand(len(vectors), generator=self._generator)))
+        priorities = torch.cat(
+            (self._priorities, torch.rand(len(vectors), generator=self._generator, dtype=torch.float32))
+        )
         kept = priorities.argsort(descending=True, stable=True)[: self._capacity].sort().values
         self._priorities, self.vectors = priorities[kept], torch.cat((self.vectors, vectors))[kept]
 
@@ -160,7 +162,7 @@ def clipped(weight: torch.Tensor, scheme: WeightScheme, inputs: torch.Tensor, op
         result = groups.clamp(-largest * fraction, largest * fraction)
         return result.transpose(0, 1).reshape(rows, -1)[:, :columns]
 
-    least = torch.full(groups.shape[:2], torch.inf)
+    least = torch.full(groups.shape[:2], torch.inf, dtype=torch.float32)
     best = torch.ones_like(least)
     for step in range(options.clip_steps + 1):
         fraction = 1 - (1 - options.lowest_clip) * step / max(options.clip_steps, 1)

@@ -124,7 +124,7 @@ class _Group:
         search = search_scale(self.weights, schemes, self.sample.vectors, magnitude, self.options.alpha_steps)
         if search.alpha == 0:
             return Scaling(names, search=search)
-        factor = torch.ones(absorber.width)
+        factor = torch.ones(absorber.width, dtype=torch.float32)
         used = absorber.sources >= 0
         factor[absorber.sources[used]] = 1 / search.scale[used]
         if absorber.name in found:
@@ -174,8 +174,10 @@ def _mean_by_source(magnitude: torch.Tensor, absorber: Absorber) -> torch.Tensor
     """`magnitude` averaged over the channels that one channel of the absorber reaches; 0 for those that none does."""
     used = absorber.sources >= 0
     sources = absorber.sources[used]
-    sums = torch.zeros(absorber.width).index_add_(0, sources, magnitude[used])
-    counts = torch.zeros(absorber.width).index_add_(0, sources, torch.ones(len(sources)))
+    sums = torch.zeros(absorber.width, dtype=torch.float32).index_add_(0, sources, magnitude[used])
+    counts = torch.zeros(absorber.width, dtype=torch.float32).index_add_(
+        0, sources, torch.ones(len(sources), dtype=torch.float32)
+    )
     mean = torch.zeros_like(magnitude)
     mean[used] = (sums / counts.clamp(min=1))[sources]
     return mean

@@ -56,7 +56,7 @@ class HessianAccumulator:
     """Running mean of ``x x^T`` over the input vectors of one linear layer, float32 ``[K, K]``."""
 
     def __init__(self, in_features: int) -> None:
-        self.hessian = torch.zeros(in_features, in_features)
+        self.hessian = torch.zeros(in_features, in_features, dtype=torch.float32)
         self.count = 0
 
     def add(self, inputs: torch.Tensor) -> None:
@@ -98,7 +98,7 @@ def quantize_weight(
     grid = _Grid(scheme, static, options)
     for start in range(0, in_features, options.block_size):
         stop = min(start + options.block_size, in_features)
-        errors = torch.empty(stop - start, columns.shape[1])
+        errors = torch.empty(stop - start, columns.shape[1], dtype=torch.float32)
         for i in range(start, stop):
             grid.enter(i, int(features[i]), columns)
             snapped = grid.snap(columns[i])

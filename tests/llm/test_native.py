@@ -192,3 +192,13 @@ def test_the_old_name_warns(llama):
         model = ipex.optimize_transformers(llama, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
     assert parts_of(model)[0].native
+
+
+def test_another_default_dtype_changes_nothing(llama):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = ipex.llm.optimize(llama, quantization_config=int4())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [part.stock for part in parts_of(model)] == [(), (), ()]
+    assert torch.equal(generated(model), generated(ipex.llm.optimize(llama, quantization_config=int4())))
