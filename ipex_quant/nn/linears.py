@@ -80,9 +80,8 @@ def _computes_linear(module: nn.Module) -> bool:
     weight, bias, x = (
         torch.randn(shape, generator=generator, dtype=torch.float32) for shape in ((5, 7), (5,), (2, 4, 7))
     )
-    x *= torch.tensor([1e-3, 1.0, 1e2, 1e5], dtype=torch.float32)[
-        :, None
-    ]  # a forward that clamps or rounds differs at some size
+    # a forward that clamps or rounds differs at some size
+    x *= torch.tensor([1e-3, 1.0, 1e2, 1e5], dtype=torch.float32)[:, None]
     bias = None if module.bias is None else bias
     probe = copy.copy(module)
     probe.__dict__ |= {"_parameters": {"weight": weight, "bias": bias}, "in_features": 7, "out_features": 5}
