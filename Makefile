@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 LM_EVAL ?= lm_eval==0.4.13
+NEURAL_COMPRESSOR ?= neural-compressor-pt==3.10; python_version >= "3.11"
 # Index where pip finds the CPU build of torch, if the configured one would give another.
 TORCH_INDEX ?=
 JOBS ?= 2
@@ -35,7 +36,7 @@ $(ENV_STAMP): constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
 	$(PIP) install --quiet -r constraints.txt
-	$(PIP) install --quiet --no-deps '$(LM_EVAL)'
+	$(PIP) install --quiet --no-deps '$(LM_EVAL)' '$(NEURAL_COMPRESSOR)'
 	touch $@
 
 build: $(BUILD_STAMP)  ## compile the native code and install the package in place
