@@ -119,6 +119,7 @@ inline void transpose_quads(vi (&x)[4]) {
   x[0] = _mm256_unpacklo_epi64(a, c), x[1] = _mm256_unpackhi_epi64(a, c);
   x[2] = _mm256_unpacklo_epi64(b, d), x[3] = _mm256_unpackhi_epi64(b, d);
 }
+inline vi columns_of_quads(vi x) { return _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); }
 inline void transpose(vi (&x)[kLanes]) {
   vi quads[2][4];
   unroll<2>([&](auto g) IPEX_QUANT_INLINE {

@@ -80,6 +80,9 @@ inline void transpose_quads(vi (&x)[4]) {
   x[0] = _mm512_unpacklo_epi64(a, c), x[1] = _mm512_unpackhi_epi64(a, c);
   x[2] = _mm512_unpacklo_epi64(b, d), x[3] = _mm512_unpackhi_epi64(b, d);
 }
+inline vi columns_of_quads(vi x) {
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
+}
 inline void transpose(vi (&x)[kLanes]) {
   vi quads[4][4];
   unroll<4>([&](auto g) IPEX_QUANT_INLINE {
@@ -132,9 +135,8 @@ inline vi load_quads(const void* a, const void* b, const void* c, const void* d)
   vi x = _mm512_inserti32x4(_mm512_castsi128_si512(load(a)), load(b), 1);
   x = _mm512_inserti32x4(_mm512_inserti32x4(x, load(c), 2), load(d), 3);
   // Four by four dwords, then within each 128-bit lane four by four bytes.
-  x = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
   return _mm512_shuffle_epi8(
-      x, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+      columns_of_quads(x), _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
 }
 
 template <bool Narrow>

@@ -182,6 +182,7 @@ template <int I>
 inline vi spread_quads(vi x) {
   IPEX_QUANT_EACH(vi, x.v[i / 4 * 4 + I]);
 }
+inline vi columns_of_quads(vi x) { IPEX_QUANT_EACH(vi, x.v[i % 2 * 4 + i / 2]); }
 inline vi sum_quads(const vi (&x)[kLanes / 4]) { IPEX_QUANT_EACH(vi, x[i / 4].v[i % 4] + x[i / 4].v[i % 4 + 4]); }
 inline vi sum_quads(const vf (&x)[kLanes / 4]) {
   vf r;

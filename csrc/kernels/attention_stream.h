@@ -55,7 +55,8 @@ constexpr int lines(int64_t bytes) { return bytes < RowsAhead::kLine ? 1 : int(b
 // What products with keys that were made unsigned have too much, negated, modulo 2^32; of the sums of a query's planes.
 inline int32_t key_offset(const int32_t* sums) { return int32_t(-128 * (256 * uint32_t(sums[0]) + uint32_t(sums[1]))); }
 
-// Scores of Rows queries, each in kPlanes rows of `words` words, with keys [begin, end) to [Rows][stride].
+// Scores of Rows queries, each in kPlanes rows of `words` words, with keys [begin, end) to [Rows][stride]. Keys are
+// read whole, one after the other, which is the order that memory is fastest in.
 template <class Path, Source S, int Rows>
 inline void stream_scores(const uint8_t* const* keys, RowsAhead ahead, Span span, const float* query,
                           const int32_t* query_sums, int64_t words, int64_t steps, float* scores, int64_t stride) {
@@ -73,15 +74,14 @@ inline void stream_scores(const uint8_t* const* keys, RowsAhead ahead, Span span
       const uint8_t* const* rows = keys + t + part * kPart;
       Sum sums[Rows * kPlanes][kPart];
       unroll2<Rows * kPlanes, kPart>([&](auto m, auto j) IPEX_QUANT_INLINE { sums[m][j] = Sum{}; });
-      for (int64_t step = 0; step < steps; ++step) {
-        vi key[kPart];
-        unroll<kPart>([&](auto j)
-                          IPEX_QUANT_INLINE { key[j] = load_words<S>(rows[j] + step * kLanes * word_bytes(S)); });
-        ahead.ask<lines(kPart * kLanes * word_bytes(S))>();
-        unroll2<Rows * kPlanes, kPart>([&](auto m, auto j) IPEX_QUANT_INLINE {
-          add_lanes<Path>(sums[m][j], key[j], query + m * words + step * kLanes);
-        });
-      }
+      unroll<kPart>([&](auto j) IPEX_QUANT_INLINE {
+        for (int64_t step = 0; step < steps; ++step) {
+          const vi key = load_words<S>(rows[j] + step * kLanes * word_bytes(S));
+          ahead.ask<lines(kLanes * word_bytes(S))>();
+          unroll<Rows * kPlanes>(
+              [&](auto m) IPEX_QUANT_INLINE { add_lanes<Path>(sums[m][j], key, query + m * words + step * kLanes); });
+        }
+      });
       unroll2<Rows, kPart>([&](auto m, auto j) IPEX_QUANT_INLINE {
         Sum& result = results[part * (Rows * kPart) + m * kPart + j];
         if constexpr (kPlanes == 2)
@@ -123,52 +123,50 @@ template <class Path, Source S, int Rows>
 inline void stream_quad_scores(const uint8_t* const* keys, RowsAhead ahead, Span span, const float* query,
                                const int32_t* query_sums, int64_t steps, float* scores, int64_t stride) {
   constexpr int kPlanes = Path::kPlanes, kGroups = Rows / 4, kSums = kGroups * kPlanes, kQuads = int(kLanes) / 4;
-  constexpr int kTokens = kStreamSums / (kSums < 2 ? 2 : kSums);  // whose words are in registers
-  constexpr int kColumns = kTokens / kQuads;
   using Sum = typename Path::Scores::Sum;
   for (int64_t t = span.begin; t < span.end; t += kLanes) {
-    vi totals[kGroups][4];  // quad q of vector i is token 4 q + i
-    unroll<int(kLanes) / kTokens>([&](auto part) IPEX_QUANT_INLINE {
-      const uint8_t* const* rows = keys + t + part * kColumns;
-      constexpr auto token = [](int j) { return 4 * (j % kQuads) + j / kQuads; };
-      Sum sums[kTokens][kSums];
-      unroll2<kTokens, kSums>([&](auto j, auto m) IPEX_QUANT_INLINE { sums[j][m] = Sum{}; });
+    vi totals[kGroups][4];
+    unroll<4>([&](auto part) IPEX_QUANT_INLINE {
+      const uint8_t* const* rows = keys + t + part * kQuads;
+      Sum sums[kQuads][kSums];
+      unroll2<kQuads, kSums>([&](auto j, auto m) IPEX_QUANT_INLINE { sums[j][m] = Sum{}; });
       const float* q = query;
       for (int64_t step = 0; step < steps; ++step) {
-        vi key[kTokens];
-        unroll<kTokens>([&](auto j) IPEX_QUANT_INLINE {
-          key[j] = load_words<S>(rows[token(j)] + step * kLanes * word_bytes(S));
+        vi key[kQuads];
+        unroll<kQuads>([&](auto j) IPEX_QUANT_INLINE {
+          key[j] = load_words<S>(rows[j] + step * kLanes * word_bytes(S));
           if constexpr (S == Source::kQuads) key[j] = sub_i8(key[j], set1_i(int32_t(0x80808080)));
         });
-        ahead.ask<lines(kTokens * kLanes * word_bytes(S))>();
+        ahead.ask<lines(kQuads * kLanes * word_bytes(S))>();
         unroll<4>([&](auto i) IPEX_QUANT_INLINE {
           decltype(Path::Scores::lanes(q)) x[kSums];
           unroll<kSums>([&](auto m) IPEX_QUANT_INLINE { x[m] = Path::Scores::lanes(q + m * kLanes); });
-          unroll<kTokens>([&](auto j) IPEX_QUANT_INLINE {
+          unroll<kQuads>([&](auto j) IPEX_QUANT_INLINE {
             const auto word = Path::Scores::from(spread_quads<decltype(i)::value>(key[j]));
             unroll<kSums>([&](auto m) IPEX_QUANT_INLINE { Path::Scores::add(sums[j][m], x[m], word); });
           });
           q += kSums * kLanes;
         });
       }
-      unroll2<kGroups, kColumns>([&](auto group, auto i) IPEX_QUANT_INLINE {
+      unroll<kGroups>([&](auto group) IPEX_QUANT_INLINE {
         Sum parts[kQuads];
         unroll<kQuads>([&](auto j) IPEX_QUANT_INLINE {
-          Sum* sum = sums[i * kQuads + j] + group * kPlanes;
+          Sum* sum = sums[j] + group * kPlanes;
           if constexpr (kPlanes == 2)
             parts[j] = add_i(sll_i<8>(sum[0]), sum[1]);  // modulo 2^32, in which the score fits
           else
             parts[j] = sum[0];
         });
-        totals[group][part * kColumns + i] = sum_quads(parts);
+        totals[group][part] = sum_quads(parts);
       });
     });
     unroll<kGroups>([&](auto group) IPEX_QUANT_INLINE {
       transpose_quads(totals[group]);
       unroll<4>([&](auto i) IPEX_QUANT_INLINE {
         constexpr int kRow = 4 * decltype(group)::value + decltype(i)::value;
-        vf score = as_f(totals[group][i]);
-        if constexpr (kPlanes == 2) score = cvt_f(add_i(totals[group][i], set1_i(key_offset(query_sums + 2 * kRow))));
+        const vi total = columns_of_quads(totals[group][i]);
+        vf score = as_f(total);
+        if constexpr (kPlanes == 2) score = cvt_f(add_i(total, set1_i(key_offset(query_sums + 2 * kRow))));
         store_f(scores + kRow * stride + t, score);
       });
     });
