@@ -82,6 +82,7 @@ bench: build  ## measure the linear kernels against limits and peers, and what c
 	$(BIN)/python benchmarks/linear.py
 	$(BIN)/python benchmarks/int8.py
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/generate.py
 

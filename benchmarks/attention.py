@@ -167,7 +167,7 @@ def main() -> None:
 
     limits = Limits(args.threads)
     machine = describe(args.threads) | {"head_size": args.head_size, "dtype": args.dtype}
-    machine["read_bandwidth"] = limits.measure()[0]
+    machine |= limits.best()
     print(", ".join(f"{key}: {value}" for key, value in machine.items()))
     cases = [(phase, heads, tokens) for phase in args.phases for heads in args.heads for tokens in args.contexts]
     records = []

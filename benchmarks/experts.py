@@ -159,7 +159,7 @@ def main() -> None:
     torch.manual_seed(0)
     limits = Limits(args.threads)
     machine = describe(args.threads)
-    machine["read_bandwidth"], machine["int8_rate"] = limits.measure()
+    machine |= limits.best()
     print(", ".join(f"{key}: {value}" for key, value in machine.items()))
     with torch.inference_mode():
         shapes = tqdm(args.shapes, desc="shapes")

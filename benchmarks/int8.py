@@ -120,7 +120,7 @@ def main() -> None:
 
     limits = Limits(args.threads)
     machine = describe(args.threads) | {"activations": "bfloat16"}
-    machine["read_bandwidth"], machine["int8_rate"] = limits.measure()
+    machine |= limits.best()
     print(", ".join(f"{key}: {value}" for key, value in machine.items()))
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
     records = []

@@ -94,7 +94,7 @@ def main() -> None:
 
     limits = Limits(args.threads)
     machine = describe(args.threads)
-    machine["read_bandwidth"], machine["int8_rate"] = limits.measure()
+    machine |= limits.best()
     print(", ".join(f"{key}: {value}" for key, value in machine.items()))
     shapes = [shape for model in args.models for shape in SHAPES[model]]
     records = []

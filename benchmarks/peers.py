@@ -46,7 +46,7 @@ def main() -> None:
 
     limits = Limits(args.threads)
     machine = describe(args.threads) | {"dtype": "bfloat16"}
-    machine["read_bandwidth"], machine["int8_rate"] = limits.measure()
+    machine |= limits.best()
     print(", ".join(f"{key}: {value}" for key, value in machine.items()))
     engines = [e for e in ENGINES if args.engines is None or e.name in args.engines]
     task = Task(args.prompt, args.new_tokens)
