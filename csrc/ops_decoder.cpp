@@ -255,7 +255,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
       "decoder_layers(Tensor x, Tensor[] packed, Tensor?[] biases, Tensor?[] perms, Tensor[] norms, "
       "Tensor?[] norm_biases, Tensor[] head_norms, float eps, bool centered, int projections, int mlp_inputs, "
       "int activation, bool gated, bool parallel, int lowp_mode, int act_quant_mode, Tensor cos, Tensor sin, "
-      "int rotary_dim, bool interleaved, Tensor(a!)[] caches, int[] starts, float scale, Tensor? mask, "
+      "int rotary_dim, bool interleaved, Tensor(a!)[] caches, SymInt[] starts, float scale, Tensor? mask, "
       "float softcap, Tensor? alibi) -> Tensor");
 }
 

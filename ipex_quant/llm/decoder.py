@@ -158,9 +158,16 @@ class FusedLayer(FusedForward):
 
     def is_changed(self) -> bool:
         """Whether a module within the layer was replaced, by an adapter for instance, or has hooks that it had not."""
+        if torch.compiler.is_compiling():  # which compares all this at every call, and does not watch hooks
+            found = zip(self.children, self._expected_ids(), strict=True)
+            return any(id(children.get(name)) != expected for children, ids in found for name, expected in ids)
         if self.children != self.expected_children:
             return True
-        return any(self.no_hooks) and not torch.compiler.is_compiling() and any(map(_are_hooks, self.no_hooks))
+        return any(self.no_hooks) and any(map(_are_hooks, self.no_hooks))
+
+    @torch.compiler.assume_constant_result
+    def _expected_ids(self) -> tuple[tuple[tuple[str, int], ...], ...]:
+        return tuple(tuple((name, id(child)) for name, child in each.items()) for each in self.expected_children)
 
 
 class SequentialLayer(FusedLayer):

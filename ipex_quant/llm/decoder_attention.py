@@ -139,10 +139,8 @@ class FusedAttention:
 
     def fits_one_call(self, x: torch.Tensor, mask: torch.Tensor | None) -> bool:
         """Whether one call may rotate, store and attend, which is causal whatever the mask says."""
-        if torch.compiler.is_compiling() or not self.is_causal:  # where the cache starts would be a constant
-            return False
         few = self.is_joined or x.shape[0] * x.shape[1] <= MAX_JOINED
-        return few and (mask is None or x.shape[1] == 1)
+        return self.is_causal and few and (mask is None or x.shape[1] == 1)
 
     def reserve(self, layers: list[Any], x: torch.Tensor, mask: torch.Tensor | None) -> Room | None:
         """Room in a native cache for keys and values of `x`; None where only its `update` will do."""
@@ -187,8 +185,8 @@ class FusedAttention:
     ) -> torch.Tensor:
         """Write to a native cache and attend to it, with no code between the ops."""
         _, keys, values, key_scales, value_scales, start = room
-        _write(key, keys, key_scales, start)
-        _write(value, values, value_scales, start)
+        ops.write_cache(key, keys, key_scales, start)
+        ops.write_cache(value, values, value_scales, start)
         room.layer.commit(key.shape[2])
         stored = slice(None), slice(None), slice(start + key.shape[2])
         return ops.attention(
@@ -232,14 +230,6 @@ def _features(linear: nn.Module) -> tuple[int, int]:
     if is_linear(linear) and not hasattr(linear, "out_features"):  # transformers' Conv1D
         return linear_shape(linear)
     return part(linear, "out_features"), part(linear, "in_features")
-
-
-def _write(new: torch.Tensor, cache: torch.Tensor, scales: torch.Tensor | None, start: int) -> None:
-    if torch.compiler.is_compiling():  # the op's start is a constant of the graph, the start of a view is none
-        end = start + new.shape[2]
-        cache, scales = cache[:, :, start:end], None if scales is None else scales[:, :, start:end]
-        start = 0
-    ops.write_cache(new, cache, scales, start)
 
 
 class CrossAttention(FusedAttention):

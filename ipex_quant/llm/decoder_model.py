@@ -39,8 +39,9 @@ class FusedModel(FusedForward):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.angles = Angles(model.rotary_emb)
-        self.layers: list[FusedLayer] = []  # those that `step` computes
+        self.layers: list[Any] = []  # those that `step` computes
         self.step: LayerStep | None = None
+        self._can_step()
 
     def __call__(
         self,
@@ -67,7 +68,7 @@ class FusedModel(FusedForward):
             return False
         if cache is None or not (config.use_cache if use_cache is None else use_cache):
             return False
-        if kwargs.get("return_dict", config.return_dict) is False or torch.compiler.is_compiling():
+        if kwargs.get("return_dict", config.return_dict) is False:
             return False
         if config.output_hidden_states or config.output_attentions:
             return False
@@ -86,23 +87,33 @@ class FusedModel(FusedForward):
         batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
         if batch * length > MAX_TOKENS or not self._can_step():
             return None
-        past = past_key_values.get_seq_length()
-        if attention_mask is not None and not _sees_all(attention_mask, past + length):
-            return None
+        past, mask = past_key_values.get_seq_length(), None
+        if attention_mask is not None:
+            if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+                return None
+            if attention_mask.shape[1] != past + length:
+                return None
+            if torch.compiler.is_compiling():  # where nothing depends on values
+                if length > 1:
+                    return None
+                mask = attention_mask[:, None, None].bool()
+            elif not attention_mask.all():
+                return None
         x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if any(layer.any_norm.module._parameters["weight"].dtype != x.dtype for layer in self.layers):
+        self.step.find_tensors()
+        if any(parameters["weight"].dtype != x.dtype for parameters in self.step.norms):
             return None
-        if position_ids is None or position_ids.tolist() == [[*range(past, past + length)]] * len(position_ids):
-            tables = self.angles.of_run(x, past, length)
-        else:
-            tables = model.rotary_emb(x, position_ids=position_ids)
-        return self.step(x, {"position_embeddings": tables, "past_key_values": past_key_values})
+        tables = self.angles(x, past, length, position_ids)
+        return self.step(x, {"position_embeddings": tables, "past_key_values": past_key_values, "attention_mask": mask})
 
     def _can_step(self) -> bool:
         """Whether all layers are fused, and no hook wants to be called between them."""
         modules = self.model.layers._modules.values()  # slices of the list itself are slow
         if len(modules) != self.model.config.num_hidden_layers:
             return False
+        if torch.compiler.is_compiling():
+            layers = [module.__dict__.get("forward") for module in modules]
+            return [id(layer) for layer in layers] == self._ids() and not any(layer.is_changed() for layer in layers)
         layers = []
         for module in modules:
             attributes = module.__dict__
@@ -114,6 +125,13 @@ class FusedModel(FusedForward):
             self.step = None if None in steps or not steps else steps[0].followed_by(steps[1:])
             self.layers = layers
         return self.step is not None and not any(layer.is_changed() for layer in layers)
+
+    @torch.compiler.assume_constant_result
+    def _ids(self) -> list[int]:
+        """Of the layers that can be computed in one call, while a graph is traced."""
+        modules = self.model.layers._modules.values()
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+        return [] if hooked or self.step is None else [id(layer) for layer in self.layers]
 
 
 class Angles:
@@ -138,6 +156,17 @@ class Angles:
         self.__dict__.update(state)
         self._forget()
 
+    def __call__(
+        self, x: torch.Tensor, past: int, length: int, positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Cosines and sines of `positions` ``[B or 1, length]``, or where there are none of those after `past`."""
+        if torch.compiler.is_compiling():  # nothing may depend on values, and a table would be a constant
+            if positions is None:
+                positions = torch.arange(past, past + length, device=x.device).unsqueeze(0)
+        elif positions is None or positions.tolist() == [[*range(past, past + length)]] * len(positions):
+            return self.of_run(x, past, length)
+        return self.rotary(x, position_ids=positions)
+
     def of_run(self, x: torch.Tensor, start: int, length: int) -> tuple[torch.Tensor, ...]:
         """Cosines and sines ``[1, length, R]`` from position `start` on, in the dtype of `x`."""
         block, offset = divmod(start, self.BLOCK)
@@ -152,10 +181,3 @@ class Angles:
             positions = torch.arange(first, first + self.BLOCK, device=x.device).unsqueeze(0)
             self.tables, self.key, self.frequencies = rotary(x, position_ids=positions), key, frequencies
         return tuple(table[:, offset : offset + length] for table in self.tables)
-
-
-def _sees_all(attention_mask: Any, tokens: int) -> bool:
-    """Whether a mask ``[B, T]`` hides none of the tokens."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-        return False
-    return attention_mask.shape[1] == tokens and bool(attention_mask.all())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,10 +77,11 @@ class LayerStep:
         attention = layer.attention
         self.attentions = [attention]
         self.groups = [group for group in (attention.project, layer.mlp.inputs) if isinstance(group, WeightOnlyGroup)]
-        self.linears = [linear.module for group in groups for linear in group]
-        self.first_of_group = [group[0].module for group in groups]
-        self.norms = [norm.module for norm in norms]
-        self.head_norms = [norm.module for norm in attention.norms]
+        self.modules = [linear.module for group in groups for linear in group]
+        self.is_first = [linear is group[0] for group in groups for linear in group]
+        self.norm_modules = [norm.module for norm in norms]
+        self.head_norm_modules = [norm.module for norm in attention.norms]
+        self.linears: list[dict[str, Any]] | None = None
         _, lowp_mode, act_quant_mode = groups[0][0].options
         self.structure = DecoderStructure(
             projections=len(groups[0]),
@@ -103,9 +104,20 @@ class LayerStep:
             return None
         steps = [self, *others]
         together = copy.copy(self)
-        for name in ("attentions", "groups", "linears", "first_of_group", "norms", "head_norms"):
+        for name in ("attentions", "groups", "modules", "is_first", "norm_modules", "head_norm_modules"):
             setattr(together, name, [item for step in steps for item in getattr(step, name)])
         return together
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | dict.fromkeys(("linears", "norms", "head_norms"))  # copied modules have other ones
+
+    @torch.compiler.assume_constant_result
+    def find_tensors(self) -> None:
+        """Find what holds the modules' tensors: torch.compile guards every step on the way to each tensor."""
+        if self.linears is None:
+            self.linears = [module._buffers for module in self.modules]
+            self.norms = [module._parameters for module in self.norm_modules]
+            self.head_norms = [module._parameters for module in self.head_norm_modules]
 
     def __call__(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
         """Hidden states after the layers, called with `kwargs`; None with nothing done where it cannot be one call.
@@ -113,7 +125,7 @@ class LayerStep:
         The positions are those that the first layer finds in `kwargs`.
         """
         batch, length, _ = x.shape
-        if batch * length > MAX_TOKENS or torch.compiler.is_compiling():  # where the cache starts would be a constant
+        if batch * length > MAX_TOKENS:
             return None
         attention, mask = self.attentions[0], kwargs.get("attention_mask")
         if mask is not None:
@@ -121,23 +133,23 @@ class LayerStep:
                 return None
             mask = ~mask if attention.names.masked_is_true else mask
         rooms = self._reserve(x, kwargs, mask)
-        if rooms is None or not all(group.one_order() for group in self.groups):
+        self.find_tensors()
+        perms = _given([tensors["_perm"] for tensors in self.linears])
+        if rooms is None or (perms and not all(group.one_order() for group in self.groups)):
             return None
         if attention.rope is None:
             cos = sin = x.new_empty(1, length, 0)
         else:
             cos, sin = attention.rope(attention, kwargs, x.dtype)
-        buffers = [module._buffers for module in self.linears]
-        norms = [module._parameters for module in self.norms]
         s = self.structure
         result = _decoder_layers(
             x,
-            [tensors["_packed"] for tensors in buffers],
-            _given([tensors["_bias"] for tensors in buffers]),
-            _given([module._buffers["_perm"] for module in self.first_of_group]),
-            [parameters["weight"] for parameters in norms],
-            _given([parameters.get("bias") for parameters in norms]),
-            [module._parameters["weight"] for module in self.head_norms],
+            [tensors["_packed"] for tensors in self.linears],
+            _given([tensors["_bias"] for tensors in self.linears]),
+            list(compress(perms, self.is_first)),
+            [parameters["weight"] for parameters in self.norms],
+            _given([parameters.get("bias") for parameters in self.norms]),
+            [parameters["weight"] for parameters in self.head_norms],
             s.eps,
             s.centered,
             s.projections,

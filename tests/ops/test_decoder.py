@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 
 from ipex_quant import ops
 from ipex_quant.numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
@@ -294,3 +296,24 @@ def test_opcheck() -> None:
     arguments += (s.projections, s.mlp_inputs, int(s.activation), s.gated, s.parallel, 0, -1, *stack.tables)
     arguments += (s.rotary_dim, s.interleaved, stack.caches, stack.starts, s.scale, None, s.softcap, None)
     torch.library.opcheck(torch.ops.ipex_quant.decoder_layers.default, arguments)
+
+
+def test_compiled_code_writes_to_the_caches_themselves_wherever_they_start() -> None:
+    stack = Stack(DecoderStructure(rotary_dim=16), int8=True)
+
+    def step(caches: list[torch.Tensor], start: int) -> torch.Tensor:
+        return decoder_layers(stack.x, stack.weights, stack.structure, *stack.tables, caches, [start] * 2)
+
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
+    caches, expected = ([cache.clone() for cache in stack.caches] for _ in range(2))
+    with torch.no_grad():
+        result, (code,) = run_and_get_code(compiled, caches, 5)
+        assert torch.equal(result, step(expected, 5))
+        counter.clear()
+        for start in range(6, 9):
+            assert torch.equal(compiled(caches, start), step(expected, start))
+            assert all(map(torch.equal, caches, expected))
+    assert not counter.frame_count
+    assert "ipex_quant.decoder_layers" in code
+    assert not any(word in code.split("def call(")[1] for word in ("clone", "copy", "empty_strided"))
