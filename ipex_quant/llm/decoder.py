@@ -58,7 +58,7 @@ def _fuse(layer: nn.Module) -> str | None:
     if family is None:
         return f"it has none of {[dict(family.requires) for family in families]}"
     for name, module in layer.named_modules():
-        if not _is_called(name, family) and (_is_replaced(module) or (name and _has_hooks(module))):
+        if not _is_called(name, family) and (_is_replaced(module) or (name and has_hooks(module))):
             return f"{name or 'it'} has hooks, or a forward that is not transformers'"
     try:
         layer.forward = _LAYERS[family.residual](layer, family)
@@ -82,7 +82,8 @@ def _is_replaced(module: nn.Module) -> bool:
     return replaced or type(module).forward.__module__.partition(".")[0] not in ("transformers", "torch")
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether `module` has hooks that are called, besides those that transformers leaves idle."""
     return _are_hooks(module._forward_hooks) or _are_hooks(module._forward_pre_hooks)
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import output_capturing
 
 from ..nn.fused_forward import FusedForward, restore_forwards
 from ..ops.decoder import MAX_TOKENS
-from .decoder import FusedLayer
+from .decoder import FusedLayer, has_hooks
 from .decoder_step import LayerStep
 
 MODELS = ("CohereModel", "GlmModel", "LlamaModel", "MistralModel", "OlmoModel", "Phi3Model", "Qwen2Model", "Qwen3Model")
@@ -117,7 +118,8 @@ class FusedModel(FusedForward):
         layers = []
         for module in modules:
             attributes = module.__dict__
-            if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+            hooked = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]
+            if hooked and (has_hooks(module) or output_capturing._active_collector.get()):
                 return False
             layers.append(attributes.get("forward"))
         if layers != self.layers:

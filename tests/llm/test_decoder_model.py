@@ -141,6 +141,16 @@ def test_hooks_on_layers_are_called(calls):
     assert 2 in calls
 
 
+def test_hidden_states_asked_once_do_not_matter_afterwards(calls):
+    model = build()
+    expected = generate(model)
+    generate(model, output_hidden_states=True)
+    calls.clear()
+    got = generate(model)
+    assert calls == [2] * 5
+    assert all(map(torch.equal, got.logits, expected.logits))
+
+
 def test_replaced_and_restored_layers_count(calls):
     model = build()
     expected = generate(model)
