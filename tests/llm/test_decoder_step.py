@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 
 import ipex_quant as ipex
 from ipex_quant.llm.decoder import FusedLayer
@@ -107,6 +108,26 @@ def test_generates_with_the_bits_of_its_parts(name, batch):
     assert sum(calls) == 7 * len(layers_of(model)), "every layer of every step but the prompt's"
     assert torch.equal(got.sequences, expected.sequences)
     assert all(map(torch.equal, got.logits, expected.logits))
+
+
+class Comparisons(TorchFunctionMode):
+    """Counts how often a tensor is asked whether it equals None, as lists ask that look for it."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.Tensor.__eq__ and args[1] is None
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "phi", "opt"])
+def test_compares_no_tensor_with_none(name):
+    model = build(name)
+    with Comparisons() as comparisons:
+        assert [torch.zeros(2)].count(None) == 0
+        assert comparisons.count == 1
+        generate(model, inputs=prompts(1))
+    assert comparisons.count == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
