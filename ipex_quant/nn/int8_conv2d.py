@@ -201,11 +201,15 @@ class Int8Conv2d(QuantizedModule):
         self._set_weight(plain, self.activation)
 
 
-@torch.library.custom_op("ipex_quant::int8_conv_dequantize", mutates_args=())  # of what compilers cannot look into
+# An op, since compilers cannot look into packed weights; no `custom_op`, which asks for their storage in torch 2.10.
+torch.library.define("ipex_quant::int8_conv_dequantize", "(Tensor packed, Tensor scales, ScalarType dtype) -> Tensor")
+
+
+@torch.library.impl("ipex_quant::int8_conv_dequantize", "default")
 def _dequantize(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (packed.to_dense().float() * scales[:, None, None, None]).to(dtype)
 
 
-@_dequantize.register_fake
+@torch.library.register_fake("ipex_quant::int8_conv_dequantize")
 def _(packed, scales, dtype):
     return scales.new_empty(packed.shape, dtype=dtype)

@@ -299,7 +299,13 @@ def _thread() -> int | None:
 
 def _strict_export() -> bool:
     # It can trace no version.
-    return torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()
+    return torch.compiler.is_dynamo_compiling() and _is_exporting()
+
+
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    # Dynamo of torch 2.10 answers this itself, and says yes to torch.compile too.
+    return torch.compiler.is_exporting()
 
 
 def _version(x: torch.Tensor) -> int | None:

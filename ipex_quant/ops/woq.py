@@ -71,10 +71,11 @@ def quantize_weight(weight: torch.Tensor, scheme: WeightScheme) -> QuantizedWeig
 
 def pack_weight(qw: QuantizedWeight) -> PackedWeight:
     """Lay a quantized weight out for the kernels; scales that are half-precision numbers are stored as such."""
-    perm = None if qw.g_idx is None else torch.argsort(qw.g_idx, stable=True).to(torch.int32)
     zero_points = None if qw.zero_points is None else qw.zero_points.contiguous()
     codes, scales = qw.codes.contiguous(), qw.scales.contiguous()
-    data = _ops.woq_pack(codes, scales, zero_points, perm, qw.shape[1], qw.scheme.dtype, qw.scheme.group_size)
+    with torch.inference_mode(False):  # torch.compile of torch 2.10 finds no gradient through what inference mode made
+        perm = None if qw.g_idx is None else torch.argsort(qw.g_idx, stable=True).to(torch.int32)
+        data = _ops.woq_pack(codes, scales, zero_points, perm, qw.shape[1], qw.scheme.dtype, qw.scheme.group_size)
     return PackedWeight(data, perm, qw.scheme, qw.shape)
 
 

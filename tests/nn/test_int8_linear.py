@@ -266,7 +266,8 @@ class TestCompile:
 
         with (
             torch.no_grad(),
-            pytest.raises(Exception, match="the input of a share group changed between its members' calls"),
+            # torch 2.10 puts a message of its own in the place of ours.
+            pytest.raises(Exception, match=r"input of a share group changed between its|Runtime assertion failed"),
         ):
             torch.compile(run, backend="aot_eager", fullgraph=True)(torch.randn(2, IN))
 
