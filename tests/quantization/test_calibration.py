@@ -192,8 +192,8 @@ def test_two_ranks_hold_what_one_process_does(tmp_path):
     expected |= {f"alone {key}": value for key, value in undisturbed(1).items()}
     for rank in range(2):
         assert_equal_statistics(load_file(tmp_path / str(rank)), expected)
-    assert outputs[0].strip() == "RuntimeError: calibration failed on rank 1"
-    assert outputs[1].strip() == "ValueError: expected finite values, got NaN or Inf"
+    last = [output.splitlines()[-1] for output in outputs]  # Gloo of torch 2.10 prints a greeting before
+    assert last == ["RuntimeError: calibration failed on rank 1", "ValueError: expected finite values, got NaN or Inf"]
 
 
 def test_moving_averages_are_refused_over_ranks(monkeypatch):
