@@ -1,6 +1,6 @@
 """Write a table of measured speeds in README.md from a result of the script of that name in benchmarks/.
 
-python tools/readme_table.py {linear,int8,generate,peers} benchmarks/results/FILE.json
+python tools/readme_table.py {linear,int8,generate,peers} benchmarks/results/FILE.json [--shapes NAME ...]
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("benchmark", choices=[*OURS, *GENERATION])
     parser.add_argument("result", type=Path)
+    parser.add_argument("--shapes", nargs="+", help="of generate and peers: those to show; all, if not given")
     parser.add_argument("--readme", type=Path, default=README)
     options = parser.parse_args()
     text = options.readme.read_text(encoding="utf-8")
@@ -47,6 +48,10 @@ def main() -> None:
     if options.benchmark in OURS:
         table = section(result, OURS[options.benchmark])
     else:
+        measured = {r["shape"] for r in result["generate"]}
+        if not measured.issuperset(options.shapes or ()):
+            parser.error(f"--shapes: expected some of {sorted(measured)}, got {options.shapes}")
+        result["generate"] = [r for r in result["generate"] if r["shape"] in (options.shapes or measured)]
         table = generation_section(result, GENERATION[options.benchmark])
     mark = f"<!-- measured: {options.benchmark} -->"
     pattern = re.compile(rf"({mark}\n).*?(<!-- end -->)", re.DOTALL)

@@ -164,7 +164,7 @@ def run_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, *
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, experts, *arguments):
-        # save_for_backward refuses inference tensors, which a weight packed under inference_mode is.
+        # save_for_backward refuses inference tensors, which a weight loaded under inference_mode is.
         ctx.arguments = x.detach(), weights.detach(), experts, *arguments
         return _woq_experts(x, experts, weights, *arguments)
 

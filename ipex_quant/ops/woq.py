@@ -172,7 +172,7 @@ def woq_linear_gated(
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, data, out_features, bias, perm, lowp_mode, act_quant_mode):
-        # save_for_backward refuses inference tensors, which a weight packed under inference_mode is.
+        # save_for_backward refuses inference tensors, which a weight loaded under inference_mode is.
         ctx.weight = data, perm, out_features, x.shape[-1]
         return _ops.woq_linear(x, data, bias, perm, [], out_features, lowp_mode, act_quant_mode, int(PostOp.NONE))
 

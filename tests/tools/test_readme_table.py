@@ -22,8 +22,8 @@ def result(tmp_path):
     return path
 
 
-def run(result, readme, benchmark="int8"):
-    command = [sys.executable, SCRIPT, benchmark, result, "--readme", readme]
+def run(result, readme, benchmark="int8", *options):
+    command = [sys.executable, SCRIPT, benchmark, result, "--readme", readme, *options]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -73,6 +73,22 @@ def test_generation_is_compared_by_engine(benchmark, tmp_path):
     assert {line.count("|") for line in lines if line.startswith("|")} == {8 if benchmark == "generate" else 6}
     assert "how many times as fast ours, INT4 was" in readme.read_text()
     assert "With 4 beams and 64 new tokens: a search, 9 token/s" in readme.read_text()
+    assert run(result, readme, benchmark, "--shapes", "llama-1.1b").returncode == 0
+    assert readme.read_text().splitlines() == lines
+    assert "expected some of ['llama-1.1b']" in run(result, readme, benchmark, "--shapes", "llama-8b").stderr
+
+
+def test_the_shapes_that_are_asked_for(tmp_path):
+    common = {"prompt": 512, "new_tokens": 64, "beams": 1, "engine": "ours", "error": "none"}
+    result, readme = tmp_path / "result.json", tmp_path / "README.md"
+    records = [{**common, "shape": shape} for shape in ("one", "two")]
+    result.write_text(json.dumps({"machine": {"threads": 2, "cpu": "A Fast One"}, "generate": records}))
+    readme.write_text("<!-- measured: peers -->\n<!-- end -->\n")
+    assert run(result, readme, "peers").returncode == 0
+    assert all(f"`{shape}`, 512" in readme.read_text() for shape in ("one", "two"))
+    assert run(result, readme, "peers", "--shapes", "two").returncode == 0
+    assert "`one`" not in readme.read_text()
+    assert "`two`, 512" in readme.read_text()
 
 
 def test_the_readme_has_the_marks():
