@@ -166,9 +166,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     limits = Limits(args.threads)
-    machine = describe(args.threads) | {"head_size": args.head_size, "dtype": args.dtype}
-    machine |= limits.best()
-    print(", ".join(f"{key}: {value}" for key, value in machine.items()))
+    machine = describe(args.threads, head_size=args.head_size, dtype=args.dtype, **limits.best())
     cases = [(phase, heads, tokens) for phase in args.phases for heads in args.heads for tokens in args.contexts]
     records = []
     with torch.inference_mode():

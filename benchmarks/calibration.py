@@ -42,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    print(", ".join(f"{key}: {value}" for key, value in describe(args.threads).items()))
+    describe(args.threads)
     print(f"Llama, {SHAPE['num_hidden_layers']} blocks, {TOKENS} tokens: observed forward over float forward")
     ids = torch.randint(0, SHAPE["vocab_size"], (1, TOKENS))
     mappings = {

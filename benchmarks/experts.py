@@ -158,9 +158,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     limits = Limits(args.threads)
-    machine = describe(args.threads)
-    machine |= limits.best()
-    print(", ".join(f"{key}: {value}" for key, value in machine.items()))
+    machine = describe(args.threads, **limits.best())
     with torch.inference_mode():
         shapes = tqdm(args.shapes, desc="shapes")
         records = [record for name in shapes for record in measure(name, args.rounds, limits, args.tokens)]

@@ -46,9 +46,7 @@ def main() -> None:
     args = parser.parse_args()
 
     limits = Limits(args.threads)
-    machine = describe(args.threads) | {"dtype": "bfloat16"}
-    machine |= limits.best()
-    print(", ".join(f"{key}: {value}" for key, value in machine.items()))
+    machine = describe(args.threads, dtype="bfloat16", **limits.best())
     engines = [e for e in ENGINES if args.engines is None or e.name in args.engines]
     records = []
     for shape in args.shapes:

@@ -119,9 +119,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     limits = Limits(args.threads)
-    machine = describe(args.threads) | {"activations": "bfloat16"}
-    machine |= limits.best()
-    print(", ".join(f"{key}: {value}" for key, value in machine.items()))
+    machine = describe(args.threads, activations="bfloat16", **limits.best())
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
     records = []
     with torch.inference_mode():

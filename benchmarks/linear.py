@@ -93,9 +93,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     limits = Limits(args.threads)
-    machine = describe(args.threads)
-    machine |= limits.best()
-    print(", ".join(f"{key}: {value}" for key, value in machine.items()))
+    machine = describe(args.threads, **limits.best())
     shapes = [shape for model in args.models for shape in SHAPES[model]]
     records = []
     with torch.inference_mode():

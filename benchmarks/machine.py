@@ -39,16 +39,19 @@ class Limits:
         return {"read_bandwidth": max(bandwidths), "int8_rate": max(rates)}
 
 
-def describe(threads: int) -> dict[str, str | int]:
-    """CPU, ISA level, threads and versions, for the head of a table and of a JSON file."""
-    return {
+def describe(threads: int, **more: str | float) -> dict[str, str | float]:
+    """Print and return CPU, ISA level, threads, versions and `more`: the head of a table and of a JSON file."""
+    machine = {
         "cpu": _cpu_name(),
         "isa": ops.isa_name(),
         "threads": threads,
         "torch": torch.__version__,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
+        **more,
     }
+    print(", ".join(f"{key}: {value}" for key, value in machine.items()))
+    return machine
 
 
 def _cpu_name() -> str:

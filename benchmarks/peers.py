@@ -45,9 +45,7 @@ def main() -> None:
         args.shapes, args.rounds = args.shapes[:1], 2
 
     limits = Limits(args.threads)
-    machine = describe(args.threads) | {"dtype": "bfloat16"}
-    machine |= limits.best()
-    print(", ".join(f"{key}: {value}" for key, value in machine.items()))
+    machine = describe(args.threads, dtype="bfloat16", **limits.best())
     engines = [e for e in ENGINES if args.engines is None or e.name in args.engines]
     task = Task(args.prompt, args.new_tokens)
     records = [r for shape in args.shapes for r in measure(engines, shape, [task], args.rounds, args.threads, limits)]
