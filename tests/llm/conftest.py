@@ -39,15 +39,17 @@ MODELS = {
 """Small random models: class and configuration. Mamba reads `weight.dtype` and the bias of its linear layers."""
 
 
-def build(name):
-    torch.manual_seed(0)
-    model_class, options = MODELS[name]
-    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-    config = model_class.config_class(**{**tokens, **options})
-    model = model_class(config).eval()
+def random_model(model_class, options, seed=0):
+    torch.manual_seed(seed)
+    model = model_class(model_class.config_class(**options)).eval()
     for parameter in model.parameters():  # weights of a size that gives clear predictions, biases that matter
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
     return model
+
+
+def build(name):
+    model_class, options = MODELS[name]
+    return random_model(model_class, {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, **options})
 
 
 def inputs_of(model):

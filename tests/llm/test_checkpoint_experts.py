@@ -18,6 +18,8 @@ from ipex_quant.numerics.quantized_weight import QuantizedWeight
 from ipex_quant.numerics.scheme import WeightScheme, WoqLowpMode, WoqWeightDtype
 from ipex_quant.quantization import get_weight_only_quant_qconfig_mapping
 
+from .conftest import random_model
+
 SCHEME = WeightScheme(WoqWeightDtype.INT4, False, 32)
 CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
@@ -48,12 +50,8 @@ def family(request):
 
 
 def build(family, seed=0):
-    torch.manual_seed(seed)
     model_class, options = MODELS[family]
-    model = model_class(model_class.config_class(**SIZES, **options)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
-    return model
+    return random_model(model_class, SIZES | options, seed)
 
 
 def with_order(qw, seed):

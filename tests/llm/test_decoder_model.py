@@ -14,6 +14,7 @@ from ipex_quant.llm.decoder_model import FusedModel
 from ipex_quant.nn.fused_forward import restore_forwards
 from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
+from .conftest import random_model
 from .test_families import GROUPED
 
 MODELS = {
@@ -26,12 +27,6 @@ MODELS = {
     "olmo": (transformers.OlmoForCausalLM, GROUPED),
     "cohere": (transformers.CohereForCausalLM, GROUPED),
 }
-
-
-@pytest.fixture(autouse=True)
-def _without_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture
@@ -48,11 +43,7 @@ def calls(monkeypatch):
 
 
 def build(name="llama"):
-    torch.manual_seed(0)
-    model_class, options = MODELS[name]
-    model = model_class(model_class.config_class(**options)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
+    model = random_model(*MODELS[name])
     config = get_weight_only_quant_qconfig_mapping(
         weight_dtype=WoqWeightDtype.INT4, group_size=32, lowp_mode=WoqLowpMode.INT8
     )

@@ -13,6 +13,7 @@ from ipex_quant.llm.decoder_model import FusedModel
 from ipex_quant.nn.fused_forward import restore_forwards
 from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
+from .conftest import random_model
 from .test_families import GROUPED, HALF_ROTARY, OLD_NAMES, OPT, SIZES
 
 ONE_CALL = {
@@ -37,18 +38,8 @@ SEVERAL_CALLS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _without_gradients():
-    with torch.no_grad():
-        yield
-
-
 def build(name, dtype=torch.float32, kv_cache_dtype=None):
-    torch.manual_seed(0)
-    model_class, options = (ONE_CALL | SEVERAL_CALLS)[name]
-    model = model_class(model_class.config_class(**options)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
+    model = random_model(*(ONE_CALL | SEVERAL_CALLS)[name])
     config = get_weight_only_quant_qconfig_mapping(
         weight_dtype=WoqWeightDtype.INT4, group_size=32, lowp_mode=WoqLowpMode.INT8
     )

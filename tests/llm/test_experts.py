@@ -12,6 +12,8 @@ from ipex_quant.numerics import affine
 from ipex_quant.numerics.scheme import WoqLowpMode, WoqWeightDtype
 from ipex_quant.quantization import get_weight_only_quant_qconfig_mapping
 
+from .conftest import random_model
+
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 SIZES |= {"num_key_value_heads": 2, "num_experts_per_tok": 2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 QWEN = {**SIZES, "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 6}
@@ -39,12 +41,7 @@ LAYER = "model.layers.1.mlp.experts"
 
 
 def build(name):
-    torch.manual_seed(0)
-    model_class, options = MODELS[name]
-    model = model_class(model_class.config_class(**options)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
-    return model
+    return random_model(*MODELS[name])
 
 
 def mapping(dtype=WoqWeightDtype.INT4, **options):

@@ -15,6 +15,8 @@ from ipex_quant.nn import QuantizedModule
 from ipex_quant.nn.fused_forward import restore_forwards
 from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
+from .conftest import random_model
+
 SIZES = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -177,12 +179,7 @@ STOCK = {"olmoe-clip": (transformers.OlmoeForCausalLM, {**EXPERTS, "num_experts"
 
 
 def build(name):
-    torch.manual_seed(0)
-    model_class, options = (MODELS | VARIANTS | STOCK)[name]
-    model = model_class(model_class.config_class(**options)).eval()
-    for parameter in model.parameters():  # weights of a size that gives clear predictions, biases that matter
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
-    return model
+    return random_model(*(MODELS | VARIANTS | STOCK)[name])
 
 
 def fused(stock):
@@ -216,12 +213,6 @@ def steps(model, padding, cache=None):
         start = end
     rows = torch.cat(logits, 1)
     return torch.cat([rows[0], rows[1, padding:]])
-
-
-@pytest.fixture(autouse=True)
-def _without_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

@@ -121,12 +121,6 @@ class NothingDequantized(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.fixture(autouse=True)
-def _without_gradients():
-    with torch.no_grad():
-        yield
-
-
 @pytest.fixture
 def run_packed(monkeypatch):
     """``run_packed(model, name)``: `logits` of the native stack, in which no weight may be dequantized."""

@@ -12,6 +12,8 @@ from ipex_quant.llm.decoder import FusedLayer, fuse_decoder
 from ipex_quant.llm.families import FAMILIES
 from ipex_quant.quantization import WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
+from .conftest import random_model
+
 TOKENS = {"vocab_size": 96, "pad_token_id": 0, "decoder_start_token_id": 1, "eos_token_id": 2}
 T5 = {**TOKENS, "d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 2, "num_heads": 4}
 WHISPER = {
@@ -55,12 +57,7 @@ MODELS = {
 
 
 def build(name):
-    torch.manual_seed(0)
-    model_class, options = MODELS[name]
-    model = model_class(model_class.config_class(**options)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
-    return model
+    return random_model(*MODELS[name])
 
 
 def fused(stock):
@@ -98,12 +95,6 @@ def steps(model, name):
         ],
         dim=1,
     )
-
-
-@pytest.fixture(autouse=True)
-def _without_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(autouse=True)
