@@ -2,7 +2,7 @@
 
 A round times each kernel once, with the machine's limits measured right before and after it (the higher counts), and
 ratios are taken within a round. The figures are medians over the rounds. Decode reads caches that together exceed the
-processor's.
+processor's. Its second share is of the bandwidth of reading a tensor: torch gives tensors small pages.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from machine import Limits, describe
+from machine import READ_BYTES, Limits, describe
 from rounds import ROTATION_BYTES, write_json
 from tqdm import tqdm
 
@@ -97,36 +97,43 @@ def measure(
     first = Cache.random(kv_heads, tokens, dim, dtype)
     copies = 1 if phase == "prefill" else min(64, 1 + ROTATION_BYTES // (first.key.nbytes + first.value.nbytes))
     caches = [first, *(Cache.random(kv_heads, tokens, dim, dtype) for _ in range(copies - 1))]
-    samples: dict[str, list[tuple[float, float]]] = {kernel.name: [] for kernel in kernels()}
+    samples: dict[str, list[tuple[float, float, float]]] = {kernel.name: [] for kernel in kernels()}
+    tensor = torch.ones(READ_BYTES if phase == "decode" else 1, dtype=torch.uint8)
+
+    def bandwidths() -> tuple[float, float]:
+        return limits.bandwidth(tensor), limits.bandwidth()
+
     begin = time.perf_counter()
     for number in range(rounds + 1):
         if len(samples[SDPA]) and time.perf_counter() - begin > ROUND_SECONDS:
             break
-        before = limits.measure()[0]
+        before = bandwidths()
         for kernel in kernels():
             elapsed = seconds(kernel, query, caches)
-            after = limits.measure()[0]
+            after = bandwidths()
             if number > 0 or elapsed * copies > ROUND_SECONDS / 4:  # the first round warms up
-                samples[kernel.name].append((elapsed, max(before, after)))
+                samples[kernel.name].append((elapsed, *map(max, before, after)))
             before = after
     products = 2 * 2 * query_heads * dim * (tokens * (tokens + 1) // 2 if phase == "prefill" else tokens)
+
+    def over(other: str, own: list[tuple[float, float, float]]) -> float:
+        return statistics.median(s / o for (s, *_), (o, *_) in zip(samples[other], own, strict=False))
+
     records = []
     for kernel in kernels():
         own = samples[kernel.name]
-        common = list(zip(samples[SDPA], own, strict=False))
         records.append(
             {
                 "phase": phase,
                 "heads": heads,
                 "tokens": tokens,
                 "kernel": kernel.name,
-                "seconds": statistics.median(s for s, _ in own),
-                "of_bandwidth": statistics.median(kernel.nbytes(first) / s / b for s, b in own),
-                "flops_per_second": products / statistics.median(s for s, _ in own),
-                "over_sdpa": statistics.median(s / o for (s, _), (o, _) in common),
-                "over_float_cache": statistics.median(
-                    f / s for (f, _), (s, _) in zip(samples["float cache"], own, strict=False)
-                ),
+                "seconds": statistics.median(s for s, _, _ in own),
+                "of_bandwidth": statistics.median(kernel.nbytes(first) / s / b for s, _, b in own),
+                "of_tensor_bandwidth": statistics.median(kernel.nbytes(first) / s / b for s, b, _ in own),
+                "flops_per_second": products / statistics.median(s for s, _, _ in own),
+                "over_sdpa": over(SDPA, own),
+                "over_float_cache": over("float cache", own),
             }
         )
     return records
@@ -135,15 +142,16 @@ def measure(
 def print_table(records: list[dict]) -> None:
     """One table for each phase and number of heads, a line for each context."""
     for phase, heads in dict.fromkeys((r["phase"], r["heads"]) for r in records):
-        print(
-            f"\n{phase}, {heads}: ms", "(GFLOP/s" if phase == "prefill" else "(share of read bandwidth", "| over SDPA)"
-        )
+        share = "GFLOP/s" if phase == "prefill" else "shares of read bandwidth | over float cache"
+        print(f"\n{phase}, {heads}: ms ({share} | over SDPA)")
         for tokens in dict.fromkeys(r["tokens"] for r in records if (r["phase"], r["heads"]) == (phase, heads)):
             line = f"{tokens:>7d}"
             for r in records:
                 if (r["phase"], r["heads"], r["tokens"]) != (phase, heads, tokens):
                     continue
-                share = f"{r['flops_per_second'] / 1e9:.0f}" if phase == "prefill" else f"{r['of_bandwidth']:.2f}"
+                share = f"{r['flops_per_second'] / 1e9:.0f}"
+                if phase == "decode":
+                    share = f"{r['of_bandwidth']:.2f} {r['of_tensor_bandwidth']:.2f} | {r['over_float_cache']:.2f}x"
                 line += f"{r['kernel']:>14s} {r['seconds'] * 1e3:9.3f} ({share} | {r['over_sdpa']:.2f}x)"
             print(line)
 

@@ -30,8 +30,13 @@ class Limits:
 
     def measure(self) -> tuple[float, float]:
         """Bytes read a second, over half a gigabyte, and operations a second, a multiply-accumulate counting as two."""
-        bandwidth = self._library.read_bandwidth(self._buffer, READ_BYTES, self.threads)
-        return bandwidth, self._library.int8_rate(self.threads)
+        return self.bandwidth(), self._library.int8_rate(self.threads)
+
+    def bandwidth(self, tensor: torch.Tensor | None = None) -> float:
+        """Bytes read a second: of half a gigabyte in large pages, or of `tensor`, whose pages may be small."""
+        if tensor is None:
+            return self._library.read_bandwidth(self._buffer, READ_BYTES, self.threads)
+        return self._library.read_bandwidth(tensor.data_ptr(), tensor.nbytes, self.threads)
 
     def best(self, rounds: int = 5) -> dict[str, float]:
         """The highest of several measurements, for the head of a table: the first ones may meet a cold machine."""

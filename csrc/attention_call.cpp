@@ -6,10 +6,9 @@
 namespace ipex_quant {
 namespace {
 
-constexpr int64_t kMaxRows = 96;      // of a task: what these keep fits the second-level cache
-constexpr int64_t kFewRows = 16;      // up to here packing is what costs, and its result stays in the first-level cache
-constexpr int64_t kTokenChunk = 512;  // of a task that has all rows of its KV head
-constexpr int64_t kWorkerProducts = int64_t(1) << 17;  // below this a thread costs more than it gives
+constexpr int64_t kMaxRows = 96;  // of a task: what these keep fits the second-level cache
+constexpr int64_t kFewRows = 16;  // up to here packing is what costs, and its result stays in the first-level cache
+constexpr int64_t kMinChunk = 512, kMaxChunk = 2048, kChunks = 8;  // tokens of a task that has all rows of its KV head
 
 void set_sizes(AttentionArgs& args, const std::vector<AttentionSequence>& sequences) {
   int64_t rows = 1;
@@ -54,7 +53,8 @@ void AttentionCall::divide(const AttentionSequence& s, int64_t head) {
     task.rows = (i + 1) * rows / blocks - task.row;
     const int64_t begin = args_.first_token(s, task.row / args_.group);
     const int64_t end = std::max(begin, args_.end_token(s, (task.row + task.rows - 1) / args_.group));
-    const int64_t chunks = blocks == 1 ? std::max<int64_t>(1, (end - begin) / kTokenChunk) : 1;
+    const int64_t chunk_tokens = std::clamp((end - begin) / kChunks, kMinChunk, kMaxChunk);
+    const int64_t chunks = blocks == 1 ? std::max<int64_t>(1, (end - begin) / chunk_tokens) : 1;
     const int64_t units = (end - begin + unit - 1) / unit;
     if (chunks > 1) merges_.push_back({task, int64_t(tasks_.size()), chunks, nullptr});
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -64,12 +64,6 @@ void AttentionCall::divide(const AttentionSequence& s, int64_t head) {
     }
     products_ += task.rows * (end - begin) * (args_.key_dim + args_.value_dim);
   }
-}
-
-int64_t AttentionCall::run_length(int64_t threads) const {
-  const int64_t workers = std::clamp<int64_t>(products_ / kWorkerProducts, 1, threads);
-  const int64_t runs = workers < threads ? workers : merges_.empty() ? tasks() : 4 * threads;
-  return tasks() > 0 ? (tasks() + runs - 1) / runs : 1;
 }
 
 void AttentionCall::run(int64_t i, uint8_t* scratch) {

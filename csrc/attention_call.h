@@ -1,6 +1,7 @@
 // Attention as native callers see it: calls that are divided into tasks, which any threads may run. No torch here.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
@@ -16,14 +17,15 @@ class AttentionCall {
   AttentionCall(const AttentionCall&) = delete;
 
   int64_t tasks() const { return int64_t(tasks_.size()); }
-  // Neighbouring tasks that a thread of `threads` takes at a time: decode reads memory fastest in long forward streams,
-  // and a small call is not worth waking a thread for.
-  int64_t run_length(int64_t threads) const;
+  // How many of `threads` to share the tasks between: a small call is not worth waking a thread for.
+  int64_t threads(int64_t threads) const { return std::clamp<int64_t>(products_ / kThreadProducts, 1, threads); }
   int64_t scratch_bytes() const { return kernels().attention_scratch(args_); }
   // In any order, by any thread; of the tasks that share rows the last one to finish joins their results.
   void run(int64_t task, uint8_t* scratch);
 
  private:
+  static constexpr int64_t kThreadProducts = int64_t(1) << 17;  // below this a thread costs more than it gives
+
   void divide(const AttentionSequence& sequence, int64_t head);
 
   AttentionArgs args_;

@@ -133,7 +133,7 @@ void DecoderLayer::add_to(WorkspaceSizes& sizes) const {
   if (halves()) widen(sizes.product, bytes_of(call_, mlp_inputs_.out_features(0)));
 }
 
-void DecoderLayer::bind(const void* x, void* y, const Workspace& workspace) {
+void DecoderLayer::bind(const void* x, void* y, const Workspace& workspace, int64_t members) {
   workspace_ = &workspace;
   const Workspace& w = workspace;
   const auto output_to = [&](void* to, PostOp post_op, const void* first = nullptr, const void* second = nullptr) {
@@ -171,6 +171,7 @@ void DecoderLayer::bind(const void* x, void* y, const Workspace& workspace) {
   args_.attention.rotary.x = call_.rows > 1 && projections_.count() > 1 ? w.joined : w.projected;
   args_.attention.output = w.attended;
   attention_.reset(new RopeAttention(args_.attention));
+  attention_tasks_.reset(new SharedTasks(attention_->attention().tasks(), members));
 }
 
 // Rows of the input of `linears`, normed before or not.
@@ -227,9 +228,9 @@ void DecoderLayer::norm_heads(Tasks rows) const {
 void DecoderLayer::attend(const Member& member) {
   uint8_t* scratch = workspace_->scratch[size_t(member.begin)];
   AttentionCall& call = attention_->attention();
-  const int64_t run = call.run_length(member.size);
-  for (int64_t begin = attended_.fetch_add(run); begin < call.tasks(); begin = attended_.fetch_add(run))
-    for (int64_t i = begin; i < std::min(begin + run, call.tasks()); ++i) call.run(i, scratch);
+  for (Tasks tasks = attention_tasks_->next(member.begin); tasks.begin < tasks.end;
+       tasks = attention_tasks_->next(member.begin))
+    for (int64_t i = tasks.begin; i < tasks.end; ++i) call.run(i, scratch);
 }
 
 void DecoderLayer::run(const Member& member, Barrier& barrier, LinesAhead& lines, const DecoderLayer* next) {
@@ -264,7 +265,7 @@ DecoderStack::DecoderStack(const std::vector<DecoderLayerArgs>& layers, const De
   workspace_ = sizes.take(memory_);
   const void* x = call.x;
   for (DecoderLayer& layer : layers_) {
-    layer.bind(x, call.y, workspace_);
+    layer.bind(x, call.y, workspace_, members);
     widen(sizes.scratch, layer.attention_scratch());
     x = call.y;
   }

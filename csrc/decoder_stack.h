@@ -117,7 +117,7 @@ class DecoderLayer {
   DecoderLayer(const DecoderLayerArgs& args, const DecoderArgs& call, int64_t members);
 
   void add_to(WorkspaceSizes& sizes) const;
-  void bind(const void* x, void* y, const Workspace& workspace);
+  void bind(const void* x, void* y, const Workspace& workspace, int64_t members);
   int64_t attention_scratch() const { return attention_->attention().scratch_bytes(); }  // after it is bound
   LinesAhead ahead(const Member& member) const { return projections_.ahead(member); }
   // `next` is the layer after this one or null.
@@ -136,7 +136,7 @@ class DecoderLayer {
   TeamLinears projections_, output_, mlp_inputs_, mlp_output_;
   const Workspace* workspace_ = nullptr;
   std::unique_ptr<RopeAttention> attention_;
-  std::atomic<int64_t> attended_{0};  // tasks of the attention that were taken
+  std::unique_ptr<SharedTasks> attention_tasks_;
 };
 
 class DecoderStack {

@@ -48,10 +48,14 @@ void parallel_tasks(int64_t count, int64_t run, F f) {
 
 // Likewise with `SharedTasks`.
 template <class F>
-void parallel_streams(int64_t count, F f) {
-  const int64_t workers = std::min<int64_t>(count, torch::stable::get_num_threads());
+void parallel_streams(int64_t count, int64_t threads, F f) {
+  const int64_t workers = std::min(count, threads);
   SharedTasks tasks(count, workers);
   parallel(workers, 1, [&](int64_t thread, int64_t) { f([&] { return tasks.next(thread); }); });
+}
+template <class F>
+void parallel_streams(int64_t count, F f) {
+  parallel_streams(count, torch::stable::get_num_threads(), f);
 }
 
 inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {

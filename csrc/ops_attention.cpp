@@ -455,7 +455,7 @@ RopeAttentionArgs rope_attention_args(const QkvInput& qkv, RopeAttentionOptions&
 }
 
 void run(AttentionCall& call) {
-  parallel_tasks(call.tasks(), call.run_length(torch::stable::get_num_threads()), [&](auto next) {
+  parallel_streams(call.tasks(), call.threads(torch::stable::get_num_threads()), [&](auto next) {
     const Buffer scratch = make_buffer(call.scratch_bytes());
     for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next())
       for (int64_t i = tasks.begin; i < tasks.end; ++i) call.run(i, scratch.get());

@@ -11,7 +11,7 @@ namespace IPEX_QUANT_ISA_NS {
 
 // ---------------------------------------------------------------------------------------------------------- exponent
 // 2^x for x that is not above 0 by more than rounding; 0 below 2^-126. Minimax polynomials of relative error 3e-6,
-// which is enough for bf16, and 8e-8.
+// which is enough for bf16 and for bytes, and 8e-8.
 template <bool Coarse>
 inline vf exp2_f(vf x) {
   x = max_f(set1_f(-127.0f), x);  // NaN stays
@@ -46,7 +46,7 @@ struct AttentionScratch {
   int64_t query, keys, values, scores, probabilities, sums, row_state, token_state, zeros, bytes;
 
   AttentionScratch(const AttentionArgs& a, bool streams) {
-    // Sizes are those of floats, which need the most; two planes of bytes fill whole cache lines.
+    // Sizes are those of floats, which need the most, in whole cache lines.
     const int64_t key_words = (a.key_dim + 31) / 32 * 32;
     int64_t at = 0;
     const auto take = [&at](int64_t size) {
@@ -60,7 +60,7 @@ struct AttentionScratch {
     scores = take(a.max_rows * a.block * 4);
     probabilities = take(a.max_rows * a.block * 2);
     sums = take(a.max_rows * a.value_columns() * 4);
-    row_state = take(a.max_rows * 8 * 4);
+    row_state = take(a.max_rows * 6 * 4);
     token_state = take(a.block * 40);
     zeros = take((a.key_dim > a.value_dim ? a.key_dim : a.value_dim) * 4 + 64);
     bytes = at + kAttentionAlign;
@@ -84,12 +84,11 @@ class AttentionRun {
     query_ = floats(at.query), keys_ = floats(at.keys), values_ = floats(at.values);
     scores_ = floats(at.scores), sums_ = floats(at.sums);
     probabilities_ = Path::kElements == 1 ? scores_ : floats(at.probabilities);
-    probability_stride_ = Path::kElements == 1 ? block_ : block_ / 2;
     float* rows = floats(at.row_state);
     const auto next_rows = [&] { return (rows += args.max_rows) - args.max_rows; };
     maximum_ = next_rows(), total_ = next_rows(), correction_ = next_rows();
     query_scale_ = next_rows(), value_factor_ = next_rows();
-    query_sums_ = reinterpret_cast<int32_t*>(rows);  // [rows, 2]
+    query_offset_ = reinterpret_cast<int32_t*>(rows);
     key_rows_ = reinterpret_cast<const uint8_t**>(base + at.token_state);
     value_rows_ = key_rows_ + block_;
     key_ahead_ = value_rows_ + block_;
@@ -106,8 +105,8 @@ class AttentionRun {
     for (int64_t r = 0; r < task_.rows; ++r) maximum_[r] = kMinusInfinity, total_[r] = 0.0f;
     const bool stream = can_stream<Path>(task_.rows, args_.key_dim, args_.value_dim);
     if (stream && task_.rows > 2)
-      task_.rows > 4 ? pack_query_quads<Path, 8>(query_, query_words_, steps(), keys_)
-                     : pack_query_quads<Path, 4>(query_, query_words_, steps(), keys_);
+      task_.rows > 4 ? pack_query_quads<8>(query_, query_words_, steps(), keys_)
+                     : pack_query_quads<4>(query_, query_words_, steps(), keys_);
     for (start_ = task_.begin; start_ < task_.end; start_ += block_) {
       count_ = task_.end - start_ < block_ ? task_.end - start_ : block_;
       find_tokens();
@@ -128,7 +127,7 @@ class AttentionRun {
     pack(args_.value_dim, value_rows_, values_, columns_, false);
     for (int64_t tile = 0; tile < tiles; ++tile)
       each_tile(tile, tiles, [&](auto rows, int64_t row, Span span) {
-        accumulate<decltype(rows)::value, kPathVectors<Path>>(row, span, 0);
+        accumulate<decltype(rows)::value, kTileVectors>(row, span, 0);
       });
   }
 
@@ -140,8 +139,7 @@ class AttentionRun {
       constexpr int kFrom = decltype(source)::value;
       unroll<4>([&](auto i) {
         constexpr int kRows = 1 << decltype(i)::value;
-        if constexpr (kRows <= kStreamRows<Path>)
-          if (task_.rows <= kRows && 2 * task_.rows > kRows) stream_rows<kFrom, kRows>(span);
+        if (task_.rows <= kRows && 2 * task_.rows > kRows) stream_rows<kFrom, kRows>(span);
       });
     });
   }
@@ -150,18 +148,18 @@ class AttentionRun {
   template <int S, int Rows>
   void stream_rows(Span span) {
     constexpr Source kFrom = Source(S);
-    constexpr int kVectors = kStreamSums / (Rows * Path::kPlanes);
+    constexpr int kVectors = kStreamSums / Rows;
     const int64_t element = Path::kElements == 4 ? 1 : float_size(args_.type);
     const RowsAhead values(value_rows_ + span.begin, span.end - span.begin, args_.value_dim * element);
     RowsAhead keys(key_ahead_, block_, args_.key_dim * element);
     if constexpr (Rows > 2)
-      stream_quad_scores<Path, kFrom, Rows>(key_rows_, values, span, keys_, query_sums_, steps(), scores_, block_);
+      stream_quad_scores<Path, kFrom, Rows>(key_rows_, values, span, keys_, query_offset_, steps(), scores_, block_);
     else
-      stream_scores<Path, kFrom, Rows>(key_rows_, values, span, query_, query_sums_, query_words_, steps(), scores_,
+      stream_scores<Path, kFrom, Rows>(key_rows_, values, span, query_, query_offset_, query_words_, steps(), scores_,
                                        block_);
     softmax(0, task_.rows, span);
     stream_values < Path, kFrom, Rows,
-        kVectors<8 ? kVectors : 8>(value_rows_, keys, span, probabilities_, probability_stride_ / Path::kPlanes, 0,
+        kVectors<8 ? kVectors : 8>(value_rows_, keys, span, probabilities_, probability_stride(), 0,
                                    {sums_, columns_, correction_, value_factor_});
   }
 
@@ -169,6 +167,7 @@ class AttentionRun {
                                     : Path::kElements == 2 ? Source::kPairs
                                                            : Source::kFloat32;
 
+  int64_t probability_stride() const { return block_ / Path::kElements; }
   int64_t steps() const { return args_.key_dim / (kLanes * Path::kElements); }  // vectors of a streamed key
   int64_t query_of(int64_t r) const { return (task_.row + r) / args_.group; }
   int64_t head_of(int64_t r) const { return task_.head * args_.group + (task_.row + r) % args_.group; }
@@ -199,11 +198,11 @@ class AttentionRun {
   void pack_queries() {
     for (int64_t r = 0; r < task_.rows; ++r) {
       const uint8_t* x = sequence_.query + head_of(r) * args_.query_head + query_of(r) * args_.query_token;
-      float* to = query_ + r * Path::kPlanes * query_words_;
+      float* to = query_ + r * query_words_;
       query_scale_[r] = 1.0f;
       if constexpr (Path::kElements == 4) {
         query_scale_[r] = quantize_query(x, args_.type, args_.key_dim, query_words_, reinterpret_cast<uint8_t*>(to),
-                                         query_sums_ + 2 * r);
+                                         query_offset_ + r);
       } else if constexpr (Path::kElements == 2) {
         std::memset(to, 0, size_t(query_words_) * sizeof(float));
         std::memcpy(to, x, size_t(2 * args_.key_dim));
@@ -297,23 +296,23 @@ class AttentionRun {
 
   template <int Rows>
   void score(int64_t row, Span span) {
-    constexpr int kVectors = kPathVectors<Path>, kPlanes = Path::kPlanes;
+    constexpr int kVectors = kTileVectors;
     using Dot = typename Path::Scores;
-    const float* query = query_ + row * kPlanes * query_words_;
+    const float* query = query_ + row * query_words_;
     for (int64_t column = span.begin / kAttentionColumns * kAttentionColumns; column < span.end;
          column += kVectors * kLanes) {
-      typename Dot::Sum sums[Rows * kPlanes][kVectors];
-      unroll2<Rows * kPlanes, kVectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
-        if constexpr (kPlanes == 2)
-          sums[m][v] = set1_i(-128 * query_sums_[2 * row + m]);
+      typename Dot::Sum sums[Rows][kVectors];
+      unroll2<Rows, kVectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
+        if constexpr (Path::kElements == 4)
+          sums[m][v] = set1_i(query_offset_[row + m]);
         else
           sums[m][v] = zero_f();
       });
       multiply<Dot>(sums, query, query_words_, keys_ + column, block_, words(kSource, args_.key_dim));
       unroll2<Rows, kVectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
         float* to = scores_ + (row + m) * block_ + column + v * kLanes;
-        if constexpr (kPlanes == 2)
-          store_f(to, planes_value(sums[2 * m][v], sums[2 * m + 1][v]));
+        if constexpr (Path::kElements == 4)
+          store_f(to, cvt_f(sums[m][v]));
         else
           store_f(to, sums[m][v]);
       });
@@ -322,14 +321,15 @@ class AttentionRun {
 
   // Scores of rows [row, row + count) to probabilities, several at a time, whose latencies then overlap.
   void softmax(int64_t row, int64_t count, Span span) {
-    for (; count >= 4; row += 4, count -= 4) softmax_rows<4>(row, span);
-    if (count >= 2) softmax_rows<2>(row, span), row += 2;
-    if (count % 2) softmax_rows<1>(row, span);
+    const bool all_seen = span_of(row).end >= span.end && span_of(row + count - 1).begin <= span.begin;
+    for (; count >= 4; row += 4, count -= 4) softmax_rows<4>(row, span, all_seen);
+    if (count >= 2) softmax_rows<2>(row, span, all_seen), row += 2;
+    if (count % 2) softmax_rows<1>(row, span, all_seen);
   }
 
   // 0 for what a row does not see in `span`, and the rows' new maxima and totals.
   template <int Rows>
-  void softmax_rows(int64_t row, Span span) {
+  void softmax_rows(int64_t row, Span span, bool all_seen) {
     float* const s = scores_ + row * block_;
     if constexpr (Path::kElements == 4)
       for (int64_t t = span.begin; t < span.end; t += kLanes)
@@ -341,7 +341,7 @@ class AttentionRun {
     vf factor[Rows], largest[Rows], minus_reference[Rows], total[Rows], weighted[Rows];  // by the scales of values
     for (int m = 0; m < Rows; ++m) {
       if (transformed) transform(row + m, span);
-      hide_unseen(row + m, span);
+      if (!all_seen) hide_unseen(row + m, span);
     }
     unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
       factor[m] = set1_f(transformed ? 1.0f : args_.scale * query_scale_[row + m] * kLog2E);
@@ -360,7 +360,7 @@ class AttentionRun {
         total[m] = add_f(total[m], e);
 #if defined(IPEX_QUANT_BF16_DOT)
         if constexpr (Path::kElements == 2) {
-          float* p = probabilities_ + (row + m) * probability_stride_;
+          float* p = probabilities_ + (row + m) * probability_stride();
           return store_bf16_operand(reinterpret_cast<uint8_t*>(p) + 2 * t, e);
         }
 #endif
@@ -451,38 +451,33 @@ class AttentionRun {
     }
   }
 
-  // Probabilities times the scales of the values, as 16-bit integers relative to the largest: high bytes, then low
-  // ones.
+  // Probabilities times the scales of the values, as bytes relative to the largest.
   template <int Rows>
   void quantize_probabilities(int64_t row, Span span, const vf (&largest)[Rows], const vf (&sum)[Rows]) {
     vf inverse[Rows];
     unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
       const float range = reduce_max(largest[m]), total = reduce_add(sum[m]);
-      inverse[m] = set1_f(range >= 0x1p-100f ? 65535.0f / range : 0.0f);
-      value_factor_[row + m] = range / 65535.0f + (total - total);  // NaN if any is not finite
+      inverse[m] = set1_f(range >= 0x1p-100f ? 255.0f / range : 0.0f);
+      value_factor_[row + m] = range / 255.0f + (total - total);  // NaN if any is not finite
     });
     const float* s = scores_ + row * block_;
-    uint8_t* high = reinterpret_cast<uint8_t*>(probabilities_ + row * probability_stride_);
+    uint8_t* to = reinterpret_cast<uint8_t*>(probabilities_ + row * probability_stride());
     for (int64_t t = span.begin; t < span.end; t += kLanes)
       unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
-        const vi code = round_i(mul_f(load_f(s + m * block_ + t), inverse[m]));
-        uint8_t* to = high + m * probability_stride_ * int64_t(sizeof(float)) + t;
-        store_u8(to, srl_i<8>(code));
-        store_u8(to + block_, code);
+        store_u8(to + m * block_ + t, round_i(mul_f(load_f(s + m * block_ + t), inverse[m])));
       });
   }
 
   template <int Rows, int Vectors>
   void accumulate(int64_t row, Span span, int64_t column) {
-    constexpr int kPlanes = Path::kPlanes;
     using Dot = typename Path::Values;
-    const int64_t stride = probability_stride_ / kPlanes, first = span.begin / Path::kElements;
-    const float* p = probabilities_ + row * probability_stride_ + first;
+    const int64_t stride = probability_stride(), first = span.begin / Path::kElements;
+    const float* p = probabilities_ + row * stride + first;
     for (; column + Vectors * kLanes <= columns_; column += Vectors * kLanes) {
       float* to = sums_ + row * columns_ + column;
-      typename Dot::Sum sums[Rows * kPlanes][Vectors];
-      unroll2<Rows * kPlanes, Vectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
-        if constexpr (kPlanes == 2)
+      typename Dot::Sum sums[Rows][Vectors];
+      unroll2<Rows, Vectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
+        if constexpr (Path::kElements == 4)
           sums[m][v] = zero_i();
         else
           sums[m][v] = mul_f(load_f(to + m * columns_ + v * kLanes), set1_f(correction_[row + m]));
@@ -491,8 +486,8 @@ class AttentionRun {
                     (span.end - span.begin) / Path::kElements);
       unroll2<Rows, Vectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
         float* at = to + m * columns_ + v * kLanes;
-        if constexpr (kPlanes == 2) {
-          const vf value = mul_f(planes_value(sums[2 * m][v], sums[2 * m + 1][v]), set1_f(value_factor_[row + m]));
+        if constexpr (Path::kElements == 4) {
+          const vf value = mul_f(cvt_f(sums[m][v]), set1_f(value_factor_[row + m]));
           store_f(at, fma_f(load_f(at), set1_f(correction_[row + m]), value));
         } else {
           store_f(at, sums[m][v]);
@@ -516,10 +511,10 @@ class AttentionRun {
   const AttentionTask& task_;
   const AttentionSequence& sequence_;
   const int64_t columns_, block_;
-  int64_t query_words_, probability_stride_, start_ = 0, count_ = 0;
+  int64_t query_words_, start_ = 0, count_ = 0;
   float *query_, *keys_, *values_, *scores_, *probabilities_, *sums_;
   float *maximum_, *total_, *correction_, *query_scale_, *value_factor_;
-  int32_t* query_sums_;
+  int32_t* query_offset_;
   const uint8_t **key_rows_, **value_rows_, **key_ahead_;
   float *key_scales_, *value_scales_, *mask_;
   const uint8_t* zeros_;

@@ -44,30 +44,27 @@ struct ProbabilityValueDot {
   static void add(vi& sum, U8<false> a, S8<false> b) { dot<false>(sum, a, b); }
 };
 
-// What the products are made of. With two planes a row of the left operand is a row of high bytes and one of low bytes,
-// whose products are exact integers.
+// What the products are made of.
 struct FloatPath {
   using Scores = FloatDot;
   using Values = FloatDot;
-  static constexpr int kElements = 1, kPlanes = 1, kRows = 6;
+  static constexpr int kElements = 1, kRows = 6;
   static constexpr bool kCoarse = false;
 };
 #if defined(IPEX_QUANT_BF16_DOT)
 struct PairPath {
   using Scores = PairDot;
   using Values = PairDot;
-  static constexpr int kElements = 2, kPlanes = 1, kRows = 6;
+  static constexpr int kElements = 2, kRows = 6;
   static constexpr bool kCoarse = true;
 };
 #endif
 struct BytePath {
   using Scores = QueryKeyDot;
   using Values = ProbabilityValueDot;
-  static constexpr int kElements = 4, kPlanes = 2, kRows = kLanes == 16 ? 6 : 4;
-  static constexpr bool kCoarse = false;
+  static constexpr int kElements = 4, kRows = kByteRows;
+  static constexpr bool kCoarse = true;
 };
-template <class Path>
-constexpr int kPathVectors = kTileVectors / Path::kPlanes;
 
 template <class Dot, int Rows, int Vectors>
 IPEX_QUANT_INLINE inline void multiply(typename Dot::Sum (&sums)[Rows][Vectors], const float* a, int64_t a_stride,
@@ -86,8 +83,6 @@ IPEX_QUANT_INLINE inline void multiply(typename Dot::Sum (&sums)[Rows][Vectors],
 struct Span {
   int64_t begin, end;
 };
-
-inline vf planes_value(vi high, vi low) { return fma_f(cvt_f(high), set1_f(256.0f), cvt_f(low)); }
 
 }  // namespace IPEX_QUANT_ISA_NS
 }  // namespace ipex_quant

@@ -94,45 +94,13 @@ inline void pack_values(const uint8_t* const* rows, int64_t count, int64_t dim, 
   for (int64_t t = 0; t < count; t += word_elements(S), packed += stride) pack_value_rows<S>(rows + t, dim, packed);
 }
 
-// A query as 16-bit integers, their high bytes and then their low ones, both signed, each in `words` words. The product
-// with keys that were made unsigned starts at minus 128 times `sums`. Returns the scale, NaN if an element is not
-// finite.
-inline float quantize_query(const uint8_t* x, FloatType type, int64_t dim, int64_t words, uint8_t* high,
-                            int32_t* sums) {
-  uint8_t* low = high + 4 * words;
-  vf largest = zero_f(), not_finite = zero_f();
-  const auto load = [&](int64_t d) {
-    return dim - d >= kLanes ? load_float(x, type, d) : load_tail(x, type, d, dim - d);
-  };
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    const vf value = load(d);
-    largest = max_f(largest, as_f(and_i(as_i(value), set1_i(0x7FFFFFFF))));
-    not_finite = add_f(not_finite, sub_f(value, value));
-  }
-  const float range = reduce_max(largest);
-  const vf inverse = set1_f(range >= 0x1p-100f ? 32512.0f / range : 0.0f);  // 127 * 256: the high byte stays in range
-  std::memset(high, 0, size_t(8 * words));
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    const vi code = round_i(mul_f(load(d), inverse));
-    store_u8(high + d, srl_i<8>(add_i(code, set1_i(128))));
-    store_u8(low + d, code);
-  }
-  for (int plane = 0; plane < 2; ++plane) {
-    vi sum = zero_i();
-    for (int64_t d = 0; d < 4 * words; d += kVectorBytes)
-      dot<false>(sum, as_u8<false>(set1_i(0x01010101)), as_s8<false>(load_i(high + 4 * words * plane + d)));
-    sums[plane] = reduce_add(sum);
-  }
-  return range / 32512.0f + reduce_add(not_finite);
-}
-
 // A float row; `to` has room for a multiple of 16.
 inline void widen_query(const uint8_t* x, FloatType type, int64_t dim, float* to) {
   for (int64_t d = 0; d < dim; d += kLanes)
     store_f(to + d, dim - d >= kLanes ? load_float(x, type, d) : load_tail(x, type, d, dim - d));
 }
 
-// Symmetric bytes of a token, and their scale: x is near codes * scale. A NaN makes the scale one.
+// Symmetric bytes of a token of one head, and their scale: x is near codes * scale. A NaN makes the scale one.
 inline void quantize_token(const WriteCacheArgs& args) {
   vf largest = zero_f(), not_finite = zero_f();
   const auto load = [&](int64_t d) {
@@ -150,6 +118,20 @@ inline void quantize_token(const WriteCacheArgs& args) {
     store_codes(args.codes + d, round_i(min_f(max_f(mul_f(load(d), inverse), low), high)),
                 args.dim - d < kLanes ? args.dim - d : kLanes);
   *args.scale = range / 127.0f + reduce_add(not_finite);
+}
+
+// A query as symmetric bytes in `words` words. The sum of its products with keys that were made unsigned starts at
+// `offset`. Returns the scale.
+inline float quantize_query(const uint8_t* x, FloatType type, int64_t dim, int64_t words, uint8_t* codes,
+                            int32_t* offset) {
+  float scale;
+  std::memset(codes, 0, size_t(4 * words));
+  quantize_token({type, dim, x, codes, &scale});
+  vi sum = zero_i();
+  for (int64_t d = 0; d < 4 * words; d += kVectorBytes)
+    dot<false>(sum, as_u8<false>(set1_i(0x01010101)), as_s8<false>(load_i(codes + d)));
+  *offset = -128 * reduce_add(sum);
+  return scale;
 }
 
 }  // namespace IPEX_QUANT_ISA_NS

@@ -8,13 +8,11 @@ namespace IPEX_QUANT_ISA_NS {
 
 constexpr int kSecondLevel = 2;  // cache that prefetches go to: the first level has no room for two blocks
 constexpr int kStreamSums = kLanes == 16 ? 16 : 8;  // registers
-template <class Path>
-constexpr int kStreamRows = kLanes / Path::kPlanes < 8 ? int(kLanes) / Path::kPlanes : 8;
 
 // Whole vectors only.
 template <class Path>
 inline bool can_stream(int64_t rows, int64_t key_dim, int64_t value_dim) {
-  return rows <= kStreamRows<Path> && key_dim % (kLanes * Path::kElements) == 0 && key_dim <= 512 &&
+  return rows <= kStreamedRows && key_dim % (kLanes * Path::kElements) == 0 && key_dim <= 512 &&
          value_dim % (2 * kLanes) == 0;
 }
 
@@ -52,68 +50,47 @@ class RowsAhead {
 // Of that many bytes, at least one.
 constexpr int lines(int64_t bytes) { return bytes < RowsAhead::kLine ? 1 : int(bytes / RowsAhead::kLine); }
 
-// What products with keys that were made unsigned have too much, negated, modulo 2^32; of the sums of a query's planes.
-inline int32_t key_offset(const int32_t* sums) { return int32_t(-128 * (256 * uint32_t(sums[0]) + uint32_t(sums[1]))); }
-
-// Scores of Rows queries, each in kPlanes rows of `words` words, with keys [begin, end) to [Rows][stride]. Keys are
-// read whole, one after the other, which is the order that memory is fastest in.
+// Scores of Rows queries of `words` words each with keys [begin, end) to [Rows][stride]; `offset` is what the products
+// of bytes start at. Keys are read whole, one after the other, which is the order that memory is fastest in.
 template <class Path, Source S, int Rows>
 inline void stream_scores(const uint8_t* const* keys, RowsAhead ahead, Span span, const float* query,
-                          const int32_t* query_sums, int64_t words, int64_t steps, float* scores, int64_t stride) {
-  constexpr int kPlanes = Path::kPlanes, kTokens = int(kLanes) / Rows, kPart = kTokens / kPlanes;
+                          const int32_t* offset, int64_t words, int64_t steps, float* scores, int64_t stride) {
+  constexpr int kTokens = int(kLanes) / Rows;
   using Sum = typename Path::Scores::Sum;
-  int32_t corrections[kLanes];
-  if constexpr (kPlanes == 2)
-    for (int i = 0; i < kLanes; ++i) {
-      const int row = i % (Rows * kPart) / kPart;
-      corrections[i] = key_offset(query_sums + 2 * row);
-    }
+  int32_t offsets[kLanes];
+  if constexpr (Path::kElements == 4)
+    for (int i = 0; i < kLanes; ++i) offsets[i] = offset[i / kTokens];
   for (int64_t t = span.begin; t < span.end; t += kTokens) {
-    Sum results[kLanes];
-    unroll<kPlanes>([&](auto part) IPEX_QUANT_INLINE {
-      const uint8_t* const* rows = keys + t + part * kPart;
-      Sum sums[Rows * kPlanes][kPart];
-      unroll2<Rows * kPlanes, kPart>([&](auto m, auto j) IPEX_QUANT_INLINE { sums[m][j] = Sum{}; });
-      unroll<kPart>([&](auto j) IPEX_QUANT_INLINE {
-        for (int64_t step = 0; step < steps; ++step) {
-          const vi key = load_words<S>(rows[j] + step * kLanes * word_bytes(S));
-          ahead.ask<lines(kLanes * word_bytes(S))>();
-          unroll<Rows * kPlanes>(
-              [&](auto m) IPEX_QUANT_INLINE { add_lanes<Path>(sums[m][j], key, query + m * words + step * kLanes); });
-        }
-      });
-      unroll2<Rows, kPart>([&](auto m, auto j) IPEX_QUANT_INLINE {
-        Sum& result = results[part * (Rows * kPart) + m * kPart + j];
-        if constexpr (kPlanes == 2)
-          result = add_i(sll_i<8>(sums[2 * m][j]), sums[2 * m + 1][j]);  // modulo 2^32, in which the score fits
-        else
-          result = sums[m][j];
-      });
+    Sum sums[kLanes];
+    unroll<kLanes>([&](auto i) IPEX_QUANT_INLINE { sums[i] = Sum{}; });
+    unroll<kTokens>([&](auto j) IPEX_QUANT_INLINE {
+      for (int64_t step = 0; step < steps; ++step) {
+        const vi key = load_words<S>(keys[t + j] + step * kLanes * word_bytes(S));
+        ahead.ask<lines(kLanes * word_bytes(S))>();
+        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+          add_lanes<Path>(sums[m * kTokens + j], key, query + m * words + step * kLanes);
+        });
+      }
     });
     float lanes[kLanes];
-    if constexpr (kPlanes == 2)
-      store_f(lanes, cvt_f(add_i(reduce_lanes(results), load_i(corrections))));
+    if constexpr (Path::kElements == 4)
+      store_f(lanes, cvt_f(add_i(reduce_lanes(sums), load_i(offsets))));
     else
-      store_f(lanes, reduce_lanes(results));
-    for (int part = 0; part < kPlanes; ++part)
-      for (int m = 0; m < Rows; ++m)
-        std::memcpy(scores + m * stride + t + part * kPart, lanes + (part * Rows + m) * kPart, kPart * sizeof(float));
+      store_f(lanes, reduce_lanes(sums));
+    for (int m = 0; m < Rows; ++m) std::memcpy(scores + m * stride + t, lanes + m * kTokens, kTokens * sizeof(float));
   }
 }
 
-// Quads of four rows, each in kPlanes rows of `words` words: [step][lane of a quad][group of four rows][plane][kLanes].
-template <class Path, int Rows>
+// Quads of four rows of `words` words each: [step][lane of a quad][group of four rows][kLanes].
+template <int Rows>
 inline void pack_query_quads(const float* query, int64_t words, int64_t steps, float* packed) {
-  constexpr int kPlanes = Path::kPlanes, kGroups = Rows / 4;
-  for (int64_t step = 0; step < steps; ++step, packed += 4 * kGroups * kPlanes * kLanes)
-    unroll2<kGroups, kPlanes>([&](auto group, auto plane) IPEX_QUANT_INLINE {
+  constexpr int kGroups = Rows / 4;
+  for (int64_t step = 0; step < steps; ++step, packed += Rows * kLanes)
+    unroll<kGroups>([&](auto group) IPEX_QUANT_INLINE {
       vi x[4];
-      unroll<4>([&](auto i) IPEX_QUANT_INLINE {
-        x[i] = load_i(query + ((4 * group + i) * kPlanes + plane) * words + step * kLanes);
-      });
+      unroll<4>([&](auto i) IPEX_QUANT_INLINE { x[i] = load_i(query + (4 * group + i) * words + step * kLanes); });
       transpose_quads(x);
-      unroll<4>([&](auto i)
-                    IPEX_QUANT_INLINE { store_i(packed + ((i * kGroups + group) * kPlanes + plane) * kLanes, x[i]); });
+      unroll<4>([&](auto i) IPEX_QUANT_INLINE { store_i(packed + (i * kGroups + group) * kLanes, x[i]); });
     });
 }
 
@@ -121,15 +98,15 @@ inline void pack_query_quads(const float* query, int64_t words, int64_t steps, f
 // across lanes. The sums of a token are over every fourth word; lane i of a quad is row i of its group.
 template <class Path, Source S, int Rows>
 inline void stream_quad_scores(const uint8_t* const* keys, RowsAhead ahead, Span span, const float* query,
-                               const int32_t* query_sums, int64_t steps, float* scores, int64_t stride) {
-  constexpr int kPlanes = Path::kPlanes, kGroups = Rows / 4, kSums = kGroups * kPlanes, kQuads = int(kLanes) / 4;
+                               const int32_t* offset, int64_t steps, float* scores, int64_t stride) {
+  constexpr int kGroups = Rows / 4, kQuads = int(kLanes) / 4;
   using Sum = typename Path::Scores::Sum;
   for (int64_t t = span.begin; t < span.end; t += kLanes) {
     vi totals[kGroups][4];
     unroll<4>([&](auto part) IPEX_QUANT_INLINE {
       const uint8_t* const* rows = keys + t + part * kQuads;
-      Sum sums[kQuads][kSums];
-      unroll2<kQuads, kSums>([&](auto j, auto m) IPEX_QUANT_INLINE { sums[j][m] = Sum{}; });
+      Sum sums[kGroups][kQuads];
+      unroll2<kGroups, kQuads>([&](auto group, auto j) IPEX_QUANT_INLINE { sums[group][j] = Sum{}; });
       const float* q = query;
       for (int64_t step = 0; step < steps; ++step) {
         vi key[kQuads];
@@ -139,26 +116,16 @@ inline void stream_quad_scores(const uint8_t* const* keys, RowsAhead ahead, Span
         });
         ahead.ask<lines(kQuads * kLanes * word_bytes(S))>();
         unroll<4>([&](auto i) IPEX_QUANT_INLINE {
-          decltype(Path::Scores::lanes(q)) x[kSums];
-          unroll<kSums>([&](auto m) IPEX_QUANT_INLINE { x[m] = Path::Scores::lanes(q + m * kLanes); });
+          decltype(Path::Scores::lanes(q)) x[kGroups];
+          unroll<kGroups>([&](auto group) IPEX_QUANT_INLINE { x[group] = Path::Scores::lanes(q + group * kLanes); });
           unroll<kQuads>([&](auto j) IPEX_QUANT_INLINE {
             const auto word = Path::Scores::from(spread_quads<decltype(i)::value>(key[j]));
-            unroll<kSums>([&](auto m) IPEX_QUANT_INLINE { Path::Scores::add(sums[j][m], x[m], word); });
+            unroll<kGroups>([&](auto group) IPEX_QUANT_INLINE { Path::Scores::add(sums[group][j], x[group], word); });
           });
-          q += kSums * kLanes;
+          q += kGroups * kLanes;
         });
       }
-      unroll<kGroups>([&](auto group) IPEX_QUANT_INLINE {
-        Sum parts[kQuads];
-        unroll<kQuads>([&](auto j) IPEX_QUANT_INLINE {
-          Sum* sum = sums[j] + group * kPlanes;
-          if constexpr (kPlanes == 2)
-            parts[j] = add_i(sll_i<8>(sum[0]), sum[1]);  // modulo 2^32, in which the score fits
-          else
-            parts[j] = sum[0];
-        });
-        totals[group][part] = sum_quads(parts);
-      });
+      unroll<kGroups>([&](auto group) IPEX_QUANT_INLINE { totals[group][part] = sum_quads(sums[group]); });
     });
     unroll<kGroups>([&](auto group) IPEX_QUANT_INLINE {
       transpose_quads(totals[group]);
@@ -166,7 +133,7 @@ inline void stream_quad_scores(const uint8_t* const* keys, RowsAhead ahead, Span
         constexpr int kRow = 4 * decltype(group)::value + decltype(i)::value;
         const vi total = columns_of_quads(totals[group][i]);
         vf score = as_f(total);
-        if constexpr (kPlanes == 2) score = cvt_f(add_i(total, set1_i(key_offset(query_sums + 2 * kRow))));
+        if constexpr (Path::kElements == 4) score = cvt_f(add_i(total, set1_i(offset[kRow])));
         store_f(scores + kRow * stride + t, score);
       });
     });
@@ -204,16 +171,16 @@ struct StreamSums {
   const float *correction, *factor;
 };
 
-// Adds probabilities, whose planes are `stride` words apart, times the values of tokens [begin, end).
+// Adds probabilities, in rows that are `stride` words apart, times the values of tokens [begin, end).
 template <class Path, Source S, int Rows, int Vectors>
 inline void stream_values(const uint8_t* const* values, RowsAhead& ahead, Span span, const float* p, int64_t stride,
                           int64_t column, const StreamSums& out) {
-  constexpr int kPlanes = Path::kPlanes, kElements = Path::kElements;
+  constexpr int kElements = Path::kElements;
   using Dot = typename Path::Values;
   for (; column + Vectors * kLanes <= out.columns; column += Vectors * kLanes) {
-    typename Dot::Sum sums[Rows * kPlanes][Vectors];
-    unroll2<Rows * kPlanes, Vectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
-      if constexpr (kPlanes == 2)
+    typename Dot::Sum sums[Rows][Vectors];
+    unroll2<Rows, Vectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
+      if constexpr (kElements == 4)
         sums[m][v] = zero_i();
       else
         sums[m][v] = mul_f(load_f(out.sums + m * out.columns + column + v * kLanes), set1_f(out.correction[m]));
@@ -223,15 +190,15 @@ inline void stream_values(const uint8_t* const* values, RowsAhead& ahead, Span s
       load_values<S>(values + t, ahead, column, words);
       decltype(Dot::b(p)) w[Vectors];
       unroll<Vectors>([&](auto v) IPEX_QUANT_INLINE { w[v] = Dot::from(words[v]); });
-      unroll<Rows * kPlanes>([&](auto m) IPEX_QUANT_INLINE {
+      unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
         const auto x = Dot::a(p + m * stride + t / kElements);
         unroll<Vectors>([&](auto v) IPEX_QUANT_INLINE { Dot::add(sums[m][v], x, w[v]); });
       });
     }
     unroll2<Rows, Vectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
       float* to = out.sums + m * out.columns + column + v * kLanes;
-      if constexpr (kPlanes == 2) {
-        const vf value = mul_f(planes_value(sums[2 * m][v], sums[2 * m + 1][v]), set1_f(out.factor[m]));
+      if constexpr (kElements == 4) {
+        const vf value = mul_f(cvt_f(sums[m][v]), set1_f(out.factor[m]));
         store_f(to, fma_f(load_f(to), set1_f(out.correction[m]), value));
       } else {
         store_f(to, sums[m][v]);

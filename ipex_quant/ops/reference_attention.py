@@ -30,11 +30,14 @@ def attention(
     rows: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """As `ipex_quant.ops.attention`, in float64 up to the last rounding, and with dropout of the probabilities."""
+    """As `ipex_quant.ops.attention`, in float64 up to the last rounding, and with dropout of the probabilities.
+
+    Of an int8 cache it has the quantized queries, but exact probabilities.
+    """
     key, value = _gathered(key, key_scales, rows), _gathered(value, value_scales, rows)
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = query.double() @ key.transpose(-1, -2) * scale
+    scores = _queries(query, key_scales) @ key.transpose(-1, -2) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     queries, tokens = scores.shape[-2:]
@@ -50,6 +53,14 @@ def attention(
     nothing = (scores == -math.inf).all(-1, keepdim=True)
     probabilities = scores.softmax(-1).masked_fill(nothing, 0.0)
     return (F.dropout(probabilities, dropout) @ value).transpose(1, 2).to(query.dtype)
+
+
+def _queries(query: torch.Tensor, key_scales: torch.Tensor | None) -> torch.Tensor:
+    """In float64, and quantized as a token is where the keys are."""
+    if key_scales is None:
+        return query.double()
+    codes, scales = quantize_token(query)
+    return codes.double() * scales[..., None]
 
 
 def _finite(mask: torch.Tensor) -> torch.Tensor:
