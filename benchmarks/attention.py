@@ -98,14 +98,14 @@ def measure(
     copies = 1 if phase == "prefill" else min(64, 1 + ROTATION_BYTES // (first.key.nbytes + first.value.nbytes))
     caches = [first, *(Cache.random(kv_heads, tokens, dim, dtype) for _ in range(copies - 1))]
     samples: dict[str, list[tuple[float, float, float]]] = {kernel.name: [] for kernel in kernels()}
-    tensor = torch.ones(READ_BYTES if phase == "decode" else 1, dtype=torch.uint8)
+    tensor = torch.ones(READ_BYTES, dtype=torch.uint8)
 
     def bandwidths() -> tuple[float, float]:
         return limits.bandwidth(tensor), limits.bandwidth()
 
     begin = time.perf_counter()
     for number in range(rounds + 1):
-        if len(samples[SDPA]) and time.perf_counter() - begin > ROUND_SECONDS:
+        if all(samples.values()) and time.perf_counter() - begin > ROUND_SECONDS:
             break
         before = bandwidths()
         for kernel in kernels():
