@@ -17,8 +17,8 @@ class AttentionCall {
   AttentionCall(const AttentionCall&) = delete;
 
   int64_t tasks() const { return int64_t(tasks_.size()); }
-  // How many of `threads` to share the tasks between: a small call is not worth waking a thread for.
-  int64_t threads(int64_t threads) const { return std::clamp<int64_t>(products_ / kThreadProducts, 1, threads); }
+  // How many of the `available` threads to share the tasks between: a small call is not worth waking one for.
+  int64_t threads(int64_t available) const { return std::clamp<int64_t>(products_ / kThreadProducts, 1, available); }
   int64_t scratch_bytes() const { return kernels().attention_scratch(args_); }
   // In any order, by any thread; of the tasks that share rows the last one to finish joins their results.
   void run(int64_t task, uint8_t* scratch);
