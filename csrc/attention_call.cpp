@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kMaxRows = 96;  // of a task: what these keep fits the second-level cache
 constexpr int64_t kFewRows = 16;  // up to here packing is what costs, and its result stays in the first-level cache
-// A task that has all rows of its KV head has an eighth of their tokens, but so many:
+// Tasks that have all rows of a KV head divide its tokens, into kChunks unless these get too short or too long.
 constexpr int64_t kChunks = 8, kMinChunk = 512, kMaxChunk = 2048;
 
 void set_sizes(AttentionArgs& args, const std::vector<AttentionSequence>& sequences) {
