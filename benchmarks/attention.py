@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from machine import READ_BYTES, Limits, describe
+from machine import Limits, describe
 from rounds import ROTATION_BYTES, write_json
 from tqdm import tqdm
 
@@ -98,19 +98,14 @@ def measure(
     copies = 1 if phase == "prefill" else min(64, 1 + ROTATION_BYTES // (first.key.nbytes + first.value.nbytes))
     caches = [first, *(Cache.random(kv_heads, tokens, dim, dtype) for _ in range(copies - 1))]
     samples: dict[str, list[tuple[float, float, float]]] = {kernel.name: [] for kernel in kernels()}
-    tensor = torch.ones(READ_BYTES, dtype=torch.uint8)
-
-    def bandwidths() -> tuple[float, float]:
-        return limits.bandwidth(tensor), limits.bandwidth()
-
     begin = time.perf_counter()
     for number in range(rounds + 1):
         if all(samples.values()) and time.perf_counter() - begin > ROUND_SECONDS:
             break
-        before = bandwidths()
+        before = limits.bandwidths()
         for kernel in kernels():
             elapsed = seconds(kernel, query, caches)
-            after = bandwidths()
+            after = limits.bandwidths()
             if number > 0 or elapsed * copies > ROUND_SECONDS / 4:  # the first round warms up
                 samples[kernel.name].append((elapsed, *map(max, before, after)))
             before = after
@@ -129,8 +124,8 @@ def measure(
                 "tokens": tokens,
                 "kernel": kernel.name,
                 "seconds": statistics.median(s for s, _, _ in own),
-                "of_bandwidth": statistics.median(kernel.nbytes(first) / s / b for s, _, b in own),
-                "of_tensor_bandwidth": statistics.median(kernel.nbytes(first) / s / b for s, b, _ in own),
+                "of_bandwidth": statistics.median(kernel.nbytes(first) / s / b for s, b, _ in own),
+                "of_tensor_bandwidth": statistics.median(kernel.nbytes(first) / s / b for s, _, b in own),
                 "flops_per_second": products / statistics.median(s for s, _, _ in own),
                 "over_sdpa": over(SDPA, own),
                 "over_float_cache": over("float cache", own),
@@ -149,8 +144,9 @@ def print_table(records: list[dict]) -> None:
             for r in records:
                 if (r["phase"], r["heads"], r["tokens"]) != (phase, heads, tokens):
                     continue
-                share = f"{r['flops_per_second'] / 1e9:.0f}"
-                if phase == "decode":
+                if phase == "prefill":
+                    share = f"{r['flops_per_second'] / 1e9:.0f}"
+                else:
                     share = f"{r['of_bandwidth']:.2f} {r['of_tensor_bandwidth']:.2f} | {r['over_float_cache']:.2f}x"
                 line += f"{r['kernel']:>14s} {r['seconds'] * 1e3:9.3f} ({share} | {r['over_sdpa']:.2f}x)"
             print(line)

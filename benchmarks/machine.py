@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import subprocess
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -30,13 +31,17 @@ class Limits:
 
     def measure(self) -> tuple[float, float]:
         """Bytes read a second, over half a gigabyte, and operations a second, a multiply-accumulate counting as two."""
-        return self.bandwidth(), self._library.int8_rate(self.threads)
+        bandwidth = self._library.read_bandwidth(self._buffer, READ_BYTES, self.threads)
+        return bandwidth, self._library.int8_rate(self.threads)
 
-    def bandwidth(self, tensor: torch.Tensor | None = None) -> float:
-        """Bytes read a second: of half a gigabyte in large pages, or of `tensor`, whose pages may be small."""
-        if tensor is None:
-            return self._library.read_bandwidth(self._buffer, READ_BYTES, self.threads)
-        return self._library.read_bandwidth(tensor.data_ptr(), tensor.nbytes, self.threads)
+    def bandwidths(self) -> tuple[float, float]:
+        """Bytes read a second, over half a gigabyte in large pages and in those that torch gives a tensor."""
+        tensor = self._library.read_bandwidth(self._tensor.data_ptr(), READ_BYTES, self.threads)
+        return self._library.read_bandwidth(self._buffer, READ_BYTES, self.threads), tensor
+
+    @cached_property
+    def _tensor(self) -> torch.Tensor:
+        return torch.ones(READ_BYTES, dtype=torch.uint8)
 
     def best(self, rounds: int = 5) -> dict[str, float]:
         """The highest of several measurements, for the head of a table: the first ones may meet a cold machine."""

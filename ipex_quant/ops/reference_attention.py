@@ -57,10 +57,7 @@ def attention(
 
 def _queries(query: torch.Tensor, key_scales: torch.Tensor | None) -> torch.Tensor:
     """In float64, and quantized as a token is where the keys are."""
-    if key_scales is None:
-        return query.double()
-    codes, scales = quantize_token(query)
-    return codes.double() * scales[..., None]
+    return query.double() if key_scales is None else _gathered(*quantize_token(query), None)
 
 
 def _finite(mask: torch.Tensor) -> torch.Tensor:
