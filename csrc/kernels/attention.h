@@ -47,7 +47,7 @@ struct AttentionScratch {
 
   AttentionScratch(const AttentionArgs& a, bool streams) {
     // Sizes are those of floats, which need the most, in whole cache lines.
-    const int64_t key_words = (a.key_dim + 31) / 32 * 32;
+    const int64_t key_words = (a.key_dim + 15) / 16 * 16;
     int64_t at = 0;
     const auto take = [&at](int64_t size) {
       const int64_t begin = at;
@@ -356,7 +356,7 @@ class AttentionRun {
     });
     for (int64_t t = span.begin; t < span.end; t += kLanes)
       unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
-        const vf e = exp2_f<Path::kCoarse>(fma_f(load_f(s + m * block_ + t), factor[m], minus_reference[m]));
+        const vf e = exp2_f<(Path::kElements > 1)>(fma_f(load_f(s + m * block_ + t), factor[m], minus_reference[m]));
         total[m] = add_f(total[m], e);
 #if defined(IPEX_QUANT_BF16_DOT)
         if constexpr (Path::kElements == 2) {

@@ -49,21 +49,18 @@ struct FloatPath {
   using Scores = FloatDot;
   using Values = FloatDot;
   static constexpr int kElements = 1, kRows = 6;
-  static constexpr bool kCoarse = false;
 };
 #if defined(IPEX_QUANT_BF16_DOT)
 struct PairPath {
   using Scores = PairDot;
   using Values = PairDot;
   static constexpr int kElements = 2, kRows = 6;
-  static constexpr bool kCoarse = true;
 };
 #endif
 struct BytePath {
   using Scores = QueryKeyDot;
   using Values = ProbabilityValueDot;
   static constexpr int kElements = 4, kRows = kByteRows;
-  static constexpr bool kCoarse = true;
 };
 
 template <class Dot, int Rows, int Vectors>
