@@ -59,7 +59,7 @@ void TeamLinears::bind(const void* x, const std::vector<Output>& outputs, const 
   stage_.staged = &plan_.staged;
   for (size_t i = 0; i < outputs.size(); ++i) {
     weights_.push_back({&args_.weights[i].geometry, args_.weights[i].tiles, &plan_.staged, outputs[i]});
-    weights_[i].output.n = args_.weights[i].geometry.n;
+    weights_[i].output.n = weights_[i].output.stride = args_.weights[i].geometry.n;
     weights_[i].output.bias = args_.weights[i].bias;
   }
 }

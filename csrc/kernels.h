@@ -53,14 +53,14 @@ struct StageArgs {
 // y = post_op(acc + bias), rounding to the type of y wherever eager code would. With a multiplier y is stored as bytes,
 // clamp(round(y * multiplier) + zero_point, 0, 255).
 struct Output {
-  int64_t n;
+  int64_t n, stride;  // columns, and from one row of y and others to the next
   const float* bias;  // [n] or null
   PostOp post_op;
   FloatType type;           // of y and others
-  const void* others[2];    // [rows, n]
+  const void* others[2];    // rows of n
   const float* multiplier;  // [n] or null
   int32_t zero_point;
-  void* y;  // [rows, n]
+  void* y;  // rows of n
 };
 
 struct GemmArgs {
@@ -112,6 +112,18 @@ struct Int8Args {
 };
 
 inline int64_t int8_scratch(const Int8Geometry& g, int64_t rows) { return rows * kTileN * (g.folds > 1 ? 12 : 4); }
+
+// A convolution with one input channel for each output channel, or for each run of `multiplier` of them. A tap of the
+// kernel reads `pixels[tap]`, the input's channels at one place, or nothing where that is in the padding.
+struct DepthwiseArgs {
+  const uint8_t* const* pixels;
+  int64_t taps;  // up to kInt8Fold
+  int64_t multiplier;
+  const int8_t* codes;  // [taps, n]
+  const float* weight_scales;
+  float scale;
+  int32_t zero_point;  // 0..255
+};
 
 // y = (x - mean if centered) * rsqrt(mean square + eps) * weight + bias for rows of k elements, all in float32; with a
 // residual of x + residual, which goes to `sum` in x's type first.
@@ -166,6 +178,7 @@ struct KernelTable {
   // One tile, whose first column is `column` of the output, for rows [begin, end).
   void (*int8_tile)(const Int8Args&, const Output&, const uint8_t* tile, int64_t column, int64_t begin, int64_t end,
                     uint8_t* scratch);
+  void (*depthwise_row)(const DepthwiseArgs&, const Output&, int64_t row);
   void (*norm_rows)(const NormArgs&, int64_t begin, int64_t end);
   void (*rotate_positions)(const RotaryArgs&, int64_t begin, int64_t end);
   void (*gated_product)(const GatedArgs&, int64_t begin, int64_t end);  // a range of elements

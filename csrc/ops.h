@@ -129,7 +129,7 @@ inline const float* optional_vector(const char* name, const std::optional<Tensor
 // they own the memory that the result points to.
 inline Output make_output(Tensor& y, ScalarType type, const float* bias, int64_t post_op, std::vector<Tensor>& others) {
   Output output{};
-  output.n = y.size(y.dim() - 1);
+  output.n = output.stride = y.size(y.dim() - 1);
   output.bias = bias;
   output.post_op = PostOp(post_op);
   output.type = float_type("dtype", type);

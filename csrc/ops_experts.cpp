@@ -287,7 +287,7 @@ class Mixture {
     const int64_t columns = std::min(task.count * kTileN, n - column);
     for (int64_t block = 0; block < 2; ++block) {
       Output output{};
-      output.n = columns;
+      output.n = output.stride = columns;
       output.bias = up_.bias ? up_.bias_of(g.expert, block) + column : nullptr;
       output.type = side_type();
       output.y = block == 0 ? gate_side : up_side;
@@ -340,7 +340,7 @@ class Mixture {
     const int64_t column = first * kTileN, n = down_.geometry.n, columns = std::min(count * kTileN, n - column);
     for (const Group* g = begin_; g < end_; ++g) {
       Output output{};
-      output.n = columns;
+      output.n = output.stride = columns;
       output.bias = down_.bias ? down_.bias_of(g->expert, 0) + column : nullptr;
       output.y = rows;
       const GemmArgs args{&down_.geometry, down_.tile(g->expert, 0, first), &g->hidden.staged, output};

@@ -52,6 +52,7 @@ inline vf as_f(vi x) { return _mm256_castsi256_ps(x); }
 inline vi as_i(vf x) { return _mm256_castps_si256(x); }
 
 inline vi load_u8(const void* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))); }
+inline vi load_s8(const void* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))); }
 inline vi load_u16(const void* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
 inline __m128i low_u16(vi x) {  // the low 16 bits of every lane
   x = _mm256_and_si256(x, _mm256_set1_epi32(0xFFFF));

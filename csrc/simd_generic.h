@@ -86,6 +86,7 @@ inline vf as_f(vi x) {
 inline vi as_i(vf x) { return load_i(x.v); }
 
 inline vi load_u8(const void* p) { IPEX_QUANT_EACH(vi, static_cast<const uint8_t*>(p)[i]); }
+inline vi load_s8(const void* p) { IPEX_QUANT_EACH(vi, static_cast<const int8_t*>(p)[i]); }
 inline vi load_u16(const void* p) {
   uint16_t h[kLanes];
   std::memcpy(h, p, sizeof h);

@@ -139,7 +139,7 @@ struct CodeRange {
 
 // The columns of one row that a tile covers, the first of them being `column`.
 inline void finish_row(const Output& output, int64_t row, int64_t column, const float* acc) {
-  const int64_t count = output.n - column < kTileN ? output.n - column : kTileN, at = row * output.n + column;
+  const int64_t count = output.n - column < kTileN ? output.n - column : kTileN, at = row * output.stride + column;
   const Epilogue epilogue{output.post_op, output.type};
   const CodeRange range(output.zero_point);
   for (int64_t i = 0; i < count; i += kLanes) {

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "gated.h"
+#include "int8_depthwise.h"
 #include "int8_linear.h"
 #include "norm.h"
 #include "quantize_activation.h"
@@ -43,9 +44,9 @@ constexpr bool kHasBf16Dot = false;
 #endif
 
 constexpr KernelTable make_table() {
-  return {kHasBf16Dot,         stage_ranges,   stage_rows,      gemm_tile,        quantize_rows,
-          quantize_activation, int8_tile,      norm_rows,       rotate_positions, gated_product,
-          attention_scratch,   attention_task, attention_merge, quantize_token};
+  return {kHasBf16Dot,         stage_ranges,      stage_rows,     gemm_tile,       quantize_rows,
+          quantize_activation, int8_tile,         depthwise_row,  norm_rows,       rotate_positions,
+          gated_product,       attention_scratch, attention_task, attention_merge, quantize_token};
 }
 
 }  // namespace IPEX_QUANT_ISA_NS

@@ -8,12 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.linears import is_linear
+from ..nn.linears import is_convolution, is_linear
 
-_LINEAR = {"linear", "conv1d"}
-_CONVOLUTION = {"conv2d"}
+_TYPES = {
+    "linear": is_linear,
+    "conv1d": lambda module: isinstance(module, nn.Conv1d) or (is_linear(module) and not isinstance(module, nn.Linear)),
+    "conv2d": lambda module: isinstance(module, nn.Conv2d),
+    "conv3d": lambda module: isinstance(module, nn.Conv3d),
+}
 _NEVER_QUANTIZED = {
-    *("add", "matmul", "bmm", "relu", "flatten", "embeddingbag", "embedding_bag", "lstm", "conv3d", "convtranspose2d"),
+    *("add", "matmul", "bmm", "relu", "flatten", "embeddingbag", "embedding_bag", "lstm", "convtranspose2d"),
     *("convtranspose3d", "maxpool2d", "max_pool2d", "avgpool2d", "avg_pool2d", "adaptiveavgpool2d", "interaction"),
     *("adaptive_avg_pool2d", "layernorm", "embedding", "gelu", "silu", "softmax"),
 }
@@ -35,7 +39,7 @@ def float_layers(model: nn.Module, op_type_dict: Mapping[str, Any] | None) -> fr
         return frozenset()
     if not isinstance(op_type_dict, Mapping):
         raise TypeError(f"op_type_dict: expected a dict of operator types, got {type(op_type_dict).__name__}")
-    layers = {name: module for name, module in model.named_modules() if is_linear(module) or _is_convolution(module)}
+    layers = {name: module for name, module in model.named_modules() if is_linear(module) or is_convolution(module)}
     left = set()
     for key, constraint in op_type_dict.items():
         chosen = _chosen(key, layers)
@@ -48,10 +52,8 @@ def _chosen(key: Any, layers: Mapping[str, nn.Module]) -> set[str]:
     if not isinstance(key, str):
         raise TypeError(f"op_type_dict: expected names of operator types or layers as keys, got {key!r}")
     kind = key.lower()
-    if kind in _LINEAR:
-        return {name for name, module in layers.items() if is_linear(module)}
-    if kind in _CONVOLUTION:
-        return {name for name, module in layers.items() if _is_convolution(module)}
+    if kind in _TYPES:
+        return {name for name, module in layers.items() if _TYPES[kind](module)}
     if kind in _NEVER_QUANTIZED:
         return set()
     try:
@@ -59,7 +61,7 @@ def _chosen(key: Any, layers: Mapping[str, nn.Module]) -> set[str]:
     except re.error as error:
         raise ValueError(f"op_type_dict: {key!r} is no operator type and no regular expression: {error}") from error
     if not chosen:
-        known = ", ".join(sorted(_LINEAR | _CONVOLUTION | _NEVER_QUANTIZED))
+        known = ", ".join(sorted(_TYPES.keys() | _NEVER_QUANTIZED))
         raise ValueError(f"op_type_dict: {key!r} is no known operator type ({known}) and no layer has such a name")
     return chosen
 
@@ -78,7 +80,3 @@ def _allows_int8(key: str, constraint: Any) -> bool:
             raise ValueError(f"op_type_dict: {key}: {part}: expected dtypes of {', '.join(_DTYPES)}, got {unknown}")
         allowed = allowed and any(_DTYPES[dtype] for dtype in dtypes)
     return allowed
-
-
-def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d)

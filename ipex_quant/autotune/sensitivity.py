@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn.linears import is_linear, weight_matrix
+from ..nn.linears import is_convolution, is_linear, weight_matrix
 from ..numerics.affine import dequantize
 from ..numerics.int8 import ACTIVATION_MAX, StaticActivation, quantize_per_channel
 from ..quantization._example import Example
@@ -68,13 +68,14 @@ def _simulate(
     """A forward hook: what the quantized layer would return."""
     result = _output(module, _rounded(input_tensor(args, kwargs).float(), own.activation), weight)
     if module.bias is not None:
-        result += module.bias.float() if is_linear(module) else module.bias.float()[:, None, None]
+        places = 0 if is_linear(module) else len(module.kernel_size)
+        result += module.bias.float().reshape(-1, *[1] * places)
     return result.to(output.dtype)
 
 
 def _output(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """What `module` computes of `x` with another weight, as it stores its own, and without a bias."""
-    if isinstance(module, nn.Conv2d):
+    if is_convolution(module):
         return module._conv_forward(x, weight, None)
     return nn.functional.linear(x, weight if isinstance(module, nn.Linear) else weight.t())
 

@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass, fields
 from torch import nn
 
 from .. import ops
-from ..nn import Int8Conv2d, Int8Linear, QuantizedModule, WeightOnlyQuantizedExperts, WeightOnlyQuantizedLinear
+from ..nn import Int8Conv, Int8Linear, QuantizedModule, WeightOnlyQuantizedExperts, WeightOnlyQuantizedLinear
 from ..nn.linears import holds_experts, is_linear, weight_matrix
 from ..numerics.scheme import WoqLowpMode
 from ..ops.int8 import INT8_PER_CHANNEL
@@ -95,7 +95,7 @@ def _weight_only_row(name: str, module: WeightOnlyQuantizedLinear | WeightOnlyQu
     return Row(name, str(module.scheme), shape, compute, kernel, ops.isa_name(), module.nbytes)
 
 
-def _int8_row(name: str, module: Int8Linear | Int8Conv2d, siblings: list[str]) -> Row:
+def _int8_row(name: str, module: Int8Linear | Int8Conv, siblings: list[str]) -> Row:
     compute = "int8 (per token)"
     if module.activation is not None:
         smoothed = ", smoothed" if module.activation.smoothing_factor is not None else ""

@@ -13,6 +13,7 @@ from .. import ops
 from ..numerics import affine
 from ..numerics.int8 import StaticActivation, same_activation
 from ..numerics.quantized_weight import QuantizedWeight
+from ..ops.fakes import register_fake
 from ..ops.int8 import INT8_PER_CHANNEL
 from .linears import linear_shape
 from .quantized_module import Placeholder, QuantizedModule, autocast, autocast_dtype, check_bias, flag, read_activation
@@ -342,7 +343,7 @@ def _dequantize(data, factor, out_features, in_features, member, dtype):
     return _effective_weight(ops.unpack_int8(packed.member(member))[0], factor, dtype)
 
 
-@_dequantize.register_fake
+@register_fake("int8_dequantize")
 def _(data, factor, out_features, in_features, member, dtype):
     return data.new_empty(out_features[member], in_features, dtype=dtype)
 

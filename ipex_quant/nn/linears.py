@@ -12,6 +12,8 @@ from torch import nn
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of the weights and activations that can be quantized."""
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is an ``nn.Linear`` or transformers ``Conv1D``, or a subclass of one."""
@@ -40,12 +42,16 @@ def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
     return None
 
 
-def conv_obstacle(conv: nn.Conv2d) -> str | None:
-    """Why no quantized convolution can stand where `conv` is; None when one can."""
-    if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
-        return f"{type(conv).__name__} overrides Conv2d.forward"
-    if conv.padding_mode != "zeros":
-        return f"it pads with padding_mode {conv.padding_mode!r}, not zeros"
+def is_convolution(module: nn.Module) -> bool:
+    """Whether `module` is an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``, or a subclass of one."""
+    return isinstance(module, _CONVOLUTIONS)
+
+
+def conv_obstacle(conv: nn.Module) -> str | None:
+    """Why no quantized convolution can stand where the convolution `conv` is; None when one can."""
+    base = next(cls for cls in _CONVOLUTIONS if isinstance(conv, cls))
+    if type(conv).forward is not base.forward or type(conv)._conv_forward is not base._conv_forward:
+        return f"{type(conv).__name__} overrides {base.__name__}.forward"
     return None
 
 

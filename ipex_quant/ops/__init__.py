@@ -11,6 +11,7 @@ from .attention import (
     write_cache,
     write_paged_cache,
 )
+from .conv import ConvGeometry, PackedConv, int8_conv, pack_conv, unpack_conv
 from .decoder import DecoderStructure, DecoderWeights, decoder_layers
 from .experts import ExpertGate, PackedExperts, pack_experts, run_experts, unpack_experts, woq_experts
 from .gated import gelu_mul, gelu_mul_halves, silu_mul, silu_mul_halves
@@ -42,9 +43,11 @@ from .woq import (
 
 __all__ = [
     "ISA_LEVELS",
+    "ConvGeometry",
     "DecoderStructure",
     "DecoderWeights",
     "ExpertGate",
+    "PackedConv",
     "PackedExperts",
     "PackedInt8",
     "PackedWeight",
@@ -56,12 +59,14 @@ __all__ = [
     "fused_rope_attention",
     "gelu_mul",
     "gelu_mul_halves",
+    "int8_conv",
     "int8_linear",
     "int8_linear_gated",
     "int8_linear_requantized",
     "isa_name",
     "kernel_name",
     "layer_norm",
+    "pack_conv",
     "pack_experts",
     "pack_int8",
     "pack_weight",
@@ -75,6 +80,7 @@ __all__ = [
     "silu_mul",
     "silu_mul_halves",
     "supported_isas",
+    "unpack_conv",
     "unpack_experts",
     "unpack_int8",
     "unpack_weight",

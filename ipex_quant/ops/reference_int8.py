@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from ..numerics.quantized_weight import QuantizedWeight
+from .conv import ConvGeometry
 from .reference import MIN_RANGE, finish
 from .woq import PostOp
 
@@ -69,3 +71,25 @@ def int8_linear_requantized(
     """`int8_linear` in float32, then `quantize_activation`."""
     (y,) = int8_linear(x, scales, zero_points, [weight], bias, torch.float32, post_op, others)
     return quantize_activation(y, out_multiplier, out_zero_point)
+
+
+def int8_conv(
+    x: torch.Tensor,
+    scale: float,
+    zero_point: int,
+    weight: QuantizedWeight,
+    groups: int,
+    kernel: Sequence[int],
+    bias: torch.Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """As `ipex_quant.ops.int8_conv`, with a plain weight ``[out, in / groups * taps]``."""
+    centred = x.double().movedim(-1, 1) - zero_point
+    sides = zip(reversed(geometry.before), reversed(geometry.after), strict=True)
+    centred = F.pad(centred, [size for side in sides for size in side])
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
+    codes = weight.codes.double().view(weight.shape[0], -1, *kernel)
+    sums = convolve(centred, codes, None, geometry.stride, 0, geometry.dilation, groups).movedim(1, -1).float()
+    y = sums * (torch.tensor(scale, dtype=torch.float32) * weight.scales.flatten())
+    return (y if bias is None else y + bias).to(dtype)

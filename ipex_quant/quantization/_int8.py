@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..nn import Int8Conv2d, Int8Linear
+from ..nn import Int8Conv, Int8Linear
 from ..nn.linears import is_linear, weight_matrix
 from ..numerics.int8 import StaticActivation, quantize_per_channel, same_activation
 from ..numerics.quantized_weight import QuantizedWeight
@@ -117,7 +117,7 @@ def _quantized(name: str, weight: torch.Tensor, parameters: LayerParameters) -> 
         return quantize_per_channel(weight if factor is None else weight * factor, parameters.weight_scales)
 
 
-def _convolution(name: str, parameters: LayerParameters, module: nn.Conv2d) -> nn.Module:
+def _convolution(name: str, parameters: LayerParameters, module: nn.Module) -> nn.Module:
     with naming(name):
-        made = Int8Conv2d.from_float(module, parameters.activation, parameters.weight_scales)
+        made = Int8Conv.from_float(module, parameters.activation, parameters.weight_scales)
         return made.train(module.training)

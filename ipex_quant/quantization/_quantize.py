@@ -48,7 +48,7 @@ def prepare(
 
     Every rule of the mapping counts, by torch's precedence (module name, regex, type, global); None leaves a module in
     float. Linear layers are quantized, with weight-only configurations the experts of transformers models too, with
-    static ones ``nn.Conv2d``.
+    static ones convolutions.
 
     Static and SmoothQuant configurations need an example, `example_inputs` (a tensor or a tuple of positional
     arguments) or `example_kwarg_inputs`, which `model` is run on once: layers of one parent that consume the same

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 
-from ..nn.linears import conv_obstacle, holds_experts, is_linear, obstacle, weight_obstacle
+from ..nn.linears import conv_obstacle, holds_experts, is_convolution, is_linear, obstacle, weight_obstacle
 from ..nn.stacked_experts import experts_obstacle, experts_weight_obstacle
 from ._qconfig import QuantizationKind, kind_of
 
@@ -23,13 +23,13 @@ def choose_qconfigs(
     """Configuration of every layer of `model` to quantize, and why each other one stays in float, by name.
 
     Layers are linear ones, modules with the experts of a layer and, where activations are quantized statically,
-    ``nn.Conv2d``. Without `read_weights` the layers' own weights do not matter. Raises TypeError for a configuration of
+    convolutions. Without `read_weights` the layers' own weights do not matter. Raises TypeError for a configuration of
     an unknown kind.
     """
     _check_rules(mapping, model)
     chosen, reasons = {}, {}
     for name, module in model.named_modules():
-        if not (is_linear(module) or isinstance(module, nn.Conv2d) or holds_experts(module)):
+        if not (is_linear(module) or is_convolution(module) or holds_experts(module)):
             continue
         path = name.split(".") if name else []
         lineage = [model.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1)]
@@ -38,7 +38,7 @@ def choose_qconfigs(
             kind = None if qconfig is None else kind_of(qconfig)
         except TypeError as error:
             raise TypeError(f"{name or 'the model'}: the mapping's {rule}: {error}") from None
-        if isinstance(module, nn.Conv2d) and kind is not None and not kind.needs_calibration:
+        if is_convolution(module) and kind is not None and not kind.needs_calibration:
             continue
         if kind is None:
             reasons[name] = f"{_BY_RULE}{rule} is None"
@@ -52,7 +52,7 @@ def choose_qconfigs(
 
 
 def _obstacle(module: nn.Module, parent: nn.Module | None, kind: QuantizationKind, read_weights: bool) -> str | None:
-    if isinstance(module, nn.Conv2d):
+    if is_convolution(module):
         return conv_obstacle(module) or (weight_obstacle(module) if read_weights else None)
     if is_linear(module):
         return obstacle(module, parent) or (weight_obstacle(module) if read_weights else None)

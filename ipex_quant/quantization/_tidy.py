@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from ..nn.linears import is_convolution
 from ..smoothquant.tracing import trace_groups
 from ._example import Example
 
 _DROPOUTS = nn.modules.dropout._DropoutNd
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def drop_dropout(model: nn.Module) -> None:
@@ -39,13 +40,13 @@ def fold_batch_norms(model: nn.Module, layers: Collection[str], example: Example
             continue
         layer, norm = model.get_submodule(group.producer), model.get_submodule(group.members[0])
         # On three dimensions BatchNorm1d takes the second for channels, which a linear layer does not make.
-        if isinstance(layer, nn.Conv2d) or (isinstance(layer, nn.Linear) and group.rank == 2):
+        if is_convolution(layer) or (isinstance(layer, nn.Linear) and group.rank == 2):
             _replace(model, group.producer, _fused(layer, norm))
             _replace(model, group.members[0], nn.Identity().eval())
 
 
 def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module:
-    fuse = fuse_conv_bn_eval if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval
+    fuse = fuse_conv_bn_eval if is_convolution(layer) else fuse_linear_bn_eval
     training = layer.training
     with torch.no_grad():
         return fuse(layer.eval(), norm).train(training)

@@ -4,7 +4,7 @@ import transformers
 from torch import nn
 
 from ipex_quant.llm._casting import cast_float
-from ipex_quant.nn import Int8Conv2d, Int8Linear, WeightOnlyQuantizedLinear
+from ipex_quant.nn import Int8Conv, Int8Linear, WeightOnlyQuantizedLinear
 from ipex_quant.numerics import affine
 from ipex_quant.numerics.int8 import StaticActivation, quantize_per_channel
 from ipex_quant.numerics.scheme import WeightScheme
@@ -71,7 +71,7 @@ def test_quantized_modules_report_the_dtype_and_keep_their_tensors():
         nn.Linear(4, 4),
         Int8Linear.make_group(*([each] for each in packed), activation, torch.float32)[0],
         WeightOnlyQuantizedLinear.from_quantized_weight(affine.quantize(weight, WeightScheme()), packed[1]),
-        Int8Conv2d.from_float(nn.Conv2d(3, 4, 2), activation),
+        Int8Conv.from_float(nn.Conv2d(3, 4, 2), activation),
     )
     before = model[1:].state_dict()
     cast_float(model, torch.bfloat16)

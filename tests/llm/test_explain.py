@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import ipex_quant as ipex
-from ipex_quant.nn import Int8Conv2d, Int8Linear, WeightOnlyQuantizedLinear
+from ipex_quant.nn import Int8Conv, Int8Linear, WeightOnlyQuantizedLinear
 from ipex_quant.numerics.int8 import StaticActivation, quantize_per_channel
 from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
@@ -67,7 +67,7 @@ def test_int8_modules():
     model = nn.ModuleDict(dict(zip(("q_proj", "k_proj", "v_proj"), linears(static, 3), strict=True)))
     model["o_proj"] = linears(StaticActivation(0.5, 3, torch.ones(4)), 1)[0]
     model["head"] = linears(None, 1)[0]
-    model["conv"] = Int8Conv2d.from_float(nn.Conv2d(3, 4, 5), static)
+    model["conv"] = Int8Conv.from_float(nn.Conv2d(3, 4, 5), static)
     found = rows(nn.ModuleDict({"attention": model}))
     assert {name.partition(".")[2]: row.compute for name, row in found.items()} == {
         "q_proj": "int8 (static per-tensor), fused with k_proj, v_proj",

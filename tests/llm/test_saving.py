@@ -6,7 +6,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import ipex_quant as ipex
-from ipex_quant.nn import Int8Conv2d, Int8Linear, WeightOnlyQuantizedLinear
+from ipex_quant.nn import Int8Conv, Int8Linear, WeightOnlyQuantizedLinear
 from ipex_quant.quantization import (
     WoqLowpMode,
     WoqWeightDtype,
@@ -176,7 +176,7 @@ def test_a_convolution(tmp_path):
     model = int8(transformers.ViTForImageClassification(config).eval(), inputs, default_static_qconfig_mapping)
     ipex.llm.save(model, tmp_path / "model")
     loaded = ipex.llm.load(tmp_path / "model")
-    assert any(isinstance(module, Int8Conv2d) for module in loaded.modules())
+    assert any(isinstance(module, Int8Conv) for module in loaded.modules())
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
@@ -294,10 +294,10 @@ GATE = "model.layers.0.mlp.gate_proj"
         (lambda q: q["modules"]["lm_head"].update(kind="int5"), r"lm_head: expected a kind of \['weight_only', 'int8'"),
         (lambda q: q["modules"]["lm_head"].update(kind=["int8"]), "lm_head: expected a kind of"),
         (lambda q: q["modules"]["lm_head"].update(kind="weight_only"), "lm_head: expected .*'act_order'"),
-        (lambda q: q["modules"]["lm_head"].update(kind="int8_conv2d"), r"lm_head: expected \['bias', 'kind'\]"),
+        (lambda q: q["modules"]["lm_head"].update(kind="int8_conv"), r"lm_head: expected \['bias', 'kind'\]"),
         (
-            lambda q: q["modules"].update(lm_head={"kind": "int8_conv2d", "bias": False}),
-            "lm_head: expected a Conv2d that can be quantized, got a Linear",
+            lambda q: q["modules"].update(lm_head={"kind": "int8_conv", "bias": False}),
+            "lm_head: expected a convolution that can be quantized, got a Linear",
         ),
         (lambda q: q["modules"]["lm_head"].update(activation="dynamic"), r"lm_head: activation: expected one of"),
         (lambda q: q["modules"]["lm_head"].update(smoothed=1), "lm_head: smoothed: expected true or false, got 1"),

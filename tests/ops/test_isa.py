@@ -125,6 +125,7 @@ def test_ops_pass_their_tests(level: str) -> None:
             "attention",
             "attention_fused",
             "attention_ragged",
+            "conv",
             "decoder",
             "experts",
             "gated",

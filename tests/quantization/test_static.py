@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import ipex_quant as ipex
 from ipex_quant import observers
-from ipex_quant.nn import Int8Conv2d, Int8Linear, WeightOnlyQuantizedLinear
+from ipex_quant.nn import Int8Conv, Int8Linear, WeightOnlyQuantizedLinear
 from ipex_quant.quantization import (
     convert,
     get_smooth_quant_qconfig_mapping,
@@ -453,7 +453,7 @@ def net():
 def test_convolutions_and_batch_norms(net, name):
     images = [torch.randn(4, 3, 10, 10) for _ in range(3)]
     converted = convert(calibrated(net, mappings()[name], images))
-    assert kinds(converted) == {"conv": Int8Conv2d, "conv2": Int8Conv2d, "head": Int8Linear}
+    assert kinds(converted) == {"conv": Int8Conv, "conv2": Int8Conv, "head": Int8Linear}
     assert type(converted) is Net
     assert type(converted.bn) is type(converted.head_bn) is nn.Identity
     expected = net(images[0])

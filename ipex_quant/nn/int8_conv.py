@@ -1,4 +1,4 @@
-"""`Int8Conv2d`: a convolution in 8 bits, by torch's own quantized kernels."""
+"""`Int8Conv`: a convolution in 8 bits."""
 
 from __future__ import annotations
 
@@ -10,42 +10,48 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
+from ..numerics import affine
 from ..numerics.int8 import StaticActivation, quantize_per_channel
 from ..numerics.quantized_weight import QuantizedWeight
+from ..ops.fakes import register_fake
 from ..ops.int8 import INT8_PER_CHANNEL
-from .linears import conv_obstacle
+from .linears import conv_obstacle, is_convolution
 from .quantized_module import Placeholder, QuantizedModule, autocast, check_bias, flag, read_activation
 
 
-class Int8Conv2d(QuantizedModule):
-    """An ``nn.Conv2d`` whose input and weight ``[out, in / groups, height, width]`` are quantized to 8 bits.
+class Int8Conv(QuantizedModule):
+    """An ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d`` whose input and weight are quantized to 8 bits.
 
-    `x` is float32, bfloat16 or float16 ``[N, C, H, W]`` or ``[C, H, W]`` on the CPU; the result is in its dtype, or
-    under torch.autocast in autocast's, and has no gradient. torch.jit cannot trace it. `from_float` makes a module.
+    The weight is ``[out, in / groups, *kernel_size]``, `x` float32, bfloat16 or float16 ``[N, in, *places]`` or
+    ``[in, *places]`` on the CPU; the result is in its dtype, or under torch.autocast in autocast's, and has no
+    gradient. `from_float` makes a module.
 
     The state dict holds plain tensors: `codes` int8 as the weight, `scales` float32 ``[out, 1]``, `input_scale` float32
     ``[1]``, `input_zero_point` int32 ``[1]``, and `bias` float32 where there is one.
     """
 
-    kind = "int8_conv2d"
+    kind = "int8_conv"
     entry_names = frozenset(("bias",))
     weight_names = ("codes", "scales", "input_scale", "input_zero_point")
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__()
-        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
         self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
-        self.padding, self.groups = conv.padding, conv.groups
+        self.padding, self.padding_mode = conv.padding, conv.padding_mode
         self.activation = StaticActivation(1.0, 0)
+        self.register_buffer("_data", None, persistent=False)
         self.register_buffer("_scales", None, persistent=False)
         self.register_buffer("_bias", None, persistent=False)
         self.register_buffer("_multiplier", None, persistent=False)
-        self._packed: torch.Tensor | None = None
 
     @classmethod
     def from_float(
-        cls, conv: nn.Conv2d, activation: StaticActivation, scales: torch.Tensor | None = None
-    ) -> Int8Conv2d:
+        cls,
+        conv: nn.Conv1d | nn.Conv2d | nn.Conv3d,
+        activation: StaticActivation,
+        scales: torch.Tensor | None = None,
+    ) -> Int8Conv:
         """Quantize the weight of `conv`, one scale per output channel, for an input quantized as `activation` says.
 
         `scales`, float32 ``[out]``, are those of the weight when given and found from it otherwise.
@@ -64,42 +70,68 @@ class Int8Conv2d(QuantizedModule):
         return module.to(conv.weight.dtype).train(conv.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
-            raise RuntimeError(f"x: expected [N, {self.in_channels}, H, W] or without N, got {list(x.shape)}")
+        dims = len(self.kernel_size)
+        if not torch.jit.is_tracing():  # which would warn that it forgets the check
+            self._check(x, dims)
         x = autocast(x).detach()
+        contiguous, batched = x.is_contiguous(), x.dim() == dims + 2
+        before, after = self._paddings()
+        if self.padding_mode != "zeros":
+            sides = [side for each in reversed([*zip(before, after, strict=True)]) for side in each]
+            x = F.pad(x if batched else x[None], sides, mode=self.padding_mode)
+            before = after = (0,) * dims
         act = self.activation
-        codes = ops.quantize_activation(x, self._multiplier, act.zero_point)
-        codes, padding = self._padded(codes if x.dim() == 4 else codes[None])
-        y = torch.ops.onednn.qconv2d_pointwise(
-            *(codes, act.scale, act.zero_point),
-            *(self._packed, self._scales, torch.zeros(self.out_channels, dtype=torch.int32), self._bias),
-            *(self.stride, padding, self.dilation, self.groups),
-            *(1.0, 0, torch.float32),  # the result is not quantized
-            *("none", [], ""),  # nor is anything done to it
-        ).to(x.dtype)
-        if x.is_contiguous():  # the kernel writes channels last
+        codes = self._codes(x if x.dim() == dims + 2 else x[None])
+        geometry = ops.ConvGeometry(self.stride, before, after, self.dilation)
+        y = ops.int8_conv(codes, act.scale, act.zero_point, self._packed, self._bias, geometry, x.dtype)
+        y = y.movedim(-1, 1)  # the kernel writes channels last
+        if contiguous:
             y = y.contiguous()
-        return y if x.dim() == 4 else y[0]
+        return y if batched else y[0]
+
+    def _check(self, x: torch.Tensor, dims: int) -> None:
+        if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:
+            places = ", ".join("DHW"[-dims:]) if dims > 1 else "L"
+            raise RuntimeError(f"x: expected [N, {self.in_channels}, {places}] or without N, got {list(x.shape)}")
+
+    @property
+    def _packed(self) -> ops.PackedConv:
+        return ops.PackedConv(self._data, self._scales, self.weight_shape, self.groups)
+
+    def _codes(self, x: torch.Tensor) -> torch.Tensor:
+        """The quantized input, channels last, as the kernel reads it."""
+        last = x.movedim(1, -1)
+        if last.is_contiguous():
+            return ops.quantize_activation(last, self._multiplier, self.activation.zero_point)
+        return ops.quantize_activation(x, self._multiplier, self.activation.zero_point).movedim(1, -1).contiguous()
+
+    def _paddings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Places before and after those of the input, for each dimension."""
+        if self.padding == "valid":
+            return (0,) * len(self.kernel_size), (0,) * len(self.kernel_size)
+        if self.padding != "same":
+            return tuple(self.padding), tuple(self.padding)
+        totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        return tuple(total // 2 for total in totals), tuple(total - total // 2 for total in totals)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """``(out, in / groups, height, width)``."""
+        """``(out, in / groups, *kernel_size)``."""
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     @property
     def nbytes(self) -> int:
         """Bytes of weight, scales and bias."""
-        tensors = (self._packed, self._scales, self._multiplier, self._bias)
+        tensors = (self._data, self._scales, self._multiplier, self._bias)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def quantized_weight(self) -> QuantizedWeight:
         """The plain form of the weight, one row an output channel, in new tensors."""
-        codes = self._packed.to_dense().flatten(1)
-        return QuantizedWeight(codes, self._scales[:, None].clone(), None, None, INT8_PER_CHANNEL, tuple(codes.shape))
+        return ops.unpack_conv(self._packed)
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The real values of the weight, in a new tensor."""
-        return torch.ops.ipex_quant.int8_conv_dequantize(self._packed, self._scales, dtype)
+        return _dequantize(self._data, self._scales, self.weight_shape, self.groups, dtype)
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
         """Weight, bias and what the input is quantized with, as the state dict has them."""
@@ -119,8 +151,8 @@ class Int8Conv2d(QuantizedModule):
     @classmethod
     def placeholder(cls, module: nn.Module, entry: dict[str, Any]) -> Placeholder:
         """Tensors of the convolution `module`; ValueError when it is none that can be quantized."""
-        if not isinstance(module, nn.Conv2d) or conv_obstacle(module):
-            raise ValueError(f"expected a Conv2d that can be quantized, got a {type(module).__name__}")
+        if not is_convolution(module) or conv_obstacle(module):
+            raise ValueError(f"expected a convolution that can be quantized, got a {type(module).__name__}")
         rows, shape = module.out_channels, tuple(module.weight.shape)
         tensors = {
             "codes": (torch.int8, shape),
@@ -134,7 +166,7 @@ class Int8Conv2d(QuantizedModule):
         return place
 
     @classmethod
-    def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[Int8Conv2d]:
+    def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[Int8Conv]:
         """One module for each; ValueError or TypeError for tensors that do not fit."""
         modules = []
         for place in loaded:
@@ -153,29 +185,15 @@ class Int8Conv2d(QuantizedModule):
             "dilation": self.dilation,
             "groups": self.groups,
             "bias": self._bias is not None,
+            **({} if self.padding_mode == "zeros" else {"padding_mode": self.padding_mode}),
         }
         settings = ", ".join(f"{name}={value}" for name, value in fields.items())
         return f"{self.in_channels}, {self.out_channels}, {settings}"
 
-    def _padded(self, codes: torch.Tensor) -> tuple[torch.Tensor, Sequence[int]]:
-        """The input and the padding that is left to the kernel, which pads alike on both sides."""
-        if self.padding == "valid":
-            return codes, (0, 0)
-        if self.padding != "same":
-            return codes, self.padding
-        totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        if all(total % 2 == 0 for total in totals):
-            return codes, [total // 2 for total in totals]
-        sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
-        return F.pad(codes, sides, value=self.activation.zero_point), (0, 0)
-
     def _set_weight(self, qw: QuantizedWeight, activation: StaticActivation) -> None:
-        self.activation = activation
-        self._multiplier, self._scales = activation.multiplier, qw.scales.flatten()
-        self._packed = torch.ops.onednn.qconv_prepack(
-            *(qw.codes.view(self.weight_shape), self._scales, activation.scale, activation.zero_point),
-            *(self.stride, (0, 0), self.dilation, self.groups, None),
-        )
+        packed = ops.pack_conv(qw, self.kernel_size, self.groups)
+        self.activation, self._multiplier = activation, activation.multiplier
+        self._data, self._scales = packed.data, packed.scales
 
     def _set_bias(self, bias: torch.Tensor) -> None:
         self._bias = check_bias(bias, self.out_channels)
@@ -192,8 +210,9 @@ class Int8Conv2d(QuantizedModule):
         self._set_weight(qw, read_activation(tensors))
 
     def __getstate__(self) -> dict[str, Any]:
-        # The packed weight depends on the machine, and cannot be copied.
-        return {**self.__dict__, "_packed": None, "_plain": self.quantized_weight()}
+        # Pickles may be read by another version, so they hold plain weights.
+        buffers = {**self._buffers, "_data": None}
+        return {**self.__dict__, "_buffers": buffers, "_plain": self.quantized_weight()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         plain = state.pop("_plain")
@@ -201,15 +220,17 @@ class Int8Conv2d(QuantizedModule):
         self._set_weight(plain, self.activation)
 
 
-# An op, since compilers cannot look into packed weights; no `custom_op`, which asks for their storage in torch 2.10.
-torch.library.define("ipex_quant::int8_conv_dequantize", "(Tensor packed, Tensor scales, ScalarType dtype) -> Tensor")
+# An op, since compilers cannot look into packed weights.
+@torch.library.custom_op(
+    "ipex_quant::int8_conv_dequantize",
+    mutates_args=(),
+    schema="(Tensor data, Tensor scales, int[] shape, int groups, ScalarType dtype) -> Tensor",
+)
+def _dequantize(data, scales, shape, groups, dtype):
+    weight = ops.unpack_conv(ops.PackedConv(data, scales, tuple(shape), groups))
+    return affine.dequantize(weight, torch.float32).view(shape).to(dtype)
 
 
-@torch.library.impl("ipex_quant::int8_conv_dequantize", "default")
-def _dequantize(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (packed.to_dense().float() * scales[:, None, None, None]).to(dtype)
-
-
-@torch.library.register_fake("ipex_quant::int8_conv_dequantize")
-def _(packed, scales, dtype):
-    return scales.new_empty(packed.shape, dtype=dtype)
+@register_fake("int8_conv_dequantize")
+def _(data, scales, shape, groups, dtype):
+    return scales.new_empty(shape, dtype=dtype)

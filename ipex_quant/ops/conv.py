@@ -1,0 +1,167 @@
+"""W8A8 convolutions in one to three dimensions: packing INT8 weights, and the product with quantized activations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..numerics.quantized_weight import QuantizedWeight
+from . import isa  # noqa: F401  (loads the native library)
+from .fakes import register_fake
+from .int8 import INT8_PER_CHANNEL
+
+_ops = torch.ops.ipex_quant
+
+TILE = 64
+"""Output channels that the kernels compute at a time (``csrc/layout.h``)."""
+
+
+@dataclass(frozen=True)
+class PackedConv:
+    """The INT8 weight ``[out, in / groups, *kernel]`` of a convolution as the kernels read it, at every ISA level.
+
+    `data` is uint8, one dimension, as ``csrc/int8_layout.h`` says of the weights of a share group, which here are those
+    of `blocks`; or, where each group reads one channel, the codes, int8 ``[taps, out]``. `scales` is float32 ``[out]``.
+    """
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    shape: tuple[int, ...]
+    groups: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both tensors."""
+        return self.data.nbytes + self.scales.nbytes
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether every output channel reads a single input channel of several."""
+        return self.shape[1] == 1 and self.groups > 1
+
+    @property
+    def blocks(self) -> int:
+        """Products that the kernels make. Several narrow groups are one, with zeros where one reads another's input."""
+        out = max(self.shape[0] // self.groups, 1)
+        return self.groups // max([1, *[n for n in range(2, TILE // out + 1) if self.groups % n == 0]])
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """Where a convolution reads: one number for each spatial dimension; `before` and `after` are of the padding."""
+
+    stride: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+def pack_conv(weight: QuantizedWeight, kernel: Sequence[int], groups: int) -> PackedConv:
+    """Lay out `weight`, ``[out, in / groups * taps]`` with the channels of a tap `taps` apart, as a checkpoint has it.
+
+    `kernel` has the sizes of one to three dimensions. Raises ValueError when the weight is not INT8, symmetric and per
+    channel, or the sizes do not fit.
+    """
+    if weight.scheme != INT8_PER_CHANNEL:
+        raise ValueError(f"weight: expected {INT8_PER_CHANNEL}, got {weight.scheme}; quantize it per channel")
+    taps = math.prod(kernel)
+    out, columns = weight.shape
+    if not 1 <= len(kernel) <= 3 or taps < 1 or columns % taps or groups < 1 or out % groups:
+        raise ValueError(f"kernel, groups: {tuple(kernel)} and {groups} do not fit a weight {list(weight.shape)}")
+    scales = weight.scales.flatten().contiguous()
+    packed = PackedConv(weight.codes, scales, (out, columns // taps, *kernel), groups)
+    codes = weight.codes.view(out, columns // taps, taps).transpose(1, 2)
+    if packed.is_depthwise:
+        data = codes[..., 0].t().contiguous()
+    else:
+        dense = codes.new_zeros(_dense_shape(packed))
+        _diagonal(dense).copy_(codes.reshape(_diagonal(dense).shape))
+        data = _ops.int8_pack(dense.view(out, -1), scales, [out // packed.blocks] * packed.blocks)
+    return PackedConv(data, scales, packed.shape, groups)
+
+
+def unpack_conv(packed: PackedConv) -> QuantizedWeight:
+    """Return the weight that `pack_conv` was given, bit for bit, in new tensors."""
+    out, channels, *_ = packed.shape
+    if packed.is_depthwise:
+        codes = packed.data.t().contiguous()
+    else:
+        shape = _dense_shape(packed)
+        dense, _ = _ops.int8_unpack(packed.data, [out // packed.blocks] * packed.blocks, math.prod(shape[3:]))
+        rows = _diagonal(dense.view(shape)).reshape(out, -1, channels)
+        codes = rows.transpose(1, 2).reshape(out, -1).contiguous()
+    return QuantizedWeight(codes, packed.scales[:, None].clone(), None, None, INT8_PER_CHANNEL, tuple(codes.shape))
+
+
+def _dense_shape(packed: PackedConv) -> tuple[int, ...]:
+    """Of the codes with zeros: blocks, groups of a block and their outputs; taps, groups and their inputs."""
+    out, channels, *kernel = packed.shape
+    joined = packed.groups // packed.blocks
+    return packed.blocks, joined, out // packed.groups, math.prod(kernel), joined, channels
+
+
+def _diagonal(dense: torch.Tensor) -> torch.Tensor:
+    """A view of the codes that are not zeros: blocks, groups of a block, their outputs; taps, inputs."""
+    return dense.diagonal(0, 1, 4).movedim(-1, 1)
+
+
+def int8_conv(
+    x: torch.Tensor,
+    scale: float,
+    zero_point: int,
+    packed: PackedConv,
+    bias: torch.Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Convolve quantized activations: ``sum((x - zero_point) * codes) * (scale * weight_scale) + bias`` in `dtype`.
+
+    The sum is exact, what follows is float32; padding holds the zero point; `ipex_quant.ops.reference_int8` defines it.
+    `x` is uint8, contiguous and channels last, ``[batch, *places, in]``; `bias` is float32 ``[out]``. Returns
+    ``[batch, *places, out]``. `dtype` is float32, bfloat16 or float16. Raises RuntimeError when an argument does not
+    fit.
+    """
+    where = (list(geometry.stride), [*geometry.before, *geometry.after], list(geometry.dilation))
+    kernel = list(packed.shape[2:])
+    if packed.is_depthwise:
+        return _ops.int8_depthwise_conv(x, scale, zero_point, packed.data, packed.scales, bias, kernel, *where, dtype)
+    return _ops.int8_conv(
+        x, scale, zero_point, packed.data, bias, packed.shape[0], packed.blocks, kernel, *where, dtype
+    )
+
+
+def _result(
+    x: torch.Tensor,
+    out_channels: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    dims = x.dim() - 2
+    torch._check(
+        1 <= dims <= 3 and len(kernel) == len(stride) == len(dilation) == dims and len(padding) == 2 * dims,
+        lambda: f"int8_conv: expected x [batch, ..., channels] and a number for each dimension between, got {x.shape}",
+    )
+    rooms = [
+        size + padding[i] + padding[dims + i] - dilation[i] * (kernel[i] - 1) - 1
+        for i, size in enumerate(x.shape[1:-1])
+    ]
+    for room in rooms:
+        torch._check(room >= 0, lambda: "kernel: larger than the padded input")
+    sizes = [room // step + 1 for room, step in zip(rooms, stride, strict=True)]
+    return x.new_empty(x.shape[0], *sizes, out_channels, dtype=dtype)
+
+
+@register_fake("int8_conv")
+def _(x, scale, zero_point, packed, bias, out_channels, groups, kernel, stride, padding, dilation, dtype):
+    return _result(x, out_channels, kernel, stride, padding, dilation, dtype)
+
+
+@register_fake("int8_depthwise_conv")
+def _(x, scale, zero_point, codes, weight_scales, bias, kernel, stride, padding, dilation, dtype):
+    return _result(x, codes.shape[1], kernel, stride, padding, dilation, dtype)
