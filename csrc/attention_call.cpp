@@ -78,8 +78,8 @@ void CacheWrite::store(int64_t batch, int64_t head, int64_t token, int64_t row, 
   const uint8_t* x = from.at(batch, head, token);
   uint8_t* to = const_cast<uint8_t*>(cache.at(row, head, place));
   if (bytes)
-    kernels().quantize_token(
-        {type, dim, x, to, reinterpret_cast<float*>(const_cast<uint8_t*>(scales.at(row, head, place)))});
+    kernels().quantize_token({type, dim, x, factors ? factors + head * dim : nullptr, to,
+                              reinterpret_cast<float*>(const_cast<uint8_t*>(scales.at(row, head, place)))});
   else
     std::memcpy(to, x, size_t(dim * float_size(type)));
 }
@@ -117,16 +117,18 @@ RopeAttention::RopeAttention(const RopeAttentionArgs& args, Buffer turned)
   rotary.y = turned_.get();
   const int64_t size = float_size(rotary.type), head = rotary.dim * size, token = rotary.heads * head;
   const int64_t query_heads = attention.kv_heads * attention.group;
-  keys_ = {rotary.type,   attention.bytes,
-           rotary.dim,    {turned_.get() + query_heads * head, rotary.length * token, head, token},
-           attention.key, attention.key_scales};
+  keys_ = {rotary.type,          attention.bytes,
+           rotary.dim,           {turned_.get() + query_heads * head, rotary.length * token, head, token},
+           attention.key,        attention.key_scales,
+           attention.key_factors};
   values_ = {rotary.type,
              attention.bytes,
              rotary.dim,
              {static_cast<const uint8_t*>(rotary.x) + rotary.heads * rotary.strides[2] * size, rotary.strides[0] * size,
               rotary.strides[2] * size, rotary.strides[1] * size},
              attention.value,
-             attention.value_scales};
+             attention.value_scales,
+             nullptr};
 }
 
 void RopeAttention::turn_and_store(int64_t begin, int64_t end) const {

@@ -44,6 +44,7 @@ struct CacheWrite {
   int64_t dim;
   TokenView from;           // [batch, heads, tokens]
   TokenView cache, scales;  // written
+  const float* factors;     // [heads, dim] by which bytes are divided, or null
 
   // One token of one head, to a row and a place of the cache.
   void store(int64_t batch, int64_t head, int64_t token, int64_t row, int64_t place) const;

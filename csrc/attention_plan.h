@@ -46,6 +46,7 @@ struct AttentionArgs {
   const float* alibi;               // [heads]
   int64_t query_head, query_token;  // strides in bytes; of the output it is the contiguous [heads, value_dim]
   TokenView key, value, key_scales, value_scales;
+  const float* key_factors;  // [kv_heads, key_dim], by which the bytes of keys were divided, or null
   int64_t page;  // tokens in a row of the cache that a table leads to; 0 if an entry of the table is for one token
   AttentionMask mask;
   int64_t max_rows, block;  // of any task, up to kStreamedRows a power of two; tokens that are met at a time
@@ -83,6 +84,7 @@ struct WriteCacheArgs {
   FloatType type;
   int64_t dim;
   const uint8_t* x;
+  const float* factors;  // [dim] by which x is divided, or null
   uint8_t* codes;
   float* scale;
 };

@@ -178,7 +178,7 @@ struct RopeAttentionOptions {
   int64_t rotary_dim;
   bool interleaved;
   Tensor key_cache, value_cache;
-  std::optional<Tensor> key_scales, value_scales;
+  std::optional<Tensor> key_scales, value_scales, key_factors;
   int64_t start;
   double scale;
   std::optional<Tensor> mask;

@@ -50,14 +50,15 @@ struct Options {
 };
 
 void set_options(AttentionArgs& args, const Options& options) {
-  IPEX_QUANT_CHECK(std::isfinite(options.scale), "scale: expected a finite number, got ", options.scale);
-  IPEX_QUANT_CHECK(std::isfinite(options.softcap) && options.softcap >= 0,
-                   "softcap: expected 0 (none) or a positive number, got ", options.softcap);
+  const float softcap = float(options.softcap);
+  IPEX_QUANT_CHECK(std::isfinite(float(options.scale)), "scale: expected a finite float32, got ", options.scale);
+  IPEX_QUANT_CHECK(options.softcap == 0 || (std::isnormal(softcap) && softcap > 0),
+                   "softcap: expected 0 (none) or a positive float32, got ", options.softcap);
   IPEX_QUANT_CHECK(options.window >= 0, "window: expected 0 (none) or a number of tokens, got ", options.window);
   args.scale = float(options.scale);
-  args.softcap = float(options.softcap);
+  args.softcap = softcap;
   args.causal = options.causal;
-  args.window = options.window;
+  args.window = std::min(options.window, 2 * kLargest);  // beyond all tokens; more would overflow
 }
 
 void set_heads(AttentionArgs& args, int64_t heads, int64_t kv_heads) {
@@ -106,6 +107,15 @@ struct Cache {
   }
 };
 
+// What the keys of an int8 cache [rows, heads, tokens, dim] are divided by, or null.
+const float* read_factors(const std::optional<Tensor>& factors, const Tensor& cache) {
+  if (!factors) return nullptr;
+  IPEX_QUANT_CHECK(cache.scalar_type() == ScalarType::Char, "key_factors: expected only with an int8 cache");
+  check_tensor("key_factors", *factors, ScalarType::Float, 2);
+  check_shape("key_factors", *factors, cache.size(1), cache.size(3));
+  return static_cast<const float*>(factors->const_data_ptr());
+}
+
 AttentionMask mask_of(const Tensor& t, std::initializer_list<int64_t> shape) {
   check_dim("mask", t, 4);
   AttentionMask mask{};
@@ -138,7 +148,7 @@ void run(const AttentionArgs& args, std::vector<AttentionSequence> sequences) {
 
 Tensor attention(Tensor query, Tensor key, Tensor value, double scale, bool causal, std::optional<Tensor> mask,
                  int64_t window, double softcap, std::optional<Tensor> alibi, std::optional<Tensor> key_scales,
-                 std::optional<Tensor> value_scales, std::optional<Tensor> rows) {
+                 std::optional<Tensor> value_scales, std::optional<Tensor> rows, std::optional<Tensor> key_factors) {
   check_dim("query", query, 4);
   AttentionArgs args{};
   args.type = float_type("query", query.scalar_type());
@@ -148,6 +158,7 @@ Tensor attention(Tensor query, Tensor key, Tensor value, double scale, bool caus
   const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2), tokens = key.size(2);
   set_heads(args, heads, key.size(1));
   args.key_dim = query.size(3);
+  args.key_factors = read_factors(key_factors, cache.key);
   IPEX_QUANT_CHECK(args.key_dim > 0 && key.size(3) == args.key_dim, "key: expected the head size of query, ",
                    args.key_dim, ", got ", key.size(3));
   IPEX_QUANT_CHECK(queries < kLargest, "query: too many tokens, ", shape_of(query));
@@ -170,6 +181,7 @@ Tensor attention(Tensor query, Tensor key, Tensor value, double scale, bool caus
   args.query_head = query.stride(1) * size;
   args.query_token = query.stride(2) * size;
   Tensor output = empty_in_dtype_of(query, {batch, queries, heads, args.value_dim});
+  if (output.numel() == 0) return output;  // however many sequences without queries there are
   std::vector<AttentionSequence> sequences;
   for (int64_t b = 0; b < batch; ++b)
     sequences.push_back({b, static_cast<const uint8_t*>(query.const_data_ptr()) + b * query.stride(0) * size,
@@ -190,7 +202,7 @@ struct NewTokens {
 // To a cache [rows, heads, capacity, dim] with its scales.
 CacheWrite write_to(const char* name, const Tensor& cache, const std::optional<Tensor>& scales, const NewTokens& from) {
   check_dim(name, cache, 4);
-  CacheWrite write{from.type, cache.scalar_type() == ScalarType::Char, from.dim, from.view, {}, {}};
+  CacheWrite write{from.type, cache.scalar_type() == ScalarType::Char, from.dim, from.view, {}, {}, nullptr};
   IPEX_QUANT_CHECK(write.bytes || float_type(name, cache.scalar_type()) == from.type, name,
                    ": expected the dtype of what is written or int8, got ",
                    torch::headeronly::toString(cache.scalar_type()));
@@ -213,16 +225,17 @@ void check_start(int64_t start, int64_t tokens, int64_t capacity) {
 
 int64_t write_grain(int64_t dim) { return 1 + (int64_t(1) << 15) / dim; }
 
-void write_cache(Tensor key, Tensor cache, std::optional<Tensor> scales, int64_t start) {
+void write_cache(Tensor key, Tensor cache, std::optional<Tensor> scales, int64_t start, std::optional<Tensor> factors) {
   check_dim("key", key, 4);
   const FloatType type = float_type("key", key.scalar_type());
   key = with_unit_stride(key);
   const NewTokens from{view_of(key, float_size(type)), type, key.size(0), key.size(1), key.size(2), key.size(3)};
-  const CacheWrite write = write_to("cache", cache, scales, from);
+  CacheWrite write = write_to("cache", cache, scales, from);
+  write.factors = read_factors(factors, cache);
   IPEX_QUANT_CHECK(cache.size(0) == from.batch, "cache: expected the batch size of key, ", from.batch, ", got ",
                    cache.size(0));
   check_start(start, from.tokens, cache.size(2));
-  if (from.dim == 0) return;
+  if (key.numel() == 0) return;
   parallel(from.batch * from.heads * from.tokens, write_grain(from.dim), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / from.tokens / from.heads, head = i / from.tokens % from.heads, token = i % from.tokens;
@@ -269,6 +282,7 @@ void write_paged_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_
   const int64_t count = key_cache.size(0) * block;
   for (const int64_t slot : places)
     IPEX_QUANT_CHECK(slot >= -1 && slot < count, "slots: expected -1 (skip) or 0..", count - 1, ", got ", slot);
+  if (tokens == 0 || heads == 0) return;  // however large their other sizes are
   parallel(tokens, write_grain(1 + heads * (key.size(2) + value.size(2))), [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       const int64_t slot = places[size_t(token)];
@@ -284,13 +298,14 @@ void write_paged_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_
 Tensor fused_rope_attention(Tensor qkv, Tensor cos, Tensor sin, int64_t rotary_dim, bool interleaved, Tensor key_cache,
                             Tensor value_cache, std::optional<Tensor> key_scales, std::optional<Tensor> value_scales,
                             int64_t start, double scale, std::optional<Tensor> mask, int64_t window, double softcap,
-                            std::optional<Tensor> alibi) {
+                            std::optional<Tensor> alibi, std::optional<Tensor> key_factors) {
   check_dim("qkv", qkv, 3);
   qkv = with_unit_stride(qkv);
   const QkvInput input{qkv.const_data_ptr(), qkv.scalar_type(), qkv.size(0),
                        qkv.size(1),          qkv.size(2),       {qkv.stride(0), qkv.stride(1)}};
-  RopeAttentionOptions options{cos,          sin,   rotary_dim, interleaved, key_cache, value_cache, key_scales,
-                               value_scales, start, scale,      mask,        window,    softcap,     alibi};
+  RopeAttentionOptions options{cos,         sin,        rotary_dim,   interleaved, key_cache,
+                               value_cache, key_scales, value_scales, key_factors, start,
+                               scale,       mask,       window,       softcap,     alibi};
   RopeAttentionArgs args = rope_attention_args(input, options);
   Tensor output = empty_in_dtype_of(
       qkv, {input.batch, input.length, args.attention.kv_heads * args.attention.group * args.attention.value_dim});
@@ -448,6 +463,7 @@ RopeAttentionArgs rope_attention_args(const QkvInput& qkv, RopeAttentionOptions&
                    o.key_cache.size(0));
   check_start(o.start, length, o.key_cache.size(2));
   Cache{o.key_cache, o.value_cache, o.key_scales, o.value_scales}.describe(attention, qkv.dtype);
+  attention.key_factors = read_factors(o.key_factors, o.key_cache);
   if (o.mask) attention.mask = mask_of(*o.mask, {batch, heads, length, o.start + length});
   args.batch = batch;
   args.start = o.start;
@@ -470,12 +486,13 @@ void run(RopeAttention& call) {
 STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, float scale, bool causal, Tensor? mask, int window, "
-      "float softcap, Tensor? alibi, Tensor? key_scales, Tensor? value_scales, Tensor? rows) -> Tensor");
-  m.def("write_cache(Tensor key, Tensor(a!) cache, Tensor(b!)? scales, SymInt start) -> ()");
+      "float softcap, Tensor? alibi, Tensor? key_scales, Tensor? value_scales, Tensor? rows, Tensor? key_factors=None) "
+      "-> Tensor");
+  m.def("write_cache(Tensor key, Tensor(a!) cache, Tensor(b!)? scales, SymInt start, Tensor? factors=None) -> ()");
   m.def(
       "fused_rope_attention(Tensor qkv, Tensor cos, Tensor sin, int rotary_dim, bool interleaved, "
       "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!)? key_scales, Tensor(d!)? value_scales, SymInt start, "
-      "float scale, Tensor? mask, int window, float softcap, Tensor? alibi) -> Tensor");
+      "float scale, Tensor? mask, int window, float softcap, Tensor? alibi, Tensor? key_factors=None) -> Tensor");
   m.def(
       "write_paged_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor(c!)? key_scales, Tensor(d!)? value_scales, Tensor slots) -> ()");

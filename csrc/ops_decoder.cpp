@@ -38,6 +38,7 @@ class PerLayer {
                      " layers, got ", items.size());
   }
   bool given() const { return count_ > 0; }
+  int64_t count() const { return int64_t(count_); }
   const T& at(size_t layer, int64_t i) const { return items_[layer * count_ + size_t(i)]; }
 
  private:
@@ -160,6 +161,36 @@ class LayerReader {
   int64_t weight_ = 0, group_ = 0;
 };
 
+// The bytes between the first and the last element of a tensor.
+std::pair<uintptr_t, uintptr_t> extent(const Tensor& t) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    if (t.size(i) == 0) return {begin, begin};
+    last += (t.size(i) - 1) * t.stride(i);
+  }
+  return {begin, begin + uintptr_t(last + 1) * t.element_size()};
+}
+
+// Indices are checked before the caches are written, so they must not lie in one.
+void check_apart(const std::vector<Optional>& perms, const PerLayer<Tensor>& cache, size_t layers) {
+  std::vector<std::pair<uintptr_t, uintptr_t>> written;
+  const auto any = [](const Optional& perm) { return perm.has_value(); };
+  if (std::none_of(perms.begin(), perms.end(), any)) return;
+  for (size_t i = 0; i < layers; ++i)
+    for (int64_t j = 0; j < cache.count(); ++j) written.push_back(extent(cache.at(i, j)));
+  std::sort(written.begin(), written.end());
+  uintptr_t furthest = 0;  // the end of all up to here, so that it is enough to look at the last one before a perm
+  for (auto& each : written) each.second = furthest = std::max(furthest, each.second);
+  for (const Optional& perm : perms) {
+    if (!perm) continue;
+    const auto [begin, end] = extent(*perm);
+    const auto after = std::lower_bound(written.begin(), written.end(), std::pair<uintptr_t, uintptr_t>(end, 0));
+    IPEX_QUANT_CHECK(after == written.begin() || std::prev(after)->second <= begin,
+                     "perms: expected memory of their own, got some that a cache has");
+  }
+}
+
 // Attention of one layer, with its cache.
 void read_attention(DecoderLayerArgs& args, const Structure& structure, RopeAttentionOptions& options) {
   int64_t width = 0;
@@ -201,8 +232,10 @@ Tensor decoder_layers(Tensor x, std::vector<Tensor> packed, std::vector<Optional
                              {"norms", norms, layers, 2},
                              {"norm_biases", norm_biases, layers, 2, true},
                              {"head_norms", head_norms, layers, 2, true}};
-  const bool scaled = caches.size() == 4 * layers;
-  const PerLayer<Tensor> cache("caches", caches, layers, scaled ? 4 : 2);
+  const int64_t parts = caches.size() == 5 * layers ? 5 : caches.size() == 4 * layers ? 4 : 2;
+  const PerLayer<Tensor> cache("caches", caches, layers, parts);
+
+  check_apart(perms, cache, layers);
 
   x = as_contiguous(x);
   RopeAttentionOptions options{as_contiguous(cos),
@@ -211,6 +244,7 @@ Tensor decoder_layers(Tensor x, std::vector<Tensor> packed, std::vector<Optional
                                interleaved,
                                cache.at(0, 0),
                                cache.at(0, 1),
+                               std::nullopt,
                                std::nullopt,
                                std::nullopt,
                                0,
@@ -225,10 +259,11 @@ Tensor decoder_layers(Tensor x, std::vector<Tensor> packed, std::vector<Optional
     args.push_back(reader.read());
     options.key_cache = cache.at(i, 0);
     options.value_cache = cache.at(i, 1);
-    if (scaled) {
+    if (parts > 2) {
       options.key_scales = cache.at(i, 2);
       options.value_scales = cache.at(i, 3);
     }
+    if (parts > 4) options.key_factors = cache.at(i, 4);
     options.start = starts[i];
     read_attention(args[i], structure, options);
     reader.read_head_norms(args[i], args[i].attention.attention.key_dim);

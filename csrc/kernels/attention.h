@@ -201,8 +201,10 @@ class AttentionRun {
       float* to = query_ + r * query_words_;
       query_scale_[r] = 1.0f;
       if constexpr (Path::kElements == 4) {
-        query_scale_[r] = quantize_query(x, args_.type, args_.key_dim, query_words_, reinterpret_cast<uint8_t*>(to),
-                                         query_offset_ + r);
+        const float* factors = args_.key_factors ? args_.key_factors + task_.head * args_.key_dim : nullptr;
+        query_scale_[r] =
+            quantize_query({args_.type, args_.key_dim, x, factors, reinterpret_cast<uint8_t*>(to), nullptr},
+                           query_words_, query_offset_ + r);
       } else if constexpr (Path::kElements == 2) {
         std::memset(to, 0, size_t(query_words_) * sizeof(float));
         std::memcpy(to, x, size_t(2 * args_.key_dim));

@@ -101,10 +101,20 @@ inline void widen_query(const uint8_t* x, FloatType type, int64_t dim, float* to
 }
 
 // Symmetric bytes of a token of one head, and their scale: x is near codes * scale. A NaN makes the scale one.
-inline void quantize_token(const WriteCacheArgs& args) {
+template <bool Multiply>
+inline float quantize_bytes(const WriteCacheArgs& args) {
   vf largest = zero_f(), not_finite = zero_f();
-  const auto load = [&](int64_t d) {
-    return args.dim - d >= kLanes ? load_float(args.x, args.type, d) : load_tail(args.x, args.type, d, args.dim - d);
+  const auto load = [&](int64_t d) IPEX_QUANT_INLINE {
+    const int64_t count = args.dim - d < kLanes ? args.dim - d : kLanes;
+    const vf x = load_run(args.x, args.type, d, count);
+    if (!args.factors) return x;
+    if (count < kLanes) {  // whose tail of zeros is not to be divided
+      float factors[kLanes];
+      store_f(factors, set1_f(1.0f));
+      std::memcpy(factors, args.factors + d, size_t(count) * sizeof(float));
+      return Multiply ? mul_f(x, load_f(factors)) : div_f(x, load_f(factors));
+    }
+    return Multiply ? mul_f(x, load_f(args.factors + d)) : div_f(x, load_f(args.factors + d));
   };
   for (int64_t d = 0; d < args.dim; d += kLanes) {
     const vf value = load(d);
@@ -117,19 +127,19 @@ inline void quantize_token(const WriteCacheArgs& args) {
   for (int64_t d = 0; d < args.dim; d += kLanes)
     store_codes(args.codes + d, round_i(min_f(max_f(mul_f(load(d), inverse), low), high)),
                 args.dim - d < kLanes ? args.dim - d : kLanes);
-  *args.scale = range / 127.0f + reduce_add(not_finite);
+  return range / 127.0f + reduce_add(not_finite);
 }
 
-// A query as symmetric bytes in `words` words. The sum of its products with keys that were made unsigned starts at
-// `offset`. Returns the scale.
-inline float quantize_query(const uint8_t* x, FloatType type, int64_t dim, int64_t words, uint8_t* codes,
-                            int32_t* offset) {
-  float scale;
-  std::memset(codes, 0, size_t(4 * words));
-  quantize_token({type, dim, x, codes, &scale});
+inline void quantize_token(const WriteCacheArgs& args) { *args.scale = quantize_bytes<false>(args); }
+
+// A query, multiplied by the factors, as symmetric bytes in `words` words. The sum of its products with keys that were
+// made unsigned starts at `offset`. Returns the scale.
+inline float quantize_query(const WriteCacheArgs& args, int64_t words, int32_t* offset) {
+  std::memset(args.codes, 0, size_t(4 * words));
+  const float scale = quantize_bytes<true>(args);
   vi sum = zero_i();
   for (int64_t d = 0; d < 4 * words; d += kVectorBytes)
-    dot<false>(sum, as_u8<false>(set1_i(0x01010101)), as_s8<false>(load_i(codes + d)));
+    dot<false>(sum, as_u8<false>(set1_i(0x01010101)), as_s8<false>(load_i(args.codes + d)));
   *offset = -128 * reduce_add(sum);
   return scale;
 }

@@ -61,20 +61,32 @@ class StoredTensor(DeferredTensor):
 
     @staticmethod
     def __new__(
-        cls, stored: torch.Tensor, scales: torch.Tensor | None, rows: torch.Tensor | None, dtype: torch.dtype
+        cls,
+        stored: torch.Tensor,
+        scales: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        dtype: torch.dtype,
+        factors: torch.Tensor | None = None,
     ) -> StoredTensor:
         batch = len(stored if rows is None else rows)
         return DeferredTensor.__new__(cls, (batch, *stored.shape[1:]), dtype, stored.device)
 
     def __init__(
-        self, stored: torch.Tensor, scales: torch.Tensor | None, rows: torch.Tensor | None, dtype: torch.dtype
+        self,
+        stored: torch.Tensor,
+        scales: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        dtype: torch.dtype,
+        factors: torch.Tensor | None = None,
     ):
-        self.stored, self.scales, self.rows = stored, scales, rows
+        self.stored, self.scales, self.rows, self.factors = stored, scales, rows, factors
 
     def _compute(self) -> torch.Tensor:
         stored = self._in_order(self.stored)
         if self.scales is not None:
             stored = stored.float() * self._in_order(self.scales).unsqueeze(-1)
+        if self.factors is not None:
+            stored = stored * self.factors[:, None]
         return stored.to(self.dtype)
 
     def _in_order(self, stored: torch.Tensor) -> torch.Tensor:
@@ -85,17 +97,17 @@ class StoredTensor(DeferredTensor):
     # torch.compile takes it apart with these
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
-        return [name for name in ("stored", "scales", "rows") if getattr(self, name) is not None], self.dtype
+        return [name for name in ("stored", "scales", "rows", "factors") if getattr(self, name) is not None], self.dtype
 
     @staticmethod
     def __tensor_unflatten__(parts: dict[str, torch.Tensor], dtype: torch.dtype, *_: Any) -> StoredTensor:
-        return StoredTensor(parts["stored"], parts.get("scales"), parts.get("rows"), dtype)
+        return StoredTensor(parts["stored"], parts.get("scales"), parts.get("rows"), dtype, parts.get("factors"))
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             (tensor,) = args
-            return StoredTensor(tensor.stored, tensor.scales, tensor.rows, tensor.dtype)
+            return StoredTensor(tensor.stored, tensor.scales, tensor.rows, tensor.dtype, tensor.factors)
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 
@@ -109,19 +121,21 @@ class Storage:
     """What a layer stores of its keys, or of its values.
 
     `stored` is ``[R, Hkv, T, D]`` in a float dtype, or int8 with `scales`, float32 ``[R, Hkv, T]``. Position t of
-    sequence b is in row ``rows[b, t]`` (int32 ``[B, T]``), or without `rows` in row b. `dtype` is the model's.
+    sequence b is in row ``rows[b, t]`` (int32 ``[B, T]``), or without `rows` in row b. `dtype` is the model's. The
+    channels of int8 keys were divided by `factors`, float32 ``[Hkv, D]``.
     """
 
     stored: torch.Tensor
     scales: torch.Tensor | None
     rows: torch.Tensor | None
     dtype: torch.dtype
+    factors: torch.Tensor | None = None
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Storage:
         """What a tensor is made of that `tensor` returned, or another tensor ``[B, Hkv, T, D]``."""
         if isinstance(tensor, StoredTensor):
-            return cls(tensor.stored, tensor.scales, tensor.rows, tensor.dtype)
+            return cls(tensor.stored, tensor.scales, tensor.rows, tensor.dtype, tensor.factors)
         return cls(tensor if tensor.stride(-1) == 1 else tensor.contiguous(), None, None, tensor.dtype)
 
     @property
@@ -134,7 +148,7 @@ class Storage:
         regular = self.stored.stride(0) == self.stored.shape[1] * self.stored.stride(1)
         if self.scales is None and self.rows is None and self.stored.dtype == self.dtype and regular:
             return self.stored
-        return _stored_tensor(self.stored, self.scales, self.rows, self.dtype)
+        return _stored_tensor(self.stored, self.scales, self.rows, self.dtype, self.factors)
 
 
 def attend(query: torch.Tensor, keys: Storage, values: Storage, **options: Any) -> torch.Tensor:
@@ -149,10 +163,28 @@ def attend(query: torch.Tensor, keys: Storage, values: Storage, **options: Any) 
     tensors = (query, keys.stored, values.stored, options.get("mask"))
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     run = differentiable_attention if differentiable or options.get("dropout") else attention
-    out = run(
-        query, keys.stored, values.stored, key_scales=keys.scales, value_scales=values.scales, rows=keys.rows, **options
-    )
+    options |= {"key_scales": keys.scales, "value_scales": values.scales, "key_factors": keys.factors}
+    out = run(query, keys.stored, values.stored, rows=keys.rows, **options)
     return out.to(dtype).contiguous()
+
+
+OUTLIER_RATIO = 4.0
+"""How many times the median of its head a channel's largest key must be to be divided."""
+
+
+def outlier_factors(key: torch.Tensor) -> torch.Tensor:
+    """What to divide the channels of keys ``[B, Hkv, L, D]`` by before they are quantized, float32 ``[Hkv, D]``.
+
+    One scale serves all channels of a token, so that those in which keys are always large, as where projections have
+    large biases, take the others their bits. Scores stay what they are when the queries are multiplied by the same
+    factors, and queries tend to be small where keys are large. Factors are powers of two, which round nothing: what
+    brings a channel to once or twice the median of the largest keys of its head. Source: SmoothQuant's migration (arXiv
+    2211.10438), applied to the product of queries and keys.
+    """
+    largest = key.detach().abs().amax((0, 2)).float()
+    ratio = largest / largest.median(-1, keepdim=True).values
+    is_outlier = (ratio >= OUTLIER_RATIO) & (ratio < torch.inf)  # false for NaN too
+    return torch.where(is_outlier, torch.exp2(torch.log2(ratio).floor()), 1.0)
 
 
 class NativeLayer(CacheLayerMixin):
@@ -163,8 +195,9 @@ class NativeLayer(CacheLayerMixin):
     sequence b: beam search then changes the index alone, and a prompt is stored once for all its beams.
 
     `storage_dtype` is None for the dtype of what comes, another float dtype, or torch.int8, with one scale per token
-    and head; ValueError for any other. Without `spare` there is no room to grow. `indexed` says that sequences will be
-    repeated: several prompts then need not be moved.
+    and head; ValueError for any other. Channels in which the first keys are far larger than in others are divided by
+    what the queries are multiplied by: see `outlier_factors`. Without `spare` there is no room to grow. `indexed` says
+    that sequences will be repeated: several prompts then need not be moved.
     """
 
     is_sliding = False
@@ -187,6 +220,7 @@ class NativeLayer(CacheLayerMixin):
         """Forget everything, and free it."""
         self.is_initialized = False
         self._buffers: tuple[torch.Tensor, ...] = ()  # keys, values, and for int8 the scales of both
+        self._factors: torch.Tensor | None = None  # that the channels of int8 keys are divided by, float32 [Hkv, D]
         self._rows: torch.Tensor | None = None  # slot minus position, int32 [B, count]
         self._stride: int | None = None  # slots from one sequence to the next, while they are in order
         self._batch = 0
@@ -258,8 +292,8 @@ class NativeLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys, values, scales and index."""
-        return sum(x.nbytes for x in (*self._buffers, self._rows) if x is not None)
+        """Bytes allocated for keys, values, scales, factors and index."""
+        return sum(x.nbytes for x in (*self._buffers, self._factors, self._rows) if x is not None)
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Storage, Storage]:
         """Add keys ``[B, Hkv, L, D]`` and values ``[B, Hkv, L, Dv]``; return what the new tokens may attend to.
@@ -272,6 +306,8 @@ class NativeLayer(CacheLayerMixin):
             self.lazy_initialization(key, value)
         length = key.shape[2]
         if length:
+            if self._factors is None and self._buffers[0].dtype == torch.int8:
+                self._factors = outlier_factors(key)
             self._make_room(length)
             self._write(key, value)
             self.commit(length)
@@ -283,7 +319,8 @@ class NativeLayer(CacheLayerMixin):
         keys, values, *scales = (self._from(x, first) for x in self._buffers)
         rows = self._rows[:, first:] if self._rows is not None and self._stride is None else None
         key_scales, value_scales = scales or (None, None)
-        return Storage(keys, key_scales, rows, self.dtype), Storage(values, value_scales, rows, self.dtype)
+        factors = self._factors
+        return Storage(keys, key_scales, rows, self.dtype, factors), Storage(values, value_scales, rows, self.dtype)
 
     def attention(self, query: torch.Tensor, **options: Any) -> torch.Tensor:
         """Attention of the last tokens, ``[B, H, Lq, D]``, over what is stored: see `attend`."""
@@ -292,15 +329,16 @@ class NativeLayer(CacheLayerMixin):
     def reserve(self, length: int) -> tuple[tuple[torch.Tensor, ...], int] | None:
         """Room for `length` more tokens, for a call that writes and reads them itself; `commit` then counts them.
 
-        Returns (keys, values and for int8 their scales, from the first position that is needed to the capacity; the
-        position to write at). None before the first token, and where an index is needed: `append` serves there.
+        Returns (keys, values and for int8 their scales, from the first position that is needed to the capacity, and the
+        factors of int8 keys; the position to write at). None before the first token, and where an index is needed:
+        `append` serves there.
         """
-        if not self.is_initialized or self._rows is not None:
+        if not self._count or self._rows is not None:
             return None
         self._make_room(length)
         first = self._visible_from(0)
         buffers = tuple(x[:, :, first:] for x in self._buffers) if first else self._buffers
-        return buffers, self._count - first
+        return buffers if self._factors is None else (*buffers, self._factors), self._count - first
 
     def commit(self, length: int) -> None:
         """Count `length` tokens that were written where `reserve` said."""
@@ -368,8 +406,8 @@ class NativeLayer(CacheLayerMixin):
                 for x in buffers
             )
         scales = buffers[2:] or (None, None)
-        for new, buffer, scale in zip((key, value), buffers[:2], scales, strict=True):
-            write_cache(new.to(buffer.dtype) if scale is None else new, buffer, scale, self._used)
+        for new, buffer, scale, factors in zip((key, value), buffers[:2], scales, (self._factors, None), strict=True):
+            write_cache(new.to(buffer.dtype) if scale is None else new, buffer, scale, self._used, factors)
 
     @property
     def _capacity(self) -> int:

@@ -56,6 +56,7 @@ class Room(NamedTuple):
     values: torch.Tensor
     key_scales: torch.Tensor | None
     value_scales: torch.Tensor | None
+    key_factors: torch.Tensor | None
     start: int
 
 
@@ -151,7 +152,7 @@ class FusedAttention:
         if room is None or layer.dtype != x.dtype or room[0][0].dtype not in (x.dtype, torch.int8):
             return None
         (keys, values, *scales), start = room
-        return Room(layer, keys, values, *(scales or (None, None)), start)
+        return Room(layer, keys, values, *(scales or (None, None, None)), start)
 
     def turn_and_attend(
         self, joined: torch.Tensor, kwargs: dict[str, Any], mask: torch.Tensor | None, room: Room
@@ -176,6 +177,7 @@ class FusedAttention:
             mask=mask,
             softcap=self.softcap,
             alibi=self.slopes,
+            key_factors=room.key_factors,
         )
         room.layer.commit(joined.shape[1])
         return attended
@@ -184,8 +186,8 @@ class FusedAttention:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, room: Room
     ) -> torch.Tensor:
         """Write to a native cache and attend to it, with no code between the ops."""
-        _, keys, values, key_scales, value_scales, start = room
-        ops.write_cache(key, keys, key_scales, start)
+        _, keys, values, key_scales, value_scales, key_factors, start = room
+        ops.write_cache(key, keys, key_scales, start, key_factors)
         ops.write_cache(value, values, value_scales, start)
         room.layer.commit(key.shape[2])
         stored = slice(None), slice(None), slice(start + key.shape[2])
@@ -200,6 +202,7 @@ class FusedAttention:
             alibi=self.slopes,
             key_scales=None if key_scales is None else key_scales[stored],
             value_scales=None if value_scales is None else value_scales[stored],
+            key_factors=key_factors,
         )
 
     def attend(

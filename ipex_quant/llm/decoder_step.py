@@ -163,7 +163,7 @@ class LayerStep:
             sin,
             cos.shape[-1] * (1 + s.interleaved),
             s.interleaved,
-            [tensor for room in rooms for tensor in room[1:5] if tensor is not None],
+            [tensor for room in rooms for tensor in room[1:6] if tensor is not None],
             [room.start for room in rooms],
             s.scale,
             mask,

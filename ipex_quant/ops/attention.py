@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import isa  # noqa: F401  (loads the native library)
+from .fakes import check_shape, register_fake
 
 _ops = torch.ops.ipex_quant  # .default, which a call then need not look for
 
@@ -23,14 +24,15 @@ def attention(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
+    key_factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention, ``[B, Lq, H, Dv]`` in the dtype of `query`; sums are float32.
 
     `query` is float32, bfloat16 or float16 ``[B, H, Lq, D]``; `key` ``[Bk, Hkv, T, D]`` and `value` ``[Bk, Hkv, T,
     Dv]`` have its dtype, or are int8 with the float32 scales ``[Bk, Hkv, T]`` that `write_cache` makes, not negative.
-    Queries are then quantized as tokens are, and probabilities to 8 bits relative to the largest of some tokens: both
-    products are exact integers. ``H / Hkv`` heads share a KV head. All may have any strides; nothing is copied if the
-    last dimension is adjacent.
+    Queries are then multiplied by the `key_factors`, float32 ``[Hkv, D]``, if there are such, and quantized as tokens
+    are, and probabilities to 8 bits relative to the largest of some tokens: both products are exact integers. ``H /
+    Hkv`` heads share a KV head. All may have any strides; nothing is copied if the last dimension is adjacent.
 
     Query i is at position ``T - Lq + i``. `causal` hides what comes after it, a `window` above 0 also all but the last
     `window` tokens up to its own. `mask`, bool or added to the scores, broadcasts to ``[B, H, Lq, T]``. A `softcap` c
@@ -42,18 +44,24 @@ def attention(
     Raises RuntimeError when an argument does not fit.
     """
     return _ops.attention.default(
-        query, key, value, scale, causal, mask, window, softcap, alibi, key_scales, value_scales, rows
+        query, key, value, scale, causal, mask, window, softcap, alibi, key_scales, value_scales, rows, key_factors
     )
 
 
-def write_cache(key: torch.Tensor, cache: torch.Tensor, scales: torch.Tensor | None, start: int) -> None:
+def write_cache(
+    key: torch.Tensor,
+    cache: torch.Tensor,
+    scales: torch.Tensor | None,
+    start: int,
+    factors: torch.Tensor | None = None,
+) -> None:
     """Write the keys or values `key` ``[B, Hkv, L, D]`` into `cache` ``[B, Hkv, capacity, D]`` from token `start` on.
 
     An int8 cache gets symmetric codes with one scale for each token and head, in `scales` float32 ``[B, Hkv,
-    capacity]``; a cache in the dtype of `key` takes None. Raises RuntimeError when an argument does not fit, with
-    nothing written.
+    capacity]``, of what is written divided by the `factors`, float32 ``[Hkv, D]``, if there are such; a cache in the
+    dtype of `key` takes None. Raises RuntimeError when an argument does not fit, with nothing written.
     """
-    _ops.write_cache.default(key, cache, scales, start)
+    _ops.write_cache.default(key, cache, scales, start, factors)
 
 
 def fused_rope_attention(
@@ -73,6 +81,7 @@ def fused_rope_attention(
     window: int = 0,
     softcap: float = 0.0,
     alibi: torch.Tensor | None = None,
+    key_factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`rotary` of queries and keys, `write_cache` from token `start` on, and causal `attention` to all up to there.
 
@@ -98,6 +107,7 @@ def fused_rope_attention(
         window,
         softcap,
         alibi,
+        key_factors,
     )
 
 
@@ -182,33 +192,44 @@ def varlen_attention(
     )
 
 
-@torch.library.register_fake("ipex_quant::attention")
-def _(query, key, value, scale, causal, mask, window, softcap, alibi, key_scales, value_scales, rows):
+@register_fake("attention")
+def _(query, key, value, *options):
+    check_shape("query", query, "[B, H, Lq, D]")
+    check_shape("key", key, "[Bk, Hkv, T, D]")
+    check_shape("value", value, "[Bk, Hkv, T, Dv]")
     batch, heads, queries, _ = query.shape
     return query.new_empty(batch, queries, heads, value.shape[3])
 
 
-@torch.library.register_fake("ipex_quant::write_cache")
-def _(key, cache, scales, start):
-    return None
+@register_fake("write_cache")
+def _(key, cache, scales, start, factors=None):
+    check_shape("key", key, "[B, Hkv, L, D]")
+    check_shape("cache", cache, "[B, Hkv, capacity, D]")
 
 
-@torch.library.register_fake("ipex_quant::fused_rope_attention")
+@register_fake("fused_rope_attention")
 def _(qkv, cos, sin, rotary_dim, interleaved, key_cache, value_cache, *options):
+    check_shape("qkv", qkv, "[B, L, (H + 2 * Hkv) * D]")
+    check_shape("key_cache", key_cache, "[B, Hkv, capacity, D]")
     _, heads, _, dim = key_cache.shape
     return qkv.new_empty(*qkv.shape[:2], (qkv.shape[2] // dim - 2 * heads) * dim)
 
 
-@torch.library.register_fake("ipex_quant::write_paged_cache")
+@register_fake("write_paged_cache")
 def _(key, value, key_cache, value_cache, key_scales, value_scales, slots):
-    return None
+    check_shape("key", key, "[tokens, Hkv, D]")
+    check_shape("value", value, "[tokens, Hkv, D]")
 
 
-@torch.library.register_fake("ipex_quant::paged_attention")
+@register_fake("paged_attention")
 def _(query, key_cache, value_cache, *options):
+    check_shape("query", query, "[tokens, H, D]")
+    check_shape("value_cache", value_cache, "[blocks, Hkv, block, Dv]")
     return query.new_empty(*query.shape[:2], value_cache.shape[3])
 
 
-@torch.library.register_fake("ipex_quant::varlen_attention")
+@register_fake("varlen_attention")
 def _(query, key, value, *options):
+    check_shape("query", query, "[tokens, H, D]")
+    check_shape("value", value, "[key tokens, Hkv, Dv]")
     return query.new_empty(*query.shape[:2], value.shape[2])

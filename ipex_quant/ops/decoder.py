@@ -9,6 +9,7 @@ import torch
 
 from ..numerics.scheme import WoqActQuantMode, WoqLowpMode
 from . import isa  # noqa: F401  (loads the native library)
+from .fakes import check_shape, register_fake
 from .woq import PostOp
 
 MAX_TOKENS = 8
@@ -76,10 +77,10 @@ def decoder_layers(
     """Decoder layers with packed weights, one after the other, in one parallel region without a gap between them.
 
     `x` is float32, bfloat16 or float16 ``[B, L, K]`` with ``B * L <= MAX_TOKENS``. `caches` are keys and values of each
-    layer, or these and their scales, which are written from ``starts[layer]`` on; they, `cos`, `sin`, `mask` and
-    `alibi` are as in `fused_rope_attention`. Has the bits of `rms_norm` or `layer_norm`, `woq_linear_group`,
-    `fused_rope_attention`, `woq_linear`, and `woq_linear_gated` one after the other. Has no gradient. Returns what `x`
-    is. Raises RuntimeError when an argument does not fit, with nothing written.
+    layer, or these and their scales, or also the factors of the keys, which are written from ``starts[layer]`` on;
+    they, `cos`, `sin`, `mask` and `alibi` are as in `fused_rope_attention`. Has the bits of `rms_norm` or `layer_norm`,
+    `woq_linear_group`, `fused_rope_attention`, `woq_linear`, and `woq_linear_gated` one after the other. Has no
+    gradient. Returns what `x` is. Raises RuntimeError when an argument does not fit, with nothing written.
     """
     return torch.ops.ipex_quant.decoder_layers(
         *(x, weights.packed, weights.biases, weights.perms, weights.norms, weights.norm_biases, weights.head_norms),
@@ -90,6 +91,7 @@ def decoder_layers(
     )
 
 
-@torch.library.register_fake("ipex_quant::decoder_layers")
+@register_fake("decoder_layers")
 def _(x, *arguments):
+    check_shape("x", x, "[B, L, K]")
     return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -13,6 +13,7 @@ from ..numerics.nibbles import pack_nibbles
 from ..numerics.quantized_stack import QuantizedStack
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode
+from .fakes import check_shape, register_fake
 from .woq import PackedWeight, PostOp, pack_weight, unpack_weight
 
 _ops = torch.ops.ipex_quant
@@ -219,7 +220,7 @@ def _gate_gradients(
     return torch.ops.aten.gelu_backward(grad * up, x, approximate=approximate), up_grad
 
 
-@_backward.register_fake
+@register_fake("woq_experts_backward")
 def _(grad, x, experts, weights, *arguments):
     return torch.empty_like(x), torch.empty_like(weights)
 
@@ -237,11 +238,7 @@ def _expert_weight(
     return values if perm is None else values[:, perm[expert].argsort()]
 
 
-@torch.library.register_fake("ipex_quant::woq_experts")
+@register_fake("woq_experts")
 def _(x, experts, weights, *arguments):
-    for tensor in (experts, weights, *(a for a in arguments if isinstance(a, torch.Tensor))):
-        torch._check(
-            tensor.device == x.device,
-            lambda tensor=tensor: f"woq_experts: expected all tensors on device {x.device}, got {tensor.device}",
-        )
+    check_shape("x", x, "[T, K]")
     return x.new_empty(x.shape)

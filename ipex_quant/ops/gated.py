@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from .fakes import register_fake
 from .woq import PostOp
 
 _product = torch.ops.ipex_quant.gated_product.default
@@ -35,14 +36,13 @@ def gelu_mul_halves(xy: torch.Tensor, tanh: bool = False) -> torch.Tensor:
     return _product_halves(xy, _GELU_TANH if tanh else _GELU)
 
 
-@torch.library.register_fake("ipex_quant::gated_product")
+@register_fake("gated_product")
 def _(x, y, activation):
-    torch._check(
-        y.device == x.device, lambda: f"gated_product: expected all tensors on device {x.device}, got {y.device}"
-    )
+    torch._check(y.shape == x.shape, lambda: f"y: expected the shape of x, {list(x.shape)}, got {list(y.shape)}")
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("ipex_quant::gated_product_halves")
+@register_fake("gated_product_halves")
 def _(xy, activation):
+    torch._check(xy.dim() > 0 and xy.shape[-1] % 2 == 0, lambda: f"x: expected [..., 2 * N], got {list(xy.shape)}")
     return xy.new_empty(*xy.shape[:-1], xy.shape[-1] // 2)

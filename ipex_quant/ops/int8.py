@@ -10,6 +10,7 @@ import torch
 
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
+from .fakes import check_shape, register_fake
 from .woq import PostOp
 
 _ops = torch.ops.ipex_quant
@@ -169,12 +170,12 @@ def int8_linear_requantized(
     )
 
 
-@torch.library.register_fake("ipex_quant::quantize_activation")
+@register_fake("quantize_activation")
 def _(x, multiplier, zero_point):
     return torch.empty(x.shape, dtype=torch.uint8, device=x.device)
 
 
-@torch.library.register_fake("ipex_quant::quantize_activation_per_token")
+@register_fake("quantize_activation_per_token")
 def _(x):
     rows = math.prod(x.shape[:-1])
     return (
@@ -189,43 +190,33 @@ def _packed_bytes(out_features: Sequence[int], in_features: int) -> int:
     return 64 + sum(-(-n // 64) for n in out_features) * (256 * (1 + folds) + 256 * lines)
 
 
-@torch.library.register_fake("ipex_quant::int8_pack")
+@register_fake("int8_pack")
 def _(codes, scales, out_features):
+    check_shape("codes", codes, "[N, K]")
     return codes.new_empty(_packed_bytes(out_features, codes.shape[1]), dtype=torch.uint8)
 
 
-@torch.library.register_fake("ipex_quant::int8_unpack")
+@register_fake("int8_unpack")
 def _(packed, out_features, in_features):
     rows = sum(out_features)
     return packed.new_empty(rows, in_features, dtype=torch.int8), packed.new_empty(rows, dtype=torch.float32)
 
 
-@torch.library.register_fake("ipex_quant::int8_member")
+@register_fake("int8_member")
 def _(packed, out_features, in_features, index):
     return packed.new_empty(_packed_bytes([out_features[index]], in_features))
 
 
-def _check_devices(x: torch.Tensor, *tensors: torch.Tensor | None) -> None:
-    for tensor in tensors:
-        torch._check(
-            tensor is None or tensor.device == x.device,
-            lambda tensor=tensor: f"int8_linear: expected all tensors on device {x.device}, got {tensor.device}",
-        )
-
-
-@torch.library.register_fake("ipex_quant::int8_linear")
+@register_fake("int8_linear")
 def _(x, scales, zero_points, packed, bias, others, out_features, dtype, post_op):
-    _check_devices(x, scales, zero_points, packed, bias, *others)
     return [x.new_empty(*x.shape[:-1], n, dtype=dtype) for n in out_features]
 
 
-@torch.library.register_fake("ipex_quant::int8_linear_gated")
+@register_fake("int8_linear_gated")
 def _(x, scales, zero_points, packed, bias, out_features, dtype, activation):
-    _check_devices(x, scales, zero_points, packed, bias)
     return x.new_empty(*x.shape[:-1], out_features, dtype=dtype)
 
 
-@torch.library.register_fake("ipex_quant::int8_linear_requantized")
+@register_fake("int8_linear_requantized")
 def _(x, scales, zero_points, packed, bias, others, out_features, out_multiplier, out_zero_point, post_op):
-    _check_devices(x, scales, zero_points, packed, bias, out_multiplier, *others)
     return x.new_empty(*x.shape[:-1], out_features)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from . import isa  # noqa: F401  loads the native library
+from .fakes import register_fake
 
 _ops = torch.ops.ipex_quant
 _rms_norm = _ops.rms_norm.default
@@ -46,30 +47,32 @@ def add_layer_norm(
     return _add_layer_norm(x, residual, weight, bias, eps)
 
 
-def _like(x: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
-    for other in others:
+def _like(x: torch.Tensor, residual: torch.Tensor | None = None, **vectors: torch.Tensor | None) -> torch.Tensor:
+    torch._check(x.dim() > 0, lambda: "x: expected [..., K], got []")
+    torch._check(residual is None or residual.shape == x.shape, lambda: f"residual: expected shape {list(x.shape)}")
+    for name, vector in vectors.items():
         torch._check(
-            other is None or other.device == x.device,
-            lambda other=other: f"norm: expected all tensors on device {x.device}, got {other.device}",
+            vector is None or (vector.dim() == 1 and vector.shape[0] == x.shape[-1]),
+            lambda name=name: f"{name}: expected [{x.shape[-1]}]",
         )
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("ipex_quant::rms_norm")
+@register_fake("rms_norm")
 def _(x, weight, eps):
-    return _like(x, weight)
+    return _like(x, weight=weight)
 
 
-@torch.library.register_fake("ipex_quant::layer_norm")
+@register_fake("layer_norm")
 def _(x, weight, bias, eps):
-    return _like(x, weight, bias)
+    return _like(x, weight=weight, bias=bias)
 
 
-@torch.library.register_fake("ipex_quant::add_rms_norm")
+@register_fake("add_rms_norm")
 def _(x, residual, weight, eps):
-    return _like(x, residual, weight), _like(x)
+    return _like(x, residual, weight=weight), _like(x)
 
 
-@torch.library.register_fake("ipex_quant::add_layer_norm")
+@register_fake("add_layer_norm")
 def _(x, residual, weight, bias, eps):
-    return _like(x, residual, weight, bias), _like(x)
+    return _like(x, residual, weight=weight, bias=bias), _like(x)

@@ -28,15 +28,19 @@ def attention(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
+    key_factors: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """As `ipex_quant.ops.attention`, in float64 up to the last rounding, and with dropout of the probabilities.
 
     Of an int8 cache it has the quantized queries, but exact probabilities.
     """
+    dtype = query.dtype
     key, value = _gathered(key, key_scales, rows), _gathered(value, value_scales, rows)
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    if key_factors is not None:
+        query = query.float() * key_factors.repeat_interleave(group, 0)[:, None]
     scores = _queries(query, key_scales) @ key.transpose(-1, -2) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -52,7 +56,7 @@ def attention(
         scores = scores.masked_fill(distance <= -window, -math.inf)
     nothing = (scores == -math.inf).all(-1, keepdim=True)
     probabilities = scores.softmax(-1).masked_fill(nothing, 0.0)
-    return (F.dropout(probabilities, dropout) @ value).transpose(1, 2).to(query.dtype)
+    return (F.dropout(probabilities, dropout) @ value).transpose(1, 2).to(dtype)
 
 
 def _queries(query: torch.Tensor, key_scales: torch.Tensor | None) -> torch.Tensor:
@@ -81,13 +85,21 @@ def quantize_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (floats * inverse[..., None]).round().clamp(-127, 127).to(torch.int8), largest / 127
 
 
-def write_cache(key: torch.Tensor, cache: torch.Tensor, scales: torch.Tensor | None, start: int) -> None:
+def write_cache(
+    key: torch.Tensor,
+    cache: torch.Tensor,
+    scales: torch.Tensor | None,
+    start: int,
+    factors: torch.Tensor | None = None,
+) -> None:
     """As `ipex_quant.ops.write_cache`."""
     place = slice(start, start + key.shape[2])
     if scales is None:
         cache[:, :, place] = key
     else:
-        cache[:, :, place], scales[:, :, place] = quantize_token(key)
+        cache[:, :, place], scales[:, :, place] = quantize_token(
+            key if factors is None else key.float() / factors[:, None]
+        )
 
 
 def fused_rope_attention(
@@ -102,6 +114,7 @@ def fused_rope_attention(
     start: int,
     rotary_dim: int | None = None,
     interleaved: bool = False,
+    key_factors: torch.Tensor | None = None,
     **options,
 ) -> torch.Tensor:
     """As `ipex_quant.ops.fused_rope_attention`."""
@@ -109,13 +122,12 @@ def fused_rope_attention(
     heads = qkv.shape[2] // dim - 2 * kv_heads
     states = qkv.unflatten(2, (-1, dim))
     turned = rotary(states[:, :, : heads + kv_heads], cos, sin, rotary_dim, interleaved).transpose(1, 2)
-    write_cache(turned[:, heads:], key_cache, key_scales, start)
+    write_cache(turned[:, heads:], key_cache, key_scales, start, key_factors)
     write_cache(states[:, :, heads + kv_heads :].transpose(1, 2), value_cache, value_scales, start)
     seen = [None if t is None else t[:, :, : start + qkv.shape[1]] for t in (key_cache, value_cache, key_scales)]
     last = None if value_scales is None else value_scales[:, :, : start + qkv.shape[1]]
-    result = attention(
-        turned[:, :heads], seen[0], seen[1], causal=True, key_scales=seen[2], value_scales=last, **options
-    )
+    options |= {"key_scales": seen[2], "value_scales": last, "key_factors": key_factors}
+    result = attention(turned[:, :heads], seen[0], seen[1], causal=True, **options)
     return result.flatten(2)
 
 

@@ -80,8 +80,9 @@ class _Layer:
             projected = torch.cat((self.norm(query, norms[0]), self.norm(key, norms[1]), value), 2).flatten(2)
         options |= {"rotary_dim": structure.rotary_dim, "interleaved": structure.interleaved}
         options |= {"scale": structure.scale, "softcap": structure.softcap}
+        options |= {"key_factors": cache[4] if len(cache) > 4 else None}
         tables = options.pop("cos"), options.pop("sin")
-        return self.linear(fused_rope_attention(projected, *tables, *cache, **options))
+        return self.linear(fused_rope_attention(projected, *tables, *cache[:4], **options))
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         activation = _ACTIVATIONS[self.structure.activation]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import isa  # noqa: F401  loads the native library
+from .fakes import check_shape, register_fake
 
 _rotary = torch.ops.ipex_quant.rotary.default
 
@@ -23,11 +24,9 @@ def rotary(
     return _rotary(x, cos, sin, x.shape[-1] if rotary_dim is None else rotary_dim, interleaved)
 
 
-@torch.library.register_fake("ipex_quant::rotary")
+@register_fake("rotary")
 def _(x, cos, sin, rotary_dim, interleaved):
-    for table in (cos, sin):
-        torch._check(
-            table.device == x.device,
-            lambda table=table: f"rotary: expected all tensors on device {x.device}, got {table.device}",
-        )
+    check_shape("x", x, "[B, L, H, D]")
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_shape(name, table, "[B or 1, L, columns]")
     return x.new_empty(x.shape)

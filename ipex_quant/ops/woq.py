@@ -11,6 +11,7 @@ import torch
 from ..numerics import affine
 from ..numerics.quantized_weight import QuantizedWeight, code_columns
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
+from .fakes import check_shape, register_fake
 from .isa import isa_name
 
 _ops = torch.ops.ipex_quant
@@ -206,7 +207,7 @@ def _dequantize(data, perm, out_features, in_features, dtype):
     return affine.dequantize(unpack_weight(PackedWeight(data, perm, scheme, (out_features, in_features))), dtype)
 
 
-@_dequantize.register_fake
+@register_fake("woq_dequantize")
 def _(data, perm, out_features, in_features, dtype):
     return data.new_empty(out_features, in_features, dtype=dtype)
 
@@ -220,31 +221,22 @@ def kernel_name(scheme: WeightScheme, lowp_mode: WoqLowpMode, dtype: torch.dtype
     return "bf16 dot" if bf16_dot else "fp32 fma"
 
 
-def _fake_result(x: torch.Tensor, out_features: int, *others: torch.Tensor | None) -> torch.Tensor:
-    for tensor in others:
-        torch._check(
-            tensor is None or tensor.device == x.device,
-            lambda tensor=tensor: f"woq_linear: expected all tensors on device {x.device}, got {tensor.device}",
-        )
+@register_fake("woq_linear")
+def _(x, packed, bias, perm, others, out_features, lowp_mode, act_quant_mode, post_op):
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-@torch.library.register_fake("ipex_quant::woq_linear")
-def _(x, packed, bias, perm, others, out_features, lowp_mode, act_quant_mode, post_op):
-    return _fake_result(x, out_features, packed, bias, perm, *others)
-
-
-@torch.library.register_fake("ipex_quant::woq_linear_group")
+@register_fake("woq_linear_group")
 def _(x, packed, biases, perm, out_features, lowp_mode, act_quant_mode):
-    return [_fake_result(x, n, *packed, *biases, perm) for n in out_features]
+    return [x.new_empty(*x.shape[:-1], n) for n in out_features]
 
 
-@torch.library.register_fake("ipex_quant::woq_linear_gated")
+@register_fake("woq_linear_gated")
 def _(x, gate, up, gate_bias, up_bias, perm, out_features, lowp_mode, act_quant_mode, activation):
-    return _fake_result(x, out_features, gate, up, gate_bias, up_bias, perm)
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
-@torch.library.register_fake("ipex_quant::woq_pack")
+@register_fake("woq_pack")
 def _(codes, scales, zero_points, perm, in_features, dtype, group_size):
     # The byte count also depends on the values of the scales (half or single precision).
     return codes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
@@ -261,11 +253,12 @@ def _fake_plain(like, out_features, in_features, dtype, group_size, symmetric):
     )
 
 
-@torch.library.register_fake("ipex_quant::woq_unpack")
+@register_fake("woq_unpack")
 def _(packed, perm, out_features, in_features, dtype, group_size, asymmetric):
     return _fake_plain(packed, out_features, in_features, dtype, group_size, not asymmetric)
 
 
-@torch.library.register_fake("ipex_quant::woq_quantize")
+@register_fake("woq_quantize")
 def _(weight, dtype, group_size, symmetric):
+    check_shape("weight", weight, "[N, K]")
     return _fake_plain(weight, weight.shape[0], weight.shape[1], dtype, group_size, symmetric)

@@ -3,7 +3,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ipex_quant.llm.cache import DeferredTensor, NativeLayer, SlidingLayer
+from ipex_quant import ops
+from ipex_quant.llm.cache import DeferredTensor, NativeLayer, SlidingLayer, outlier_factors
 
 
 def states(batch, length, heads=2, size=8, seed=0, dtype=torch.float32):
@@ -317,3 +318,36 @@ def test_other_storage_is_refused(dtype):
 def test_window_must_be_positive():
     with pytest.raises(ValueError, match="at least 1"):
         SlidingLayer(0)
+
+
+@pytest.mark.parametrize("length", [1, 30])
+def test_channels_with_large_keys_do_not_cost_the_others_their_bits(length):
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(2, 2, 40, 16, generator=generator) for _ in range(2))
+    key[:, 0, :, 3] += 300
+    key[:, 1, :, 5] -= 200
+    layer = NativeLayer(torch.int8)
+    layer.update(key[:, :, :length], value[:, :, :length])
+    layer.update(key[:, :, length:], value[:, :, length:])
+    error = (layer.keys - key).abs()
+    large = torch.zeros(2, 16, dtype=torch.bool)
+    large[0, 3] = large[1, 5] = True
+    assert error.transpose(1, 2)[..., ~large].max() < 0.1
+    assert error.transpose(1, 2)[..., large].max() < 5
+    query = torch.randn(2, 4, 10, 16, generator=generator)
+    query[:, :2, :, 3] /= 300
+    query[:, 2:, :, 5] /= 200
+    expected = ops.attention(query, key, value, scale=0.25, causal=True)
+    torch.testing.assert_close(layer.attention(query, scale=0.25, causal=True), expected, rtol=0.05, atol=0.05)
+
+
+def test_factors_of_channels():
+    key = torch.ones(1, 2, 3, 7)
+    key[0, 0, 1, :4] = torch.tensor([1.0, 3.9, 4.1, -900.0])
+    key[0, 0, :, 4] = 0
+    assert outlier_factors(key).tolist() == [[1, 1, 4, 512, 1, 1, 1], [1] * 7]
+    assert outlier_factors(torch.zeros(1, 1, 2, 4)).tolist() == [[1] * 4]
+    key[0, 0, 0, 0], key[0, 1, 0, 0] = torch.nan, torch.inf
+    factors = outlier_factors(key)
+    assert torch.isfinite(factors).all()
+    assert (factors >= 1).all()

@@ -109,6 +109,54 @@ def test_probabilities_of_an_int8_cache_are_bytes(queries: int, group: int) -> N
     assert (error < 1e-5).float().mean() > 0.8
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    kv_heads=st.sampled_from([1, 3]),
+    group=st.sampled_from([1, 4]),
+    queries=st.sampled_from([1, 9, 40]),
+    tokens=st.sampled_from([1, 65, 200]),
+    dim=st.sampled_from([16, 1, 33, 128]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_channels_of_an_int8_cache_are_divided_by_factors(kv_heads, group, queries, tokens, dim, dtype) -> None:
+    query, key, value = case(2, kv_heads, group, queries, tokens, (dim, dim), dtype)
+    factors = 2.0 ** torch.randint(-3, 8, (kv_heads, dim), generator=generator(5))
+    key = (key.float() * factors[:, None]).to(dtype)
+    query = (query.unflatten(1, (kv_heads, group)).float() / factors[:, None, None]).flatten(1, 2).to(dtype)
+    written = []
+    for write in (ops.write_cache, reference.write_cache):
+        cache, scales = torch.zeros(key.shape, dtype=torch.int8), torch.zeros(key.shape[:3])
+        write(key, cache, scales, 0, factors)
+        written.append((cache, scales))
+    assert all(torch.equal(a, b) for a, b in zip(*written, strict=True))
+    codes, value_scales = reference.quantize_token(value)
+    options = {"scale": dim**-0.5, "key_scales": scales, "value_scales": value_scales, "key_factors": factors}
+    result = ops.attention(query, cache, codes, **options)
+    tolerance = max(TOLERANCE[dtype], INT8_TOLERANCE)
+    expected = reference.attention(query, cache, codes, **options)
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
+    floats = ops.attention(query, key, value, scale=dim**-0.5)  # as if no channel were larger than another
+    torch.testing.assert_close(result, floats, rtol=0.05, atol=0.08)
+
+
+@pytest.mark.parametrize("queries", [4, 40, 200])
+def test_the_largest_window_is_no_window(queries: int) -> None:
+    for tokens in (2, queries, 2 * queries):
+        query, key, value = case(1, 2, 1, queries, tokens, (8, 8), torch.float32)
+        wide = ops.attention(query, key, value, scale=1.0, causal=True, window=2**63 - 1)
+        assert torch.equal(wide, ops.attention(query, key, value, scale=1.0, causal=True))
+
+
+@pytest.mark.parametrize("shape", [(2**40, 1, 0, 8), (1, 2**40, 0, 8)])
+def test_nothing_to_attend_takes_no_time_whatever_the_other_sizes(shape: tuple[int, ...]) -> None:
+    empty = torch.empty(shape)
+    assert ops.attention(empty, empty, empty, scale=1.0).numel() == 0
+    heads = (2**64 - 1) // 3
+    key, value = (torch.zeros(0).as_strided((0, heads, dim), (0, 0, 1)) for dim in (1, 2))
+    caches = (torch.zeros(0).as_strided((0, heads, 1, dim), (0, 0, 0, 1)) for dim in (1, 2))
+    ops.write_paged_cache(key, value, *caches, torch.empty(0, dtype=torch.int64))
+
+
 def test_strides_of_caches_and_projections() -> None:
     """Nothing needs to be contiguous: here are a transposed query and views of larger buffers."""
     query = normal(2, 9, 4, 32).transpose(1, 2)

@@ -9,6 +9,7 @@ from ipex_quant import ops
 
 QUERY, KEY, VALUE = torch.ones(2, 4, 3, 16), torch.ones(2, 2, 9, 16), torch.ones(2, 2, 9, 8)
 INT8, SCALES = torch.ones(2, 2, 9, 16, dtype=torch.int8), torch.ones(2, 2, 9)
+BYTES = {"key": INT8, "value": INT8, "key_scales": SCALES, "value_scales": SCALES}
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,14 @@ INT8, SCALES = torch.ones(2, 2, 9, 16, dtype=torch.int8), torch.ones(2, 2, 9)
         ({"rows": torch.zeros(2, 9, dtype=torch.int64)}, "rows: expected dtype Int"),
         ({"rows": torch.full((2, 9), 2, dtype=torch.int32)}, r"rows: expected 0\.\.1, got 2"),
         ({"rows": torch.full((2, 9), -1, dtype=torch.int32)}, r"rows: expected 0\.\.1, got -1"),
-        ({"scale": float("nan")}, "scale: expected a finite number"),
+        ({"scale": float("nan")}, "scale: expected a finite float32"),
+        ({"scale": 1e300}, "scale: expected a finite float32"),
+        ({"softcap": 1e300}, "softcap: expected 0"),
+        ({"softcap": 1e-320}, "softcap: expected 0"),
+        ({"key_factors": torch.ones(2, 16)}, "key_factors: expected only with an int8 cache"),
+        ({**BYTES, "key_factors": torch.ones(4, 16)}, r"key_factors: expected shape \[2, 16\], got \[4, 16\]"),
+        ({**BYTES, "key_factors": torch.ones(2, 16).double()}, "key_factors: expected dtype Float"),
+        ({**BYTES, "key_factors": torch.ones(16, 2).t()}, "key_factors: expected a contiguous tensor"),
         ({"window": -1}, "window: expected 0"),
         ({"softcap": -2.0}, "softcap: expected 0"),
     ],
@@ -121,7 +129,7 @@ def int8_caches() -> dict:
         ({"mask": torch.ones(2, 1, 1, 20)}, "mask: expected a shape that broadcasts"),
         ({"alibi": torch.ones(2)}, "alibi: expected 4 elements, got 2"),
         ({"window": -1}, "window: expected 0"),
-        ({"scale": float("inf")}, "scale: expected a finite number"),
+        ({"scale": float("inf")}, "scale: expected a finite float32"),
     ],
 )
 def test_fused_rope_attention(changes: dict, message: str) -> None:

@@ -64,8 +64,11 @@ class Stack:
         self.caches = [normal(*size, dtype=dtype, seed=i) for i in range(2 * layers)]
         if int8:
             codes = [ops.reference_attention.quantize_token(cache) for cache in self.caches]
-            self.caches = [t for i in range(layers) for t in (*zip(*codes[2 * i : 2 * i + 2], strict=True),)]
-            self.caches = [t for pair in self.caches for t in pair]
+            factors = 2.0 ** torch.randint(-2, 3, (kv, dim), generator=torch.Generator().manual_seed(5))
+            self.caches = []
+            for i in range(layers):
+                keys_and_values, scales = zip(*codes[2 * i : 2 * i + 2], strict=True)
+                self.caches += [*keys_and_values, *scales, factors]
         self.starts = [start] * layers
 
     def run(self, function=decoder_layers, *first, **options):
@@ -107,7 +110,8 @@ def in_parts(
             projected = torch.cat([*(kind(a.contiguous(), b) for a, b in heads), value], 2).flatten(2)
         options = {"rotary_dim": structure.rotary_dim, "interleaved": structure.interleaved, "scale": structure.scale}
         options |= {"softcap": structure.softcap, "mask": mask, "alibi": alibi, "start": start}
-        attended = ops.fused_rope_attention(projected, cos, sin, *cache, **options)
+        options |= {"key_factors": cache[4] if len(cache) > 4 else None}
+        attended = ops.fused_rope_attention(projected, cos, sin, *cache[:4], **options)
         attended = linear(attended) if structure.parallel else linear(attended, PostOp.ADD, x)
         normed = norm(x if structure.parallel else attended)
         if not structure.gated:
@@ -317,3 +321,18 @@ def test_compiled_code_writes_to_the_caches_themselves_wherever_they_start() -> 
     assert not counter.frame_count
     assert "ipex_quant.decoder_layers" in code
     assert not any(word in code.split("def call(")[1] for word in ("clone", "copy", "empty_strided"))
+
+
+def test_indices_in_the_memory_of_a_cache_are_refused() -> None:
+    """They would be read after the call itself has overwritten them."""
+    stack = Stack(DecoderStructure(), int8=False)
+    features = stack.x.shape[2]
+    cache = stack.caches[1]
+    perm = cache.view(torch.int32).view(-1)[7 : 7 + features]
+    perm.copy_(torch.arange(features, dtype=torch.int32))
+    perms = [torch.arange(features, dtype=torch.int32), None, None, None, perm, None, None, None]
+    weights = dataclasses.replace(stack.weights, perms=perms)
+    with pytest.raises(RuntimeError, match="perms: expected memory of their own"):
+        decoder_layers(stack.x, weights, stack.structure, *stack.tables, stack.caches, stack.starts)
+    perms[4] = perm.clone()
+    decoder_layers(stack.x, weights, stack.structure, *stack.tables, stack.caches, stack.starts)
