@@ -7,7 +7,8 @@
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
 
-constexpr float kFloatEpsilon = 1.1920928955078125e-7f;
+constexpr float kZeroScale = 1.1920928955078125e-7f;  // of a group of zeros
+constexpr float kLowestScale = 0x1p-126f;             // whose inverse is finite
 
 inline float code_steps(int32_t dtype, bool symmetric) {
   switch (dtype) {
@@ -71,7 +72,7 @@ inline bool quantize_group(const QuantizeArgs& args, int64_t row, int64_t group,
   if (largest >= 0x7F800000 || span > 3.40282347e38f) return false;
 
   float scale = span / code_steps(args.dtype, args.symmetric);
-  if (scale < kFloatEpsilon) scale = kFloatEpsilon;
+  if (scale < kLowestScale) scale = span > 0.0f ? kLowestScale : kZeroScale;
   int32_t zero = args.dtype == kInt4 ? 8 : 0;
   if (!args.symmetric) {
     zero = (args.dtype == kInt8 ? -128 : 0) - int32_t(__builtin_rintf(mn / scale));

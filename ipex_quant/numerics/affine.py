@@ -3,7 +3,7 @@
 The parameters of a group are IPEX's: with ``mn = min(w, 0)``, ``mx = max(w, 0)`` and ``eps`` of float32,
 
 ========  ==========  ==========================  =====================  ===================================
-dtype     symmetric   scale (at least eps)        zero point             code (``inv = 1 / scale`` in float32)
+dtype     symmetric   scale                       zero point             code (``inv = 1 / scale`` in float32)
 ========  ==========  ==========================  =====================  ===================================
 INT8      yes         ``max|w| / 127``            none                   ``round(w * inv)`` in -128..127
 INT8      no          ``(mx - mn) / 255``         ``-round(mn/s) - 128`` ``round(w * inv) + zp`` in -128..127
@@ -13,7 +13,8 @@ NF4       yes         ``max|w|``                  none                   nearest
 FP8       yes         ``max|w| / 448``            none                   ``w * inv`` rounded to e4m3
 ========  ==========  ==========================  =====================  ===================================
 
-All of it in float32, rounding half to even.
+All of it in float32, rounding half to even. The scale of a group of zeros is eps. IPEX has eps also where a group is
+small, whose values then become 0; here only what float32 has no inverse of becomes the lowest scale that has one.
 """
 
 from __future__ import annotations
@@ -61,6 +62,12 @@ def quantize(
     codes = codes.flatten(1)[:, : weight.shape[1]]
     codes = pack_nibbles(codes) if codes.dtype == torch.uint8 else codes.contiguous()
     return QuantizedWeight(codes, scales, zero_points, None, scheme, tuple(weight.shape))
+
+
+def find_scales(span: torch.Tensor, steps: float) -> torch.Tensor:
+    """``span / steps`` for ranges that float32 holds, but never 0 and never so small that its inverse is infinite."""
+    info = torch.finfo(torch.float32)
+    return torch.where(span > 0, (span / steps).clamp(min=info.tiny), info.eps)
 
 
 def dequantize(qw: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -126,7 +133,7 @@ def _find_parameters(grouped: torch.Tensor, scheme: WeightScheme) -> tuple[torch
             "weight: expected finite values whose range fits float32, got NaN, Inf or larger; "
             "check the checkpoint, or leave this module in float"
         )
-    scales = (span / steps).clamp_(min=torch.finfo(torch.float32).eps)
+    scales = find_scales(span, steps)
     if scheme.symmetric:
         return scales, None
     return scales, (code_min - torch.round(low / scales)).to(torch.int16)

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .affine import quantize
+from .affine import find_scales, quantize
 from .quantized_weight import QuantizedWeight
 from .scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
 
 ACTIVATION_MAX = 255
 """Highest code of an activation; the lowest is 0."""
-
-_EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,9 @@ def same_activation(one: StaticActivation | None, other: StaticActivation | None
 def affine_parameters(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale, float32, and zero point, int32, of unsigned 8-bit codes for the ranges ``low..high``, elementwise.
 
-    Every range is widened to hold 0; the scale is at least float32's eps. Raises ValueError for a NaN, an Inf, a range
-    wider than float32 holds, or a low above its high. Source: torch.ao's quint8 affine observers.
+    Every range is widened to hold 0; the scale of one that holds nothing else is float32's eps, which torch gives to
+    all smaller ones too, whose values are then lost. Raises ValueError for a NaN, an Inf, a range wider than float32
+    holds, or a low above its high. Source: torch.ao's quint8 affine observers.
     """
     low, high = low.float(), high.float()
     if not (low <= high).all():
@@ -78,7 +77,7 @@ def affine_parameters(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tens
     span = high - low
     if not torch.isfinite(span).all():
         raise ValueError("low, high: expected a finite range, got Inf or one that float32 does not hold")
-    scale = (span / ACTIVATION_MAX).clamp_(min=_EPS)
+    scale = find_scales(span, ACTIVATION_MAX)
     zero_point = torch.round(low / scale).neg_().clamp_(0, ACTIVATION_MAX).to(torch.int32)
     return scale, zero_point
 
@@ -86,8 +85,8 @@ def affine_parameters(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tens
 def channel_scales(weight: torch.Tensor) -> torch.Tensor:
     """Scale of every output channel of a floating-point `weight` ``[N, ...]``: float32 ``[N]``, ``max|w| / 127.5``.
 
-    It is at least float32's eps. Raises ValueError for NaN, Inf or a weight without values in a channel. Source:
-    torch.ao's qint8 per-channel symmetric observer.
+    That of a channel of zeros is float32's eps, which torch gives to all smaller ones too. Raises ValueError for NaN,
+    Inf or a weight without values in a channel. Source: torch.ao's qint8 per-channel symmetric observer.
     """
     if weight.dim() < 2 or weight[:1].numel() == 0 < weight.shape[0]:
         raise ValueError(f"weight: expected shape [N, K] or [N, K, ...] with K > 0, got {list(weight.shape)}")
@@ -96,7 +95,7 @@ def channel_scales(weight: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(largest).all():
         raise ValueError("weight: expected finite values, got NaN or Inf; check the checkpoint")
     # 255 steps over twice the largest value; a value at the top rounds to 128 and is clamped.
-    return (largest / 127.5).clamp_(min=_EPS)
+    return find_scales(largest, 127.5)
 
 
 def quantize_per_channel(weight: torch.Tensor, scales: torch.Tensor | None = None) -> QuantizedWeight:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..numerics.affine import find_scales
+
 PER_TENSOR = (torch.per_tensor_affine, torch.per_tensor_symmetric)
 PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)
 SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
@@ -31,7 +33,9 @@ class Observer(nn.Module):
     """Collects the range of the tensors it sees; base of the observers.
 
     Buffers `min_val` and `max_val` are float32, whatever the module is cast to. `quant_min` and `quant_max` default to
-    the range of `dtype` (torch.quint8 or torch.qint8), halved by `reduce_range`. `is_dynamic` is only recorded. Raises
+    the range of `dtype` (torch.quint8 or torch.qint8), halved by `reduce_range`. Scales are at
+    least `eps`; torch's default, float32's, would turn small values into 0, so that by default only a range that holds
+    nothing but 0 gets that scale. `is_dynamic` is only recorded. Raises
     ValueError for another dtype, a `qscheme` that the class does not know, or a range that does not fit.
     """
 
@@ -47,7 +51,7 @@ class Observer(nn.Module):
         reduce_range: bool = False,
         quant_min: int | None = None,
         quant_max: int | None = None,
-        eps: float = torch.finfo(torch.float32).eps,
+        eps: float | None = None,
         is_dynamic: bool = False,
     ) -> None:
         super().__init__()
@@ -133,13 +137,16 @@ class Observer(nn.Module):
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         steps = float(self.quant_max - self.quant_min)
         if self.qscheme in SYMMETRIC:
-            scale = (torch.maximum(-low, high) / (steps / 2)).clamp(min=self.eps)
+            scale = self._scale(torch.maximum(-low, high), steps / 2)
             middle = (self.quant_min + self.quant_max) // 2 if self.has_customized_qrange else _MIDDLE[self.dtype]
             zero_point = middle if self.dtype == torch.quint8 else 0
             return scale, torch.full_like(scale, zero_point, dtype=torch.int32)
-        scale = ((high - low) / steps).clamp(min=self.eps)
+        scale = self._scale(high - low, steps)
         zero_point = self.quant_min - torch.round(low / scale).to(torch.int32)
         return scale, zero_point.clamp(self.quant_min, self.quant_max)
+
+    def _scale(self, span: torch.Tensor, steps: float) -> torch.Tensor:
+        return find_scales(span, steps) if self.eps is None else (span / steps).clamp(min=self.eps)
 
     def _widen(self, low: torch.Tensor, high: torch.Tensor) -> None:
         check_finite(low, high)

@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ipex_quant.numerics.affine import dequantize, feature_groups, quantize
+from ipex_quant.numerics.affine import dequantize, feature_groups, quantize, stored_codes
 from ipex_quant.numerics.codebooks import FP8_MAX, NF4_LEVELS
 from ipex_quant.numerics.nibbles import unpack_nibbles
 from ipex_quant.numerics.quantized_weight import QuantizedWeight
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
 
 GOLDEN = load_file(Path(__file__).parent / "data" / "ipex_rtn.safetensors")
+EPS = torch.finfo(torch.float32).eps
 GOLDEN_CASES = sorted({key.rsplit(".", 1)[0] for key in GOLDEN if "." in key})
 KINDS = [
     (WoqWeightDtype.INT8, True),
@@ -49,11 +50,18 @@ def test_quantize_equals_ipex(case: str) -> None:
     weight, dtype, kind, group_size = case.split(".")
     scheme = WeightScheme(WoqWeightDtype[dtype], kind == "sym", int(group_size))
     quantized = quantize(GOLDEN[weight], scheme)
-    assert torch.equal(quantized.codes, GOLDEN[f"{case}.codes"])
-    assert torch.equal(quantized.scales, GOLDEN[f"{case}.scales"])
+    scales = GOLDEN[f"{case}.scales"]
+    # Some values of 1e-9 are alone in their group: IPEX, whose scales are at least eps, makes them 0.
+    small = (scales == EPS) & (quantized.scales < EPS)
+    assert small.sum() <= 5
+    assert torch.equal(quantized.scales[~small], scales[~small])
+    expected = QuantizedWeight(GOLDEN[f"{case}.codes"], scales, quantized.zero_points, None, scheme, quantized.shape)
+    ours, theirs = stored_codes(quantized), stored_codes(expected)
+    compared = ~small[:, feature_groups(quantized)]
+    assert torch.equal(ours[compared], theirs[compared])
     assert (quantized.zero_points is None) == scheme.symmetric
     if not scheme.symmetric:
-        assert torch.equal(quantized.zero_points, GOLDEN[f"{case}.zero_points"])
+        assert torch.equal(quantized.zero_points[~small], GOLDEN[f"{case}.zero_points"][~small])
 
 
 def test_golden_file_covers_every_kind_ipex_has() -> None:
@@ -204,3 +212,27 @@ def test_bad_dtype_is_an_error(dtype: torch.dtype) -> None:
 def test_bad_parameters_are_errors(symmetric, scales, zero_points, message) -> None:
     with pytest.raises(ValueError, match=message):
         quantize(random_weight(2, 4), WeightScheme(WoqWeightDtype.INT8, symmetric), scales, zero_points)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [WoqWeightDtype.INT8, WoqWeightDtype.INT4, WoqWeightDtype.NF4, WoqWeightDtype.FP8])
+def test_small_weights_have_the_codes_of_large_ones(dtype: WoqWeightDtype, symmetric: bool) -> None:
+    if dtype not in (WoqWeightDtype.INT8, WoqWeightDtype.INT4) and not symmetric:
+        pytest.skip("there is no such scheme")
+    scheme, weight = WeightScheme(dtype, symmetric, 32), random_weight(8, 64)
+    expected = quantize(weight, scheme)
+    for power in (-20, -60, -100):
+        small = quantize(weight * 2.0**power, scheme)
+        assert torch.equal(small.codes.view(torch.uint8), expected.codes.view(torch.uint8))
+        assert torch.equal(small.scales, expected.scales * 2.0**power)
+    smallest = quantize(weight * 2.0**-140, scheme)
+    assert torch.isfinite(dequantize(smallest)).all()
+
+
+def test_zeros_stay_zeros() -> None:
+    weight = random_weight(4, 64)
+    weight[1], weight[2, 32:] = 0, 0
+    zeros = quantize(weight, WeightScheme(WoqWeightDtype.INT4, False, 32))
+    assert torch.equal(dequantize(zeros)[1], torch.zeros(64))
+    assert torch.equal(dequantize(zeros)[2, 32:], torch.zeros(32))
+    assert zeros.scales[1, 0] == torch.finfo(torch.float32).eps
