@@ -156,8 +156,9 @@ def rotary_embedding(
     """Turn the first `rotary_dim` features of every head of `query` and `key` in place, and return both.
 
     - `query`, `key`: float32, bfloat16 or float16 ``[B, L, heads, head_dim]`` or ``[tokens, heads, head_dim]``.
-    - `sin`, `cos`: ``[rows, rotary_dim]``, a value for every feature, or ``[rows, rotary_dim / 2]``, one for a pair; a
-      row for every token, or for every one of the L positions. With `position_ids` they are tables that it indexes.
+    - `sin`, `cos`: ``[rows, rotary_dim / 2]``, a value for every pair, or ``[rows, rotary_dim]``, these values twice: one
+      after the other, as IPEX reads them, or as neighbours, whichever `rotary_half` is. A row is for every token, or
+      for every one of the L positions; with `position_ids` they are tables that it indexes.
     - `rotary_half`: whether the features of a pair are half of `rotary_dim` apart (Llama), not neighbours (GPT-J).
     - `position_ids`: integers ``[B or 1, L]`` or ``[tokens]``, or None.
 
@@ -230,6 +231,22 @@ def _positions(position_ids: torch.Tensor, batch: int, length: int) -> torch.Ten
     return position_ids
 
 
+def _per_pair(name: str, table: torch.Tensor, rotary_dim: int) -> torch.Tensor:
+    """``[rows, rotary_dim / 2]`` of a table that may have every value twice, in either order."""
+    if table.shape[-1] != rotary_dim:
+        return table
+    first, second = table.chunk(2, dim=-1)
+    neighbours = table[..., ::2]
+    twice = (first == second).all()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not traced and not twice and not torch.equal(neighbours, table[..., 1::2]):
+        raise ValueError(
+            f"{name}: expected every value twice, as halves of a row or as neighbours in it, or once, in "
+            f"[rows, {rotary_dim // 2}]; got features of a pair with different values"
+        )
+    return torch.where(twice, first, neighbours)
+
+
 def _table_rows(
     name: str, table: torch.Tensor, rotary_dim: int, tokens: tuple[int, int], position_ids: torch.Tensor | None
 ) -> torch.Tensor:
@@ -238,7 +255,8 @@ def _table_rows(
     width = table.shape[-1]
     if width not in (rotary_dim, rotary_dim // 2):
         raise ValueError(f"{name}: expected rotary_dim or half of it, {rotary_dim}, in the last dimension, got {width}")
-    table = table.reshape(-1, width)
+    table = _per_pair(name, table.reshape(-1, width), rotary_dim)
+    width = table.shape[-1]
     if position_ids is not None:
         if position_ids.is_floating_point() or position_ids.numel() not in (length, batch * length):
             raise ValueError(

@@ -263,3 +263,21 @@ class TestFunction:
         with pytest.raises((ValueError, IndexError, RuntimeError), match=message):
             functional.rotary_embedding(**arguments)
         assert torch.equal(arguments["query"], before)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_tables_may_have_every_value_twice_in_either_order(half):
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, L, 4, 12, generator=generator), torch.randn(2, L, 2, 12, generator=generator)
+    angle = torch.randn(L, 4, generator=generator)
+
+    def rotated(table, **options):
+        return functional.rotary_embedding(query.clone(), key.clone(), table.sin(), table.cos(), 8, half, **options)
+
+    expected = rotated(angle)
+    for table in (torch.cat((angle, angle), -1), angle.repeat_interleave(2, -1)):
+        assert all(torch.equal(a, b) for a, b in zip(rotated(table), expected, strict=True))
+        at = torch.arange(L)[None]
+        assert all(torch.equal(a, b) for a, b in zip(rotated(table, position_ids=at), expected, strict=True))
+    with pytest.raises(ValueError, match="cos: expected every value twice"):
+        rotated(torch.randn(L, 8, generator=generator))
