@@ -3,7 +3,7 @@
 Source: Lin, Tang, Tang, Yang, Dang, Gan, Han, "AWQ: Activation-aware Weight Quantization for LLM Compression and
 Acceleration", arXiv 2306.00978. A weight is multiplied by `scale` ``[K]`` along its input channels, and its input is
 divided by it. ``scale = mean|x| ^ alpha``, with the alpha that changes the outputs least; then the values of every
-group are cut to where its own part of the outputs changes least.
+group are cut to where the outputs change least.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import pad
 
 from ..numerics.affine import dequantize, quantize
 from ..numerics.scheme import PER_CHANNEL, WeightScheme
@@ -140,34 +139,24 @@ def scale_of(magnitude: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def clipped(weight: torch.Tensor, scheme: WeightScheme, inputs: torch.Tensor, options: AwqOptions) -> torch.Tensor:
-    """`weight` ``[N, K]``, float32, with each group's values cut to the fraction of the largest with which its part
-    of the outputs changes least.
+    """`weight` ``[N, K]``, float32, with the values of each group cut to the fraction of the largest with which the
+    outputs change least, given the groups before it.
 
-    `inputs` ``[T, K]`` is what the parts ``[T, N]`` of a group are compared on.
+    `inputs` ``[T, K]`` is what outputs are compared on. The paper looks at every group's part of the outputs alone; but
+    parts add up, so that what one group changes another can make up for.
     """
-    rows, columns = weight.shape
-    size = columns if scheme.group_size == PER_CHANNEL else scheme.group_size
-    fill = -columns % size
-
-    def grouped(matrix: torch.Tensor) -> torch.Tensor:
-        return pad(matrix, (0, fill)).view(len(matrix), -1, size).transpose(0, 1)  # [groups, rows, size]
-
-    samples = grouped(inputs)
-    gram = samples.transpose(1, 2) @ samples
     weight = weight.detach().float()
-    groups = grouped(weight)
-    largest = groups.abs().amax(-1, keepdim=True)
-
-    def cut(fraction: float | torch.Tensor) -> torch.Tensor:
-        result = groups.clamp(-largest * fraction, largest * fraction)
-        return result.transpose(0, 1).reshape(rows, -1)[:, :columns]
-
-    least = torch.full(groups.shape[:2], torch.inf, dtype=torch.float32)
-    best = torch.ones_like(least)
-    for step in range(options.clip_steps + 1):
-        fraction = 1 - (1 - options.lowest_clip) * step / max(options.clip_steps, 1)
-        change = grouped(weight - dequantize(quantize(cut(fraction), scheme)))
-        error = ((change @ gram) * change).sum(-1)
-        best[error < least] = fraction
-        least = torch.minimum(least, error)
-    return cut(best.unsqueeze(-1))
+    size = weight.shape[1] if scheme.group_size == PER_CHANNEL else scheme.group_size
+    fractions = torch.linspace(1, options.lowest_clip, options.clip_steps + 1, dtype=torch.float32).tolist()
+    rows = torch.arange(len(weight))
+    total = torch.zeros(len(weight), len(inputs), dtype=torch.float32)  # by what groups so far change the outputs
+    groups = []
+    for group, samples in zip(weight.split(size, 1), inputs.split(size, 1), strict=True):
+        largest = group.abs().amax(1, keepdim=True)
+        cuts = torch.stack([group.clamp(-largest * fraction, largest * fraction) for fraction in fractions])
+        changes = torch.stack([group - dequantize(quantize(cut, scheme)) for cut in cuts])
+        errors = ((changes @ (samples.t() @ samples) + 2 * (total @ samples)) * changes).sum(-1)  # less that of `total`
+        best = errors.argmin(0)
+        groups.append(cuts[best, rows])
+        total += changes[best, rows] @ samples.t()
+    return torch.cat(groups, 1)

@@ -88,26 +88,27 @@ def test_an_outlier_that_meets_no_activation_is_cut():
     symmetric=st.booleans(),
 )
 def test_clipping_takes_the_best_of_the_fractions_group_by_group(rows, columns, group_size, dtype, symmetric):
-    """Against every group of every row on its own."""
+    """Against every group of every row on its own, with the outputs that the groups before it have changed."""
     symmetric = symmetric or dtype in (WoqWeightDtype.NF4, WoqWeightDtype.FP8)
     scheme = WeightScheme(dtype, symmetric, group_size)
     weight, inputs = _normal(rows, columns), _normal(12, columns, seed=1).abs() ** 2
     options = AwqOptions(clip_steps=4, lowest_clip=0.6)
     cut = clipped(weight, scheme, inputs, options)
     size = columns if group_size == -1 else group_size
+    own = WeightScheme(dtype, symmetric)  # a group is a whole row
+
+    def change(values, part, start):
+        rounded = dequantize(quantize(values, own)) - part
+        return (inputs[:, start : start + size].double() @ rounded.t().double()).squeeze(1)
+
     for row in range(rows):
+        before = torch.zeros(len(inputs), dtype=torch.float64)
         for start in range(0, columns, size):
             part = weight[row : row + 1, start : start + size]
-            own = WeightScheme(dtype, symmetric)  # the group is the whole row
-
-            def error(values, part=part, own=own, start=start):
-                change = dequantize(quantize(values, own)) - part
-                return float((inputs[:, start : start + size].double() @ change.t().double()).square().sum())
-
             bounds = [part.abs().max() * (1 - 0.1 * step) for step in range(5)]
-            tried = [part.clamp(-bound, bound) for bound in bounds]
-            found = error(cut[row : row + 1, start : start + size])
-            assert found == pytest.approx(min(map(error, tried)), rel=1e-3, abs=1e-5)
+            errors = [float((before + change(part.clamp(-b, b), part, start)).square().sum()) for b in bounds]
+            before += change(cut[row : row + 1, start : start + size], part, start)
+            assert float(before.square().sum()) == pytest.approx(min(errors), rel=1e-3, abs=1e-5)
 
 
 def test_sample_keeps_the_mean_of_all_and_some_vectors():
