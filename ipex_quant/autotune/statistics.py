@@ -19,7 +19,7 @@ from ..observers import SmoothQuantActivationObserver, has_data, observe
 from ..quantization import get_smooth_quant_qconfig_mapping, prepare
 from ..quantization._example import Example
 from ..quantization._observed import ObservedGroup, observed
-from ..woq.layer_walk import find_blocks
+from ..woq.towers import find_blocks
 from .batches import sample_count
 
 SAMPLE_ROWS = 128

@@ -27,7 +27,7 @@ from ..quantization._rules import choose_qconfigs
 from ..smoothquant.tracing import trace_groups
 from ..woq.awq_blocks import awq_blocks
 from ..woq.gptq_blocks import quantize_blocks
-from ..woq.layer_walk import find_blocks
+from ..woq.towers import find_blocks
 from .allocation import Option, allocate
 from .divergence import sample_layers
 from .recipe import WeightOnlyRecipe

@@ -15,7 +15,8 @@ from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqWeightQScheme
 from ..woq.awq import AwqOptions
 from ..woq.awq_blocks import awq_blocks
-from ._gptq import calibration_batches
+from ._calibration_batches import MAIN_INPUT, calibration_batches
+from ._gptq import chosen_head, warn_of_rest
 from ._qconfig import QConfigWoq
 from ._quantize import convert, prepare
 from ._rules import choose_qconfigs
@@ -32,14 +33,16 @@ def awq(
     use_max_length: bool = False,
     pad_max_length: int = 2048,
     inplace: bool = False,
+    lm_head: bool = False,
 ) -> nn.Module:
     """Quantize the linear layers of `model` as `quantization_config` says, those in transformer blocks with AWQ.
 
     The result has `WeightOnlyQuantizedLinear` modules, computes right away, and goes through `llm.optimize` (without a
     `quantization_config`) and `llm.save`. All weight dtypes, group sizes and compute modes will do. Norms and linears
     before a scaled layer take the reciprocal of its scale; where none can, the layer's range is clipped only, which the
-    log (`ipex_quant`, INFO) tells. Linears outside the blocks (lm_head), and experts in 3-D parameters, are rounded to
-    nearest.
+    log (`ipex_quant`, INFO) tells. Blocks are those of all towers that the calibration reaches: encoder and decoder,
+    vision and text. Other linears and experts in 3-D parameters are rounded to nearest, with a warning that names the
+    linears; so is the head, unless `lm_head` asks to have it clipped by what calibration saw.
 
     - `dataloader`, `nsamples`, `use_max_length` and `pad_max_length` are those of `gptq`.
     - `options` say how AWQ searches.
@@ -61,8 +64,12 @@ def awq(
         linear = model.get_submodule(name)
         if is_linear(linear) and not torch.isfinite(weight_matrix(linear)).all():
             raise ValueError(f"{name}: weight: expected finite values, got NaN or Inf")
-    batches = calibration_batches(dataloader, nsamples, pad_max_length, use_max_length)
-    found = awq_blocks(model, batches, partial(_scheme_of, chosen), options)
+    also = chosen_head(model, lm_head)
+    main_input = getattr(model, "main_input_name", MAIN_INPUT)
+    batches = calibration_batches(dataloader, nsamples, pad_max_length, use_max_length, main_input)
+    found = awq_blocks(model, batches, partial(_scheme_of, chosen), options, also)
+    rest = [name for name in chosen if is_linear(model.get_submodule(name)) and name not in found.weights]
+    warn_of_rest(model, rest, "awq: these linear layers are rounded to nearest")
 
     model = prepare(model, quantization_config, inplace=inplace)
     for name, value in found.parameters.items():

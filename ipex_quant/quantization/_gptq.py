@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +15,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .. import ops
 from ..checkpoints import gptq_tensors
 from ..nn.linears import is_linear, weight_matrix
-from ..nn.stacked_experts import expert_bias
+from ..nn.stacked_experts import PROJECTIONS, expert_bias, expert_weight
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqWeightDtype
 from ..woq.gptq import GptqOptions
-from ..woq.gptq_blocks import quantize_blocks
+from ..woq.gptq_blocks import named, quantize_blocks
 from ..woq.gptq_experts import PARTS, can_quantize_experts
+from ..woq.rtn import round_scales
+from ..woq.towers import find_towers, patterns
+from ._calibration_batches import MAIN_INPUT, calibration_batches
 
 logger = logging.getLogger("ipex_quant")
 
@@ -45,6 +50,7 @@ def gptq(
     compression_dim: int = 1,
     scale_dtype: torch.dtype = torch.float16,
     save_dir: str | Path = "saved_results",
+    lm_head: bool = False,
 ) -> Path:
     """Quantize the linears and experts in the transformer blocks of `model` with GPTQ; write a checkpoint directory.
 
@@ -53,18 +59,23 @@ def gptq(
     ``quantize_config.json``, and loads with `load_low_precision_checkpoint` and other GPTQ tools. Symmetric weights are
     written in GPTQ version 1, which all tools read; asymmetric ones in version 2 (``gptq_v2``), since version 1 has no
     zero point 0 and readers disagree about its others. Experts in 3-D parameters are calibrated with the tokens routed
-    to them, and written one by one, as ``<experts>.3.gate_proj``, ``up_proj`` and ``down_proj``. Embeddings, lm_head
-    and all else keep their float weights. `model` comes back as it was.
+    to them, and written one by one, as ``<experts>.3.gate_proj``, ``up_proj`` and ``down_proj``. Embeddings and all
+    else keep their float weights, with a warning that names the linears; so does the head, unless `lm_head` asks for
+    it. The blocks are those of all towers that the calibration reaches: encoder and decoder, vision and text. `model`
+    comes back as it was.
 
-    - `dataloader` yields samples or batches: a mapping of tensors (``input_ids``, ``attention_mask``, ...), a tensor of
-      ``input_ids`` ``[T]`` or ``[B, T]``, or a tuple that begins with one of these. At most `nsamples` sequences are
-      used, each cut to its first `pad_max_length` tokens; `use_max_length` skips shorter ones.
+    - `dataloader` yields samples or batches: a mapping of whatever tensors the model takes (``input_ids``,
+      ``attention_mask``, ``inputs_embeds``, ``pixel_values``, ``input_features``, ``input_values``, ...), a tensor of
+      what it takes first (mostly ``input_ids``, ``[T]`` or ``[B, T]``), or a tuple that begins with one of these. At
+      most `nsamples` sequences are used, each cut to its first `pad_max_length` tokens; `use_max_length` skips shorter
+      ones. Batches with features of images or audio are not cut in length.
     - `group_size` -1 is one group a row; `wbits` is 4 or 8; `percdamp` and `act_order` are GPTQ's.
     - `layer_wise` changes nothing: the walk always holds the inputs of one block only.
     - `compression_dtype` int32 and `compression_dim` 1 (along in_features) are all that the file format has.
     - `scale_dtype` float16 (what most tools expect), bfloat16 or float32.
 
-    Raises ValueError for other values and for a dataloader without usable samples, before anything is computed.
+    Raises ValueError for other values, for a dataloader without usable samples, and for a weight whose scales
+    `scale_dtype` cannot hold, naming it, before anything is computed.
     """
     if wbits not in _DTYPES:
         raise ValueError(f"wbits: expected one of {sorted(_DTYPES)}, got {wbits}")
@@ -81,14 +92,14 @@ def gptq(
     options = GptqOptions(percdamp=percdamp, act_order=act_order, scale_dtype=scale_dtype)
     if layer_wise:
         logger.info("gptq: layer_wise=True needs nothing more, the walk holds one block's inputs at any time")
-    batches = calibration_batches(dataloader, nsamples, pad_max_length, use_max_length)
+    also = chosen_head(model, lm_head)
+    main_input = getattr(model, "main_input_name", MAIN_INPUT)
+    batches = calibration_batches(dataloader, nsamples, pad_max_length, use_max_length, main_input)
 
-    for name, module in model.named_modules():
-        if is_linear(module) and not torch.isfinite(weight_matrix(module)).all():
-            raise ValueError(f"{name}: weight: expected finite values, got NaN or Inf")
-        if can_quantize_experts(module) and not all(parameter.isfinite().all() for parameter in module.parameters()):
-            raise ValueError(f"{name}: expected finite values, got NaN or Inf")
-    weights = quantize_blocks(model, batches, scheme, options)
+    _check_weights(model, scheme, scale_dtype, also)
+    weights = quantize_blocks(model, batches, scheme, options, also)
+    rest = [name for name, module in model.named_modules() if is_linear(module) and name not in weights]
+    warn_of_rest(model, rest, "gptq: these linear layers stay in float")
     config = {
         "quant_method": "gptq",
         "bits": wbits,
@@ -98,7 +109,7 @@ def gptq(
         "static_groups": False,
         "true_sequential": True,
         "damp_percent": percdamp,
-        "lm_head": False,
+        "lm_head": lm_head,
         "checkpoint_format": "gptq" if sym else "gptq_v2",
         "pack_dtype": "int32",
         "meta": {"quantizer": ["ipex_quant"]},
@@ -108,56 +119,50 @@ def gptq(
     return directory
 
 
-def calibration_batches(
-    dataloader: Iterable[object], nsamples: int, max_length: int, only_full: bool = False
-) -> list[dict[str, torch.Tensor]]:
-    """Keyword arguments for a causal language model from whatever a dataloader yields, as `gptq` documents it.
-
-    Raises ValueError when `nsamples` or `max_length` is below 1 or no sample is left, TypeError for another kind of
-    item.
-    """
-    if nsamples < 1 or max_length < 1:
-        raise ValueError(f"nsamples and pad_max_length: expected at least 1, got {nsamples} and {max_length}")
-    batches: list[dict[str, torch.Tensor]] = []
-    wanted = nsamples
-    for item in dataloader:
-        batch = _as_batch(item)
-        rows, length = batch["input_ids"].shape
-        if length == 0 or (only_full and length < max_length):
+def _check_weights(model: nn.Module, scheme: WeightScheme, scale_dtype: torch.dtype, also: Iterable[str]) -> None:
+    """Raise ValueError for a weight with NaN or Inf, or, of those to quantize, with scales beyond `scale_dtype`."""
+    towers = tuple(f"{name}." for name in find_towers(model))
+    for name, module in model.named_modules():
+        if is_linear(module):
+            matrices = [weight_matrix(module)]
+            if not matrices[0].isfinite().all():
+                raise ValueError(f"{name}: weight: expected finite values, got NaN or Inf")
+        elif can_quantize_experts(module):
+            if not all(parameter.isfinite().all() for parameter in module.parameters()):
+                raise ValueError(f"{name}: expected finite values, got NaN or Inf")
+            matrices = [expert_weight(module, part, i) for part in PROJECTIONS for i in range(module.num_experts)]
+        else:
             continue
-        batches.append({name: _cut(tensor, rows, length, wanted, max_length) for name, tensor in batch.items()})
-        wanted -= len(batches[-1]["input_ids"])
-        if wanted <= 0:
-            break
-    if not batches:
-        least = f" of at least pad_max_length={max_length} tokens" if only_full else ""
-        raise ValueError(f"dataloader: expected at least one sample{least}, got none")
-    return batches
+        if scale_dtype == torch.float32 or not (name.startswith(towers) or name in also):
+            continue
+        for matrix in matrices:
+            with named(name):
+                round_scales(ops.quantize_weight(matrix, scheme).scales, scale_dtype)
 
 
-def _cut(tensor: torch.Tensor, rows: int, length: int, wanted: int, max_length: int) -> torch.Tensor:
-    """The first `wanted` rows and `max_length` positions of a tensor that has as many as the sample."""
-    if tensor.dim() and len(tensor) == rows:
-        tensor = tensor[:wanted]
-    return tensor[:, :max_length] if tensor.dim() > 1 and tensor.shape[1] == length else tensor
+def output_head(model: nn.Module) -> str | None:
+    """Name of the linear that makes logits of tokens, as transformers tells it; None for a model without one."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = None if get is None else get()
+    return next((name for name, module in model.named_modules() if module is head and is_linear(module)), None)
 
 
-def _as_batch(item: object) -> dict[str, torch.Tensor]:
-    while isinstance(item, (tuple, list)) and item:
-        item = item[0]
-    if isinstance(item, torch.Tensor):
-        item = {"input_ids": item}
-    if not isinstance(item, Mapping) or "input_ids" not in item:
-        raise TypeError(
-            "dataloader: expected a tensor of input_ids, a mapping with input_ids, or a tuple that begins with one, "
-            f"got {type(item).__name__}"
+def chosen_head(model: nn.Module, lm_head: bool) -> list[str]:
+    """The output head, if `lm_head` asks for it; ValueError when there is none."""
+    head = output_head(model) if lm_head else None
+    if lm_head and head is None:
+        raise ValueError(
+            f"lm_head: {type(model).__name__} has no output head that is a linear layer; give lm_head=False"
         )
-    batch = {name: torch.as_tensor(value) for name, value in item.items() if name != "labels"}
-    if batch["input_ids"].dim() == 1:
-        batch = {name: tensor.unsqueeze(0) for name, tensor in batch.items()}
-    if batch["input_ids"].dim() != 2:
-        raise ValueError(f"input_ids: expected shape [B, T] or [T], got {list(batch['input_ids'].shape)}")
-    return batch
+    return [head] if lm_head else []
+
+
+def warn_of_rest(model: nn.Module, names: Iterable[str], what: str) -> None:
+    """Tell which linears, of those that `names` has in `model`, an algorithm did not quantize; but for the head."""
+    head = output_head(model)
+    rest = patterns(model, [name for name in names if name != head])
+    if rest:
+        warnings.warn(f"{what}: {', '.join(rest)}", stacklevel=3)
 
 
 @contextmanager

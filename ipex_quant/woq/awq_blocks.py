@@ -56,15 +56,16 @@ def awq_blocks(
     batches: Sequence[Mapping[str, torch.Tensor]],
     scheme: WeightScheme | SchemeOf,
     options: AwqOptions | None = None,
+    also: Sequence[str] = (),
 ) -> AwqResult:
-    """AWQ for every linear in the transformer blocks of `model`, as `walk_blocks` goes through them.
+    """AWQ for every linear in the transformer blocks of `model` and those of `also`, as `walk_blocks` takes them.
 
     The reciprocal of a share group's scale goes into the norm before it, or into the output channels of a linear that
     is quantized already, which changes nothing but the scales of its rows. A group that neither reaches is only
     clipped. Raises as `walk_blocks` does, and ValueError for inputs that are NaN or Inf, naming the linear.
     """
     blocks = _AwqBlocks(model, options or AwqOptions())
-    weights = walk_blocks(model, batches, scheme, blocks)
+    weights = walk_blocks(model, batches, scheme, blocks, also=also)
     scaled = sum(scaling.scale is not None for scaling in blocks.scalings)
     logger.info("AWQ: %d of %d share groups are scaled", scaled, len(blocks.scalings))
     return AwqResult(weights, blocks.parameters, blocks.scalings)
@@ -139,8 +140,9 @@ class _Group:
     def _absorber(self, found: Mapping[str, QuantizedWeight]) -> Absorber | None:
         norms = [name for name, module in self.block.named_modules() if is_norm(module)]
         candidates = (*reversed(norms), *reversed(found))
+        batch = self.walk.reached(self.index)[0]
         candidates = [name for name in candidates if not self.owner.is_shared(self.block.get_submodule(name))]
-        return find_absorber(self.block, lambda: self.walk.run(self.index, 0), self.members, candidates)
+        return find_absorber(self.block, lambda: self.walk.run(self.index, batch), self.members, candidates)
 
     def _divide_linear(self, name: str, factor: torch.Tensor, found: dict[str, QuantizedWeight]) -> None:
         """Multiply the rows of a weight that is quantized, which its scales do without rounding the codes anew."""

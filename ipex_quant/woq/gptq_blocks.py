@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -22,15 +23,16 @@ def quantize_blocks(
     batches: Sequence[Mapping[str, torch.Tensor]],
     scheme: WeightScheme | SchemeOf,
     options: GptqOptions | None = None,
+    also: Sequence[str] = (),
 ) -> dict[str, QuantizedWeight]:
-    """GPTQ for every linear and expert in the transformer blocks of `model`, as `walk_blocks` goes through them.
+    """GPTQ for linears and experts in the transformer blocks of `model` and those of `also`, as `walk_blocks` does it.
 
     Experts in 3-D parameters are in the result one by one, as `quantize_experts` names them.
     """
     options = options or GptqOptions()
     scheme_of = (lambda name: scheme) if isinstance(scheme, WeightScheme) else scheme
     blocks = _GptqBlocks(scheme_of, options)
-    weights = walk_blocks(model, batches, scheme_of, blocks, options.scale_dtype)
+    weights = walk_blocks(model, batches, scheme_of, blocks, options.scale_dtype, also)
     if blocks.idle:
         warnings.warn(
             f"GPTQ: no calibration token is routed to {', '.join(blocks.idle[:8])}"
@@ -38,6 +40,15 @@ def quantize_blocks(
             stacklevel=3,
         )
     return weights
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Begin the message of a ValueError or RuntimeError with the name of the layer that it is about."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 class _GptqBlocks:
@@ -56,12 +67,14 @@ class _GptqBlocks:
                 for name in members if seen.count else ():
                     linear = block.get_submodule(name)
                     weight = weight_matrix(linear)
-                    found[name] = quantize_weight(weight, seen.hessian, schemes[name], self.options)
+                    with named(walk.full_name(index, name)):
+                        found[name] = quantize_weight(weight, seen.hessian, schemes[name], self.options)
                     set_weight(linear, dequantize(found[name]))
         for name in [name for name, module in block.named_modules() if can_quantize_experts(module)]:
             scheme = self.scheme_of(walk.full_name(index, name))
             if scheme is not None:
-                experts, idle = quantize_experts(walk, index, name, scheme, self.options)
+                with named(walk.full_name(index, name)):
+                    experts, idle = quantize_experts(walk, index, name, scheme, self.options)
                 found |= experts
                 self.idle += [walk.full_name(index, each) for each in idle]
         return found

@@ -68,11 +68,14 @@ def _calls(walk: Walk, index: int, module: nn.Module) -> list[tuple[torch.Tensor
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
     handle = module.register_forward_pre_hook(lambda _, args: calls.append((args[0].detach(), args[1])))
     try:
-        for batch_index, batch in enumerate(walk.batches):
+        for batch_index in walk.reached(index):
+            before = len(calls)
             walk.run(index, batch_index)
-            mask = batch.get("attention_mask")
-            if mask is not None and mask.dim() == 2 and mask.numel() == len(calls[-1][0]):
-                calls[-1] = tuple(tensor[mask.flatten().bool()] for tensor in calls[-1])
+            for mask in walk.masks(index, batch_index)[:1]:
+                calls[before:] = [
+                    tuple(tensor[mask.flatten()] for tensor in call) if mask.numel() == len(call[0]) else call
+                    for call in calls[before:]
+                ]
     finally:
         handle.remove()
     return calls

@@ -1,13 +1,15 @@
 """Quantize the linears of a transformer block by block, each seeing the quantized ones before it (true sequential).
 
 The model itself is run up to the block in question, with the blocks before it replaced by what they returned last time.
-So a block gets exactly the arguments that its model gives it, whatever they are, and only one block's inputs are held.
+So a block gets exactly the arguments that its model gives it, whatever they are, and only one block's inputs are held
+(and one output of every tower before its own).
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from ..nn.modes import evaluating
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme
 from .rtn import rtn
+from .towers import count_calls, find_towers, holder, merged_order, pattern
 
 SchemeOf = Callable[[str], WeightScheme | None]
 """The scheme of a module by its name, None to leave it in float."""
@@ -47,29 +50,30 @@ def walk_blocks(
     scheme: WeightScheme | SchemeOf,
     quantize_block: BlockQuantizer,
     scale_dtype: torch.dtype = torch.float32,
+    also: Sequence[str] = (),
 ) -> dict[str, QuantizedWeight]:
     """Quantize every linear in the transformer blocks of `model` with `quantize_block`; the result is by module name.
 
-    `batches` are keyword arguments of the model. Linears outside the blocks (embeddings, lm_head) are not touched; one
-    that no batch reaches is rounded to nearest, with a warning. The model comes back as it was. Raises ValueError
-    without batches or blocks.
+    `batches` are keyword arguments of the model. The blocks of all towers (encoder and decoder, vision and text) are
+    taken in the order in which the model runs them, with linears outside of them that `also` names; all others are not
+    touched, nor are blocks that no batch runs. A linear of a block that no batch reaches is rounded to nearest, with a
+    warning. The model comes back as it was. Raises ValueError without batches or blocks.
     """
     title = quantize_block.title
     if not batches:
         raise ValueError(f"batches: {title} needs at least one calibration batch")
-    prefix, blocks = find_blocks(model)
     scheme_of = (lambda name: scheme) if isinstance(scheme, WeightScheme) else scheme
     quantized: dict[str, QuantizedWeight] = {}
     missed: list[str] = []
-    with evaluating(model), restored_forwards(model), Walk(model, prefix, blocks, batches) as walk:
-        for index, block in enumerate(tqdm(blocks, desc=title, unit="block")):
+    with evaluating(model), restored_forwards(model), Walk(model, batches, also) as walk:
+        for index, block in enumerate(tqdm(walk.blocks, desc=title, unit="block")):
             names = {name: walk.full_name(index, name) for name, m in block.named_modules() if is_linear(m)}
             schemes = {name: scheme_of(full_name) for name, full_name in names.items()}
             schemes = {name: chosen for name, chosen in schemes.items() if chosen is not None}
-            with _restored_parameters(block):
+            with walk.changing(index):
                 found = quantize_block(walk, index, schemes)
-                if index + 1 < len(blocks):
-                    walk.advance(index)
+                walk.advance(index)
+            walk.leave(index)
             quantized |= {walk.full_name(index, name): weight for name, weight in found.items()}
             missed += [names[name] for name in schemes if name not in found]
     for name in missed:
@@ -81,75 +85,157 @@ def walk_blocks(
     return quantized
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the transformer blocks: the ``nn.ModuleList`` whose linears hold the most weights.
-
-    Raises ValueError when there is none.
-    """
-    best: tuple[int, str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(is_linear(child) for child in module):
-            continue
-        size = sum(m.weight.numel() for m in module.modules() if is_linear(m))
-        if size and (best is None or size > best[0]):
-            best = (size, name, module)
-    if best is None:
-        raise ValueError(f"model: {type(model).__name__} has no nn.ModuleList of transformer blocks with linear layers")
-    return best[1], best[2]
-
-
 class _Stop(Exception):  # noqa: N818 - no error, it ends a forward pass whose rest is not needed
-    """Carries what was waited for out of a forward pass."""
-
-    def __init__(self, value: object = None) -> None:
-        self.value = value
+    """Ends a forward pass."""
 
 
 class Walk:
-    """Runs single blocks of a model on every batch; a context manager, since it replaces forwards meanwhile."""
+    """Runs single blocks of a model on every batch; a context manager, since it replaces forwards meanwhile.
+
+    `blocks` are those of all towers and the modules `also`, in the order in which the model runs them.
+    """
 
     def __init__(
-        self, model: nn.Module, prefix: str, blocks: nn.ModuleList, batches: Sequence[Mapping[str, torch.Tensor]]
+        self, model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]], also: Sequence[str] = ()
     ) -> None:
-        self.model, self.prefix, self.blocks, self.batches = model, prefix, blocks, batches
-        self.outputs: list[object] = [None] * len(batches)  # of the last block passed, a batch
-        self._replayed: object = None
-        self._stack = ExitStack()
-        parameters = inspect.signature(model.forward).parameters.values()
-        takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
-        # A cache would remember the blocks of earlier runs.
-        self._options = {"use_cache": False} if takes_any or any(p.name == "use_cache" for p in parameters) else {}
+        self.model, self.batches = model, batches
+        self._options = _without_cache(model)
+        towers = find_towers(model)
+        tower_of = {f"{name}.{index}": name for name, blocks in towers.items() for index in range(len(blocks))}
+        watched = {name: model.get_submodule(name) for name in (*tower_of, *also)}
+        watched |= {name: module for name, module in model.named_modules() if any(map(_inside(name), towers))}
+        watched.pop("", None)
+        self._counts = count_calls(watched, batches, lambda batch: model(**{**batch, **self._options}))
+        runs = merged_order([name for name in calls if name in tower_of or name in also] for calls in self._counts)
+        if not any(name in tower_of for name in runs):
+            raise RuntimeError(f"{type(model).__name__} did not call any of its transformer blocks")
+        self.names = runs
+        self.blocks = [model.get_submodule(name) for name in runs]
+        self._towers = [tower_of.get(name, name) for name in runs]
+        in_towers = [name for name in runs if name in tower_of]
+        self._last = {tower: index for index, tower in enumerate(self._towers)}
+        self._holders = {
+            tower: holder(tower, in_towers, self._counts)
+            for tower in towers
+            if tower in self._last and tower_of[in_towers[-1]] != tower
+        }
+        self._kept: dict[nn.Parameter, torch.Tensor] = {}  # quantized parameters of a tower that has a holder
+        self._outputs: dict[str, dict[int, list[object]]] = {}  # of a tower, a batch: its last block's or its holder's
+        self._batch = 0
+        self._played: Counter[nn.Module] = Counter()
+        self._stacks = {tower: ExitStack() for tower in self._towers}
+        decoder = model.get_decoder() if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
+        self._decoder = set() if decoder is None else set(decoder.modules())
 
     def __enter__(self) -> Walk:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+        for stack in self._stacks.values():
+            stack.close()
 
     def full_name(self, index: int, name: str) -> str:
-        """Name in the model of what is called `name` in block `index`."""
-        return f"{self.prefix}.{index}.{name}"
+        """Name in the model of what is called `name` in block `index`; the block itself is ''."""
+        return f"{self.names[index]}.{name}" if name else self.names[index]
 
-    def run(self, index: int, batch_index: int) -> object:
-        """What block `index` returns for one batch, or None when a hook stopped it; blocks before it are replayed."""
-        self._replayed = self.outputs[batch_index]
-        hook = self.blocks[index].register_forward_hook(_stop_with_output)
+    def reached(self, index: int) -> list[int]:
+        """Indices of the batches that run block `index`."""
+        return [batch for batch, calls in enumerate(self._counts) if self.names[index] in calls]
+
+    def run(self, index: int, batch_index: int) -> list[object]:
+        """What the calls of block `index` return for one batch, but for one that a hook stops; those before replay."""
+        return self._run(self.names[index], batch_index)
+
+    def masks(self, index: int, batch_index: int) -> list[torch.Tensor]:
+        """2-D masks, as bools, of the positions that block `index` may get for one batch."""
+        batch = self.batches[batch_index]
+        masks = [batch.get("attention_mask")]
+        if self.blocks[index] in self._decoder:
+            own = batch.get("decoder_input_ids", batch.get("decoder_inputs_embeds"))
+            across = [] if own is None or masks[0] is None or own.shape[:2] == masks[0].shape else masks
+            masks = [batch.get("decoder_attention_mask"), *across]
+        return [mask.bool() for mask in masks if mask is not None and mask.dim() == 2]
+
+    @contextmanager
+    def changing(self, index: int) -> Iterator[None]:
+        """Give the parameters of block `index` the values back that they have by now."""
+        before = {parameter: parameter.data for parameter in self.blocks[index].parameters()}
         try:
-            self.model(**{**self.batches[batch_index], **self._options})
-        except _Stop as stop:
-            return stop.value
+            yield
         finally:
-            hook.remove()
-        raise RuntimeError(f"{type(self.model).__name__} did not call block {index} of its transformer blocks")
+            for parameter, data in before.items():
+                if self._holders.get(self._towers[index]) and parameter.data_ptr() != data.data_ptr():
+                    self._kept[parameter] = parameter.data
+                parameter.data = data
 
     def advance(self, index: int) -> None:
-        """Keep the outputs of block `index` and replay them from now on."""
-        self.outputs = [self.run(index, batch_index) for batch_index in range(len(self.batches))]
-        self._stack.enter_context(_forward_replaced(self.blocks[index], lambda *args, **kwargs: self._replayed))
+        """Keep the outputs of block `index`, and replay them from now on."""
+        if index + 1 == len(self.blocks):
+            return
+        tower = self._towers[index]
+        outputs = {batch: self.run(index, batch) for batch in self.reached(index)}
+        self._outputs[tower] = {**self._outputs.get(tower, {}), **outputs}
+        self._replay(tower, self.blocks[index])
+
+    def leave(self, index: int) -> None:
+        """After the last block of a tower, replay what holds it instead of its blocks.
+
+        The rest of the model may read more than the last block's output: a norm's, or those of blocks in between.
+        """
+        tower = self._towers[index]
+        name = self._holders.get(tower)
+        if self._last[tower] != index or name is None:
+            return
+        self._stacks[tower].close()
+        with ExitStack() as stack:
+            for parameter, data in self._kept.items():
+                stack.callback(setattr, parameter, "data", parameter.data)
+                parameter.data = data
+            batches = [batch for batch, calls in enumerate(self._counts) if name in calls]
+            self._outputs[tower] = {batch: self._run(name, batch) for batch in batches}
+        self._kept.clear()
+        self._replay(tower, self.model.get_submodule(name))
+
+    def _run(self, name: str, batch_index: int) -> list[object]:
+        """What the calls of a module return for one batch, but none that a hook stops."""
+        outputs: list[object] = []
+        self._batch = batch_index
+        self._played.clear()
+        count = self._counts[batch_index][name]
+
+        def keep(module: nn.Module, args: object, output: object) -> None:
+            outputs.append(output)
+            if len(outputs) == count:
+                raise _Stop
+
+        hook = self.model.get_submodule(name).register_forward_hook(keep)
+        try:
+            self.model(**{**self.batches[batch_index], **self._options})
+        except _Stop:
+            pass
+        finally:
+            hook.remove()
+        return outputs
+
+    def _replay(self, tower: str, module: nn.Module) -> None:
+        def forward(*args: object, **kwargs: object) -> object:
+            outputs = self._outputs[tower][self._batch]
+            self._played[module] += 1
+            return outputs[min(self._played[module], len(outputs)) - 1]
+
+        self._stacks[tower].enter_context(_forward_replaced(module, forward))
 
 
-def _stop_with_output(module: nn.Module, args: object, output: object) -> None:
-    raise _Stop(output)
+def _inside(name: str) -> Callable[[str], bool]:
+    return lambda tower: tower.startswith(f"{name}.")
+
+
+def _without_cache(model: nn.Module) -> dict[str, bool]:
+    """Arguments that keep `model` from using a cache, which would remember the blocks of earlier runs."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = any(p.name == "use_cache" for p in parameters)
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    return {"use_cache": False} if named or (takes_any and hasattr(getattr(model, "config", None), "use_cache")) else {}
 
 
 @contextmanager
@@ -163,16 +249,6 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Iter
             del module.forward
         else:
             module.forward = own
-
-
-@contextmanager
-def _restored_parameters(block: nn.Module) -> Iterator[None]:
-    data = {parameter: parameter.data for parameter in block.parameters()}
-    try:
-        yield
-    finally:
-        for parameter, tensor in data.items():
-            parameter.data = tensor
 
 
 @dataclass
@@ -205,7 +281,7 @@ def _calls(walk: Walk, index: int, names: Sequence[str]) -> list[tuple[str, int]
         inputs.append(tensor)
         calls.append((name, id(tensor)))
 
-    for batch_index in range(len(walk.batches)):
+    for batch_index in walk.reached(index):
         known = {name for name, _ in calls}
         unknown = [name for name in names if name not in known]
         if not unknown:
@@ -233,17 +309,10 @@ def _stages(block: nn.Module, calls: Sequence[tuple[str, int]]) -> list[Stage]:
             placed.add(name)
     stages: dict[str, Stage] = {}
     for members in groups.values():
-        stage = stages.setdefault(_pattern(block, members[0]), Stage())
+        stage = stages.setdefault(pattern(block, members[0]), Stage())
         stage.groups.append(members)
         stage.once = len(stage.groups) == 1 and not repeated.intersection(members)
     return list(stages.values())
-
-
-def _pattern(block: nn.Module, name: str) -> str:
-    """`name` with the index in every ``nn.ModuleList`` replaced by a star: what experts have in common."""
-    parts = name.split(".")
-    parents = [block.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
-    return ".".join("*" if isinstance(p, nn.ModuleList) else part for p, part in zip(parents, parts, strict=True))
 
 
 class Statistics(Protocol):
@@ -261,25 +330,25 @@ StatisticsT = TypeVar("StatisticsT", bound=Statistics)
 def calibrate(walk: Walk, index: int, stage: Stage, make: Callable[[int], StatisticsT]) -> list[StatisticsT]:
     """What every share group of a stage gets as input, over all batches; ``make(K)`` makes what gathers it.
 
-    Positions that a 2-D `attention_mask` masks are left out.
+    Positions that a 2-D `attention_mask` (`decoder_attention_mask` in a decoder after an encoder) masks are left out.
     """
     block = walk.blocks[index]
     firsts = {members[0]: block.get_submodule(members[0]) for members in stage.groups}
     sums = {name: make(weight_matrix(linear).shape[1]) for name, linear in firsts.items()}
-    mask: torch.Tensor | None = None
+    masks: list[torch.Tensor] = []
 
     def add(name: str, tensor: torch.Tensor) -> None:
+        mask = next((mask for mask in masks if mask.shape == tensor.shape[:-1]), None)
         try:
-            sums[name].add(tensor if mask is None or tensor.shape[:-1] != mask.shape else tensor[mask])
+            sums[name].add(tensor if mask is None else tensor[mask])
         except ValueError as error:
             raise ValueError(f"{walk.full_name(index, name)}: {error}") from error
         if stage.once:
             raise _Stop  # nothing else in this block is needed
 
     with input_hooks(firsts, add):
-        for batch_index, batch in enumerate(walk.batches):
-            mask = batch.get("attention_mask")
-            mask = mask.bool() if mask is not None and mask.dim() == 2 else None
+        for batch_index in walk.reached(index):
+            masks = walk.masks(index, batch_index)
             walk.run(index, batch_index)
     return list(sums.values())
 

@@ -24,5 +24,7 @@ def round_scales(scales: torch.Tensor, scale_dtype: torch.dtype) -> torch.Tensor
     """float32 `scales` rounded to what `scale_dtype` can hold; raises ValueError when one overflows or vanishes."""
     rounded = scales.to(scale_dtype).float()
     if not (torch.isfinite(rounded) & (rounded > 0)).all():
-        raise ValueError(f"scales: not representable in {scale_dtype}, range {scales.min():g}..{scales.max():g}")
+        raise ValueError(
+            f"scales: not representable in {scale_dtype}, range {scales.min():g}..{scales.max():g}; use float32"
+        )
     return rounded

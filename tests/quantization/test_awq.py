@@ -19,7 +19,7 @@ from ipex_quant.quantization import (
     default_static_qconfig_mapping,
     get_weight_only_quant_qconfig_mapping,
 )
-from ipex_quant.quantization._gptq import calibration_batches
+from ipex_quant.quantization._calibration_batches import calibration_batches
 from ipex_quant.recipes.apply import apply_recipe, calibration_data
 from ipex_quant.recipes.recipe import load_recipe
 from ipex_quant.smoothquant.outliers import inject_outliers

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -12,14 +13,20 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
+from ipex_quant import llm
 from ipex_quant.checkpoints import load_low_precision_checkpoint, open_checkpoint
+from ipex_quant.nn import WeightOnlyQuantizedLinear
 from ipex_quant.nn.linears import weight_matrix
 from ipex_quant.numerics.affine import dequantize
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
-from ipex_quant.quantization import gptq
-from ipex_quant.quantization._gptq import calibration_batches
+from ipex_quant.quantization import awq, get_weight_only_quant_qconfig_mapping, gptq
+from ipex_quant.quantization._calibration_batches import calibration_batches
 from ipex_quant.woq.gptq import GptqOptions
 from ipex_quant.woq.gptq_blocks import quantize_blocks
 
@@ -239,6 +246,9 @@ def test_bad_arguments(model, samples, tmp_path, arguments, message):
 
 
 IDS = torch.arange(12).view(2, 6)
+VIT = ViTConfig(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
+)
 
 
 @pytest.mark.parametrize(
@@ -267,12 +277,40 @@ def test_a_single_sequence_becomes_a_batch():
 
 
 def test_samples_are_counted_and_cut():
-    mask, pixels = torch.ones(2, 6), torch.zeros(2, 3, 5)
-    item = {"input_ids": IDS, "attention_mask": mask, "pixel_values": pixels}
+    mask, embeds = torch.ones(2, 6), torch.zeros(2, 6, 3)
+    item = {"input_ids": IDS, "attention_mask": mask, "inputs_embeds": embeds, "position_ids": IDS.expand(3, 2, 6)}
     batches = calibration_batches([item, item, item], 3, 4)
     assert [batch["input_ids"].tolist() for batch in batches] == [[[0, 1, 2, 3], [6, 7, 8, 9]], [[0, 1, 2, 3]]]
     assert [list(batch["attention_mask"].shape) for batch in batches] == [[2, 4], [1, 4]]
-    assert [batch["pixel_values"].shape for batch in batches] == [(2, 3, 5), (1, 3, 5)]
+    assert [batch["inputs_embeds"].shape for batch in batches] == [(2, 4, 3), (1, 4, 3)]
+
+
+def test_tokens_that_stand_for_features_are_not_cut_off():
+    pixels, patches = torch.zeros(2, 6, 5), torch.zeros(7, 5)
+    (first, second) = calibration_batches([{"input_ids": IDS, "pixel_values": pixels}] * 3, 3, 4)
+    assert (first["input_ids"].shape, first["pixel_values"].shape) == ((2, 6), (2, 6, 5))
+    assert (second["input_ids"].shape, second["pixel_values"].shape) == ((1, 6), (1, 6, 5))
+    # nobody knows which of the seven patches are the first sequence's
+    (whole,) = calibration_batches([{"input_ids": IDS, "pixel_values": patches}] * 3, 1, 4)
+    assert (whole["input_ids"].shape, whole["pixel_values"].shape) == ((2, 6), (7, 5))
+
+
+@pytest.mark.parametrize("name", ["inputs_embeds", "pixel_values", "input_features", "input_values"])
+def test_models_that_take_no_tokens(name):
+    features = torch.randn(2, 6, 3)
+    batch = {name: features, "interpolate_pos_encoding": True, "mask": None}
+    (found,) = calibration_batches([batch], 128, 2048)
+    assert found == batch
+    (found,) = calibration_batches([features, features], 2, 2048, main_input=name)
+    assert list(found) == [name]
+    (found,) = calibration_batches([{name: features.numpy()}], 1, 2048)
+    assert torch.equal(found[name], features[:1])
+
+
+def test_a_decoders_tokens_are_cut_too():
+    item = {"input_ids": IDS, "decoder_input_ids": torch.zeros(2, 5), "decoder_attention_mask": torch.ones(2, 5)}
+    (batch,) = calibration_batches([item], 2, 4)
+    assert [tuple(tensor.shape) for tensor in batch.values()] == [(2, 4)] * 3
 
 
 def test_use_max_length_skips_shorter_samples():
@@ -280,9 +318,9 @@ def test_use_max_length_skips_shorter_samples():
     assert [batch["input_ids"].shape[1] for batch in batches] == [5, 5]
 
 
-@pytest.mark.parametrize("item", [{"inputs": IDS}, "text", 3, ()])
+@pytest.mark.parametrize("item", [{"inputs": IDS}, "text", 3, (), {}, {"input_features": [[1.0], [1.0, 2.0]]}])
 def test_items_that_are_no_samples(item):
-    with pytest.raises(TypeError, match="dataloader: expected a tensor of input_ids, a mapping with input_ids"):
+    with pytest.raises(TypeError, match=r"dataloader: .*expected a (tensor|mapping)"):
         calibration_batches([item], 128, 2048)
     with pytest.raises(ValueError, match=r"input_ids: expected shape \[B, T\] or \[T\], got \[1, 2, 6\]"):
         calibration_batches([IDS[None]], 128, 2048)
@@ -294,3 +332,77 @@ def test_a_weight_that_is_not_finite_is_named(model, samples, tmp_path):
     with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj: weight: expected finite values"):
         gptq(model, samples, save_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["model.layers.1.mlp.up_proj", "lm_head"])
+def test_scales_that_the_dtype_cannot_hold_are_found_before_the_work(model, samples, tmp_path, place):
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    linear = model.get_submodule(place)
+    linear.weight = nn.Parameter(torch.full_like(linear.weight, 1e7))
+    with pytest.raises(ValueError, match=rf"^{re.escape(place)}: scales: not representable in torch\.float16"):
+        gptq(model, samples, group_size=16, sym=True, save_dir=tmp_path / "out", lm_head=place == "lm_head")
+    assert not calls
+    gptq(model, samples, group_size=16, sym=True, save_dir=tmp_path / "wide", scale_dtype=torch.float32)
+
+
+def test_the_head_is_quantized_by_choice(model, samples, tmp_path):
+    model.eval()
+    mapping = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4, group_size=16)
+    for lm_head in (False, True):
+        directory = gptq(model, samples, group_size=16, save_dir=tmp_path / str(lm_head), lm_head=lm_head)
+        assert json.loads((directory / "quantize_config.json").read_text())["lm_head"] is lm_head
+        checkpoint = load_low_precision_checkpoint(directory)
+        assert ("lm_head.qweight" in checkpoint[0]) is lm_head
+        quantized = llm.optimize(model, quantization_config=mapping, low_precision_checkpoint=checkpoint)
+        assert isinstance(quantized.lm_head, WeightOnlyQuantizedLinear) is lm_head
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_a_head_that_there_is_not(samples, tmp_path):
+    model = ViTForImageClassification(VIT)
+    with pytest.raises(ValueError, match="lm_head: ViTForImageClassification has no output head"):
+        gptq(model, [torch.zeros(1, 3, 16, 16)], save_dir=tmp_path / "out", lm_head=True)
+
+
+def test_linears_that_stay_in_float_are_named(tmp_path):
+    model = ViTForImageClassification(VIT)
+    with pytest.warns(UserWarning, match=r"^gptq: these linear layers stay in float: classifier$"):
+        gptq(model, [torch.randn(2, 3, 16, 16)], group_size=16, save_dir=tmp_path / "out")
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "awq"])
+def test_models_called_with_features(tmp_path, algorithm):
+    """Both come closer than rounding to nearest, for the batches that they saw."""
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        vocab_size=64,
+        num_mel_bins=8,
+        max_source_positions=16,
+        max_target_positions=40,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        init_std=0.3,
+    )
+    model = WhisperForConditionalGeneration(config).eval()
+    batch = {"input_features": torch.randn(4, 8, 32), "decoder_input_ids": torch.randint(3, 64, (4, 12))}
+    mapping = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4, group_size=16)
+    nearest = llm.optimize(model, quantization_config=mapping)
+    if algorithm == "awq":
+        result = awq(model, [batch], mapping, lm_head=True)
+    else:
+        directory = gptq(model, [batch], group_size=16, save_dir=tmp_path / "out", lm_head=True)
+        checkpoint = load_low_precision_checkpoint(directory)
+        result = llm.optimize(model, quantization_config=mapping, low_precision_checkpoint=checkpoint)
+    with torch.no_grad():
+        errors = [float((each(**batch).logits - model(**batch).logits).norm()) for each in (result, nearest)]
+    assert errors[0] < {"gptq": 0.9, "awq": 1}[algorithm] * errors[1]

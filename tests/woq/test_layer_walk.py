@@ -11,7 +11,6 @@ from ipex_quant.numerics.affine import dequantize
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
 from ipex_quant.woq.gptq import GptqOptions, HessianAccumulator, quantize_weight
 from ipex_quant.woq.gptq_blocks import quantize_blocks
-from ipex_quant.woq.layer_walk import find_blocks
 from ipex_quant.woq.rtn import rtn
 
 SCHEME = WeightScheme(WoqWeightDtype.INT4, False, 16)
@@ -110,8 +109,11 @@ def test_the_model_comes_back_as_it_was(batches):
 
 
 class _FailsLater(Block):
+    calls = 0
+
     def forward(self, hidden, *, shift):
-        if shift > 0.1 and not torch.equal(hidden, hidden.round()):
+        self.calls += shift > 0.1
+        if self.calls > 1:  # the first time, the walk only looks which blocks are run
             raise OSError("disk full")
         return super().forward(hidden, shift=shift)
 
@@ -216,7 +218,7 @@ def test_a_pass_stops_at_the_linears_it_calibrates(batches):
     model, calls = _model(), []
     model.layers[0].down.register_forward_hook(lambda *_: calls.append(1))
     quantize_blocks(model, batches, SCHEME)
-    assert len(calls) == 1 + len(batches)  # the order of calls, and the block's outputs
+    assert len(calls) == 2 + len(batches)  # the order of blocks and that of calls, and the block's outputs
 
 
 def _tiny(kind: str) -> nn.Module:
@@ -297,13 +299,6 @@ def test_conv1d_weights_are_transposed_back(batches):
     torch.testing.assert_close(dequantize(found), linear.weight.detach().t(), rtol=0, atol=0.02)
 
 
-def test_blocks_are_the_largest_list():
-    assert find_blocks(_tiny("llama"))[0] == "model.layers"
-    assert find_blocks(Model(Experts))[0] == "layers"
-    with pytest.raises(ValueError, match=r"Linear has no nn\.ModuleList of transformer blocks"):
-        find_blocks(nn.Linear(2, 2))
-
-
 def test_no_batches(batches):
     with pytest.raises(ValueError, match="at least one calibration batch"):
         quantize_blocks(_model(), [], SCHEME)
@@ -312,7 +307,7 @@ def test_no_batches(batches):
 def test_blocks_that_are_not_called(batches):
     model = _model()
     model.forward = lambda input_ids: input_ids
-    with pytest.raises(RuntimeError, match="Model did not call block 0"):
+    with pytest.raises(RuntimeError, match="Model did not call any of its transformer blocks"):
         quantize_blocks(model, batches, SCHEME)
 
 

@@ -1,0 +1,130 @@
+"""`calibration_batches`: keyword arguments of a model from whatever a dataloader yields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+MAIN_INPUT = "input_ids"
+"""What a model takes first, unless it says otherwise."""
+
+_SEQUENCES = ("input_ids", "inputs_embeds")
+_OF_TOKENS = {
+    *_SEQUENCES,
+    "attention_mask",
+    "cache_position",
+    "decoder_attention_mask",
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+    "encoder_outputs",
+    "position_ids",
+    "special_tokens_mask",
+    "token_type_ids",
+}
+"""Tensors that a batch may be cut along, since none of them belongs to features of another length."""
+
+
+def calibration_batches(
+    dataloader: Iterable[object],
+    nsamples: int,
+    max_length: int,
+    only_full: bool = False,
+    main_input: str = MAIN_INPUT,
+) -> list[dict[str, Any]]:
+    """Keyword arguments for a model from whatever a dataloader yields, as `gptq` documents it.
+
+    A tensor alone is `main_input`. Raises ValueError when `nsamples` or `max_length` is below 1 or no sample is left,
+    TypeError for another kind of item.
+    """
+    if nsamples < 1 or max_length < 1:
+        raise ValueError(f"nsamples and pad_max_length: expected at least 1, got {nsamples} and {max_length}")
+    batches: list[dict[str, Any]] = []
+    wanted = nsamples
+    for item in dataloader:
+        batch = _as_batch(item, main_input)
+        first = _first(batch, main_input)
+        length = _length(batch)
+        if first.numel() == 0 or (only_full and length is not None and length < max_length):
+            continue
+        batch = _cut_rows(batch, len(first), wanted)
+        if length is not None and batch.keys() <= _OF_TOKENS:
+            batch = _cut_length(batch, length, max_length)
+        batches.append(batch)
+        wanted -= len(_first(batch, main_input))
+        if wanted <= 0:
+            break
+    if not batches:
+        least = f" of at least pad_max_length={max_length} tokens" if only_full else ""
+        raise ValueError(f"dataloader: expected at least one sample{least}, got none")
+    return batches
+
+
+def _first(batch: Mapping[str, Any], main_input: str) -> torch.Tensor:
+    """The tensor with a row a sample: tokens, else what the model takes first, else the first of floats."""
+    names = [name for name in (*_SEQUENCES, main_input) if name in batch]
+    floats = [name for name, value in batch.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    return batch[(names or floats)[0]]
+
+
+def _length(batch: Mapping[str, Any]) -> int | None:
+    """Tokens of each sequence, None without tokens."""
+    return next((batch[name].shape[1] for name in _SEQUENCES if name in batch), None)
+
+
+def _cut_rows(batch: dict[str, Any], rows: int, wanted: int) -> dict[str, Any]:
+    """The first `wanted` of `rows` samples; all of them when a tensor does not tell which rows belong to which."""
+    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    if rows <= wanted or (not batch.keys() <= _OF_TOKENS and any(len(tensor) != rows for tensor in tensors)):
+        return batch
+    return {
+        name: value[:wanted] if isinstance(value, torch.Tensor) and value.dim() and len(value) == rows else value
+        for name, value in batch.items()
+    }
+
+
+def _cut_length(batch: dict[str, Any], length: int, max_length: int) -> dict[str, Any]:
+    """The first `max_length` positions of the tensors that have as many as the sequence, or are a decoder's."""
+
+    def cut(name: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dim() < 2:
+            return value
+        return value[:, :max_length] if value.shape[1] == length or name.startswith("decoder_") else value
+
+    return {name: cut(name, value) for name, value in batch.items()}
+
+
+def _as_batch(item: object, main_input: str) -> dict[str, Any]:
+    while isinstance(item, (tuple, list)) and item:
+        item = item[0]
+    if isinstance(item, torch.Tensor):
+        item = {main_input: item}
+    if not isinstance(item, Mapping) or not item:
+        raise TypeError(
+            f"dataloader: expected a tensor of {main_input}, a mapping with what the model takes, or a tuple that "
+            f"begins with one, got {type(item).__name__}"
+        )
+    batch = {name: _tensor(name, value) for name, value in item.items() if name != "labels"}
+    tokens = batch.get("input_ids")
+    if tokens is None:
+        if not any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in batch.values()):
+            raise TypeError(
+                f"dataloader: expected a mapping with input_ids or features that the model takes, got one of {[*batch]}"
+            )
+        return batch
+    if tokens.dim() == 1:
+        batch = {name: v.unsqueeze(0) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+    if batch["input_ids"].dim() != 2:
+        raise ValueError(f"input_ids: expected shape [B, T] or [T], got {list(batch['input_ids'].shape)}")
+    return batch
+
+
+def _tensor(name: str, value: object) -> Any:
+    """`value` as a tensor, where it is a tensor or an array or list of numbers; options of a model stay as they are."""
+    if value is None or isinstance(value, (bool, str, int, float, Mapping)):
+        return value
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"dataloader: {name}: expected a tensor or numbers of one shape: {error}") from error
