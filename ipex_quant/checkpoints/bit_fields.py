@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..numerics.nibbles import as_bytes
+
 FIELDS = 8
 """Fields in one unit of `bits` bytes."""
 
@@ -20,7 +22,7 @@ def word_count(count: int, bits: int) -> int:
 
 def unpack_fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Fields of every row: int32 ``[M, word_count(count, bits)]`` to uint8 ``[M, count]``."""
-    stream = words.contiguous().view(torch.uint8)
+    stream = as_bytes(words)
     if bits == 8:
         return stream[:, :count]
     units = -(-count // FIELDS)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..numerics.affine import INT4_OFFSET
-from ..numerics.nibbles import pack_nibbles, unpack_nibbles
+from ..numerics.nibbles import as_bytes, pack_nibbles, unpack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
 from .bit_fields import pack_fields, unpack_fields, word_count
@@ -247,9 +247,9 @@ def _resolve_group_size(group_size: int | None, in_features: int, groups: int) -
 
 
 def _codes(qweight: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
-    rows = qweight.t().contiguous()
+    rows = qweight.t()
     if bits == 8:
         return (unpack_fields(rows, bits, in_features) ^ INT8_OFFSET).view(torch.int8)
     if bits == 4 and in_features % 2 == 0:
-        return rows.view(torch.uint8)[:, : in_features // 2]  # the same bytes as ours
+        return as_bytes(rows)[:, : in_features // 2]  # the same bytes as ours
     return pack_nibbles(unpack_fields(rows, bits, in_features))

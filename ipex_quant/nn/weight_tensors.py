@@ -6,7 +6,7 @@ from enum import IntEnum
 
 import torch
 
-from ..numerics.nibbles import unpack_nibbles
+from ..numerics.nibbles import as_bytes, unpack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight, code_columns
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
 
@@ -71,7 +71,7 @@ def _plain_tensors(
     scales = _rows("scales", _floating(scales), rows).float().contiguous()
     packed = codes.dtype == torch.int32
     if packed:
-        codes = _rows("qweight", codes, rows).contiguous().view(torch.uint8)[:, : code_columns(dtype, shape[1])]
+        codes = as_bytes(_rows("qweight", codes, rows))[:, : code_columns(dtype, shape[1])]
     if zero_points is not None:
         zero_points = _rows("zero_points", zero_points, rows)
         if packed and zero_points.dtype == torch.int32:
@@ -95,7 +95,7 @@ def _gptq_tensors(
         got = None if zero_points is None else f"{zero_points.dtype} {list(zero_points.shape)}"
         raise ValueError(f"zero_points: expected int32 [{groups}, {rows // 8}], got {got}")
     # Eight codes an int32 with the first in the lowest bits is, byte by byte, two a byte with the even one low.
-    codes = qweight.t().contiguous().view(torch.uint8)
+    codes = as_bytes(qweight.t())
     zero_points = _nibbles("zero_points", zero_points, rows).t() + 1
     return codes, _floating(scales).t().float().contiguous(), zero_points.to(torch.int16).contiguous()
 
@@ -113,7 +113,7 @@ def _rows(name: str, tensor: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _nibbles(name: str, packed: torch.Tensor, count: int) -> torch.Tensor:
-    packed = packed.contiguous().view(torch.uint8)
+    packed = as_bytes(packed)
     if packed.shape[1] < (count + 1) // 2:
         raise ValueError(f"{name}: expected {count} codes of 4 bits in each row, got {packed.shape[1] * 2}")
     return unpack_nibbles(packed[:, : (count + 1) // 2], count)

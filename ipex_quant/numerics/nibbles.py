@@ -1,4 +1,4 @@
-"""Two 4-bit codes a byte, even column in the low nibble."""
+"""Two 4-bit codes a byte, even column in the low nibble; and the bytes of wider words."""
 
 from __future__ import annotations
 
@@ -28,3 +28,11 @@ def unpack_nibbles(packed: torch.Tensor, k: int) -> torch.Tensor:
     if packed.dim() != 2 or packed.shape[1] != (k + 1) // 2:
         raise ValueError(f"packed: expected shape [N, {(k + 1) // 2}] for k = {k}, got {list(packed.shape)}")
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :k]
+
+
+def as_bytes(words: torch.Tensor) -> torch.Tensor:
+    """Bytes of integers ``[..., K]``, lowest first: uint8 ``[..., K * itemsize]``; a view where that is possible."""
+    words = words.contiguous()
+    if words.dim() and words.stride(-1) != 1:  # torch calls a transposed [1, N] contiguous, and yet refuses to view it
+        words = words.clone(memory_format=torch.contiguous_format)
+    return words.view(torch.uint8)

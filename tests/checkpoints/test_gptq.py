@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from ipex_quant.checkpoints.gptq import GptqFormat, gptq_tensors, read_gptq
 from ipex_quant.numerics.affine import dequantize, quantize
+from ipex_quant.numerics.nibbles import pack_nibbles, unpack_nibbles
 from ipex_quant.numerics.quantized_weight import QuantizedWeight
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
 
@@ -294,3 +295,17 @@ def test_dynamic_overrides_desc_act(make_gptq_module):
     assert torch.equal(dequantize(form.read("m", tensors, (8, 64))), module.weight)
     with pytest.raises(ValueError, match="g_idx: missing"):
         form.read("n", tensors, (8, 64))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(128, 1), (128, 3), (128, 4), (128, 8), (1, 8), (1, 64), (1, 1), (5, 2)])
+def test_layers_of_few_inputs_or_outputs(shape, bits):
+    scheme = WeightScheme(WoqWeightDtype.INT8 if bits == 8 else WoqWeightDtype.INT4, False, 32)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    qw = quantize(weight, scheme)
+    if bits < 4:
+        codes = unpack_nibbles(qw.codes, shape[1]) >> (4 - bits)
+        zero_points = qw.zero_points >> (4 - bits)
+        qw = dataclasses.replace(qw, codes=pack_nibbles(codes), zero_points=zero_points)
+    found = read_gptq(gptq_tensors(qw, bits, v2=True, scale_dtype=torch.float32), bits, 32, v2=True, shape=shape)
+    assert torch.equal(dequantize(found), dequantize(qw))

@@ -139,3 +139,16 @@ def test_formats_that_are_not_there_say_so(weight):
         read_tensors(gptq(int4(weight)), WoqWeightDtype.INT4, (N, K), GROUP, WoqWeightFormat.AWQ_FORMAT)
     with pytest.raises(ValueError, match="GPTQ_FORMAT holds INT4 codes"):
         read_tensors(gptq(int4(weight)), WoqWeightDtype.INT8, (N, K), GROUP, WoqWeightFormat.GPTQ_FORMAT)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 8])
+def test_layers_of_few_inputs(columns):
+    qw = int4(torch.randn(N, columns, generator=torch.Generator().manual_seed(0)))
+    codes = words(unpack_nibbles(qw.codes, columns))
+    plain = {"qweight": codes, "scales": qw.scales, "zero_points": qw.zero_points}
+    assert_same(read_tensors(plain, WoqWeightDtype.INT4, (N, columns), GROUP), qw)
+    plain["qweight"] = codes.t().contiguous().t()
+    assert_same(read_tensors(plain, WoqWeightDtype.INT4, (N, columns), GROUP), qw)
+    if columns == 8:
+        tensors, options = gptq(qw), {"weight_format": WoqWeightFormat.GPTQ_FORMAT}
+        assert_same(read_tensors(tensors, WoqWeightDtype.INT4, (N, columns), GROUP, **options), qw)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipex_quant.numerics.nibbles import pack_nibbles, unpack_nibbles
+from ipex_quant.numerics.nibbles import as_bytes, pack_nibbles, unpack_nibbles
 
 
 def test_even_column_is_in_the_low_nibble() -> None:
@@ -39,3 +39,11 @@ def test_wrong_shape_is_an_error() -> None:
         pack_nibbles(torch.zeros(4, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"expected shape \[N, 3\] for k = 5, got \[2, 2\]"):
         unpack_nibbles(torch.zeros(2, 2, dtype=torch.uint8), 5)
+
+
+def test_bytes_of_words():
+    words = torch.tensor([[0x04030201, 0x08070605]], dtype=torch.int32)
+    assert as_bytes(words).tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert as_bytes(words).data_ptr() == words.data_ptr()
+    assert as_bytes(words.t()).tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]  # as contiguous by torch's own account
+    assert as_bytes(words.expand(2, 2).t()).tolist() == [[1, 2, 3, 4] * 2, [5, 6, 7, 8] * 2]
