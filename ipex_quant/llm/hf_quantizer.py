@@ -137,10 +137,26 @@ class IpexQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        entries = self.quantization_config.modules
+        entries = self._fit_names(model)
         untie(model, entries)
         for name, entry in entries.items():
             model.set_submodule(name, _placeholder(model, name, entry))
+
+    def _fit_names(self, model: PreTrainedModel) -> dict[str, Any]:
+        """The entries by the names that `model` has; they may be those of its base model, or of one with another head.
+
+        As transformers does with tensors, the prefix of the base model is added or taken off; what a head of another
+        class had is left out.
+        """
+        config = self.quantization_config
+        present, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
+        names = {name: _name_in(present, prefix, name) for name in config.modules}
+        if type(model).__name__ in (model.config.architectures or [type(model).__name__]):
+            names = {name: name if found is None else found for name, found in names.items()}  # each must be there
+        config.modules = {names[name]: entry for name, entry in config.modules.items() if names[name] is not None}
+        groups = [[names[name] for name in group if names[name] is not None] for group in config.share_groups]
+        config.share_groups = [group for group in groups if len(group) > 1]
+        return config.modules
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
@@ -197,12 +213,20 @@ def _check_groups(groups: Any, modules: dict[str, Any]) -> None:
             raise ValueError(f"quantization_config.share_groups: expected modules with the same input, got {group}")
 
 
+def _name_in(present: set[str], prefix: str, name: str) -> str | None:
+    """Which of the names `present` a module has that is `name` with or without the `prefix` of the base model."""
+    candidates = (name, name.removeprefix(prefix), prefix + name)
+    return next((each for each in candidates if each in present), None)
+
+
 def _placeholder(model: nn.Module, name: str, entry: dict[str, Any]) -> Placeholder:
     try:
         module = model.get_submodule(name)
     except AttributeError as error:
         raise ValueError(f"quantization_config: the model has no module {name!r}") from error
     try:
-        return KINDS[entry["kind"]].placeholder(module, entry)
+        place = KINDS[entry["kind"]].placeholder(module, entry)
     except (TypeError, ValueError) as error:
         raise type(error)(f"quantization_config: {name}: {error}") from error
+    place.stand_for(module)
+    return place

@@ -153,8 +153,11 @@ class Placeholder(nn.Module):
     """Where transformers loads the plain tensors of one quantized module to, before there is a module.
 
     `tensors` gives dtype and shape of each, or None for one that the module does not have; `entry` is what a saved
-    configuration tells of the module, `shape` that of its weight.
+    configuration tells of the module, `shape` that of its weight. All else that the float module in its place has can
+    be read, since initializers of its parents do so, and write to its weight and bias without effect.
     """
+
+    float_module: nn.Module | None = None
 
     def __init__(
         self,
@@ -166,13 +169,21 @@ class Placeholder(nn.Module):
         self.entry = entry
         self.shape = tuple(shape)
         for name, kind in tensors.items():
-            tensor = None if kind is None else torch.empty(kind[1], dtype=kind[0], device="meta")
-            self.register_buffer(name, tensor)
+            if kind is not None:
+                self.register_buffer(name, torch.empty(kind[1], dtype=kind[0], device="meta"))
+        self._names = tuple(tensors)
 
-    @property
-    def weight(self) -> torch.Tensor:
-        # Initializers of some models reach for the weights of their children; this one takes whatever they write.
-        return torch.empty(self.shape, device="meta")
+    def stand_for(self, module: nn.Module) -> None:
+        """Offer what the float `module` has; while transformers loads a model, it holds no memory."""
+        vars(self)["float_module"] = module  # not as a child, whose tensors would be looked for
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if self.float_module is None:
+                raise
+            return getattr(self.float_module, name)
 
     @property
     def missing(self) -> list[str]:
@@ -182,7 +193,7 @@ class Placeholder(nn.Module):
     @property
     def tensors(self) -> dict[str, torch.Tensor | None]:
         """The tensors by name, None for one that the module does not have."""
-        return dict(self._buffers)
+        return {name: self._buffers.get(name) for name in self._names}
 
 
 def autocast(x: torch.Tensor) -> torch.Tensor:
