@@ -18,7 +18,8 @@ from ..quantization._quantize import FLOAT_REASONS, check_any_quantized, warn_if
 from ..quantization._rules import choose_qconfigs, refused_modules
 from ..quantization._swap import copy_sharing_parameters, own_parameters, swap_modules
 from ..quantization._tying import untie
-from ._checkpoint_experts import experts_from_checkpoint, module_of, stack_float_experts, with_model_names
+from ._checkpoint_experts import experts_from_checkpoint, module_of, stack_float_experts
+from ._checkpoint_names import with_model_names
 
 
 def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, mapping: QConfigMapping, inplace: bool) -> nn.Module:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..checkpoints import Checkpoint
 from ..nn import WeightOnlyQuantizedExperts
@@ -19,48 +17,14 @@ from ..nn.linears import holds_experts
 from ..nn.stacked_experts import experts_obstacle, experts_shape
 from ..numerics.quantized_stack import QuantizedStack
 from ..numerics.quantized_weight import QuantizedWeight
+from ..numerics.scheme import WeightScheme
 from ..quantization._qconfig import QConfigWoq
+from ..woq.rtn import rtn
 
-_PARTS = {"gate_up": ("gate", "up"), "down": ("down",)}
+PARTS = {"gate_up": ("gate", "up"), "down": ("down",)}
 """What one projection of a module is in checkpoints."""
 
 _EXPERT = re.compile(r"^(?P<module>.+)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj$")
-
-
-def with_model_names(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
-    """`checkpoint` with the names that `model` has for its tensors, as transformers itself would rename them.
-
-    The parts of one expert become ``<module>.<index>.gate_proj``, ``up_proj`` and ``down_proj``, where `module` holds
-    the experts. Models without experts have the names of their checkpoints. Raises ValueError for two tensors that get
-    one name.
-    """
-    if not isinstance(model, PreTrainedModel) or not any(map(holds_experts, model.modules())):
-        return checkpoint
-    transforms = get_model_conversion_mapping(model, add_legacy=False)
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in checkpoint.tensors.items():
-        owner, _, key = name.rpartition(".")
-        new = f"{_model_name(owner, renamings, converters)}.{key}" if owner else name
-        if new in tensors:
-            raise ValueError(f"low_precision_checkpoint: {name} is a second tensor for {new}")
-        tensors[new] = tensor
-    return dataclasses.replace(checkpoint, tensors=tensors)
-
-
-def _model_name(owner: str, renamings: list[WeightRenaming], converters: list[WeightConverter]) -> str:
-    source = f"{owner}.weight"
-    renamed, pattern = rename_source_key(source, renamings, converters)
-    if pattern is None:
-        return renamed.removesuffix(".weight") if renamed.endswith(".weight") else owner
-    sources = next(list(each.source_patterns) for each in converters if pattern in each.source_patterns)
-    index = re.search(r"\.(\d+)\.[^.]+\.weight$", source)
-    for projection, parts in _PARTS.items():
-        if index and renamed.endswith(f".{projection}_proj") and len(sources) == len(parts):
-            part = parts[sources.index(pattern)]
-            return f"{renamed.removesuffix(f'.{projection}_proj')}.{index[1]}.{part}_proj"
-    return owner
 
 
 def module_of(name: str) -> str:
@@ -74,24 +38,32 @@ def experts_from_checkpoint(
 ) -> WeightOnlyQuantizedExperts:
     """What takes the place of `module`, the experts called `name`; ValueError if a part of one is not in `checkpoint`.
 
-    All experts have one scheme, and gate and up of one expert the same order of input features. A module without
-    biases in the checkpoint keeps its own.
+    All experts have one scheme, and gate and up of one expert the same order of input features. Those that the
+    checkpoint has in float are rounded to nearest in that scheme, with a warning. A module without biases in the
+    checkpoint keeps its own.
     """
     experts, hidden, width = experts_shape(module)
     shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+    shapes = {f"{name}.{expert}.{part}_proj": shape for expert in range(experts) for part, shape in shapes.items()}
+    found = {each: checkpoint.quantized_weight(each, shape[1], shape[0]) for each, shape in shapes.items()}
+    scheme = next(each[0].scheme for each in found.values() if each is not None)
+    rounded = [each for each, weight in found.items() if weight is None]
+    found |= {each: _rounded(checkpoint, each, shapes[each], scheme) for each in rounded}
+    if rounded:
+        warnings.warn(
+            f"low_precision_checkpoint: it holds {len(rounded)} parts of the experts {name} in float, which are "
+            f"rounded to nearest as {scheme}: {', '.join(rounded[:6])}{', ...' * (len(rounded) > 6)}",
+            stacklevel=2,
+        )
     stacks, biases = [], []
-    for projection, parts in _PARTS.items():
-        names = [[f"{name}.{expert}.{part}_proj" for part in parts] for expert in range(experts)]
-        found = [
-            [_read(checkpoint, each, shapes[part]) for each, part in zip(row, parts, strict=True)] for row in names
-        ]
+    for projection, parts in PARTS.items():
+        rows = [[found[f"{name}.{expert}.{part}_proj"] for part in parts] for expert in range(experts)]
         try:
-            stacks.append(QuantizedStack.of([_above_each_other([weight for weight, _ in row]) for row in found]))
+            stacks.append(QuantizedStack.of([_above_each_other([weight for weight, _ in row]) for row in rows]))
         except ValueError as error:
             raise ValueError(f"{name}: {projection}: {error}") from error
-        biases.append(
-            _stacked_biases([[bias for _, bias in row] for row in found], [shapes[part][0] for part in parts])
-        )
+        sizes = [shapes[f"{name}.0.{part}_proj"][0] for part in parts]
+        biases.append(_stacked_biases([[bias for _, bias in row] for row in rows], sizes))
     return WeightOnlyQuantizedExperts.in_place_of(module, tuple(stacks), qconfig, tuple(biases))
 
 
@@ -101,9 +73,12 @@ def stack_float_experts(model: nn.Module, tensors: dict[str, torch.Tensor]) -> d
     Raises ValueError for a weight that is missing or has another shape than the others.
     """
     result, parts = {}, defaultdict(dict)
+    quantized = {name for name, module in model.named_modules() if isinstance(module, WeightOnlyQuantizedExperts)}
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(".")
         found = _EXPERT.match(owner)
+        if found and key in ("weight", "bias") and found["module"] in quantized:
+            continue  # it is in there
         if found and key == "weight" and _is_stacked_plainly(model, found["module"]):
             parts[found["module"]][found["part"], int(found["index"])] = tensor
         else:
@@ -113,7 +88,7 @@ def stack_float_experts(model: nn.Module, tensors: dict[str, torch.Tensor]) -> d
         expected = {(part, expert) for part in ("gate", "up", "down") for expert in range(count)}
         if own.keys() != expected:
             raise ValueError(f"{name}: expected the weights of {count} experts, not of {sorted(own.keys() ^ expected)}")
-        for projection, names in _PARTS.items():
+        for projection, names in PARTS.items():
             rows = [torch.cat([own[part, expert] for part in names]) for expert in range(count)]
             result[f"{name}.{projection}_proj"] = torch.stack(rows)
     return result
@@ -128,11 +103,19 @@ def _is_stacked_plainly(model: nn.Module, name: str) -> bool:
     return plain and module.is_concatenated and not module.is_transposed
 
 
-def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> tuple[QuantizedWeight, torch.Tensor | None]:
-    found = checkpoint.quantized_weight(name, shape[1], shape[0])
-    if found is None:
+def _rounded(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, int], scheme: WeightScheme
+) -> tuple[QuantizedWeight, torch.Tensor | None]:
+    """Weight and bias of a part that `checkpoint` has in float; ValueError when it has not, or of another shape."""
+    weight = checkpoint.tensors.get(f"{name}.weight")
+    if weight is None:
         raise ValueError(f"{name}: missing in the checkpoint, which holds other experts of its module quantized")
-    return found
+    if tuple(weight.shape) != shape or not weight.is_floating_point():
+        raise ValueError(f"{name}.weight: expected floats {list(shape)}, got {weight.dtype} {list(weight.shape)}")
+    bias = checkpoint.tensors.get(f"{name}.bias")
+    if bias is not None and tuple(bias.shape) != shape[:1]:
+        raise ValueError(f"{name}.bias: expected shape [{shape[0]}], got {list(bias.shape)}")
+    return rtn(weight, scheme), bias
 
 
 def _above_each_other(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:

@@ -187,7 +187,51 @@ def test_the_compute_mode_is_the_mappings(family):
     assert {name: each._lowp_mode for name, each in experts_of(quantized).items()} == {EXPERTS: WoqLowpMode.INT8}
 
 
+@pytest.mark.parametrize("float_parts", [("gate", "up", "down"), ("down",)])
+def test_an_expert_in_float_is_rounded_to_nearest(family, float_parts):
+    source = build(family, 1)
+    state, weights = checkpoint_of(family, source), parts_of(source)
+    for part in float_parts:
+        name = original_name(family, 0, 2, part)
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
+        state[f"{name}.weight"] = weights[0, 2, part].clone()
+    bias = torch.randn(64)
+    state[f"{original_name(family, 0, 2, 'down')}.bias"] = bias
+    with pytest.warns(UserWarning, match=rf"holds {len(float_parts)} parts of the experts .*layers\.0\.mlp\.experts"):
+        module = experts_of(applied(build(family), state))["model.layers.0.mlp.experts"]
+    for part, rows in (("gate", 0), ("up", 1), ("down", 2)):
+        expected = affine.quantize(weights[0, 2, part], SCHEME)
+        qw = module.quantized_stack("down" if part == "down" else "gate_up")[2]
+        codes = qw.codes if part == "down" else qw.codes.chunk(2)[rows]
+        assert torch.equal(codes, expected.codes), part
+    assert torch.equal(module._down_bias[2], bias)
+
+
+def test_a_float_expert_beside_those_with_an_order_of_their_own():
+    source = build("mixtral", 1)
+    state, weights = checkpoint_of("mixtral", source, act_order=True), parts_of(source)
+    for part in ("gate", "up", "down"):
+        name = original_name("mixtral", 0, 2, part)
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
+        state[f"{name}.weight"] = weights[0, 2, part].clone()
+    with pytest.warns(UserWarning, match="rounded to nearest as int4 asym g32"):
+        module = experts_of(applied(build("mixtral"), state, config={"desc_act": True}))["model.layers.0.mlp.experts"]
+    down = module.quantized_stack("down")
+    assert torch.equal(affine.dequantize(down[2]), affine.dequantize(affine.quantize(weights[0, 2, "down"], SCHEME)))
+    assert not torch.equal(down.g_idx[2], down.g_idx[1])
+
+
 class TestBadCheckpoints:
+    def test_a_float_part_of_another_shape_is_named(self):
+        def cut(state):
+            name = original_name("mixtral", 1, 3, "down")
+            for key in [key for key in state if key.startswith(f"{name}.")]:
+                del state[key]
+            state[f"{name}.weight"] = torch.ones(64, 95)
+
+        with pytest.raises(ValueError, match=r"experts\.3\.down_proj\.weight: expected floats \[64, 96\]"):
+            self.damaged(cut)
+
     def damaged(self, change, **options):
         state = checkpoint_of("mixtral", build("mixtral", 1), options.pop("act_order", False))
         change(state)
