@@ -13,7 +13,7 @@ inline int64_t float_size(FloatType t) { return t == kFloat32 ? 4 : 2; }
 enum LowpMode : int32_t { kLowpNone = 0, kLowpFp16 = 1, kLowpBf16 = 2, kLowpInt8 = 3 };
 enum ActQuantMode : int32_t { kActNone = -1, kPerTensor = 0, kPerIcBlock = 1, kPerBatch = 2, kPerBatchIcBlock = 3 };
 constexpr int32_t kSymmetricActOffset = 4;  // the symmetric modes follow the four asymmetric ones
-enum PostOp : int32_t { kNone, kRelu, kGelu, kNewGelu, kSilu, kAdd, kAddAdd, kMul, kPostOpCount };
+enum PostOp : int32_t { kNone, kRelu, kGelu, kNewGelu, kSilu, kAdd, kAddAdd, kMul, kRelu2, kPostOpCount };
 
 // What the multiply-accumulate of a call runs in. kInt8 x FP8 weights computes in float on quantized activations.
 enum class Compute : int32_t { kFloat, kBf16, kByte };

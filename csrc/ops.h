@@ -105,10 +105,12 @@ inline void advise_huge_pages(uint8_t* data, int64_t bytes) {
 }
 
 inline void check_post_op(int64_t post_op, size_t others) {
-  IPEX_QUANT_CHECK(post_op >= kNone && post_op < kPostOpCount, "post_op: expected 0..7, got ", post_op);
+  IPEX_QUANT_CHECK(post_op >= kNone && post_op < kPostOpCount, "post_op: expected 0..8, got ", post_op);
   const size_t operands = post_op == kAddAdd ? 2 : post_op == kAdd || post_op == kMul ? 1 : 0;
   IPEX_QUANT_CHECK(others == operands, "others: expected ", operands, " tensors, got ", others);
 }
+
+inline bool is_activation(int64_t op) { return (op >= kRelu && op <= kSilu) || op == kRelu2; }
 
 // The post op that may stand before a product: what gates have.
 inline PostOp check_activation(int64_t activation) {

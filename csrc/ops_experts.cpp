@@ -69,7 +69,7 @@ struct Group {
   WoqPlan input, hidden;
 };
 
-// Tiles [first, first + count) of a group's gate and up projection.
+// Tiles [first, first + count) of a group's gate and up projection, or of up alone.
 struct UpTask {
   const Group& group;
   int64_t first, count;
@@ -84,9 +84,10 @@ int64_t gemm_bytes(const Stack& stack, const WoqPlan& plan) {
 
 // How gate and up become one: activation(gate) * up, or with clamp, min(gate, limit) * sigmoid(slope * min(gate,
 // limit))
-// * (clamp(up, -limit, limit) + offset).
+// * (clamp(up, -limit, limit) + offset). Without a gate it is activation(up).
 struct Gate {
   PostOp activation;
+  bool gated = true;
   bool clamped = false;
   float limit = 0.0f, slope = 1.0f, offset = 0.0f;
 };
@@ -268,7 +269,7 @@ class Mixture {
     }
     const int64_t side = round_up(most_cells * float_size(side_type()), 64);
     parallel_streams((end_ - begin_) * tiles, [&](auto next) {
-      const Buffer sides = make_buffer(2 * side), scratch = make_buffer(scratch_bytes);
+      const Buffer sides = make_buffer(up_.blocks * side), scratch = make_buffer(scratch_bytes);
       for (Tasks run = next(); run.begin < run.end; run = next())
         for (int64_t i = run.begin, count; i < run.end; i += count) {
           const Group& g = begin_[i / tiles];
@@ -279,18 +280,19 @@ class Mixture {
     });
   }
 
-  // Both projections of a run of columns, then their gated product.
+  // Both projections of a run of columns, then their gated product; or the only one with its activation.
   void up_task(const UpTask& task, uint8_t* gate_side, uint8_t* up_side, uint8_t* hidden, uint8_t* scratch) const {
     const KernelTable& table = kernels();
     const Group& g = task.group;
     const int64_t column = task.first * kTileN, n = up_.geometry.n;
     const int64_t columns = std::min(task.count * kTileN, n - column);
-    for (int64_t block = 0; block < 2; ++block) {
+    for (int64_t block = 0; block < up_.blocks; ++block) {
       Output output{};
       output.n = output.stride = columns;
       output.bias = up_.bias ? up_.bias_of(g.expert, block) + column : nullptr;
       output.type = side_type();
       output.y = block == 0 ? gate_side : up_side;
+      output.post_op = experts_.gate.gated ? kNone : experts_.gate.activation;
       const GemmArgs args{&up_.geometry, up_.tile(g.expert, block, task.first), &g.input.staged, output};
       for (int64_t tile = 0; tile < task.count; ++tile) table.gemm_tile(args, tile, 0, g.rows, scratch);
     }
@@ -298,7 +300,7 @@ class Mixture {
     uint8_t* to = row_of_hidden(hidden, g) + column * float_size(type_);
     GatedArgs gated{gate_side, up_side, side_type(), experts_.gate.activation, columns, columns, gate_side};
     if (experts_.gate.clamped) prepare_clamped(gate_side, up_side, cells);
-    table.gated_product(gated, 0, cells);
+    if (experts_.gate.gated) table.gated_product(gated, 0, cells);
     for (int64_t row = 0; row < g.rows; ++row, to += n * float_size(type_)) {
       if (experts_.gate.clamped)
         store_rounded(to, type_, reinterpret_cast<float*>(gate_side) + row * columns, columns);
@@ -362,7 +364,13 @@ class Mixture {
   }
 };
 
-Gate check_gate(int64_t activation, const std::vector<double>& clamp) {
+Gate check_gate(int64_t activation, const std::vector<double>& clamp, bool gated) {
+  if (!gated) {
+    IPEX_QUANT_CHECK(is_activation(activation), "activation: expected one of 1..4 or 8 without a gate, got ",
+                     activation);
+    IPEX_QUANT_CHECK(clamp.empty(), "clamp: expected nothing without a gate, got ", clamp.size(), " values");
+    return {PostOp(activation), false};
+  }
   Gate gate{check_activation(activation)};
   if (clamp.empty()) return gate;
   IPEX_QUANT_CHECK(clamp.size() == 3 && gate.activation == kSilu && clamp[1] > 0, "clamp: expected nothing, or with ",
@@ -376,7 +384,7 @@ Tensor woq_experts(Tensor x, Tensor experts, Tensor weights, Tensor gate_up, Ten
                    std::optional<Tensor> gate_up_bias, std::optional<Tensor> down_bias,
                    std::optional<Tensor> gate_up_perm, std::optional<Tensor> down_perm, int64_t num_experts,
                    int64_t intermediate, int64_t lowp_mode, int64_t act_quant_mode, int64_t activation,
-                   std::vector<double> clamp) {
+                   std::vector<double> clamp, bool gated) {
   check_modes(lowp_mode, act_quant_mode);
   check_cpu("x", x);
   IPEX_QUANT_CHECK(x.dim() == 2 && x.size(1) > 0, "x: expected shape [tokens, hidden], got ", shape_of(x));
@@ -392,7 +400,7 @@ Tensor woq_experts(Tensor x, Tensor experts, Tensor weights, Tensor gate_up, Ten
       num_experts > 0 && num_experts < kMostExperts && intermediate > 0 && intermediate < kLargest && tokens < kLargest,
       "expected 0 < num_experts < 2^20, 0 < intermediate < 2^31 and less than 2^31 tokens, got ", num_experts, ", ",
       intermediate, " and ", tokens);
-  Stack up_stack = make_stack(gate_up, {num_experts, 2, intermediate, hidden});
+  Stack up_stack = make_stack(gate_up, {num_experts, gated ? 2 : 1, intermediate, hidden});
   Stack down_stack = make_stack(down, {num_experts, 1, hidden, intermediate});
   set_bias("gate_up_bias", up_stack, gate_up_bias, num_experts);
   set_bias("down_bias", down_stack, down_bias, num_experts);
@@ -404,7 +412,7 @@ Tensor woq_experts(Tensor x, Tensor experts, Tensor weights, Tensor gate_up, Ten
                      ", got ", chosen[i]);
 
   const FloatType type = float_type("x", x.scalar_type());
-  const Gate gate = check_gate(activation, clamp);
+  const Gate gate = check_gate(activation, clamp, gated);
   const Tensor rows_of_x = as_contiguous(x);
   Tensor y = empty_in_dtype_of(x, x.sizes().data());
   const int64_t elements = tokens * hidden;
@@ -430,7 +438,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
   m.def(
       "woq_experts(Tensor x, Tensor experts, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
       "Tensor? down_bias, Tensor? gate_up_perm, Tensor? down_perm, int num_experts, int intermediate, "
-      "int lowp_mode, int act_quant_mode, int activation, float[] clamp) -> Tensor");
+      "int lowp_mode, int act_quant_mode, int activation, float[] clamp, bool gated=True) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ipex_quant, CPU, m) { m.impl("woq_experts", TORCH_BOX(&woq_experts)); }

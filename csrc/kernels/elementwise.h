@@ -102,6 +102,9 @@ struct Epilogue {
     switch (op) {
       case kRelu:
         return max_f(zero_f(), x);
+      case kRelu2:
+        x = max_f(zero_f(), x);
+        return mul_f(x, x);
       case kGelu:
         return gelu_erf(x);
       case kNewGelu:

@@ -14,15 +14,15 @@ from torch import nn
 from ..checkpoints import Checkpoint
 from ..nn import WeightOnlyQuantizedExperts
 from ..nn.linears import holds_experts
-from ..nn.stacked_experts import experts_obstacle, experts_shape
+from ..nn.stacked_experts import expert_layout, experts_obstacle, experts_shape
 from ..numerics.quantized_stack import QuantizedStack
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme
 from ..quantization._qconfig import QConfigWoq
 from ..woq.rtn import rtn
 
-PARTS = {"gate_up": ("gate", "up"), "down": ("down",)}
-"""What one projection of a module is in checkpoints."""
+PARTS = {"gate_up": ("gate", "up"), "up": ("up",), "down": ("down",)}
+"""What one projection of a module is in checkpoints; without a gate there is up alone."""
 
 _EXPERT = re.compile(r"^(?P<module>.+)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj$")
 
@@ -43,8 +43,14 @@ def experts_from_checkpoint(
     checkpoint keeps its own.
     """
     experts, hidden, width = experts_shape(module)
-    shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
-    shapes = {f"{name}.{expert}.{part}_proj": shape for expert in range(experts) for part, shape in shapes.items()}
+    projections = [PARTS["gate_up" if expert_layout(module).gated else "up"], PARTS["down"]]
+    sizes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+    shapes = {
+        f"{name}.{expert}.{part}_proj": sizes[part]
+        for expert in range(experts)
+        for parts in projections
+        for part in parts
+    }
     found = {each: checkpoint.quantized_weight(each, shape[1], shape[0]) for each, shape in shapes.items()}
     scheme = next(each[0].scheme for each in found.values() if each is not None)
     rounded = [each for each, weight in found.items() if weight is None]
@@ -56,14 +62,13 @@ def experts_from_checkpoint(
             stacklevel=2,
         )
     stacks, biases = [], []
-    for projection, parts in PARTS.items():
+    for parts in projections:
         rows = [[found[f"{name}.{expert}.{part}_proj"] for part in parts] for expert in range(experts)]
         try:
             stacks.append(QuantizedStack.of([_above_each_other([weight for weight, _ in row]) for row in rows]))
         except ValueError as error:
-            raise ValueError(f"{name}: {projection}: {error}") from error
-        sizes = [shapes[f"{name}.0.{part}_proj"][0] for part in parts]
-        biases.append(_stacked_biases([[bias for _, bias in row] for row in rows], sizes))
+            raise ValueError(f"{name}: {'_'.join(parts)}: {error}") from error
+        biases.append(_stacked_biases([[bias for _, bias in row] for row in rows], [sizes[part][0] for part in parts]))
     return WeightOnlyQuantizedExperts.in_place_of(module, tuple(stacks), qconfig, tuple(biases))
 
 
@@ -84,13 +89,15 @@ def stack_float_experts(model: nn.Module, tensors: dict[str, torch.Tensor]) -> d
         else:
             result[name] = tensor
     for name, own in parts.items():
-        count = model.get_submodule(name).num_experts
-        expected = {(part, expert) for part in ("gate", "up", "down") for expert in range(count)}
+        module = model.get_submodule(name)
+        count, layout = experts_shape(module)[0], expert_layout(module)
+        projections = {layout.parameter("gate_up"): PARTS["gate_up"][2 - layout.blocks :], "down_proj": PARTS["down"]}
+        expected = {(part, expert) for names in projections.values() for part in names for expert in range(count)}
         if own.keys() != expected:
             raise ValueError(f"{name}: expected the weights of {count} experts, not of {sorted(own.keys() ^ expected)}")
-        for projection, names in PARTS.items():
+        for parameter, names in projections.items():
             rows = [torch.cat([own[part, expert] for part in names]) for expert in range(count)]
-            result[f"{name}.{projection}_proj"] = torch.stack(rows)
+            result[f"{name}.{parameter}"] = torch.stack(rows)
     return result
 
 
@@ -99,8 +106,10 @@ def _is_stacked_plainly(model: nn.Module, name: str) -> bool:
         module = model.get_submodule(name)
     except AttributeError:
         return False
-    plain = holds_experts(module) and experts_obstacle(module) is None
-    return plain and module.is_concatenated and not module.is_transposed
+    if not holds_experts(module) or experts_obstacle(module) is not None:
+        return False
+    layout = expert_layout(module)
+    return layout.concatenated and not layout.transposed
 
 
 def _rounded(

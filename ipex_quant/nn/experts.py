@@ -16,20 +16,30 @@ from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWei
 from ..ops import ExpertGate
 from .linears import holds_experts
 from .quantized_module import Placeholder, QuantizedModule, autocast
-from .stacked_experts import PROJECTIONS, expert_bias, expert_gate, expert_weight, experts_obstacle, experts_shape
+from .stacked_experts import (
+    PROJECTIONS,
+    expert_bias,
+    expert_gate,
+    expert_layout,
+    expert_weight,
+    experts_obstacle,
+    experts_shape,
+)
 from .weight_only_linear import read_modes, read_scheme
 
 
 class WeightOnlyQuantizedExperts(QuantizedModule):
-    """A mixture of E experts, gated MLPs ``down(activation(gate(x)) * up(x))``, with packed weights.
+    """A mixture of E experts, MLPs ``down(activation(gate(x)) * up(x))`` or ``down(activation(up(x)))``, packed.
 
     It stands where transformers has a module with the weights of all experts in 3-D parameters, and is called as that:
-    with `x` float32, bfloat16 or float16 ``[T, H]``, expert indices ``[T, k]`` and their weights ``[T, k]``. The result
-    ``[T, H]`` has the dtype of `x`, or under torch.autocast autocast's; only the weights of chosen experts are read.
-    Gradients reach `x` and the weights of the choice. The state dict holds plain tensors: those of `QuantizedStack` as
-    ``gate_up_codes``, ``down_scales`` and so on, gate above up, and ``gate_up_bias`` and ``down_bias`` in float32, each
+    with `x` float32, bfloat16 or float16 ``[T, H]``, expert indices ``[T, k]`` and their weights ``[T, k]``; or, where
+    the module is `batched`, with ``[E * T, H]``, T rows for each expert in turn. The result has the shape of `x` and
+    its dtype, or under torch.autocast autocast's; only the weights of chosen experts are read. Gradients reach `x` and
+    the weights of the choice. The state dict holds plain tensors: those of `QuantizedStack` as ``gate_up_codes``,
+    ``down_scales`` and so on, gate above up (or up alone), and ``gate_up_bias`` and ``down_bias`` in float32, each
     where there is one; saving unpacks the weights and loading packs them. `weight` is ``[E, 3 * I, H]``: gate, up and
-    the transpose of down. RuntimeError when it is called without weights or moved off the CPU.
+    the transpose of down; without a gate ``[E, 2 * I, H]``. RuntimeError when it is called without weights or moved off
+    the CPU.
     """
 
     kind = "weight_only_experts"
@@ -40,11 +50,15 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         f"{projection}_{name}" for projection in PROJECTIONS for name in (*QuantizedStack.names, "bias")
     )
 
+    batched = False
+    """Whether it is called with rows for each expert in turn."""
+
     def __init__(self, shape: tuple[int, int, int], gate: ExpertGate, scheme: WeightScheme) -> None:
         """A module without weights for ``(experts, hidden_size, intermediate_size)``; `load_state_dict` brings them."""
         super().__init__()
         self.num_experts, self.hidden_dim, self.intermediate_dim = shape
         self.gate = gate
+        self._gate_arguments = ops.gate_arguments(gate)
         self.scheme = scheme
         self._lowp_mode = WoqLowpMode.NONE
         self._act_quant_mode = WoqActQuantMode.NONE
@@ -61,7 +75,10 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         lowp_mode: WoqLowpMode = WoqLowpMode.NONE,
         act_quant_mode: WoqActQuantMode = WoqActQuantMode.NONE,
     ) -> WeightOnlyQuantizedExperts:
-        """Pack the stacks of gate above up ``[E, 2 * I, H]`` and down ``[E, H, I]``; ValueError if they do not fit."""
+        """Pack the stacks of gate above up ``[E, 2 * I, H]``, or up alone, and down ``[E, H, I]``.
+
+        Raises ValueError if they do not fit.
+        """
         experts, hidden, width = stacks[1].shape
         module = cls((experts, hidden, width), gate, stacks[1].scheme)
         module._lowp_mode = WoqLowpMode(lowp_mode)
@@ -80,7 +97,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         scheme = WeightScheme(qconfig.weight_dtype, symmetric, qconfig.group_size)
         stacks = [
             QuantizedStack.of(
-                [ops.quantize_weight(expert_weight(mod, name, index), scheme) for index in range(mod.num_experts)]
+                [ops.quantize_weight(expert_weight(mod, name, index), scheme) for index in range(experts_shape(mod)[0])]
             )
             for name in PROJECTIONS
         ]
@@ -101,25 +118,44 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         own = zip(biases, PROJECTIONS, strict=True)
         biases = tuple(expert_bias(mod, name) if bias is None else bias for bias, name in own)
         module = cls.from_stacks(stacks, expert_gate(mod), biases, qconfig.lowp_mode, qconfig.act_quant_mode)
+        module.batched = expert_layout(mod).batched
         return module.train(mod.training).to(mod.down_proj.dtype)
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if self.batched:
+            return self._run_batched(hidden_states)
+        return self._run(hidden_states, top_k_index, top_k_weights)
+
+    def _run_batched(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        rows = len(hidden_states)
+        experts = torch.arange(self.num_experts).repeat_interleave(rows // self.num_experts)[:, None]
+        weights = torch.ones(rows, 1, dtype=torch.float32)
+        if self._gate_up_bias is not None or self._down_bias is not None or torch.compiler.is_compiling():
+            return self._run(hidden_states, experts, weights)
+        # Llama 4 gives zeros to experts that were not chosen, and gets zeros back: their weights need not be read.
+        chosen = (hidden_states != 0).any(dim=1).nonzero()[:, 0]
+        result = self._run(hidden_states[chosen], experts[chosen], weights[chosen])
+        return result.new_zeros(rows, self.hidden_dim).index_copy(0, chosen, result)
+
+    def _run(self, hidden_states: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         buffers = self._buffers
         if buffers["_down_packed"] is None:
             raise RuntimeError("WeightOnlyQuantizedExperts has no weights yet; load a state dict or use from_float")
         return ops.run_experts(
             autocast(hidden_states),
-            top_k_index,
-            top_k_weights,
+            experts,
+            weights,
             *(buffers[f"_{projection}_{name}"] for name in ("packed", "bias", "perm") for projection in PROJECTIONS),
             self.num_experts,
             self.intermediate_dim,
             int(self._lowp_mode),
             int(self._act_quant_mode),
-            int(self.gate.activation),
-            list(self.gate.clamp or ()),
+            *self._gate_arguments,
         )
 
     def quantized_stack(self, projection: str) -> QuantizedStack:
@@ -128,8 +164,8 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
 
     @property
     def weight_shape(self) -> tuple[int, int, int]:
-        """``(experts, 3 * intermediate_size, hidden_size)``."""
-        return self.num_experts, 3 * self.intermediate_dim, self.hidden_dim
+        """``(experts, 3 * intermediate_size, hidden_size)``, or twice that size without a gate."""
+        return self.num_experts, (self.gate.blocks + 1) * self.intermediate_dim, self.hidden_dim
 
     @property
     def nbytes(self) -> int:
@@ -146,7 +182,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         return tensors
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """``[E, 3 * I, H]`` in a new tensor; RuntimeError when there are no weights."""
+        """A new tensor of `weight_shape`; RuntimeError when there are no weights."""
         gate_up, down = map(self.quantized_stack, PROJECTIONS)
         return torch.stack(
             [
@@ -176,8 +212,9 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         scheme = read_scheme(entry)
         read_modes(entry)
         experts, hidden, width = experts_shape(module)
-        tensors = {}
-        for index, (projection, rows, columns) in enumerate((("gate_up", 2 * width, hidden), ("down", hidden, width))):
+        layout, tensors = expert_layout(module), {}
+        sizes = (("gate_up", layout.blocks * width, hidden), ("down", hidden, width))
+        for index, (projection, rows, columns) in enumerate(sizes):
             grid = (experts, rows, scheme.group_count(columns))
             tensors |= {
                 f"{projection}_codes": (
@@ -189,8 +226,8 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
                 f"{projection}_g_idx": (torch.int32, (experts, columns)) if _flags(entry, "act_order")[index] else None,
                 f"{projection}_bias": (torch.float32, (experts, rows)) if _flags(entry, "bias")[index] else None,
             }
-        place = Placeholder((experts, 3 * width, hidden), entry, tensors)
-        place.gate = expert_gate(module)
+        place = Placeholder((experts, (layout.blocks + 1) * width, hidden), entry, tensors)
+        place.gate, place.batched = expert_gate(module), layout.batched
         return place
 
     @classmethod
@@ -199,7 +236,8 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         modules = []
         for place in loaded:
             experts, rows, hidden = place.shape
-            module = cls((experts, hidden, rows // 3), place.gate, read_scheme(place.entry))
+            module = cls((experts, hidden, rows // (place.gate.blocks + 1)), place.gate, read_scheme(place.entry))
+            module.batched = place.batched
             module._lowp_mode, module._act_quant_mode = read_modes(place.entry)
             module._load_weight({name: tensor for name, tensor in place.tensors.items() if tensor is not None})
             modules.append(module)
@@ -210,7 +248,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
             "num_experts": self.num_experts,
             "hidden_dim": self.hidden_dim,
             "intermediate_dim": self.intermediate_dim,
-            "gate": self.gate.activation.name.lower(),
+            "gate" if self.gate.gated else "activation": self.gate.activation.name.lower(),
             "scheme": self.scheme,
             "lowp_mode": self._lowp_mode.name.lower(),
             "act_quant_mode": self._act_quant_mode.name.lower(),
@@ -225,8 +263,9 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         if projection == "down":
             shape = (self.num_experts, self.hidden_dim, self.intermediate_dim)
             return ops.PackedExperts(data, perm, self.scheme, shape, 1)
-        shape = (self.num_experts, 2 * self.intermediate_dim, self.hidden_dim)
-        return ops.PackedExperts(data, perm, self.scheme, shape, 2)
+        blocks = self.gate.blocks
+        shape = (self.num_experts, blocks * self.intermediate_dim, self.hidden_dim)
+        return ops.PackedExperts(data, perm, self.scheme, shape, blocks)
 
     def _set_weights(
         self,
@@ -234,7 +273,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         biases: tuple[torch.Tensor | None, torch.Tensor | None],
     ) -> None:
         experts, hidden, width = self.num_experts, self.hidden_dim, self.intermediate_dim
-        shapes = [(experts, 2 * width, hidden), (experts, hidden, width)]
+        shapes = [(experts, self.gate.blocks * width, hidden), (experts, hidden, width)]
         if [stack.shape for stack in stacks] != shapes or any(stack.scheme != self.scheme for stack in stacks):
             raise ValueError(
                 f"gate_up, down: expected {self.scheme} of shapes {shapes}, got "
@@ -244,7 +283,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
             if bias is not None and bias.shape != shape[:2]:
                 raise ValueError(f"{projection}_bias: expected shape {list(shape[:2])}, got {list(bias.shape)}")
         for projection, stack, bias in zip(PROJECTIONS, stacks, biases, strict=True):
-            packed = ops.pack_experts(stack, 2 if projection == "gate_up" else 1)
+            packed = ops.pack_experts(stack, self.gate.blocks if projection == "gate_up" else 1)
             self._buffers[f"_{projection}_packed"], self._buffers[f"_{projection}_perm"] = packed.data, packed.perm
             bias = None if bias is None else bias.detach().to(torch.float32, copy=True)
             self._buffers[f"_{projection}_bias"] = bias
@@ -265,7 +304,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
 
     def _load_weight(self, tensors: dict[str, torch.Tensor]) -> None:
         experts, hidden, width = self.num_experts, self.hidden_dim, self.intermediate_dim
-        shapes = {"gate_up": (experts, 2 * width, hidden), "down": (experts, hidden, width)}
+        shapes = {"gate_up": (experts, self.gate.blocks * width, hidden), "down": (experts, hidden, width)}
         stacks = tuple(
             QuantizedStack(
                 *(tensors.get(f"{projection}_{name}") for name in QuantizedStack.names),

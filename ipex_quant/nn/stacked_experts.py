@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -10,18 +14,57 @@ from .linears import FLOAT_DTYPES
 
 PROJECTIONS = ("gate_up", "down")
 
-_LAYOUT = ("num_experts", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+_FLAGS = ("num_experts", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
 """Attributes by which transformers' ``use_experts_implementation`` tells how a class lays its experts out."""
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How a module holds its experts, and is called.
+
+    - `gated`: gate and up in one parameter, ``gate_up_proj``; without, there is ``up_proj`` alone.
+    - `transposed`: input features come before output features.
+    - `concatenated`: gate above up, else row by row in turn.
+    - `batched`: called with ``[E * T, H]``, T rows for each expert in turn, instead of tokens and their experts.
+    """
+
+    gated: bool = True
+    biased: bool = False
+    transposed: bool = False
+    concatenated: bool = True
+    batched: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """Projections that read the input of an expert."""
+        return 2 if self.gated else 1
+
+    def parameter(self, projection: str) -> str:
+        """Name of the parameter with the weights of a projection; its biases have ``_bias`` added."""
+        return "up_proj" if projection == "gate_up" and not self.gated else f"{projection}_proj"
+
+
+def expert_layout(module: nn.Module) -> ExpertLayout | None:
+    """How `module` holds its experts, None if it does not tell; one without transformers' attributes is tried."""
+    if all(hasattr(module, name) for name in (*_FLAGS, "_apply_gate")):
+        flags = (module.has_gate, module.has_bias, module.is_transposed, module.is_concatenated)
+        return ExpertLayout(*map(bool, flags))
+    return _BATCHED if _batched_gate(module) is not None else None
+
+
+_BATCHED = ExpertLayout(transposed=True, batched=True)
 
 
 def experts_obstacle(module: nn.Module) -> str | None:
     """Why `WeightOnlyQuantizedExperts` cannot stand where `module`, which holds experts, is; None when it can."""
-    if not all(hasattr(module, name) for name in (*_LAYOUT, "_apply_gate")):
+    layout = expert_layout(module)
+    if layout is None:
         return f"{type(module).__name__} does not tell how its experts are laid out"
-    if not module.has_gate or module.has_post_expert_norm:
-        return "its experts have " + ("a norm" if module.has_gate else "no gate")
-    expected = {"gate_up_proj", "down_proj"} | ({"gate_up_proj_bias", "down_proj_bias"} if module.has_bias else set())
-    if set(module._parameters) != expected or not _shapes_fit(module):
+    if getattr(module, "has_post_expert_norm", False):
+        return "its experts have a norm"
+    names = {layout.parameter(projection) for projection in PROJECTIONS}
+    expected = names | ({f"{name}_bias" for name in names} if layout.biased else set())
+    if set(module._parameters) != expected or not _shapes_fit(module, layout):
         return "the parameters of its experts are none that are known"
     if expert_gate(module) is None:
         return "the activation of its experts has no kernel"
@@ -30,7 +73,8 @@ def experts_obstacle(module: nn.Module) -> str | None:
 
 def experts_weight_obstacle(module: nn.Module) -> str | None:
     """Why the weights of `module`, which holds experts, cannot be quantized; None when they can."""
-    for weight in (module.gate_up_proj, module.down_proj):
+    layout = expert_layout(module)
+    for weight in (getattr(module, layout.parameter(projection)) for projection in PROJECTIONS):
         if weight.dtype not in FLOAT_DTYPES:
             return f"its weight is {weight.dtype}, not float32, bfloat16 or float16"
         if weight.device.type != "cpu":
@@ -41,53 +85,70 @@ def experts_weight_obstacle(module: nn.Module) -> str | None:
 def experts_shape(module: nn.Module) -> tuple[int, int, int]:
     """``(experts, hidden_size, intermediate_size)`` of a module that holds experts."""
     experts, rows, columns = module.down_proj.shape
-    return (experts, columns, rows) if module.is_transposed else (experts, rows, columns)
+    return (experts, columns, rows) if expert_layout(module).transposed else (experts, rows, columns)
 
 
 def expert_weight(module: nn.Module, projection: str, expert: int) -> torch.Tensor:
-    """Float weight of one expert: gate above up ``[2 * I, H]``, or down ``[H, I]``, whatever the module's layout."""
-    weight = getattr(module, f"{projection}_proj")[expert].detach()
-    weight = weight.t() if module.is_transposed else weight
-    return weight if projection == "down" or module.is_concatenated else _separated(weight, 0)
+    """Float weight of one expert, whatever the module's layout: gate above up ``[2 * I, H]``, or up alone ``[I, H]``;
+    or down ``[H, I]``.
+    """
+    layout = expert_layout(module)
+    weight = getattr(module, layout.parameter(projection))[expert].detach()
+    weight = weight.t() if layout.transposed else weight
+    return weight if projection == "down" or layout.concatenated else _separated(weight, 0)
 
 
 def set_expert_weights(module: nn.Module, projection: str, weights: torch.Tensor) -> None:
     """Give a projection of `module` new data: what `expert_weight` returns is now ``weights[expert]``, of its dtype."""
-    if projection == "gate_up" and not module.is_concatenated:
+    layout = expert_layout(module)
+    if projection == "gate_up" and not layout.concatenated:
         weights = torch.stack(weights.chunk(2, dim=1), dim=2).flatten(1, 2)
-    parameter = getattr(module, f"{projection}_proj")
-    parameter.data = (weights.transpose(1, 2) if module.is_transposed else weights).to(parameter.dtype).contiguous()
+    parameter = getattr(module, layout.parameter(projection))
+    parameter.data = (weights.transpose(1, 2) if layout.transposed else weights).to(parameter.dtype).contiguous()
 
 
 def expert_bias(module: nn.Module, projection: str) -> torch.Tensor | None:
-    """Float32 biases, gate before up ``[E, 2 * I]``, or of down ``[E, H]``; None if they are zeros or not there."""
-    bias = getattr(module, f"{projection}_proj_bias", None)
+    """Float32 biases, gate before up ``[E, 2 * I]`` or up alone ``[E, I]``, or of down ``[E, H]``; None if they are
+    zeros or not there.
+    """
+    layout = expert_layout(module)
+    bias = getattr(module, f"{layout.parameter(projection)}_bias", None)
     if bias is None or not bias.any():
         return None
     bias = bias.detach().to(torch.float32, copy=True)
-    return bias if projection == "down" or module.is_concatenated else _separated(bias, 1)
+    return bias if projection == "down" or layout.concatenated else _separated(bias, 1)
 
 
 def expert_gate(module: nn.Module) -> ExpertGate | None:
     """What the gate of `module`, which holds experts, computes, found by trying it; None for one without a kernel."""
+    layout = expert_layout(module)
+    if layout.batched:
+        return _batched_gate(module)
     generator = torch.Generator("cpu").manual_seed(0)
     kind = {"dtype": torch.float32, "device": "cpu"}  # while a model is loaded, the defaults are its own
     x = torch.randn(5, 64, generator=generator, **kind) * torch.tensor([1e-2, 1.0, 5.0, 50.0, 1e4], **kind)[:, None]
-    gate, up = x.chunk(2, dim=1) if module.is_concatenated else (x[:, ::2], x[:, 1::2])
+    parts = x.chunk(layout.blocks, dim=1) if layout.concatenated else (x[:, ::2], x[:, 1::2])
     try:
         with torch.no_grad():
-            result = module._apply_gate(x.clone())
-            known = (each for each in _gates(module) if torch.allclose(result, each(gate, up), rtol=1e-4, atol=1e-6))
+            # Without a gate, the functions that transformers has for experts call the activation alone.
+            result = (module._apply_gate if layout.gated else module.act_fn)(x.clone())
+            known = (each for each in _gates(module, layout.gated) if _close(result, each(*parts)))
             return next(known, None)
     except Exception:  # whatever goes wrong in code that is not ours, it is none of those known
         return None
 
 
-def _gates(module: nn.Module) -> list[ExpertGate]:
-    gates = [ExpertGate(activation) for activation in (PostOp.SILU, PostOp.NEW_GELU, PostOp.GELU)]
+def _close(result: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.allclose(result, expected, rtol=1e-4, atol=1e-6)
+
+
+def _gates(module: nn.Module, gated: bool) -> list[ExpertGate]:
+    plain = [PostOp.SILU, PostOp.NEW_GELU, PostOp.GELU]
+    if not gated:
+        return [ExpertGate(activation, gated=False) for activation in (*plain, PostOp.RELU, PostOp.RELU2)]
     limits = [getattr(module, name, None) for name in ("limit", "swiglu_limit")]
     slopes = [1.0, *(getattr(module, name, None) for name in ("alpha", "swiglu_alpha"))]
-    return gates + [
+    return [ExpertGate(activation) for activation in plain] + [
         ExpertGate(PostOp.SILU, (float(limit), float(slope), offset))
         for limit in limits
         for slope in slopes
@@ -96,15 +157,58 @@ def _gates(module: nn.Module) -> list[ExpertGate]:
     ]
 
 
-def _shapes_fit(module: nn.Module) -> bool:
+def _batched_gate(module: nn.Module) -> ExpertGate | None:
+    """The gate of a module that multiplies ``[E * T, H]`` by ``gate_up_proj`` ``[E, H, 2 * I]`` and ``down_proj``
+    ``[E, I, H]`` in batches, as Llama 4's; None for any other.
+
+    It is tried with small weights: attributes that are one of its sizes get those of the small ones meanwhile.
+    """
+    up, down = (module._parameters.get(f"{projection}_proj") for projection in PROJECTIONS)
+    if set(module._parameters) != {"gate_up_proj", "down_proj"} or not up.dim() == down.dim() == 3:
+        return None
+    experts, width, hidden = down.shape
+    if tuple(up.shape) != (experts, hidden, 2 * width) or len(inspect.signature(module.forward).parameters) != 1:
+        return None
+    small = {hidden: 12, width: 8, 2 * width: 16} | ({width: 12, 2 * width: 24} if hidden == width else {})
+    small |= {hidden: 16} if hidden == 2 * width else {}
+    small[experts] = small.get(experts, 3)
+    sizes = small[experts], small[hidden], small[width]
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    count, rows, columns = sizes
+    weights = {"gate_up_proj": random(count, rows, 2 * columns), "down_proj": random(count, columns, rows)}
+    x = random(count * 5, rows)
+    probe = copy.copy(module)
+    numbers = {name: small[v] for name, v in vars(module).items() if type(v) is int and v in small}
+    probe.__dict__ |= {**numbers, "_parameters": weights}
+    try:
+        with torch.no_grad():
+            result = type(module).forward(probe, x.clone())
+            gate, up = torch.bmm(x.view(count, 5, rows), weights["gate_up_proj"]).chunk(2, dim=-1)
+            for each in _gates(module, True):
+                expected = torch.bmm(each(gate, up), weights["down_proj"]).view(-1, rows)
+                if result.shape == expected.shape and torch.allclose(result, expected, rtol=1e-4, atol=1e-4):
+                    return each
+    except Exception:  # whatever goes wrong in code that is not ours, it is none of those known
+        return None
+    return None
+
+
+def _shapes_fit(module: nn.Module, layout: ExpertLayout) -> bool:
     if module.down_proj.dim() != 3 or module.down_proj.numel() == 0:
         return False
     experts, hidden, width = experts_shape(module)
-    shapes = {"gate_up_proj": (experts, 2 * width, hidden), "gate_up_proj_bias": (experts, 2 * width)}
-    if module.is_transposed:
-        shapes["gate_up_proj"] = (experts, hidden, 2 * width)
-    shapes |= {"down_proj": tuple(module.down_proj.shape), "down_proj_bias": (experts, hidden)}
-    return experts == module.num_experts and all(
+    rows, up = layout.blocks * width, layout.parameter("gate_up")
+    shapes = {
+        up: (experts, hidden, rows) if layout.transposed else (experts, rows, hidden),
+        f"{up}_bias": (experts, rows),
+        "down_proj": tuple(module.down_proj.shape),
+        "down_proj_bias": (experts, hidden),
+    }
+    return experts == getattr(module, "num_experts", experts) and all(
         tuple(parameter.shape) == shapes[name] for name, parameter in module._parameters.items()
     )
 

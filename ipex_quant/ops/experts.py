@@ -23,9 +23,20 @@ TILE_ROWS = 64
 """Output features of a tile (``csrc/layout.h``); every expert begins with a tile of its own."""
 
 
+_ACTIVATIONS = {
+    PostOp.RELU: F.relu,
+    PostOp.RELU2: lambda x: F.relu(x).square(),
+    PostOp.GELU: F.gelu,
+    PostOp.NEW_GELU: lambda x: F.gelu(x, approximate="tanh"),
+    PostOp.SILU: F.silu,
+}
+
+
 @dataclass(frozen=True)
 class ExpertGate:
     """How the gate and the up projection of an expert become one: ``activation(gate) * up``.
+
+    Without `gated` there is up alone, and it is ``activation(up)``, which may be RELU and RELU2 too.
 
     With `clamp`, ``(limit, slope, offset)``, it is ``g * sigmoid(slope * g) * (u + offset)``, where g is the gate, at
     most the limit, and u is up, within the limit in both directions; `activation` then is SILU, the slope positive.
@@ -33,16 +44,21 @@ class ExpertGate:
 
     activation: PostOp
     clamp: tuple[float, float, float] | None = None
+    gated: bool = True
 
-    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """The product of two tensors of one shape and dtype, rounded as eager code does, if clamped only once."""
+    @property
+    def blocks(self) -> int:
+        """Projections before the activation: gate and up, or up alone."""
+        return 2 if self.gated else 1
+
+    def __call__(self, gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+        """The product of two tensors of one shape and dtype, rounded as eager code does, if clamped only once.
+
+        Without a gate there is one tensor, up.
+        """
         if self.clamp is None:
-            activations = {
-                PostOp.GELU: F.gelu,
-                PostOp.NEW_GELU: lambda x: F.gelu(x, approximate="tanh"),
-                PostOp.SILU: F.silu,
-            }
-            return activations[self.activation](gate.float()).to(gate.dtype) * up
+            activated = _ACTIVATIONS[self.activation](gate.float()).to(gate.dtype)
+            return activated * up if self.gated else activated
         limit, slope, offset = self.clamp
         wide, shifted = gate.float().clamp(max=limit), up.float().clamp(-limit, limit) + offset
         return (wide * torch.sigmoid(slope * wide) * shifted).to(gate.dtype)
@@ -138,8 +154,9 @@ def woq_experts(
 
     - `x`: float32, bfloat16 or float16 ``[T, H]``.
     - `experts`: int64 ``[T, k]``, expert indices. `weights`: float ``[T, k]``.
-    - `gate_up`: stack ``[E, 2 * I, H]``, the gate and then the up projection, in two blocks; `down`: ``[E, H, I]``.
-    - biases are float32 ``[E, 2 * I]`` and ``[E, H]``.
+    - `gate_up`: stack ``[E, 2 * I, H]``, the gate and then the up projection, in two blocks, or ``[E, I, H]`` in one
+      if there is no gate; `down`: ``[E, H, I]``.
+    - biases are float32, of the rows of these: ``[E, 2 * I]`` or ``[E, I]``, and ``[E, H]``.
 
     Every expert computes what `woq_linear` does with the rows of its tokens, but for a clamped gate, whose operands are
     not rounded. The product of the gate is rounded to the dtype of `x`, results of `down` are not: they are added in
@@ -147,10 +164,15 @@ def woq_experts(
     experts are read. Returns ``[T, H]`` in the dtype of `x`. `x` and `weights` have gradients. Raises RuntimeError when
     an argument does not fit, ahead of any computation.
     """
-    sizes = gate_up.shape[0], gate_up.shape[1] // 2
+    sizes = gate_up.shape[0], gate_up.shape[1] // gate.blocks
     tensors = gate_up.data, down.data, gate_up_bias, down_bias, gate_up.perm, down.perm
     modes = int(lowp_mode), int(act_quant_mode)
-    return run_experts(x, experts, weights, *tensors, *sizes, *modes, int(gate.activation), list(gate.clamp or ()))
+    return run_experts(x, experts, weights, *tensors, *sizes, *modes, *gate_arguments(gate))
+
+
+def gate_arguments(gate: ExpertGate) -> tuple[int, list[float], bool]:
+    """A gate as the native op takes it."""
+    return int(gate.activation), list(gate.clamp or ()), gate.gated
 
 
 def run_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -178,7 +200,7 @@ class _Differentiable(torch.autograd.Function):
 _ARGUMENTS = (
     "Tensor x, Tensor experts, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, "
     "Tensor? gate_up_perm, Tensor? down_perm, int num_experts, int intermediate, int lowp_mode, int act_quant_mode, "
-    "int activation, float[] clamp"
+    "int activation, float[] clamp, bool gated"
 )
 
 
@@ -186,38 +208,48 @@ _ARGUMENTS = (
     "ipex_quant::woq_experts_backward", mutates_args=(), schema=f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor)"
 )
 def _backward(
-    grad, x, experts, weights, gate_up, down, up_bias, down_bias, up_perm, down_perm, count, width, _, __, act, clamp
+    grad, x, experts, weights, gate_up, down, up_bias, down_bias, up_perm, down_perm, count, width, _, __, *how
 ):
-    gate = ExpertGate(PostOp(act), tuple(clamp) or None)
+    gate = ExpertGate(PostOp(how[0]), tuple(how[1]) or None, how[2])
     x_grad, weights_grad = torch.zeros(x.shape, dtype=torch.float32), torch.zeros(weights.shape, dtype=torch.float32)
     for expert in experts.unique().tolist():
-        up_weight = _expert_weight(gate_up, up_perm, expert, (count, 2, width, x.shape[1]))
+        up_weight = _expert_weight(gate_up, up_perm, expert, (count, gate.blocks, width, x.shape[1]))
         down_weight = _expert_weight(down, down_perm, expert, (count, 1, x.shape[1], width))
         token, choice = (experts == expert).nonzero(as_tuple=True)
-        both = F.linear(x[token].float(), up_weight, None if up_bias is None else up_bias[expert]).chunk(2, dim=-1)
+        both = F.linear(x[token].float(), up_weight, None if up_bias is None else up_bias[expert])
+        both = both.chunk(gate.blocks, dim=-1)
         out = F.linear(gate(*both), down_weight, None if down_bias is None else down_bias[expert])
         rows = grad[token].float()
         weights_grad[token, choice] = (rows * out).sum(-1)
         hidden_grad = (rows * weights[token, choice, None]) @ down_weight
-        x_grad.index_add_(0, token, torch.cat(_gate_gradients(gate, *both, hidden_grad), dim=-1) @ up_weight)
+        x_grad.index_add_(0, token, torch.cat(_gate_gradients(gate, both, hidden_grad), dim=-1) @ up_weight)
     return x_grad.to(x.dtype), weights_grad.to(weights.dtype)
 
 
 def _gate_gradients(
-    gate: ExpertGate, x: torch.Tensor, up: torch.Tensor, grad: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `gate(x, up)` for both of its operands, all float32."""
+    gate: ExpertGate, operands: tuple[torch.Tensor, ...], grad: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of ``gate(*operands)`` for each of them, all float32."""
+    x = operands[0]
+    if not gate.gated:
+        return (_activation_gradient(gate.activation, x, grad),)
+    up = operands[1]
     if gate.clamp is not None:
         limit, slope, offset = gate.clamp
         g, shifted = x.clamp(max=limit), up.clamp(-limit, limit) + offset
         s = torch.sigmoid(slope * g)
         x_grad = grad * shifted * s * (1 + slope * g * (1 - s)) * (x <= limit)
         return x_grad, grad * g * s * (up.abs() <= limit)
-    up_grad = grad * gate(x, torch.ones_like(up))
-    if gate.activation == PostOp.SILU:
-        return torch.ops.aten.silu_backward(grad * up, x), up_grad
-    approximate = "tanh" if gate.activation == PostOp.NEW_GELU else "none"
-    return torch.ops.aten.gelu_backward(grad * up, x, approximate=approximate), up_grad
+    return _activation_gradient(gate.activation, x, grad * up), grad * gate(x, torch.ones_like(up))
+
+
+def _activation_gradient(activation: PostOp, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    if activation in (PostOp.RELU, PostOp.RELU2):
+        return grad * ((x > 0) if activation == PostOp.RELU else 2 * x.clamp(min=0))
+    if activation == PostOp.SILU:
+        return torch.ops.aten.silu_backward(grad, x)
+    approximate = "tanh" if activation == PostOp.NEW_GELU else "none"
+    return torch.ops.aten.gelu_backward(grad, x, approximate=approximate)
 
 
 @register_fake("woq_experts_backward")

@@ -32,6 +32,7 @@ _ACTIVATIONS = {
     PostOp.GELU: F.gelu,
     PostOp.NEW_GELU: lambda r: F.gelu(r, approximate="tanh"),
     PostOp.SILU: F.silu,
+    PostOp.RELU2: lambda r: torch.relu(r).square(),
 }
 
 
@@ -97,7 +98,7 @@ def woq_experts(
         both = woq_sums(x[token], gate_up[expert], bias, lowp_mode, act_quant_mode)
         both = both.to(x.dtype) if gate.clamp is None else both
         bias = None if down_bias is None else down_bias[expert]
-        hidden = gate(*both.chunk(2, dim=-1)).to(x.dtype)
+        hidden = gate(*both.chunk(gate.blocks, dim=-1)).to(x.dtype)
         rows = woq_sums(hidden, down[expert], bias, lowp_mode, act_quant_mode)
         for row, (t, j) in enumerate(zip(token.tolist(), choice.tolist(), strict=True)):
             sums[t] += weights[t, j] * rows[row]

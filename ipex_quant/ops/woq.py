@@ -18,7 +18,7 @@ _ops = torch.ops.ipex_quant
 
 
 class PostOp(IntEnum):
-    """What `woq_linear` does to its result; the last three take other tensors of the result's shape and dtype."""
+    """What `woq_linear` does to its result; ADD, ADD_ADD and MUL take other tensors of its shape and dtype."""
 
     NONE = 0
     RELU = 1
@@ -28,6 +28,7 @@ class PostOp(IntEnum):
     ADD = 5
     ADD_ADD = 6
     MUL = 7
+    RELU2 = 8  # the square of relu
 
 
 @dataclass(frozen=True)

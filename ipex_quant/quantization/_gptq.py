@@ -18,7 +18,7 @@ from torch import nn
 from .. import ops
 from ..checkpoints import gptq_tensors
 from ..nn.linears import is_linear, weight_matrix
-from ..nn.stacked_experts import PROJECTIONS, expert_bias, expert_weight
+from ..nn.stacked_experts import PROJECTIONS, expert_bias, expert_layout, expert_weight
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqWeightDtype
 from ..woq.gptq import GptqOptions
@@ -130,7 +130,7 @@ def _check_weights(model: nn.Module, scheme: WeightScheme, scale_dtype: torch.dt
         elif can_quantize_experts(module):
             if not all(parameter.isfinite().all() for parameter in module.parameters()):
                 raise ValueError(f"{name}: expected finite values, got NaN or Inf")
-            matrices = [expert_weight(module, part, i) for part in PROJECTIONS for i in range(module.num_experts)]
+            matrices = [expert_weight(module, part, i) for part in PROJECTIONS for i in range(len(module.down_proj))]
         else:
             continue
         if scale_dtype == torch.float32 or not (name.startswith(towers) or name in also):
@@ -218,17 +218,18 @@ def _without_stacked_experts(
     """`tensors` without the experts that `weights` has one by one, but with the biases of their parts."""
     kept = dict(tensors)
     for name, module in model.named_modules():
-        if not can_quantize_experts(module) or f"{name}.0.{PARTS[0]}_proj" not in weights:
+        if not can_quantize_experts(module) or f"{name}.0.{PARTS[-1]}_proj" not in weights:
             continue
         for key in module._parameters:
             del kept[f"{name}.{key}"]
         gate_up, down = expert_bias(module, "gate_up"), expert_bias(module, "down")
-        for expert in range(module.num_experts):
-            biases = (None, None) if gate_up is None else gate_up[expert].chunk(2)
+        blocks = expert_layout(module).blocks
+        for expert in range(len(module.down_proj)):
+            biases = (None,) * blocks if gate_up is None else gate_up[expert].chunk(blocks)
             biases = (*biases, None if down is None else down[expert])
             kept |= {
                 f"{name}.{expert}.{part}_proj.bias": bias.clone()
-                for part, bias in zip(PARTS, biases, strict=True)
+                for part, bias in zip(PARTS[-1 - blocks :], biases, strict=True)
                 if bias is not None
             }
     return kept

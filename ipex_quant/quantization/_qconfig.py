@@ -188,6 +188,15 @@ def get_weight_only_quant_qconfig_mapping(
     return QConfigMapping().set_global(qconfig)
 
 
+def dynamic_experts_qconfig() -> QConfigWoq:
+    """What `default_dynamic_qconfig` means for experts: INT8 weights, a scale a channel, and activations quantized as
+    they come, a scale and a zero point a token.
+    """
+    return get_weight_only_quant_qconfig_mapping(
+        weight_dtype=WoqWeightDtype.INT8, lowp_mode=WoqLowpMode.INT8, act_quant_mode=WoqActQuantMode.PER_BATCH
+    ).global_qconfig
+
+
 def _per_channel_weight() -> Callable[[], Any]:
     return PerChannelMinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_channel_symmetric)
 

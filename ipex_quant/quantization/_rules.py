@@ -11,7 +11,7 @@ from torch.ao.quantization import QConfigMapping
 
 from ..nn.linears import conv_obstacle, holds_experts, is_convolution, is_linear, obstacle, weight_obstacle
 from ..nn.stacked_experts import experts_obstacle, experts_weight_obstacle
-from ._qconfig import QuantizationKind, kind_of
+from ._qconfig import QuantizationKind, dynamic_experts_qconfig, kind_of
 
 _BY_RULE = "the mapping's "
 BY_SUMMARY = "the qconf summary leaves it in float"
@@ -43,6 +43,8 @@ def choose_qconfigs(
         if kind is None:
             reasons[name] = f"{_BY_RULE}{rule} is None"
             continue
+        if kind is QuantizationKind.DYNAMIC and holds_experts(module):
+            qconfig, kind = dynamic_experts_qconfig(), QuantizationKind.WEIGHT_ONLY
         reason = _obstacle(module, lineage[1] if path else None, kind, read_weights)
         if reason:
             reasons[name] = reason
@@ -57,7 +59,7 @@ def _obstacle(module: nn.Module, parent: nn.Module | None, kind: QuantizationKin
     if is_linear(module):
         return obstacle(module, parent) or (weight_obstacle(module) if read_weights else None)
     if kind is not QuantizationKind.WEIGHT_ONLY:
-        return f"experts are quantized weight-only, not {kind.value}"
+        return f"experts are quantized weight-only or dynamically, not {kind.value}"
     return experts_obstacle(module) or (experts_weight_obstacle(module) if read_weights else None)
 
 

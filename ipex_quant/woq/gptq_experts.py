@@ -12,6 +12,7 @@ from ..nn.linears import holds_experts
 from ..nn.stacked_experts import (
     expert_bias,
     expert_gate,
+    expert_layout,
     expert_weight,
     experts_obstacle,
     experts_shape,
@@ -43,21 +44,25 @@ def quantize_experts(
     the quantized weights in new memory.
     """
     module = walk.blocks[index].get_submodule(name)
-    gate, bias, width = expert_gate(module), expert_bias(module, "gate_up"), experts_shape(module)[2]
+    gate, bias, (count, _, width) = expert_gate(module), expert_bias(module, "gate_up"), experts_shape(module)
+    first_parts = PARTS[:2] if gate.gated else PARTS[1:2]
     calls = _calls(walk, index, module)
     found: dict[str, QuantizedWeight] = {}
     idle: list[str] = []
     values: dict[str, list[torch.Tensor]] = {"gate_up": [], "down": []}
-    for expert in range(module.num_experts):
+    for expert in range(count):
         x = torch.cat([tokens[(chosen == expert).any(dim=-1)] for tokens, chosen in calls]).float()
         idle += [] if len(x) else [f"{name}.{expert}"]
         gate_up = _quantize(expert_weight(module, "gate_up", expert), x, scheme, options)
         values["gate_up"].append(dequantize(gate_up))
-        hidden = gate(*F.linear(x, values["gate_up"][-1], None if bias is None else bias[expert]).chunk(2, dim=-1))
+        hidden = gate(
+            *F.linear(x, values["gate_up"][-1], None if bias is None else bias[expert]).chunk(gate.blocks, dim=-1)
+        )
         down = _quantize(expert_weight(module, "down", expert), hidden, scheme, options)
         values["down"].append(dequantize(down))
-        for part, weight in zip(PARTS, (_rows(gate_up, 0, width), _rows(gate_up, width, width), down), strict=True):
-            found[f"{name}.{expert}.{part}_proj"] = weight
+        for place, part in enumerate(first_parts):
+            found[f"{name}.{expert}.{part}_proj"] = _rows(gate_up, place * width, width)
+        found[f"{name}.{expert}.{PARTS[2]}_proj"] = down
     for projection, weights in values.items():
         set_expert_weights(module, projection, torch.stack(weights))
     return found, idle
@@ -66,18 +71,29 @@ def quantize_experts(
 def _calls(walk: Walk, index: int, module: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What `module` of block `index` is called with, a batch: the tokens that no mask hides and their experts."""
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
-    handle = module.register_forward_pre_hook(lambda _, args: calls.append((args[0].detach(), args[1])))
+    batched, count = expert_layout(module).batched, experts_shape(module)[0]
+
+    def see(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0].detach()
+        calls.append((x, torch.arange(count).repeat_interleave(len(x) // count)[:, None] if batched else args[1]))
+
+    handle = module.register_forward_pre_hook(see)
     try:
         for batch_index in walk.reached(index):
             before = len(calls)
             walk.run(index, batch_index)
             for mask in walk.masks(index, batch_index)[:1]:
+                repeats = count if batched else 1  # a row of each token for every expert
                 calls[before:] = [
-                    tuple(tensor[mask.flatten()] for tensor in call) if mask.numel() == len(call[0]) else call
+                    tuple(tensor[mask.flatten().repeat(repeats)] for tensor in call)
+                    if repeats * mask.numel() == len(call[0])
+                    else call
                     for call in calls[before:]
                 ]
     finally:
         handle.remove()
+    if batched:  # rows of zeros are tokens that go elsewhere
+        calls = [tuple(tensor[(call[0] != 0).any(dim=1)] for tensor in call) for call in calls]
     return calls
 
 

@@ -7,9 +7,10 @@ import torch
 import transformers
 
 import ipex_quant as ipex
-from ipex_quant.nn import WeightOnlyQuantizedExperts
+from ipex_quant import ops
+from ipex_quant.nn import Int8Linear, WeightOnlyQuantizedExperts
 from ipex_quant.numerics import affine
-from ipex_quant.numerics.scheme import WoqLowpMode, WoqWeightDtype
+from ipex_quant.numerics.scheme import WoqActQuantMode, WoqLowpMode, WoqWeightDtype
 from ipex_quant.quantization import get_weight_only_quant_qconfig_mapping
 
 from .conftest import random_model
@@ -34,6 +35,27 @@ MODELS = {
             **LATENT,
             **{"num_key_value_heads": 4, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8},
             **{"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+        },
+    ),
+}
+MODELS |= {
+    # experts without a gate, and experts that are called with rows for each of them
+    "nemotron_h": (
+        transformers.NemotronHForCausalLM,
+        {
+            **SIZES,
+            **{"layers_block_type": ["mamba", "moe", "attention", "moe"], "num_hidden_layers": 4, "head_dim": 16},
+            **{"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8},
+            **{"n_routed_experts": 8, "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 24},
+            **{"n_group": 1, "topk_group": 1},
+        },
+    ),
+    "llama4": (
+        transformers.Llama4ForCausalLM,
+        {
+            **SIZES,
+            **{"intermediate_size": 48, "intermediate_size_mlp": 96, "head_dim": 16, "num_local_experts": 4},
+            **{"num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "attention_chunk_size": 64},
         },
     ),
 }
@@ -62,12 +84,14 @@ def dequantized(model, quantized):
     for name, module in quantized.named_modules():
         layer = reference.get_submodule(name)
         if isinstance(module, WeightOnlyQuantizedExperts):
-            gate, up, down = module.dequantized_weight(torch.float32).chunk(3, dim=1)
-            gate_up = (
-                torch.cat((gate, up), dim=1) if layer.is_concatenated else torch.stack((gate, up), 2).flatten(1, 2)
-            )
-            layer.gate_up_proj.data = gate_up.transpose(1, 2) if layer.is_transposed else gate_up
-            layer.down_proj.data = down if layer.is_transposed else down.transpose(1, 2)
+            parts = module.dequantized_weight(torch.float32).split(module.intermediate_dim, dim=1)
+            # Llama 4's does not say that it is transposed
+            transposed = getattr(layer, "is_transposed", True)
+            interleaved = not getattr(layer, "is_concatenated", True)
+            gate_up = torch.stack(parts[:-1], 2).flatten(1, 2) if interleaved else torch.cat(parts[:-1], dim=1)
+            name = "gate_up_proj" if len(parts) == 3 else "up_proj"
+            getattr(layer, name).data = gate_up.transpose(1, 2) if transposed else gate_up
+            layer.down_proj.data = parts[-1] if transposed else parts[-1].transpose(1, 2)
         elif isinstance(module, ipex.nn.WeightOnlyQuantizedLinear):
             layer.weight.data = affine.dequantize(module.quantized_weight())
     return reference
@@ -156,19 +180,44 @@ class TestRules:
         linears = mapping().set_global(None).set_object_type(torch.nn.Linear, mapping().global_qconfig)
         assert not experts_of(ipex.llm.optimize(model, quantization_config=linears))
 
-    def test_activations_of_experts_are_not_quantized_ahead(self, capsys):
-        dynamic = ipex.quantization.default_dynamic_qconfig_mapping
+    def test_activations_of_experts_are_not_quantized_ahead(self):
+        static = ipex.quantization.default_static_qconfig_mapping
+        model = build("mixtral")
+        prepared = ipex.quantization.prepare(model, static, example_kwarg_inputs={"input_ids": tokens(1, 8)})
+        prepared(tokens(2, 8))
         with pytest.warns(UserWarning, match="most weights stay in float: the experts in 3-D parameters of 2 modules"):
-            quantized = ipex.llm.optimize(build("mixtral"), quantization_config=dynamic)
+            quantized = ipex.quantization.convert(prepared)
         rows = {row.module: row for row in ipex.explain(quantized).rows}
-        assert rows[LAYER].reason == "experts are quantized weight-only, not dynamic"
+        assert rows[LAYER].reason == "experts are quantized weight-only or dynamically, not static"
         assert rows[LAYER].scheme == "float32"
+
+    @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h", "llama4"])
+    def test_dynamic_quantization_is_that_of_linears(self, name):
+        """Of every expert, its weights a scale a channel and its activations as they come, a scale a token."""
+        model, dynamic = build(name), ipex.quantization.default_dynamic_qconfig_mapping
+        quantized = ipex.llm.optimize(model, quantization_config=dynamic)
+        found = experts_of(quantized)
+        assert len(found) == 2
+        for place, module in found.items():
+            original, calls = model.get_submodule(place), []
+            original.register_forward_hook(lambda module, args, out, calls=calls: calls.append((args, out)))
+            model(tokens(2, 20))
+            ((args, expected),) = calls
+            assert (module(*args) - expected).norm() < 0.03 * expected.norm()
+            assert str(module.scheme) == "int8 sym per-channel"
+            assert (module._lowp_mode, module._act_quant_mode) == (WoqLowpMode.INT8, WoqActQuantMode.PER_BATCH)
+        stack = module.quantized_stack("down")
+        linear = Int8Linear.make_group([stack[1]], [None], None, torch.float32)[0]
+        hidden = torch.randn(3, stack.shape[2], generator=torch.Generator().manual_seed(0))
+        own = ops.pack_weight(stack[1])
+        result = ops.woq_linear(hidden, own.data, own.shape[0], None, None, WoqLowpMode.INT8, WoqActQuantMode.PER_BATCH)
+        torch.testing.assert_close(result, linear(hidden), rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize(
         ("change", "reason"),
         [
             ({"act_fn": torch.tanh}, "the activation of its experts has no kernel"),
-            ({"has_gate": False}, "its experts have no gate"),
+            ({"has_gate": False}, "the parameters of its experts are none that are known"),
             ({"has_post_expert_norm": True}, "its experts have a norm"),
             ({"has_bias": True}, "the parameters of its experts are none that are known"),
             ({"is_transposed": True}, "the parameters of its experts are none that are known"),

@@ -23,6 +23,8 @@ MODES = [(mode, WoqActQuantMode.NONE) for mode in WoqLowpMode if mode != WoqLowp
 MODES += [(WoqLowpMode.INT8, mode) for mode in WoqActQuantMode if mode != WoqActQuantMode.NONE]
 GATES = [ExpertGate(activation) for activation in (PostOp.SILU, PostOp.GELU, PostOp.NEW_GELU)]
 CLAMPED = ExpertGate(PostOp.SILU, (0.7, 1.702, 1.0))
+ALONE = [PostOp.RELU2, PostOp.RELU, PostOp.SILU, PostOp.GELU, PostOp.NEW_GELU]
+ALONE = [ExpertGate(activation, gated=False) for activation in ALONE]
 INT4 = WeightScheme(WoqWeightDtype.INT4, True, 32)
 BYTES = (WoqLowpMode.INT8, WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM)
 EXPERTS, HIDDEN, WIDTH = 5, 96, 40
@@ -46,16 +48,16 @@ def make_stack(experts: int, n: int, k: int, scheme: WeightScheme, act_order: bo
     return QuantizedStack.of(shuffled)
 
 
-def make(scheme: WeightScheme = INT4, act_order: bool = False, sizes: tuple[int, int, int] = (EXPERTS, HIDDEN, WIDTH)):
+def make(scheme: WeightScheme = INT4, act_order: bool = False, sizes=(EXPERTS, HIDDEN, WIDTH), blocks: int = 2):
     experts, hidden, width = sizes
     return (
-        make_stack(experts, 2 * width, hidden, scheme, act_order),
+        make_stack(experts, blocks * width, hidden, scheme, act_order),
         make_stack(experts, hidden, width, scheme, act_order),
     )
 
 
 def pack(stacks):
-    return ops.pack_experts(stacks[0], 2), ops.pack_experts(stacks[1], 1)
+    return ops.pack_experts(stacks[0], stacks[0].shape[1] // stacks[1].shape[2]), ops.pack_experts(stacks[1], 1)
 
 
 def route(tokens: int, choices: int, experts: int = EXPERTS, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +73,9 @@ def separately(x, experts, weights, stacks, gate, biases, modes):
         up, down = (ops.pack_weight(stack[expert]) for stack in stacks)
         bias = None if biases[0] is None else biases[0][expert].contiguous()
         both = ops.woq_linear(x[token], up.data, up.shape[0], bias, up.perm, *modes)
-        if gate.clamp is None and gate.activation == PostOp.SILU:
+        if not gate.gated:
+            hidden = ops.woq_linear(x[token], up.data, up.shape[0], bias, up.perm, *modes, gate.activation)
+        elif gate.clamp is None and gate.activation == PostOp.SILU:
             hidden = ops.silu_mul_halves(both)
         elif gate.clamp is None:
             hidden = ops.gelu_mul_halves(both, gate.activation == PostOp.NEW_GELU)
@@ -97,12 +101,12 @@ calls = {
 
 
 @settings(max_examples=100, deadline=None)
-@given(modes=st.sampled_from(MODES), gate=st.sampled_from(GATES), **calls)
+@given(modes=st.sampled_from(MODES), gate=st.sampled_from([*GATES, *ALONE]), **calls)
 def test_has_the_bits_of_separate_linears(
     sizes, tokens, choices, kind, group_size, act_order, bias, modes, gate
 ) -> None:
-    stacks = make(WeightScheme(*kind, group_size), act_order, sizes)
-    biases = (draw(sizes[0], 2 * sizes[2]), draw(sizes[0], sizes[1])) if bias else (None, None)
+    stacks = make(WeightScheme(*kind, group_size), act_order, sizes, gate.blocks)
+    biases = (draw(sizes[0], gate.blocks * sizes[2]), draw(sizes[0], sizes[1])) if bias else (None, None)
     x = draw(tokens, sizes[1])
     experts, weights = route(tokens, choices, sizes[0])
     result = ops.woq_experts(x, experts, weights, *pack(stacks), gate, *biases, *modes)
@@ -110,12 +114,12 @@ def test_has_the_bits_of_separate_linears(
 
 
 @settings(max_examples=60, deadline=None)
-@given(dtype=st.sampled_from(DTYPES), gate=st.sampled_from([*GATES, CLAMPED]), **calls)
+@given(dtype=st.sampled_from(DTYPES), gate=st.sampled_from([*GATES, CLAMPED, *ALONE]), **calls)
 def test_computes_what_the_definition_does(
     sizes, tokens, choices, kind, group_size, act_order, bias, dtype, gate
 ) -> None:
-    stacks = make(WeightScheme(*kind, group_size), act_order, sizes)
-    biases = (draw(sizes[0], 2 * sizes[2]), draw(sizes[0], sizes[1])) if bias else (None, None)
+    stacks = make(WeightScheme(*kind, group_size), act_order, sizes, gate.blocks)
+    biases = (draw(sizes[0], gate.blocks * sizes[2]), draw(sizes[0], sizes[1])) if bias else (None, None)
     x = draw(tokens, sizes[1], dtype=dtype)
     experts, weights = route(tokens, choices, sizes[0])
     result = ops.woq_experts(x, experts, weights, *pack(stacks), gate, *biases)
@@ -221,10 +225,12 @@ def call(**changes):
         "act_quant_mode": -1,
         "activation": 4,
         "clamp": [],
+        "gated": True,
     }
     return torch.ops.ipex_quant.woq_experts(*(arguments | changes).values())
 
 
+UP_ALONE = pack(make(blocks=1))[0].data
 BAD = [
     ({"x": torch.ones(4, HIDDEN, dtype=torch.float64)}, "x: expected float32, bfloat16 or float16"),
     ({"x": torch.ones(2, 2, HIDDEN)}, r"x: expected shape \[tokens, hidden\]"),
@@ -256,6 +262,15 @@ BAD = [
     ({"activation": 1}, "activation: expected"),
     ({"clamp": [1.0]}, "clamp: expected nothing"),
     ({"clamp": [1.0, 1.0, 1.0], "activation": 2}, "clamp: expected nothing"),
+    ({"gated": False}, "packed: expected 5 experts, 320 rows"),
+    ({"gated": False, "gate_up": UP_ALONE, "activation": 0}, r"activation: expected one of 1\.\.4 or 8 without a gate"),
+    ({"gated": False, "gate_up": UP_ALONE, "activation": 7}, r"activation: expected one of 1\.\.4 or 8 without a gate"),
+    ({"gated": False, "gate_up": UP_ALONE, "clamp": [1.0, 1.0, 1.0]}, "clamp: expected nothing without a gate"),
+    (
+        {"gated": False, "gate_up": UP_ALONE, "gate_up_bias": torch.ones(5, 80)},
+        r"gate_up_bias: expected shape \[5, 40\]",
+    ),
+    ({"gate_up": UP_ALONE}, "packed: expected 5 experts, 640 rows"),
 ]
 
 
@@ -277,10 +292,11 @@ def test_experts_of_different_schemes_are_refused() -> None:
         QuantizedStack.of(weights)
 
 
-def test_opcheck() -> None:
-    packed, (experts, weights) = pack(make()), route(4, 2)
+@pytest.mark.parametrize("gated", [True, False])
+def test_opcheck(gated: bool) -> None:
+    packed, (experts, weights) = pack(make(blocks=2 if gated else 1)), route(4, 2)
     arguments = (draw(4, HIDDEN), experts, weights, packed[0].data, packed[1].data, *[None] * 4)
-    options = (EXPERTS, WIDTH, *map(int, BYTES), 4, [])
+    options = (EXPERTS, WIDTH, *map(int, BYTES), 4, [], gated)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.ipex_quant.woq_experts.default, (*arguments, *options), test_utils=checks)
     torch.library.opcheck(
@@ -291,10 +307,10 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("gate", [*GATES, CLAMPED])
+@pytest.mark.parametrize("gate", [*GATES, CLAMPED, *ALONE])
 def test_gradients_are_those_of_float_experts(gate: ExpertGate, act_order: bool) -> None:
-    stacks = make(act_order=act_order)
-    biases = draw(EXPERTS, 2 * WIDTH), draw(EXPERTS, HIDDEN)
+    stacks = make(act_order=act_order, blocks=gate.blocks)
+    biases = draw(EXPERTS, gate.blocks * WIDTH), draw(EXPERTS, HIDDEN)
     experts, weights = route(6, 2)
     x = draw(6, HIDDEN).requires_grad_()
     weights.requires_grad_()
@@ -307,7 +323,7 @@ def test_gradients_are_those_of_float_experts(gate: ExpertGate, act_order: bool)
         for choice in range(2):
             expert = int(experts[token, choice])
             both = affine.dequantize(stacks[0][expert]) @ y[token] + biases[0][expert]
-            down = affine.dequantize(stacks[1][expert]) @ gate(*both.chunk(2)) + biases[1][expert]
+            down = affine.dequantize(stacks[1][expert]) @ gate(*both.chunk(gate.blocks)) + biases[1][expert]
             floats.append(v[token, choice] * down)
     expected = torch.stack(floats).view(6, 2, HIDDEN).sum(1)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)

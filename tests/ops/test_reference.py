@@ -178,6 +178,7 @@ def test_post_ops_round_before_the_addition() -> None:
         PostOp.ADD: plain + y,
         PostOp.ADD_ADD: plain + y + z,
         PostOp.MUL: plain * y,
+        PostOp.RELU2: plain.relu().square(),
     }
     others = {PostOp.ADD: (y,), PostOp.ADD_ADD: (y, z), PostOp.MUL: (y,)}
     for post_op, value in expected.items():

@@ -8,7 +8,7 @@ import transformers
 
 import ipex_quant as ipex
 from ipex_quant.checkpoints import load_low_precision_checkpoint
-from ipex_quant.nn import WeightOnlyQuantizedExperts
+from ipex_quant.nn import WeightOnlyQuantizedExperts, WeightOnlyQuantizedLinear
 from ipex_quant.nn.stacked_experts import expert_weight
 from ipex_quant.numerics.affine import dequantize
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
@@ -132,3 +132,76 @@ def test_nan_in_an_expert_names_the_module(model, batches, tmp_path):
     model.get_submodule(EXPERTS).down_proj.data[1, 2, 3] = torch.nan
     with pytest.raises(ValueError, match=f"{EXPERTS}: expected finite values"):
         gptq(model, batches, save_dir=tmp_path / "gptq")
+
+
+OTHERS = {
+    "nemotron_h": (
+        transformers.NemotronHForCausalLM,
+        {
+            **{"layers_block_type": ["moe", "attention"], "head_dim": 16, "n_routed_experts": 4, "n_group": 1},
+            **{"moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 24, "topk_group": 1},
+        },
+        "model.layers.0.mixer.experts",
+        ("up", "down"),
+    ),
+    "llama4": (
+        transformers.Llama4ForCausalLM,
+        {"intermediate_size_mlp": 48, "head_dim": 16, "interleave_moe_layer_step": 1, "num_experts_per_tok": 1},
+        "model.layers.0.feed_forward.experts",
+        ("gate", "up", "down"),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_experts_without_a_gate_and_batched_ones(family, batches, tmp_path):
+    """The first experts that are run see their tokens, and the checkpoint has all their parts."""
+    model_class, options, name, parts = OTHERS[family]
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**(SIZES | options))).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
+    gptq(model, batches, group_size=32, scale_dtype=torch.float32, save_dir=tmp_path / "gptq")
+    checkpoint = load_low_precision_checkpoint(tmp_path / "gptq")
+    stored = {key.removesuffix(".qweight") for key in checkpoint[0] if key.endswith(".qweight")}
+    assert {f"{name}.{expert}.{part}_proj" for expert in range(4) for part in parts} <= stored
+    assert not any(f"{name}.{part}_proj" in key for key in checkpoint[0] for part in ("gate_up", *parts))
+    mapping = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4)
+    with torch.inference_mode():
+        quantized = ipex.llm.optimize(model, quantization_config=mapping, low_precision_checkpoint=checkpoint)
+        nearest = ipex.llm.optimize(model, quantization_config=mapping.set_global(_rounded()))
+        module, rounded = (each.get_submodule(name) for each in (quantized, nearest))
+        rows = _routed_rows(model, batches, quantized, name)
+        errors = {}
+        for kind, each in (("gptq", module), ("nearest", rounded)):
+            stack = each.quantized_stack("gate_up")
+            for expert, x in rows.items():
+                change = dequantize(stack[expert]) - expert_weight(model.get_submodule(name), "gate_up", expert)
+                errors[kind, expert] = float((x @ change.T).square().sum())
+    assert len(rows) > 1
+    for expert in rows:
+        assert errors["gptq", expert] < errors["nearest", expert]
+
+
+def _routed_rows(model, batches, quantized, name):
+    """What every expert that gets tokens reads, when the linears before it are quantized."""
+    calls = []
+    probe = copy.deepcopy(model)
+    for each, module in quantized.named_modules():
+        if isinstance(module, WeightOnlyQuantizedLinear) and not each.startswith(name.removesuffix(".experts")):
+            probe.get_submodule(each).weight.data = dequantize(module.quantized_weight())
+    probe.get_submodule(name).register_forward_pre_hook(lambda module, args: calls.append(args))
+    masks = []
+    for batch in batches:
+        probe(**batch)
+        masks.append(batch["attention_mask"].flatten().bool())
+    found = {}
+    for expert in range(4):
+        rows = []
+        for mask, call in zip(masks, calls, strict=True):
+            x = call[0]
+            x = x.view(4, -1, 64)[expert][mask] if len(call) == 1 else x[mask & (call[1] == expert).any(-1)]
+            rows.append(x[(x != 0).any(-1)])
+        if len(torch.cat(rows)):
+            found[expert] = torch.cat(rows)
+    return found
