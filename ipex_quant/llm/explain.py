@@ -7,7 +7,14 @@ from dataclasses import astuple, dataclass, fields
 from torch import nn
 
 from .. import ops
-from ..nn import Int8Conv, Int8Linear, QuantizedModule, WeightOnlyQuantizedExperts, WeightOnlyQuantizedLinear
+from ..nn import (
+    Int8Conv,
+    Int8Linear,
+    QuantizedModule,
+    WeightOnlyQuantizedExpertLinears,
+    WeightOnlyQuantizedExperts,
+    WeightOnlyQuantizedLinear,
+)
 from ..nn.linears import holds_experts, is_linear, weight_matrix
 from ..numerics.scheme import WoqLowpMode
 from ..ops.int8 import INT8_PER_CHANNEL
@@ -58,6 +65,9 @@ class Explanation:
         return f"{len(packed)} modules quantized, {sum(packed):,} bytes; {len(rest)} in float, {sum(rest):,} bytes"
 
 
+_WEIGHT_ONLY = (WeightOnlyQuantizedLinear, WeightOnlyQuantizedExperts, WeightOnlyQuantizedExpertLinears)
+
+
 def explain(model: nn.Module) -> Explanation:
     """Print how each module of `model` with a weight matrix is computed: scheme, shape, compute mode, kernel, bytes.
 
@@ -69,7 +79,7 @@ def explain(model: nn.Module) -> Explanation:
     siblings = {name: [each for each in group if each != name] for group in share_groups(model) for name in group}
     rows = []
     for name, module in model.named_modules():
-        if isinstance(module, (WeightOnlyQuantizedLinear, WeightOnlyQuantizedExperts)):
+        if isinstance(module, _WEIGHT_ONLY):
             rows.append(_weight_only_row(name, module))
         elif isinstance(module, QuantizedModule):
             rows.append(_int8_row(name, module, siblings.get(name, [])))
@@ -80,7 +90,7 @@ def explain(model: nn.Module) -> Explanation:
     return explanation
 
 
-def _weight_only_row(name: str, module: WeightOnlyQuantizedLinear | WeightOnlyQuantizedExperts) -> Row:
+def _weight_only_row(name: str, module: QuantizedModule) -> Row:
     dtype = module.weight.dtype
     mode, act = module._lowp_mode, module._act_quant_mode
     compute = mode.name.lower() if mode != WoqLowpMode.NONE else str(dtype).removeprefix("torch.")
@@ -90,7 +100,7 @@ def _weight_only_row(name: str, module: WeightOnlyQuantizedLinear | WeightOnlyQu
     if module.scheme is None:
         return Row(name, module.dtype.name.lower(), shape, compute, "", "", 0, "it has no weight yet")
     kernel = ops.kernel_name(module.scheme, mode, dtype)
-    if isinstance(module, WeightOnlyQuantizedExperts):
+    if not isinstance(module, WeightOnlyQuantizedLinear):
         kernel += ", routed experts"
     return Row(name, str(module.scheme), shape, compute, kernel, ops.isa_name(), module.nbytes)
 

@@ -1,6 +1,7 @@
 """Quantized modules."""
 
 from . import modules
+from .expert_linears import WeightOnlyQuantizedExpertLinears
 from .experts import WeightOnlyQuantizedExperts
 from .int8_conv import Int8Conv
 from .int8_linear import Int8Linear
@@ -15,6 +16,7 @@ __all__ = [
     "QuantDtype",
     "QuantMethod",
     "QuantizedModule",
+    "WeightOnlyQuantizedExpertLinears",
     "WeightOnlyQuantizedExperts",
     "WeightOnlyQuantizedLinear",
     "WoqWeightFormat",

@@ -13,7 +13,16 @@ from .attention import (
 )
 from .conv import ConvGeometry, PackedConv, int8_conv, pack_conv, unpack_conv
 from .decoder import DecoderStructure, DecoderWeights, decoder_layers
-from .experts import ExpertGate, PackedExperts, gate_arguments, pack_experts, run_experts, unpack_experts, woq_experts
+from .experts import (
+    ExpertGate,
+    PackedExperts,
+    gate_arguments,
+    pack_experts,
+    run_experts,
+    split_experts,
+    unpack_experts,
+    woq_experts,
+)
 from .gated import gelu_mul, gelu_mul_halves, silu_mul, silu_mul_halves
 from .int8 import (
     PackedInt8,
@@ -80,6 +89,7 @@ __all__ = [
     "run_experts",
     "silu_mul",
     "silu_mul_halves",
+    "split_experts",
     "supported_isas",
     "unpack_conv",
     "unpack_experts",

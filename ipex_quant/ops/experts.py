@@ -19,6 +19,9 @@ from .woq import PackedWeight, PostOp, pack_weight, unpack_weight
 _ops = torch.ops.ipex_quant
 _woq_experts = _ops.woq_experts.default
 
+HEADER_BYTES = 64
+"""In front of the tiles of a packed weight."""
+
 TILE_ROWS = 64
 """Output features of a tile (``csrc/layout.h``); every expert begins with a tile of its own."""
 
@@ -96,6 +99,16 @@ def pack_experts(stack: QuantizedStack, blocks: int) -> PackedExperts:
     shape = (len(rows[0]), stack.shape[2])
     data = pack_weight(QuantizedWeight(*rows, None, stack.scheme, shape)).data
     return PackedExperts(data, perm, stack.scheme, stack.shape, blocks)
+
+
+def split_experts(packed: PackedExperts) -> torch.Tensor:
+    """The packed weights of single experts, as `woq_linear` takes them, in one tensor: uint8 ``[E, bytes]``.
+
+    For stacks of one block that have no `perm`.
+    """
+    experts, out_features, _ = packed.shape
+    header, tiles = packed.data[:HEADER_BYTES].clone(), packed.data[HEADER_BYTES:].view(experts, -1)
+    return torch.cat((_with_rows(header, out_features).expand(experts, -1), tiles), dim=1)
 
 
 def unpack_experts(packed: PackedExperts) -> QuantizedStack:
@@ -263,11 +276,17 @@ def _expert_weight(
     """Real values ``[blocks * n, K]`` of one expert of a packed stack with ``(experts, blocks, n, K)``."""
     count, blocks, n, in_features = sizes
     rows = blocks * _padded(n)
-    header, tiles = data[:64].clone(), data[64:].view(count, -1)[expert]  # WoqHeader, whose out_features is at byte 8
-    header[8:16] = torch.tensor([rows]).view(torch.uint8)
-    values = _ops.woq_dequantize(torch.cat((header, tiles)), None, rows, in_features, torch.float32)
+    header, tiles = data[:HEADER_BYTES].clone(), data[HEADER_BYTES:].view(count, -1)[expert]
+    packed = torch.cat((_with_rows(header, rows), tiles))
+    values = _ops.woq_dequantize(packed, None, rows, in_features, torch.float32)
     values = values.view(blocks, -1, in_features)[:, :n].reshape(blocks * n, in_features)
     return values if perm is None else values[:, perm[expert].argsort()]
+
+
+def _with_rows(header: torch.Tensor, rows: int) -> torch.Tensor:
+    """A WoqHeader (``csrc/layout.h``) with another out_features, which is at byte 8."""
+    header[8:16] = torch.tensor([rows]).view(torch.uint8)
+    return header
 
 
 @register_fake("woq_experts")

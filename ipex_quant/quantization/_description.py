@@ -9,14 +9,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn import Int8Conv, Int8Linear, QuantizedModule, WeightOnlyQuantizedExperts, WeightOnlyQuantizedLinear
+from ..nn import (
+    Int8Conv,
+    Int8Linear,
+    QuantizedModule,
+    WeightOnlyQuantizedExpertLinears,
+    WeightOnlyQuantizedExperts,
+    WeightOnlyQuantizedLinear,
+)
 
 METHOD = "ipex_quant"
 VERSION = 1
 """Version of the entry and of the tensors it describes."""
 
 KINDS: dict[str, type[QuantizedModule]] = {
-    module.kind: module for module in (WeightOnlyQuantizedLinear, Int8Linear, Int8Conv, WeightOnlyQuantizedExperts)
+    module.kind: module
+    for module in (
+        WeightOnlyQuantizedLinear,
+        Int8Linear,
+        Int8Conv,
+        WeightOnlyQuantizedExperts,
+        WeightOnlyQuantizedExpertLinears,
+    )
 }
 """Quantized modules by the name that saved configurations have for them."""
 

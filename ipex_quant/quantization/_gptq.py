@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import ops
 from ..checkpoints import gptq_tensors
-from ..nn.linears import is_linear, weight_matrix
+from ..nn.linears import holds_experts, is_linear, weight_matrix
 from ..nn.stacked_experts import PROJECTIONS, expert_bias, expert_layout, expert_weight
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqWeightDtype
@@ -98,8 +98,9 @@ def gptq(
 
     _check_weights(model, scheme, scale_dtype, also)
     weights = quantize_blocks(model, batches, scheme, options, also)
-    rest = [name for name, module in model.named_modules() if is_linear(module) and name not in weights]
-    warn_of_rest(model, rest, "gptq: these linear layers stay in float")
+    done = {*weights, *(name.rsplit(".", 2)[0] for name in weights)}  # experts are there part by part
+    layers = [name for name, module in model.named_modules() if is_linear(module) or holds_experts(module)]
+    warn_of_rest(model, [name for name in layers if name not in done], "gptq: these linear layers stay in float")
     config = {
         "quant_method": "gptq",
         "bits": wbits,

@@ -12,7 +12,13 @@ from typing import Any
 from torch import nn
 from torch.ao.quantization import QConfig, QConfigMapping
 
-from ..nn import QuantizedModule, WeightOnlyQuantizedExperts, WeightOnlyQuantizedLinear
+from ..nn import (
+    QuantizedModule,
+    WeightOnlyQuantizedExpertLinears,
+    WeightOnlyQuantizedExperts,
+    WeightOnlyQuantizedLinear,
+)
+from ..nn.expert_linears import holds_expert_linears
 from ..nn.fused_forward import restore_forwards
 from ..nn.linears import holds_experts, is_linear
 from ..nn.norms import is_norm
@@ -242,6 +248,9 @@ def warn_if_mostly_float(model: nn.Module, refused: list[str]) -> None:
 
 
 def _from_float(name: str, module: nn.Module) -> nn.Module:
-    kind = WeightOnlyQuantizedLinear if is_linear(module) else WeightOnlyQuantizedExperts
+    if is_linear(module):
+        kind = WeightOnlyQuantizedLinear
+    else:
+        kind = WeightOnlyQuantizedExpertLinears if holds_expert_linears(module) else WeightOnlyQuantizedExperts
     with naming(name):
         return kind.from_float(module)

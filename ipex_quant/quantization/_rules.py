@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 
+from ..nn.expert_linears import holds_expert_linears
 from ..nn.linears import conv_obstacle, holds_experts, is_convolution, is_linear, obstacle, weight_obstacle
 from ..nn.stacked_experts import experts_obstacle, experts_weight_obstacle
 from ._qconfig import QuantizationKind, dynamic_experts_qconfig, kind_of
@@ -60,6 +61,8 @@ def _obstacle(module: nn.Module, parent: nn.Module | None, kind: QuantizationKin
         return obstacle(module, parent) or (weight_obstacle(module) if read_weights else None)
     if kind is not QuantizationKind.WEIGHT_ONLY:
         return f"experts are quantized weight-only or dynamically, not {kind.value}"
+    if holds_expert_linears(module):
+        return weight_obstacle(module) if read_weights else None
     return experts_obstacle(module) or (experts_weight_obstacle(module) if read_weights else None)
 
 

@@ -143,7 +143,7 @@ class Walk:
         return [batch for batch, calls in enumerate(self._counts) if self.names[index] in calls]
 
     def run(self, index: int, batch_index: int) -> list[object]:
-        """What the calls of block `index` return for one batch, but for one that a hook stops; those before replay."""
+        """What the calls of block `index` return for one batch; a call that a hook stops returns nothing."""
         return self._run(self.names[index], batch_index)
 
     def masks(self, index: int, batch_index: int) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ import transformers
 
 import ipex_quant as ipex
 from ipex_quant import ops
-from ipex_quant.nn import Int8Linear, WeightOnlyQuantizedExperts
+from ipex_quant.nn import Int8Linear, WeightOnlyQuantizedExpertLinears, WeightOnlyQuantizedExperts
 from ipex_quant.numerics import affine
 from ipex_quant.numerics.scheme import WoqActQuantMode, WoqLowpMode, WoqWeightDtype
 from ipex_quant.quantization import get_weight_only_quant_qconfig_mapping
@@ -50,6 +50,15 @@ MODELS |= {
             **{"n_group": 1, "topk_group": 1},
         },
     ),
+    # one linear of every expert at a time, in attention too
+    "jetmoe": (
+        transformers.JetMoeForCausalLM,
+        {
+            **{key: SIZES[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size", "num_experts_per_tok")},
+            **{"num_key_value_heads": 2, "kv_channels": 16, "intermediate_size": 48, "num_local_experts": 4},
+            **{"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "tie_word_embeddings": False},
+        },
+    ),
     "llama4": (
         transformers.Llama4ForCausalLM,
         {
@@ -75,7 +84,8 @@ def optimized(model, **options):
 
 
 def experts_of(model):
-    return {name: each for name, each in model.named_modules() if isinstance(each, WeightOnlyQuantizedExperts)}
+    kinds = (WeightOnlyQuantizedExperts, WeightOnlyQuantizedExpertLinears)
+    return {name: each for name, each in model.named_modules() if isinstance(each, kinds)}
 
 
 def dequantized(model, quantized):
@@ -92,6 +102,8 @@ def dequantized(model, quantized):
             name = "gate_up_proj" if len(parts) == 3 else "up_proj"
             getattr(layer, name).data = gate_up.transpose(1, 2) if transposed else gate_up
             layer.down_proj.data = parts[-1] if transposed else parts[-1].transpose(1, 2)
+        elif isinstance(module, WeightOnlyQuantizedExpertLinears):
+            layer.weight.data = module.dequantized_weight(torch.float32)
         elif isinstance(module, ipex.nn.WeightOnlyQuantizedLinear):
             layer.weight.data = affine.dequantize(module.quantized_weight())
     return reference
@@ -112,7 +124,7 @@ class TestModels:
     def test_prefill_and_decode_compute_what_the_weights_say(self, name):
         model = build(name)
         quantized = optimized(model)
-        assert len(experts_of(quantized)) == (1 if name == "deepseek_v3" else 2)
+        assert len(experts_of(quantized)) == {"deepseek_v3": 1, "jetmoe": 8}.get(name, 2)
         reference, ids = dequantized(model, quantized), tokens(2, 20)
         caches = [None, None]
         for step in (ids[:, :17], ids[:, 17:18], ids[:, 18:]):

@@ -1,0 +1,186 @@
+"""`WeightOnlyQuantizedExpertLinears`: one linear layer of every expert, called with the tokens sorted by expert."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..numerics import affine
+from ..numerics.quantized_stack import QuantizedStack
+from ..numerics.quantized_weight import CODE_DTYPES, code_columns
+from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightQScheme
+from .quantized_module import Placeholder, QuantizedModule, autocast
+from .weight_only_linear import read_modes, read_scheme
+
+
+class WeightOnlyQuantizedExpertLinears(QuantizedModule):
+    """``x_e @ dequantize(weight_e).T`` for the rows ``x_e`` of every expert e, with packed weights ``[E, N, K]``.
+
+    It stands where JetMoe has a module with one 3-D parameter, and is called as that: with `x` float32, bfloat16 or
+    float16 ``[T, K]``, sorted by expert, and a list of how many rows each of E experts has. The result ``[T, N]`` has
+    the dtype of `x`, or under torch.autocast autocast's; weights of experts without rows are not read. Gradients reach
+    `x`. The state dict holds the plain tensors of `QuantizedStack`. RuntimeError when it is called without weights or
+    moved off the CPU, ValueError for numbers of rows that do not fit.
+    """
+
+    kind = "weight_only_expert_linears"
+    entry_names = frozenset(("weight_dtype", "symmetric", "group_size", "lowp_mode", "act_quant_mode"))
+    weight_names = ("codes", "scales", "zero_points")
+
+    def __init__(self, shape: tuple[int, int, int], scheme: WeightScheme) -> None:
+        """A module without weights for ``(experts, out_features, in_features)``; `load_state_dict` brings them."""
+        super().__init__()
+        self.shape = tuple(shape)
+        self.scheme = scheme
+        self._lowp_mode = WoqLowpMode.NONE
+        self._act_quant_mode = WoqActQuantMode.NONE
+        self.register_buffer("_packed", None, persistent=False)  # [E, bytes], a packed weight each
+
+    @classmethod
+    def from_float(cls, mod: nn.Module) -> WeightOnlyQuantizedExpertLinears:
+        """Quantize the weights of `mod` as its attribute `qconfig`, a `QConfigWoq`, says; ValueError for NaN or Inf."""
+        qconfig = mod.qconfig
+        symmetric = qconfig.weight_qscheme == WoqWeightQScheme.SYMMETRIC
+        scheme = WeightScheme(qconfig.weight_dtype, symmetric, qconfig.group_size)
+        stack = QuantizedStack.of([ops.quantize_weight(weight, scheme) for weight in mod.weight.detach()])
+        module = cls(stack.shape, scheme)
+        module._lowp_mode, module._act_quant_mode = WoqLowpMode(qconfig.lowp_mode), qconfig.act_quant_mode
+        module._packed = ops.split_experts(ops.pack_experts(stack, 1))
+        return module.train(mod.training).to(mod.weight.dtype)
+
+    def forward(self, inputs: torch.Tensor, expert_size: Sequence[int]) -> torch.Tensor:
+        packed = self._checked()
+        experts, out_features, _ = self.shape
+        if len(expert_size) != experts or sum(expert_size) != len(inputs):
+            raise ValueError(
+                f"expert_size: expected the rows of {experts} experts, {len(inputs)} in all, got {list(expert_size)}"
+            )
+        x = autocast(inputs)
+        modes = self._lowp_mode, self._act_quant_mode
+        results = [
+            ops.woq_linear(rows, data, out_features, None, None, *modes)
+            for rows, data in zip(x.split(list(expert_size)), packed, strict=True)
+            if len(rows)
+        ]
+        return torch.cat(results) if results else x.new_empty(0, out_features)
+
+    def quantized_stack(self) -> QuantizedStack:
+        """The plain form of the weights, in new tensors; RuntimeError when there are none."""
+        return QuantizedStack.of(
+            [ops.unpack_weight(ops.PackedWeight(data, None, self.scheme, self.shape[1:])) for data in self._checked()]
+        )
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int]:
+        """``(experts, out_features, in_features)``."""
+        return self.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights."""
+        return 0 if self._packed is None else self._packed.nbytes
+
+    def plain_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of `quantized_stack`, those that there are."""
+        return {} if self._packed is None else self.quantized_stack().tensors()
+
+    def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """``[E, N, K]`` in a new tensor; RuntimeError when there are no weights."""
+        stack = self.quantized_stack()
+        return torch.stack([affine.dequantize(stack[expert], dtype) for expert in range(self.shape[0])])
+
+    def describe(self) -> dict[str, Any]:
+        """Scheme and compute mode."""
+        return {
+            "weight_dtype": self.scheme.dtype.name.lower(),
+            "symmetric": self.scheme.symmetric,
+            "group_size": self.scheme.group_size,
+            "lowp_mode": self._lowp_mode.name.lower(),
+            "act_quant_mode": self._act_quant_mode.name.lower(),
+        }
+
+    @classmethod
+    def placeholder(cls, module: nn.Module, entry: dict[str, Any]) -> Placeholder:
+        """Tensors of the scheme in `entry` for the float `module`; ValueError when it holds no linears of experts."""
+        if not holds_expert_linears(module):
+            raise ValueError(
+                f"expected one linear layer of every expert in a 3-D parameter, got a {type(module).__name__}"
+            )
+        scheme, _ = read_scheme(entry), read_modes(entry)
+        experts, rows, columns = module.weight.shape
+        grid = (experts, rows, scheme.group_count(columns))
+        tensors = {
+            "codes": (CODE_DTYPES[scheme.dtype], (experts, rows, code_columns(scheme.dtype, columns))),
+            "scales": (torch.float32, grid),
+            "zero_points": None if scheme.symmetric else (torch.int16, grid),
+        }
+        return Placeholder((experts, rows, columns), entry, tensors)
+
+    @classmethod
+    def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[WeightOnlyQuantizedExpertLinears]:
+        """One module for each; ValueError or TypeError for tensors that do not fit the scheme."""
+        modules = []
+        for place in loaded:
+            module = cls(place.shape, read_scheme(place.entry))
+            module._lowp_mode, module._act_quant_mode = read_modes(place.entry)
+            module._load_weight(place.tensors)
+            modules.append(module)
+        return modules
+
+    def extra_repr(self) -> str:
+        modes = f"lowp_mode={self._lowp_mode.name.lower()}, act_quant_mode={self._act_quant_mode.name.lower()}"
+        return f"shape={self.shape}, scheme={self.scheme}, {modes}"
+
+    def _checked(self) -> torch.Tensor:
+        if self._packed is None:
+            raise RuntimeError(f"{type(self).__name__} has no weights yet; load a state dict or use from_float")
+        return self._packed
+
+    def _float_bias(self) -> None:
+        return None
+
+    def _expected_names(self, given: dict[str, torch.Tensor]) -> list[str]:
+        return [name for name in self.weight_names if name != "zero_points" or not self.scheme.symmetric]
+
+    def _load_weight(self, tensors: dict[str, torch.Tensor | None]) -> None:
+        parts = (tensors.get(name) for name in self.weight_names)
+        self._packed = ops.split_experts(ops.pack_experts(QuantizedStack(*parts, None, self.scheme, self.shape), 1))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickles may be read by another machine or version, so they hold the plain weights.
+        return {**self.__dict__, "_buffers": {**self._buffers, "_packed": None}, "_plain": self.plain_tensors()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        plain = state.pop("_plain")
+        super().__setstate__(state)
+        if plain:
+            self._load_weight(plain)
+
+
+def holds_expert_linears(module: nn.Module) -> bool:
+    """Whether `module` has one 3-D parameter ``weight``, ``[E, N, K]``, and multiplies rows sorted by expert by it.
+
+    It is tried with small weights: attributes that are its number of experts get that of the small ones meanwhile.
+    """
+    weight = module._parameters.get("weight")
+    if len(module._parameters) != 1 or weight is None or weight.dim() != 3 or module._modules:
+        return False
+    if len(inspect.signature(module.forward).parameters) != 2:
+        return False
+    generator = torch.Generator("cpu").manual_seed(0)
+    small, x = (torch.randn(s, generator=generator, dtype=torch.float32, device="cpu") for s in ((3, 5, 7), (6, 7)))
+    probe = copy.copy(module)
+    numbers = {name: 3 for name, value in vars(module).items() if type(value) is int and value == len(weight)}
+    probe.__dict__ |= {**numbers, "_parameters": {"weight": small}}
+    try:
+        with torch.no_grad():
+            result = type(module).forward(probe, x, [1, 0, 5])
+            return torch.allclose(result, torch.cat((x[:1] @ small[0].t(), x[1:] @ small[2].t())), rtol=1e-4, atol=1e-5)
+    except Exception:  # whatever goes wrong in code that is not ours, it is none of these
+        return False
