@@ -70,9 +70,10 @@ def weight_obstacle(module: nn.Module) -> str | None:
 def holds_experts(module: nn.Module) -> bool:
     """Whether `module`, no convolution, holds 3-D parameters: how transformers stacks the experts of a layer.
 
-    A parameter of one expert counts for nothing, since embeddings of tokens and positions look like that.
+    A parameter of one expert counts for nothing, since embeddings of tokens and positions look like that; nor do those
+    that a list holds, of which a parametrized convolution makes its weight.
     """
-    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    convolution = isinstance(module, (nn.modules.conv._ConvNd, nn.ModuleList))
     shapes = (parameter.shape for parameter in module.parameters(recurse=False))
     return not convolution and any(len(shape) == 3 and shape[0] > 1 for shape in shapes)
 

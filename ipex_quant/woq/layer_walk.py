@@ -7,6 +7,7 @@ So a block gets exactly the arguments that its model gives it, whatever they are
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections import Counter
@@ -17,6 +18,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from ..nn.fused_forward import restored_forwards
@@ -204,7 +206,7 @@ class Walk:
         count = self._counts[batch_index][name]
 
         def keep(module: nn.Module, args: object, output: object) -> None:
-            outputs.append(output)
+            outputs.append(_copied(output))
             if len(outputs) == count:
                 raise _Stop
 
@@ -221,9 +223,14 @@ class Walk:
         def forward(*args: object, **kwargs: object) -> object:
             outputs = self._outputs[tower][self._batch]
             self._played[module] += 1
-            return outputs[min(self._played[module], len(outputs)) - 1]
+            return _copied(outputs[min(self._played[module], len(outputs)) - 1])
 
         self._stacks[tower].enter_context(_forward_replaced(module, forward))
+
+
+def _copied(output: object) -> object:
+    """`output` with tensors and containers of its own, since who gets it may write to them."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, copy.copy(output))
 
 
 def _inside(name: str) -> Callable[[str], bool]:

@@ -85,6 +85,8 @@ def test_stacked_experts_are_no_convolution():
     assert holds_experts(module)
     assert not holds_experts(nn.Conv1d(2, 2, 2))
     assert not holds_experts(nn.Sequential(module))
+    normalized = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 2))
+    assert not any(map(holds_experts, normalized.modules()))
 
 
 @pytest.mark.parametrize("parent", [nn.MultiheadAttention(4, 1), nn.TransformerEncoderLayer(4, 1, 4)])

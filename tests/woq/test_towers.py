@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import CLIPConfig, CLIPModel, T5Config, T5ForConditionalGeneration
 
 from ipex_quant.numerics.affine import dequantize
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
@@ -54,7 +54,9 @@ class VisionAndText(nn.Module):
     def forward(self, input_ids, pixels=None):
         hidden = self.embed(input_ids)
         if pixels is not None:
-            hidden = torch.cat((self.projector(self.vision(pixels)), hidden), 1)
+            image = self.vision(pixels)
+            image.mul_(2)  # who gets an output may write to it
+            hidden = torch.cat((self.projector(image), hidden), 1)
         for layer in self.layers:
             hidden = layer(hidden)
         return self.head(hidden)
@@ -143,6 +145,21 @@ def test_both_halves_of_an_encoder_decoder_model():
     assert found.keys() == set(linears)
     for name in ("decoder.block.0.layer.1.EncDecAttention.k", "decoder.block.1.layer.0.SelfAttention.q"):
         assert _same_weight(found[name], _expected(model, batches, found, name)), name
+
+
+def test_towers_whose_outputs_are_written_to():
+    """CLIP puts its projections into what the encoders return."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    text = {**sizes, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).eval()
+    batch = {"input_ids": torch.tensor([[1, 5, 7, 2], [1, 9, 3, 2]]), "pixel_values": torch.randn(2, 3, 16, 16)}
+    found = quantize_blocks(model, [batch], SCHEME, also=["visual_projection"])
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
+    assert found.keys() == {*linears, "visual_projection"}
+    for name in ("text_model.encoder.layers.1.mlp.fc1", "vision_model.encoder.layers.1.mlp.fc1", "visual_projection"):
+        assert _same_weight(found[name], _expected(model, [batch], found, name)), name
 
 
 def test_each_half_has_a_mask_of_its_own():
