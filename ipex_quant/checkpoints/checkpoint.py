@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,6 +24,8 @@ class Checkpoint(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
 
     tensors: Mapping[str, torch.Tensor]
     format: CheckpointFormat
+    stored_names: Mapping[str, str] = field(default_factory=dict)
+    """Of modules that were renamed since: what the configuration, whose rules go by name, calls them."""
 
     def quantized_weight(
         self, module_name: str, in_features: int | None = None, out_features: int | None = None
@@ -37,7 +39,8 @@ class Checkpoint(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
         if not parts:
             return None
         try:
-            weight = self.format.read(module_name, parts, (out_features, in_features))
+            stored_name = self.stored_names.get(module_name, module_name)
+            weight = self.format.read(stored_name, parts, (out_features, in_features))
             return weight, self._bias(module_name, weight.shape[0])
         except (ValueError, TypeError) as error:
             raise type(error)(f"{module_name}.{error}") from error

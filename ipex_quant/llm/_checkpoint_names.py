@@ -33,13 +33,15 @@ def with_model_names(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     names = _Names(model, present)
     keys = {*checkpoint.format.keys, checkpoint.format.bias_key, "weight", "bias"}
     tensors: dict[str, torch.Tensor] = {}
+    stored: dict[str, str] = {}
     for name in sorted(checkpoint.tensors):  # some renamings wait for a name that comes first
         owner, _, key = name.rpartition(".")
         new = f"{names.module(owner)}.{key}" if owner and key in keys else names.tensor(name)
         if new in tensors:
             raise ValueError(f"low_precision_checkpoint: {name} is a second tensor for {new}")
         tensors[new] = checkpoint.tensors[name]
-    return dataclasses.replace(checkpoint, tensors=tensors)
+        stored[new.rpartition(".")[0]] = owner
+    return dataclasses.replace(checkpoint, tensors=tensors, stored_names=stored)
 
 
 class _Names:

@@ -103,3 +103,18 @@ def test_two_tensors_of_one_name_are_refused():
     name = "model.language_model.norm.weight"
     with pytest.raises(ValueError, match="is a second tensor for model.language_model.norm.weight".replace(".", r"\.")):
         ipex.llm.optimize(build(qwen2_vl, 1), low_precision_checkpoint=({**old, name: state[name]}, CONFIG))
+
+
+def test_rules_of_the_configuration_go_by_the_names_in_the_file():
+    """Two layers of other bits than the rest, found by a pattern that begins with the older name."""
+    model = build(qwen2_vl, 0)
+    state = checkpoint_of(model)
+    name = "model.language_model.layers.1.mlp.up_proj"
+    qw = affine.quantize(model.get_submodule(name).weight.detach(), WeightScheme(WoqWeightDtype.INT8, False, 32))
+    state |= {f"{name}.{key}": value for key, value in gptq_tensors(qw, v2=True).items()}
+    old = renamed(state, MODELS["qwen2_vl"][1])
+    config = CONFIG | {"dynamic": {r"+:model\.layers\.1\.mlp\.up": {"bits": 8}}}
+    mapping = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4)
+    loaded = ipex.llm.optimize(model, quantization_config=mapping, low_precision_checkpoint=(old, config))
+    assert str(loaded.get_submodule(name).scheme) == "int8 asym g32"
+    assert str(loaded.get_submodule(name.replace("layers.1", "layers.0")).scheme) == "int4 asym g32"
