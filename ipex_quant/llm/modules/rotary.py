@@ -155,12 +155,12 @@ def rotary_embedding(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn the first `rotary_dim` features of every head of `query` and `key` in place, and return both.
 
-    - `query`, `key`: float32, bfloat16 or float16 ``[B, L, heads, head_dim]`` or ``[tokens, heads, head_dim]``.
-    - `sin`, `cos`: ``[rows, rotary_dim / 2]``, a value for every pair, or ``[rows, rotary_dim]``, these values twice: one
-      after the other, as IPEX reads them, or as neighbours, whichever `rotary_half` is. A row is for every token, or
-      for every one of the L positions; with `position_ids` they are tables that it indexes.
-    - `rotary_half`: whether the features of a pair are half of `rotary_dim` apart (Llama), not neighbours (GPT-J).
-    - `position_ids`: integers ``[B or 1, L]`` or ``[tokens]``, or None.
+    - `query`, `key`: float32, bfloat16 or float16 ``[B, L, heads, head_dim]`` or ``[tokens, heads, head_dim]``. -
+    `sin`, `cos`: ``[rows, rotary_dim / 2]``, a value for every pair, or ``[rows, rotary_dim]``, these values twice: one
+    after the other, as IPEX reads them, or as neighbours, whichever `rotary_half` is. A row is for every token, or for
+    every one of the L positions; with `position_ids` they are tables that it indexes. - `rotary_half`: whether the
+    features of a pair are half of `rotary_dim` apart (Llama), not neighbours (GPT-J). - `position_ids`: integers ``[B
+    or 1, L]`` or ``[tokens]``, or None.
 
     Raises ValueError, RuntimeError or IndexError when an argument does not fit; nothing is written then.
     """
