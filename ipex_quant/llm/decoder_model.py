@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -40,9 +40,13 @@ class FusedModel(FusedForward):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.angles = Angles(model.rotary_emb)
-        self.layers: list[Any] = []  # those that `step` computes
-        self.step: LayerStep | None = None
-        self._can_step()
+        self.plan = Plan([], None)  # one attribute, read once, since several threads may call the model
+        self._find_step()
+
+    @property
+    def step(self) -> LayerStep | None:
+        """What computes all layers in one call, as they were when they were looked at last."""
+        return self.plan.step
 
     def __call__(
         self,
@@ -86,7 +90,8 @@ class FusedModel(FusedForward):
         """Hidden states after the last layer; None where the layers have to be called, with nothing done."""
         model = self.model
         batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
-        if batch * length > MAX_TOKENS or not self._can_step():
+        step = self._find_step() if batch * length <= MAX_TOKENS else None
+        if step is None:
             return None
         past, mask = past_key_values.get_seq_length(), None
         if attention_mask is not None:
@@ -101,39 +106,56 @@ class FusedModel(FusedForward):
             elif not attention_mask.all():
                 return None
         x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        self.step.find_tensors()
-        if any(parameters["weight"].dtype != x.dtype for parameters in self.step.norms):
+        if any(parameters["weight"].dtype != x.dtype for parameters in step.find_tensors().norms):
             return None
         tables = self.angles(x, past, length, position_ids)
-        return self.step(x, {"position_embeddings": tables, "past_key_values": past_key_values, "attention_mask": mask})
+        return step(x, {"position_embeddings": tables, "past_key_values": past_key_values, "attention_mask": mask})
 
-    def _can_step(self) -> bool:
-        """Whether all layers are fused, and no hook wants to be called between them."""
+    def _find_step(self) -> LayerStep | None:
+        """What computes all layers, if they are fused and no hook wants to be called between them."""
         modules = self.model.layers._modules.values()  # slices of the list itself are slow
         if len(modules) != self.model.config.num_hidden_layers:
-            return False
+            return None
         if torch.compiler.is_compiling():
             layers = [module.__dict__.get("forward") for module in modules]
-            return [id(layer) for layer in layers] == self._ids() and not any(layer.is_changed() for layer in layers)
+            same = [id(layer) for layer in layers] == self._ids()
+            return self.plan.step if same and not any(layer.is_changed() for layer in layers) else None
         layers = []
         for module in modules:
             attributes = module.__dict__
             hooked = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]
             if hooked and (has_hooks(module) or output_capturing._active_collector.get()):
-                return False
+                return None
             layers.append(attributes.get("forward"))
-        if layers != self.layers:
+        plan = self.plan
+        if layers != plan.layers:
             steps = [layer.step if isinstance(layer, FusedLayer) else None for layer in layers]
-            self.step = None if None in steps or not steps else steps[0].followed_by(steps[1:])
-            self.layers = layers
-        return self.step is not None and not any(layer.is_changed() for layer in layers)
+            plan = Plan(layers, None if None in steps or not steps else steps[0].followed_by(steps[1:]))
+            self.plan = plan
+        return None if plan.step is None or any(layer.is_changed() for layer in layers) else plan.step
 
     @torch.compiler.assume_constant_result
     def _ids(self) -> list[int]:
         """Of the layers that can be computed in one call, while a graph is traced."""
         modules = self.model.layers._modules.values()
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-        return [] if hooked or self.step is None else [id(layer) for layer in self.layers]
+        plan = self.plan
+        return [] if hooked or plan.step is None else [id(layer) for layer in plan.layers]
+
+
+class Plan(NamedTuple):
+    """Layers, and what computes them in one call, if anything does."""
+
+    layers: list[Any]
+    step: LayerStep | None
+
+
+class Tables(NamedTuple):
+    """Cosines and sines of one block of positions: what they are of, and the frequencies they were computed with."""
+
+    key: tuple[Any, ...]
+    frequencies: torch.Tensor
+    angles: tuple[torch.Tensor, ...]
 
 
 class Angles:
@@ -144,19 +166,14 @@ class Angles:
 
     def __init__(self, rotary: nn.Module) -> None:
         self.rotary = rotary
-        self._forget()
-
-    def _forget(self) -> None:
-        self.key: tuple[Any, ...] = ()
-        self.frequencies: torch.Tensor | None = None  # what the tables were computed with
-        self.tables: tuple[torch.Tensor, ...] = ()
+        self.tables: Tables | None = None  # one attribute, read once, since several threads may ask
 
     def __getstate__(self) -> dict[str, Any]:
         return {"rotary": self.rotary}  # tables of inference mode cannot be copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self.tables = None
 
     def __call__(
         self, x: torch.Tensor, past: int, length: int, positions: torch.Tensor | None
@@ -178,8 +195,10 @@ class Angles:
             return rotary(x, position_ids=torch.arange(start, start + length, device=x.device).unsqueeze(0))
         frequencies = rotary._buffers["inv_freq"]
         key = (block, x.dtype, rotary.attention_scaling)
-        if key != self.key or frequencies is not self.frequencies:
+        tables = self.tables
+        if tables is None or key != tables.key or frequencies is not tables.frequencies:
             first = block * self.BLOCK
             positions = torch.arange(first, first + self.BLOCK, device=x.device).unsqueeze(0)
-            self.tables, self.key, self.frequencies = rotary(x, position_ids=positions), key, frequencies
-        return tuple(table[:, offset : offset + length] for table in self.tables)
+            tables = Tables(key, frequencies, rotary(x, position_ids=positions))
+            self.tables = tables
+        return tuple(table[:, offset : offset + length] for table in tables.angles)

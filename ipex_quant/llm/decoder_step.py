@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from itertools import chain, compress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -63,6 +63,14 @@ def _linears(group: LinearGroup | WeightOnlyLinear) -> list[WeightOnlyLinear] | 
     return linears if len(linears) == 1 or isinstance(group, WeightOnlyGroup) else None
 
 
+class StepTensors(NamedTuple):
+    """What holds the tensors of the linears, the norms and the norms of heads, by name."""
+
+    linears: list[dict[str, Any]]
+    norms: list[dict[str, Any]]
+    head_norms: list[dict[str, Any]]
+
+
 class LayerStep:
     """Layers of one structure, one after the other, in one native call."""
 
@@ -81,7 +89,7 @@ class LayerStep:
         self.is_first = [linear is group[0] for group in groups for linear in group]
         self.norm_modules = [norm.module for norm in norms]
         self.head_norm_modules = [norm.module for norm in attention.norms]
-        self.linears: list[dict[str, Any]] | None = None
+        self.tensors: StepTensors | None = None  # one attribute, read once, since several threads may call
         _, lowp_mode, act_quant_mode = groups[0][0].options
         self.structure = DecoderStructure(
             projections=len(groups[0]),
@@ -109,15 +117,21 @@ class LayerStep:
         return together
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | dict.fromkeys(("linears", "norms", "head_norms"))  # copied modules have other ones
+        return self.__dict__ | {"tensors": None}  # copied modules have other ones
+
+    def find_tensors(self) -> StepTensors:
+        """What holds the modules' tensors, found once: torch.compile guards every step on the way to each tensor."""
+        self._keep_tensors()
+        return self.tensors
 
     @torch.compiler.assume_constant_result
-    def find_tensors(self) -> None:
-        """Find what holds the modules' tensors: torch.compile guards every step on the way to each tensor."""
-        if self.linears is None:
-            self.linears = [module._buffers for module in self.modules]
-            self.norms = [module._parameters for module in self.norm_modules]
-            self.head_norms = [module._parameters for module in self.head_norm_modules]
+    def _keep_tensors(self) -> None:
+        if self.tensors is None:
+            self.tensors = StepTensors(
+                [module._buffers for module in self.modules],
+                [module._parameters for module in self.norm_modules],
+                [module._parameters for module in self.head_norm_modules],
+            )
 
     def __call__(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
         """Hidden states after the layers, called with `kwargs`; None with nothing done where it cannot be one call.
@@ -133,8 +147,8 @@ class LayerStep:
                 return None
             mask = ~mask if attention.names.masked_is_true else mask
         rooms = self._reserve(x, kwargs, mask)
-        self.find_tensors()
-        perms = _given([tensors["_perm"] for tensors in self.linears])
+        found = self.find_tensors()
+        perms = _given([tensors["_perm"] for tensors in found.linears])
         if rooms is None or (perms and not all(group.one_order() for group in self.groups)):
             return None
         if attention.rope is None:
@@ -144,12 +158,12 @@ class LayerStep:
         s = self.structure
         result = _decoder_layers(
             x,
-            [tensors["_packed"] for tensors in self.linears],
-            _given([tensors["_bias"] for tensors in self.linears]),
+            [tensors["_packed"] for tensors in found.linears],
+            _given([tensors["_bias"] for tensors in found.linears]),
             list(compress(perms, self.is_first)),
-            [parameters["weight"] for parameters in self.norms],
-            _given([parameters.get("bias") for parameters in self.norms]),
-            [parameters["weight"] for parameters in self.head_norms],
+            [parameters["weight"] for parameters in found.norms],
+            _given([parameters.get("bias") for parameters in found.norms]),
+            [parameters["weight"] for parameters in found.head_norms],
             s.eps,
             s.centered,
             s.projections,

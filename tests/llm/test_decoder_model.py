@@ -10,11 +10,13 @@ import transformers
 import ipex_quant as ipex
 from ipex_quant.llm import decoder_step
 from ipex_quant.llm.cache import NativeLayer
-from ipex_quant.llm.decoder_model import FusedModel
+from ipex_quant.llm.decoder_model import Angles, FusedModel
+from ipex_quant.llm.decoder_step import LayerStep
 from ipex_quant.nn.fused_forward import restore_forwards
 from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
 from .conftest import random_model
+from .interleaving import codes_of, interleavings
 from .test_families import GROUPED
 
 MODELS = {
@@ -182,4 +184,34 @@ def test_copies_and_pickles_work(calls):
         got = generate(other)
         assert calls == [2] * 5
         assert all(map(torch.equal, got.logits, expected.logits))
-        assert other.model.forward.layers[0].layer is other.model.layers[0]
+        assert other.model.forward.plan.layers[0].layer is other.model.layers[0]
+
+
+def test_tables_of_angles_are_not_those_of_another_call():
+    angles, x = build().model.forward.angles, torch.zeros(1, 1, 64)
+    calls = [lambda start=start: angles.of_run(x, start, 1) for start in (3, 3 + 3 * angles.BLOCK)]
+    expected = [[each.clone() for each in call()] for call in calls]
+    right = [
+        all(map(torch.equal, got[0] + got[1], expected[0] + expected[1]))
+        for got in interleavings(lambda: calls, codes_of(Angles))
+    ]
+    assert len(right) > 20
+    assert all(right)
+
+
+def test_first_calls_at_once():
+    model = build()
+    tokens = torch.randint(3, 96, (1, 7), generator=torch.Generator().manual_seed(1))
+
+    def logits(model):
+        cache = model(tokens[:, :6], use_cache=True).past_key_values
+        return model(tokens[:, 6:], past_key_values=cache).logits
+
+    def two_calls_of_a_fresh_model():
+        fresh = copy.deepcopy(model)
+        return [lambda: logits(fresh)] * 2
+
+    expected = logits(copy.deepcopy(model))
+    got = [*interleavings(two_calls_of_a_fresh_model, codes_of(LayerStep, FusedModel), "line")]
+    assert len(got) > 50
+    assert all(torch.equal(each, expected) for both in got for each in both)
