@@ -11,6 +11,7 @@ from torch import nn
 from ..numerics.int8 import StaticActivation
 from .dequantized import DequantizedOnRead
 from .linears import FLOAT_DTYPES
+from .processes import share_with_processes
 
 
 class QuantizedModule(nn.Module):
@@ -27,6 +28,10 @@ class QuantizedModule(nn.Module):
     """What `describe` tells of a module."""
 
     weight_names: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        share_with_processes(cls)
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,6 +69,10 @@ class QuantizedModule(nn.Module):
     def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[QuantizedModule]:
         """Modules with the loaded tensors, which share what they can; ValueError or TypeError when these do not fit."""
         raise NotImplementedError
+
+    def process_state(self) -> dict[str, Any]:
+        """What another process of this machine gets, which shares the memory of the packed weight."""
+        return self.__dict__
 
     @property
     def weight(self) -> torch.Tensor:
