@@ -16,6 +16,7 @@ from ..numerics.quantized_weight import QuantizedWeight
 from ..ops.fakes import register_fake
 from ..ops.int8 import INT8_PER_CHANNEL
 from .linears import linear_shape
+from .processes import share_with_processes
 from .quantized_module import Placeholder, QuantizedModule, autocast, autocast_dtype, check_bias, flag, read_activation
 
 ACTIVATIONS = ("static", "per_token")
@@ -30,8 +31,8 @@ class Int8Linear(QuantizedModule):
 
     The members of a share group hold one packed weight. The first one, called with a tensor, computes the results of
     all; the others take theirs when they are called with the same tensor, and compute it alone otherwise. A tensor that
-    changed in between is noticed by its version, which neither tensors of inference mode have nor writes through
-    ``.data`` count. A copy of one member alone keeps the weight of all.
+    changed in between is noticed by its version, which writes through ``.data`` do not count; one of inference mode has
+    none, and is compared with a copy. A copy of one member alone keeps the weight of all.
 
     The state dict holds plain tensors: `codes` int8 ``[out_features, in_features]``, `scales` float32
     ``[out_features, 1]``, and where there are such `bias` float32, `smoothing_factor` float32 ``[in_features]``,
@@ -197,14 +198,15 @@ class QuantizedInput:
 
 
 class _Pending(NamedTuple):
-    """Results that the first member computed from `x`, as it was at `version`; None where they were taken.
+    """Results that the first member computed from `x`; None where they were taken.
 
-    `thread` may take them, so that none is taken twice.
+    `thread` may take them, so that none is taken twice. `before` tells whether `x` is still as it was: its version
+    then, or where it has none a copy.
     """
 
     x: torch.Tensor
     thread: int | None
-    version: int | None
+    before: int | torch.Tensor
     outputs: tuple[torch.Tensor | None, ...]
 
 
@@ -234,16 +236,16 @@ class ShareGroup:
             return self._multiply(self.inputs[0], x, self.packed, self.bias)[0]
         if any(each is not self.inputs[0] for each in self.inputs) or _strict_export():
             return self._alone(member, x)
-        pending, thread, version = self._pending, _thread(), _version(x)
+        pending, thread = self._pending, _thread()
         outputs = None
-        if pending is not None and pending.x is x and pending.thread == thread:
-            outputs = pending.outputs if _same_version(pending.version, version) else None
+        if pending is not None and pending.x is x and pending.thread == thread and _is_as_before(x, pending.before):
+            before, outputs = pending.before, pending.outputs
         if outputs is None or outputs[member] is None or outputs[member].dtype != autocast_dtype(x):
             if member != 0:
                 return self._alone(member, x)
-            outputs = self._multiply(self.inputs[0], x, self.packed, self.bias)
+            before, outputs = _state(x), self._multiply(self.inputs[0], x, self.packed, self.bias)
         left = tuple(None if i == member else output for i, output in enumerate(outputs))
-        self._pending = None if all(output is None for output in left) else _Pending(x, thread, version, left)
+        self._pending = None if all(output is None for output in left) else _Pending(x, thread, before, left)
         return outputs[member]
 
     def bias_of(self, member: int) -> torch.Tensor | None:
@@ -293,6 +295,13 @@ class ShareGroup:
         self.packed = ops.pack_int8(state["weights"])
         self.inputs, self.bias, self._pending = state["inputs"], state["bias"], None
 
+    def process_state(self) -> dict[str, Any]:
+        """What another process of this machine gets, which shares the memory of the tensors."""
+        return {**self.__dict__, "_pending": None}
+
+
+share_with_processes(ShareGroup)
+
 
 def _thread() -> int | None:
     return None if torch.compiler.is_compiling() else threading.get_ident()
@@ -309,17 +318,20 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def _version(x: torch.Tensor) -> int | None:
+def _state(x: torch.Tensor) -> int | torch.Tensor:
     # Tensors of inference mode have no version, and Dynamo cannot trace the question whether one is such.
-    return x._version if torch.compiler.is_compiling() or not x.is_inference() else None
+    return x._version if torch.compiler.is_compiling() or not x.is_inference() else x.clone()
 
 
-def _same_version(before: int | None, now: int | None) -> bool:
-    if not torch.compiler.is_compiling():
-        return before == now
-    # A graph cannot be traced both ways, so that one that writes to a shared input does not compile.
-    torch._check(before == now, lambda: "Int8Linear: the input of a share group changed between its members' calls")
-    return True
+def _is_as_before(x: torch.Tensor, before: int | torch.Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        # A graph cannot be traced both ways, so that one that writes to a shared input does not compile.
+        message = "Int8Linear: the input of a share group changed between its members' calls"
+        torch._check(before == x._version, lambda: message)
+        return True
+    if isinstance(before, torch.Tensor):
+        return x.shape == before.shape and x.dtype == before.dtype and torch.equal(x, before)
+    return before == x._version
 
 
 def _weight(tensors: dict[str, torch.Tensor], shape: tuple[int, ...]) -> QuantizedWeight:
