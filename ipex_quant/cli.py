@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import ipex_quant as ipex
 
 from .recipes import recipe_names
+from .writing import new_directory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,22 +113,20 @@ def _quantize(options: argparse.Namespace) -> int:
     from .recipes.recipe import Calibrated, load_recipe
 
     recipe = load_recipe(options.recipe)
-    if options.out.exists():
-        raise ValueError(f"--out: expected a directory that does not exist yet, got {options.out}")
     if not isinstance(recipe.settings, Calibrated) and (options.dataset or options.column or options.samples):
         raise ValueError(f"--dataset, --column, --samples: recipe {recipe.name} does not calibrate; leave them out")
     if options.samples:
         recipe = replace(recipe, settings=replace(recipe.settings, samples=options.samples))
     tokenizer = _tokenizer(options.model_dir)
-    try:
-        calibration = calibration_data(recipe, tokenizer, options.dataset, options.column)
-    except RuntimeError as error:  # the hub has no such dataset, or cannot be reached
-        raise ValueError(f"--dataset: {error}") from error
-    model = _float_model(options.model_dir, options.dtype)
-    before = evaluation.model_bytes(model)
-    model = apply_recipe(recipe, model, calibration, model.dtype)
-    ipex.llm.save(model, options.out)
-    tokenizer.save_pretrained(options.out)
+    with new_directory(options.out, "--out") as out:
+        try:
+            calibration = calibration_data(recipe, tokenizer, options.dataset, options.column)
+        except RuntimeError as error:  # the hub has no such dataset, or cannot be reached
+            raise ValueError(f"--dataset: {error}") from error
+        model = _float_model(options.model_dir, options.dtype)
+        before = evaluation.model_bytes(model)
+        model = apply_recipe(recipe, model, calibration, model.dtype)
+        ipex.llm.save(model, out, tokenizer)
     after = evaluation.model_bytes(model)
     print(f"{options.out}: {recipe.name}, {after / 1e6:.1f} MB in memory, before {before / 1e6:.1f} MB")
     return 0

@@ -56,6 +56,16 @@ def test_quantize_writes_a_smaller_directory_that_loads(quantized_dir, float_dir
     assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
 
 
+def test_nothing_is_there_without_the_tokenizer(float_dir, tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", fail)
+    assert cli.main(["quantize", str(float_dir), "--recipe", "w8a16", "--out", str(tmp_path / "out")]) == 2
+    assert "disk full" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_generate_prints_the_prompt_and_its_continuation(quantized_dir, capsys):
     assert cli.main(["generate", str(quantized_dir), "--prompt", "Return the", "--max-new-tokens", "5"]) == 0
     printed = capsys.readouterr().out
@@ -130,7 +140,7 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
         ("quantize {float} --recipe w3 --out {tmp}/out", "expected a file or one of"),
         ("quantize {tmp}/none --recipe w8a16 --out {tmp}/out", "with a config.json"),
         ("quantize {tmp}/broken --recipe w8a16 --out {tmp}/out", "broken: Error while deserializing"),
-        ("quantize {float} --recipe w8a16 --out {tmp}/broken", "does not exist yet"),
+        ("quantize {float} --recipe w8a16 --out {tmp}/broken", "exists and is not empty"),
         ("quantize {float} --recipe w8a16 --out {tmp}/out --dataset {tmp}/short.txt", "does not calibrate"),
         (
             "quantize {float} --recipe w4a8-gptq-g128 --out {tmp}/out --dataset {tmp}/short.txt",

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..writing import check_writable, write_whole
 from .plots import bar_plot, scatter_plot
-from .trials import Trial, read_record, write_whole
+from .trials import Trial, read_record
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff; max-width: 60rem; margin: 2rem auto;
@@ -143,6 +144,7 @@ def checked_report_path(path: str | os.PathLike) -> Path:
         raise ValueError(f"report: expected a file that ends in {', '.join(_WRITERS)}, got {path}")
     if not path.parent.is_dir():
         raise ValueError(f"report: the directory of {path} does not exist; make it first")
+    check_writable(path)
     return path
 
 

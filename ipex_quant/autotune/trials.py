@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..writing import check_writable, write_whole
+
 VERSION = 1
 
 
@@ -53,6 +55,7 @@ class TrialRecord:
             return
         if not self.path.parent.is_dir():
             raise ValueError(f"record: the directory of {self.path} does not exist; make it first")
+        check_writable(self.path)
         if self.path.exists():
             self._resume(self.path)
 
@@ -131,13 +134,3 @@ def read_record(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"record: {path} is not a record of trials ({error})") from error
     return head, sensitivity, trials
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace the file at `path` at once, so that a kill leaves the old or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

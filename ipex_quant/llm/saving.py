@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..nn import QuantizedModule
 from ..quantization._description import METHOD
+from ..writing import replaced_directory
 from .hf_quantizer import describe_model
 
 MAX_SHARD_SIZE = "5GB"
@@ -23,24 +23,20 @@ def save(model: PreTrainedModel, directory: str | os.PathLike, tokenizer: Any = 
     """Write a model that `optimize` or `convert` quantized, as it is now, and its `tokenizer` if given, to `directory`.
 
     The files are those of `save_pretrained`: config.json and plain tensors in safetensors, several files when large.
-    They are complete before the first appears under its name. Other files in `directory` stay. Raises TypeError for
-    another kind of model, ValueError for one that is not quantized.
+    A model that `directory` holds is replaced as a whole: after a kill at any moment it holds the old or the new one.
+    Other files in it stay. Raises TypeError for another kind of model, ValueError for one that is not quantized, and
+    OSError for what cannot be written.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     if not any(isinstance(module, QuantizedModule) for module in model.modules()):
         raise ValueError("model: expected one that ipex_quant.llm.optimize or quantization.convert quantized")
     model.config.quantization_config = describe_model(model)
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as folder:
-        staging = Path(folder) / "model"
-        staging.mkdir()
+    with replaced_directory(directory, stale=("model*.safetensors*",)) as staging:
         # The model's own names: conversions to those of the original checkpoint do not know quantized tensors.
         model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE, save_original_format=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        _publish(staging, directory)
 
 
 def load(directory: str | os.PathLike) -> PreTrainedModel:
@@ -76,15 +72,3 @@ def load(directory: str | os.PathLike) -> PreTrainedModel:
     if wrong:
         raise ValueError(f"{directory}: the tensors do not fit the model: {wrong}")
     return model
-
-
-def _publish(staging: Path, directory: Path) -> None:
-    if not directory.exists():
-        staging.rename(directory)
-        return
-    new = {file.name for file in staging.iterdir()}
-    for old in directory.glob("model*.safetensors*"):
-        if old.name not in new:  # of an earlier save, with other shards
-            old.unlink()
-    for name in sorted(new, key=lambda name: (name == "config.json", name)):
-        os.replace(staging / name, directory / name)

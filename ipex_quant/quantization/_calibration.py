@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from ..nn.modes import evaluating
 from ..observers import check_reducible, describe_observer, reduce_observer
+from ..writing import check_writable, write_whole
 from ._observed import observed
 
 
@@ -162,6 +162,7 @@ class _Statistics:
             return 0
         if not self.path.parent.is_dir():
             raise ValueError(f"checkpoint: the directory of {self.path} does not exist; make it first")
+        check_writable(self.path)
         if not self.path.exists():
             return 0
         try:
@@ -200,12 +201,7 @@ class _Statistics:
         """Replace the file by the statistics of the complete batches, unless it holds them."""
         if self.path is None or self.batches == self._saved:
             return
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
-        with temporary.open("wb") as file:
-            file.write(save(self._tensors, {"identity": self.identity, "batches": str(self.batches)}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        write_whole(self.path, save(self._tensors, {"identity": self.identity, "batches": str(self.batches)}))
         self._saved = self.batches
 
     @contextmanager

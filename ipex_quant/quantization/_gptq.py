@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
-import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,6 +23,7 @@ from ..woq.gptq_blocks import named, quantize_blocks
 from ..woq.gptq_experts import PARTS, can_quantize_experts
 from ..woq.rtn import round_scales
 from ..woq.towers import find_towers, patterns
+from ..writing import new_directory
 from ._calibration_batches import MAIN_INPUT, calibration_batches
 
 logger = logging.getLogger("ipex_quant")
@@ -75,7 +73,8 @@ def gptq(
     - `scale_dtype` float16 (what most tools expect), bfloat16 or float32.
 
     Raises ValueError for other values, for a dataloader without usable samples, and for a weight whose scales
-    `scale_dtype` cannot hold, naming it, before anything is computed.
+    `scale_dtype` cannot hold, naming it, and OSError for a `save_dir` that cannot be written, before anything is
+    computed.
     """
     if wbits not in _DTYPES:
         raise ValueError(f"wbits: expected one of {sorted(_DTYPES)}, got {wbits}")
@@ -85,9 +84,6 @@ def gptq(
         raise ValueError(f"compression_dim: GPTQ files are packed along in_features, expected 1, got {compression_dim}")
     if scale_dtype not in _SCALE_DTYPES:
         raise ValueError(f"scale_dtype: expected one of {_SCALE_DTYPES}, got {scale_dtype}")
-    directory = Path(save_dir)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"save_dir: {directory} exists and is not empty; give another or remove it")
     scheme = WeightScheme(_DTYPES[wbits], bool(sym), group_size)
     options = GptqOptions(percdamp=percdamp, act_order=act_order, scale_dtype=scale_dtype)
     if layer_wise:
@@ -97,10 +93,6 @@ def gptq(
     batches = calibration_batches(dataloader, nsamples, pad_max_length, use_max_length, main_input)
 
     _check_weights(model, scheme, scale_dtype, also)
-    weights = quantize_blocks(model, batches, scheme, options, also)
-    done = {*weights, *(name.rsplit(".", 2)[0] for name in weights)}  # experts are there part by part
-    layers = [name for name, module in model.named_modules() if is_linear(module) or holds_experts(module)]
-    warn_of_rest(model, [name for name in layers if name not in done], "gptq: these linear layers stay in float")
     config = {
         "quant_method": "gptq",
         "bits": wbits,
@@ -115,9 +107,13 @@ def gptq(
         "pack_dtype": "int32",
         "meta": {"quantizer": ["ipex_quant"]},
     }
-    with _written_whole(directory) as unfinished:
+    with new_directory(save_dir, "save_dir") as unfinished:
+        weights = quantize_blocks(model, batches, scheme, options, also)
+        done = {*weights, *(name.rsplit(".", 2)[0] for name in weights)}  # experts are there part by part
+        layers = [name for name, module in model.named_modules() if is_linear(module) or holds_experts(module)]
+        warn_of_rest(model, [name for name in layers if name not in done], "gptq: these linear layers stay in float")
         _write(unfinished, model, weights, config, scale_dtype)
-    return directory
+    return Path(save_dir)
 
 
 def _check_weights(model: nn.Module, scheme: WeightScheme, scale_dtype: torch.dtype, also: Iterable[str]) -> None:
@@ -164,19 +160,6 @@ def warn_of_rest(model: nn.Module, names: Iterable[str], what: str) -> None:
     rest = patterns(model, [name for name in names if name != head])
     if rest:
         warnings.warn(f"{what}: {', '.join(rest)}", stacklevel=3)
-
-
-@contextmanager
-def _written_whole(directory: Path) -> Iterator[Path]:
-    """A temporary directory that takes the name of `directory` once everything in it is written."""
-    unfinished = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        os.replace(unfinished, directory)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def _write(

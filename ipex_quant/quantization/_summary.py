@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..nn.linears import is_linear, weight_matrix
 from ..numerics.int8 import StaticActivation
 from ..observers import describe_observer, has_data
 from ..smoothquant.tracing import SharedInput
+from ..writing import write_whole
 from ._observed import LayerParameters, Observed, ObservedGroup, ObservedLayer, observed
 from ._qconfig import QConfigSmoothQuant
 
@@ -51,7 +51,7 @@ def save_qconf_summary(model: nn.Module, qconf_summary: str | os.PathLike) -> No
         if not has_data(group.observer):
             continue
         _write_group([ops[layer.name] for layer in group.layers], group, observations.parameters(model, group))
-    _write(Path(qconf_summary), json.dumps(document, indent=4))
+    write_whole(qconf_summary, json.dumps(document, indent=4))
 
 
 def load_qconf_summary(model: nn.Module, qconf_summary: str | os.PathLike) -> None:
@@ -171,13 +171,6 @@ def _write_group(
         weight["zero_point"] = [0] * len(own.weight_scales)
         if smoothed:
             weight["smooth_quant_scaling_factor"] = own.weight_factor.tolist()
-
-
-def _write(path: Path, text: str) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as directory:
-        temporary = Path(directory) / path.name  # a file in it, since a temporary file is for its owner's eyes only
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
