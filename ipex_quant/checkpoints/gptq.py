@@ -15,7 +15,6 @@ and stands for ``w[n, k] = scales[g, n] * (code[k, n] - zero_point[g, n])`` with
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -26,6 +25,7 @@ from ..numerics.nibbles import as_bytes, pack_nibbles, unpack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
 from .bit_fields import pack_fields, unpack_fields, word_count
+from .patterns import Pattern
 from .tensors import FLOAT_DTYPES, INDEX_DTYPES, check, check_rank, infer_group_size, integer_weight, require
 
 BITS = (4, 8, 3, 2)
@@ -47,7 +47,7 @@ class GptqFormat:
     """How the modules of one GPTQ checkpoint are stored.
 
     `bits` and `group_size` None are inferred from each module's shapes. `dynamic` holds GPTQModel's overrides a module:
-    a regular expression matched at the start of the name, with prefix ``-:`` to leave the module in float, with
+    a `Pattern` matched at the start of the name, with prefix ``-:`` to leave the module in float, with
     ``+:`` or none to override the other fields that a module may have of its own; the first match counts. `desc_act`
     says that only ``g_idx`` tells the groups, unless `static_groups` left them in natural order. Raises ValueError for
     other bits.
@@ -59,6 +59,7 @@ class GptqFormat:
     dynamic: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     desc_act: bool = False
     static_groups: bool = False
+    _patterns: dict[str, Pattern] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     keys = (_WEIGHT, _ZEROS, _SCALES, _G_IDX)
     bias_key = "bias"
@@ -73,9 +74,9 @@ class GptqFormat:
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         for pattern, overrides in self.dynamic.items():
             try:
-                re.compile(_regex(pattern))
-            except re.error as error:
-                raise ValueError(f"dynamic: {pattern!r} is not a regular expression: {error}") from error
+                self._patterns[pattern] = Pattern(_regex(pattern))
+            except ValueError as error:
+                raise ValueError(f"dynamic: {error}") from error
             if not pattern.startswith("-:") and not isinstance(overrides, Mapping):
                 raise ValueError(f"dynamic: expected a mapping of overrides for {pattern!r}, got {overrides!r}")
 
@@ -119,10 +120,10 @@ class GptqFormat:
 
     def _overridden(self, module_name: str) -> GptqFormat:
         for pattern, overrides in self.dynamic.items():
-            if re.match(_regex(pattern), module_name):
+            if self._patterns[pattern].matches(module_name):
                 if pattern.startswith("-:"):
                     raise ValueError(f"{_WEIGHT}: stored, though dynamic leaves the module in float by {pattern!r}")
-                return replace(self, **{key: overrides[key] for key in _OVERRIDABLE if key in overrides})
+                return replace(self, dynamic={}, **{key: overrides[key] for key in _OVERRIDABLE if key in overrides})
         return self
 
 

@@ -235,6 +235,11 @@ def test_config_that_is_not_read_raises(config, message):
         GptqFormat.from_config(config)
 
 
+def test_dynamic_is_matched_in_bounded_time():
+    form = GptqFormat.from_config({"bits": 4, "dynamic": {r"-:(([a-z_0-9]+)+\.?)+!": {}}})
+    assert form._overridden("model.layers.0.self_attn.q_proj") == form
+
+
 def test_dynamic_overrides_a_module(make_gptq_module):
     form = GptqFormat.from_config(
         {
