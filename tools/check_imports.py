@@ -16,7 +16,7 @@ from pathlib import Path
 PACKAGE = "ipex_quant"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("numerics", "data", "evaluation", "writing", "_C"),
+    ("numerics", "data", "evaluation", "reading", "writing", "_C"),
     ("ops",),
     ("nn",),
     ("observers", "smoothquant", "woq", "checkpoints"),

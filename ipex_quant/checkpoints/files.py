@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from ..reading import read_json, shown
 from .registry import format_from_config
 
 CONFIG_FILES = ("config.json", "quant_config.json", "quantize_config.json")
@@ -53,7 +53,7 @@ def read_quantization_config(directory: Path) -> dict[str, object]:
     for name in CONFIG_FILES:
         if not (directory / name).is_file():
             continue
-        config = _read_json(directory / name)
+        config = read_json(directory / name)
         if name == "config.json":
             config = config.get("quantization_config")
         if config is None:
@@ -86,16 +86,21 @@ def _files(directory: Path, suffix: str) -> list[Path]:
     if not indexes:
         files = sorted(directory.glob(f"*{suffix}"))
         return [file for file in files if file.name in MAIN_FILES] or files
-    shards = _read_json(indexes[0]).get("weight_map")
+    return indexed_files(indexes[0])
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files that an index of a sharded checkpoint names; ValueError unless they are beside it."""
+    shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise ValueError(f"{indexes[0]}: expected an entry weight_map of tensor names to file names")
+        raise ValueError(f"{index}: expected an entry weight_map of tensor names to file names")
     files = []
     for name in sorted(set(shards.values())):
-        if Path(name).name != name:
-            raise ValueError(f"{indexes[0]}: expected file names beside the index, got {name!r}")
-        if not (directory / name).is_file():
-            raise ValueError(f"{directory / name}: missing, though {indexes[0].name} names it; download it again")
-        files.append(directory / name)
+        if Path(name).name != name or "\0" in name:
+            raise ValueError(f"{index}: expected file names beside the index, got {shown(name)}")
+        if not (index.parent / name).is_file():
+            raise ValueError(f"{index.parent / name}: missing, though {index.name} names it; download it again")
+        files.append(index.parent / name)
     return files
 
 
@@ -124,17 +129,9 @@ def _read_torch(file: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{file}: truncated, or holds other things than tensors ({error})") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise ValueError(f"{file}: expected a dict of tensors")
+    if not all(isinstance(name, str) for name in tensors):
+        raise ValueError(f"{file}: expected names of tensors, got {shown(next(iter(tensors)))}")
     return tensors
-
-
-def _read_json(file: Path) -> dict[str, object]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 _READERS: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {

@@ -205,3 +205,17 @@ def test_a_tensor_in_two_files(tmp_path, tensors):
     save_file({"norm.weight": torch.zeros(8)}, tmp_path / "two.safetensors")
     with pytest.raises(ValueError, match=r"two\.safetensors: tensor 'norm\.weight' is in another file"):
         load_low_precision_checkpoint(tmp_path)
+
+
+def test_names_that_are_no_text_are_refused(tmp_path):
+    _write_config(tmp_path, CONFIG)
+    torch.save({1: torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: expected names of tensors, got 1"):
+        load_low_precision_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100000, '{"quantization_config": ' + "[" * 100000])
+def test_deeply_nested_configurations_are_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON \(it is nested too deeply"):
+        load_low_precision_checkpoint(tmp_path)
