@@ -45,9 +45,16 @@ class Report:
     def of(cls, record: str | os.PathLike) -> Report:
         """Read the file that `autotune` was given as `record`; OSError or ValueError when it cannot be."""
         head, sensitivity, trials = read_record(record)
-        if "baseline" not in head:
+        if "baseline" not in head or not trials:
             raise ValueError(f"record: {record} holds no trials yet")
+        if "criterion" not in head:
+            raise ValueError(f"record: {record} is not a record of trials (it lacks the criterion)")
         return cls(head["baseline"], head["criterion"], head.get("best"), trials, sensitivity)
+
+    @property
+    def met(self) -> bool:
+        """Whether there is a result, and it meets the criterion."""
+        return any(trial.met for trial in self.trials if trial.index == self.best)
 
     @property
     def pareto_front(self) -> list[Trial]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..reading import parse_json, shown
 from ..writing import check_writable, write_whole
 
 VERSION = 1
@@ -119,18 +121,76 @@ def read_record(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]
     trials = []
     try:
         for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines()):
-            line = json.loads(text)
-            kind = line.pop("type")
-            if (number == 0) != (kind == "search"):
-                raise ValueError(f"line {number + 1} is a {kind}")
+            line = parse_json(text)
+            kind = line.pop("type") if isinstance(line, dict) and "type" in line else None
+            if kind not in ("search", "trial", "sensitivity") or (number == 0) != (kind == "search"):
+                raise ValueError(f"line {number + 1} is a {shown(kind)}")
             if kind == "search":
-                head = {"type": kind, **line}
+                head = {"type": kind, **_checked(line, _HEAD, partly=True)}
             elif kind == "sensitivity":
-                sensitivity = line["layers"]
+                sensitivity = _checked(line, {"layers": _layers})["layers"]
             else:
-                trials.append(Trial(**line))
+                trials.append(Trial(**_checked(line, _TRIAL)))
         if not head:
             raise ValueError("it is empty")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if "best" in head and head["best"] not in [trial.index for trial in trials]:
+            raise ValueError(f"best: there is no trial {head['best']}")
+    except ValueError as error:
         raise ValueError(f"record: {path} is not a record of trials ({error})") from error
     return head, sensitivity, trials
+
+
+# ------------------------------------------------------------------------------------------------------ what lines hold
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _is_duration(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def _layers(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    notes = [note for layer in value.values() if isinstance(layer, dict) for note in layer.values()]
+    known = all(note is None or _is_number(note) or _is_text(note) for note in notes)
+    return known and all(isinstance(layer, dict) and _is_number(layer.get("error")) for layer in value.values())
+
+
+_HEAD: dict[str, Callable[[Any], bool]] = {
+    "version": lambda value: value == VERSION and _is_count(value),
+    "baseline": _is_number,
+    "baseline_seconds": _is_duration,
+    "best": _is_count,
+}
+_TRIAL: dict[str, Callable[[Any], bool]] = {
+    "index": _is_count,
+    "recipe": lambda value: isinstance(value, dict),
+    "label": _is_text,
+    "metric": _is_number,
+    "loss": _is_number,
+    "met": lambda value: isinstance(value, bool),
+    "model_bytes": _is_count,
+    "bytes_per_weight": _is_duration,
+    "predicted_ms": lambda value: value is None or _is_duration(value),
+    "measured_ms": lambda value: value is None or _is_duration(value),
+    "seconds": _is_duration,
+}
+
+
+def _checked(line: dict[str, Any], checks: Mapping[str, Callable[[Any], bool]], partly: bool = False) -> dict[str, Any]:
+    """`line`, if its values are what `checks` say; ValueError for others, and unless `partly` for other keys."""
+    if not partly and line.keys() != checks.keys():
+        raise ValueError(f"expected {sorted(checks)}, got {shown(sorted(line))}")
+    for name, check in checks.items():
+        if name in line and not check(line[name]):
+            raise ValueError(f"{name}: got {shown(line[name])}")
+    return line

@@ -12,7 +12,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import nn
 from ..nn.linears import is_linear, weight_matrix
 from ..numerics.int8 import StaticActivation
 from ..observers import describe_observer, has_data
+from ..reading import read_json, shown
 from ..smoothquant.tracing import SharedInput
 from ..writing import write_whole
 from ._observed import LayerParameters, Observed, ObservedGroup, ObservedLayer, observed
@@ -75,7 +75,7 @@ def load_qconf_summary(model: nn.Module, qconf_summary: str | os.PathLike) -> No
 def read_summary(path: str | os.PathLike) -> dict[str, Any]:
     """The content of a summary file; OSError when it cannot be read, ValueError when it is no summary."""
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        document = read_json(path)
         list(_module_ops(document))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a qconf summary ({error!r})") from error
@@ -104,8 +104,11 @@ def _module_ops(document: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, An
     """Index and content of every op that is a module."""
     for infos in document.values():
         for index, op in infos["q_op_infos"].items():
+            if not isinstance(op["op_type_is_module"], bool):
+                raise TypeError(f"op_type_is_module: expected true or false, got {shown(op['op_type_is_module'])}")
             if op["op_type_is_module"]:
-                op["fqn"].split(".")
+                if not isinstance(op["fqn"], str):
+                    raise TypeError(f"fqn: expected the name of a module, got {shown(op['fqn'])}")
                 yield index, op
 
 
@@ -204,12 +207,12 @@ def _read_layer(module: nn.Module, index: str, op: Mapping[str, Any]) -> tuple[b
     dtype = source["force_dtype"]
     quantized = dtype in _CODES and weight["inf_dtype"] == "torch.qint8"
     if not quantized and "torch.float" not in dtype and "torch.bfloat16" not in dtype:
-        raise ValueError(f"force_dtype: expected torch.quint8, torch.qint8 or a float dtype, got {dtype!r}")
+        raise ValueError(f"force_dtype: expected torch.quint8, torch.qint8 or a float dtype, got {shown(dtype)}")
     if not source.get("scale"):
         return quantized, None
     scale, zero_point = (_of_layer(source[key], index)[0] for key in ("scale", "zero_point"))
-    if not isinstance(zero_point, int) or not isinstance(scale, (int, float)):
-        raise ValueError(f"expected a scale and a whole zero point, got {scale!r} and {zero_point!r}")
+    if not isinstance(zero_point, int) or isinstance(zero_point, bool) or not _is_number(scale):
+        raise ValueError(f"expected a scale and a whole zero point, got {shown(scale)} and {shown(zero_point)}")
     out_features, in_features = weight_matrix(module).shape if is_linear(module) else (len(module.weight), 0)
     factor = weight_factor = None
     if source.get("smooth_quant_scaling_factor"):
@@ -224,12 +227,19 @@ def _read_layer(module: nn.Module, index: str, op: Mapping[str, Any]) -> tuple[b
 def _of_layer(value: Any, index: str) -> list[Any]:
     """The list that belongs to the op `index`: a value may be a list, or lists by the op that has it first."""
     if isinstance(value, dict):
-        return value.get(f"{index}_0") or next(iter(value.values()))
+        value = value.get(f"{index}_0") or next(iter(value.values()), None)
+    if not isinstance(value, list):
+        raise TypeError(f"expected a list of numbers, got {shown(value)}")
     return value
 
 
 def _vector(values: Any, name: str, length: int) -> torch.Tensor:
-    vector = torch.tensor(values, dtype=torch.float32)
-    if vector.shape != (length,) or not bool((torch.isfinite(vector) & (vector > 0)).all()):
-        raise ValueError(f"{name}: expected {length} positive, finite values, got {values!r}")
-    return vector
+    if isinstance(values, list) and len(values) == length and all(map(_is_number, values)):
+        vector = torch.tensor([float(value) for value in values], dtype=torch.float32)
+        if bool((torch.isfinite(vector) & (vector > 0)).all()):
+            return vector
+    raise ValueError(f"{name}: expected {length} positive, finite values, got {shown(values)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 1e300  # NaN is refused later

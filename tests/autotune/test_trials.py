@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from ipex_quant.autotune import Report
 from ipex_quant.autotune.trials import Trial, TrialRecord, read_record
 
 IDENTITY = {"seed": 0, "model": "abc"}
@@ -43,13 +44,76 @@ def test_a_record_of_another_search_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "text", '{"type": "trial"}\n', '{"type": "search"}\n{"type": "trial", "x": 1}\n', "[1]"]
+    "text",
+    [
+        "",
+        "text",
+        '{"type": "trial"}\n',
+        '{"type": "search"}\n{"type": "trial", "x": 1}\n',
+        "[1]",
+        "[" * 100000,
+        '{"type": []}',
+    ],
 )
 def test_other_files_are_refused(tmp_path, text):
     path = tmp_path / "trials.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match="is not a record of trials"):
         TrialRecord(path, IDENTITY)
+
+
+def finished(path):
+    record = TrialRecord(path, IDENTITY | {"criterion": "0.01 relative"})
+    record.set_baseline(0.6, 1.5)
+    record.add(trial(0))
+    record.finish(trial(0), {"layer": {"error": 0.5, "type": "q_proj", "dtype": None}})
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+WRONG = [None, True, "x", [], {}, -1, 0.5, float("nan"), float("inf"), 2**70, "\ud800"]
+FITS = {
+    "baseline": (-1, 0.5, 2**70),
+    "baseline_seconds": (0.5, 2**70),
+    "best": (),
+    "version": (),
+    "index": (),
+    "recipe": ({},),
+    "label": ("x",),
+    "metric": (-1, 0.5, 2**70),
+    "loss": (-1, 0.5, 2**70),
+    "met": (True,),
+    "model_bytes": (),
+    "bytes_per_weight": (0.5, 2**70),
+    "predicted_ms": (None, 0.5, 2**70),
+    "measured_ms": (None, 0.5, 2**70),
+    "seconds": (0.5, 2**70),
+    "layers": ({},),
+}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_values_of_another_type_are_refused(tmp_path, name):
+    path = tmp_path / "trials.jsonl"
+    lines = finished(path)
+    (line,) = (each for each in lines if name in each)
+    for value in WRONG:
+        line[name] = value
+        path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+        if any(type(value) is type(fit) and value == fit for fit in FITS[name]):
+            Report.of(path).to_html()
+        else:
+            with pytest.raises(ValueError, match="is not a record of trials"):
+                read_record(path)
+
+
+@pytest.mark.parametrize("layers", [0, [1], {"a": 1}, {"a": {}}, {"a": {"error": "1"}}, {"a": {"error": 1, "b": []}}])
+def test_sensitivities_of_another_type_are_refused(tmp_path, layers):
+    path = tmp_path / "trials.jsonl"
+    lines = finished(path)
+    lines[-1]["layers"] = layers
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    with pytest.raises(ValueError, match="is not a record of trials"):
+        read_record(path)
 
 
 def test_nothing_is_written_without_a_path(tmp_path, monkeypatch):

@@ -397,6 +397,12 @@ def test_another_topology_is_refused_and_changes_nothing(model, attention, tmp_p
         ({"scale": {"0_0": [float("nan")]}}, "scale: expected a finite number above 0"),
         ({"scale": {"0_0": ["1"]}}, "expected a scale and a whole zero point"),
         ({"scale": {"0_0": []}}, "malformed"),
+        ({"scale": {"0_0": [True]}}, "expected a scale and a whole zero point, got True"),
+        ({"scale": {"0_0": [10**400]}}, "expected a scale and a whole zero point"),
+        ({"zero_point": {}}, "malformed"),
+        ({"zero_point": {"0_0": [True]}}, "expected a scale and a whole zero point"),
+        ({"smooth_quant_scaling_factor": {"0_0": [1.0, True, 1.0, 1.0]}}, "smoothing factor: expected 4 positive"),
+        ({"smooth_quant_scaling_factor": {"0_0": "abcd"}}, "malformed"),
         ({"scale": 3}, "malformed"),
         ({"zero_point": {"0_0": [256]}}, r"zero_point: expected 0\.\.255"),
         ({"zero_point": {"0_0": [1.5]}}, "expected a scale and a whole zero point"),
@@ -413,6 +419,16 @@ def test_entries_that_make_no_sense(attention, tmp_path, changes, message):
     path.write_text(json.dumps(document))
     with pytest.raises(ValueError, match=f"qconf summary: q: .*{message}"):
         prepared_for(attention, smooth()).load_qconf_summary(path)
+
+
+def test_long_values_are_not_shown_whole(attention, tmp_path):
+    path = tmp_path / "q.json"
+    document = written(prepared_for(attention, smooth()), path)
+    edited(document, "q", smooth_quant_scaling_factor={"0_0": [-1.0] * 100000})
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="smoothing factor: expected 4 positive") as raised:
+        prepared_for(attention, smooth()).load_qconf_summary(path)
+    assert len(str(raised.value)) < 500
 
 
 @pytest.mark.parametrize("inputs", [None, [], [{}], [None]])
