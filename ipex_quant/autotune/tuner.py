@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
@@ -11,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 
 from ..evaluation import model_bytes
+from ..numerics.digest import tensor_digest
 from ..quantization._rules import choose_qconfigs
 from .agreement import agreement
 from .batches import read_batches, tensors
@@ -134,8 +133,8 @@ def autotune(
         "sampling_sizes": list(sizes),
         "float": sorted(always_float),
         "seed": seed,
-        "model": _digest(model.state_dict().items()),
-        "data": _digest((str(i), tensor) for i, batch in enumerate(batches) for tensor in tensors(batch)),
+        "model": tensor_digest(model.state_dict().items()),
+        "data": tensor_digest((str(i), tensor) for i, batch in enumerate(batches) for tensor in tensors(batch)),
     }
     trials = TrialRecord(record, identity)
     eval_func = eval_func or agreement(model, batches)
@@ -241,14 +240,3 @@ def _baseline(
         criterion.check_baseline(metric)
         trials.set_baseline(metric, time.perf_counter() - start)
     return trials.baseline
-
-
-def _digest(tensors_by_name: Iterable[tuple[str, Any]]) -> str:
-    """Of names, shapes, dtypes and some values of tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors_by_name:
-        if isinstance(tensor, torch.Tensor):
-            flat = tensor.detach().reshape(-1)
-            some = flat[:: max(1, flat.numel() // 256)].double()
-            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} {some.tolist()}".encode())
-    return digest.hexdigest()[:16]

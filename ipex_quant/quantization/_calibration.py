@@ -19,7 +19,9 @@ from torch import nn
 from tqdm import tqdm
 
 from ..nn.modes import evaluating
+from ..numerics.digest import tensor_digest
 from ..observers import check_reducible, describe_observer, reduce_observer
+from ..reading import shown
 from ..writing import check_writable, write_whole
 from ._observed import observed
 
@@ -47,7 +49,8 @@ def calibrate(
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and world > 1:
         path = path.with_name(f"{path.name}.rank{rank}-of-{world}")
-    statistics = _Statistics(observers, path, save_every, _identity(prepared, observers))
+    identity = "" if path is None else _identity(prepared, observers)
+    statistics = _Statistics(observers, path, save_every, identity)
     failure = None
     try:
         _run(prepared, dataloader, statistics, (rank, world))
@@ -138,10 +141,10 @@ def _raise_together(failure: Exception | None, rank: int, world: int) -> None:
 
 
 def _identity(model: nn.Module, observers: Mapping[str, nn.Module]) -> str:
-    """Digest of what a checkpoint must agree with: the observers, and names and shapes of the parameters."""
+    """Digest of what a checkpoint must agree with: the observers, and the parameters with their values."""
     described = {name: describe_observer(observer) for name, observer in observers.items()}
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    return hashlib.sha256(json.dumps([described, shapes], sort_keys=True).encode()).hexdigest()
+    parameters = tensor_digest(model.named_parameters())
+    return hashlib.sha256(json.dumps([described, parameters], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass
@@ -175,13 +178,27 @@ class _Statistics:
             raise ValueError(
                 f"checkpoint: {self.path} is of another model or configuration; delete it or give another path"
             )
-        for name, observer in self.observers.items():
-            prefix = f"{name}/"
-            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            observer.load_state_dict(own)
+        if not metadata.get("batches", "").isdecimal() or len(metadata["batches"]) > 18:
+            raise ValueError(f"checkpoint: {self.path} is damaged: it does not say how many batches it counts")
+        self._take(tensors)
         self._tensors = tensors
         self.batches = self._saved = int(metadata["batches"])
         return self.batches
+
+    def _take(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Give the observers the statistics `tensors`; ValueError when they are damaged."""
+        left = dict(tensors)
+        for name, observer in self.observers.items():
+            own = {key: left.pop(f"{name}/{key}") for key in observer.state_dict() if f"{name}/{key}" in left}
+            dtypes = {key: value.dtype for key, value in observer.state_dict().items()}
+            try:
+                if any(value.dtype != dtypes[key] for key, value in own.items()):
+                    raise ValueError(f"expected {dtypes}")
+                observer.load_state_dict(own)
+            except (RuntimeError, ValueError) as error:  # torch's own is a RuntimeError
+                raise ValueError(f"checkpoint: {self.path} is damaged: {name}: {shown(error)}") from error
+        if left:
+            raise ValueError(f"checkpoint: {self.path} is damaged: it has {shown(sorted(left))} beside the statistics")
 
     def count_batch(self) -> None:
         """A batch is complete: remember its statistics, and save them when it is time."""

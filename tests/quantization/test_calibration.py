@@ -7,7 +7,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, BatchEncoding, LlamaConfig, LlamaForCausalLM
 
@@ -170,6 +171,11 @@ def test_bad_checkpoints(tmp_path):
         with pytest.raises(ValueError, match="checkpoint is of another model or configuration"):
             calibrate(other, batches(5), path)
         assert not any(observer.has_data for observer in other.observers.values())
+    tuned = Model()
+    with torch.no_grad():
+        next(tuned.parameters()).view(-1)[-1] += 1
+    with pytest.raises(ValueError, match="checkpoint is of another model or configuration"):
+        calibrate(tuned, batches(5), path)
     with pytest.raises(ValueError, match="holds 5 batches, the dataloader has 4"):
         calibrate(Model(), batches(4), path)
     path.write_bytes(b"something else")
@@ -177,6 +183,50 @@ def test_bad_checkpoints(tmp_path):
         calibrate(Model(), batches(5), path)
     with pytest.raises(ValueError, match=r"the directory of .* does not exist"):
         calibrate(Model(), batches(5), tmp_path / "missing" / "checkpoint")
+
+
+def _renamed(tensors, name):
+    tensors["x"] = tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tensors, name: tensors.pop(name),
+        lambda tensors, name: tensors.update(x=torch.ones(1)),
+        lambda tensors, name: tensors.update({name: tensors[name].double()}),
+        lambda tensors, name: tensors.update({name: torch.ones(3, 3)}),
+        _renamed,
+    ],
+)
+def test_damaged_checkpoints(tmp_path, damage):
+    path = tmp_path / "checkpoint"
+    calibrate(Model(), batches(5), path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    damage(tensors, min(tensors))
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match="checkpoint is damaged"):
+        calibrate(Model(), batches(5), path)
+
+
+@pytest.mark.parametrize("count", ["", "-1", "x", "9" * 5000])
+def test_damaged_counts(tmp_path, count):
+    path = tmp_path / "checkpoint"
+    calibrate(Model(), batches(5), path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path), path, metadata | {"batches": count})
+    with pytest.raises(ValueError, match="does not say how many batches"):
+        calibrate(Model(), batches(5), path)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_before_the_work(tmp_path):
+    model = Model()
+    with pytest.raises(IsADirectoryError):
+        calibrate(model, batches(5), tmp_path)
+    assert model.calls == 0
 
 
 # Several processes
