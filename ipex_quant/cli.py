@@ -6,11 +6,12 @@ Commands import what they need when they run, so that `--help` and wrong usage a
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ipex_quant as ipex
 
@@ -18,12 +19,17 @@ from .recipes import recipe_names
 from .writing import new_directory
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .autotune import Report
+    from .recipes.recipe import Recipe
 
 FAILED = 1
 BAD_INPUT = 2
 DTYPES = ("bfloat16", "float16", "float32")
+MESSAGE_LENGTH = 1000
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""What makes inputs of images and sounds, beside the tokenizer."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.traceback:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = textwrap.shorten(str(error), MESSAGE_LENGTH, placeholder=" ...") or type(error).__name__
         print(f"ipex-quant {options.command}: error: {message}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, (OSError, TypeError, ValueError)) else FAILED
 
@@ -49,8 +55,16 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         sub.add_argument("--traceback", action="store_true", help="show where an error comes from")
+        if name != "demo":
+            sub.add_argument(
+                "--trust-remote-code", action="store_true", help="run code that lies in the model directory"
+            )
         sub.set_defaults(run=run)
         return sub
+
+    def inputs(sub: argparse._ActionsContainer, help: str) -> None:
+        help = f"{help}: a safetensors file of arguments, [samples, ...] each"
+        sub.add_argument("--inputs", type=Path, metavar="FILE", help=help)
 
     sub = command("quantize", _quantize, "Quantize a model directory and save the result.")
     sub.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="float model with its tokenizer")
@@ -66,11 +80,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--column", metavar="NAME", help="column of the dataset that holds the text")
     sub.add_argument("--samples", type=_positive, metavar="N", help="windows of the text (default: the recipe's)")
+    inputs(sub, "what to calibrate a model on that is not called with text")
 
     sub = command("autotune", _autotune, "Find the best way to quantize a model within an accuracy budget.")
     sub.add_argument("model_dir", metavar="MODEL_DIR", help='float model with its tokenizer, or "embedded"')
     sub.add_argument("--recipe", default="w8a8-smoothquant", help="recipe to tune around (default %(default)s)")
-    sub.add_argument("--max-loss", type=float, default=0.01, metavar="X", help="allowed rise of perplexity, relative")
+    sub.add_argument(
+        "--max-loss",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="allowed rise of perplexity, relative; of models without one, squared error of the outputs, relative",
+    )
     sub.add_argument("--max-bytes-per-weight", type=float, metavar="X", help="budget of a weight-only recipe")
     sub.add_argument("--time", type=float, default=0, metavar="S", help="seconds; 0 ends at the first success")
     sub.add_argument("--text", type=Path, metavar="FILE", help="text whose perplexity counts")
@@ -79,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dataset", metavar="FILE_OR_NAME", help="calibration text (default: Python's docs)")
     sub.add_argument("--column", metavar="NAME", help="column of the dataset that holds the text")
     sub.add_argument("--samples", type=_positive, default=100, metavar="N", help="windows of it (default %(default)s)")
+    inputs(sub, "what to calibrate a model on that is not called with text")
     sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations (default %(default)s)")
     sub.add_argument("--record", type=Path, metavar="FILE", help="keep the trials there, to go on after a stop")
     sub.add_argument(
@@ -91,10 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", required=True)
     sub.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
 
-    sub = command("eval", _eval, "Compare a quantized model with its float model on a text.")
+    sub = command("eval", _eval, "Compare a quantized model with its float model on a text or other inputs.")
     sub.add_argument("directory", type=Path, metavar="DIR", help="result of `ipex-quant quantize`")
     sub.add_argument("--reference", type=Path, required=True, metavar="FLOAT_DIR", help="the float model")
-    sub.add_argument("--text", type=Path, required=True, metavar="FILE")
+    either = sub.add_mutually_exclusive_group(required=True)
+    either.add_argument("--text", type=Path, metavar="FILE")
+    inputs(either, "what a model is called with that is not called with text")
     sub.add_argument("--sequence-length", type=_positive, default=512, metavar="N")
     sub.add_argument("--max-tokens", type=_positive, metavar="N", help="predict at most N tokens of the text")
 
@@ -109,91 +133,140 @@ def _quantize(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from . import evaluation
+    from .recipes import inputs
     from .recipes.apply import apply_recipe, calibration_data
     from .recipes.recipe import Calibrated, load_recipe
 
     recipe = load_recipe(options.recipe)
-    if not isinstance(recipe.settings, Calibrated) and (options.dataset or options.column or options.samples):
-        raise ValueError(f"--dataset, --column, --samples: recipe {recipe.name} does not calibrate; leave them out")
+    text = options.dataset or options.column or options.samples
+    if not isinstance(recipe.settings, Calibrated) and (text or options.inputs):
+        raise ValueError(
+            f"--dataset, --column, --samples, --inputs: recipe {recipe.name} does not calibrate; leave them out"
+        )
+    if text and options.inputs:
+        raise ValueError("--dataset, --column, --samples: they are for text; leave them out beside --inputs")
     if options.samples:
         recipe = replace(recipe, settings=replace(recipe.settings, samples=options.samples))
-    tokenizer = _tokenizer(options.model_dir)
+    tokenizer = _tokenizer(options, options.model_dir)
     with new_directory(options.out, "--out") as out:
-        try:
-            calibration = calibration_data(recipe, tokenizer, options.dataset, options.column)
-        except RuntimeError as error:  # the hub has no such dataset, or cannot be reached
-            raise ValueError(f"--dataset: {error}") from error
-        model = _float_model(options.model_dir, options.dtype)
+        calibration = inputs.read_inputs(options.inputs) if options.inputs else ()
+        if not options.inputs and tokenizer is not None:
+            calibration = _of_dataset(calibration_data, recipe, tokenizer, options.dataset, options.column)
+        model = _float_model(options, options.model_dir, options.dtype)
+        if isinstance(recipe.settings, Calibrated) and not options.inputs:
+            inputs.check_takes_text(model, tokenizer)
         before = evaluation.model_bytes(model)
-        model = apply_recipe(recipe, model, calibration, model.dtype)
-        ipex.llm.save(model, out, tokenizer)
+        model = apply_recipe(recipe, model, inputs.of_model(model, calibration), model.dtype)
+        _save(model, out, tokenizer, options.model_dir)
     after = evaluation.model_bytes(model)
     print(f"{options.out}: {recipe.name}, {after / 1e6:.1f} MB in memory, before {before / 1e6:.1f} MB")
     return 0
 
 
 def _autotune(options: argparse.Namespace) -> int:
+    from contextlib import nullcontext
+
     from . import data
     from .recipes.recipe import load_recipe
-    from .recipes.tune import Tuning
 
     recipe = load_recipe(options.recipe)
-    if options.out is not None and options.out.exists():
-        raise ValueError(f"--out: expected a directory that does not exist yet, got {options.out}")
     embedded = options.model_dir == "embedded"
-    if options.text is None and not embedded:
-        raise ValueError("--text: expected a file whose perplexity counts")
-    text = options.text.read_text(encoding="utf-8") if options.text else data.held_out_text()
     directory = data.embedded_model_dir() if embedded else Path(options.model_dir)
-    tokenizer = _tokenizer(directory)
+    if options.text is None:
+        text = data.held_out_text() if embedded else None
+    else:
+        text = options.text.read_text(encoding="utf-8")
+    with nullcontext() if options.out is None else new_directory(options.out, "--out") as out:
+        report = _tune(options, recipe, directory, text, out)
+    print(report.table())
+    if options.out is not None:
+        print(f"{options.out}: the result")
+    return 0
+
+
+def _tune(options: argparse.Namespace, recipe: Recipe, directory: Path, text: str | None, out: Path | None) -> Report:
+    """Tune, and save the result in `out` if given; RuntimeError when no recipe is within the budget."""
+    from .recipes import inputs
+    from .recipes.tune import Tuning
+
+    tokenizer = _tokenizer(options, directory)
     tuning = Tuning(recipe, tokenizer, options.samples, options.sequence_length)
-    try:
-        calibration = tuning.calibration(options.dataset, options.column)
-    except RuntimeError as error:  # the hub has no such dataset, or cannot be reached
-        raise ValueError(f"--dataset: {error}") from error
+    calibration = inputs.read_inputs(options.inputs) if options.inputs else ()
+    if not options.inputs and tokenizer is not None:
+        calibration = _of_dataset(tuning.calibration, options.dataset, options.column)
+    model = _float_model(options, directory, options.dtype)
+    if not options.inputs:
+        inputs.check_takes_text(model, tokenizer)
+    metric = None
+    if inputs.predicts_next_tokens(model) and not options.inputs:
+        if text is None:
+            raise ValueError("--text: expected a file whose perplexity counts")
+        metric = tuning.perplexity(text, options.max_tokens)
+    elif options.text is not None:
+        raise ValueError(f"--text: a {type(model).__name__} has no perplexity; leave it out")
     model, report = tuning.run(
-        _float_model(directory, options.dtype),
-        calibration,
-        tuning.perplexity(text, options.max_tokens),
+        model,
+        inputs.of_model(model, calibration),
+        metric,
         accuracy_criterion={"relative": options.max_loss},
         max_bytes_per_weight=options.max_bytes_per_weight,
         tuning_time=options.time,
         record=options.record,
         report=options.report or (),
     )
-    print(report.table())
-    if options.out is not None:
-        ipex.llm.save(model, options.out, tokenizer)
-        print(f"{options.out}: the result")
-    return 0
+    if not report.met:
+        print(report.table())
+        raise RuntimeError(f"no recipe is within --max-loss {options.max_loss}: allow more, or give it more --time")
+    if out is not None:
+        _save(model, out, tokenizer, directory)
+    return report
 
 
 def _generate(options: argparse.Namespace) -> int:
     from .demo import continuation
+    from .recipes import inputs
 
-    model, tokenizer = _quantized_model(options.directory), _tokenizer(options.directory)
+    model, tokenizer = _quantized_model(options), _tokenizer(options, options.directory)
+    inputs.check_takes_text(model, tokenizer)
+    if not model.can_generate():
+        raise ValueError(f"{options.directory}: a {type(model).__name__} does not generate text")
     print(continuation(model, tokenizer, options.prompt, options.max_new_tokens))
     return 0
 
 
 def _eval(options: argparse.Namespace) -> int:
     from . import evaluation
+    from .recipes import inputs
 
-    text = options.text.read_text(encoding="utf-8")
-    model, tokenizer = _quantized_model(options.directory), _tokenizer(options.directory)
-    reference = _float_model(options.reference, "float32")
-    result = evaluation.compare(reference, model, tokenizer, text, options.sequence_length, options.max_tokens)
+    text = None if options.text is None else options.text.read_text(encoding="utf-8")
+    calls = None if options.inputs is None else inputs.read_inputs(options.inputs)
+    model, tokenizer = _quantized_model(options), _tokenizer(options, options.directory)
+    reference = _float_model(options, options.reference, "float32")
+    if type(reference).__name__ != type(model).__name__:
+        raise ValueError(f"--reference: expected a {type(model).__name__}, got a {type(reference).__name__}")
     float_size, size = (f"{evaluation.model_bytes(each) / 1e6:.1f} MB" for each in (reference, model))
-    print(f"tokens                {result.tokens}")
-    print(f"reference perplexity  {result.reference_perplexity:.4f}  ({float_size})")
-    print(f"perplexity            {result.perplexity:.4f}  ({size})")
-    print(f"KL(reference||model)  {result.kl_divergence:.6f} nats per token")
-    print(f"top-1 agreement       {result.top1_agreement:.2%}")
+    if calls is None and inputs.predicts_next_tokens(model):
+        result = evaluation.compare(reference, model, tokenizer, text, options.sequence_length, options.max_tokens)
+        print(f"tokens                {result.tokens}")
+        print(f"reference perplexity  {result.reference_perplexity:.4f}  ({float_size})")
+        print(f"perplexity            {result.perplexity:.4f}  ({size})")
+        print(f"KL(reference||model)  {result.kl_divergence:.6f} nats per token")
+        print(f"top-1 agreement       {result.top1_agreement:.2%}")
+        return 0
+    if calls is None:
+        calls = inputs.text_batches(model, tokenizer, text, options.sequence_length, options.max_tokens)
+    pairs = zip(inputs.of_model(reference, calls), inputs.of_model(model, calls), strict=True)
+    result = evaluation.compare_outputs(reference, model, pairs)
+    print(f"samples               {result.samples}  ({float_size}, {size})")
+    print(f"error of the outputs  {result.error:.6f} relative")
+    if result.top1_agreement is not None:
+        print(f"KL(reference||model)  {result.kl_divergence:.6f} nats per prediction")
+        print(f"top-1 agreement       {result.top1_agreement:.2%}")
     return 0
 
 
 def _explain(options: argparse.Namespace) -> int:
-    ipex.explain(_quantized_model(options.directory))
+    ipex.explain(_quantized_model(options))
     return 0
 
 
@@ -206,35 +279,41 @@ def _demo(options: argparse.Namespace) -> int:
     return demo.run()
 
 
-def _quantized_model(directory: Path) -> nn.Module:
-    with _naming(directory):
-        return ipex.llm.load(_model_directory(directory))
+def _quantized_model(options: argparse.Namespace) -> PreTrainedModel:
+    return ipex.llm.load(_model_directory(options.directory), options.trust_remote_code)
 
 
-def _float_model(directory: Path, dtype: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+def _float_model(options: argparse.Namespace, directory: Path, dtype: str) -> PreTrainedModel:
+    import torch
 
-    with _naming(directory):
-        return AutoModelForCausalLM.from_pretrained(
-            _model_directory(directory), dtype=dtype, local_files_only=True
-        ).eval()
+    from .llm.float_models import load_float_model
 
-
-@contextmanager
-def _naming(directory: Path) -> Iterator[None]:
-    """Damaged safetensors are bad input; their errors do not say where."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(f"{directory}: {error}") from error
+    return load_float_model(directory, getattr(torch, dtype), options.trust_remote_code)
 
 
-def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(options: argparse.Namespace, directory: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in `directory`; None beside a model of images or sounds that has none."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(_model_directory(directory), local_files_only=True)
+    names = {file.name for file in _model_directory(directory).iterdir()}
+    if names.intersection(PROCESSOR_FILES) and not names & {"tokenizer_config.json", "tokenizer.json"}:
+        return None
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=options.trust_remote_code)
+
+
+def _save(model: PreTrainedModel, out: Path, tokenizer: PreTrainedTokenizerBase | None, source: Path) -> None:
+    """Save a quantized model with what makes its inputs, which the float model in `source` had."""
+    ipex.llm.save(model, out, tokenizer)
+    for name in PROCESSOR_FILES:
+        if (source / name).is_file() and not (out / name).exists():
+            shutil.copy(source / name, out / name)
+
+
+def _of_dataset(read: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return read(*arguments)
+    except RuntimeError as error:  # the hub has no such dataset, or cannot be reached
+        raise ValueError(f"--dataset: {error}") from error
 
 
 def _model_directory(path: Path) -> Path:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
@@ -106,6 +107,65 @@ def compare(
         top1_agreement=same / tokens,
         tokens=tokens,
     )
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """How close a model's outputs are to its reference's.
+
+    `error` is the root of the squared error relative to the reference's outputs. Where these are logits over classes
+    or tokens, `kl_divergence` is the mean of ``KL(reference || model)`` in nats and `top1_agreement` the share of
+    predictions of which both rank the same first; None elsewhere. `samples` counts the calls.
+    """
+
+    error: float
+    kl_divergence: float | None
+    top1_agreement: float | None
+    samples: int
+
+
+def compare_outputs(
+    reference: nn.Module, model: nn.Module, calls: Iterable[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]
+) -> OutputComparison:
+    """Call both models, with the first and the second keyword arguments of every pair, and compare what they return.
+
+    That is the logits, or the first output with float tensors. Raises ValueError when there are no calls or the outputs
+    differ in shape, TypeError when there are no outputs.
+    """
+    error = power = divergence = 0.0
+    same = predictions = samples = 0
+    with _evaluating(reference, model):
+        for own, other in calls:
+            (expected, are_logits), (actual, _) = (main_output(reference(**own)), main_output(model(**other)))
+            if expected.shape != actual.shape:
+                raise ValueError(f"model: expected outputs of shape {list(expected.shape)}, got {list(actual.shape)}")
+            error += (actual - expected).square().sum().item()
+            power += expected.square().sum().item()
+            samples += 1
+            if are_logits:
+                expected, actual = (x.reshape(-1, x.shape[-1]).log_softmax(-1) for x in (expected, actual))
+                divergence += nn.functional.kl_div(actual, expected, reduction="sum", log_target=True).item()
+                same += (expected.argmax(-1) == actual.argmax(-1)).sum().item()
+                predictions += len(expected)
+    if not samples:
+        raise ValueError("calls: expected at least one, got none")
+    relative = math.sqrt(error / power) if power else math.inf * bool(error)
+    if not predictions:
+        return OutputComparison(relative, None, None, samples)
+    return OutputComparison(relative, divergence / predictions, same / predictions, samples)
+
+
+def main_output(output: object) -> tuple[torch.Tensor, bool]:
+    """The logits of a model's `output`, or its first float tensor, in float32, and whether it is logits.
+
+    Raises TypeError when there is none.
+    """
+    logits = getattr(output, "logits", None)
+    are_logits = isinstance(logits, torch.Tensor)
+    for leaf in [logits] if are_logits else tree_leaves(output):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+            return leaf.float(), are_logits and leaf.dim() > 0 and leaf.shape[-1] > 1
+    raise TypeError("the model returns no float tensor to compare outputs by")
 
 
 def decode_speed(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
+from ..evaluation import main_output
 from ..nn.modes import evaluating
 from ..quantization._example import Example
 
@@ -23,18 +22,10 @@ def agreement(reference: nn.Module, batches: Sequence[Example]) -> Callable[[nn.
         error = power = 0.0
         with torch.no_grad(), evaluating(reference), evaluating(model):
             for batch in batches:
-                expected, actual = (_output(each(*batch.args, **batch.kwargs)) for each in (reference, model))
+                outputs = (each(*batch.args, **batch.kwargs) for each in (reference, model))
+                expected, actual = (main_output(output)[0] for output in outputs)
                 error += float((actual - expected).square().sum())
                 power += float(expected.square().sum())
         return 1 - error / max(power, torch.finfo(torch.float32).tiny)
 
     return measure
-
-
-def _output(output: Any) -> torch.Tensor:
-    logits = getattr(output, "logits", None)
-    leaves = [logits] if isinstance(logits, torch.Tensor) else tree_leaves(output)
-    for leaf in leaves:
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-            return leaf.float()
-    raise TypeError("calib_dataloader: the model returns no float tensor to compare outputs by; give an eval_func")

@@ -8,7 +8,6 @@ From a shell, ``python -m ipex_quant.integrations.lm_eval`` is the harness' own 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import llm
+from ..llm.float_models import load_float_model
 from ..nn.linears import FLOAT_DTYPES
+from ..reading import read_json
 from ..recipes.apply import apply_recipe, calibration_data
 from ..recipes.recipe import Recipe, load_recipe
 
@@ -69,7 +70,8 @@ class IpexQuantLM(HFLM):
             quantized = _is_quantized(directory)
             if quantized and for_float:
                 raise ValueError(f"pretrained: {_FLOAT_MODEL_ONLY}, {directory} holds a quantized one")
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer or directory) if _is_path(tokenizer) else tokenizer
+            if _is_path(tokenizer):  # code beside it is never run
+                tokenizer = AutoTokenizer.from_pretrained(tokenizer or directory, trust_remote_code=False)
             if quantized:
                 model = llm.load(directory)
             else:
@@ -85,8 +87,8 @@ def _is_quantized(directory: str) -> bool:
     config = Path(directory) / "config.json"
     if not config.is_file():
         raise ValueError(f"pretrained: expected a directory with a config.json, got {directory}")
-    method = (json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}).get("quant_method")
-    return method == "ipex_quant"
+    description = read_json(config).get("quantization_config")
+    return isinstance(description, dict) and description.get("quant_method") == "ipex_quant"
 
 
 def _float_model(
@@ -102,7 +104,7 @@ def _float_model(
     if dtype is None:
         raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}")
     calibration = () if recipe is None else calibration_data(recipe, tokenizer, dataset, column)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    model = load_float_model(directory, dtype)
     if recipe is None:
         return llm.optimize(model, dtype=dtype, inplace=True)
     return apply_recipe(recipe, model, calibration, dtype)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from ..checkpoints.files import indexed_files
 from ..nn import QuantizedModule
 from ..quantization._description import METHOD
+from ..reading import read_json, shown
 from ..writing import replaced_directory
+from .float_models import model_class
 from .hf_quantizer import describe_model
 
 MAX_SHARD_SIZE = "5GB"
@@ -39,36 +40,40 @@ def save(model: PreTrainedModel, directory: str | os.PathLike, tokenizer: Any = 
             tokenizer.save_pretrained(staging)
 
 
-def load(directory: str | os.PathLike) -> PreTrainedModel:
+def load(directory: str | os.PathLike, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a directory that `save` or the model's `save_pretrained` wrote; no float weight is made on the way.
 
-    Raises ValueError for a directory without a quantized model's config.json, for damaged files, and for missing,
-    additional or unfitting tensors.
+    Code that lies in the directory is run with `trust_remote_code` only. Raises ValueError for a directory without a
+    quantized model's config.json, for damaged files, and for missing, additional or unfitting tensors.
     """
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise ValueError(f"{directory}: expected a directory with a config.json")
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        method = (config.get("quantization_config") or {}).get("quant_method")
-        (architecture,) = config["architectures"]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{directory / 'config.json'}: not a model's configuration ({error!r})") from error
+    config = read_json(directory / "config.json")
+    description = config.get("quantization_config") or {}
+    method = description.get("quant_method") if isinstance(description, dict) else None
     if method != METHOD:
         raise ValueError(
-            f"{directory}: expected quant_method {METHOD!r} in config.json, got {method!r}; load other models with "
-            "transformers and llm.optimize"
+            f"{directory}: expected quant_method {METHOD!r} in config.json, got {shown(method)}; load other models "
+            "with transformers and llm.optimize"
         )
-    model_class = getattr(transformers, str(architecture), None)
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        raise ValueError(f"{directory}: transformers {transformers.__version__} has no model {architecture}")
+    found = model_class(directory, config, trust_remote_code)
+    for index in directory.glob("*.index.json"):  # transformers would read whatever it names
+        indexed_files(index)
     try:
         # Tensors of another shape are reported below, by name, like all that do not fit.
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = model_class.from_pretrained(directory, **options)
+        model, info = found.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
     except SafetensorError as error:
         raise ValueError(f"{directory}: a safetensors file is damaged ({error})") from error
+    except (OSError, TypeError, ValueError):
+        raise
+    except Exception as error:  # configurations can be wrong in ways that transformers has no error for
+        raise ValueError(f"{directory}: transformers cannot make a model of it ({shown(error)})") from error
     wrong = {kind: sorted(names) for kind, names in info.items() if names}
     if wrong:
         raise ValueError(f"{directory}: the tensors do not fit the model: {wrong}")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ValueError(f"{directory}: {name}: expected a float dtype, got {parameter.dtype}")
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,9 +44,16 @@ class Tuning:
         return lambda model: -evaluation.perplexity(model, self.tokenizer, text, self.sequence_length, max_tokens)
 
     def run(
-        self, model: nn.Module, calibration: DataLoader, eval_func: Callable[[nn.Module], float], **options: Any
+        self,
+        model: nn.Module,
+        calibration: DataLoader | Collection[Any],
+        eval_func: Callable[[nn.Module], float] | None,
+        **options: Any,
     ) -> tuple[nn.Module, Report]:
-        """Tune a copy of `model`; the quantized result, and the report. `options` are those of `autotune`."""
+        """Tune a copy of `model`; the quantized result, and the report.
+
+        `options` are those of `autotune`, whose metric counts without an `eval_func`.
+        """
         with tempfile.TemporaryDirectory(prefix="ipex_quant_tuning_") as folder:
             record = options.pop("record", None) or Path(folder) / "trials.jsonl"
             tuned = autotune(

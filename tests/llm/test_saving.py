@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -255,7 +256,7 @@ def test_other_directories_are_refused(llama, tmp_path):
     with pytest.raises(ValueError, match=r"expected quant_method 'ipex_quant' in config.json, got None"):
         ipex.llm.load(tmp_path / "float")
     (tmp_path / "float" / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="not a model's configuration"):
+    with pytest.raises(ValueError, match="expected a JSON object, got list"):
         ipex.llm.load(tmp_path / "float")
 
 
@@ -371,8 +372,49 @@ def test_a_truncated_file_is_named(saved):
         ipex.llm.load(saved)
 
 
-@pytest.mark.parametrize("name", ["NoSuchModel", "set_seed", "AutoModelForCausalLM", "LlamaConfig", 3])
+@pytest.mark.parametrize("name", ["NoSuchModel", "set_seed", "AutoModelForCausalLM", "LlamaConfig"])
 def test_an_architecture_that_is_no_model_is_refused(saved, name):
     edit_config(saved, lambda config: config.update(architectures=[name]))
     with pytest.raises(ValueError, match=f"has no model {name}"):
+        ipex.llm.load(saved)
+
+
+@pytest.mark.parametrize("names", [[], None, "LlamaForCausalLM", [3]])
+def test_architectures_that_are_no_names_are_refused(saved, names):
+    edit_config(saved, lambda config: config.update(architectures=names))
+    with pytest.raises(ValueError, match=r"architectures in config\.json: expected names of classes"):
+        ipex.llm.load(saved)
+
+
+def test_an_index_that_leads_out_of_the_directory_is_refused(saved):
+    shutil.move(saved / "model.safetensors", saved.parent / "elsewhere.safetensors")
+    names = load_file(saved.parent / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../elsewhere.safetensors")}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"expected file names beside the index, got '\.\./elsewhere\.safetensors'"):
+        ipex.llm.load(saved)
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_act": ""}, {"num_hidden_layers": "2"}, {"num_attention_heads": 0}, {"tie_word_embeddings": []}]
+)
+def test_a_configuration_that_transformers_fails_with_is_a_value_error(saved, change):
+    edit_config(saved, lambda config: config.update(change))
+    with pytest.raises(ValueError, match="transformers cannot make a model of it"):
+        ipex.llm.load(saved)
+
+
+@pytest.mark.parametrize("text", ["[" * 100000, '{"a":' * 100000, "{", "\ufeff{}", "[]"])
+def test_a_configuration_that_is_no_json_object_is_refused(saved, text):
+    (saved / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.json: ") as raised:
+        ipex.llm.load(saved)
+    assert len(str(raised.value)) < 1000
+
+
+def test_a_parameter_that_is_no_float_is_refused(saved):
+    tensors = load_file(saved / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].bool()
+    save_file(tensors, saved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: expected a float dtype, got torch\.bool"):
         ipex.llm.load(saved)

@@ -67,8 +67,9 @@ def test_bad_input(float_dir, tmp_path, capsys):
     assert "--text: expected a file" in capsys.readouterr().err
     assert cli.main(["autotune", "embedded", "--recipe", "w8a8-dynamic"]) == 2
     assert "w8a8-dynamic: expected a static or weight-only one" in capsys.readouterr().err
+    (tmp_path / "file").touch()
     assert cli.main(["autotune", "embedded", "--out", str(tmp_path)]) == 2
-    assert "--out: expected a directory that does not exist yet" in capsys.readouterr().err
+    assert "exists and is not empty" in capsys.readouterr().err
 
 
 def test_modules_that_a_recipe_skips_stay_in_float():
