@@ -24,6 +24,7 @@ from ..numerics.affine import INT4_OFFSET
 from ..numerics.nibbles import as_bytes, pack_nibbles, unpack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
+from ..reading import shown
 from .bit_fields import pack_fields, unpack_fields, word_count
 from .patterns import Pattern
 from .tensors import FLOAT_DTYPES, INDEX_DTYPES, check, check_rank, infer_group_size, integer_weight, require
@@ -66,19 +67,19 @@ class GptqFormat:
 
     def __post_init__(self) -> None:
         if self.bits is not None and self.bits not in BITS:
-            raise ValueError(f"bits: expected one of {sorted(BITS)} for GPTQ, got {self.bits!r}")
+            raise ValueError(f"bits: expected one of {sorted(BITS)} for GPTQ, got {shown(self.bits)}")
         if self.group_size is not None and not isinstance(self.group_size, int):
-            raise ValueError(f"group_size: expected an integer, got {self.group_size!r}")
+            raise ValueError(f"group_size: expected an integer, got {shown(self.group_size)}")
         for name in ("desc_act", "static_groups"):
             if getattr(self, name) not in (False, True):
-                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected true or false, got {shown(getattr(self, name))}")
         for pattern, overrides in self.dynamic.items():
             try:
                 self._patterns[pattern] = Pattern(_regex(pattern))
             except ValueError as error:
                 raise ValueError(f"dynamic: {error}") from error
             if not pattern.startswith("-:") and not isinstance(overrides, Mapping):
-                raise ValueError(f"dynamic: expected a mapping of overrides for {pattern!r}, got {overrides!r}")
+                raise ValueError(f"dynamic: expected a mapping of overrides for {pattern!r}, got {shown(overrides)}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> GptqFormat:
@@ -87,12 +88,15 @@ class GptqFormat:
         if layout not in VERSIONS or config.get("is_marlin_format"):
             layout = "marlin" if layout in VERSIONS else layout
             raise ValueError(
-                f"checkpoint_format: expected one of {list(VERSIONS)}, got {layout!r}; save the checkpoint as 'gptq'"
+                f"checkpoint_format: expected one of {list(VERSIONS)}, got {shown(layout)}; save the checkpoint as "
+                "'gptq'"
             )
         meta = config.get("meta") if isinstance(config.get("meta"), Mapping) else {}
         pack_dtype = config.get("pack_dtype") or meta.get("pack_dtype") or "int32"
         if str(pack_dtype).removeprefix("torch.") != "int32":
-            raise ValueError(f"pack_dtype: expected 'int32', got {pack_dtype!r}; save the checkpoint with int32 words")
+            raise ValueError(
+                f"pack_dtype: expected 'int32', got {shown(pack_dtype)}; save the checkpoint with int32 words"
+            )
         dynamic = config.get("dynamic") or {}
         if not isinstance(dynamic, Mapping):
             raise ValueError(f"dynamic: expected a mapping of patterns to overrides, got {type(dynamic).__name__}")

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from ..numerics.quantized_weight import QuantizedWeight
+from ..reading import shown
 from .gptq import GptqFormat
 
 
@@ -45,5 +46,7 @@ def format_from_config(config: Mapping[str, object]) -> CheckpointFormat:
     """The format that `config` describes; raises ValueError when its `quant_method` is not supported."""
     method = config.get("quant_method")
     if not isinstance(method, str) or method not in FORMATS:
-        raise ValueError(f"quant_method: expected one of {sorted(FORMATS)}, got {method!r}; convert the checkpoint")
+        raise ValueError(
+            f"quant_method: expected one of {sorted(FORMATS)}, got {shown(method)}; convert the checkpoint"
+        )
     return FORMATS[method](config)

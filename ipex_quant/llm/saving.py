@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def save(model: PreTrainedModel, directory: str | os.PathLike, tokenizer: Any = 
         model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE, save_original_format=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
+        for file in filter(Path.is_file, staging.iterdir()):  # safetensors makes its own private, whatever the umask is
+            file.chmod(stat.S_IMODE(staging.stat().st_mode) & 0o666)
 
 
 def load(directory: str | os.PathLike, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -221,6 +222,18 @@ def test_nothing_is_left_when_saving_fails(llama, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         ipex.llm.save(model, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_all_files_have_the_rights_that_the_umask_leaves(llama, tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        ipex.llm.save(optimized(llama), tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in (tmp_path / "model").iterdir()} == {
+        file.name: oct(mode) for file in (tmp_path / "model").iterdir()
+    }
 
 
 def test_a_tokenizer_is_saved_with_it(llama, tmp_path):
