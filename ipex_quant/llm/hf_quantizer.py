@@ -21,6 +21,7 @@ from ..nn.linears import FLOAT_DTYPES
 from ..quantization._description import KINDS, METHOD, VERSION, describe
 from ..quantization._tying import untie
 from .native import native_stack, use_native_stack
+from .notes import check_note, note_recipe, recipe_note
 
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of `device_map` that leave the choice to the library."""
@@ -39,8 +40,8 @@ class IpexQuantConfig(QuantizationConfigMixin):
 
     `modules` maps the name of each quantized module to what its class tells of it; `dtype` is the one of everything
     else; `share_groups` lists the names of modules with one packed weight; `native` says that everything else computes
-    natively, as after ``llm.optimize``, with caches in `kv_cache_dtype`. Raises ValueError for another version, or an
-    entry that is not what `describe` writes.
+    natively, as after ``llm.optimize``, with caches in `kv_cache_dtype`; `recipe` notes what made the model. Raises
+    ValueError for another version, or an entry that is not what `describe` writes.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class IpexQuantConfig(QuantizationConfigMixin):
         share_groups: Any = (),
         native: Any = False,
         kv_cache_dtype: Any = None,
+        recipe: Any = None,
         **others: Any,
     ) -> None:
         if version != VERSION:
@@ -76,6 +78,7 @@ class IpexQuantConfig(QuantizationConfigMixin):
         self.share_groups = list(share_groups)
         self.native = native
         self.kv_cache_dtype = kv_cache_dtype
+        self.recipe = check_note(recipe)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -88,7 +91,8 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     cache_dtype = getattr(model.config, "kv_cache_dtype", None)
     if isinstance(cache_dtype, torch.dtype):
         model.config.kv_cache_dtype = _name(cache_dtype)  # transformers cannot write it otherwise
-    return {**describe(model), "native": native, "kv_cache_dtype": None if dtype is None else _name(dtype)}
+    stack = {"native": native, "kv_cache_dtype": None if dtype is None else _name(dtype)}
+    return {**describe(model), **stack, "recipe": recipe_note(model)}
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -175,6 +179,8 @@ class IpexQuantizer(HfQuantizer):
             for name, module in zip(names, modules, strict=True):
                 model.set_submodule(name, module.to(config.torch_dtype))
         model.config.quantization_config = self.quantization_config.to_dict()
+        if config.recipe is not None:
+            note_recipe(model, config.recipe)
         if config.native:
             use_native_stack(model, _CACHE_DTYPES.get(config.kv_cache_dtype))
         return model

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import data, llm
+from ..llm.notes import note_recipe
 from ..nn.linears import holds_experts, is_linear
 from ..quantization import WoqWeightQScheme, awq, calibrate, calibration_dataloader, convert, gptq, prepare
-from .recipe import BITS, Awq, Calibrated, Gptq, Recipe
+from .recipe import BITS, Awq, Calibrated, Gptq, Recipe, layer_widths, output_layer
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -53,7 +54,7 @@ def apply_recipe(
     """
     if isinstance(recipe.settings, Calibrated) and not len(calibration):
         raise ValueError(f"recipe {recipe.name}: it needs calibration text, got none")
-    mapping = recipe.qconfig_mapping()
+    mapping = recipe.qconfig_mapping(model)
     if isinstance(recipe.settings, Gptq):
         model = _apply_gptq(recipe, model, calibration, dtype)
         mapping = mapping if _left_in_float(model, recipe) else None
@@ -65,7 +66,9 @@ def apply_recipe(
         prepared = prepare(model, mapping, example_kwarg_inputs=dict(next(iter(calibration))), inplace=True)
         model = convert(calibrate(prepared, calibration), inplace=True)
         mapping = None
-    return llm.optimize(model, dtype=dtype, quantization_config=mapping, inplace=True)
+    model = llm.optimize(model, dtype=dtype, quantization_config=mapping, inplace=True)
+    note_recipe(model, recipe.note)
+    return model
 
 
 def _apply_gptq(recipe: Recipe, model: nn.Module, calibration: Collection[Any], dtype: torch.dtype) -> nn.Module:
@@ -74,7 +77,7 @@ def _apply_gptq(recipe: Recipe, model: nn.Module, calibration: Collection[Any], 
         gptq(
             model,
             calibration,
-            group_size=settings.group_size,
+            group_size=_group_size(recipe, model),
             wbits=BITS[settings.weight_dtype],
             sym=settings.qconfig().weight_qscheme == WoqWeightQScheme.SYMMETRIC,
             percdamp=settings.percdamp,
@@ -86,10 +89,17 @@ def _apply_gptq(recipe: Recipe, model: nn.Module, calibration: Collection[Any], 
         return llm.optimize(
             model,
             dtype=dtype,
-            quantization_config=recipe.qconfig_mapping(),
+            quantization_config=recipe.qconfig_mapping(model),
             low_precision_checkpoint=llm.utils.load_low_precision_checkpoint(folder),
             inplace=True,
         )
+
+
+def _group_size(recipe: Recipe, model: nn.Module) -> int:
+    """The one size of groups that a GPTQ checkpoint has, small enough for every layer."""
+    head = output_layer(model)
+    widths = [width for name, width in layer_widths(model).items() if name != head]
+    return min(map(recipe.settings.group_size_for, widths), default=recipe.settings.group_size)
 
 
 def _left_in_float(model: nn.Module, recipe: Recipe) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 from torch.ao.quantization import QConfigMapping
 
 from .. import quantization
+from ..nn.linears import holds_experts, is_linear, linear_shape
 from ..observers import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
 from ..quantization import (
     AwqOptions,
@@ -24,6 +27,8 @@ from ..quantization import (
     get_weight_only_quant_qconfig_mapping,
 )
 from . import FOLDER, recipe_names
+
+SMALLEST_GROUP = 32
 
 BITS = {WoqWeightDtype.INT4: 4, WoqWeightDtype.INT8: 8}
 
@@ -46,6 +51,10 @@ class Settings:
         """Configurations of the layers whose name matches a regular expression; the first match counts."""
         return {}
 
+    def exceptions_of(self, model: nn.Module) -> dict[str, Any]:
+        """Configurations of layers of `model`, by name, that depend on their shape and place."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Calibrated(Settings):
@@ -57,17 +66,46 @@ class Calibrated(Settings):
 
 @dataclass(frozen=True)
 class WeightOnly(Settings):
-    """Weights in few bits, rounded to nearest; `lowp_mode` and `act_quant_mode` say what they are computed with."""
+    """Weights in few bits, rounded to nearest; `lowp_mode` and `act_quant_mode` say what they are computed with.
+
+    A layer with fewer than `min_groups` groups a row, or whose width `group_size` does not divide, has smaller groups,
+    of 32 features at least: rounding errors of narrow layers average out less. `head_dtype` is that of the output
+    layer's weight, per channel, where it is not `weight_dtype`.
+    """
 
     weight_dtype: WoqWeightDtype = WoqWeightDtype.INT8
     weight_qscheme: WoqWeightQScheme = WoqWeightQScheme.UNDEFINED
     group_size: int = -1
     lowp_mode: WoqLowpMode = WoqLowpMode.NONE
     act_quant_mode: WoqActQuantMode = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
+    min_groups: int = 0
+    head_dtype: WoqWeightDtype | None = None
 
     def qconfig(self) -> Any:
-        names = [each.name for each in fields(WeightOnly)]
-        return get_weight_only_quant_qconfig_mapping(**{name: getattr(self, name) for name in names}).global_qconfig
+        return self._with()
+
+    def exceptions_of(self, model: nn.Module) -> dict[str, Any]:
+        widths = layer_widths(model)
+        sizes = {name: self.group_size_for(width) for name, width in widths.items()}
+        found = {name: self._with(group_size=size) for name, size in sizes.items() if size != self.group_size}
+        head = output_layer(model)
+        if self.head_dtype is not None and head is not None:
+            found[head] = self._with(
+                weight_dtype=self.head_dtype, group_size=-1, weight_qscheme=WoqWeightQScheme.UNDEFINED
+            )
+        return found
+
+    def group_size_for(self, width: int) -> int:
+        """Input features that share a scale in a layer with `width` of them."""
+        size = self.group_size
+        while self.min_groups and size > SMALLEST_GROUP and (width % size or width < self.min_groups * size):
+            size //= 2
+        return size
+
+    def _with(self, **changes: Any) -> Any:
+        names = ("weight_dtype", "weight_qscheme", "group_size", "lowp_mode", "act_quant_mode")
+        settings = {name: getattr(self, name) for name in names} | changes
+        return get_weight_only_quant_qconfig_mapping(**settings).global_qconfig
 
 
 @dataclass(frozen=True)
@@ -167,12 +205,50 @@ class Recipe:
     def __post_init__(self) -> None:
         self.qconfig_mapping()
 
-    def qconfig_mapping(self) -> QConfigMapping:
-        """The quantization configuration that `llm.optimize` and `quantization.prepare` take."""
+    @property
+    def cost(self) -> str | None:
+        """What the recipe was measured to cost on a real model, in a sentence; None for one of the user's own."""
+        costs = json.loads((FOLDER / "costs.json").read_text(encoding="utf-8"))
+        if self.name not in costs["recipes"] or self != load_recipe(self.name):
+            return None
+        before, after = costs["perplexity"], costs["recipes"][self.name]
+        return (
+            f"changes the perplexity of {costs['model']} from {before:.2f} to {after['perplexity']:.2f} "
+            f"(KL divergence {after['kl_divergence']:.2g} nats, on {costs['tokens']} tokens of {costs['text']})"
+        )
+
+    @property
+    def note(self) -> str:
+        """Its name, and its cost where that was measured."""
+        return self.name if self.cost is None else f"{self.name}: {self.cost}"
+
+    def qconfig_mapping(self, model: nn.Module | None = None) -> QConfigMapping:
+        """The quantization configuration that `llm.optimize` and `quantization.prepare` take, for `model` if given."""
         mapping = QConfigMapping().set_global(self.settings.qconfig())
+        for name, qconfig in ({} if model is None else self.settings.exceptions_of(model)).items():
+            if not any(re.match(pattern, name) for pattern in self.skip):
+                mapping.set_module_name(name, qconfig)
         for pattern, qconfig in {**dict.fromkeys(self.skip), **self.settings.exceptions()}.items():
             mapping.set_module_name_regex(pattern, qconfig)
         return mapping
+
+
+def layer_widths(model: nn.Module) -> dict[str, int]:
+    """Input features of every linear layer of `model`, and the fewest of every module with experts, by name."""
+    widths = {}
+    for name, module in model.named_modules():
+        if is_linear(module):
+            widths[name] = linear_shape(module)[1]
+        elif holds_experts(module):
+            widths[name] = min(min(p.shape[1:]) for p in module.parameters(recurse=False) if p.dim() == 3)
+    return widths
+
+
+def output_layer(model: nn.Module) -> str | None:
+    """Name of the linear layer that makes logits of a transformers model; None where there is none."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names = [name for name, module in model.named_modules() if module is head and is_linear(module)]
+    return names[0] if names else None
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -269,6 +345,8 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "weight_dtype": _member_of(WoqWeightDtype),
     "weight_qscheme": _member_of(WoqWeightQScheme),
     "group_size": _of_type(int),
+    "min_groups": _of_type(int),
+    "head_dtype": _member_of(WoqWeightDtype),
     "lowp_mode": _member_of(WoqLowpMode),
     "act_quant_mode": _member_of(WoqActQuantMode),
     "act_order": _of_type(bool),

@@ -1,13 +1,18 @@
+import json
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import ipex_quant as ipex
 from ipex_quant import data
+from ipex_quant.llm.notes import recipe_note
 from ipex_quant.nn import Int8Linear
+from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
 from ipex_quant.recipes.apply import apply_recipe, calibration_data
-from ipex_quant.recipes.recipe import Dynamic, Gptq, Recipe, SmoothQuant, Static, load_recipe
+from ipex_quant.recipes.recipe import Calibrated, Dynamic, Gptq, Recipe, SmoothQuant, Static, load_recipe
 
 SMALL = {"samples": 8, "sequence_length": 64}
 
@@ -94,3 +99,37 @@ def test_alphas_by_name_change_the_layers_that_they_name(model, tokenizer):
         codes.append({name: m.activation.scale for name, m in quantized.named_modules() if isinstance(m, Int8Linear)})
     changed = {name for name in codes[0] if codes[0][name] != codes[1][name]}
     assert changed == {f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"}
+
+
+@pytest.mark.parametrize("name", ["w4a8-g128", "w4a8-gptq-g128", "w4a8-awq-g128"])
+def test_four_bits_are_kept_from_the_output_layer_and_have_groups_by_width(model, tokenizer, name):
+    recipe = load_recipe(name)
+    if isinstance(recipe.settings, Calibrated):
+        recipe = replace(recipe, settings=replace(recipe.settings, **SMALL))
+    quantized = apply_recipe(recipe, model, calibration_data(recipe, tokenizer))
+    schemes = {n: m.quantized_weight().scheme for n, m in quantized.named_modules() if hasattr(m, "quantized_weight")}
+    assert len(schemes) == 15
+    assert schemes.pop("lm_head") == WeightScheme(WoqWeightDtype.INT8, True, -1)
+    assert set(schemes.values()) == {WeightScheme(WoqWeightDtype.INT4, False, 32)}
+    assert recipe_note(quantized) == recipe.note
+
+
+def test_what_is_skipped_stays_in_float_whatever_its_place(model):
+    recipe = replace(load_recipe("w4a8-g128"), skip=("lm_head", r".*layers\.1\."))
+    quantized = apply_recipe(recipe, model)
+    linears = {name for name, module in quantized.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert len(linears) == 8
+    assert "lm_head" in linears
+
+
+def test_a_saved_model_knows_the_recipe_and_explains_it(model, tmp_path, capsys):
+    quantized = apply_recipe(load_recipe("w4a8-g128"), model)
+    ipex.llm.save(quantized, tmp_path / "saved")
+    ipex.explain(ipex.llm.load(tmp_path / "saved"))
+    assert capsys.readouterr().out.splitlines()[-1] == f"recipe {load_recipe('w4a8-g128').note}"
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    for wrong in (3, "two\nlines", "x" * 501):
+        config["quantization_config"]["recipe"] = wrong
+        (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"quantization_config\.recipe: expected null or at most 500 characters"):
+            ipex.llm.load(tmp_path / "saved")

@@ -1,3 +1,6 @@
+import dataclasses
+import re
+
 import pytest
 from torch import nn
 
@@ -21,11 +24,37 @@ def written(tmp_path):
 def test_the_default_for_new_users_is_packaged():
     assert load_recipe("w4a8-g128").settings == WeightOnly(
         weight_dtype=WoqWeightDtype.INT4,
-        weight_qscheme=WoqWeightQScheme.SYMMETRIC,
+        weight_qscheme=WoqWeightQScheme.ASYMMETRIC,
         group_size=128,
         lowp_mode=WoqLowpMode.INT8,
         act_quant_mode=WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM,
+        min_groups=16,
+        head_dtype=WoqWeightDtype.INT8,
     )
+
+
+@pytest.mark.parametrize(
+    ("width", "size"), [(8192, 128), (2048, 128), (1920, 64), (1536, 64), (576, 32), (256, 32), (80, 32), (4160, 64)]
+)
+def test_groups_fit_the_width_of_a_layer(width, size):
+    assert load_recipe("w4a8-g128").settings.group_size_for(width) == size
+    assert load_recipe("w4a16-g128").settings.group_size_for(width) == 128
+
+
+def test_a_recipe_knows_what_it_costs_but_not_one_that_was_changed(written):
+    recipe = load_recipe("w4a8-g128")
+    assert re.fullmatch(
+        r"changes the perplexity of SmolLM2\S* from [\d.]+ to [\d.]+ \(KL divergence [\d.e-]+ nats, on \d+ tokens .*\)",
+        recipe.cost,
+    )
+    assert recipe.note == f"w4a8-g128: {recipe.cost}"
+    assert dataclasses.replace(recipe, skip=("lm_head",)).cost is None
+    own = load_recipe(written("weight_dtype: int8\n"))
+    assert (own.cost, own.note) == (None, "mine")
+
+
+def test_costs_are_of_packaged_recipes():
+    assert {name for name in recipe_names() if load_recipe(name).cost is None} == set()
 
 
 @pytest.mark.parametrize(
