@@ -12,6 +12,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,15 +108,23 @@ def main() -> None:
     reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     plain = evaluation.perplexity(reference, tokenizer, text, SEQUENCE_LENGTH, args.tokens)
     print(f"{'float32':20s} perplexity {plain:8.3f}")
-    found = {}
+    result = {"model": MODEL, "text": source, "tokens": args.tokens, "perplexity": round(plain, 3)}
+    costs = FOLDER / "costs.json"
+    shown = json.loads(costs.read_text(encoding="utf-8"))
+    comparable = {key: shown.get(key) for key in result} == result
+    found, updated = {}, dict(shown["recipes"]) if comparable else {}
     for name in args.recipes:
         found[name] = measure(name, reference, tokenizer, directory, text, args.tokens)
         print(f"{name:20s} " + "  ".join(f"{key} {value}" for key, value in found[name].items()), flush=True)
-    result = {"model": MODEL, "text": source, "tokens": args.tokens, "perplexity": round(plain, 3), "recipes": found}
-    if args.json is not None:
-        args.json.write_text(json.dumps({"machine": machine, **result}, indent=2) + "\n", encoding="utf-8")
-    if args.update:
-        (FOLDER / "costs.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        updated[name] = found[name]
+        if args.json is not None:
+            _write(args.json, {"machine": machine, **result, "recipes": found})
+        if args.update:
+            _write(costs, {**result, "recipes": dict(sorted(updated.items()))})
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

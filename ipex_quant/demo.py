@@ -52,10 +52,10 @@ VARIANTS = {
     "INT8": Variant("w8a16", Limits(0.72, 1.003, 0.001, 0.97)),
     "W8A8": Variant("w8a8-smoothquant", Limits(0.72, 1.02, 0.006, 0.95)),
     "FP8": Variant("fp8-g128", Limits(0.73, 1.005, 0.004, 0.94)),
-    "INT4 RTN": Variant("w4a8-g128", Limits(0.48, 1.05, 0.04, 0.84)),
-    "INT8 cache": Variant("w4a8-g128", Limits(0.48, 1.05, 0.04, 0.84), torch.int8),
-    "INT4 GPTQ": Variant("w4a8-gptq-g128", Limits(0.48, 1.03, 0.025, 0.87)),
-    "NF4": Variant("nf4-g64", Limits(0.48, 1.03, 0.03, 0.86)),
+    "INT4 RTN": Variant("w4a8-g128", Limits(0.57, 1.015, 0.012, 0.9)),
+    "INT8 cache": Variant("w4a8-g128", Limits(0.57, 1.015, 0.012, 0.9), torch.int8),
+    "INT4 GPTQ": Variant("w4a8-gptq-g128", Limits(0.57, 1.01, 0.005, 0.94)),
+    "NF4": Variant("nf4-g64", Limits(0.57, 1.02, 0.015, 0.9)),
 }
 """The quantized models, by their label in the table."""
 

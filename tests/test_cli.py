@@ -12,10 +12,10 @@ from ipex_quant import cli, data
 
 @pytest.fixture(scope="module")
 def float_dir(tmp_path_factory):
-    """A one-layer model with the embedded model's tokenizer and shape, quick to quantize."""
+    """A two-layer model with the embedded model's tokenizer and shape, quick to quantize."""
     folder = tmp_path_factory.mktemp("models") / "float"
     model = AutoModelForCausalLM.from_pretrained(data.embedded_model_dir(), local_files_only=True)
-    model.config.num_hidden_layers = 1
+    model.config.num_hidden_layers = 2
     small = LlamaForCausalLM(model.config)
     small.load_state_dict(model.state_dict(), strict=False)
     small.to(torch.bfloat16).save_pretrained(folder)
@@ -114,8 +114,8 @@ def test_explain_names_every_quantized_module(quantized_dir, capsys):
 def test_weights_are_calibrated_on_the_given_text(float_dir, text_file, tmp_path, quantized_dir, algorithm):
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
-        f"algorithm: {algorithm}\nweight_dtype: int4\nweight_qscheme: symmetric\ngroup_size: 128\nlowp_mode: int8\n"
-        "sequence_length: 64\n"
+        f"algorithm: {algorithm}\nweight_dtype: int4\nweight_qscheme: asymmetric\ngroup_size: 32\nlowp_mode: int8\n"
+        "head_dtype: int8\nsequence_length: 64\n"
     )
     out = tmp_path / "out"
     arguments = ["--recipe", str(recipe), "--out", str(out), "--dataset", str(text_file), "--samples", "4"]

@@ -48,7 +48,7 @@ COMMON = [
     ({"bias": torch.zeros(N + 1)}, "bias"),
     ({"bias": torch.zeros(N, 1)}, "bias"),
     ({"bias": torch.zeros(N, dtype=torch.bfloat16)}, "bias"),
-    ({"post_op": 8, "others": ()}, "post_op"),
+    ({"post_op": len(PostOp), "others": ()}, "post_op"),
     ({"post_op": -1, "others": ()}, "post_op"),
     ({"others": ()}, "others"),
     ({"others": (torch.zeros(ROWS, N, dtype=torch.float16),)}, "others"),

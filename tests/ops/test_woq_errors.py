@@ -42,7 +42,7 @@ BAD = [
     ({"lowp_mode": -1}, "lowp_mode"),
     ({"act_quant_mode": WoqActQuantMode.NONE}, "act_quant_mode"),
     ({"act_quant_mode": 8}, "act_quant_mode"),
-    ({"post_op": 8, "others": ()}, "post_op"),
+    ({"post_op": len(PostOp), "others": ()}, "post_op"),
     ({"post_op": -1, "others": ()}, "post_op"),
     ({"others": ()}, "others"),
     ({"others": (torch.zeros(3, N),) * 2}, "others"),
