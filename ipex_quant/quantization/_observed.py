@@ -14,7 +14,7 @@ from torch import nn
 from ..nn.linears import is_linear, weight_matrix
 from ..numerics.int8 import StaticActivation
 from ..observers import SmoothQuantActivationObserver, has_data, observe
-from ..smoothquant.scaling import smooth_activation, smoothing_factor, weight_smoothing_factor
+from ..smoothquant.scaling import bounded_factors, smooth_activation
 from ..smoothquant.tracing import SharedInput, input_tensor
 from ._errors import naming
 from ._qconfig import QuantizationKind, kind_of
@@ -241,8 +241,8 @@ def _smoothed(modules: Mapping[str, nn.Module], observer: Any, qconfig: Any) -> 
             observe(across, weight)
     act = observer.ic_obs
     ranges = act.min_val, act.max_val, across.min_val, across.max_val
-    activation = smooth_activation(act.min_val, act.max_val, smoothing_factor(*ranges, observer.alpha))
-    factor = weight_smoothing_factor(*ranges, observer.alpha)
+    act_factor, factor = bounded_factors(*ranges, observer.alpha)
+    activation = smooth_activation(act.min_val, act.max_val, act_factor)
     scales = [_scales(name, qconfig.weight().oc_obs, weight * factor) for name, weight in weights.items()]
     return [LayerParameters(activation, each, factor) for each in scales]
 

@@ -36,17 +36,45 @@ def weight_smoothing_factor(
     return torch.pow(act, alpha) / torch.pow(weight, 1 - alpha)
 
 
+def bounded_factors(
+    act_low: torch.Tensor, act_high: torch.Tensor, weight_low: torch.Tensor, weight_high: torch.Tensor, alpha: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`smoothing_factor` and `weight_smoothing_factor`, with a bound for channels that calibration saw nothing of.
+
+    The formula takes a channel that was always 0 for one of values up to 1e-6, and magnifies it so that any other value
+    is clipped. Here such a channel gets the factor of one that reaches the largest value of the whole activation, or
+    more where its column of the weight would else exceed those that were seen, whose codes would become coarser. Other
+    channels keep their bits. Arguments, shapes and errors are those of `smoothing_factor`.
+    """
+    ranges = act_low, act_high, weight_low, weight_high
+    for_act, for_weight = smoothing_factor(*ranges, alpha), weight_smoothing_factor(*ranges, alpha)
+    unseen = (act_low == 0) & (act_high == 0)
+    if not unseen.any() or unseen.all():
+        return for_act, for_weight
+    act, weight = _largest(*ranges, alpha)
+    largest = torch.pow(weight, 1 - alpha) / torch.pow(act.max(), alpha)
+    within_weight = weight / (weight * for_weight)[~unseen].max()
+    bound = torch.maximum(largest, within_weight)
+    bounded = unseen & (bound < for_act)
+    return torch.where(bounded, bound, for_act), torch.where(bounded, bound.reciprocal(), for_weight)
+
+
 def smooth_activation(act_low: torch.Tensor, act_high: torch.Tensor, s_act: torch.Tensor) -> StaticActivation:
     """Quantization of an activation with per-channel ranges, float ``[K]``, once multiplied by `s_act` float32 ``[K]``.
 
-    Raises ValueError as `affine_parameters` does, or when the shapes differ.
+    Where others vary, room is left for the opposite of a value that calibration saw a channel always have, since that
+    says little of its sign. Raises ValueError as `affine_parameters` does, or when the shapes differ.
     """
     if not act_low.shape == act_high.shape == s_act.shape:
         raise ValueError(
             "act_low, act_high, s_act: expected the same shape [K], "
             f"got {list(act_low.shape)}, {list(act_high.shape)} and {list(s_act.shape)}"
         )
-    scale, zero_point = affine_parameters((act_low.float() * s_act).min(), (act_high.float() * s_act).max())
+    low, high = act_low.float() * s_act, act_high.float() * s_act
+    constant = act_low == act_high
+    if not constant.all():
+        low, high = torch.where(constant, -low.abs(), low), torch.where(constant, high.abs(), high)
+    scale, zero_point = affine_parameters(low.min(), high.max())
     return StaticActivation(scale.item(), int(zero_point), s_act)
 
 

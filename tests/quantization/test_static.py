@@ -110,6 +110,31 @@ def test_the_factor_is_folded_into_a_norm_that_nothing_else_reads(block, batches
     torch.testing.assert_close(converted.norm.bias, block.norm.bias * factor)
 
 
+class HalfSilent(nn.Module):
+    """The sign of the first feature chooses which half of the hidden units fires."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64, bias=False), nn.Linear(64, 16)
+        self.up.weight[:32, 0], self.up.weight[32:, 0] = -4, 4
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_channels_that_calibration_never_saw_are_not_clipped(share):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model = HalfSilent().eval().requires_grad_(False)
+    seen, unseen = torch.randn(2, 128, 16)
+    seen[:, 0], unseen[:, 0] = -1.5, 1.5
+    mapping = get_smooth_quant_qconfig_mapping(share_weight_observers=share)
+    converted = convert(calibrated(model, mapping, [seen]))
+    for x in (seen, unseen):
+        assert (converted(x) - model(x)).norm() / model(x).norm() < 0.03
+
+
 class Residual(Block):
     def forward(self, x):
         h = self.norm(x)

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from ipex_quant.numerics.int8 import affine_parameters, channel_scales, quantize_per_channel
 from ipex_quant.smoothquant.scaling import (
+    bounded_factors,
     smooth_activation,
     smoothing_factor,
     weight_smoothing_factor,
@@ -123,6 +124,52 @@ def test_factors_are_the_definition_and_undo_each_other(channels: int, alpha: fl
     assert factor.dtype == torch.float32
     torch.testing.assert_close(factor.double(), weight ** (1 - alpha) / act**alpha, rtol=2e-6, atol=0)
     torch.testing.assert_close(factor * weight_smoothing_factor(*ranges, alpha), torch.ones(channels))
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize(("module", "layer", "members", "first", "share"), CASES)
+def test_a_bound_leaves_channels_that_were_seen_to_ipex(module, layer, members, first, share, alpha) -> None:
+    ranges = channel_ranges(module, first, members)
+    seen = (ranges[0] != 0) | (ranges[1] != 0)
+    assert seen.any()
+    for bounded, function in zip(
+        bounded_factors(*ranges, alpha), (smoothing_factor, weight_smoothing_factor), strict=True
+    ):
+        assert torch.equal(bounded[seen], function(*ranges, alpha)[seen])
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_an_unseen_channel_may_reach_what_others_reached(alpha) -> None:
+    act, weight = torch.tensor([1.0, 4.0, 0.0]), torch.tensor([0.5, 1.0, 0.5])
+    act_factor, weight_factor = bounded_factors(-act, act, -weight, weight, alpha)
+    torch.testing.assert_close(act_factor * weight_factor, torch.ones(3))
+    expected = 0.5 ** (1 - alpha) / 4.0**alpha  # that of a channel that reached 4
+    assert act_factor[2].item() == pytest.approx(expected, rel=1e-5)
+    assert 4 * act_factor[2] <= (act * act_factor)[:2].max() * (1 + 1e-5)
+
+
+def test_an_unseen_channel_does_not_make_the_codes_of_others_coarser() -> None:
+    act, weight = torch.tensor([1.0, 100.0, 0.0]), torch.tensor([1.0, 0.01, 3.0])
+    _, weight_factor = bounded_factors(-act, act, -weight, weight, 0.5)
+    assert (weight * weight_factor)[2].item() == pytest.approx(1.0, rel=1e-4)
+
+
+@settings(deadline=None)
+@given(channels=st.integers(1, 70), alpha=st.floats(0, 1), seed=st.integers(0, 2**16))
+def test_a_bound_is_never_above_the_formula(channels: int, alpha: float, seed: int) -> None:
+    ranges = random_ranges(channels, seed)
+    act_factor, weight_factor = bounded_factors(*ranges, alpha)
+    assert (act_factor <= smoothing_factor(*ranges, alpha)).all()
+    assert (act_factor > 0).all()
+    torch.testing.assert_close(act_factor * weight_factor, torch.ones(channels))
+
+
+def test_a_channel_of_one_value_has_room_for_the_opposite() -> None:
+    low, high = torch.tensor([-3.0, -1.0]), torch.tensor([-3.0, 0.5])
+    activation = smooth_activation(low, high, torch.ones(2))
+    assert activation.scale == pytest.approx(6 / 255)
+    alone = smooth_activation(low[:1], high[:1], torch.ones(1))
+    assert (alone.scale, alone.zero_point) == (pytest.approx(3 / 255), 255)  # IPEX's, where none varies
 
 
 @settings(deadline=None)
