@@ -139,7 +139,7 @@ class LayerStep:
         The positions are those that the first layer finds in `kwargs`.
         """
         batch, length, _ = x.shape
-        if batch * length > MAX_TOKENS:
+        if batch * length > MAX_TOKENS or torch.jit.is_tracing():  # which cannot record lists of optional tensors
             return None
         attention, mask = self.attentions[0], kwargs.get("attention_mask")
         if mask is not None:

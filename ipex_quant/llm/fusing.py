@@ -154,7 +154,8 @@ class WeightOnlyGroup(LinearGroup):
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         data, biases, perms = self._tensors()
-        if not self._one_order(perms):
+        # The op takes a list of optional tensors, which torch.jit.trace cannot record.
+        if torch.jit.is_tracing() or not self._one_order(perms):
             return super().__call__(x)
         return _woq_linear_group(x, data, biases, perms[0], self.out_features, *self.modes)
 

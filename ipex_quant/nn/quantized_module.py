@@ -95,7 +95,7 @@ class QuantizedModule(nn.Module):
         return self.dequantized_weight(self._float.dtype)
 
     def _float_bias(self) -> torch.Tensor | None:
-        raise NotImplementedError
+        return None  # experts have biases of their own names; torch.jit.trace asks every module for every attribute
 
     def _expected_names(self, given: dict[str, torch.Tensor]) -> list[str]:
         """Names of the tensors that the module needs, when `given` are offered."""

@@ -139,7 +139,8 @@ def woq_linear_group(
     RuntimeError when they differ or an argument does not fit them.
     """
     biases = [None] * len(data) if biases is None else list(biases)
-    if torch.is_grad_enabled() and x.requires_grad:
+    # torch.jit.trace cannot record the op, which takes a list of optional tensors.
+    if torch.jit.is_tracing() or (torch.is_grad_enabled() and x.requires_grad):
         weights = zip(data, out_features, biases, strict=True)
         return [woq_linear(x, d, n, bias, perm, lowp_mode, act_quant_mode) for d, n, bias in weights]
     return _ops.woq_linear_group(x, list(data), biases, perm, list(out_features), int(lowp_mode), int(act_quant_mode))
