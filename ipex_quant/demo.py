@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from . import data, evaluation, llm
 from .nn import QuantizedModule
+from .nn.linears import is_linear
 from .recipes.apply import apply_recipe, calibration_data
 from .recipes.recipe import load_recipe
 
@@ -142,7 +143,7 @@ def measure(label: str, recipe: str, model: nn.Module, reference: nn.Module, tok
         ),
         tokens_per_second=evaluation.decode_speed(model, tokenizer, PROMPT, SPEED_TOKENS),
         linears=sum(isinstance(module, QuantizedModule) for module in modules),
-        float_linears=sum(isinstance(module, nn.Linear) for module in modules),
+        float_linears=sum(is_linear(module) for module in modules),
         reloads_bit_equal=not recipe or reloads_bit_equal(model, tokenizer),
         cache_bytes=cache_bytes(model, tokenizer),
     )

@@ -227,6 +227,7 @@ class NativeLayer(CacheLayerMixin):
         self._count = 0  # positions stored
         self._used = 0  # slots written; without an index, a position is a slot
         self._first = 0  # the first position that is needed
+        self._had_gradients = False  # stored tokens were part of an autograd graph
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take sizes and dtype from keys ``[B, Hkv, L, D]`` and values."""
@@ -244,9 +245,25 @@ class NativeLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`append`, with the result as ``[B, Hkv, T, D]`` tensors: views, or deferred tensors."""
-        keys, values = self.append(key_states, value_states)
-        return keys.tensor(), values.tensor()
+        """`append`, with the result as ``[B, Hkv, T, D]`` tensors: views, or deferred tensors.
+
+        Where gradients are needed, the new tokens are part of the result as they came; what is stored has none, so that
+        a later call of that kind raises RuntimeError.
+        """
+        if not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)):
+            keys, values = self.append(key_states, value_states)
+            return keys.tensor(), values.tensor()
+        if self._had_gradients:
+            raise RuntimeError(
+                "gradients do not reach the tokens of earlier calls that a native KV cache stores: call the model with "
+                "use_cache=False, with past_key_values=DynamicCache(config=model.config), or under torch.no_grad()"
+            )
+        stored = self.append(key_states.detach(), value_states.detach())
+        self._had_gradients = True
+        length = key_states.shape[2]
+        new = (key_states, value_states)
+        pasts = (values_of(each.tensor())[:, :, :-length] for each in stored)
+        return tuple(torch.cat(both, dim=2) for both in zip(pasts, new, strict=True))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._count + query_length, 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import time
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -56,7 +58,7 @@ class CacheHook:
         self._position = names.index("past_key_values") if makes_caches and "past_key_values" in names else -1
 
     def __call__(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
+        if torch.is_grad_enabled() and any(_differentiable(model, args, kwargs)):
             return args, kwargs
         cache = kwargs.get("past_key_values")
         makes_cache = cache is None and len(args) <= self._position and _uses_cache(model, kwargs)
@@ -75,6 +77,12 @@ class CacheHook:
             _replace_layers(cache.cross_attention_cache, dtype, shared, spare=False)
         elif isinstance(cache, DynamicCache):
             _replace_layers(cache, dtype, shared)
+
+
+def _differentiable(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> Iterator[bool]:
+    """Which parameters and arguments need a gradient."""
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    return (tensor.requires_grad for tensor in chain(tensors, model.parameters()))
 
 
 def config_cache_dtype(model: PreTrainedModel) -> torch.dtype | None:

@@ -16,7 +16,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..nn import Int8Linear, Placeholder
+from ..nn import Int8Conv2d, Int8Linear, Placeholder
 from ..nn.linears import FLOAT_DTYPES
 from ..quantization._description import KINDS, METHOD, VERSION, describe
 from ..quantization._tying import untie
@@ -134,7 +134,8 @@ class IpexQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Whether adapters can be trained: gradients pass through linear layers and experts, not convolutions."""
+        return all(entry["kind"] != Int8Conv2d.kind for entry in self.quantization_config.modules.values())
 
     @property
     def is_compileable(self) -> bool:

@@ -16,22 +16,24 @@ def _on_values(name: str) -> Any:
     return lambda self, *args, **kwargs: getattr(self._read(), name)(*args, **kwargs)
 
 
-def _refuse(*_: Any, **__: Any) -> None:
+def refuse(*_: Any, **__: Any) -> None:
     raise RuntimeError(
-        "weight: a packed weight cannot be written to, trained or shared; take a float copy with weight.clone(), or "
-        "give the layer another weight with load_state_dict"
+        "weight: a packed weight cannot be trained, shared, or written to in part; take a float copy with "
+        "weight.clone(), write the whole of it, or give the layer another weight with load_state_dict"
     )
 
 
 class DequantizedOnRead(torch.Tensor):
-    """Float stand-in for the packed weight of a `QuantizedModule`: dtype and shape now, values when used."""
+    """Float stand-in for the packed weight of a `QuantizedModule`: dtype and shape now, values when used.
+
+    Operations that write to the whole of it write to its values in float32, which are then quantized again.
+    """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
     float, to, numpy, tolist, __array__, __deepcopy__, __reduce_ex__ = map(
         _on_values, ("float", "to", "numpy", "tolist", "__array__", "__deepcopy__", "__reduce_ex__")
     )
-    data = property(lambda self: self, _refuse)
-    __setitem__ = requires_grad_ = data_ptr = untyped_storage = _refuse
+    __setitem__ = requires_grad_ = data_ptr = untyped_storage = refuse
 
     @staticmethod
     def __new__(cls, module: QuantizedModule) -> torch.Tensor:
@@ -41,6 +43,15 @@ class DequantizedOnRead(torch.Tensor):
     def __init__(self, module: QuantizedModule) -> None:
         self._module = module
 
+    @property
+    def data(self) -> torch.Tensor:
+        return self
+
+    @data.setter
+    def data(self, values: torch.Tensor) -> None:
+        if values is not self and getattr(values, "_module", None) is not self._module:  # ``data += x`` has written it
+            self._write(values.detach())
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -49,10 +60,21 @@ class DequantizedOnRead(torch.Tensor):
         parameters = func._schema.arguments
         given = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
         written = [given.get(p.name) for p in parameters if p.alias_info and p.alias_info.is_write]
-        if tree_any(lambda value: isinstance(value, cls), written):
-            _refuse()
-        args, kwargs = tree_map_only(cls, cls._read, (args, kwargs))
-        return func(*args, **kwargs)
+        if not tree_any(lambda value: isinstance(value, cls), written):
+            args, kwargs = tree_map_only(cls, cls._read, (args, kwargs))
+            return func(*args, **kwargs)
+        if len(written) > 1 or not isinstance(written[0], cls):
+            refuse()
+        values = written[0]._module.dequantized_weight(torch.float32)
+        args, kwargs = tree_map_only(cls, lambda own: values if own is written[0] else own._read(), (args, kwargs))
+        func(*args, **kwargs)
+        written[0]._write(values)
+        return written[0]
 
     def _read(self) -> torch.Tensor:
         return self._module.dequantized_weight(self.dtype)
+
+    def _write(self, values: torch.Tensor) -> None:
+        if values.shape != self.shape:
+            raise ValueError(f"weight: expected values {list(self.shape)}, got {list(values.shape)}")
+        self._module._set_values(values.float())

@@ -11,11 +11,11 @@ from torch import nn
 
 from .. import ops
 from ..numerics import affine
-from ..numerics.int8 import StaticActivation, same_activation
+from ..numerics.int8 import StaticActivation, quantize_per_channel, same_activation
 from ..numerics.quantized_weight import QuantizedWeight
 from ..ops.fakes import register_fake
 from ..ops.int8 import INT8_PER_CHANNEL
-from .linears import linear_shape
+from .linears import PackedLinear, linear_shape
 from .processes import share_with_processes
 from .quantized_module import Placeholder, QuantizedModule, autocast, autocast_dtype, check_bias, flag, read_activation
 
@@ -23,11 +23,12 @@ ACTIVATIONS = ("static", "per_token")
 """How the input is quantized: with one scale that calibration found, or every row to its own range."""
 
 
-class Int8Linear(QuantizedModule):
+class Int8Linear(QuantizedModule, PackedLinear):
     """``y = quantize(x) @ weight.T + bias`` in integers, with an INT8 weight ``[out_features, in_features]``.
 
     `x` is float32, bfloat16 or float16 ``[..., in_features]`` on the CPU, the result ``[..., out_features]`` in its
-    dtype, or under torch.autocast in autocast's. The result has no gradient. `make_group` makes modules.
+    dtype, or under torch.autocast in autocast's. The gradient that `x` gets is that of a product with the
+    dequantized weight. `make_group` makes modules.
 
     The members of a share group hold one packed weight. The first one, called with a tensor, computes the results of
     all; the others take theirs when they are called with the same tensor, and compute it alone otherwise. A tensor that
@@ -72,7 +73,8 @@ class Int8Linear(QuantizedModule):
         return [cls(group, i, bias is not None, dtype) for i, bias in enumerate(biases)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.share_group.output(self.member, x)
+        result = self.share_group.output(self.member, x)
+        return _Differentiable.apply(x, result, self) if torch.is_grad_enabled() and x.requires_grad else result
 
     @property
     def activation(self) -> StaticActivation | None:
@@ -153,9 +155,16 @@ class Int8Linear(QuantizedModule):
         return None if self.activation is None else self.activation.smoothing_factor
 
     def _traced_weight(self) -> torch.Tensor:
+        return torch.ops.ipex_quant.int8_dequantize(*self._packed_weight(), self._float.dtype)
+
+    def _packed_weight(self) -> tuple[Any, ...]:
         packed = self.share_group.packed
-        place = (packed.out_features, packed.in_features, self.member)
-        return torch.ops.ipex_quant.int8_dequantize(packed.data, self._smoothing_factor, *place, self._float.dtype)
+        return packed.data, self._smoothing_factor, packed.out_features, packed.in_features, self.member
+
+    def _set_values(self, weight: torch.Tensor) -> None:
+        factor = self._smoothing_factor
+        qw = quantize_per_channel(weight if factor is None else weight / factor)
+        self.share_group.replace(self.member, qw, self.activation)
 
     def _load_weight(self, tensors: dict[str, torch.Tensor]) -> None:
         activation = None if self.activation is None else read_activation(tensors)
@@ -163,6 +172,19 @@ class Int8Linear(QuantizedModule):
 
     def _set_bias(self, bias: torch.Tensor) -> None:
         self.share_group.set_bias(self.member, bias)
+
+
+class _Differentiable(torch.autograd.Function):
+    """Rounding of the input passes gradients on as they come, as if it were not there (arXiv 1308.3432)."""
+
+    @staticmethod
+    def forward(ctx, x, result, module):
+        ctx.weight, ctx.dtype = module._packed_weight(), x.dtype  # of now: the module may get another
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad @ torch.ops.ipex_quant.int8_dequantize(*ctx.weight, grad.dtype)).to(ctx.dtype), None, None
 
 
 class QuantizedInput:

@@ -15,9 +15,19 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+class PackedLinear(nn.Linear):
+    """What quantized linear layers are to others, peft among them, which know linear layers by their class.
+
+    It has none of the parameters of an ``nn.Linear``.
+    """
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is an ``nn.Linear`` or transformers ``Conv1D``, or a subclass of one."""
-    return isinstance(module, (nn.Linear, *_conv1d()))
+    """Whether `module` is an ``nn.Linear`` or transformers ``Conv1D`` in float, or a subclass of one."""
+    return isinstance(module, (nn.Linear, *_conv1d())) and not isinstance(module, PackedLinear)
 
 
 def weight_matrix(module: nn.Module) -> torch.Tensor:

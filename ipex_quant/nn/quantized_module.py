@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..numerics.int8 import StaticActivation
-from .dequantized import DequantizedOnRead
+from .dequantized import DequantizedOnRead, refuse
 from .linears import FLOAT_DTYPES
 from .processes import share_with_processes
 
@@ -78,8 +78,9 @@ class QuantizedModule(nn.Module):
     def weight(self) -> torch.Tensor:
         """The weight as a float tensor that is only dequantized when its values are read.
 
-        Model code asks layers for ``weight.dtype``, ``.shape`` and ``.device``; these cost nothing. Writing to it
-        raises RuntimeError.
+        Model code asks layers for ``weight.dtype``, ``.shape`` and ``.device``; these cost nothing. What is written to
+        the whole of it, in place or as its ``data``, is quantized as the weight was, by rounding to nearest, where that
+        can be done again: in linear layers. Writing to a part of it, or to other modules', raises RuntimeError.
         """
         if torch.compiler.is_compiling():  # which cannot trace the stand-in, but drops values that nothing reads
             return self._traced_weight()
@@ -93,6 +94,10 @@ class QuantizedModule(nn.Module):
 
     def _traced_weight(self) -> torch.Tensor:
         return self.dequantized_weight(self._float.dtype)
+
+    def _set_values(self, weight: torch.Tensor) -> None:
+        """Take float32 values of `weight_shape`; RuntimeError where there is no way to quantize them anew."""
+        refuse()
 
     def _float_bias(self) -> torch.Tensor | None:
         return None  # experts have biases of their own names; torch.jit.trace asks every module for every attribute

@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import ops
 from ..numerics import affine
+from ..numerics.nibbles import pack_nibbles
 from ..numerics.quantized_weight import CODE_DTYPES, QuantizedWeight, code_columns
 from ..numerics.scheme import (
     PER_CHANNEL,
@@ -20,16 +21,17 @@ from ..numerics.scheme import (
     WoqWeightDtype,
     WoqWeightQScheme,
 )
-from .linears import linear_shape, weight_matrix
+from .linears import PackedLinear, linear_shape, weight_matrix
 from .quantized_module import Placeholder, QuantizedModule, autocast, check_bias, flag
 from .weight_tensors import QuantDtype, QuantMethod, WoqWeightFormat, read_tensors
 
 
-class WeightOnlyQuantizedLinear(QuantizedModule):
+class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
     """``y = x @ dequantize(weight).T + bias`` with a packed weight ``[out_features, in_features]``.
 
     `x` is float32, bfloat16 or float16 ``[..., in_features]`` on the CPU, the result ``[..., out_features]`` in its
-    dtype, or under torch.autocast in autocast's. Gradients reach `x` alone. The state dict holds plain tensors:
+    dtype, or under torch.autocast in autocast's. Gradients reach `x` alone. What is written to `weight` as a whole is
+    quantized by rounding to nearest, in the scheme that there is. The state dict holds plain tensors:
     `codes`, `scales`, `zero_points` and `g_idx` of `QuantizedWeight`, and `bias` in float32, each where there is one;
     saving unpacks the weight and loading packs it. The constructor makes a module without a weight, whose scheme
     `load_state_dict` finds from the tensors; `from_float` and `from_quantized_weight` make one with it. RuntimeError
@@ -239,6 +241,9 @@ class WeightOnlyQuantizedLinear(QuantizedModule):
         """``[out_features, in_features]`` in a new tensor; RuntimeError when there is no weight."""
         return affine.dequantize(self.quantized_weight(), dtype)
 
+    def _set_values(self, weight: torch.Tensor) -> None:
+        self._set_weight(_quantized_as(self.quantized_weight(), weight))
+
     def describe(self) -> dict[str, Any]:
         """Scheme, compute mode, and which tensors there are."""
         return {
@@ -377,6 +382,17 @@ class WeightOnlyQuantizedLinear(QuantizedModule):
         super().__setstate__(state)
         if plain is not None:
             self._set_weight(plain)
+
+
+def _quantized_as(qw: QuantizedWeight, weight: torch.Tensor) -> QuantizedWeight:
+    """`weight` by rounding to nearest, with the scheme and the groups of `qw`."""
+    if qw.g_idx is None:
+        return ops.quantize_weight(weight, qw.scheme)
+    order = qw.g_idx.argsort(stable=True)
+    grouped = ops.quantize_weight(weight[:, order], qw.scheme)
+    codes = affine.stored_codes(grouped)[:, order.argsort()].contiguous()
+    codes = pack_nibbles(codes) if codes.dtype == torch.uint8 else codes
+    return QuantizedWeight(codes, grouped.scales, grouped.zero_points, qw.g_idx, qw.scheme, qw.shape)
 
 
 def read_scheme(entry: dict[str, Any]) -> WeightScheme:

@@ -9,13 +9,14 @@ import ipex_quant as ipex
 from ipex_quant.autotune import autotune
 from ipex_quant.autotune.trials import read_record
 from ipex_quant.nn import Int8Linear
+from ipex_quant.nn.linears import is_linear
 from ipex_quant.quantization import convert, get_smooth_quant_qconfig_mapping
 
 from .conftest import PLANTED, SAMPLES
 
 
 def float_linears(model):
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name, module in model.named_modules() if is_linear(module)]
 
 
 @pytest.fixture

@@ -303,10 +303,23 @@ def test_unfit_states_are_refused_and_change_nothing(window, key, value, message
     assert torch.equal(layer.keys, before)
 
 
-def test_gradients_are_refused():
-    key, value = states(1, 1)
-    with torch.enable_grad(), pytest.raises(RuntimeError, match="no_grad"):
-        NativeLayer().update(key.requires_grad_(), value)
+@pytest.mark.parametrize("window", [None, 2])
+def test_gradients_reach_the_tokens_of_a_call_alone(window):
+    (layer, _), (plain, _) = layers(window), layers(window)
+    earlier, new = states(2, 3), states(2, 3)
+    with torch.enable_grad():
+        for each in (layer, plain):
+            each.update(*earlier)
+        leaves = [x.clone().requires_grad_() for x in new]
+        got, want = layer.update(*leaves), plain.update(*new)
+        for x, leaf, expected in zip(got, leaves, want, strict=True):
+            assert torch.equal(x, expected)
+            weights = torch.randn(x.shape)
+            (x * weights).sum().backward()
+            assert torch.equal(leaf.grad, weights[:, :, -3:])
+        assert torch.equal(layer.keys, plain.keys)
+        with pytest.raises(RuntimeError, match=r"earlier calls.*use_cache=False"):
+            layer.update(*leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.uint8, "int8"])

@@ -340,6 +340,25 @@ def test_forward_makes_native_caches_itself(llama_pair):
         assert out.logits.requires_grad
 
 
+@pytest.mark.parametrize("hidden", [False, True], ids=["argument", "inside"])
+def test_gradients_reach_a_soft_prompt(llama_pair, hidden):
+    grads = []
+    for model in llama_pair:
+        model.requires_grad_(False)
+        tokens = prompt(model)["input_ids"]
+        embedding = model.get_input_embeddings()
+        soft = embedding(tokens).clone().requires_grad_()
+        with torch.enable_grad():
+            if hidden:
+                handle = embedding.register_forward_hook(lambda *_, soft=soft: soft)
+                model(tokens).logits.square().sum().backward()
+                handle.remove()
+            else:
+                model(inputs_embeds=soft).logits.square().sum().backward()
+        grads.append(soft.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-3)
+
+
 def test_caches_that_hold_something_stay_as_they_are(llama_pair):
     model, other = llama_pair
     tokens = prompt(model)["input_ids"]

@@ -113,11 +113,27 @@ def test_a_tied_output_layer_is_quantized_and_the_embedding_stays(make_model, lo
     assert optimized.resize_token_embeddings(None) is optimized.model.embed_tokens
     assert optimized.resize_token_embeddings(96) is optimized.model.embed_tokens
     assert torch.equal(logits(optimized), before)
-    with pytest.raises(TypeError, match="WeightOnlyQuantizedLinear"):
-        optimized.resize_token_embeddings(100)
     if not inplace:
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert model.all_tied_weights_keys
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
+def test_tokens_can_be_added_and_taken_away(make_model, logits, tmp_path, name):
+    optimized = ipex.llm.optimize(make_model(name), quantization_config=int4())
+    before = logits(optimized)
+    optimized.resize_token_embeddings(100)
+    torch.testing.assert_close(logits(optimized)[..., :96], before, rtol=1e-4, atol=1e-4)
+    assert type(optimized.get_output_embeddings()) is nn.Linear  # with float rows for the new tokens
+    tokens = torch.tensor([[5, 98, 7]])
+    generated = optimized.generate(tokens, max_new_tokens=3, do_sample=False)
+    ipex.llm.save(optimized, tmp_path / "model")
+    loaded = ipex.llm.load(tmp_path / "model")
+    assert torch.equal(loaded.generate(tokens, max_new_tokens=3, do_sample=False), generated)
+    again = ipex.llm.optimize(loaded, quantization_config=int4())
+    assert isinstance(again.get_output_embeddings(), WeightOnlyQuantizedLinear)
+    optimized.resize_token_embeddings(90)
+    assert optimized(tokens[:, :1]).logits.shape[-1] == 90
 
 
 def test_a_tied_output_layer_left_in_float_stays_tied(make_model):

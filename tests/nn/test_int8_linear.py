@@ -95,8 +95,17 @@ class TestForward:
         qw = layer.quantized_weight()
         assert layer.weight.shape == (24, IN)
         assert torch.equal(layer.weight.clone(), qw.codes * qw.scales * SMOOTHING)
-        with pytest.raises(RuntimeError, match="cannot be written to"):
-            layer.weight.mul_(2)
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+    def test_what_is_written_to_the_weight_is_quantized(self, activation):
+        first, second, _ = group(activation)
+        before, other = first.weight.clone(), second.weight.clone()
+        delta = torch.randn(before.shape) * 0.1
+        first.weight.data += delta
+        torch.testing.assert_close(first.weight.clone(), before + delta, rtol=0, atol=0.05)
+        assert not torch.equal(first.weight.clone(), before)
+        assert torch.equal(second.weight.clone(), other)
+        assert first.share_group is second.share_group
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("shape", [(IN,), (0, IN), (1, IN), (2, 5, IN)])
@@ -111,8 +120,20 @@ class TestForward:
         with pytest.raises(RuntimeError):
             single()(torch.zeros(2, IN, dtype=torch.int32))
 
-    def test_gives_no_gradient(self):
-        assert not any(y.requires_grad for y in results(group(), torch.randn(2, IN, requires_grad=True)))
+    @pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_input_gets_the_gradient_of_the_dequantized_weights(self, activation, dtype):
+        members = group(activation)
+        x = torch.randn(2, 3, IN, dtype=dtype, requires_grad=True)
+        grads = [torch.randn(2, 3, n).to(dtype) for n in OUT]
+        outputs = results(members, x)
+        with torch.no_grad():
+            assert equal(outputs, results(members, x.detach()))
+        torch.autograd.backward(outputs, grads)
+        expected = sum(g.float() @ m.weight.clone().float() for g, m in zip(grads, members, strict=True))
+        torch.testing.assert_close(
+            x.grad.float(), expected, **({} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.5})
+        )
 
     @pytest.mark.parametrize("compiled", [False, True])
     def test_autocast_decides_the_dtype(self, compiled):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from ipex_quant.nn import WeightOnlyQuantizedLinear
 from ipex_quant.nn.linears import (
     conv_obstacle,
     holds_experts,
@@ -55,6 +56,13 @@ def test_transformers_conv1d_is_a_linear_with_a_transposed_weight():
     assert obstacle(layer) is None
     x = torch.randn(2, 3)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, weight_matrix(layer), layer.bias))
+
+
+def test_quantized_linears_are_linears_to_others_alone():
+    layer = WeightOnlyQuantizedLinear(8, 4)
+    assert isinstance(layer, nn.Linear)
+    assert not layer._parameters
+    assert not is_linear(layer)
 
 
 def test_other_layers_are_no_linears():

@@ -319,20 +319,52 @@ class TestWeight:
         "write",
         [
             lambda w: w.__setitem__((0, 0), 5),
-            lambda w: w.data.mul_(2),
-            lambda w: w.detach().mul_(2),
-            lambda w: setattr(w, "data", torch.ones(24, 70)),
-            lambda w: torch.neg(torch.ones(24, 70), out=w),
             lambda w: torch._foreach_mul_([w], 2),
-            nn.init.zeros_,
             nn.Parameter,
             lambda w: safetensors.torch.save({"weight": w}),
         ],
     )
     @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
-    def test_writing_to_it_raises(self, layer, write):
+    def test_writing_to_a_part_of_it_or_sharing_it_raises(self, layer, write):
         with pytest.raises(RuntimeError, match=r"weight: a packed weight cannot be .* weight\.clone\(\)"):
             write(layer.weight)
+
+    @pytest.mark.parametrize(
+        ("write", "expected"),
+        [
+            (lambda w: w.mul_(2), lambda w: 2 * w),
+            (lambda w: w.data.add_(torch.ones(70)), lambda w: w + 1),
+            (lambda w: w.detach().mul_(2), lambda w: 2 * w),
+            (lambda w: setattr(w, "data", torch.ones(24, 70)), torch.ones_like),
+            (lambda w: torch.neg(torch.ones(24, 70), out=w), lambda w: -torch.ones_like(w)),
+            (lambda w: w.copy_(w.t().reshape(24, 70)), lambda w: w.t().reshape(24, 70)),
+            (nn.init.zeros_, torch.zeros_like),
+        ],
+    )
+    @pytest.mark.parametrize("act_order", [False, True])
+    @pytest.mark.parametrize("scheme", [SCHEMES[0], SCHEMES[3]])
+    def test_what_is_written_to_all_of_it_is_quantized_again(self, scheme, act_order, write, expected):
+        layer = layer_of(quantized(scheme, act_order=act_order and scheme.group_size > 0))
+        before = layer.quantized_weight()
+        wanted = expected(layer.weight.clone())
+        write(layer.weight)
+        after = layer.quantized_weight()
+        assert after.scheme == scheme
+        assert (after.g_idx is None) == (before.g_idx is None)
+        assert before.g_idx is None or torch.equal(after.g_idx, before.g_idx)
+        step = after.scales.max().item()
+        torch.testing.assert_close(layer.weight.clone(), wanted, rtol=0, atol=step)
+        x = torch.randn(3, 70)
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+    @pytest.mark.parametrize(
+        "write", [lambda w: setattr(w, "data", torch.ones(24, 69)), lambda w: w.data.fill_(torch.nan)]
+    )
+    def test_what_cannot_be_its_values_changes_nothing(self, layer, write):
+        before = layer.weight.clone()
+        with pytest.raises(ValueError, match="weight"):
+            write(layer.weight)
+        assert torch.equal(layer.weight.clone(), before)
 
 
 class TestDtypeAndDevice:

@@ -11,6 +11,7 @@ from torch import nn
 
 import ipex_quant as ipex
 from ipex_quant.nn import Int8Linear
+from ipex_quant.nn.linears import is_linear
 from ipex_quant.quantization import convert, get_smooth_quant_qconfig_mapping, prepare
 from ipex_quant.quantization._observed import observed
 from ipex_quant.quantization._quantize import prepare_with_summary
@@ -220,7 +221,7 @@ def test_a_nested_model_of_ipex(two_blocks, tmp_path, name):
     prepared.save_qconf_summary(tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text()) == json.loads(file.read_text())
     converted = convert(prepared)
-    in_float = {n for n, module in converted.named_modules() if isinstance(module, nn.Linear)}
+    in_float = {n for n, module in converted.named_modules() if is_linear(module)}
     edited = {"model.layers.0.attn.q", "model.layers.0.mlp.down"}
     assert in_float == (edited if name == "smoothquant_edited" else set())
     expected, actual = model(batches[0]), converted(batches[0])

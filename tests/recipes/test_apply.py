@@ -10,6 +10,7 @@ import ipex_quant as ipex
 from ipex_quant import data
 from ipex_quant.llm.notes import recipe_note
 from ipex_quant.nn import Int8Linear
+from ipex_quant.nn.linears import is_linear
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
 from ipex_quant.recipes.apply import apply_recipe, calibration_data
 from ipex_quant.recipes.recipe import Calibrated, Dynamic, Gptq, Recipe, SmoothQuant, Static, load_recipe
@@ -77,7 +78,7 @@ def test_activations_are_quantized_but_for_what_is_skipped(model, tokenizer, set
     expected = model(**inputs).logits
     recipe = Recipe("mine", settings, skip=("lm_head", r".*layers\.1\.mlp\.down_proj"))
     quantized = apply_recipe(recipe, model, calibration_data(recipe, tokenizer), dtype)
-    linears = {name for name, module in quantized.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = {name for name, module in quantized.named_modules() if is_linear(module)}
     assert linears == {"lm_head", "model.layers.1.mlp.down_proj"}
     layers = [module for module in quantized.modules() if isinstance(module, Int8Linear)]
     assert len(layers) == 13
@@ -117,7 +118,7 @@ def test_four_bits_are_kept_from_the_output_layer_and_have_groups_by_width(model
 def test_what_is_skipped_stays_in_float_whatever_its_place(model):
     recipe = replace(load_recipe("w4a8-g128"), skip=("lm_head", r".*layers\.1\."))
     quantized = apply_recipe(recipe, model)
-    linears = {name for name, module in quantized.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = {name for name, module in quantized.named_modules() if is_linear(module)}
     assert len(linears) == 8
     assert "lm_head" in linears
 
