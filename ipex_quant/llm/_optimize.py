@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from ..checkpoints import open_checkpoint
 from ..nn import QuantizedModule, WeightOnlyQuantizedLinear
 from ..nn.linears import FLOAT_DTYPES
-from ..quantization import WoqWeightDtype, convert, get_weight_only_quant_qconfig_mapping, prepare
+from ..quantization import WoqWeightDtype, get_weight_only_quant_qconfig_mapping, prepare
 from ..quantization._example import Example
 from ..quantization._qconfig import needs_calibration
-from ..quantization._quantize import prepare_with_summary
+from ..quantization._quantize import convert_some, prepare_with_summary
 from ..quantization._swap import return_freed_memory
 from ._casting import cast_float
 from ._checkpoint import apply_checkpoint
@@ -93,7 +93,7 @@ def optimize(
         model = apply_checkpoint(model, checkpoint, mapping, inplace)
     elif quantization_config is not None and (not static or qconfig_summary_file is not None):
         before = len(_quantized(model))
-        model = convert(
+        model = convert_some(
             _prepare(model, quantization_config, qconfig_summary_file, sample_inputs, inplace), inplace=True
         )
         if len(_quantized(model)) == before:

@@ -18,7 +18,7 @@ from ..woq.awq_blocks import awq_blocks
 from ._calibration_batches import MAIN_INPUT, calibration_batches
 from ._gptq import chosen_head, warn_of_rest
 from ._qconfig import QConfigWoq
-from ._quantize import convert, prepare
+from ._quantize import convert_some, prepare
 from ._rules import choose_qconfigs
 from ._swap import swap_modules
 from ._tying import untie
@@ -78,7 +78,7 @@ def awq(
         setattr(owner, key, nn.Parameter(value, owner._parameters[key].requires_grad))
     untie(model, found.weights)
     swap_modules(model, {name: partial(_quantized, weight) for name, weight in found.weights.items()})
-    return convert(model, inplace=True)
+    return convert_some(model, inplace=True)
 
 
 def _scheme_of(qconfigs: Mapping[str, QConfigWoq], name: str) -> WeightScheme | None:

@@ -154,10 +154,19 @@ def convert(model: nn.Module, inplace: bool = False) -> nn.Module:
 
     The configuration of a transformers model gets the entry that `from_pretrained` and `ipex_quant.llm.load` need;
     should the model change after that, `ipex_quant.llm.save` describes it anew. Quantized weights are untied from
-    others. Warns when most weights stay in float for another reason than the mapping. Raises TypeError for another kind
-    of model, RuntimeError for one that was not prepared or not calibrated, ValueError when no layer is or can be
-    quantized, saying why, and when a weight holds NaN or Inf, naming the module.
+    others. Warns when most weights stay in float for another reason than the mapping, and when all do, saying why; the
+    model then is as it was before `prepare`. Raises TypeError for another kind of model, RuntimeError for one that was
+    not prepared or not calibrated, and ValueError when a weight holds NaN or Inf, naming the module.
     """
+    return _convert(model, inplace, _warn_of_nothing)
+
+
+def convert_some(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """`convert`, with a ValueError when no layer is or can be quantized."""
+    return _convert(model, inplace, check_any_quantized)
+
+
+def _convert(model: nn.Module, inplace: bool, check: Callable[[nn.Module], None]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"Only support nn.Module convert for quantization path, got {type(model).__name__}")
     if not hasattr(model, _PREPARED):
@@ -168,15 +177,17 @@ def convert(model: nn.Module, inplace: bool = False) -> nn.Module:
     replacements = _replacements(model)
     _forget(model)
     if not replacements:
-        check_any_quantized(model)
+        check(model)
     untie(model, replacements)
     model = swap_modules(model, replacements)
     own_parameters(model)
-    warn_if_mostly_float(model, refused_modules(getattr(model, FLOAT_REASONS, {})))
+    is_quantized = any(isinstance(module, QuantizedModule) for module in model.modules())
+    if is_quantized:
+        warn_if_mostly_float(model, refused_modules(getattr(model, FLOAT_REASONS, {})))
     for module in model.modules():
         if hasattr(module, "qconfig"):
             del module.qconfig
-    if is_pretrained(model):
+    if is_quantized and is_pretrained(model):
         model.config.quantization_config = describe(model)
     return model
 
@@ -222,14 +233,25 @@ def marked_modules(model: nn.Module) -> list[str]:
 
 def check_any_quantized(model: nn.Module) -> None:
     """Raise ValueError, with the first few reasons, when no layer of a prepared or converted model is quantized."""
+    if reason := _why_nothing(model):
+        raise ValueError(reason)
+
+
+def _warn_of_nothing(model: nn.Module) -> None:
+    if reason := _why_nothing(model):
+        warnings.warn(f"convert: the model stays in float: {reason}", stacklevel=4)
+
+
+def _why_nothing(model: nn.Module) -> str | None:
+    """Why no layer of a prepared or converted model is quantized; None where one is."""
     if any(isinstance(module, QuantizedModule) for module in model.modules()):
-        return
+        return None
     reasons = getattr(model, FLOAT_REASONS)
     if not reasons:
-        raise ValueError(f"nothing to quantize: {type(model).__name__} has no linear layer")
+        return f"nothing to quantize: {type(model).__name__} has no linear layer"
     shown = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(reasons.items())[:5])
     more = "; ..." if len(reasons) > 5 else ""
-    raise ValueError(f"none of the {len(reasons)} linear layers can be quantized: {shown}{more}")
+    return f"none of the {len(reasons)} linear layers can be quantized: {shown}{more}"
 
 
 def warn_if_mostly_float(model: nn.Module, refused: list[str]) -> None:
@@ -243,7 +265,7 @@ def warn_if_mostly_float(model: nn.Module, refused: list[str]) -> None:
         kinds += [f"the experts in 3-D parameters of {experts} modules"] * bool(experts)
         warnings.warn(
             f"most weights stay in float: {' and '.join(kinds)} cannot be quantized; ipex.explain(model) says why",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

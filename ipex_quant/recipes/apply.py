@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from .. import data, llm
 from ..llm.notes import note_recipe
 from ..nn.linears import holds_experts, is_linear
-from ..quantization import WoqWeightQScheme, awq, calibrate, calibration_dataloader, convert, gptq, prepare
+from ..quantization import WoqWeightQScheme, awq, calibrate, calibration_dataloader, gptq, prepare
+from ..quantization._quantize import convert_some
 from .recipe import BITS, Awq, Calibrated, Gptq, Recipe, layer_widths, output_layer
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def apply_recipe(
         mapping = None
     elif isinstance(recipe.settings, Calibrated):
         prepared = prepare(model, mapping, example_kwarg_inputs=dict(next(iter(calibration))), inplace=True)
-        model = convert(calibrate(prepared, calibration), inplace=True)
+        model = convert_some(calibrate(prepared, calibration), inplace=True)
         mapping = None
     model = llm.optimize(model, dtype=dtype, quantization_config=mapping, inplace=True)
     note_recipe(model, recipe.note)

@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,13 +170,22 @@ def test_a_weight_that_is_not_finite_is_named(model, mapping, value, inplace):
         convert(prepare(model, mapping, inplace=inplace), inplace=inplace)
 
 
-def test_nothing_to_quantize_raises_with_the_reasons(model, mapping):
-    with pytest.raises(ValueError, match="nothing to quantize: ReLU has no linear layer"):
-        convert(prepare(nn.ReLU(), mapping))
+@pytest.mark.parametrize("inplace", [False, True])
+def test_nothing_to_quantize_gives_the_model_with_a_warning(model, mapping, inplace):
+    relu = nn.ReLU()
+    with pytest.warns(UserWarning, match="stays in float: nothing to quantize: ReLU has no linear layer"):
+        assert type(convert(prepare(relu, mapping))) is nn.ReLU
     model.double()
-    with pytest.raises(ValueError, match=r"none of the 3 linear layers can be quantized: body\.0: its weight is .*64"):
-        convert(prepare(model, mapping))
-    with pytest.raises(ValueError, match=r"head: the mapping's set_global is None"):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    match = r"none of the 3 linear layers can be quantized: body\.0: its weight is .*64"
+    with pytest.warns(UserWarning, match=match) as caught:
+        converted = convert(prepare(model, mapping, inplace=inplace), inplace=inplace)
+    assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
+    assert (converted is model) == inplace
+    assert converted.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in converted.state_dict().items())
+    assert not hasattr(converted, "q_config")
+    with pytest.warns(UserWarning, match=r"head: the mapping's set_global is None"):
         convert(prepare(model, QConfigMapping()))
 
 
