@@ -38,7 +38,7 @@ def test_the_default_for_new_users_is_packaged():
 )
 def test_groups_fit_the_width_of_a_layer(width, size):
     assert load_recipe("w4a8-g128").settings.group_size_for(width) == size
-    assert load_recipe("w4a16-g128").settings.group_size_for(width) == 128
+    assert WeightOnly(group_size=128).group_size_for(width) == 128
 
 
 def test_a_recipe_knows_what_it_costs_but_not_one_that_was_changed(written):
