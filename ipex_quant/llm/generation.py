@@ -5,12 +5,20 @@ from __future__ import annotations
 import functools
 import inspect
 import time
+import warnings
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedModel,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
 
@@ -77,12 +85,23 @@ class CacheHook:
             _replace_layers(cache.cross_attention_cache, dtype, shared, spare=False)
         elif isinstance(cache, DynamicCache):
             _replace_layers(cache, dtype, shared)
+        elif isinstance(cache, StaticCache) and dtype == torch.int8 and not _holds_something(cache):
+            warnings.warn(
+                "kv_cache_dtype: a static cache keeps keys and values in the model's dtype, not in int8; leave out "
+                "cache_implementation and past_key_values, or set kv_cache_dtype to None",
+                stacklevel=2,
+            )
 
 
 def _differentiable(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> Iterator[bool]:
     """Which parameters and arguments need a gradient."""
     tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
     return (tensor.requires_grad for tensor in chain(tensors, model.parameters()))
+
+
+@torch.compiler.disable
+def _holds_something(cache: Cache) -> bool:
+    return any(layer.is_initialized for layer in cache.layers)
 
 
 def config_cache_dtype(model: PreTrainedModel) -> torch.dtype | None:

@@ -25,6 +25,9 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)
 
 
+READ_BY_ATTENTION = "its parent nn.MultiheadAttention reads the weight without calling the module"
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is an ``nn.Linear`` or transformers ``Conv1D`` in float, or a subclass of one."""
     return isinstance(module, (nn.Linear, *_conv1d())) and not isinstance(module, PackedLinear)
@@ -47,8 +50,8 @@ def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
     base = next(cls for cls in (nn.Linear, *_conv1d()) if isinstance(module, cls))
     if type(module).forward is not base.forward and not _computes_linear(module):
         return f"{type(module).__name__} overrides {base.__name__}.forward"
-    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-        return f"its parent nn.{type(parent).__name__} reads the weight without calling the module"
+    if isinstance(parent, nn.MultiheadAttention):
+        return READ_BY_ATTENTION
     return None
 
 

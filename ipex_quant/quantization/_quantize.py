@@ -20,7 +20,7 @@ from ..nn import (
 )
 from ..nn.expert_linears import holds_expert_linears
 from ..nn.fused_forward import restore_forwards
-from ..nn.linears import holds_experts, is_linear
+from ..nn.linears import READ_BY_ATTENTION, holds_experts, is_linear
 from ..nn.norms import is_norm
 from ..smoothquant.tracing import SharedInput, trace_groups
 from ._description import describe, is_pretrained
@@ -32,7 +32,7 @@ from ._qconfig import QConfigSmoothQuant, QConfigWoq, QuantizationKind, kind_of
 from ._rules import choose_qconfigs, refused_modules
 from ._summary import load_qconf_summary, read_summary, save_qconf_summary, summary_groups
 from ._swap import copy_sharing_parameters, own_parameters, swap_modules
-from ._tidy import drop_dropout, fold_batch_norms
+from ._tidy import drop_dropout, fold_batch_norms, leave_fast_paths
 from ._tying import untie
 
 FLOAT_REASONS = "_ipex_quant_float_reasons"
@@ -106,6 +106,7 @@ def mark(
     restore_forwards(model)
     for name in (*chosen, *reasons):
         model.get_submodule(name).qconfig = chosen.get(name)
+    leave_fast_paths(model, chosen)
     setattr(model, _PREPARED, mapping)
     setattr(model, FLOAT_REASONS, reasons)
     return model
@@ -184,6 +185,7 @@ def _convert(model: nn.Module, inplace: bool, check: Callable[[nn.Module], None]
     is_quantized = any(isinstance(module, QuantizedModule) for module in model.modules())
     if is_quantized:
         warn_if_mostly_float(model, refused_modules(getattr(model, FLOAT_REASONS, {})))
+        _warn_of_attention(getattr(model, FLOAT_REASONS, {}))
     for module in model.modules():
         if hasattr(module, "qconfig"):
             del module.qconfig
@@ -240,6 +242,17 @@ def check_any_quantized(model: nn.Module) -> None:
 def _warn_of_nothing(model: nn.Module) -> None:
     if reason := _why_nothing(model):
         warnings.warn(f"convert: the model stays in float: {reason}", stacklevel=4)
+
+
+def _warn_of_attention(reasons: dict[str, str]) -> None:
+    """Warn of every ``nn.MultiheadAttention``, whose projections stay in float, of why layers do."""
+    names = [name.rpartition(".")[0] for name, reason in reasons.items() if reason == READ_BY_ATTENTION]
+    if names:
+        more = f", ... ({len(names)} modules)" if len(names) > 8 else ""
+        warnings.warn(
+            f"nn.MultiheadAttention stays in float, since torch reads its weights itself: {', '.join(names[:8])}{more}",
+            stacklevel=4,
+        )
 
 
 def _why_nothing(model: nn.Module) -> str | None:

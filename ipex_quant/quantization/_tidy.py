@@ -1,4 +1,5 @@
-"""What inference does not need and quantization would meet: dropout, and BatchNorm after a layer that can absorb it."""
+"""What inference does not need and quantization would meet: dropout, BatchNorm after a layer that can absorb it, and
+ways around the layers."""
 
 from __future__ import annotations
 
@@ -24,6 +25,20 @@ def drop_dropout(model: nn.Module) -> None:
             identity = nn.Identity()
             identity.p = 0.0
             model.set_submodule(name, identity.train(module.training))
+
+
+def leave_fast_paths(model: nn.Module, layers: Collection[str]) -> None:
+    """Let each ``nn.TransformerEncoderLayer`` call those of its linear layers that are among `layers`.
+
+    In evaluation it would hand their weights to an op of torch instead, if its activation is one that the op knows, and
+    its ``nn.TransformerEncoder`` would make nested tensors for that op of what is padded.
+    """
+    changed = {model.get_submodule(name.rpartition(".")[0]) for name in layers}
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and module in changed:
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and not changed.isdisjoint(module.layers):
+            module.use_nested_tensor = False
 
 
 def fold_batch_norms(model: nn.Module, layers: Collection[str], example: Example) -> None:

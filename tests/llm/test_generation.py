@@ -375,6 +375,16 @@ def test_other_cache_implementations(llama_pair, implementation):
     assert torch.equal(got, want)
 
 
+def test_an_int8_cache_that_is_to_be_static_warns(llama_pair):
+    model, other = llama_pair
+    use_native_cache(other, torch.int8)
+    options = {"cache_implementation": "static", "disable_compile": True}
+    with pytest.warns(UserWarning, match="a static cache keeps keys and values in the model's dtype") as caught:
+        got = generate(other, prompt(other), **options)
+    assert len(caught) == 1
+    assert torch.equal(got, generate(model, prompt(model), **options))
+
+
 def test_without_a_cache(llama_pair):
     want, got = (generate(x, prompt(x, pad=3), use_cache=False, num_beams=2) for x in llama_pair)
     assert torch.equal(got, want)

@@ -110,6 +110,35 @@ def test_the_factor_is_folded_into_a_norm_that_nothing_else_reads(block, batches
     torch.testing.assert_close(converted.norm.bias, block.norm.bias * factor)
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("name", [*mappings(), "weight-only"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@torch.no_grad()
+def test_layers_of_torchs_encoders_are_called(batches, name, activation):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 24, activation=activation, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    mapping = {**mappings(), "weight-only": get_weight_only_quant_qconfig_mapping()}[name]
+    expected = [model(x, src_key_padding_mask=padding) for x, padding in masked(batches)]
+    with pytest.warns(UserWarning, match=r"MultiheadAttention stays in float.*: layers\.0\.self_attn, layers\.1"):
+        converted = convert(calibrated(model, mapping, batches))
+    assert set(kinds(converted)) == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
+    calls = []
+    for module in (converted.layers[0].linear1, converted.layers[1].linear2):
+        module.forward = lambda x, module=module: calls.append(module) or type(module).forward(module, x)
+    for (x, padding), wanted in zip(masked(batches), expected, strict=True):
+        actual = converted(x, src_key_padding_mask=padding)
+        kept = slice(None) if padding is None else ~padding
+        assert 0 < (actual - wanted)[kept].norm() / wanted[kept].norm() < 0.02
+    assert len(calls) == 2 * len(expected)
+
+
+def masked(batches):
+    padding = torch.zeros(4, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    return [(batches[0], None), (batches[1], padding)]
+
+
 class HalfSilent(nn.Module):
     """The sign of the first feature chooses which half of the hidden units fires."""
 
