@@ -20,6 +20,7 @@ from ..nn import Int8Conv, Int8Linear, Placeholder
 from ..nn.linears import FLOAT_DTYPES
 from ..quantization._description import KINDS, METHOD, VERSION, describe
 from ..quantization._tying import untie
+from ._dequantize import dequantize_model
 from .native import native_stack, use_native_stack
 from .notes import check_note, note_recipe, recipe_note
 
@@ -140,6 +141,9 @@ class IpexQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return dequantize_model(model, model.dtype if dtype is None else dtype)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         entries = self._fit_names(model)

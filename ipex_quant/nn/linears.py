@@ -24,6 +24,14 @@ class PackedLinear(nn.Linear):
     def __init__(self) -> None:
         nn.Module.__init__(self)
 
+    def dequantize(self) -> nn.Linear:
+        """An ``nn.Linear`` with the values that `weight` and `bias` stand for, in their dtype, for inference."""
+        weight, bias = self.weight, self.bias
+        layer = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype)
+        tensors = {"weight": weight.clone()} | ({} if bias is None else {"bias": bias.clone()})
+        layer.load_state_dict(tensors, assign=True)
+        return layer.requires_grad_(False).train(self.training)
+
 
 READ_BY_ATTENTION = "its parent nn.MultiheadAttention reads the weight without calling the module"
 

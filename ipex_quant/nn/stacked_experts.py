@@ -119,6 +119,16 @@ def expert_bias(module: nn.Module, projection: str) -> torch.Tensor | None:
     return bias if projection == "down" or layout.concatenated else _separated(bias, 1)
 
 
+def set_expert_biases(module: nn.Module, projection: str, biases: torch.Tensor | None) -> None:
+    """Give a projection of `module` the biases that `expert_bias` returns, zeros for None, if it has any."""
+    parameter = getattr(module, f"{projection}_proj_bias", None)
+    if parameter is None:
+        return
+    if biases is not None and projection == "gate_up" and not module.is_concatenated:
+        biases = torch.stack(biases.chunk(2, dim=1), dim=2).flatten(1)
+    parameter.data = torch.zeros_like(parameter) if biases is None else biases.to(parameter.dtype, copy=True)
+
+
 def expert_gate(module: nn.Module) -> ExpertGate | None:
     """What the gate of `module`, which holds experts, computes, found by trying it; None for one without a kernel."""
     layout = expert_layout(module)

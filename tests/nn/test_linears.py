@@ -12,6 +12,7 @@ from ipex_quant.nn.linears import (
     weight_matrix,
     weight_obstacle,
 )
+from ipex_quant.quantization import convert, get_weight_only_quant_qconfig_mapping, prepare
 
 
 class Scaled(nn.Linear):
@@ -63,6 +64,22 @@ def test_quantized_linears_are_linears_to_others_alone():
     assert isinstance(layer, nn.Linear)
     assert not layer._parameters
     assert not is_linear(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_quantized_linear_gives_the_float_one_that_it_stands_for(bias, dtype):
+    mapping = get_weight_only_quant_qconfig_mapping()
+    layer = convert(prepare(nn.Linear(16, 8, bias).to(dtype).eval(), mapping))
+    result = layer.dequantize()
+    assert type(result) is nn.Linear
+    assert not result.training
+    assert torch.equal(result.weight, layer.weight.clone())
+    assert result.weight.dtype == dtype
+    assert (result.bias is None) != bias
+    x = torch.randn(3, 16, dtype=dtype)
+    # The packed weight's values are not rounded to bfloat16.
+    torch.testing.assert_close(result(x), layer(x), **({} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}))
 
 
 def test_other_layers_are_no_linears():

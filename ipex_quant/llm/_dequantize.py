@@ -1,0 +1,60 @@
+"""From quantized modules back to the float ones that the model's class has in their place."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..nn import QuantizedModule, WeightOnlyQuantizedExperts
+from ..nn.fused_forward import restore_forwards
+from ..nn.linears import weight_matrix
+from ..nn.stacked_experts import set_expert_biases, set_expert_weights
+from ..numerics import affine
+from .native import native_stack, use_native_stack
+
+
+def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Give every quantized module of `model` a float successor with its weight in `dtype`, in place.
+
+    What computes natively does so again. Raises ValueError for a module that the model's class does not have.
+    """
+    native, cache_dtype = native_stack(model)
+    restore_forwards(model)
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"):
+        empty = type(model)(config)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedModule):
+            try:
+                place = empty.get_submodule(name)
+            except AttributeError:
+                raise ValueError(f"dequantize: {type(model).__name__} has no module {name!r}") from None
+            model.set_submodule(name, _float_module(module, place, dtype).train(module.training))
+    model.to(dtype)
+    if native:
+        use_native_stack(model, cache_dtype)
+    return model
+
+
+def _float_module(module: QuantizedModule, place: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`place`, which is on the meta device, with the weights of `module`."""
+    place = place.to(dtype).to_empty(device="cpu").requires_grad_(False)
+    if isinstance(module, WeightOnlyQuantizedExperts):
+        for projection in ("gate_up", "down"):
+            stack = module.quantized_stack(projection)
+            weights = torch.stack([affine.dequantize(stack[expert], dtype) for expert in range(module.num_experts)])
+            set_expert_weights(place, projection, weights)
+            set_expert_biases(place, projection, module._buffers[f"_{projection}_bias"])
+        return place
+    weight = place.weight if isinstance(place, nn.Conv2d) else weight_matrix(place)
+    weight.data.copy_(module.dequantized_weight(dtype))
+    bias = module.bias
+    if place.bias is not None:
+        place.bias.data.zero_() if bias is None else place.bias.data.copy_(bias)
+    elif bias is not None:
+        place.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
+    return place
