@@ -1,6 +1,7 @@
 """`ipex-quant demo`: quantize the embedded model in several ways, measure the results against float, and check them.
 
-The two float models run stock transformers code, all others what `llm.optimize` makes of it.
+The two float models run stock transformers code, all others what `llm.optimize` makes of it. A vision model and a text
+encoder follow: see `demo_encoders`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from . import data, evaluation, llm
+from . import data, demo_encoders, evaluation, llm
+from .demo_encoders import Check
 from .nn import QuantizedModule
 from .nn.linears import is_linear
 from .recipes.apply import apply_recipe, calibration_data
@@ -82,14 +84,6 @@ class Row:
     cache_bytes: int
 
 
-@dataclass(frozen=True)
-class Check:
-    """A statement that must hold, and whether it does."""
-
-    name: str
-    passed: bool
-
-
 def run() -> int:
     """Print the table, a generated text and the outcome of every check; the exit status is 1 when a check fails."""
     tokenizer = AutoTokenizer.from_pretrained(data.embedded_model_dir(), local_files_only=True)
@@ -114,6 +108,9 @@ def run() -> int:
     print(f"decoding: INT4 RTN runs at {speedup(rows):.1f} times the speed of stock transformers in bfloat16")
     print(f"\nINT4 RTN continues {PROMPT!r}:\n{text}\n")
     outcomes = checks(rows, text)
+    for row in demo_encoders.measure_all(tokenizer):
+        print(demo_encoders.line(row), flush=True)
+        outcomes += demo_encoders.checks(row)
     failed = [check.name for check in outcomes if not check.passed]
     print("\n".join(f"FAILED  {name}" for name in failed) or f"all {len(outcomes)} checks passed")
     return 1 if failed else 0

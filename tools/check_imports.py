@@ -24,7 +24,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("llm", "autotune"),
     (PACKAGE,),  # the public face: `ipex_quant/__init__.py`
     ("recipes",),
-    ("demo", "integrations"),
+    ("demo_encoders", "integrations"),
+    ("demo",),
     ("cli",),
 )
 """Modules and subpackages of the package, lowest layer first. Those of one layer do not import each other."""

@@ -117,9 +117,8 @@ def _int8_row(name: str, module: Int8Linear | Int8Conv, siblings: list[str]) -> 
         compute = f"int8 (static per-tensor{smoothed})"
     if siblings:
         compute += f", fused with {', '.join(each.rpartition('.')[2] for each in siblings)}"
-    native = isinstance(module, Int8Linear)
-    kernel, isa = ("int8 dot", ops.isa_name()) if native else ("torch int8 convolution", "")
-    return Row(name, str(INT8_PER_CHANNEL), module.weight_shape, compute, kernel, isa, module.nbytes)
+    kernel = "int8 depthwise" if isinstance(module, Int8Conv) and module.is_depthwise else "int8 dot"
+    return Row(name, str(INT8_PER_CHANNEL), module.weight_shape, compute, kernel, ops.isa_name(), module.nbytes)
 
 
 def _float_row(name: str, module: nn.Module, reason: str) -> Row:

@@ -120,6 +120,11 @@ class Int8Conv(QuantizedModule):
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     @property
+    def is_depthwise(self) -> bool:
+        """Whether every output channel reads a single input channel of several."""
+        return self._packed.is_depthwise
+
+    @property
     def nbytes(self) -> int:
         """Bytes of weight, scales and bias."""
         tensors = (self._data, self._scales, self._multiplier, self._bias)

@@ -68,6 +68,7 @@ def test_int8_modules():
     model["o_proj"] = linears(StaticActivation(0.5, 3, torch.ones(4)), 1)[0]
     model["head"] = linears(None, 1)[0]
     model["conv"] = Int8Conv.from_float(nn.Conv2d(3, 4, 5), static)
+    model["depthwise"] = Int8Conv.from_float(nn.Conv1d(4, 8, 5, groups=4), static)
     found = rows(nn.ModuleDict({"attention": model}))
     assert {name.partition(".")[2]: row.compute for name, row in found.items()} == {
         "q_proj": "int8 (static per-tensor), fused with k_proj, v_proj",
@@ -76,12 +77,15 @@ def test_int8_modules():
         "o_proj": "int8 (static per-tensor, smoothed)",
         "head": "int8 (per token)",
         "conv": "int8 (static per-tensor)",
+        "depthwise": "int8 (static per-tensor)",
     }
     row = found["attention.q_proj"]
     assert (row.scheme, row.shape, row.kernel) == ("int8 sym per-channel", (8, 4), "int8 dot")
     assert (row.isa, row.nbytes, row.reason) == (ipex.ops.isa_name(), model["q_proj"].nbytes, "")
-    conv = found["attention.conv"]
-    assert (conv.scheme, conv.shape, conv.kernel) == ("int8 sym per-channel", (4, 3, 5, 5), "torch int8 convolution")
+    conv, depthwise = found["attention.conv"], found["attention.depthwise"]
+    assert (conv.scheme, conv.shape, conv.kernel) == ("int8 sym per-channel", (4, 3, 5, 5), "int8 dot")
+    assert (depthwise.shape, depthwise.kernel) == ((8, 1, 5), "int8 depthwise")
+    assert conv.isa == depthwise.isa == ipex.ops.isa_name()
 
 
 def test_modules_nobody_asked_for():
