@@ -93,7 +93,7 @@ def test_an_int8_model_generates_is_measured_and_explained(int8_dir, float_dir, 
     printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert 0 < float(printed["KL(reference||model)"].split()[0]) < 0.01
     assert cli.main(["explain", str(int8_dir)]) == 0
-    assert "8 modules quantized" in capsys.readouterr().out
+    assert "15 modules quantized" in capsys.readouterr().out
 
 
 def test_the_files_of_an_int8_model_hold_codes_of_the_smoothed_weight(int8_dir, float_dir):

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
 
-from .attention import is_attention, is_native
+from .attention import NAME, is_attention, is_native
 from .cache import NativeLayer, SlidingLayer
 
 
@@ -33,6 +33,7 @@ def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None 
     - `kv_cache_dtype` is what they are stored in: None for the model's dtype, torch.int8, or a float dtype; without it
       ``model.config.kv_cache_dtype`` counts, a dtype or its name, whenever it is set.
     - In `generate`, several beams or returned sequences of a prompt share its prefill and its keys and values.
+    - `generate_batch` runs with torch's attention and transformers' paged cache, as it refuses any other.
     - With ``model.config.token_latency = True``, `generate` returns (output, seconds per token), as IPEX does.
     - Calls with gradients or under autocast, caches that hold something already, and layers of another kind (linear
       attention, convolutions) stay as they are.
@@ -53,7 +54,21 @@ def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None 
             # partials, which can be copied and pickled with the model
             model.generate = functools.partial(_generate, model)
             model._prefill = functools.partial(_prefill, model)
+            model.generate_batch = functools.partial(_generate_batch, model)
     return [name for name, module in model.named_modules() if is_attention(module) and not is_native(module)]
+
+
+def _generate_batch(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """transformers' method: its cache writes to its tensors in a thread of its own, where inference mode is off."""
+    native = model.config._attn_implementation == NAME
+    with torch.inference_mode(False), torch.no_grad():
+        if native:
+            model.set_attn_implementation("sdpa")  # it knows a few names of attentions only
+        try:
+            return type(model).generate_batch(model, *args, **kwargs)
+        finally:
+            if native:
+                model.set_attn_implementation(NAME)
 
 
 class CacheHook:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+import ipex_quant as ipex
 from ipex_quant.llm.attention import use_native_attention
 from ipex_quant.llm.cache import NativeLayer, SlidingLayer
 from ipex_quant.llm.generation import use_native_cache
@@ -477,3 +478,16 @@ def test_compiles_without_a_graph_break(name, dtype, beams):
             out.append(forward(torch.full((2 * beams, 1), 5 + token), past_key_values=cache).logits[:, -1])
         outputs.append(torch.stack(out))
     torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_continuous_batching(mode):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**GROUPED, "eos_token_id": None}))
+    model = ipex.llm.optimize(model.eval(), inplace=True)
+    prompts = [[3, 9, 4, 11, 7], [5, 6], [8, 3, 12]]
+    options = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    with mode():
+        alone = [model.generate(torch.tensor([p]), generation_config=options)[0, len(p) :].tolist() for p in prompts]
+        together = [result.generated_tokens for result in model.generate_batch(prompts, options).values()]
+    assert sorted(together) == sorted(alone)
+    assert model.config._attn_implementation == "ipex_quant"
