@@ -11,15 +11,15 @@ from ..nn import QuantizedModule
 from ..quantization._description import main_dtype
 
 
-def cast_float(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_float(model: nn.Module, dtype: torch.dtype, main: torch.dtype | None = None) -> None:
     """Cast the float parameters and saved buffers of `model` to `dtype`, in place.
 
     As when transformers loads a model in `dtype`, three things keep their precision: parameters whose dtype is not the
-    model's main one, those that the model's class keeps in float32, and buffers that are not saved, such as rotary
-    frequencies, unless they are tables that are added to embeddings.
+    `main` one, by default that of most of the model; those that the model's class keeps in float32; and buffers that
+    are not saved, such as rotary frequencies, unless they are tables that are added to embeddings.
     """
     exceptions = _kept_in_float32(model, dtype)
-    main = main_dtype(model)
+    main = main_dtype(model) if main is None else main
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             module.to(dtype)

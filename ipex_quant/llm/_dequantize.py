@@ -13,7 +13,7 @@ from ..nn.fused_forward import restore_forwards
 from ..nn.linears import weight_matrix
 from ..nn.stacked_experts import set_expert_biases, set_expert_weights
 from ..numerics import affine
-from .native import native_stack, use_native_stack
+from .native import attends_natively, native_stack, use_native_stack
 
 
 def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -22,6 +22,7 @@ def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMo
     What computes natively does so again. Raises ValueError for a module that the model's class does not have.
     """
     native, cache_dtype = native_stack(model)
+    attention = attends_natively(model)
     restore_forwards(model)
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
@@ -36,7 +37,7 @@ def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMo
             model.set_submodule(name, _float_module(module, place, dtype).train(module.training))
     model.to(dtype)
     if native:
-        use_native_stack(model, cache_dtype)
+        use_native_stack(model, cache_dtype, attention)
     return model
 
 

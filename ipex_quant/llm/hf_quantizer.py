@@ -20,7 +20,9 @@ from ..nn import Int8Conv, Int8Linear, Placeholder
 from ..nn.linears import FLOAT_DTYPES
 from ..quantization._description import KINDS, METHOD, VERSION, describe
 from ..quantization._tying import untie
+from ._casting import cast_float
 from ._dequantize import dequantize_model
+from .attention import NAME as NATIVE_ATTENTION
 from .native import native_stack, use_native_stack
 from .notes import check_note, note_recipe, recipe_note
 
@@ -103,9 +105,14 @@ def attach(model: PreTrainedModel) -> None:
 
 
 class IpexQuantizer(HfQuantizer):
-    """Loads what `describe` describes: plain tensors, each packed as soon as all are read."""
+    """Loads what `describe` describes: plain tensors, each packed as soon as all are read.
+
+    Everything else gets the dtype that `from_pretrained` was asked for, by default the saved one, and the attention
+    that it was asked for, by default the native one if the saved model had it.
+    """
 
     requires_calibration = False
+    native_attention = True
     quantization_config: IpexQuantConfig
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -121,10 +128,22 @@ class IpexQuantizer(HfQuantizer):
         return {"": "cpu"} if device_map in _AUTOMATIC else device_map
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
-        return self.quantization_config.torch_dtype
+        if dtype is None:
+            return self.quantization_config.torch_dtype
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(f"dtype: expected 'auto' or one of {list(_DTYPES)}, got {dtype}")
+        return dtype
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
+        asked = {part._attn_implementation for part in parts if part is not None}
+        self.native_attention = asked <= {None, NATIVE_ATTENTION}
+        if config.dtype is None:  # as AutoModel leaves it for dtype=None; "auto" would ask the first tensor, a scale
+            config.dtype = self.quantization_config.torch_dtype
+        return config
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> None:
-        """Every tensor keeps the dtype it was saved in, so that the loaded model computes what the saved one did."""
+        """Every tensor is read in the dtype it was saved in; what is float is cast once the modules are packed."""
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         model.config.quantization_config = describe_model(model)  # modules and dtypes may have changed since
@@ -142,7 +161,8 @@ class IpexQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        dtype = _DTYPES.get(dtype, dtype)  # the configuration of a model that was saved has a name
         return dequantize_model(model, model.dtype if dtype is None else dtype)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -183,12 +203,25 @@ class IpexQuantizer(HfQuantizer):
                 raise type(error)(f"{', '.join(names)}: {error}") from error
             for name, module in zip(names, modules, strict=True):
                 model.set_submodule(name, module.to(config.torch_dtype))
+        self._cast(model)
         model.config.quantization_config = self.quantization_config.to_dict()
         if config.recipe is not None:
             note_recipe(model, config.recipe)
         if config.native:
-            use_native_stack(model, _CACHE_DTYPES.get(config.kv_cache_dtype))
+            use_native_stack(model, _CACHE_DTYPES.get(config.kv_cache_dtype), self.native_attention)
         return model
+
+    def _cast(self, model: PreTrainedModel) -> None:
+        """Cast `model` to the dtype that was asked for, if another one than it was saved in was.
+
+        What "auto" resolves to is the dtype of its first parameter, which need not be that of most.
+        """
+        config, dtype = self.quantization_config, model.config.dtype
+        if dtype in (config.torch_dtype, model.dtype):
+            model.config.dtype = config.torch_dtype
+        else:
+            cast_float(model, dtype, config.torch_dtype)
+            config.dtype = _name(dtype)
 
 
 def register() -> None:

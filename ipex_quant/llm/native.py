@@ -51,17 +51,21 @@ def parts_of(model: nn.Module) -> list[Part]:
     return parts
 
 
-def use_native_stack(model: nn.Module, kv_cache_dtype: torch.dtype | None = None) -> None:
+def use_native_stack(model: nn.Module, kv_cache_dtype: torch.dtype | None = None, attention: bool = True) -> None:
     """Let `model` compute everything natively that its structure and its layers' families allow, in place.
 
-    `kv_cache_dtype` is that of `use_native_cache`. What stays stock is logged, and told by `explain`. Call it again
-    after modules were replaced. Raises ValueError for another `kv_cache_dtype`.
+    `kv_cache_dtype` is that of `use_native_cache`. Without `attention`, the model's own runs, in stock decoder layers
+    since fused ones attend natively. What stays stock is logged, and told by `explain`. Call it again after modules
+    were replaced. Raises ValueError for another `kv_cache_dtype`.
     """
-    fuse_decoder(model)
+    if attention:
+        fuse_decoder(model)
     fuse_norms(model)
-    fuse_model(model)
+    if attention:
+        fuse_model(model)
     if isinstance(model, PreTrainedModel):
-        use_native_attention(model)
+        if attention:
+            use_native_attention(model)
         use_native_cache(model, kv_cache_dtype)
     for part in parts_of(model):
         logger.info("%s", part)
@@ -71,3 +75,8 @@ def native_stack(model: nn.Module) -> tuple[bool, torch.dtype | None]:
     """Whether `use_native_stack` was called for a transformers model, and with which `kv_cache_dtype`."""
     hook = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, CacheHook)), None)
     return (False, None) if hook is None else (True, hook.dtype)
+
+
+def attends_natively(model: nn.Module) -> bool:
+    """Whether `use_native_stack` gave any layer of `model` the native attention, which nobody took back since."""
+    return any(part.native for part in parts_of(model) if part.sort != "norms")

@@ -66,6 +66,7 @@ def load(directory: str | os.PathLike, trust_remote_code: bool = False) -> PreTr
     try:
         # Tensors of another shape are reported below, by name, like all that do not fit.
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        options["dtype"] = description.get("dtype")  # the saved one, whatever config.json says besides
         model, info = found.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
     except SafetensorError as error:
         raise ValueError(f"{directory}: a safetensors file is damaged ({error})") from error
