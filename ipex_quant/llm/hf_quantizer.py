@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..nn import Int8Conv, Int8Linear, Placeholder
 from ..nn.linears import FLOAT_DTYPES
 from ..quantization._description import KINDS, METHOD, VERSION, describe
+from ..quantization._resizing import watch_head
 from ..quantization._tying import untie
 from ._casting import cast_float
 from ._dequantize import dequantize_model
@@ -102,6 +103,7 @@ def attach(model: PreTrainedModel) -> None:
     """Make transformers know that `model` is quantized, so that `save_pretrained` describes it as it is by then."""
     model.config.quantization_config = describe_model(model)
     model.hf_quantizer = IpexQuantizer(IpexQuantConfig(**model.config.quantization_config), pre_quantized=True)
+    watch_head(model)
 
 
 class IpexQuantizer(HfQuantizer):
@@ -204,6 +206,7 @@ class IpexQuantizer(HfQuantizer):
             for name, module in zip(names, modules, strict=True):
                 model.set_submodule(name, module.to(config.torch_dtype))
         self._cast(model)
+        watch_head(model)
         model.config.quantization_config = self.quantization_config.to_dict()
         if config.recipe is not None:
             note_recipe(model, config.recipe)

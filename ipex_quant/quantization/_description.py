@@ -54,6 +54,15 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return {"quant_method": METHOD, "version": VERSION, "dtype": dtype, "modules": modules, "share_groups": groups}
 
 
+def note_method(model: nn.Module) -> None:
+    """Describe a transformers model in its configuration; where the method is registered, let it know its quantizer."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
+
+    model.config.quantization_config = describe(model)
+    if METHOD in AUTO_QUANTIZER_MAPPING:
+        model.hf_quantizer = AutoHfQuantizer.from_config(model.config.quantization_config, pre_quantized=True)
+
+
 def share_groups(model: nn.Module) -> list[list[str]]:
     """Names of the modules that share one packed weight, first member first; those without a sibling are left out."""
     groups = defaultdict(dict)

@@ -23,12 +23,13 @@ from ..nn.fused_forward import restore_forwards
 from ..nn.linears import READ_BY_ATTENTION, holds_experts, is_linear
 from ..nn.norms import is_norm
 from ..smoothquant.tracing import SharedInput, trace_groups
-from ._description import describe, is_pretrained
+from ._description import is_pretrained, note_method
 from ._errors import naming
 from ._example import Example
 from ._int8 import int8_replacements
 from ._observed import ATTRIBUTE, Observed, make_groups, observed
 from ._qconfig import QConfigSmoothQuant, QConfigWoq, QuantizationKind, kind_of
+from ._resizing import watch_head
 from ._rules import choose_qconfigs, refused_modules
 from ._summary import load_qconf_summary, read_summary, save_qconf_summary, summary_groups
 from ._swap import copy_sharing_parameters, own_parameters, swap_modules
@@ -154,7 +155,8 @@ def convert(model: nn.Module, inplace: bool = False) -> nn.Module:
     reads it, else into the quantization of the activation. No float weight is left to quantize at run time.
 
     The configuration of a transformers model gets the entry that `from_pretrained` and `ipex_quant.llm.load` need;
-    should the model change after that, `ipex_quant.llm.save` describes it anew. Quantized weights are untied from
+    should the model change after that, `ipex_quant.llm.save` describes it anew; where `ipex_quant.llm` was imported,
+    its `dequantize` works. Quantized weights are untied from
     others. Warns when most weights stay in float for another reason than the mapping, and when all do, saying why; the
     model then is as it was before `prepare`. Raises TypeError for another kind of model, RuntimeError for one that was
     not prepared or not calibrated, and ValueError when a weight holds NaN or Inf, naming the module.
@@ -190,7 +192,8 @@ def _convert(model: nn.Module, inplace: bool, check: Callable[[nn.Module], None]
         if hasattr(module, "qconfig"):
             del module.qconfig
     if is_quantized and is_pretrained(model):
-        model.config.quantization_config = describe(model)
+        note_method(model)
+        watch_head(model)
     return model
 
 

@@ -81,8 +81,14 @@ def test_experts_with_biases_that_alternate_between_gate_and_up():
     }
     model = random_model(transformers.GptOssForCausalLM, options)
     quantized = convert(prepare(model, get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT8)))
-    from ipex_quant.llm.hf_quantizer import attach
+    *_, actual, expected = check(quantized, model, inputs_of(model))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
-    attach(quantized)
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
+def test_a_model_that_convert_alone_made(name, tmp_path):
+    model = build(name)
+    quantized = convert(prepare(model, get_weight_only_quant_qconfig_mapping()))
+    quantized.save_pretrained(tmp_path)
     *_, actual, expected = check(quantized, model, inputs_of(model))
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)

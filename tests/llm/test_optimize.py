@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -122,7 +123,8 @@ def test_a_tied_output_layer_is_quantized_and_the_embedding_stays(make_model, lo
 def test_tokens_can_be_added_and_taken_away(make_model, logits, tmp_path, name):
     optimized = ipex.llm.optimize(make_model(name), quantization_config=int4())
     before = logits(optimized)
-    optimized.resize_token_embeddings(100)
+    with pytest.warns(UserWarning, match="lm_head was quantized and is a float layer now.*optimize.*again"):
+        optimized.resize_token_embeddings(100)
     torch.testing.assert_close(logits(optimized)[..., :96], before, rtol=1e-4, atol=1e-4)
     assert type(optimized.get_output_embeddings()) is nn.Linear  # with float rows for the new tokens
     tokens = torch.tensor([[5, 98, 7]])
@@ -132,7 +134,14 @@ def test_tokens_can_be_added_and_taken_away(make_model, logits, tmp_path, name):
     assert torch.equal(loaded.generate(tokens, max_new_tokens=3, do_sample=False), generated)
     again = ipex.llm.optimize(loaded, quantization_config=int4())
     assert isinstance(again.get_output_embeddings(), WeightOnlyQuantizedLinear)
-    optimized.resize_token_embeddings(90)
+    ipex.llm.save(again, tmp_path / "again")
+    for model in (again, copy.deepcopy(again), ipex.llm.load(tmp_path / "again")):
+        with pytest.warns(UserWarning, match="lm_head was quantized and is a float layer now"):
+            model.resize_token_embeddings(104)
+        assert model.get_input_embeddings().num_embeddings == 104
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a head in float stays what it was
+        optimized.resize_token_embeddings(90)
     assert optimized(tokens[:, :1]).logits.shape[-1] == 90
 
 
