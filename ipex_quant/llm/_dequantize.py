@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..nn import QuantizedModule, WeightOnlyQuantizedExperts
+from ..nn import Int8Recurrent, Int8RecurrentCell, QuantizedModule, WeightOnlyQuantizedExperts
 from ..nn.fused_forward import restore_forwards
 from ..nn.linears import weight_matrix
 from ..nn.stacked_experts import set_expert_biases, set_expert_weights
@@ -50,6 +50,10 @@ def _float_module(module: QuantizedModule, place: nn.Module, dtype: torch.dtype)
             weights = torch.stack([affine.dequantize(stack[expert], dtype) for expert in range(module.num_experts)])
             set_expert_weights(place, projection, weights)
             set_expert_biases(place, projection, module._buffers[f"_{projection}_bias"])
+        return place
+    if isinstance(module, (Int8Recurrent, Int8RecurrentCell)):
+        for name, values in module.dequantized_parameters(dtype).items():
+            getattr(place, name).copy_(values)
         return place
     weight = place.weight if isinstance(place, nn.Conv2d) else weight_matrix(place)
     weight.data.copy_(module.dequantized_weight(dtype))

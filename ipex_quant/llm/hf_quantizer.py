@@ -16,7 +16,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..nn import Int8Conv, Int8Linear, Placeholder
+from ..nn import Int8Conv, Int8Linear, Int8Recurrent, Int8RecurrentCell, Placeholder
 from ..nn.linears import FLOAT_DTYPES
 from ..quantization._description import KINDS, METHOD, VERSION, describe
 from ..quantization._resizing import watch_head
@@ -156,8 +156,9 @@ class IpexQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether adapters can be trained: gradients pass through linear layers and experts, not convolutions."""
-        return all(entry["kind"] != Int8Conv.kind for entry in self.quantization_config.modules.values())
+        """Whether adapters can be trained: gradients pass through linear layers and experts, no others."""
+        opaque = (Int8Conv.kind, Int8Recurrent.kind, Int8RecurrentCell.kind)
+        return all(entry["kind"] not in opaque for entry in self.quantization_config.modules.values())
 
     @property
     def is_compileable(self) -> bool:

@@ -5,6 +5,7 @@ from .expert_linears import WeightOnlyQuantizedExpertLinears
 from .experts import WeightOnlyQuantizedExperts
 from .int8_conv import Int8Conv
 from .int8_linear import Int8Linear
+from .int8_recurrent import Int8Recurrent, Int8RecurrentCell
 from .quantized_module import Placeholder, QuantizedModule
 from .weight_only_linear import WeightOnlyQuantizedLinear
 from .weight_tensors import QuantDtype, QuantMethod, WoqWeightFormat
@@ -12,6 +13,8 @@ from .weight_tensors import QuantDtype, QuantMethod, WoqWeightFormat
 __all__ = [
     "Int8Conv",
     "Int8Linear",
+    "Int8Recurrent",
+    "Int8RecurrentCell",
     "Placeholder",
     "QuantDtype",
     "QuantMethod",

@@ -12,6 +12,8 @@ from torch import nn
 from ..nn import (
     Int8Conv,
     Int8Linear,
+    Int8Recurrent,
+    Int8RecurrentCell,
     QuantizedModule,
     WeightOnlyQuantizedExpertLinears,
     WeightOnlyQuantizedExperts,
@@ -28,6 +30,8 @@ KINDS: dict[str, type[QuantizedModule]] = {
         WeightOnlyQuantizedLinear,
         Int8Linear,
         Int8Conv,
+        Int8Recurrent,
+        Int8RecurrentCell,
         WeightOnlyQuantizedExperts,
         WeightOnlyQuantizedExpertLinears,
     )

@@ -9,15 +9,18 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.ao.quantization import QConfig
 
 from ..nn import Int8Conv, Int8Linear
+from ..nn.int8_recurrent import int8_recurrent_class
 from ..nn.linears import is_linear, weight_matrix
+from ..nn.recurrent import is_recurrent
 from ..numerics.int8 import StaticActivation, quantize_per_channel, same_activation
 from ..numerics.quantized_weight import QuantizedWeight
 from ..observers import has_data
 from ..smoothquant.folding import fold_into_norm
 from ._errors import naming
-from ._observed import LayerParameters, Observed, ObservedGroup, ObservedLayer
+from ._observed import LayerParameters, Observed, ObservedGroup, ObservedLayer, observed_scales
 from ._rules import BY_SUMMARY
 
 Replacements = dict[str, Callable[[nn.Module], nn.Module]]
@@ -51,6 +54,15 @@ def int8_replacements(model: nn.Module, observations: Observed) -> tuple[Replace
             stacklevel=4,
         )
     return replacements, reasons
+
+
+def recurrent_replacements(model: nn.Module) -> Replacements:
+    """What makes the INT8 successor of each recurrent layer and cell that `prepare` marked, by name."""
+    return {
+        name: partial(_recurrent, name, module.qconfig)
+        for name, module in model.named_modules()
+        if is_recurrent(module) and getattr(module, "qconfig", None) is not None
+    }
 
 
 @dataclass
@@ -121,3 +133,9 @@ def _convolution(name: str, parameters: LayerParameters, module: nn.Module) -> n
     with naming(name):
         made = Int8Conv.from_float(module, parameters.activation, parameters.weight_scales)
         return made.train(module.training)
+
+
+def _recurrent(name: str, qconfig: QConfig, module: nn.Module) -> nn.Module:
+    with naming(name):
+        cls = int8_recurrent_class(module)
+        return cls.from_float(module, lambda weight: observed_scales(name, qconfig.weight(), weight))

@@ -243,17 +243,18 @@ def _smoothed(modules: Mapping[str, nn.Module], observer: Any, qconfig: Any) -> 
     ranges = act.min_val, act.max_val, across.min_val, across.max_val
     act_factor, factor = bounded_factors(*ranges, observer.alpha)
     activation = smooth_activation(act.min_val, act.max_val, act_factor)
-    scales = [_scales(name, qconfig.weight().oc_obs, weight * factor) for name, weight in weights.items()]
+    scales = [observed_scales(name, qconfig.weight().oc_obs, weight * factor) for name, weight in weights.items()]
     return [LayerParameters(activation, each, factor) for each in scales]
 
 
 def _weight_scales(name: str, module: nn.Module, qconfig: Any) -> torch.Tensor:
     observer = qconfig.weight()
     weight = weight_matrix(module) if is_linear(module) else module.weight.detach()
-    return _scales(name, getattr(observer, "oc_obs", observer), weight.float())
+    return observed_scales(name, getattr(observer, "oc_obs", observer), weight.float())
 
 
-def _scales(name: str, observer: Any, weight: torch.Tensor) -> torch.Tensor:
+def observed_scales(name: str, observer: Any, weight: torch.Tensor) -> torch.Tensor:
+    """Scales, float32 ``[N]``, that `observer` gives the `weight` of the module `name`; ValueError for another kind."""
     symmetric = observer.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
     with naming(name, "weight"):
         observe(observer, weight)

@@ -22,11 +22,12 @@ from ..nn.expert_linears import holds_expert_linears
 from ..nn.fused_forward import restore_forwards
 from ..nn.linears import READ_BY_ATTENTION, holds_experts, is_linear
 from ..nn.norms import is_norm
+from ..nn.recurrent import is_recurrent
 from ..smoothquant.tracing import SharedInput, trace_groups
 from ._description import is_pretrained, note_method
 from ._errors import naming
 from ._example import Example
-from ._int8 import int8_replacements
+from ._int8 import int8_replacements, recurrent_replacements
 from ._observed import ATTRIBUTE, Observed, make_groups, observed
 from ._qconfig import QConfigSmoothQuant, QConfigWoq, QuantizationKind, kind_of
 from ._resizing import watch_head
@@ -55,7 +56,7 @@ def prepare(
 
     Every rule of the mapping counts, by torch's precedence (module name, regex, type, global); None leaves a module in
     float. Linear layers are quantized, with weight-only configurations the experts of transformers models too, with
-    static ones convolutions.
+    static ones convolutions, with dynamic ones LSTMs, GRUs, RNNs and their cells.
 
     Static and SmoothQuant configurations need an example, `example_inputs` (a tensor or a tuple of positional
     arguments) or `example_kwarg_inputs`, which `model` is run on once: layers of one parent that consume the same
@@ -85,8 +86,8 @@ def prepare(
         needed = any(kind.needs_calibration for kind in kinds)
         example = Example.of(model, example_inputs, example_kwarg_inputs, needed)
     model = mark(model, configure, chosen, reasons, inplace)
-    activations = {name: qconfig for name, qconfig in chosen.items() if not isinstance(qconfig, QConfigWoq)}
-    if activations:
+    if kinds - {QuantizationKind.WEIGHT_ONLY}:
+        activations = _to_observe(model, chosen)
         try:
             drop_dropout(model)
             if example is not None and bn_folding:
@@ -124,10 +125,18 @@ def prepare_with_summary(
     groups = summary_groups(read_summary(path), chosen.keys())
     model = mark(model, mapping, chosen, reasons, inplace)
     drop_dropout(model)
-    activations = {name: qconfig for name, qconfig in chosen.items() if not isinstance(qconfig, QConfigWoq)}
-    observe(model, activations, example, groups)
+    observe(model, _to_observe(model, chosen), example, groups)
     load_qconf_summary(model, path)
     return model
+
+
+def _to_observe(model: nn.Module, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Those of `chosen` whose inputs are quantized, less recurrent layers, which see to that alone."""
+    return {
+        name: qconfig
+        for name, qconfig in chosen.items()
+        if not (isinstance(qconfig, QConfigWoq) or is_recurrent(model.get_submodule(name)))
+    }
 
 
 def observe(
@@ -211,7 +220,7 @@ def check_calibrated(observations: Observed) -> None:
 
 def _replacements(model: nn.Module) -> dict[str, Callable[[nn.Module], nn.Module]]:
     """What makes the successor of each layer to quantize, by name; reasons are noted for those that cannot be."""
-    replacements = {name: partial(_from_float, name) for name in marked_modules(model)}
+    replacements = {name: partial(_from_float, name) for name in marked_modules(model)} | recurrent_replacements(model)
     if hasattr(model, ATTRIBUTE):
         found, reasons = int8_replacements(model, observed(model))
         replacements |= found

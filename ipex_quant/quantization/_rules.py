@@ -11,6 +11,7 @@ from torch.ao.quantization import QConfigMapping
 
 from ..nn.expert_linears import holds_expert_linears
 from ..nn.linears import conv_obstacle, holds_experts, is_convolution, is_linear, obstacle, weight_obstacle
+from ..nn.recurrent import is_recurrent, recurrent_obstacle, recurrent_weight_obstacle
 from ..nn.stacked_experts import experts_obstacle, experts_weight_obstacle
 from ._qconfig import QuantizationKind, dynamic_experts_qconfig, kind_of
 
@@ -24,13 +25,13 @@ def choose_qconfigs(
     """Configuration of every layer of `model` to quantize, and why each other one stays in float, by name.
 
     Layers are linear ones, modules with the experts of a layer and, where activations are quantized statically,
-    convolutions. Without `read_weights` the layers' own weights do not matter. Raises TypeError for a configuration of
-    an unknown kind.
+    convolutions, where dynamically, recurrent ones. Without `read_weights` the layers' own weights do not matter.
+    Raises TypeError for a configuration of an unknown kind.
     """
     _check_rules(mapping, model)
     chosen, reasons = {}, {}
     for name, module in model.named_modules():
-        if not (is_linear(module) or is_convolution(module) or holds_experts(module)):
+        if not (is_linear(module) or is_convolution(module) or is_recurrent(module) or holds_experts(module)):
             continue
         path = name.split(".") if name else []
         lineage = [model.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1)]
@@ -40,6 +41,8 @@ def choose_qconfigs(
         except TypeError as error:
             raise TypeError(f"{name or 'the model'}: the mapping's {rule}: {error}") from None
         if is_convolution(module) and kind is not None and not kind.needs_calibration:
+            continue
+        if is_recurrent(module) and kind not in (None, QuantizationKind.DYNAMIC):
             continue
         if kind is None:
             reasons[name] = f"{_BY_RULE}{rule} is None"
@@ -59,6 +62,8 @@ def _obstacle(module: nn.Module, parent: nn.Module | None, kind: QuantizationKin
         return conv_obstacle(module) or (weight_obstacle(module) if read_weights else None)
     if is_linear(module):
         return obstacle(module, parent) or (weight_obstacle(module) if read_weights else None)
+    if is_recurrent(module):
+        return recurrent_obstacle(module) or (recurrent_weight_obstacle(module) if read_weights else None)
     if kind is not QuantizationKind.WEIGHT_ONLY:
         return f"experts are quantized weight-only or dynamically, not {kind.value}"
     if holds_expert_linears(module):
