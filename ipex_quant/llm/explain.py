@@ -16,6 +16,7 @@ from ..nn import (
     WeightOnlyQuantizedLinear,
 )
 from ..nn.linears import holds_experts, is_linear, weight_matrix
+from ..nn.recurrent import is_recurrent
 from ..numerics.scheme import WoqLowpMode
 from ..ops.int8 import INT8_PER_CHANNEL
 from ..quantization._description import share_groups
@@ -132,6 +133,8 @@ def _float_row(name: str, module: nn.Module, reason: str) -> Row:
 def _reason(module: nn.Module) -> str:
     if is_linear(module) or holds_experts(module):
         return "not asked to be quantized"
+    if is_recurrent(module):
+        return "recurrent layers are quantized dynamically only"
     return f"{type(module).__name__} is no linear layer"
 
 

@@ -280,13 +280,15 @@ def _why_nothing(model: nn.Module) -> str | None:
 
 
 def warn_if_mostly_float(model: nn.Module, refused: list[str]) -> None:
-    """Warn when the `refused` layers, linear ones and experts, outweigh what is quantized in `model`."""
+    """Warn when the `refused` layers, linear, recurrent and experts, outweigh what is quantized in `model`."""
     parameters = (p for name in refused for p in model.get_submodule(name).parameters())
     in_float = sum(parameter.numel() for parameter in parameters if parameter.dim() > 1)
     quantized = (module for module in model.modules() if isinstance(module, QuantizedModule))
     if in_float > sum(math.prod(module.weight_shape) for module in quantized):
         experts = sum(holds_experts(model.get_submodule(name)) for name in refused)
-        kinds = [f"{len(refused) - experts} linear layers"] * (len(refused) > experts)
+        recurrent = sum(is_recurrent(model.get_submodule(name)) for name in refused)
+        linear = len(refused) - experts - recurrent
+        kinds = [f"{linear} linear layers"] * bool(linear) + [f"{recurrent} recurrent layers"] * bool(recurrent)
         kinds += [f"the experts in 3-D parameters of {experts} modules"] * bool(experts)
         warnings.warn(
             f"most weights stay in float: {' and '.join(kinds)} cannot be quantized; ipex.explain(model) says why",

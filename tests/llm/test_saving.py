@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import ipex_quant as ipex
-from ipex_quant.nn import Int8Conv, Int8Linear, WeightOnlyQuantizedLinear
+from ipex_quant.nn import Int8Conv, Int8Linear, Int8Recurrent, WeightOnlyQuantizedLinear
 from ipex_quant.quantization import (
     WoqLowpMode,
     WoqWeightDtype,
@@ -180,6 +180,22 @@ def test_a_convolution(tmp_path):
     loaded = ipex.llm.load(tmp_path / "model")
     assert any(isinstance(module, Int8Conv) for module in loaded.modules())
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_recurrent_layers(tmp_path):
+    sizes = {"num_filters": 4, "hidden_size": 16, "codebook_size": 16, "upsampling_ratios": [2, 2]}
+    model = transformers.EncodecModel(transformers.EncodecConfig(**sizes)).eval().requires_grad_(False)
+    audio = torch.randn(1, 1, 40)
+    model = convert(prepare(model, default_dynamic_qconfig_mapping))
+    expected = model.encoder(audio)
+    ipex.llm.save(model, tmp_path / "model")
+    loaded = ipex.llm.load(tmp_path / "model")
+    assert sum(isinstance(module, Int8Recurrent) for module in loaded.modules()) == 2
+    assert torch.equal(loaded.encoder(audio), expected)
+    assert not loaded.hf_quantizer.is_trainable
+    loaded.dequantize()
+    assert not any(isinstance(module, Int8Recurrent) for module in loaded.modules())
+    torch.testing.assert_close(loaded.encoder(audio), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_the_files_hold_plain_tensors(saved):
