@@ -5,6 +5,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
+from transformers.generation import ContinuousBatchingConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 import ipex_quant as ipex
@@ -486,8 +487,9 @@ def test_continuous_batching(mode):
     model = ipex.llm.optimize(model.eval(), inplace=True)
     prompts = [[3, 9, 4, 11, 7], [5, 6], [8, 3, 12]]
     options = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # and not all of the memory
     with mode():
         alone = [model.generate(torch.tensor([p]), generation_config=options)[0, len(p) :].tolist() for p in prompts]
-        together = [result.generated_tokens for result in model.generate_batch(prompts, options).values()]
+        together = [result.generated_tokens for result in model.generate_batch(prompts, options, small).values()]
     assert sorted(together) == sorted(alone)
     assert model.config._attn_implementation == "ipex_quant"
