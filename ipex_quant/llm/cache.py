@@ -171,9 +171,15 @@ def attend(query: torch.Tensor, keys: Storage, values: Storage, **options: Any) 
 OUTLIER_RATIO = 4.0
 """How many times the median of its head a channel's largest key must be to be divided."""
 
+LARGEST_FACTOR = 2.0**32
+"""Beyond it the other channels are as good as 0, and queries that are multiplied by it may leave float32's range."""
 
-def outlier_factors(key: torch.Tensor) -> torch.Tensor:
-    """What to divide the channels of keys ``[B, Hkv, L, D]`` by before they are quantized, float32 ``[Hkv, D]``.
+FACTOR_TOKENS = 4
+"""Tokens that factors are found from at least: the first one, alone, may look like no other."""
+
+
+def outlier_factors(*keys: torch.Tensor) -> torch.Tensor:
+    """What to divide the channels of keys ``[.., Hkv, L, D]`` by before they are quantized, float32 ``[Hkv, D]``.
 
     One scale serves all channels of a token, so that those in which keys are always large, as where projections have
     large biases, take the others their bits. Scores stay what they are when the queries are multiplied by the same
@@ -181,10 +187,10 @@ def outlier_factors(key: torch.Tensor) -> torch.Tensor:
     brings a channel to once or twice the median of the largest keys of its head. Source: SmoothQuant's migration (arXiv
     2211.10438), applied to the product of queries and keys.
     """
-    largest = key.detach().abs().amax((0, 2)).float()
+    largest = torch.stack([key.detach().abs().amax((0, 2)).float() for key in keys]).amax(0)
     ratio = largest / largest.median(-1, keepdim=True).values
     is_outlier = (ratio >= OUTLIER_RATIO) & (ratio < torch.inf)  # false for NaN too
-    return torch.where(is_outlier, torch.exp2(torch.log2(ratio).floor()), 1.0)
+    return torch.where(is_outlier, torch.exp2(torch.log2(ratio).floor()).clamp(max=LARGEST_FACTOR), 1.0)
 
 
 class NativeLayer(CacheLayerMixin):
@@ -196,8 +202,9 @@ class NativeLayer(CacheLayerMixin):
 
     `storage_dtype` is None for the dtype of what comes, another float dtype, or torch.int8, with one scale per token
     and head; ValueError for any other. Channels in which the first keys are far larger than in others are divided by
-    what the queries are multiplied by: see `outlier_factors`. Without `spare` there is no room to grow. `indexed` says
-    that sequences will be repeated: several prompts then need not be moved.
+    what the queries are multiplied by: see `outlier_factors`. Until `FACTOR_TOKENS` are stored, each may change these.
+    Without `spare` there is no room to grow. `indexed` says that sequences will be repeated: several prompts then need
+    not be moved.
     """
 
     is_sliding = False
@@ -323,8 +330,8 @@ class NativeLayer(CacheLayerMixin):
             self.lazy_initialization(key, value)
         length = key.shape[2]
         if length:
-            if self._factors is None and self._buffers[0].dtype == torch.int8:
-                self._factors = outlier_factors(key)
+            if self._needs_factors():
+                self._find_factors(key)
             self._make_room(length)
             self._write(key, value)
             self.commit(length)
@@ -347,10 +354,10 @@ class NativeLayer(CacheLayerMixin):
         """Room for `length` more tokens, for a call that writes and reads them itself; `commit` then counts them.
 
         Returns (keys, values and for int8 their scales, from the first position that is needed to the capacity, and the
-        factors of int8 keys; the position to write at). None before the first token, and where an index is needed:
-        `append` serves there.
+        factors of int8 keys; the position to write at). None before the first token, before the factors are found, and
+        where an index is needed: `append` serves there.
         """
-        if not self._count or self._rows is not None:
+        if not self._count or self._rows is not None or self._needs_factors():
             return None
         self._make_room(length)
         first = self._visible_from(0)
@@ -425,6 +432,22 @@ class NativeLayer(CacheLayerMixin):
         scales = buffers[2:] or (None, None)
         for new, buffer, scale, factors in zip((key, value), buffers[:2], scales, (self._factors, None), strict=True):
             write_cache(new.to(buffer.dtype) if scale is None else new, buffer, scale, self._used, factors)
+
+    def _needs_factors(self) -> bool:
+        return self._buffers[0].dtype == torch.int8 and self.get_seq_length() < FACTOR_TOKENS
+
+    def _find_factors(self, key: torch.Tensor) -> None:
+        """Find the factors from what is stored and `key`, and quantize anew what is stored."""
+        if not key.numel():
+            self._factors = torch.ones(key.shape[1], key.shape[3], device=self.device)
+        elif not self._count:
+            self._factors = outlier_factors(key)
+        else:
+            codes, scales = (self._buffers[i][:, :, : self._used] for i in (0, 2))
+            stored = codes.float() * scales.unsqueeze(-1) * self._factors[:, None]
+            self._factors = outlier_factors(stored, key)
+            self._grow(self._capacity)  # to other memory: what was returned before still has the old factors
+            write_cache(stored, self._buffers[0], self._buffers[2], 0, self._factors)
 
     @property
     def _capacity(self) -> int:

@@ -364,3 +364,76 @@ def test_factors_of_channels():
     factors = outlier_factors(key)
     assert torch.isfinite(factors).all()
     assert (factors >= 1).all()
+
+
+def error_of_keys(layer, query, keys, values):
+    """Of the attention over what `layer` stores, relative to that over `keys` and `values`."""
+    expected = ops.attention(query, keys, values, scale=query.shape[-1] ** -0.5)
+    return ((layer.attention(query, scale=query.shape[-1] ** -0.5) - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("lengths", [[1] * 40, [1, 39], [2, 3, 35]])
+def test_a_strange_first_token_does_not_choose_the_factors(beams, lengths):
+    """As a start token, which other tokens do not look like; decoders of translators begin with nothing else."""
+    keys, values = states(1, 40, size=64)
+    keys[:, :, 0] *= 0.01
+    keys[:, :, 0, 5] = 20
+    query = states(beams, 1, heads=4, size=64, seed=1)[0] * 2
+    layer, done = NativeLayer(torch.int8), 0
+    for length in lengths:
+        layer.append(*(x[:, :, done : done + length].expand(layer._batch or 1, -1, -1, -1) for x in (keys, values)))
+        if not done:
+            layer.batch_repeat_interleave(beams)
+        done += length
+    repeated = (x.expand(beams, -1, -1, -1) for x in (keys, values))
+    assert error_of_keys(layer, query, *repeated) < 0.05
+
+
+def test_outliers_that_few_tokens_show_are_divided_at_once():
+    keys, values = states(1, 40, size=64)
+    keys[..., 7] += 300
+    query = states(1, 1, heads=4, size=64, seed=1)[0]
+    query[..., 7] /= 300
+    layer = NativeLayer(torch.int8)
+    for i in range(40):
+        layer.append(keys[:, :, i : i + 1], values[:, :, i : i + 1])
+        assert error_of_keys(layer, query, keys[:, :, : i + 1], values[:, :, : i + 1]) < 0.03
+
+
+def test_what_was_returned_before_the_factors_changed_keeps_its_values():
+    layer = NativeLayer(torch.int8)
+    keys, values = states(1, 2, size=64)
+    keys[..., 3] = 50
+    first, _ = layer.update(keys, values)
+    before = layer._factors
+    (
+        layer.update(*states(1, 3, size=64, seed=1)),
+        layer.update(states(1, 3, size=64)[0] * 9, values[:, :, :1].repeat(1, 1, 3, 1)),
+    )
+    assert not torch.equal(before, layer._factors)
+    assert (first - keys).norm() / keys.norm() < 0.01
+
+
+def test_factors_are_found_anew_after_all_was_cropped():
+    keys, values = states(1, 30, size=64)
+    layer = NativeLayer(torch.int8)
+    layer.append(keys * torch.ones(64).index_fill_(0, torch.tensor([3]), 1e4), values)
+    layer.crop(-30)
+    layer.append(keys, values)
+    assert torch.equal(layer._factors, outlier_factors(keys))
+
+
+def test_factors_stay_in_float_range():
+    keys, values = states(1, 20, size=64)
+    keys[..., 1:] *= 1e-38
+    layer = NativeLayer(torch.int8)
+    layer.append(keys, values)
+    assert error_of_keys(layer, states(1, 1, size=64, seed=1)[0] * 1000, keys, values) < 0.03
+
+
+def test_an_int8_cache_without_sequences():
+    layer = NativeLayer(torch.int8)
+    for _ in range(2):
+        keys, values = layer.update(*states(0, 3))
+    assert keys.shape == values.shape == (0, 2, 6, 8)
