@@ -49,7 +49,7 @@ struct ConvShape {
       before[i] = 0;
       const int64_t at = i - (kPlaces - dims);
       if (at < 0) continue;
-      in[i] = x.size(at + 1);
+      in[i] = in_range("x", x.size(at + 1), 0);
       kernel[i] = in_range("kernel", options.kernel[size_t(at)], 1);
       stride[i] = in_range("stride", options.stride[size_t(at)], 1);
       dilation[i] = in_range("dilation", options.dilation[size_t(at)], 1);
@@ -64,6 +64,7 @@ struct ConvShape {
       places *= out[i];
     }
     IPEX_QUANT_CHECK(batch < kLargest && channels < kLargest, "x: too large, ", shape_of(x));
+    IPEX_QUANT_CHECK(batch == 0 || places < (int64_t(1) << 60) / batch, "x: the result is too large");
   }
 
   static int64_t in_range(const char* name, int64_t value, int64_t low) {
@@ -245,15 +246,18 @@ Tensor int8_conv(Tensor x, double scale, int64_t zero_point, Tensor packed, std:
 }
 
 Tensor int8_depthwise_conv(Tensor x, double scale, int64_t zero_point, Tensor codes, Tensor weight_scales,
-                           std::optional<Tensor> bias, std::vector<int64_t> kernel, std::vector<int64_t> stride,
-                           std::vector<int64_t> padding, std::vector<int64_t> dilation, ScalarType dtype) {
+                           std::optional<Tensor> bias, int64_t groups, std::vector<int64_t> kernel,
+                           std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                           ScalarType dtype) {
   const ConvShape shape(x, {kernel, stride, padding, dilation});
   check_tensor("codes", codes, ScalarType::Char, 2);
   const int64_t n = codes.size(1);
   check_shape("codes", codes, shape.taps, n);
   IPEX_QUANT_CHECK(shape.taps <= kInt8Fold, "kernel: expected at most ", kInt8Fold, " taps, got ", shape.taps);
-  IPEX_QUANT_CHECK(shape.channels > 0 && n > 0 && n % shape.channels == 0,
-                   "codes: expected output channels that are a multiple of the input's ", shape.channels, ", got ", n);
+  IPEX_QUANT_CHECK(groups > 0 && shape.channels == groups, "x: expected as many channels as there are groups, ", groups,
+                   ", got ", shape_of(x));
+  IPEX_QUANT_CHECK(n > 0 && n % groups == 0, "codes: expected output channels that are a multiple of the ", groups,
+                   " groups, got ", n);
   const float* scales = optional_vector("weight_scales", weight_scales, n);
   const float* bias_data = optional_vector("bias", bias, n);
   const Activation activation(scale, zero_point);
@@ -283,7 +287,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
       "int[] kernel, int[] stride, int[] padding, int[] dilation, ScalarType dtype) -> Tensor");
   m.def(
       "int8_depthwise_conv(Tensor x, float scale, int zero_point, Tensor codes, Tensor weight_scales, Tensor? bias, "
-      "int[] kernel, int[] stride, int[] padding, int[] dilation, ScalarType dtype) -> Tensor");
+      "int groups, int[] kernel, int[] stride, int[] padding, int[] dilation, ScalarType dtype) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ipex_quant, CPU, m) {

@@ -127,7 +127,9 @@ def int8_conv(
     where = (list(geometry.stride), [*geometry.before, *geometry.after], list(geometry.dilation))
     kernel = list(packed.shape[2:])
     if packed.is_depthwise:
-        return _ops.int8_depthwise_conv(x, scale, zero_point, packed.data, packed.scales, bias, kernel, *where, dtype)
+        return _ops.int8_depthwise_conv(
+            x, scale, zero_point, packed.data, packed.scales, bias, packed.groups, kernel, *where, dtype
+        )
     return _ops.int8_conv(
         x, scale, zero_point, packed.data, bias, packed.shape[0], packed.blocks, kernel, *where, dtype
     )
@@ -147,6 +149,9 @@ def _result(
         1 <= dims <= 3 and len(kernel) == len(stride) == len(dilation) == dims and len(padding) == 2 * dims,
         lambda: f"int8_conv: expected x [batch, ..., channels] and a number for each dimension between, got {x.shape}",
     )
+    torch._check(
+        min(*kernel, *stride, *dilation) > 0, lambda: "kernel, stride, dilation: expected numbers from 1 on, got others"
+    )
     rooms = [
         size + padding[i] + padding[dims + i] - dilation[i] * (kernel[i] - 1) - 1
         for i, size in enumerate(x.shape[1:-1])
@@ -163,5 +168,5 @@ def _(x, scale, zero_point, packed, bias, out_channels, groups, kernel, stride, 
 
 
 @register_fake("int8_depthwise_conv")
-def _(x, scale, zero_point, codes, weight_scales, bias, kernel, stride, padding, dilation, dtype):
+def _(x, scale, zero_point, codes, weight_scales, bias, groups, kernel, stride, padding, dilation, dtype):
     return _result(x, codes.shape[1], kernel, stride, padding, dilation, dtype)

@@ -190,3 +190,10 @@ def test_traces_freezes_saves_and_loads(conv, tmp_path):
         torch.jit.save(torch.jit.freeze(traced), tmp_path / "conv.pt")
         x = input_of(conv, batch=3)
         assert torch.equal(torch.jit.load(tmp_path / "conv.pt")(x), layer(x))
+
+
+def test_a_traced_layer_refuses_other_channels():
+    layer = Int8Conv.from_float(nn.Conv1d(8, 8, 3, groups=8), ACTIVATION).eval()
+    traced = torch.jit.trace(layer, torch.randn(1, 8, 9))
+    with pytest.raises(RuntimeError, match="as many channels as there are groups, 8"):
+        traced(torch.randn(1, 4, 9))

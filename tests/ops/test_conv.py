@@ -94,6 +94,7 @@ def depthwise(**changes):
         "codes": torch.zeros(9, 16, dtype=torch.int8),
         "weight_scales": torch.ones(16),
         "bias": None,
+        "groups": 8,
         "kernel": [3, 3],
         "stride": [1, 1],
         "padding": [1, 1, 1, 1],
@@ -120,6 +121,7 @@ SHARED_ERRORS = [
     ({"scale": float("nan")}, "scale: expected a finite float32"),
     ({"scale": 1e300}, "scale: expected a finite float32"),
     ({"zero_point": 256}, r"zero_point: expected 0\.\.255"),
+    ({"x": torch.empty(0, 1, 2**63 - 1, 1, dtype=torch.uint8)}, "x: expected numbers from 0 on"),
     ({"kernel": [3]}, "kernel: expected 2 numbers, got 1"),
     ({"kernel": [0, 3]}, "kernel: expected numbers from 1 on, got 0"),
     ({"stride": [1, -1]}, "stride: expected numbers from 1 on, got -1"),
@@ -143,6 +145,16 @@ def test_arguments_that_do_not_fit_raise(kind, changes, message) -> None:
         op(*arguments(**changes))
 
 
+@pytest.mark.parametrize("changes", [{"stride": [0, 1]}, {"kernel": [3, 0]}, {"kernel": [9, 9]}, {"padding": [1, 1]}])
+def test_shapes_are_checked_without_data(changes) -> None:
+    for op, arguments in (
+        (torch.ops.ipex_quant.int8_conv, dense(**changes)),
+        (torch.ops.ipex_quant.int8_depthwise_conv, depthwise(**changes)),
+    ):
+        with pytest.raises(RuntimeError, match=r"kernel|number"):
+            op(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -162,7 +174,9 @@ def test_dense_weights_that_do_not_fit_raise(arguments, message) -> None:
     ("changes", "message"),
     [
         ({"codes": torch.zeros(8, 16, dtype=torch.int8)}, r"codes: expected shape \[9, 16\]"),
-        ({"codes": torch.zeros(9, 17, dtype=torch.int8)}, "a multiple of the input's 8"),
+        ({"codes": torch.zeros(9, 17, dtype=torch.int8)}, "a multiple of the 8 groups"),
+        ({"x": codes_of(1, 5, 5, 4)}, "x: expected as many channels as there are groups, 8"),
+        ({"groups": 0}, "x: expected as many channels as there are groups, 0"),
         ({"weight_scales": torch.ones(8)}, "weight_scales: expected 16 elements"),
     ],
 )
