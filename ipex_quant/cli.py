@@ -160,8 +160,8 @@ def _quantize(options: argparse.Namespace) -> int:
         _save(model, out, tokenizer, options.model_dir)
     after = evaluation.model_bytes(model)
     print(f"{options.out}: {recipe.name}, {after / 1e6:.1f} MB in memory, before {before / 1e6:.1f} MB")
-    if recipe.cost is not None:
-        print(f"{recipe.name}: {recipe.cost}")
+    if (cost := recipe.cost) is not None:
+        print(f"{recipe.name}: {cost}")
     return 0
 
 

@@ -220,7 +220,8 @@ class Recipe:
     @property
     def note(self) -> str:
         """Its name, and its cost where that was measured."""
-        return self.name if self.cost is None else f"{self.name}: {self.cost}"
+        cost = self.cost
+        return self.name if cost is None else f"{self.name}: {cost}"
 
     def qconfig_mapping(self, model: nn.Module | None = None) -> QConfigMapping:
         """The quantization configuration that `llm.optimize` and `quantization.prepare` take, for `model` if given."""
