@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ipex_quant import data, llm, quantization
 from ipex_quant.evaluation import model_bytes
-from ipex_quant.llm.fusing import fused_linear, fused_linears
+from ipex_quant.llm.decoder.linears import fused_linear, fused_linears
 from ipex_quant.ops import PostOp
 
 DTYPE = torch.bfloat16

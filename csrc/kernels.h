@@ -1,8 +1,8 @@
 // What the kernels of every ISA level take, and the table through which one level's kernels are called. No torch here.
 #pragma once
 
-#include "int8_layout.h"
-#include "layout.h"
+#include "pack/int8_layout.h"
+#include "pack/layout.h"
 
 namespace ipex_quant {
 

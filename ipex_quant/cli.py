@@ -288,7 +288,7 @@ def _quantized_model(options: argparse.Namespace) -> PreTrainedModel:
 def _float_model(options: argparse.Namespace, directory: Path, dtype: str) -> PreTrainedModel:
     import torch
 
-    from .llm.float_models import load_float_model
+    from .llm.saved.float_models import load_float_model
 
     return load_float_model(directory, getattr(torch, dtype), options.trust_remote_code)
 

@@ -1,7 +1,8 @@
 """Check that imports go down only, and that native code keeps torch and intrinsics where they belong.
 
-Python: a module of `ipex_quant` may import its own layer's package and layers below it, never one above or beside it.
-Native: only `csrc/ops*` and `csrc/check.h` include torch headers; only `csrc/simd*.h` hold intrinsics.
+Python: a module of `ipex_quant` may import its own layer's package and layers below it, never one above or beside it;
+no modules import each other in a circle, no names with an underscore, and none by a string but the lazy public face.
+Native: only `csrc/ops/` includes torch headers; only `csrc/simd*.h` hold intrinsics.
 Prints one line per violation and exits 1 when there is any.
 """
 
@@ -17,12 +18,13 @@ PACKAGE = "ipex_quant"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("numerics", "data", "evaluation", "reading", "writing", "_C"),
-    ("ops",),
+    ("ops", "checkpoints"),
     ("nn",),
-    ("observers", "smoothquant", "woq", "checkpoints"),
-    ("quantization",),
+    ("observers", "smoothquant", "woq"),
+    ("conversion",),
     ("llm", "autotune"),
-    (PACKAGE,),  # the public face: `ipex_quant/__init__.py`
+    ("quantization",),  # the faces: this one, which IPEX names, and `ipex_quant/__init__.py`
+    (PACKAGE,),
     ("recipes",),
     ("demo_encoders", "integrations"),
     ("demo",),
@@ -32,8 +34,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 RANK = {name: level for level, names in enumerate(LAYERS) for name in names}
 
+NOT_PRIVATE = ("_C", "__version__")
+
 NATIVE_SUFFIXES = (".cpp", ".h")
-TORCH_FILES = ("csrc/ops*", "csrc/check.h")
+TORCH_FILES = "csrc/ops/*"
 TORCH_INCLUDE = re.compile(r"^\s*#\s*include\s*[<\"](torch|ATen|c10)/")
 SIMD_FILES = "csrc/simd*.h"
 INTRINSIC = re.compile(r"\b_mm\d*_\w+|\b__m(128|256|512)[a-z]*\b|#\s*include\s*<\w*intrin\.h>")
@@ -43,8 +47,8 @@ LINE_COMMENT = re.compile(r"//.*")
 def main() -> int:
     """Check the repository this file is in; the exit status is 1 when something is wrong."""
     root = Path(__file__).resolve().parent.parent
-    violations = [*python_violations(root), *native_violations(root)]
-    print("\n".join(violations) or "check_imports: every import goes down")
+    violations = [*python_violations(root), *shape_violations(root), *native_violations(root)]
+    print("\n".join(violations) or "check_imports: every import goes down, and none in a circle")
     return 1 if violations else 0
 
 
@@ -64,6 +68,57 @@ def python_violations(root: Path) -> list[str]:
     return violations
 
 
+def shape_violations(root: Path) -> list[str]:
+    """One line per circle of imports, and per import of a private name or by a string, in `root/ipex_quant`."""
+    violations = []
+    imports: dict[str, set[str]] = {name: set() for name in modules_of(root)}
+    for name, path in modules_of(root).items():
+        file = path.relative_to(root)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for line, module in imported_modules(tree, file.parts[:-1]):
+            holder, _, last = module.rpartition(".")
+            if module.startswith(f"{PACKAGE}.") and last.startswith("_") and last not in NOT_PRIVATE:
+                violations.append(f"{file}:{line}: {last} of {holder} is private")
+            other = module if module in imports else holder
+            if other in imports and last not in NOT_PRIVATE:
+                imports[name].add(other)
+        if name != PACKAGE:
+            violations += [f"{file}:{line}: imports by a string" for line in string_imports(tree)]
+    return violations + [f"circle of imports: {' -> '.join([*circle, circle[0]])}" for circle in circles(imports)]
+
+
+def modules_of(root: Path) -> dict[str, Path]:
+    """Path of every module of the package by its dotted name."""
+    paths = sorted((root / PACKAGE).rglob("*.py"))
+    return {".".join(p.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
+
+
+def string_imports(tree: ast.AST) -> Iterator[int]:
+    """Lines that call `import_module` or `__import__`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+            if name in ("import_module", "__import__"):
+                yield node.lineno
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Every module that a walk along imports meets again on its own way, with the way between."""
+    found, done = [], set()
+
+    def walk(name: str, way: list[str]) -> None:
+        if name in way:
+            found.append(way[way.index(name) :])
+        elif name not in done:
+            for other in sorted(imports[name]):
+                walk(other, [*way, name])
+            done.add(name)
+
+    for name in imports:
+        walk(name, [])
+    return found
+
+
 def native_violations(root: Path) -> list[str]:
     """One line per torch include and per intrinsic in a file of `root/csrc` that must not hold one."""
     violations = []
@@ -71,8 +126,8 @@ def native_violations(root: Path) -> list[str]:
         file = path.relative_to(root)
         for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             code = LINE_COMMENT.sub("", text)
-            if TORCH_INCLUDE.search(code) and not any(map(file.match, TORCH_FILES)):
-                violations.append(f"{file}:{number}: torch headers belong in {' and '.join(TORCH_FILES)} only")
+            if TORCH_INCLUDE.search(code) and not file.match(TORCH_FILES):
+                violations.append(f"{file}:{number}: torch headers belong in {TORCH_FILES} only")
             if (found := INTRINSIC.search(code)) and not file.match(SIMD_FILES):
                 violations.append(f"{file}:{number}: {found.group()} belongs in {SIMD_FILES} only")
     return violations

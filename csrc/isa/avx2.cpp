@@ -1,5 +1,5 @@
 #define IPEX_QUANT_ISA_NS avx2
-#include "../kernels/table.h"
+#include "kernels/table.h"
 
 namespace ipex_quant {
 extern const KernelTable kAvx2Table;

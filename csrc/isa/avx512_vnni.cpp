@@ -1,5 +1,5 @@
 #define IPEX_QUANT_ISA_NS avx512_vnni
-#include "../kernels/table.h"
+#include "kernels/table.h"
 
 namespace ipex_quant {
 extern const KernelTable kAvx512VnniTable;

@@ -1,5 +1,5 @@
 #define IPEX_QUANT_ISA_NS generic
-#include "../kernels/table.h"
+#include "kernels/table.h"
 
 namespace ipex_quant {
 extern const KernelTable kGenericTable;

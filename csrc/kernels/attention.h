@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "attention_stream.h"
+#include "kernels/attention_stream.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

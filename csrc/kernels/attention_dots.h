@@ -1,8 +1,8 @@
 // The products of attention: queries with keys, probabilities with values.
 #pragma once
 
-#include "attention_pack.h"
-#include "byte_tile.h"
+#include "kernels/attention_pack.h"
+#include "kernels/byte_tile.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

@@ -2,8 +2,8 @@
 // are neighbours in the dimension that is summed over.
 #pragma once
 
-#include "../attention_plan.h"
-#include "elementwise.h"
+#include "host/attention_plan.h"
+#include "kernels/elementwise.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

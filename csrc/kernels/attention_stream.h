@@ -1,7 +1,7 @@
 // Few rows, as in decode: keys and values are not packed but multiplied as they come from memory, in their order.
 #pragma once
 
-#include "attention_dots.h"
+#include "kernels/attention_dots.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

@@ -1,8 +1,8 @@
 // The register-tiled multiply of unsigned bytes by a panel of signed bytes [k / 4][kTileN][4].
 #pragma once
 
-#include "../layout.h"
-#include "../simd.h"
+#include "pack/layout.h"
+#include "simd.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

@@ -1,8 +1,8 @@
 // Typed loads and stores, and the activation functions of the fused epilogues.
 #pragma once
 
-#include "../kernels.h"
-#include "../simd.h"
+#include "kernels.h"
+#include "simd.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

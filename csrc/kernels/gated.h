@@ -1,7 +1,7 @@
 // activation(x) * y, each rounded to the type of x as eager code does.
 #pragma once
 
-#include "elementwise.h"
+#include "kernels/elementwise.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

@@ -1,7 +1,7 @@
 // Depthwise convolution of unsigned activations with signed codes, at one place of the result.
 #pragma once
 
-#include "elementwise.h"
+#include "kernels/elementwise.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

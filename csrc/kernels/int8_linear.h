@@ -1,8 +1,8 @@
 // W8A8 linear: unsigned activations against one tile of signed codes, which need no unpacking.
 #pragma once
 
-#include "byte_tile.h"
-#include "elementwise.h"
+#include "kernels/byte_tile.h"
+#include "kernels/elementwise.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

@@ -1,7 +1,7 @@
 // Norms of rows: root mean square and layer norm, with a residual sum before them where there is one.
 #pragma once
 
-#include "elementwise.h"
+#include "kernels/elementwise.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

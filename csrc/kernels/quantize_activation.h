@@ -1,8 +1,8 @@
 // Activations to unsigned bytes: with given multipliers and zero point, or with a scale of its own for every row.
 #pragma once
 
-#include "elementwise.h"
-#include "stage.h"
+#include "kernels/elementwise.h"
+#include "kernels/stage.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

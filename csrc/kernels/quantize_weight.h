@@ -2,7 +2,7 @@
 // operations, are those of ipex_quant/numerics/affine.py: both give the same bits.
 #pragma once
 
-#include "weights.h"
+#include "kernels/weights.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

@@ -1,7 +1,7 @@
 // Rotary position embedding: pairs of features turned by the angle of their position.
 #pragma once
 
-#include "elementwise.h"
+#include "kernels/elementwise.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

@@ -1,7 +1,7 @@
 // Staging: activation rows are gathered into group order, padded, and rounded or quantized to what a GEMM kernel reads.
 #pragma once
 
-#include "elementwise.h"
+#include "kernels/elementwise.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

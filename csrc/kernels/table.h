@@ -1,17 +1,17 @@
 // One ISA level's kernel table; isa/*.cpp include this after naming their namespace.
 #pragma once
 
-#include "attention.h"
-#include "gated.h"
-#include "int8_depthwise.h"
-#include "int8_linear.h"
-#include "norm.h"
-#include "quantize_activation.h"
-#include "quantize_weight.h"
-#include "rope.h"
-#include "stage.h"
-#include "woq_decode.h"
-#include "woq_prefill.h"
+#include "kernels/attention.h"
+#include "kernels/gated.h"
+#include "kernels/int8_depthwise.h"
+#include "kernels/int8_linear.h"
+#include "kernels/norm.h"
+#include "kernels/quantize_activation.h"
+#include "kernels/quantize_weight.h"
+#include "kernels/rope.h"
+#include "kernels/stage.h"
+#include "kernels/woq_decode.h"
+#include "kernels/woq_prefill.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

@@ -1,8 +1,8 @@
 // Reading code lines: what is common to the decode and the prefill kernels.
 #pragma once
 
-#include "elementwise.h"
-#include "stage.h"
+#include "kernels/elementwise.h"
+#include "kernels/stage.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

@@ -2,7 +2,7 @@
 // all rows while it is in the first-level cache.
 #pragma once
 
-#include "weights.h"
+#include "kernels/weights.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

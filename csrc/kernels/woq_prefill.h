@@ -2,8 +2,8 @@
 // cache, then every block of rows runs a register-tiled multiply over it.
 #pragma once
 
-#include "byte_tile.h"
-#include "weights.h"
+#include "kernels/byte_tile.h"
+#include "kernels/weights.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {

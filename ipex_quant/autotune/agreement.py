@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from ..conversion.example import Example
 from ..evaluation import main_output
 from ..nn.modes import evaluating
-from ..quantization._example import Example
 
 
 def agreement(reference: nn.Module, batches: Sequence[Example]) -> Callable[[nn.Module], float]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..quantization._example import Example
+from ..conversion.example import Example
 
 
 def read_batches(model: nn.Module, dataloader: Iterable[Any], samples: int) -> list[Example]:

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..conversion.example import Example
 from ..nn.fused_forward import restored_forwards
 from ..nn.linears import weight_matrix
 from ..nn.modes import evaluating
-from ..quantization._example import Example
 from ..smoothquant.tracing import input_tensor
 
 SAMPLE_ROWS = 256

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..conversion.example import Example
+from ..conversion.observed import LayerParameters
 from ..nn.linears import is_convolution, is_linear, weight_matrix
 from ..numerics.affine import dequantize
 from ..numerics.int8 import ACTIVATION_MAX, StaticActivation, quantize_per_channel
-from ..quantization._example import Example
-from ..quantization._observed import LayerParameters
 from ..smoothquant.tracing import input_tensor
 
 COMBINE: Mapping[str, Callable[[Sequence[float]], float]] = {

@@ -14,12 +14,11 @@ from torch import nn
 from torch.ao.quantization import QConfigMapping
 from tqdm import tqdm
 
-from .. import quantization
+from ..conversion.observed import LayerParameters, Observed, ObservedGroup, observed
+from ..conversion.prepare import convert, prepare
+from ..conversion.qconfig import QuantizationKind, default_static_qconfig, get_smooth_quant_qconfig_mapping
 from ..nn.linears import is_linear
 from ..observers import SmoothQuantActivationObserver, has_data
-from ..quantization import convert, get_smooth_quant_qconfig_mapping, prepare
-from ..quantization._observed import LayerParameters, Observed, ObservedGroup, observed
-from ..quantization._qconfig import QuantizationKind
 from .recipe import AUTO, Int8Recipe
 from .search import Layer, Search, search_int8
 from .sensitivity import COMBINE, block_error, int8_errors
@@ -225,7 +224,7 @@ def layer_type(name: str, module: nn.Module) -> str:
 def _mapping(alphas: Mapping[str, float | None]) -> QConfigMapping:
     """A mapping that smooths every layer with its alpha; layers of one alpha have the same configuration."""
     mapping = get_smooth_quant_qconfig_mapping()
-    made: dict[float | None, Any] = {None: quantization.default_static_qconfig}
+    made: dict[float | None, Any] = {None: default_static_qconfig()}
     for name, alpha in alphas.items():
         if alpha not in made:
             made[alpha] = get_smooth_quant_qconfig_mapping(alpha).global_qconfig

@@ -13,12 +13,13 @@ from torch import nn
 from torch.ao.quantization import QConfigMapping
 from tqdm import tqdm
 
+from ..conversion.example import Example
+from ..conversion.observed import ObservedGroup, observed
+from ..conversion.prepare import prepare
+from ..conversion.qconfig import get_smooth_quant_qconfig_mapping
 from ..nn.linears import is_linear
 from ..nn.modes import evaluating
 from ..observers import SmoothQuantActivationObserver, has_data, observe
-from ..quantization import get_smooth_quant_qconfig_mapping, prepare
-from ..quantization._example import Example
-from ..quantization._observed import ObservedGroup, observed
 from ..woq.towers import find_blocks
 from .batches import sample_count
 

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 
+from ..conversion.rules import choose_qconfigs
 from ..evaluation import model_bytes
 from ..numerics.digest import tensor_digest
-from ..quantization._rules import choose_qconfigs
 from .agreement import agreement
 from .batches import read_batches, tensors
 from .constraints import float_layers

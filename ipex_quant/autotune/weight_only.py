@@ -16,14 +16,15 @@ from torch.ao.quantization import QConfigMapping
 from tqdm import tqdm
 
 from .. import ops
+from ..conversion.example import Example
+from ..conversion.prepare import convert, prepare
+from ..conversion.qconfig import QConfigWoq, get_weight_only_quant_qconfig_mapping
+from ..conversion.rules import choose_qconfigs
 from ..nn.fused_forward import restored_forwards
 from ..nn.linears import is_linear, weight_matrix
 from ..numerics.affine import dequantize
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
-from ..quantization import QConfigWoq, convert, get_weight_only_quant_qconfig_mapping, prepare
-from ..quantization._example import Example
-from ..quantization._rules import choose_qconfigs
 from ..smoothquant.tracing import trace_groups
 from ..woq.awq_blocks import awq_blocks
 from ..woq.gptq_blocks import quantize_blocks

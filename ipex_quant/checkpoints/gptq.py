@@ -23,11 +23,11 @@ import torch
 from ..numerics.affine import INT4_OFFSET
 from ..numerics.nibbles import as_bytes, pack_nibbles, unpack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
-from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
+from ..numerics.scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
 from ..reading import shown
 from .bit_fields import pack_fields, unpack_fields, word_count
 from .patterns import Pattern
-from .tensors import FLOAT_DTYPES, INDEX_DTYPES, check, check_rank, infer_group_size, integer_weight, require
+from .tensors import INDEX_DTYPES, check, check_rank, infer_group_size, integer_weight, require
 
 BITS = (4, 8, 3, 2)
 """Widths that are read, commonest first: fewer than 32 in_features can leave several to choose from."""

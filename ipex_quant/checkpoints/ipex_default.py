@@ -19,10 +19,10 @@ import torch
 
 from ..numerics.nibbles import pack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
-from ..numerics.scheme import WeightScheme, WoqWeightDtype
+from ..numerics.scheme import FLOAT_DTYPES, WeightScheme, WoqWeightDtype
 from .bit_fields import unpack_fields, word_count
 from .gptq import read_gptq
-from .tensors import FLOAT_DTYPES, INDEX_DTYPES, check, check_rank, infer_group_size, integer_weight, require
+from .tensors import INDEX_DTYPES, check, check_rank, infer_group_size, integer_weight, require
 
 BITS = 4
 

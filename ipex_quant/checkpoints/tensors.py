@@ -10,7 +10,6 @@ from ..numerics.affine import INT4_OFFSET
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
 
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 SYMMETRIC_ZERO_POINT = {WoqWeightDtype.INT8: 0, WoqWeightDtype.INT4: INT4_OFFSET}
 

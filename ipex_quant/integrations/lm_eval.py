@@ -18,8 +18,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import llm
-from ..llm.float_models import load_float_model
-from ..nn.linears import FLOAT_DTYPES
+from ..llm.saved.float_models import load_float_model
+from ..numerics.scheme import FLOAT_DTYPES
 from ..reading import read_json
 from ..recipes.apply import apply_recipe, calibration_data
 from ..recipes.recipe import Recipe, load_recipe

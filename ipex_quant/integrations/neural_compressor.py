@@ -18,10 +18,10 @@ from ..autotune.smoothing import read_smoothquant_args
 from ..autotune.static import StaticQuantizer
 from ..autotune.statistics import collect
 from ..autotune.weight_only import ALGORITHMS, DEFAULT_ACT_QUANT_MODE, FoundWeights, find_weights, quantized_model
+from ..conversion.example import Example
 from ..nn.linears import is_linear
 from ..numerics.scheme import WeightScheme, WoqLowpMode, WoqWeightDtype
 from ..quantization import convert, get_smooth_quant_qconfig_mapping, prepare
-from ..quantization._example import Example
 
 INT8_NAME = "ipex_quant_int8"
 WEIGHT_ONLY_NAME = "ipex_quant_weight_only"

@@ -5,9 +5,9 @@ Importing this registers the quantization method ``ipex_quant`` with transformer
 """
 
 from . import attention, functional, modules, quantization, utils
-from ._optimize import optimize
-from .hf_quantizer import register
-from .saving import load, save
+from .optimization import optimize
+from .saved.directory import load, save
+from .saved.hf_quantizer import register
 
 __all__ = ["functional", "load", "modules", "optimize", "quantization", "save", "utils"]
 

@@ -13,7 +13,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
-from .cache import DeferredTensor, Storage, attend, values_of
+from ..nn.deferred import DeferredTensor, values_of
+from .cache.storage import Storage, attend
 
 logger = logging.getLogger("ipex_quant")
 

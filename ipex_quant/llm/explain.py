@@ -7,6 +7,8 @@ from dataclasses import astuple, dataclass, fields
 from torch import nn
 
 from .. import ops
+from ..conversion.description import share_groups
+from ..conversion.prepare import FLOAT_REASONS
 from ..nn import (
     Int8Conv,
     Int8Linear,
@@ -19,10 +21,8 @@ from ..nn.linears import holds_experts, is_linear, weight_matrix
 from ..nn.recurrent import is_recurrent
 from ..numerics.scheme import WoqLowpMode
 from ..ops.int8 import INT8_PER_CHANNEL
-from ..quantization._description import share_groups
-from ..quantization._quantize import FLOAT_REASONS
 from .native import Part, parts_of
-from .notes import recipe_note
+from .saved.notes import recipe_note
 
 
 @dataclass(frozen=True)

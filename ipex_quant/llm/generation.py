@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from transformers.utils import ModelOutput
 
 from .attention import NAME, is_attention, is_native
-from .cache import NativeLayer, SlidingLayer
+from .cache.layers import NativeLayer, SlidingLayer
 
 
 def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None = None) -> list[str]:

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from ..nn.fused_forward import fused_forward
 from .attention import is_attention, is_native, use_native_attention
-from .decoder import FusedLayer, fuse_decoder
-from .decoder_model import fuse_model
-from .families import FAMILIES
+from .decoder.families import FAMILIES
+from .decoder.layer import FusedLayer, fuse_decoder
+from .decoder.model import fuse_model
+from .decoder.norms import fuse_norms, norm_of
 from .generation import CacheHook, use_native_cache
-from .norms import fuse_norms, norm_of
 
 logger = logging.getLogger("ipex_quant")
 

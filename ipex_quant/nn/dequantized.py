@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_any, tree_map_only
 
-if TYPE_CHECKING:
-    from .quantized_module import QuantizedModule
+
+class PackedWeight(Protocol):
+    """What the stand-in asks of the module whose weight it stands for."""
+
+    weight_shape: tuple[int, ...]
+    _float: torch.Tensor
+
+    def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor: ...
+
+    def _set_values(self, values: torch.Tensor) -> None: ...
 
 
 def _on_values(name: str) -> Any:
@@ -36,11 +44,11 @@ class DequantizedOnRead(torch.Tensor):
     __setitem__ = requires_grad_ = data_ptr = untyped_storage = refuse
 
     @staticmethod
-    def __new__(cls, module: QuantizedModule) -> torch.Tensor:
+    def __new__(cls, module: PackedWeight) -> torch.Tensor:
         like = module._float
         return torch.Tensor._make_wrapper_subclass(cls, module.weight_shape, dtype=like.dtype, device=like.device)
 
-    def __init__(self, module: QuantizedModule) -> None:
+    def __init__(self, module: PackedWeight) -> None:
         self._module = module
 
     @property

@@ -13,9 +13,9 @@ from .. import ops
 from ..numerics import affine
 from ..numerics.int8 import channel_scales, quantize_per_channel
 from ..numerics.quantized_weight import QuantizedWeight
+from ..numerics.scheme import FLOAT_DTYPES
 from ..ops.int8 import INT8_PER_CHANNEL
 from .int8_linear import QuantizedInput, ShareGroup
-from .linears import FLOAT_DTYPES
 from .quantized_module import Placeholder, QuantizedModule, autocast_dtype
 from .recurrent import grouped_names, is_recurrent, named_biases, recurrent_obstacle
 

@@ -9,8 +9,7 @@ import sys
 import torch
 from torch import nn
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes of the weights and activations that can be quantized."""
+from ..numerics.scheme import FLOAT_DTYPES
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..numerics.int8 import StaticActivation
+from ..numerics.scheme import FLOAT_DTYPES
 from .dequantized import DequantizedOnRead, refuse
-from .linears import FLOAT_DTYPES
 from .processes import share_with_processes
 
 

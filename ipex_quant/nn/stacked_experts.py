@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..numerics.scheme import FLOAT_DTYPES
 from ..ops import ExpertGate, PostOp
-from .linears import FLOAT_DTYPES
 
 PROJECTIONS = ("gate_up", "down")
 

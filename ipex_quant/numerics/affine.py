@@ -24,12 +24,11 @@ import torch
 from .codebooks import FP8_MAX, NF4_LEVELS
 from .nibbles import pack_nibbles, unpack_nibbles
 from .quantized_weight import QuantizedWeight
-from .scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
+from .scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
 
 INT4_OFFSET = 8
 """What a symmetric INT4 code is shifted by, so that it is stored unsigned."""
 
-_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SYMMETRIC_MAX = {
     WoqWeightDtype.INT8: 127.0,
     WoqWeightDtype.INT4: 7.0,
@@ -102,7 +101,7 @@ def feature_groups(qw: QuantizedWeight) -> torch.Tensor:
 
 
 def _check_weight(weight: torch.Tensor) -> torch.Tensor:
-    if weight.dtype not in _FLOAT_DTYPES:
+    if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"weight: expected dtype float32, bfloat16 or float16, got {weight.dtype}")
     if weight.dim() != 2 or weight.shape[1] == 0:
         raise ValueError(f"weight: expected shape [N, K] with K > 0, got {list(weight.shape)}")

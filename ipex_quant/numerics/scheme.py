@@ -8,6 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of the activations and float weights that this package computes with."""
+
 
 class WoqWeightDtype(IntEnum):
     """Storage type of a quantized weight."""

@@ -16,15 +16,16 @@ from .int8 import INT8_PER_CHANNEL
 _ops = torch.ops.ipex_quant
 
 TILE = 64
-"""Output channels that the kernels compute at a time (``csrc/layout.h``)."""
+"""Output channels that the kernels compute at a time (``csrc/pack/layout.h``)."""
 
 
 @dataclass(frozen=True)
 class PackedConv:
     """The INT8 weight ``[out, in / groups, *kernel]`` of a convolution as the kernels read it, at every ISA level.
 
-    `data` is uint8, one dimension, as ``csrc/int8_layout.h`` says of the weights of a share group, which here are those
-    of `blocks`; or, where each group reads one channel, the codes, int8 ``[taps, out]``. `scales` is float32 ``[out]``.
+    `data` is uint8, one dimension, as ``csrc/pack/int8_layout.h`` says of the weights of a share group, which here are
+    those of `blocks`; or, where each group reads one channel, the codes, int8 ``[taps, out]``. `scales` is float32
+    ``[out]``.
     """
 
     data: torch.Tensor

@@ -23,7 +23,7 @@ HEADER_BYTES = 64
 """In front of the tiles of a packed weight."""
 
 TILE_ROWS = 64
-"""Output features of a tile (``csrc/layout.h``); every expert begins with a tile of its own."""
+"""Output features of a tile (``csrc/pack/layout.h``); every expert begins with a tile of its own."""
 
 
 _ACTIVATIONS = {
@@ -284,7 +284,7 @@ def _expert_weight(
 
 
 def _with_rows(header: torch.Tensor, rows: int) -> torch.Tensor:
-    """A WoqHeader (``csrc/layout.h``) with another out_features, which is at byte 8."""
+    """A WoqHeader (``csrc/pack/layout.h``) with another out_features, which is at byte 8."""
     header[8:16] = torch.tensor([rows]).view(torch.uint8)
     return header
 

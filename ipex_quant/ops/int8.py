@@ -41,7 +41,7 @@ def quantize_activation_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.
 class PackedInt8:
     """The INT8 weights of a share group in the one buffer that the kernels read, the same at every ISA level.
 
-    `data` is uint8, one dimension, laid out as ``csrc/int8_layout.h`` says; `out_features` has one count per weight.
+    `data` is uint8, one dimension, laid out as in ``csrc/pack/int8_layout.h``; `out_features` has one count per weight.
     """
 
     data: torch.Tensor

@@ -33,7 +33,7 @@ class PostOp(IntEnum):
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight in the blocked form that the kernels read, the same at every ISA level (``csrc/layout.h``).
+    """A weight in the blocked form that the kernels read, the same at every ISA level (``csrc/pack/layout.h``).
 
     - `data`: uint8, one dimension; begins with a header that describes the rest.
     - `perm`: int32 ``[K]``, the input feature at every position in group order (act-order), or None.

@@ -1,28 +1,27 @@
 """IPEX's quantization API: configurations, `prepare`, `convert` and tensor helpers."""
 
-import importlib
 from typing import Any
 
 from torch.ao.quantization import QConfigMapping
 
-from ..numerics.scheme import WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
-from ..woq.awq import AwqOptions
-from . import _qconfig
-from ._calibration import calibrate
-from ._calibration_data import calibration_dataloader
-from ._qconfig import (
+from ..conversion import qconfig as _qconfig
+from ..conversion.calibration import calibrate
+from ..conversion.calibration_text import calibration_dataloader
+from ..conversion.prepare import convert, prepare
+from ..conversion.qconfig import (
     QConfigSmoothQuant,
     QConfigWoq,
     get_smooth_quant_qconfig_mapping,
     get_weight_only_quant_qconfig_mapping,
 )
-from ._quantize import convert, prepare
-from ._quantize_utils import (
+from ..conversion.quantize_tensors import (
     dequantize_per_block,
     dequantize_per_channel,
     quantize_per_block,
     quantize_per_channel,
 )
+from ..numerics.scheme import WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
+from ..woq.awq import AwqOptions
 
 __all__ = [
     "AwqOptions",
@@ -60,10 +59,17 @@ def __getattr__(name: str) -> Any:
     if name.removesuffix("_mapping") in _DEFAULTS:
         qconfig = getattr(_qconfig, name.removesuffix("_mapping"))()
         return QConfigMapping().set_global(qconfig) if name.endswith("_mapping") else qconfig
-    # GPTQ and AWQ bring transformers in, which quantizing a plain module does without.
-    if name in ("gptq", "awq"):
-        return getattr(importlib.import_module(f"._{name}", __name__), name)
-    # A layer above this one, which IPEX's users look for here.
+    # These three bring transformers in, which quantizing a plain module does without.
+    if name == "gptq":
+        from ..conversion.gptq import gptq
+
+        return gptq
+    if name == "awq":
+        from ..conversion.awq import awq
+
+        return awq
     if name == "autotune":
-        return importlib.import_module("ipex_quant.autotune").autotune
+        from ..autotune import autotune
+
+        return autotune
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

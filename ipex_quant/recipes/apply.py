@@ -13,16 +13,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import data, llm
-from ..llm.notes import note_recipe
+from ..conversion.prepare import convert_some
+from ..llm.saved.notes import note_recipe
 from ..nn.linears import holds_experts, is_linear
 from ..quantization import WoqWeightQScheme, awq, calibrate, calibration_dataloader, gptq, prepare
-from ..quantization._quantize import convert_some
 from .recipe import BITS, Awq, Calibrated, Gptq, Recipe, layer_widths, output_layer
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
-    from ..quantization._calibration_data import Source
+    from ..conversion.calibration_text import Source
 
 
 def calibration_data(

@@ -20,7 +20,7 @@ from .recipe import Awq, Gptq, Recipe, SmoothQuant, Static, WeightOnly
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
-    from ..quantization._calibration_data import Source
+    from ..conversion.calibration_text import Source
 
 _ALGORITHMS = {"gptq": Gptq, "awq": Awq}
 

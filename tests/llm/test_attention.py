@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
 
 from ipex_quant.llm.attention import WindowMask, attention_forward, attention_mask, use_native_attention
-from ipex_quant.llm.cache import DeferredTensor, NativeLayer
+from ipex_quant.llm.cache.layers import NativeLayer
+from ipex_quant.nn.deferred import DeferredTensor
 
 
 class Module(torch.nn.Module):

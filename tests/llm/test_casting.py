@@ -3,7 +3,7 @@ import torch
 import transformers
 from torch import nn
 
-from ipex_quant.llm._casting import cast_float
+from ipex_quant.llm.casting import cast_float
 from ipex_quant.nn import Int8Conv, Int8Linear, WeightOnlyQuantizedLinear
 from ipex_quant.numerics import affine
 from ipex_quant.numerics.int8 import StaticActivation, quantize_per_channel

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import ipex_quant as ipex
 from ipex_quant.llm.attention import use_native_attention
-from ipex_quant.llm.cache import NativeLayer, SlidingLayer
+from ipex_quant.llm.cache.layers import NativeLayer, SlidingLayer
 from ipex_quant.llm.generation import use_native_cache
 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -9,8 +9,8 @@ import transformers
 from torch import nn
 
 import ipex_quant as ipex
-from ipex_quant.llm.cache import NativeLayer
-from ipex_quant.llm.decoder import FusedLayer
+from ipex_quant.llm.cache.layers import NativeLayer
+from ipex_quant.llm.decoder.layer import FusedLayer
 from ipex_quant.llm.native import native_stack, parts_of
 from ipex_quant.nn import Int8Linear
 from ipex_quant.nn.fused_forward import fused_forward

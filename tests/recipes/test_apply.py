@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import ipex_quant as ipex
 from ipex_quant import data
-from ipex_quant.llm.notes import recipe_note
+from ipex_quant.llm.saved.notes import recipe_note
 from ipex_quant.nn import Int8Linear
 from ipex_quant.nn.linears import is_linear
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype

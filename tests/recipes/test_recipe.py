@@ -4,9 +4,9 @@ import re
 import pytest
 from torch import nn
 
+from ipex_quant.conversion.rules import choose_qconfigs
 from ipex_quant.observers import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
 from ipex_quant.quantization import AwqOptions, WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
-from ipex_quant.quantization._rules import choose_qconfigs
 from ipex_quant.recipes import recipe_names
 from ipex_quant.recipes.recipe import (
     Awq,

@@ -21,7 +21,7 @@ def tree(tmp_path):
     """Write files given as {path: text} under a fresh root that holds a package and native sources."""
 
     def write(files):
-        for name, text in ({"ipex_quant/__init__.py": "", "csrc/ops.cpp": ""} | files).items():
+        for name, text in ({"ipex_quant/__init__.py": "", "csrc/ops/library.cpp": ""} | files).items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
@@ -38,7 +38,7 @@ def tree(tmp_path):
         ("ops/woq.py", "from ..llm.optimize import optimize", "llm"),
         ("ops/__init__.py", "from .. import quantization", "quantization"),
         ("numerics/affine.py", "def f():\n    from .. import ops", "ops"),
-        ("woq/rtn.py", "from ..checkpoints import gptq", "checkpoints"),
+        ("woq/rtn.py", "from ..smoothquant import scaling", "smoothquant"),
         ("llm/optimize.py", "import ipex_quant as ipex", "ipex_quant"),
         ("llm/optimize.py", "from ipex_quant import explain", "ipex_quant"),
         ("evaluation.py", "from . import cli", "cli"),
@@ -66,6 +66,31 @@ def test_import_downwards_or_within_a_layer_passes(check_imports, tree, file, st
     assert check_imports.python_violations(tree({f"ipex_quant/{file}": statement})) == []
 
 
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("from .b import _hidden", "_hidden of ipex_quant.ops.b is private"),
+        ("from ..numerics import _rounding", "_rounding of ipex_quant.numerics is private"),
+        ("import importlib\nimportlib.import_module('ipex_quant.llm')", "imports by a string"),
+        (
+            "def f():\n    from .b import g",
+            "circle of imports: ipex_quant.ops.a -> ipex_quant.ops.b -> ",
+        ),
+    ],
+)
+def test_private_names_strings_and_circles_are_named(check_imports, tree, statement, expected):
+    files = {"ipex_quant/ops/a.py": statement, "ipex_quant/ops/b.py": "from .a import f", "ipex_quant/numerics.py": ""}
+    if "circle" not in expected:
+        files["ipex_quant/ops/b.py"] = ""
+    (violation,) = check_imports.shape_violations(tree(files))
+    assert expected in violation
+
+
+def test_the_lazy_face_may_import_by_a_string(check_imports, tree):
+    face = "import importlib\ndef __getattr__(name):\n    return importlib.import_module(f'{__name__}.{name}')"
+    assert check_imports.shape_violations(tree({"ipex_quant/__init__.py": face, "ipex_quant/ops.py": ""})) == []
+
+
 def test_module_without_a_layer_is_named(check_imports, tree):
     (violation,) = check_imports.python_violations(tree({"ipex_quant/helpers/stuff.py": ""}))
     assert "helpers has no layer" in violation
@@ -74,10 +99,10 @@ def test_module_without_a_layer_is_named(check_imports, tree):
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("pack.cpp", "#include <torch/csrc/stable/tensor.h>"),
+        ("pack/pack.cpp", "#include <torch/csrc/stable/tensor.h>"),
         ("kernels/gemm.h", '#include "ATen/ATen.h"'),
         ("kernels/gemm.h", "  auto v = _mm512_setzero_si512();"),
-        ("layout.h", "struct A { __m256i v; };"),
+        ("pack/layout.h", "struct A { __m256i v; };"),
         ("isa/avx2.cpp", "#include <immintrin.h>"),
     ],
 )
@@ -88,11 +113,11 @@ def test_native_code_in_the_wrong_file_is_named(check_imports, tree, file, line)
 
 def test_native_code_in_its_place_passes(check_imports, tree):
     files = {
-        "csrc/ops.cpp": "#include <torch/csrc/stable/library.h>\n",
-        "csrc/check.h": "#include <torch/headeronly/util/Exception.h>\n",
+        "csrc/ops/library.cpp": "#include <torch/csrc/stable/library.h>\n",
+        "csrc/ops/check.h": "#include <torch/headeronly/util/Exception.h>\n",
         "csrc/simd.h": "#include <immintrin.h>\n__m512i zero() { return _mm512_setzero_si512(); }\n",
         "csrc/simd_avx2.h": "__m256i v;\n",
-        "csrc/pack.cpp": "// what _mm512_permutexvar_epi8 does, in plain C++\n",
+        "csrc/pack/pack.cpp": "// what _mm512_permutexvar_epi8 does, in plain C++\n",
     }
     assert check_imports.native_violations(tree(files)) == []
 

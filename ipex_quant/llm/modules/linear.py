@@ -12,7 +12,7 @@ from torch import nn
 from ...nn import Int8Linear, WeightOnlyQuantizedLinear
 from ...nn.quantized_module import autocast, autocast_dtype
 from ...ops import PostOp, int8_linear
-from ..fusing import Int8Group, WeightOnlyGroup, fused_linears
+from ..decoder.linears import Int8Group, WeightOnlyGroup, fused_linears
 from .gated import silu_mul
 from .gradient import needs_gradient
 

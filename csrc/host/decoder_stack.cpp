@@ -1,0 +1,281 @@
+#include "host/decoder_stack.h"
+
+#include <cstring>
+
+namespace ipex_quant {
+namespace {
+
+// What a member asks for at most while it waits: it stays in the second-level cache.
+constexpr int64_t kAheadBytes = int64_t(1) << 17;
+
+int64_t bytes_of(const DecoderArgs& call, int64_t columns) { return call.rows * columns * float_size(call.type); }
+
+void widen(int64_t& size, int64_t other) { size = std::max(size, other); }
+
+}  // namespace
+
+Workspace WorkspaceSizes::take(Memory& memory) const {
+  return {memory.take(features),
+          memory.take(projected),
+          memory.take(projected),
+          memory.take(attended),
+          memory.take(features),
+          memory.take(product),
+          memory.take(inner),
+          memory.take(staged),
+          reinterpret_cast<float*>(memory.take(ranges)),
+          {}};
+}
+
+// ------------------------------------------------------------------------------------------------------ linears
+TeamLinears::TeamLinears(const LinearsArgs& args, const DecoderArgs& call, bool together, int64_t members)
+    : args_(args),
+      plan_(make_plan(args.weights[0].geometry,
+                      {call.type, call.lowp_mode, call.act_mode, args.group_size, call.rows, kernels().bf16_dot})),
+      together_(together),
+      tasks_(tiles(), members) {}
+
+int64_t TeamLinears::tiles() const {
+  int64_t tiles = 0;
+  for (const WeightArgs& weight : args_.weights) tiles += weight.geometry.tiles;
+  return together_ ? args_.weights[0].geometry.tiles : tiles;
+}
+
+void TeamLinears::add_to(WorkspaceSizes& sizes) const {
+  widen(sizes.staged, staged_bytes(plan_));
+  widen(sizes.ranges, plan_.staged.rows * plan_.staged.folds * 8);
+  widen(sizes.scratch, stage_scratch(args_.weights[0].geometry, plan_.staged));
+}
+
+void TeamLinears::bind(const void* x, const std::vector<Output>& outputs, const Workspace& workspace) {
+  const WoqGeometry& geometry = args_.weights[0].geometry;
+  place_buffers(plan_, workspace.staged);
+  stage_.x = x;
+  stage_.type = outputs[0].type;
+  stage_.perm = args_.perm;
+  stage_.range_scope = plan_.range_scope;
+  stage_.ranges = workspace.ranges;
+  stage_.geometry = &geometry;
+  stage_.staged = &plan_.staged;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    weights_.push_back({&args_.weights[i].geometry, args_.weights[i].tiles, &plan_.staged, outputs[i]});
+    weights_[i].output.n = weights_[i].output.stride = args_.weights[i].geometry.n;
+    weights_[i].output.bias = args_.weights[i].bias;
+  }
+}
+
+// Ranges that all rows share are found by one member.
+Tasks TeamLinears::rows_of(const Member& member) const {
+  if (!ranges_cross_rows(plan_)) return member.share(plan_.staged.rows);
+  return {0, member.begin == 0 ? plan_.staged.rows : 0};
+}
+
+void TeamLinears::stage(Tasks rows, uint8_t* scratch) const {
+  const KernelTable& table = kernels();
+  if (rows.begin == rows.end) return;
+  if (ranges_cross_rows(plan_)) {
+    table.stage_ranges(stage_, rows.begin, rows.end, scratch);
+    merge_ranges(stage_.ranges, plan_.staged.rows, plan_.staged.folds);
+  }
+  table.stage_rows(stage_, rows.begin, rows.end, scratch);
+}
+
+template <class F>
+void TeamLinears::each_weight(Tasks tasks, F f) const {
+  int64_t first = 0;
+  for (const GemmArgs& weight : weights_) {
+    const int64_t tiles = weight.geometry->tiles;
+    const Tasks own{std::max(tasks.begin - first, int64_t(0)), std::min(tasks.end - first, tiles)};
+    if (own.begin < own.end) f(weight, own);
+    if (!together_) first += tiles;
+  }
+}
+
+LinesAhead TeamLinears::ahead(const Member& member) const {
+  LinesAhead lines{nullptr, nullptr};
+  const int64_t count = tiles();
+  const Tasks tasks{member.begin * count / member.size, (member.begin + 1) * count / member.size};
+  each_weight(tasks, [&](const GemmArgs& weight, Tasks own) {
+    if (lines.at) return;
+    const int64_t bytes = weight.geometry->tile_bytes;
+    lines.at = weight.tiles + own.begin * bytes;
+    lines.end = lines.at + std::min(kAheadBytes, (own.end - own.begin) * bytes);
+  });
+  return lines;
+}
+
+void TeamLinears::multiply(const Member& member) {
+  const KernelTable& table = kernels();
+  const int64_t rows = plan_.staged.rows;
+  for (Tasks tasks = tasks_.next(member.begin); tasks.begin < tasks.end; tasks = tasks_.next(member.begin))
+    each_weight(tasks, [&](const GemmArgs& weight, Tasks own) {
+      for (int64_t tile = own.begin; tile < own.end; ++tile) table.gemm_tile(weight, tile, 0, rows, nullptr);
+    });
+}
+
+// -------------------------------------------------------------------------------------------------------- layer
+DecoderLayer::DecoderLayer(const DecoderLayerArgs& args, const DecoderArgs& call, int64_t members)
+    : args_(args),
+      call_(call),
+      projections_(args.projections, call, false, members),
+      output_(args.output, call, false, members),
+      mlp_inputs_(args.mlp_inputs, call, args.gated && args.mlp_inputs.weights.size() == 2, members),
+      mlp_output_(args.mlp_output, call, false, members) {}
+
+void DecoderLayer::add_to(WorkspaceSizes& sizes) const {
+  for (const TeamLinears* linears : {&projections_, &output_, &mlp_inputs_, &mlp_output_}) linears->add_to(sizes);
+  int64_t projected = 0;
+  for (size_t i = 0; i < projections_.count(); ++i) projected += projections_.out_features(i);
+  widen(sizes.features, bytes_of(call_, projections_.in_features()));
+  widen(sizes.projected, bytes_of(call_, projected));
+  widen(sizes.attended, bytes_of(call_, output_.in_features()));
+  widen(sizes.inner, bytes_of(call_, mlp_output_.in_features()));
+  if (halves()) widen(sizes.product, bytes_of(call_, mlp_inputs_.out_features(0)));
+}
+
+void DecoderLayer::bind(const void* x, void* y, const Workspace& workspace, int64_t members) {
+  workspace_ = &workspace;
+  const Workspace& w = workspace;
+  const auto output_to = [&](void* to, PostOp post_op, const void* first = nullptr, const void* second = nullptr) {
+    Output output{};
+    output.post_op = post_op;
+    output.type = call_.type;
+    output.others[0] = first;
+    output.others[1] = second;
+    output.y = to;
+    return output;
+  };
+  for (NormArgs& norm : args_.norms) {
+    norm.x = x;
+    norm.y = w.normed;
+  }
+  std::vector<Output> outputs;
+  uint8_t* to = w.projected;
+  for (size_t i = 0; i < projections_.count(); ++i) {
+    outputs.push_back(output_to(to, kNone));
+    to += bytes_of(call_, projections_.out_features(i));
+  }
+  projections_.bind(w.normed, outputs, w);
+  if (args_.parallel) {
+    output_.bind(w.attended, {output_to(w.hidden, kNone)}, w);
+    mlp_output_.bind(w.inner, {output_to(y, kAddAdd, w.hidden, x)}, w);
+  } else {
+    args_.norms[1].x = w.hidden;
+    output_.bind(w.attended, {output_to(w.hidden, kAdd, x)}, w);
+    mlp_output_.bind(w.inner, {output_to(y, kAdd, w.hidden)}, w);
+  }
+  outputs = {output_to(halves() ? w.product : w.inner, halves() ? kNone : args_.activation)};
+  if (mlp_inputs_.count() == 2) outputs.push_back(output_to(w.inner, kMul, w.inner));
+  mlp_inputs_.bind(w.normed, outputs, w);
+
+  args_.attention.rotary.x = call_.rows > 1 && projections_.count() > 1 ? w.joined : w.projected;
+  args_.attention.output = w.attended;
+  attention_.reset(new RopeAttention(args_.attention));
+  attention_tasks_.reset(new SharedTasks(attention_->attention().tasks(), members));
+}
+
+// Rows of the input of `linears`, normed before or not.
+void DecoderLayer::prepare(const TeamLinears& linears, const NormArgs* norm, const Member& member) const {
+  const Tasks rows = linears.rows_of(member);
+  if (norm) kernels().norm_rows(*norm, rows.begin, rows.end);
+  if (&linears == &mlp_output_ && halves()) multiply_gates(rows);
+  linears.stage(rows, workspace_->scratch[size_t(member.begin)]);
+}
+
+void DecoderLayer::multiply_gates(Tasks rows) const {
+  const int64_t columns = mlp_output_.in_features();
+  const GatedArgs args{workspace_->product,
+                       workspace_->product + columns * float_size(call_.type),
+                       call_.type,
+                       args_.activation,
+                       columns,
+                       2 * columns,
+                       workspace_->inner};
+  kernels().gated_product(args, rows.begin * columns, rows.end * columns);
+}
+
+// Queries, keys and values of a row beside each other.
+void DecoderLayer::join(Tasks rows) const {
+  if (args_.attention.rotary.x != workspace_->joined) return;
+  const int64_t size = float_size(call_.type), row = args_.attention.rotary.strides[1] * size;
+  int64_t before = 0;
+  for (size_t i = 0; i < projections_.count(); ++i) {
+    const int64_t bytes = projections_.out_features(i) * size;
+    for (int64_t r = rows.begin; r < rows.end; ++r)
+      std::memcpy(workspace_->joined + r * row + before, workspace_->projected + call_.rows * before + r * bytes,
+                  size_t(bytes));
+    before += bytes;
+  }
+}
+
+void DecoderLayer::norm_heads(Tasks rows) const {
+  const RotaryArgs& rotary = args_.attention.rotary;
+  const AttentionArgs& attention = args_.attention.attention;
+  const int64_t size = float_size(call_.type);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    uint8_t* heads = static_cast<uint8_t*>(const_cast<void*>(rotary.x)) + row * rotary.strides[1] * size;
+    for (int i = 0; i < 2; ++i) {
+      const int64_t count = attention.kv_heads * (i == 0 ? attention.group : 1);
+      NormArgs norm = args_.head_norms[i];
+      if (!norm.weight) return;
+      norm.x = norm.y = heads;
+      kernels().norm_rows(norm, 0, count);
+      heads += count * attention.key_dim * size;
+    }
+  }
+}
+
+void DecoderLayer::attend(const Member& member) {
+  uint8_t* scratch = workspace_->scratch[size_t(member.begin)];
+  AttentionCall& call = attention_->attention();
+  for (Tasks tasks = attention_tasks_->next(member.begin); tasks.begin < tasks.end;
+       tasks = attention_tasks_->next(member.begin))
+    for (int64_t i = tasks.begin; i < tasks.end; ++i) call.run(i, scratch);
+}
+
+void DecoderLayer::run(const Member& member, Barrier& barrier, LinesAhead& lines, const DecoderLayer* next) {
+  const auto wait = [&] { barrier.wait(member, [&] { lines.ask(); }); };
+  const auto multiply = [&](TeamLinears& linears, const NormArgs* norm, const TeamLinears* following) {
+    prepare(linears, norm, member);
+    wait();
+    linears.multiply(member);
+    lines = following ? following->ahead(member) : LinesAhead{nullptr, nullptr};
+    wait();
+  };
+  multiply(projections_, &args_.norms[0], &output_);
+  const Tasks rows = member.share(call_.rows);
+  join(rows);
+  norm_heads(rows);
+  attention_->turn_and_store(rows.begin, rows.end);
+  wait();
+  attend(member);
+  wait();
+  multiply(output_, nullptr, &mlp_inputs_);
+  multiply(mlp_inputs_, &args_.norms[1], &mlp_output_);
+  multiply(mlp_output_, nullptr, next ? &next->projections_ : nullptr);
+}
+
+// -------------------------------------------------------------------------------------------------------- stack
+DecoderStack::DecoderStack(const std::vector<DecoderLayerArgs>& layers, const DecoderArgs& call, int64_t members) {
+  WorkspaceSizes sizes;
+  for (const DecoderLayerArgs& args : layers) {
+    layers_.emplace_back(args, call, members);
+    layers_.back().add_to(sizes);
+  }
+  workspace_ = sizes.take(memory_);
+  const void* x = call.x;
+  for (DecoderLayer& layer : layers_) {
+    layer.bind(x, call.y, workspace_, members);
+    widen(sizes.scratch, layer.attention_scratch());
+    x = call.y;
+  }
+  for (int64_t i = 0; i < members; ++i) workspace_.scratch.push_back(memory_.take(sizes.scratch));
+}
+
+void DecoderStack::run(const Member& member) noexcept {
+  LinesAhead lines = layers_.front().ahead(member);
+  for (size_t i = 0; i < layers_.size(); ++i)
+    layers_[i].run(member, barrier_, lines, i + 1 < layers_.size() ? &layers_[i + 1] : nullptr);
+}
+
+}  // namespace ipex_quant

@@ -1,0 +1,155 @@
+// Decoder layers for few tokens, as a team of threads computes them without leaving it in between. No torch here.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "host/attention_call.h"
+#include "host/team.h"
+#include "host/woq_plan.h"
+
+namespace ipex_quant {
+
+struct WeightArgs {
+  WoqGeometry geometry;
+  const uint8_t* tiles;
+  const float* bias;  // [n] or null
+};
+
+// Weights of one input, of one dtype and group size, that see its features in one order.
+struct LinearsArgs {
+  std::vector<WeightArgs> weights;
+  int64_t group_size;
+  const int32_t* perm;
+};
+
+// h = x + output(attention(projections(norm(x)))); h + mlp_output(activation(mlp_inputs(norm(h)))), or with `parallel`
+// x
+// + output(..) + mlp_output(activation(mlp_inputs(norm(x)))).
+struct DecoderLayerArgs {
+  NormArgs norms[2];                // but what they read and write
+  NormArgs head_norms[2];           // of every query and every key before it turns; likewise; without weights, none
+  RopeAttentionArgs attention;      // but rotary.x and output
+  LinearsArgs projections, output;  // queries, keys and values in this order; one weight or three
+  LinearsArgs mlp_inputs, mlp_output;
+  PostOp activation;
+  bool gated;  // with one weight, gates are the first half of its results
+  bool parallel;
+};
+
+struct DecoderArgs {
+  FloatType type;
+  int32_t lowp_mode, act_mode;
+  int64_t rows;   // at most kDecodeRows
+  const void* x;  // [rows, k]
+  void* y;        // likewise
+};
+
+// Cache lines of a weight that a thread asks for while it has to wait.
+struct LinesAhead {
+  const uint8_t *at, *end;
+
+  void ask() {
+    for (int i = 0; i < 4 && at < end; ++i, at += kLineBytes) __builtin_prefetch(at, 0, 2);
+  }
+};
+
+// 64-byte aligned memory, which lives as long as this.
+class Memory {
+ public:
+  uint8_t* take(int64_t bytes) {
+    blocks_.push_back(make_buffer(bytes + 64));
+    return reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(blocks_.back().get()), 64));
+  }
+
+ private:
+  std::vector<Buffer> blocks_;
+};
+
+// What all layers use, one after the other.
+struct Workspace {
+  uint8_t *normed, *projected, *joined, *attended, *hidden, *product, *inner, *staged;
+  float* ranges;
+  std::vector<uint8_t*> scratch;  // of each member
+};
+
+// Sizes of a workspace in bytes.
+struct WorkspaceSizes {
+  int64_t features = 0, projected = 0, attended = 0, product = 0, inner = 0, staged = 0, ranges = 0, scratch = 0;
+
+  Workspace take(Memory& memory) const;  // without the scratch of the members
+};
+
+// Products of one input with some weights: first every member prepares its rows, then all multiply.
+class TeamLinears {
+ public:
+  TeamLinears(const LinearsArgs& args, const DecoderArgs& call, bool together, int64_t members);
+
+  void add_to(WorkspaceSizes& sizes) const;
+  void bind(const void* x, const std::vector<Output>& outputs, const Workspace& workspace);
+
+  Tasks rows_of(const Member& member) const;
+  void stage(Tasks rows, uint8_t* scratch) const;
+  LinesAhead ahead(const Member& member) const;
+  void multiply(const Member& member);
+
+  int64_t out_features(size_t i) const { return args_.weights[i].geometry.n; }
+  size_t count() const { return args_.weights.size(); }
+  int64_t in_features() const { return args_.weights[0].geometry.k; }
+
+ private:
+  // The part of tasks that is of weight i, and what comes before the weight.
+  template <class F>
+  void each_weight(Tasks tasks, F f) const;
+  int64_t tiles() const;
+
+  LinearsArgs args_;
+  WoqPlan plan_;
+  StageArgs stage_{};
+  std::vector<GemmArgs> weights_;
+  const bool together_;
+  SharedTasks tasks_;
+};
+
+class DecoderLayer {
+ public:
+  DecoderLayer(const DecoderLayerArgs& args, const DecoderArgs& call, int64_t members);
+
+  void add_to(WorkspaceSizes& sizes) const;
+  void bind(const void* x, void* y, const Workspace& workspace, int64_t members);
+  int64_t attention_scratch() const { return attention_->attention().scratch_bytes(); }  // after it is bound
+  LinesAhead ahead(const Member& member) const { return projections_.ahead(member); }
+  // `next` is the layer after this one or null.
+  void run(const Member& member, Barrier& barrier, LinesAhead& lines, const DecoderLayer* next);
+
+ private:
+  void prepare(const TeamLinears& linears, const NormArgs* norm, const Member& member) const;
+  void multiply_gates(Tasks rows) const;
+  void join(Tasks rows) const;
+  void norm_heads(Tasks rows) const;
+  void attend(const Member& member);
+  bool halves() const { return args_.gated && mlp_inputs_.count() == 1; }
+
+  DecoderLayerArgs args_;
+  const DecoderArgs call_;
+  TeamLinears projections_, output_, mlp_inputs_, mlp_output_;
+  const Workspace* workspace_ = nullptr;
+  std::unique_ptr<RopeAttention> attention_;
+  std::unique_ptr<SharedTasks> attention_tasks_;
+};
+
+class DecoderStack {
+ public:
+  DecoderStack(const std::vector<DecoderLayerArgs>& layers, const DecoderArgs& call, int64_t members);
+  // By all members of a team at the same time.
+  void run(const Member& member) noexcept;
+
+ private:
+  Memory memory_;
+  Workspace workspace_;
+  Barrier barrier_;
+  std::deque<DecoderLayer> layers_;
+};
+
+}  // namespace ipex_quant

@@ -1,0 +1,300 @@
+// Whole decoder layers: schema, argument checks, and the threads that compute them.
+#include <torch/csrc/stable/library.h>
+
+#include "host/decoder_stack.h"
+#include "ops/attention.h"
+#include "ops/woq.h"
+
+namespace ipex_quant {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+// What all layers of a call have in common.
+struct Structure {
+  ScalarType dtype;
+  int64_t batch, length, features;
+  int64_t projections, mlp_inputs;
+  PostOp activation;
+  bool gated, parallel, centered;
+  float eps;
+
+  int64_t linears() const { return projections + mlp_inputs + 2; }
+  void check() const {
+    IPEX_QUANT_CHECK(projections == 1 || projections == 3, "projections: expected 1 or 3, got ", projections);
+    IPEX_QUANT_CHECK(mlp_inputs == 1 || (mlp_inputs == 2 && gated), "mlp_inputs: expected 1, or 2 with gates, got ",
+                     mlp_inputs);
+    IPEX_QUANT_CHECK(activation >= kRelu && activation <= kSilu, "activation: expected 1..4, got ", int(activation));
+    if (gated) check_activation(activation);
+  }
+};
+
+// Runs of `count` items of a list for each of `layers`; of an optional list none, if it is empty.
+template <class T>
+class PerLayer {
+ public:
+  PerLayer(const char* name, const std::vector<T>& items, size_t layers, int64_t count, bool optional = false)
+      : items_(items), count_(optional && items.empty() ? 0 : size_t(count)) {
+    IPEX_QUANT_CHECK(items.size() == layers * count_, name, ": expected ", count, " for each of ", layers,
+                     " layers, got ", items.size());
+  }
+  bool given() const { return count_ > 0; }
+  int64_t count() const { return int64_t(count_); }
+  const T& at(size_t layer, int64_t i) const { return items_[layer * count_ + size_t(i)]; }
+
+ private:
+  const std::vector<T>& items_;
+  const size_t count_;
+};
+
+struct LayerTensors {
+  PerLayer<Tensor> packed;
+  PerLayer<Optional> biases, perms;
+  PerLayer<Tensor> norms;
+  PerLayer<Optional> norm_biases;
+  PerLayer<Tensor> head_norms;
+};
+
+const void* norm_vector(const char* name, const Tensor& t, ScalarType dtype, int64_t k) {
+  check_cpu(name, t);
+  IPEX_QUANT_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == dtype, name, ": expected float32 or ",
+                   "the dtype of x, ", torch::headeronly::toString(dtype), ", got ",
+                   torch::headeronly::toString(t.scalar_type()));
+  IPEX_QUANT_CHECK(t.dim() == 1 && t.size(0) == k && t.is_contiguous(), name, ": expected shape [", k,
+                   "], contiguous, got ", shape_of(t));
+  return t.const_data_ptr();
+}
+
+// The checked arguments of one layer but for its attention.
+class LayerReader {
+ public:
+  LayerReader(const Structure& structure, const LayerTensors& tensors, size_t layer)
+      : structure_(structure), tensors_(tensors), layer_(layer) {}
+
+  DecoderLayerArgs read() {
+    const int64_t k = structure_.features;
+    DecoderLayerArgs args{};
+    args.activation = structure_.activation;
+    args.gated = structure_.gated;
+    args.parallel = structure_.parallel;
+    args.projections = linears(structure_.projections, k);
+    args.output = linears(1, -1, k);
+    args.mlp_inputs = linears(structure_.mlp_inputs, k);
+    const int64_t inner = args.mlp_inputs.weights[0].geometry.n;
+    if (structure_.mlp_inputs == 2) expect("mlp input", args.mlp_inputs.weights[1].geometry.n, inner);
+    const bool halves = structure_.gated && structure_.mlp_inputs == 1;
+    IPEX_QUANT_CHECK(!halves || inner % 2 == 0, "packed: expected gates and as many factors, got ", inner, " features");
+    args.mlp_output = linears(1, halves ? inner / 2 : inner, k);
+    for (int64_t i = 0; i < 2; ++i) args.norms[i] = norm(i);
+    return args;
+  }
+
+  void read_head_norms(DecoderLayerArgs& args, int64_t head_size) const {
+    for (int64_t i = 0; i < 2 && tensors_.head_norms.given(); ++i) {
+      const Tensor& weight = tensors_.head_norms.at(layer_, i);
+      NormArgs& norm = args.head_norms[i];
+      norm.k = head_size;
+      norm.eps = structure_.eps;
+      norm.centered = structure_.centered;
+      norm.type = float_type("x", structure_.dtype);
+      norm.weight = norm_vector("head_norms", weight, structure_.dtype, head_size);
+      norm.weight_type = float_type("head_norms", weight.scalar_type());
+    }
+  }
+
+ private:
+  static void expect(const char* name, int64_t got, int64_t expected) {
+    IPEX_QUANT_CHECK(got == expected, "packed: expected ", name, " features ", expected, ", got ", got);
+  }
+
+  // The next weights, which take one input of `in` features, or any number of them.
+  LinearsArgs linears(int64_t count, int64_t in, int64_t out = -1) {
+    LinearsArgs args{{}, -1, nullptr};
+    for (int64_t i = 0; i < count; ++i, ++weight_) {
+      const Tensor& packed = tensors_.packed.at(layer_, weight_);
+      const WoqHeader header = read_header(packed);
+      if (in >= 0) expect("in", header.in_features, in);
+      if (out >= 0) expect("out", header.out_features, out);
+      const float* bias = tensors_.biases.given()
+                              ? optional_vector("biases", tensors_.biases.at(layer_, weight_), header.out_features)
+                              : nullptr;
+      args.weights.push_back(
+          {geometry_of(header, packed), static_cast<const uint8_t*>(packed.const_data_ptr()) + sizeof header, bias});
+      if (i == 0) args.group_size = header.group_size;
+      IPEX_QUANT_CHECK(header.group_size == args.group_size && header.dtype == args.weights[0].geometry.dtype &&
+                           header.in_features == args.weights[0].geometry.k,
+                       "packed: expected weights of one input with one dtype and group size");
+    }
+    args.perm = perm(args.weights[0].geometry.k);
+    ++group_;
+    return args;
+  }
+
+  const int32_t* perm(int64_t k) const {
+    if (!tensors_.perms.given() || !tensors_.perms.at(layer_, group_)) return nullptr;
+    const Tensor& t = *tensors_.perms.at(layer_, group_);
+    check_tensor("perms", t, ScalarType::Int, 1);
+    IPEX_QUANT_CHECK(t.size(0) == k, "perms: expected ", k, " elements, got ", t.size(0));
+    const int32_t* data = static_cast<const int32_t*>(t.const_data_ptr());
+    check_positions("perms", data, k);
+    return data;
+  }
+
+  NormArgs norm(int64_t i) const {
+    const Tensor& weight = tensors_.norms.at(layer_, i);
+    NormArgs args{};
+    args.k = structure_.features;
+    args.eps = structure_.eps;
+    args.centered = structure_.centered;
+    args.type = float_type("x", structure_.dtype);
+    args.weight = norm_vector("norms", weight, structure_.dtype, args.k);
+    args.weight_type = float_type("norms", weight.scalar_type());
+    const Optional none, &bias = tensors_.norm_biases.given() ? tensors_.norm_biases.at(layer_, i) : none;
+    if (!bias) return args;
+    args.bias = norm_vector("norm_biases", *bias, structure_.dtype, args.k);
+    IPEX_QUANT_CHECK(bias->scalar_type() == weight.scalar_type(), "norm_biases: expected the dtype of norms");
+    return args;
+  }
+
+  const Structure& structure_;
+  const LayerTensors& tensors_;
+  const size_t layer_;
+  int64_t weight_ = 0, group_ = 0;
+};
+
+// The bytes between the first and the last element of a tensor.
+std::pair<uintptr_t, uintptr_t> extent(const Tensor& t) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    if (t.size(i) == 0) return {begin, begin};
+    last += (t.size(i) - 1) * t.stride(i);
+  }
+  return {begin, begin + uintptr_t(last + 1) * t.element_size()};
+}
+
+// Indices are checked before the caches are written, so they must not lie in one.
+void check_apart(const std::vector<Optional>& perms, const PerLayer<Tensor>& cache, size_t layers) {
+  std::vector<std::pair<uintptr_t, uintptr_t>> written;
+  const auto any = [](const Optional& perm) { return perm.has_value(); };
+  if (std::none_of(perms.begin(), perms.end(), any)) return;
+  for (size_t i = 0; i < layers; ++i)
+    for (int64_t j = 0; j < cache.count(); ++j) written.push_back(extent(cache.at(i, j)));
+  std::sort(written.begin(), written.end());
+  uintptr_t furthest = 0;  // the end of all up to here, so that it is enough to look at the last one before a perm
+  for (auto& each : written) each.second = furthest = std::max(furthest, each.second);
+  for (const Optional& perm : perms) {
+    if (!perm) continue;
+    const auto [begin, end] = extent(*perm);
+    const auto after = std::lower_bound(written.begin(), written.end(), std::pair<uintptr_t, uintptr_t>(end, 0));
+    IPEX_QUANT_CHECK(after == written.begin() || std::prev(after)->second <= begin,
+                     "perms: expected memory of their own, got some that a cache has");
+  }
+}
+
+// Attention of one layer, with its cache.
+void read_attention(DecoderLayerArgs& args, const Structure& structure, RopeAttentionOptions& options) {
+  int64_t width = 0;
+  for (const WeightArgs& weight : args.projections.weights) width += weight.geometry.n;
+  const QkvInput qkv{nullptr,          structure.dtype, structure.batch,
+                     structure.length, width,           {structure.length * width, width}};
+  args.attention = rope_attention_args(qkv, options);
+  const AttentionArgs& attention = args.attention.attention;
+  const int64_t heads = attention.kv_heads * attention.group, size = attention.key_dim;
+  if (args.projections.weights.size() == 3)
+    IPEX_QUANT_CHECK(args.projections.weights[0].geometry.n == heads * size &&
+                         args.projections.weights[1].geometry.n == attention.kv_heads * size,
+                     "packed: expected projections to ", heads, ", ", attention.kv_heads, " and ", attention.kv_heads,
+                     " heads of ", size);
+  IPEX_QUANT_CHECK(args.output.weights[0].geometry.k == heads * size, "packed: expected an output projection of ",
+                   heads * size, " features, got ", args.output.weights[0].geometry.k);
+}
+
+Tensor decoder_layers(Tensor x, std::vector<Tensor> packed, std::vector<Optional> biases, std::vector<Optional> perms,
+                      std::vector<Tensor> norms, std::vector<Optional> norm_biases, std::vector<Tensor> head_norms,
+                      double eps, bool centered, int64_t projections, int64_t mlp_inputs, int64_t activation,
+                      bool gated, bool parallel_residual, int64_t lowp_mode, int64_t act_quant_mode, Tensor cos,
+                      Tensor sin, int64_t rotary_dim, bool interleaved, std::vector<Tensor> caches,
+                      std::vector<int64_t> starts, double scale, Optional mask, double softcap, Optional alibi) {
+  check_cpu("x", x);
+  IPEX_QUANT_CHECK(x.dim() == 3 && x.size(2) > 0, "x: expected shape [batch, length, features], got ", shape_of(x));
+  const int64_t rows = x.size(0) * x.size(1);
+  IPEX_QUANT_CHECK(rows <= kDecodeRows, "x: expected at most ", kDecodeRows, " tokens, got ", rows);
+  IPEX_QUANT_CHECK(activation >= kNone && activation < kPostOpCount, "activation: expected 1..4, got ", activation);
+  check_modes(lowp_mode, act_quant_mode);
+  const Structure structure{x.scalar_type(),    x.size(0), x.size(1),         x.size(2), projections, mlp_inputs,
+                            PostOp(activation), gated,     parallel_residual, centered,  float(eps)};
+  structure.check();
+  const size_t layers = starts.size();
+  IPEX_QUANT_CHECK(layers > 0, "starts: expected one for each layer");
+  const LayerTensors tensors{{"packed", packed, layers, structure.linears()},
+                             {"biases", biases, layers, structure.linears(), true},
+                             {"perms", perms, layers, 4, true},
+                             {"norms", norms, layers, 2},
+                             {"norm_biases", norm_biases, layers, 2, true},
+                             {"head_norms", head_norms, layers, 2, true}};
+  const int64_t parts = caches.size() == 5 * layers ? 5 : caches.size() == 4 * layers ? 4 : 2;
+  const PerLayer<Tensor> cache("caches", caches, layers, parts);
+
+  check_apart(perms, cache, layers);
+
+  x = as_contiguous(x);
+  RopeAttentionOptions options{as_contiguous(cos),
+                               as_contiguous(sin),
+                               rotary_dim,
+                               interleaved,
+                               cache.at(0, 0),
+                               cache.at(0, 1),
+                               std::nullopt,
+                               std::nullopt,
+                               std::nullopt,
+                               0,
+                               scale,
+                               mask,
+                               0,
+                               softcap,
+                               alibi};
+  std::vector<DecoderLayerArgs> args;
+  for (size_t i = 0; i < layers; ++i) {
+    LayerReader reader(structure, tensors, i);
+    args.push_back(reader.read());
+    options.key_cache = cache.at(i, 0);
+    options.value_cache = cache.at(i, 1);
+    if (parts > 2) {
+      options.key_scales = cache.at(i, 2);
+      options.value_scales = cache.at(i, 3);
+    }
+    if (parts > 4) options.key_factors = cache.at(i, 4);
+    options.start = starts[i];
+    read_attention(args[i], structure, options);
+    reader.read_head_norms(args[i], args[i].attention.attention.key_dim);
+  }
+  const int64_t shape[] = {structure.batch, structure.length, structure.features};
+  Tensor y = empty_in_dtype_of(x, shape);
+  if (rows == 0) return y;
+  const DecoderArgs call{float_type("x", structure.dtype),
+                         int32_t(lowp_mode),
+                         int32_t(act_quant_mode),
+                         rows,
+                         x.const_data_ptr(),
+                         y.mutable_data_ptr()};
+  const int64_t threads = int64_t(torch::stable::get_num_threads());
+  DecoderStack stack(args, call, threads);
+  parallel(threads, 1, [&](int64_t begin, int64_t end) { stack.run({begin, end, threads}); });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
+  m.def(
+      "decoder_layers(Tensor x, Tensor[] packed, Tensor?[] biases, Tensor?[] perms, Tensor[] norms, "
+      "Tensor?[] norm_biases, Tensor[] head_norms, float eps, bool centered, int projections, int mlp_inputs, "
+      "int activation, bool gated, bool parallel, int lowp_mode, int act_quant_mode, Tensor cos, Tensor sin, "
+      "int rotary_dim, bool interleaved, Tensor(a!)[] caches, SymInt[] starts, float scale, Tensor? mask, "
+      "float softcap, Tensor? alibi) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ipex_quant, CPU, m) { m.impl("decoder_layers", TORCH_BOX(&decoder_layers)); }
+
+}  // namespace ipex_quant

@@ -1,0 +1,372 @@
+// The weight-only ops: schema, argument checks, memory and threads.
+#include "ops/woq.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "pack/pack.h"
+
+namespace ipex_quant {
+namespace {
+
+void check_scheme(int64_t n, int64_t k, int64_t dtype, int64_t group_size, bool asymmetric) {
+  constexpr int64_t kLargest = int64_t(1) << 31;
+  IPEX_QUANT_CHECK(n >= 0 && n < kLargest && k > 0 && k < kLargest, "expected 0 <= out_features < 2^31 and ",
+                   "0 < in_features < 2^31, got ", n, " and ", k);
+  IPEX_QUANT_CHECK(dtype >= kInt8 && dtype <= kFp8, "dtype: expected 1 (INT8) to 4 (FP8), got ", dtype);
+  IPEX_QUANT_CHECK(group_size == -1 || (group_size > 0 && (group_size & (group_size - 1)) == 0),
+                   "group_size: expected -1 or a power of 2, got ", group_size);
+  IPEX_QUANT_CHECK(!asymmetric || dtype == kInt8 || dtype == kInt4, "only INT8 and INT4 have zero points");
+}
+
+}  // namespace
+
+void check_positions(const char* name, const int32_t* positions, int64_t k) {
+  for (int64_t i = 0; i < k; ++i)
+    IPEX_QUANT_CHECK(positions[i] >= 0 && positions[i] < k, name, ": expected values in 0..", k - 1, ", got ",
+                     positions[i]);
+}
+
+WoqHeader read_header(const Tensor& packed) {
+  check_tensor("packed", packed, ScalarType::Byte, 1);
+  WoqHeader h;
+  IPEX_QUANT_CHECK(packed.numel() >= int64_t(sizeof h), "packed: too short for a header");
+  std::memcpy(&h, packed.const_data_ptr(), sizeof h);
+  IPEX_QUANT_CHECK(h.magic == WoqHeader::kMagic, "packed: not a packed weight");
+  check_scheme(h.out_features, h.in_features, h.dtype, h.group_size, h.asymmetric);
+  return h;
+}
+
+WoqGeometry geometry_of(const WoqHeader& h, const Tensor& packed) {
+  const WoqGeometry g(h.dtype, h.out_features, h.in_features, h.group_size, h.asymmetric, h.half_scales);
+  constexpr int64_t kLargest = int64_t(1) << 62;  // tile_bytes itself is below 2^42
+  IPEX_QUANT_CHECK(g.tiles == 0 || g.tile_bytes < kLargest / g.tiles, "packed: sizes overflow");
+  IPEX_QUANT_CHECK(packed.numel() == g.total_bytes(), "packed: expected ", g.total_bytes(), " bytes, got ",
+                   packed.numel());
+  return g;
+}
+
+void check_modes(int64_t lowp_mode, int64_t act_quant_mode) {
+  IPEX_QUANT_CHECK(lowp_mode >= kLowpNone && lowp_mode <= kLowpInt8, "lowp_mode: expected 0..3, got ", lowp_mode);
+  IPEX_QUANT_CHECK(lowp_mode != kLowpInt8 || (act_quant_mode >= kPerTensor && act_quant_mode < 2 * kSymmetricActOffset),
+                   "act_quant_mode: INT8 compute needs 0..7, got ", act_quant_mode);
+}
+
+namespace {
+
+ScalarType code_type(int64_t dtype) {
+  return dtype == kInt8 ? ScalarType::Char : dtype == kFp8 ? ScalarType::Float8_e4m3fn : ScalarType::Byte;
+}
+
+// The data of a perm, or null without one.
+const int32_t* perm_data(const std::optional<Tensor>& perm, int64_t k) {
+  if (!perm) return nullptr;
+  check_tensor("perm", *perm, ScalarType::Int, 1);
+  IPEX_QUANT_CHECK(perm->size(0) == k, "perm: expected ", k, " elements, got ", perm->size(0));
+  const int32_t* p = static_cast<const int32_t*>(perm->const_data_ptr());
+  check_positions("perm", p, k);
+  return p;
+}
+
+// Packing and unpacking write through the perm, so there it must hit every feature.
+const int32_t* permutation_data(const std::optional<Tensor>& perm, int64_t k) {
+  const int32_t* p = perm_data(perm, k);
+  if (!p) return nullptr;
+  std::vector<bool> seen(size_t(k), false);
+  for (int64_t i = 0; i < k; ++i) seen[size_t(p[i])] = true;
+  IPEX_QUANT_CHECK(std::find(seen.begin(), seen.end(), false) == seen.end(), "perm: expected a permutation of 0..",
+                   k - 1);
+  return p;
+}
+
+Tensor woq_pack(Tensor codes, Tensor scales, std::optional<Tensor> zero_points, std::optional<Tensor> perm,
+                int64_t in_features, int64_t dtype, int64_t group_size) {
+  IPEX_QUANT_CHECK(codes.dim() == 2, "codes: expected 2 dimensions, got shape ", shape_of(codes));
+  const int64_t n = codes.size(0);
+  check_scheme(n, in_features, dtype, group_size, zero_points.has_value());
+  check_tensor("codes", codes, code_type(dtype), 2);
+  check_tensor("scales", scales, ScalarType::Float, 2);
+  const float* scale_data = static_cast<const float*>(scales.const_data_ptr());
+  const WoqGeometry g(int32_t(dtype), n, in_features, group_size, zero_points.has_value(),
+                      fits_half(scale_data, scales.numel()));
+  check_shape("codes", codes, n, g.four_bit() ? (g.k + 1) / 2 : g.k);
+  check_shape("scales", scales, n, g.groups);
+  if (zero_points) {
+    check_tensor("zero_points", *zero_points, ScalarType::Short, 2);
+    check_shape("zero_points", *zero_points, n, g.groups);
+    const int16_t* z = static_cast<const int16_t*>(zero_points->const_data_ptr());
+    const int16_t lowest = dtype == kInt8 ? -128 : 0, highest = dtype == kInt8 ? 127 : kInt4MaxZero;
+    for (int64_t i = 0; i < zero_points->numel(); ++i)
+      IPEX_QUANT_CHECK(z[i] >= lowest && z[i] <= highest, "zero_points: expected values in ", lowest, "..", highest,
+                       ", got ", z[i]);
+  }
+
+  Tensor packed = empty({g.total_bytes()}, ScalarType::Byte);
+  uint8_t* data = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  advise_huge_pages(data, g.total_bytes());
+  const WoqHeader header{WoqHeader::kMagic, int32_t(dtype), n, g.k, group_size, g.asymmetric, g.half_scales, {}};
+  std::memcpy(data, &header, sizeof header);
+  const PackArgs args{&g,
+                      permutation_data(perm, g.k),
+                      static_cast<uint8_t*>(const_cast<void*>(codes.const_data_ptr())),
+                      const_cast<float*>(scale_data),
+                      zero_points ? static_cast<int16_t*>(const_cast<void*>(zero_points->const_data_ptr())) : nullptr,
+                      data + sizeof header};
+  parallel(g.tiles, 1, [&](int64_t begin, int64_t end) {
+    const Buffer scratch = make_buffer(pack_scratch(g));
+    for (int64_t tile = begin; tile < end; ++tile) pack_tile(args, tile, scratch.get());
+  });
+  return packed;
+}
+
+std::tuple<Tensor, Tensor, Tensor> woq_unpack(Tensor packed, std::optional<Tensor> perm, int64_t out_features,
+                                              int64_t in_features, int64_t dtype, int64_t group_size, bool asymmetric) {
+  const WoqHeader h = read_header(packed);
+  IPEX_QUANT_CHECK(h.out_features == out_features && h.in_features == in_features && h.dtype == dtype &&
+                       h.group_size == group_size && bool(h.asymmetric) == asymmetric,
+                   "packed: holds another weight: [", h.out_features, ", ", h.in_features, "], dtype ", h.dtype,
+                   ", group size ", h.group_size);
+  const WoqGeometry g = geometry_of(h, packed);
+  Tensor codes = empty({g.n, g.four_bit() ? (g.k + 1) / 2 : g.k}, code_type(g.dtype));
+  Tensor scales = empty({g.n, g.groups}, ScalarType::Float);
+  Tensor zero_points = empty({asymmetric ? g.n : 0, g.groups}, ScalarType::Short);
+  const uint8_t* data = static_cast<const uint8_t*>(packed.const_data_ptr());
+  const PackArgs args{&g,
+                      permutation_data(perm, g.k),
+                      static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                      static_cast<float*>(scales.mutable_data_ptr()),
+                      static_cast<int16_t*>(zero_points.mutable_data_ptr()),
+                      const_cast<uint8_t*>(data) + sizeof h};
+  parallel(g.tiles, 1, [&](int64_t begin, int64_t end) {
+    const Buffer scratch = make_buffer(pack_scratch(g));
+    for (int64_t tile = begin; tile < end; ++tile) unpack_tile(args, tile, scratch.get());
+  });
+  return {codes, scales, zero_points};
+}
+
+// Stages x as `plan` says, into the buffers of the plan.
+void stage(const WoqGeometry& g, WoqPlan& plan, StageArgs args) {
+  const KernelTable& table = kernels();
+  const int64_t rows = plan.staged.rows, scratch_bytes = stage_scratch(g, plan.staged);
+  const int64_t grain = 1 + (int64_t(1) << 13) / g.padded_k;  // below this a thread costs more than it gives
+  Buffer ranges;
+  if (ranges_cross_rows(plan)) {
+    ranges = make_buffer(rows * plan.staged.folds * 8);
+    args.ranges = reinterpret_cast<float*>(ranges.get());
+    parallel(rows, grain, [&](int64_t begin, int64_t end) {
+      table.stage_ranges(args, begin, end, make_buffer(scratch_bytes).get());
+    });
+    merge_ranges(args.ranges, rows, plan.staged.folds);
+  }
+  parallel(rows, grain,
+           [&](int64_t begin, int64_t end) { table.stage_rows(args, begin, end, make_buffer(scratch_bytes).get()); });
+}
+
+// One task a tile of columns: of every weight in turn, or if `together`, of all weights, which are of one size. When
+// tiles are fewer than threads can share evenly, rows are divided as well.
+void multiply(const std::vector<GemmArgs>& weights, bool together) {
+  const KernelTable& table = kernels();
+  const Staged& s = *weights[0].staged;
+  int64_t tiles = 0;
+  for (const GemmArgs& weight : weights) tiles += weight.geometry->tiles;
+  if (together) tiles = weights[0].geometry->tiles;
+  if (tiles == 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  const bool decode = s.rows <= kDecodeRows;
+  int64_t row_parts = 1;
+  if (!decode && tiles < 4 * threads)
+    row_parts = std::max<int64_t>(1, std::min((4 * threads + tiles - 1) / tiles, s.rows / 64));
+  const auto multiply_tasks = [&](auto next) {
+    const Buffer scratch = make_buffer(gemm_scratch(*weights[0].geometry, s, (s.rows + row_parts - 1) / row_parts));
+    for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next()) {
+      int64_t first = 0;  // the weight's first tile among all
+      for (const GemmArgs& weight : weights) {
+        for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+          const int64_t tile = task / row_parts - first, part = task % row_parts;
+          if (tile < 0 || tile >= weight.geometry->tiles) continue;
+          table.gemm_tile(weight, tile, part * s.rows / row_parts, (part + 1) * s.rows / row_parts, scratch.get());
+        }
+        if (!together) first += weight.geometry->tiles;
+      }
+    }
+  };
+  if (decode)
+    parallel_streams(tiles, multiply_tasks);
+  else
+    parallel_tasks(tiles * row_parts, 1, multiply_tasks);
+}
+
+// What a weight-only linear is called with, checked, and the activations staged for the kernels: once for all weights.
+class PreparedCall {
+ public:
+  PreparedCall(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<int64_t>& out_features,
+               const std::optional<Tensor>& perm, int64_t lowp_mode, int64_t act_quant_mode)
+      : x_(x), lowp_mode_(int32_t(lowp_mode)), act_quant_mode_(int32_t(act_quant_mode)) {
+    IPEX_QUANT_CHECK(!packed.empty() && packed.size() == out_features.size(), "out_features: expected one for each of ",
+                     packed.size(), " packed weights, got ", out_features.size());
+    for (size_t i = 0; i < packed.size(); ++i) add_weight(packed[i], out_features[i]);
+    check_modes(lowp_mode, act_quant_mode);
+    check_cpu("x", x);
+    type_ = float_type("x", x.scalar_type());
+    const int64_t k = geometries_[0].k;
+    IPEX_QUANT_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "x: expected shape [..., ", k, "], got ", shape_of(x));
+    perm_ = perm_data(perm, k);
+    rows_ = x.numel() / k;
+  }
+
+  Tensor empty_result(size_t weight) const {
+    std::vector<int64_t> shape(x_.sizes().begin(), x_.sizes().end());
+    shape.back() = geometries_[weight].n;
+    return empty_in_dtype_of(x_, shape.data());
+  }
+
+  // outputs[i] is what becomes of the product with weight i.
+  void run(const std::vector<Output>& outputs, bool together) const {
+    const WoqGeometry& g = geometries_[0];
+    if (rows_ == 0) return;
+    const Tensor rows_of_x = as_contiguous(x_);
+    WoqPlan plan = make_plan(g, {type_, lowp_mode_, act_quant_mode_, group_size_, rows_, kernels().bf16_dot});
+    const Buffer memory = make_buffer(staged_bytes(plan) + 64);
+    place_buffers(plan, reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(memory.get()), 64)));
+    stage(g, plan, {rows_of_x.const_data_ptr(), type_, perm_, plan.range_scope, nullptr, &g, &plan.staged});
+    std::vector<GemmArgs> weights;
+    for (size_t i = 0; i < outputs.size(); ++i)
+      weights.push_back({&geometries_[i], tiles_[i], &plan.staged, outputs[i]});
+    multiply(weights, together);
+  }
+
+ private:
+  void add_weight(const Tensor& packed, int64_t out_features) {
+    const WoqHeader h = read_header(packed);
+    geometries_.push_back(geometry_of(h, packed));
+    IPEX_QUANT_CHECK(h.out_features == out_features, "out_features: expected ", h.out_features, ", got ", out_features);
+    tiles_.push_back(static_cast<const uint8_t*>(packed.const_data_ptr()) + sizeof h);
+    if (geometries_.size() == 1) group_size_ = h.group_size;
+    const WoqGeometry& first = geometries_[0];
+    IPEX_QUANT_CHECK(h.in_features == first.k && h.dtype == first.dtype && h.group_size == group_size_,
+                     "packed: expected weights of the same in_features, dtype and group size, got ", first.k, ", ",
+                     first.dtype, ", ", group_size_, " and ", h.in_features, ", ", h.dtype, ", ", h.group_size);
+  }
+
+  const Tensor& x_;
+  std::vector<WoqGeometry> geometries_;
+  std::vector<const uint8_t*> tiles_;
+  int64_t group_size_ = -1, rows_ = 0;
+  FloatType type_ = kFloat32;
+  const int32_t* perm_ = nullptr;
+  int32_t lowp_mode_, act_quant_mode_;
+};
+
+Tensor woq_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::optional<Tensor> perm,
+                  std::vector<Tensor> others, int64_t out_features, int64_t lowp_mode, int64_t act_quant_mode,
+                  int64_t post_op) {
+  const PreparedCall call(x, {packed}, {out_features}, perm, lowp_mode, act_quant_mode);
+  check_post_op(post_op, others.size());
+  const float* bias_data = optional_vector("bias", bias, out_features);
+  Tensor y = call.empty_result(0);
+  call.run({make_output(y, x.scalar_type(), bias_data, post_op, others)}, false);
+  return y;
+}
+
+std::vector<Tensor> woq_linear_group(Tensor x, std::vector<Tensor> packed, std::vector<std::optional<Tensor>> biases,
+                                     std::optional<Tensor> perm, std::vector<int64_t> out_features, int64_t lowp_mode,
+                                     int64_t act_quant_mode) {
+  const PreparedCall call(x, packed, out_features, perm, lowp_mode, act_quant_mode);
+  IPEX_QUANT_CHECK(biases.size() == packed.size(), "biases: expected ", packed.size(), ", got ", biases.size());
+  std::vector<Tensor> results, others;
+  std::vector<Output> outputs;
+  for (size_t i = 0; i < packed.size(); ++i) {
+    const float* bias_data = optional_vector("biases", biases[i], out_features[i]);
+    results.push_back(call.empty_result(i));
+    outputs.push_back(make_output(results.back(), x.scalar_type(), bias_data, kNone, others));
+  }
+  call.run(outputs, false);
+  return results;
+}
+
+// The gate's product goes where the result will be; that of `up`, made next by the same task, multiplies it there.
+Tensor woq_linear_gated(Tensor x, Tensor gate, Tensor up, std::optional<Tensor> gate_bias,
+                        std::optional<Tensor> up_bias, std::optional<Tensor> perm, int64_t out_features,
+                        int64_t lowp_mode, int64_t act_quant_mode, int64_t activation) {
+  const PreparedCall call(x, {gate, up}, {out_features, out_features}, perm, lowp_mode, act_quant_mode);
+  check_activation(activation);
+  const float* gate_bias_data = optional_vector("gate_bias", gate_bias, out_features);
+  const float* up_bias_data = optional_vector("up_bias", up_bias, out_features);
+  Tensor y = call.empty_result(0);
+  std::vector<Tensor> none, gated{y};
+  const Output gate_output = make_output(y, x.scalar_type(), gate_bias_data, activation, none);
+  const Output up_output = make_output(y, x.scalar_type(), up_bias_data, kMul, gated);
+  call.run({gate_output, up_output}, true);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> woq_quantize(Tensor weight, int64_t dtype, int64_t group_size, bool symmetric) {
+  check_cpu("weight", weight);
+  IPEX_QUANT_CHECK(weight.dim() == 2, "weight: expected 2 dimensions, got shape ", shape_of(weight));
+  const FloatType type = float_type("weight", weight.scalar_type());
+  const int64_t n = weight.size(0), k = weight.size(1);
+  check_scheme(n, k, dtype, group_size, !symmetric);
+  const WoqGeometry g(int32_t(dtype), n, k, group_size, !symmetric, false);
+  const Tensor rows = torch::stable::contiguous(weight);
+  Tensor codes = empty({n, g.four_bit() ? (k + 1) / 2 : k}, code_type(dtype));
+  Tensor scales = empty({n, g.groups}, ScalarType::Float);
+  Tensor zero_points = empty({symmetric ? 0 : n, g.groups}, ScalarType::Short);
+  const QuantizeArgs args{rows.const_data_ptr(),
+                          type,
+                          g.dtype,
+                          symmetric,
+                          n,
+                          k,
+                          g.group,
+                          static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                          static_cast<float*>(scales.mutable_data_ptr()),
+                          symmetric ? nullptr : static_cast<int16_t*>(zero_points.mutable_data_ptr())};
+  const KernelTable& table = kernels();
+  std::atomic<bool> finite{true};
+  parallel(n, 1 + (int64_t(1) << 16) / k, [&](int64_t begin, int64_t end) {
+    if (!table.quantize_rows(args, begin, end, make_buffer(quantize_scratch(k)).get())) finite = false;
+  });
+  IPEX_QUANT_CHECK(finite,
+                   "weight: expected finite values whose range fits float32, got NaN, Inf or larger; check "
+                   "the checkpoint, or leave this module in float");
+  return {codes, scales, zero_points};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
+  m.def(
+      "woq_pack(Tensor codes, Tensor scales, Tensor? zero_points, Tensor? perm, int in_features, int dtype, "
+      "int group_size) -> Tensor");
+  m.def(
+      "woq_unpack(Tensor packed, Tensor? perm, int out_features, int in_features, int dtype, int group_size, "
+      "bool asymmetric) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "woq_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? perm, Tensor[] others, int out_features, "
+      "int lowp_mode, int act_quant_mode, int post_op) -> Tensor");
+  m.def(
+      "woq_linear_group(Tensor x, Tensor[] packed, Tensor?[] biases, Tensor? perm, int[] out_features, "
+      "int lowp_mode, int act_quant_mode) -> Tensor[]");
+  m.def(
+      "woq_linear_gated(Tensor x, Tensor gate, Tensor up, Tensor? gate_bias, Tensor? up_bias, Tensor? perm, "
+      "int out_features, int lowp_mode, int act_quant_mode, int activation) -> Tensor");
+  m.def("woq_quantize(Tensor weight, int dtype, int group_size, bool symmetric) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ipex_quant, CPU, m) {
+  m.impl("woq_pack", TORCH_BOX(&woq_pack));
+  m.impl("woq_unpack", TORCH_BOX(&woq_unpack));
+  m.impl("woq_linear", TORCH_BOX(&woq_linear));
+  m.impl("woq_linear_group", TORCH_BOX(&woq_linear_group));
+  m.impl("woq_linear_gated", TORCH_BOX(&woq_linear_gated));
+  m.impl("woq_quantize", TORCH_BOX(&woq_quantize));
+}
+
+}  // namespace ipex_quant

@@ -1,0 +1,18 @@
+// What the ops with packed weights share: the checks of a packed weight and of what it is computed in.
+#pragma once
+
+#include "host/woq_plan.h"
+#include "ops/call.h"
+
+namespace ipex_quant {
+
+// The checked header of a packed weight, and the sizes that follow from it, which are those of the tensor.
+WoqHeader read_header(const Tensor& packed);
+WoqGeometry geometry_of(const WoqHeader& header, const Tensor& packed);
+
+void check_modes(int64_t lowp_mode, int64_t act_quant_mode);
+
+// Staging reads input features through a perm: `k` positions, each in 0..k - 1.
+void check_positions(const char* name, const int32_t* positions, int64_t k);
+
+}  // namespace ipex_quant

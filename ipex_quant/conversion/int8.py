@@ -1,0 +1,141 @@
+"""From observed layers to INT8 modules: one for each layer, one packed weight for each share group."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+from torch.ao.quantization import QConfig
+
+from ..nn import Int8Conv, Int8Linear
+from ..nn.int8_recurrent import int8_recurrent_class
+from ..nn.linears import is_linear, weight_matrix
+from ..nn.recurrent import is_recurrent
+from ..numerics.int8 import StaticActivation, quantize_per_channel, same_activation
+from ..numerics.quantized_weight import QuantizedWeight
+from ..observers import has_data
+from ..smoothquant.folding import fold_into_norm
+from .errors import naming
+from .observed import LayerParameters, Observed, ObservedGroup, ObservedLayer, observed_scales
+from .rules import BY_SUMMARY
+
+Replacements = dict[str, Callable[[nn.Module], nn.Module]]
+
+
+def int8_replacements(model: nn.Module, observations: Observed) -> tuple[Replacements, dict[str, str]]:
+    """What makes the INT8 successor of each observed layer, by name, and why the others stay in float.
+
+    Making the successors folds smoothing factors into norms of `model` where it can. Warns about layers without data.
+    """
+    replacements: Replacements = {}
+    reasons: dict[str, str] = {}
+    unreached: list[str] = []
+    for group in observations.groups:
+        wanted = [layer for layer in group.layers if layer.quantized]
+        reasons |= {layer.name: BY_SUMMARY for layer in group.layers if not layer.quantized}
+        if group.observer is not None and not has_data(group.observer):
+            unreached += [layer.name for layer in wanted if layer.parameters is None]
+            wanted = [layer for layer in wanted if layer.parameters is not None]
+        for part in _fused_parts(model, observations, group, wanted):
+            if is_linear(model.get_submodule(part.names[0])):
+                replacements |= {name: partial(part.successor, model, name) for name in part.names}
+            else:
+                each = zip(part.names, part.parameters, strict=True)
+                replacements |= {name: partial(_convolution, name, parameters) for name, parameters in each}
+    if unreached:
+        reasons |= dict.fromkeys(unreached, "calibration never reached it")
+        warnings.warn(
+            f"calibration never reached {len(unreached)} layers, which stay in float: {', '.join(unreached[:8])}"
+            + (", ..." if len(unreached) > 8 else ""),
+            stacklevel=4,
+        )
+    return replacements, reasons
+
+
+def recurrent_replacements(model: nn.Module) -> Replacements:
+    """What makes the INT8 successor of each recurrent layer and cell that `prepare` marked, by name."""
+    return {
+        name: partial(_recurrent, name, module.qconfig)
+        for name, module in model.named_modules()
+        if is_recurrent(module) and getattr(module, "qconfig", None) is not None
+    }
+
+
+@dataclass
+class _FusedPart:
+    """Layers of a share group with the same parameters for their input: one quantization of it, one GEMM.
+
+    `producer` is the norm that may take over the smoothing factor.
+    """
+
+    names: list[str]
+    activation: StaticActivation | None
+    parameters: list[LayerParameters]
+    producer: str | None = None
+    _made: dict[str, Int8Linear] | None = None
+
+    def successor(self, model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+        """The new module of one member; the first call makes those of all members."""
+        if self._made is None:
+            modules = [model.get_submodule(each) for each in self.names]
+            weights = [
+                _quantized(name, weight_matrix(each), parameters)
+                for name, each, parameters in zip(self.names, modules, self.parameters, strict=True)
+            ]
+            biases = [each.bias for each in modules]
+            # Last, since a norm must not change when a weight cannot be quantized.
+            activation = self.activation if self.producer is None else _folded(model, self.producer, self.activation)
+            made = Int8Linear.make_group(weights, biases, activation, modules[0].weight.dtype)
+            self._made = dict(zip(self.names, made, strict=True))
+        return self._made.pop(name).train(module.training)
+
+
+def _fused_parts(
+    model: nn.Module, observations: Observed, group: ObservedGroup, wanted: Sequence[ObservedLayer]
+) -> list[_FusedPart]:
+    if not wanted:
+        return []
+    parameters = dict(zip((layer.name for layer in group.layers), observations.parameters(model, group), strict=True))
+    parts: list[_FusedPart] = []
+    for layer in wanted:
+        own = parameters[layer.name]
+        part = next((part for part in parts if same_activation(part.activation, own.activation)), None)
+        if part is None:
+            part = _FusedPart([], own.activation, [])
+            parts.append(part)
+        part.names.append(layer.name)
+        part.parameters.append(own)
+    if len(parts) == 1 and len(wanted) == len(group.layers):
+        parts[0].producer = group.producer
+    return parts
+
+
+def _folded(model: nn.Module, norm: str, activation: StaticActivation | None) -> StaticActivation | None:
+    """What remains of `activation` where the `norm` can take over its factor."""
+    factor = None if activation is None else activation.smoothing_factor
+    if factor is not None and fold_into_norm(model.get_submodule(norm), factor):
+        return replace(activation, smoothing_factor=None)
+    return activation
+
+
+def _quantized(name: str, weight: torch.Tensor, parameters: LayerParameters) -> QuantizedWeight:
+    weight = weight.float()
+    with naming(name):
+        factor = parameters.weight_factor
+        return quantize_per_channel(weight if factor is None else weight * factor, parameters.weight_scales)
+
+
+def _convolution(name: str, parameters: LayerParameters, module: nn.Module) -> nn.Module:
+    with naming(name):
+        made = Int8Conv.from_float(module, parameters.activation, parameters.weight_scales)
+        return made.train(module.training)
+
+
+def _recurrent(name: str, qconfig: QConfig, module: nn.Module) -> nn.Module:
+    with naming(name):
+        cls = int8_recurrent_class(module)
+        return cls.from_float(module, lambda weight: observed_scales(name, qconfig.weight(), weight))

@@ -1,0 +1,305 @@
+"""`prepare` and `convert`: from a float model to one with quantized layers."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.ao.quantization import QConfig, QConfigMapping
+
+from ..nn import (
+    QuantizedModule,
+    WeightOnlyQuantizedExpertLinears,
+    WeightOnlyQuantizedExperts,
+    WeightOnlyQuantizedLinear,
+)
+from ..nn.expert_linears import holds_expert_linears
+from ..nn.fused_forward import restore_forwards
+from ..nn.linears import READ_BY_ATTENTION, holds_experts, is_linear
+from ..nn.norms import is_norm
+from ..nn.recurrent import is_recurrent
+from ..smoothquant.tracing import SharedInput, trace_groups
+from .description import is_pretrained, note_method
+from .errors import naming
+from .example import Example
+from .int8 import int8_replacements, recurrent_replacements
+from .observed import ATTRIBUTE, Observed, make_groups, observed
+from .qconfig import QConfigSmoothQuant, QConfigWoq, QuantizationKind, kind_of
+from .resizing import watch_head
+from .rules import choose_qconfigs, refused_modules
+from .summary import load_qconf_summary, read_summary, save_qconf_summary, summary_groups
+from .swap import copy_sharing_parameters, own_parameters, swap_modules
+from .tidy import drop_dropout, fold_batch_norms, leave_fast_paths
+from .tying import untie
+
+FLOAT_REASONS = "_ipex_quant_float_reasons"
+"""Attribute of a prepared or converted model: ``{module name: why it stays in float}`` of its layers."""
+
+_PREPARED = "q_config"
+_SUMMARY_METHODS = {"save_qconf_summary": save_qconf_summary, "load_qconf_summary": load_qconf_summary}
+
+
+def prepare(
+    model: nn.Module,
+    configure: QConfigMapping | QConfig | QConfigSmoothQuant | QConfigWoq,
+    example_inputs: Any = None,
+    inplace: bool = False,
+    bn_folding: bool = True,
+    example_kwarg_inputs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Mark the layers of `model` that `configure` quantizes, and observe their inputs where calibration needs them.
+
+    Every rule of the mapping counts, by torch's precedence (module name, regex, type, global); None leaves a module in
+    float. Linear layers are quantized, with weight-only configurations the experts of transformers models too, with
+    static ones convolutions, with dynamic ones LSTMs, GRUs, RNNs and their cells.
+
+    Static and SmoothQuant configurations need an example, `example_inputs` (a tensor or a tuple of positional
+    arguments) or `example_kwarg_inputs`, which `model` is run on once: layers of one parent that consume the same
+    tensor will share its quantization. Then calibrate: run batches through the result, here or with `calibrate`.
+    Dynamic ones may have an example, to the same end; weight-only ones ignore it. Where activations are quantized,
+    dropout becomes identity, and with `bn_folding` a BatchNorm is folded into the layer whose output only it reads; the
+    model keeps its class. The result has the methods `save_qconf_summary` and `load_qconf_summary`.
+
+    Without `inplace` a copy is prepared that shares the parameters' memory with `model`. Raises TypeError for another
+    kind of model or configuration, ValueError without an example where one is needed, with both, or when the model
+    cannot be called with it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Only support nn.Module prepare for quantization path, got {type(model).__name__}")
+    if isinstance(configure, (QConfig, QConfigSmoothQuant, QConfigWoq)):
+        warnings.warn("QConfig are deprecated. Please use QConfigMapping instead", DeprecationWarning, stacklevel=2)
+        configure = QConfigMapping().set_global(configure)
+    if not isinstance(configure, QConfigMapping):
+        raise TypeError(
+            "IPEX quantization: prepare configure should be an instance of QConfigMapping or QConfig, "
+            f"but got {type(configure)}"
+        )
+    chosen, reasons = choose_qconfigs(configure, model)
+    kinds = {kind_of(qconfig) for qconfig in chosen.values()}
+    example = None
+    if kinds - {QuantizationKind.WEIGHT_ONLY}:
+        needed = any(kind.needs_calibration for kind in kinds)
+        example = Example.of(model, example_inputs, example_kwarg_inputs, needed)
+    model = mark(model, configure, chosen, reasons, inplace)
+    if kinds - {QuantizationKind.WEIGHT_ONLY}:
+        activations = _to_observe(model, chosen)
+        try:
+            drop_dropout(model)
+            if example is not None and bn_folding:
+                fold_batch_norms(model, activations, example)
+            observe(model, activations, example)
+        except Exception:
+            _forget(model)  # half prepared, it must not look prepared
+            raise
+    return model
+
+
+def mark(
+    model: nn.Module, mapping: QConfigMapping, chosen: dict[str, Any], reasons: dict[str, str], inplace: bool
+) -> nn.Module:
+    """Note in `model`, or else in a copy, what `choose_qconfigs` found; an earlier preparation is forgotten."""
+    model = model if inplace else copy_sharing_parameters(model)
+    _forget(model)
+    restore_forwards(model)
+    for name in (*chosen, *reasons):
+        model.get_submodule(name).qconfig = chosen.get(name)
+    leave_fast_paths(model, chosen)
+    setattr(model, _PREPARED, mapping)
+    setattr(model, FLOAT_REASONS, reasons)
+    return model
+
+
+def prepare_with_summary(
+    model: nn.Module, mapping: QConfigMapping, path: str | os.PathLike, example: Example | None, inplace: bool
+) -> nn.Module:
+    """As `prepare`, with the parameters in the qconf summary at `path`, which also tells the groups without `example`.
+
+    Raises OSError and ValueError as `load_qconf_summary`, before `model` changes in any way that matters to it.
+    """
+    chosen, reasons = choose_qconfigs(mapping, model)
+    groups = summary_groups(read_summary(path), chosen.keys())
+    model = mark(model, mapping, chosen, reasons, inplace)
+    drop_dropout(model)
+    observe(model, _to_observe(model, chosen), example, groups)
+    load_qconf_summary(model, path)
+    return model
+
+
+def _to_observe(model: nn.Module, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Those of `chosen` whose inputs are quantized, less recurrent layers, which see to that alone."""
+    return {
+        name: qconfig
+        for name, qconfig in chosen.items()
+        if not (isinstance(qconfig, QConfigWoq) or is_recurrent(model.get_submodule(name)))
+    }
+
+
+def observe(
+    model: nn.Module, qconfigs: dict[str, Any], example: Example | None, groups: Sequence[SharedInput] = ()
+) -> None:
+    """Attach observers to the layers in `qconfigs`, in the groups that `example` shows, or else in `groups`."""
+    if example is not None:
+        norms = {name for name, module in model.named_modules() if is_norm(module)}
+        groups = trace_groups(model, qconfigs.keys(), norms, partial(example.run, model))
+    Observed(make_groups(groups, qconfigs, model)).attach(model)
+    for name, method in _SUMMARY_METHODS.items():
+        setattr(model, name, partial(method, model))
+
+
+def convert(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Replace the layers that `prepare` marked by quantized ones, one at a time.
+
+    With `inplace` each float weight is freed as its layer is replaced, unless something else refers to it; without, the
+    result is a copy and `model` stays as it is, so that no more than both exist. The result shares no memory with the
+    model that `prepare` copied: what stays in float is copied now. A `model` that is itself a linear layer is not
+    changed but its replacement returned.
+
+    Activations are quantized with what calibration, or a loaded summary, found; a layer that calibration never reached
+    stays in float, with a warning. SmoothQuant's factors are folded into the norm before a layer where nothing else
+    reads it, else into the quantization of the activation. No float weight is left to quantize at run time.
+
+    The configuration of a transformers model gets the entry that `from_pretrained` and `ipex_quant.llm.load` need;
+    should the model change after that, `ipex_quant.llm.save` describes it anew; where `ipex_quant.llm` was imported,
+    its `dequantize` works. Quantized weights are untied from
+    others. Warns when most weights stay in float for another reason than the mapping, and when all do, saying why; the
+    model then is as it was before `prepare`. Raises TypeError for another kind of model, RuntimeError for one that was
+    not prepared or not calibrated, and ValueError when a weight holds NaN or Inf, naming the module.
+    """
+    return _convert(model, inplace, _warn_of_nothing)
+
+
+def convert_some(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """`convert`, with a ValueError when no layer is or can be quantized."""
+    return _convert(model, inplace, check_any_quantized)
+
+
+def _convert(model: nn.Module, inplace: bool, check: Callable[[nn.Module], None]) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Only support nn.Module convert for quantization path, got {type(model).__name__}")
+    if not hasattr(model, _PREPARED):
+        raise RuntimeError("Please do prepare the model before doing convert")
+    if hasattr(model, ATTRIBUTE):
+        check_calibrated(observed(model))
+    model = model if inplace else copy_sharing_parameters(model)
+    replacements = _replacements(model)
+    _forget(model)
+    if not replacements:
+        check(model)
+    untie(model, replacements)
+    model = swap_modules(model, replacements)
+    own_parameters(model)
+    is_quantized = any(isinstance(module, QuantizedModule) for module in model.modules())
+    if is_quantized:
+        warn_if_mostly_float(model, refused_modules(getattr(model, FLOAT_REASONS, {})))
+        _warn_of_attention(getattr(model, FLOAT_REASONS, {}))
+    for module in model.modules():
+        if hasattr(module, "qconfig"):
+            del module.qconfig
+    if is_quantized and is_pretrained(model):
+        note_method(model)
+        watch_head(model)
+    return model
+
+
+def check_calibrated(observations: Observed) -> None:
+    """Raise RuntimeError when calibration has reached none of the layers that need it."""
+    waiting = [group for group in observations.static_groups if any(layer.quantized for layer in group.layers)]
+    if waiting and not any(group.has_data for group in waiting):
+        names = [layer.name or "the model" for group in waiting for layer in group.layers]
+        more = f", ... ({len(names)} layers)" if len(names) > 8 else ""
+        raise RuntimeError(
+            f"convert: not calibrated: {', '.join(names[:8])}{more} have seen no data; first run batches through the "
+            "prepared model, or call its load_qconf_summary"
+        )
+
+
+def _replacements(model: nn.Module) -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """What makes the successor of each layer to quantize, by name; reasons are noted for those that cannot be."""
+    replacements = {name: partial(_from_float, name) for name in marked_modules(model)} | recurrent_replacements(model)
+    if hasattr(model, ATTRIBUTE):
+        found, reasons = int8_replacements(model, observed(model))
+        replacements |= found
+        setattr(model, FLOAT_REASONS, getattr(model, FLOAT_REASONS) | reasons)
+    return replacements
+
+
+def _forget(model: nn.Module) -> None:
+    """Take off what `prepare` attached to `model`, but for the reasons."""
+    if hasattr(model, ATTRIBUTE):
+        observed(model).detach(model)
+    for name in (_PREPARED, *_SUMMARY_METHODS):
+        vars(model).pop(name, None)
+
+
+def marked_modules(model: nn.Module) -> list[str]:
+    """Names of the linear layers and the experts that `prepare` marked."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if (is_linear(module) or holds_experts(module)) and isinstance(getattr(module, "qconfig", None), QConfigWoq)
+    ]
+
+
+def check_any_quantized(model: nn.Module) -> None:
+    """Raise ValueError, with the first few reasons, when no layer of a prepared or converted model is quantized."""
+    if reason := _why_nothing(model):
+        raise ValueError(reason)
+
+
+def _warn_of_nothing(model: nn.Module) -> None:
+    if reason := _why_nothing(model):
+        warnings.warn(f"convert: the model stays in float: {reason}", stacklevel=4)
+
+
+def _warn_of_attention(reasons: dict[str, str]) -> None:
+    """Warn of every ``nn.MultiheadAttention``, whose projections stay in float, of why layers do."""
+    names = [name.rpartition(".")[0] for name, reason in reasons.items() if reason == READ_BY_ATTENTION]
+    if names:
+        more = f", ... ({len(names)} modules)" if len(names) > 8 else ""
+        warnings.warn(
+            f"nn.MultiheadAttention stays in float, since torch reads its weights itself: {', '.join(names[:8])}{more}",
+            stacklevel=4,
+        )
+
+
+def _why_nothing(model: nn.Module) -> str | None:
+    """Why no layer of a prepared or converted model is quantized; None where one is."""
+    if any(isinstance(module, QuantizedModule) for module in model.modules()):
+        return None
+    reasons = getattr(model, FLOAT_REASONS)
+    if not reasons:
+        return f"nothing to quantize: {type(model).__name__} has no linear layer"
+    shown = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(reasons.items())[:5])
+    more = "; ..." if len(reasons) > 5 else ""
+    return f"none of the {len(reasons)} linear layers can be quantized: {shown}{more}"
+
+
+def warn_if_mostly_float(model: nn.Module, refused: list[str]) -> None:
+    """Warn when the `refused` layers, linear, recurrent and experts, outweigh what is quantized in `model`."""
+    parameters = (p for name in refused for p in model.get_submodule(name).parameters())
+    in_float = sum(parameter.numel() for parameter in parameters if parameter.dim() > 1)
+    quantized = (module for module in model.modules() if isinstance(module, QuantizedModule))
+    if in_float > sum(math.prod(module.weight_shape) for module in quantized):
+        experts = sum(holds_experts(model.get_submodule(name)) for name in refused)
+        recurrent = sum(is_recurrent(model.get_submodule(name)) for name in refused)
+        linear = len(refused) - experts - recurrent
+        kinds = [f"{linear} linear layers"] * bool(linear) + [f"{recurrent} recurrent layers"] * bool(recurrent)
+        kinds += [f"the experts in 3-D parameters of {experts} modules"] * bool(experts)
+        warnings.warn(
+            f"most weights stay in float: {' and '.join(kinds)} cannot be quantized; ipex.explain(model) says why",
+            stacklevel=4,
+        )
+
+
+def _from_float(name: str, module: nn.Module) -> nn.Module:
+    if is_linear(module):
+        kind = WeightOnlyQuantizedLinear
+    else:
+        kind = WeightOnlyQuantizedExpertLinears if holds_expert_linears(module) else WeightOnlyQuantizedExperts
+    with naming(name):
+        return kind.from_float(module)

@@ -1,0 +1,114 @@
+"""Which layers of a model a torch `QConfigMapping` quantizes, and why it leaves the others in float."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+from torch import nn
+from torch.ao.quantization import QConfigMapping
+
+from ..nn.expert_linears import holds_expert_linears
+from ..nn.linears import conv_obstacle, holds_experts, is_convolution, is_linear, obstacle, weight_obstacle
+from ..nn.recurrent import is_recurrent, recurrent_obstacle, recurrent_weight_obstacle
+from ..nn.stacked_experts import experts_obstacle, experts_weight_obstacle
+from .qconfig import QuantizationKind, dynamic_experts_qconfig, kind_of
+
+_BY_RULE = "the mapping's "
+BY_SUMMARY = "the qconf summary leaves it in float"
+
+
+def choose_qconfigs(
+    mapping: QConfigMapping, model: nn.Module, read_weights: bool = True
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Configuration of every layer of `model` to quantize, and why each other one stays in float, by name.
+
+    Layers are linear ones, modules with the experts of a layer and, where activations are quantized statically,
+    convolutions, where dynamically, recurrent ones. Without `read_weights` the layers' own weights do not matter.
+    Raises TypeError for a configuration of an unknown kind.
+    """
+    _check_rules(mapping, model)
+    chosen, reasons = {}, {}
+    for name, module in model.named_modules():
+        if not (is_linear(module) or is_convolution(module) or is_recurrent(module) or holds_experts(module)):
+            continue
+        path = name.split(".") if name else []
+        lineage = [model.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1)]
+        qconfig, rule = _find_qconfig(mapping, name, lineage)
+        try:
+            kind = None if qconfig is None else kind_of(qconfig)
+        except TypeError as error:
+            raise TypeError(f"{name or 'the model'}: the mapping's {rule}: {error}") from None
+        if is_convolution(module) and kind is not None and not kind.needs_calibration:
+            continue
+        if is_recurrent(module) and kind not in (None, QuantizationKind.DYNAMIC):
+            continue
+        if kind is None:
+            reasons[name] = f"{_BY_RULE}{rule} is None"
+            continue
+        if kind is QuantizationKind.DYNAMIC and holds_experts(module):
+            qconfig, kind = dynamic_experts_qconfig(), QuantizationKind.WEIGHT_ONLY
+        reason = _obstacle(module, lineage[1] if path else None, kind, read_weights)
+        if reason:
+            reasons[name] = reason
+        else:
+            chosen[name] = qconfig
+    return chosen, reasons
+
+
+def _obstacle(module: nn.Module, parent: nn.Module | None, kind: QuantizationKind, read_weights: bool) -> str | None:
+    if is_convolution(module):
+        return conv_obstacle(module) or (weight_obstacle(module) if read_weights else None)
+    if is_linear(module):
+        return obstacle(module, parent) or (weight_obstacle(module) if read_weights else None)
+    if is_recurrent(module):
+        return recurrent_obstacle(module) or (recurrent_weight_obstacle(module) if read_weights else None)
+    if kind is not QuantizationKind.WEIGHT_ONLY:
+        return f"experts are quantized weight-only or dynamically, not {kind.value}"
+    if holds_expert_linears(module):
+        return weight_obstacle(module) if read_weights else None
+    return experts_obstacle(module) or (experts_weight_obstacle(module) if read_weights else None)
+
+
+def refused_modules(reasons: dict[str, str]) -> list[str]:
+    """Names of the layers that neither a rule of the user's nor a summary leaves in float, of why layers are."""
+    return [name for name, reason in reasons.items() if not reason.startswith((_BY_RULE, BY_SUMMARY))]
+
+
+def _check_rules(mapping: QConfigMapping, model: nn.Module) -> None:
+    """Raise ValueError for a kind of rule that is not supported; warn about a module name that `model` lacks."""
+    if mapping.module_name_object_type_order_qconfigs:
+        raise ValueError("QConfigMapping.set_module_name_object_type_order is not supported; use set_module_name")
+    for pattern in mapping.module_name_regex_qconfigs:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"QConfigMapping.set_module_name_regex: {pattern!r} is no regex: {error}") from error
+    unknown = mapping.module_name_qconfigs.keys() - {name for name, _ in model.named_modules(remove_duplicate=False)}
+    if unknown:
+        warnings.warn(f"QConfigMapping.set_module_name: the model has no module {sorted(unknown)}", stacklevel=4)
+
+
+def _find_qconfig(mapping: QConfigMapping, name: str, lineage: list[nn.Module]) -> tuple[Any, str]:
+    """QConfig of the module `name` and the rule that gave it, by torch's precedence.
+
+    That is: the rule for its name or that of the nearest module containing it, the first regex that matches, the rule
+    for its type or that of the nearest module containing it, the global one. `lineage` lists the module and the ones
+    that contain it, innermost first.
+    """
+    for prefix in _name_and_parents(name):
+        if prefix in mapping.module_name_qconfigs:
+            return mapping.module_name_qconfigs[prefix], f"set_module_name({prefix!r})"
+    for pattern, qconfig in mapping.module_name_regex_qconfigs.items():
+        if re.match(pattern, name):
+            return qconfig, f"set_module_name_regex({pattern!r})"
+    for module in lineage:
+        if type(module) in mapping.object_type_qconfigs:
+            return mapping.object_type_qconfigs[type(module)], f"set_object_type({type(module).__name__})"
+    return mapping.global_qconfig, "set_global"
+
+
+def _name_and_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]

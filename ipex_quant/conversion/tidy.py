@@ -1,0 +1,74 @@
+"""What inference does not need and quantization would meet: dropout, BatchNorm after a layer that can absorb it, and
+ways around the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from ..nn.linears import is_convolution
+from ..smoothquant.tracing import trace_groups
+from .example import Example
+
+_DROPOUTS = nn.modules.dropout._DropoutNd
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def drop_dropout(model: nn.Module) -> None:
+    """Replace every dropout inside `model` by an identity, which says 0 when asked for its probability `p`."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if name and isinstance(module, _DROPOUTS):
+            identity = nn.Identity()
+            identity.p = 0.0
+            model.set_submodule(name, identity.train(module.training))
+
+
+def leave_fast_paths(model: nn.Module, layers: Collection[str]) -> None:
+    """Let each ``nn.TransformerEncoderLayer`` call those of its linear layers that are among `layers`.
+
+    In evaluation it would hand their weights to an op of torch instead, if its activation is one that the op knows, and
+    its ``nn.TransformerEncoder`` would make nested tensors for that op of what is padded.
+    """
+    changed = {model.get_submodule(name.rpartition(".")[0]) for name in layers}
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and module in changed:
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and not changed.isdisjoint(module.layers):
+            module.use_nested_tensor = False
+
+
+def fold_batch_norms(model: nn.Module, layers: Collection[str], example: Example) -> None:
+    """Fold each BatchNorm in evaluation mode into the one of `layers` whose output only it reads, if there is one."""
+    norms = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BATCH_NORMS) and not module.training and module.running_mean is not None
+    }
+    if not norms:
+        return
+    for group in trace_groups(model, norms, layers, partial(example.run, model)):
+        if group.producer is None or len(group.members) > 1:
+            continue
+        layer, norm = model.get_submodule(group.producer), model.get_submodule(group.members[0])
+        # On three dimensions BatchNorm1d takes the second for channels, which a linear layer does not make.
+        if is_convolution(layer) or (isinstance(layer, nn.Linear) and group.rank == 2):
+            _replace(model, group.producer, _fused(layer, norm))
+            _replace(model, group.members[0], nn.Identity().eval())
+
+
+def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    fuse = fuse_conv_bn_eval if is_convolution(layer) else fuse_linear_bn_eval
+    training = layer.training
+    with torch.no_grad():
+        return fuse(layer.eval(), norm).train(training)
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    old = model.get_submodule(name)
+    for each, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            model.set_submodule(each, new)

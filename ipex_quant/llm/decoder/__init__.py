@@ -1,0 +1,1 @@
+"""Decoder layers that run with few native calls, described by data for every family of models."""

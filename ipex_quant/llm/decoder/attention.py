@@ -1,0 +1,341 @@
+"""Attention of a lean decoder layer: projections, rotation, cache and output projection in few native calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ... import ops
+from ...nn.linears import is_linear, linear_shape
+from ...ops import PostOp
+from ..attention import attention_forward, with_bias
+from ..cache.layers import NativeLayer
+from ..cache.storage import Storage, attend
+from .families import Attention, Layout, Rope
+from .linears import fused_linear, fused_linears
+from .norms import Norm, Scale, norm_of
+
+
+class UnsuitableError(Exception):
+    """A layer is not as its family's description says."""
+
+
+def part(module: nn.Module, path: str, *default: Any) -> Any:
+    try:
+        return attrgetter(path)(module) if path else module
+    except AttributeError:
+        if default:
+            return default[0]
+        raise UnsuitableError(f"{type(module).__name__} has no {path}") from None
+
+
+def norm_part(module: nn.Module, path: str) -> Norm | Scale:
+    found = part(module, path)
+    norm = Scale(found) if isinstance(found, (int, float)) else norm_of(found)
+    if norm is None:
+        raise UnsuitableError(f"{path} is no norm that is known")
+    return norm
+
+
+MAX_JOINED = 8
+"""Tokens for which it costs less to join queries, keys and values in one tensor than to rotate and store them apart."""
+
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Queries ``[B, L, H, D]``, keys and values ``[B, L, Hkv, D]``."""
+
+
+class Room(NamedTuple):
+    """Where the next keys and values go in `layer`: from `start` on, after those that are attended to."""
+
+    layer: NativeLayer
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_scales: torch.Tensor | None
+    value_scales: torch.Tensor | None
+    key_factors: torch.Tensor | None
+    start: int
+
+
+class FusedAttention:
+    """Projections, rotation, cache, attention and output projection of one layer."""
+
+    def __init__(self, module: nn.Module, names: Attention) -> None:
+        self.module = module
+        self.names = names
+        self.layer_index = part(module, names.index)
+        projections = [part(module, name) for name in names.projections]
+        output = part(module, names.output)
+        self.project = fused_linears(projections)
+        self.output = fused_linear(output)
+        self.split = _SPLITS[names.layout]
+        self.head_size = part(module, names.head_size)
+        self.heads = _features(output)[1] // self.head_size
+        self.key_heads = (sum(_features(each)[0] for each in projections) // self.head_size - self.heads) // 2
+        self.scale = part(module, names.scale, self.head_size**-0.5)
+        self.softcap = part(module, names.softcap) or 0.0 if names.softcap else 0.0
+        self.clip = part(module, names.clip) if names.clip else None
+        self.norms = [norm_part(module, name) for name in names.norms]
+        self.rope = _ROPES[names.rope]
+        self.interleaved = names.rope not in (Rope.NONE, Rope.HALF)
+        blocks = names.layout == Layout.BLOCKS or (names.layout == Layout.GROUPS and self.key_heads == 1)
+        self.in_blocks = blocks or names.layout == Layout.SEPARATE
+        by_heads = self.norms and not names.joint_norms
+        self.joins = not by_heads and self.in_blocks
+        self.is_joined = not by_heads and blocks
+        self.is_causal = getattr(module, "is_causal", True)
+        self.slopes = alibi_slopes(self.heads) if names.alibi else None
+
+    def __call__(
+        self, x: torch.Tensor, kwargs: dict[str, Any], post_op: PostOp = PostOp.NONE, *others: torch.Tensor
+    ) -> torch.Tensor:
+        mask, cache = kwargs.get("attention_mask"), kwargs.get(self.names.cache)
+        if mask is not None and self.names.masked_is_true:
+            mask = ~mask
+        room = None
+        if cache is not None:
+            cache = getattr(cache, "self_attention_cache", cache)
+            room = self.reserve(cache.layers, x, mask)
+            if room is not None and self.names.position_bias:
+                mask = with_bias(mask, self.position_bias(kwargs, 1, room.start + 1))
+        projected = self.project(x)
+        if self.clip:
+            projected = [each.clamp(-self.clip, self.clip) for each in projected]
+        if self.norms and self.names.joint_norms:
+            query, key, value = projected
+            projected = [self.norms[0](query), self.norms[1](key), value]
+        if room is not None and self.fits_one_call(x, mask):
+            attended = self.turn_and_attend(self.join(projected, *x.shape[:2]), kwargs, mask, room)
+            return self.output(attended, post_op, *others)
+        query, key, value = self.split_heads(projected, *x.shape[:2])
+        if self.rope is not None:
+            cos, sin = self.rope(self, kwargs, query.dtype)
+            rotated = cos.shape[-1] * (1 + self.interleaved)
+            query = ops.rotary(query, cos, sin, rotated, self.interleaved)
+            key = ops.rotary(key, cos, sin, rotated, self.interleaved)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if room is not None:
+            attended = self.attend_in_place(query, key, value, mask, room)
+        else:
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_index)
+            attended = self.attend(query, key, value, mask, kwargs)
+        return self.output(attended.flatten(2), post_op, *others)
+
+    def split_heads(self, projected: list[torch.Tensor], *shape: int) -> Heads:
+        """Queries, keys and values, normed if they are so by heads."""
+        query, key, value = self.split(self, projected, *shape)
+        if self.norms and not self.names.joint_norms:
+            query, key = self.norms[0](query), self.norms[1](key)
+        return query, key, value
+
+    def join(self, projected: list[torch.Tensor], *shape: int) -> torch.Tensor:
+        """All queries, then all keys, then all values: ``[B, L, (H + 2 * Hkv) * D]``."""
+        if not self.joins:
+            return torch.cat(self.split_heads(projected, *shape), dim=2).flatten(2)
+        return projected[0] if len(projected) == 1 else torch.cat(projected, dim=-1)
+
+    def fits_one_call(self, x: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        """Whether one call may rotate, store and attend, which is causal whatever the mask says."""
+        few = self.is_joined or x.shape[0] * x.shape[1] <= MAX_JOINED
+        return self.is_causal and few and (mask is None or x.shape[1] == 1)
+
+    def reserve(self, layers: list[Any], x: torch.Tensor, mask: torch.Tensor | None) -> Room | None:
+        """Room in a native cache for keys and values of `x`; None where only its `update` will do."""
+        layer, length = layers[self.layer_index] if self.layer_index < len(layers) else None, x.shape[1]
+        if not isinstance(layer, NativeLayer) or (length > 1 and (layer.is_sliding or self.names.position_bias)):
+            return None
+        room = layer.reserve(length) if mask is None or type(mask) is torch.Tensor else None
+        if room is None or layer.dtype != x.dtype or room[0][0].dtype not in (x.dtype, torch.int8):
+            return None
+        (keys, values, *scales), start = room
+        return Room(layer, keys, values, *(scales or (None, None, None)), start)
+
+    def turn_and_attend(
+        self, joined: torch.Tensor, kwargs: dict[str, Any], mask: torch.Tensor | None, room: Room
+    ) -> torch.Tensor:
+        """Rotation, cache and attention in one call: ``[B, L, H * D]``."""
+        if self.rope is None:
+            cos = sin = joined.new_empty(1, joined.shape[1], 0)
+        else:
+            cos, sin = self.rope(self, kwargs, joined.dtype)
+        attended = ops.fused_rope_attention(
+            joined,
+            cos,
+            sin,
+            room.keys,
+            room.values,
+            room.key_scales,
+            room.value_scales,
+            start=room.start,
+            scale=self.scale,
+            rotary_dim=cos.shape[-1] * (1 + self.interleaved),
+            interleaved=self.interleaved,
+            mask=mask,
+            softcap=self.softcap,
+            alibi=self.slopes,
+            key_factors=room.key_factors,
+        )
+        room.layer.commit(joined.shape[1])
+        return attended
+
+    def attend_in_place(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, room: Room
+    ) -> torch.Tensor:
+        """Write to a native cache and attend to it, with no code between the ops."""
+        _, keys, values, key_scales, value_scales, key_factors, start = room
+        ops.write_cache(key, keys, key_scales, start, key_factors)
+        ops.write_cache(value, values, value_scales, start)
+        room.layer.commit(key.shape[2])
+        stored = slice(None), slice(None), slice(start + key.shape[2])
+        return ops.attention(
+            query,
+            keys[stored],
+            values[stored],
+            scale=self.scale,
+            causal=mask is None and self.is_causal,
+            mask=mask,
+            softcap=self.softcap,
+            alibi=self.slopes,
+            key_scales=None if key_scales is None else key_scales[stored],
+            value_scales=None if value_scales is None else value_scales[stored],
+            key_factors=key_factors,
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """``[B, L, H, D]`` of queries ``[B, H, L, D]`` over what any cache gave."""
+        if self.slopes is None:
+            options = {"softcap": self.softcap} if self.softcap else {}
+            if self.names.position_bias:
+                options["position_bias"] = self.position_bias(kwargs, query.shape[2], key.shape[2])
+            return attention_forward(self.module, query, key, value, mask, scaling=self.scale, **options)[0]
+        options = {"causal": mask is None, "mask": mask}
+        return attend(query, Storage.of(key), Storage.of(value), scale=self.scale, alibi=self.slopes, **options)
+
+    def position_bias(self, kwargs: dict[str, Any], queries: int, keys: int) -> torch.Tensor | None:
+        """What is added to the scores of this layer and those after it; a module with a table of biases makes it."""
+        if kwargs.get("position_bias") is None and self.module.has_relative_attention_bias:
+            kwargs["position_bias"] = self.module.compute_bias(queries, keys, past_seen_tokens=keys - queries)
+        return kwargs.get("position_bias")
+
+
+def _features(linear: nn.Module) -> tuple[int, int]:
+    if is_linear(linear) and not hasattr(linear, "out_features"):  # transformers' Conv1D
+        return linear_shape(linear)
+    return part(linear, "out_features"), part(linear, "in_features")
+
+
+class CrossAttention(FusedAttention):
+    """Attention of a decoder to what an encoder gave, whose keys and values are computed once."""
+
+    def __init__(self, module: nn.Module, names: Attention) -> None:
+        super().__init__(module, names)
+        query, *rest = names.projections
+        self.query = fused_linear(part(module, query))
+        self.project = fused_linears([part(module, name) for name in rest])
+
+    def __call__(
+        self, x: torch.Tensor, kwargs: dict[str, Any], post_op: PostOp = PostOp.NONE, *others: torch.Tensor
+    ) -> torch.Tensor:
+        query = self._heads(self.query(x))
+        caches = kwargs.get(self.names.cache)
+        if caches is not None and caches.is_updated.get(self.layer_index):
+            layer = caches.cross_attention_cache.layers[self.layer_index]
+            key, value = layer.keys, layer.values
+        else:
+            key, value = map(self._heads, self.project(kwargs["encoder_hidden_states"]))
+            if caches is not None:
+                key, value = caches.cross_attention_cache.update(key, value, self.layer_index)
+                caches.is_updated[self.layer_index] = True
+        attended = attention_forward(
+            self.module, query, key, value, kwargs.get("encoder_attention_mask"), scaling=self.scale
+        )[0]
+        return self.output(attended.flatten(2), post_op, *others)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
+
+
+def alibi_slopes(heads: int) -> torch.Tensor:
+    """How fast scores fall with the distance (Press et al., "Train Short, Test Long", 2022): float32 ``[heads]``.
+
+    With a power of two heads, the slopes are the powers of ``2 ** (-8 / heads)``. Otherwise those of the next smaller
+    power of two come first, then every second one of the next larger.
+    """
+    larger = 1 << (heads - 1).bit_length()
+    slopes = torch.exp2(torch.arange(1, larger + 1) * (-8 / larger))
+    return slopes if larger == heads else torch.cat([slopes[1::2], slopes[::2]])[:heads]
+
+
+def _separate(attention: FusedAttention, projected: list[torch.Tensor], *shape: int) -> Heads:
+    query, key, value = projected
+    size = attention.head_size
+    return query.view(*shape, -1, size), key.view(*shape, -1, size), value.view(*shape, -1, size)
+
+
+def _blocks(attention: FusedAttention, projected: list[torch.Tensor], *shape: int) -> Heads:
+    heads = projected[0].view(*shape, -1, attention.head_size)
+    return heads.split((attention.heads, attention.key_heads, attention.key_heads), dim=2)
+
+
+def _groups(attention: FusedAttention, projected: list[torch.Tensor], *shape: int) -> Heads:
+    heads = projected[0].view(*shape, attention.key_heads, -1, attention.head_size)
+    return heads[:, :, :, :-2].flatten(2, 3), heads[:, :, :, -2], heads[:, :, :, -1]
+
+
+def _quarters(attention: FusedAttention, projected: list[torch.Tensor], *shape: int) -> Heads:
+    heads = projected[0].view(*shape, 4, 3, -1, attention.head_size)
+    query, value, key = (part.flatten(2, 3) for part in heads.unbind(3))
+    return query, key, value
+
+
+_SPLITS: dict[Layout, Callable[..., Heads]] = {
+    Layout.SEPARATE: _separate,
+    Layout.BLOCKS: _blocks,
+    Layout.GROUPS: _groups,
+    Layout.QUARTERS: _quarters,
+}
+
+
+Tables = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines ``[B or 1, L, R or R / 2]``."""
+
+
+def _given(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
+    return kwargs["position_embeddings"]
+
+
+def _given_halves(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
+    cos, sin = kwargs["position_embeddings"]
+    return cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[0]
+
+
+def _given_twice(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
+    cos, sin = kwargs["position_embeddings"]
+    return cos[..., ::2], sin[..., ::2]
+
+
+def _looked_up(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
+    table = F.embedding(kwargs["position_ids"], attention.module.embed_positions)
+    sin, cos = table.to(dtype).chunk(2, dim=-1)
+    return cos, sin
+
+
+_ROPES = {
+    Rope.NONE: None,
+    Rope.HALF: _given,
+    Rope.INTERLEAVED: _given_halves,
+    Rope.TWICE: _given_twice,
+    Rope.TABLE: _looked_up,
+}

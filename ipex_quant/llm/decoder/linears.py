@@ -1,0 +1,233 @@
+"""Linear layers as the lean decoder calls them: several that share an input in one call, with what follows them.
+
+A quantized weight is multiplied as it is packed; nothing is dequantized, copied or joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ... import ops
+from ...nn import Int8Linear, WeightOnlyQuantizedLinear
+from ...nn.int8_linear import ShareGroup
+from ...nn.linears import is_linear, obstacle
+from ...ops import PostOp
+
+_woq_linear = torch.ops.ipex_quant.woq_linear.default
+_woq_linear_group = torch.ops.ipex_quant.woq_linear_group.default
+_woq_linear_gated = torch.ops.ipex_quant.woq_linear_gated.default
+
+ACTIVATIONS: dict[PostOp, Callable[[torch.Tensor], torch.Tensor]] = {
+    PostOp.RELU: torch.relu,
+    PostOp.GELU: F.gelu,
+    PostOp.NEW_GELU: lambda x: F.gelu(x, approximate="tanh"),
+    PostOp.SILU: F.silu,
+}
+
+
+def activation_post_op(activation: Callable[[torch.Tensor], torch.Tensor]) -> PostOp | None:
+    """The post op that computes what `activation` does, found by trying it; None when there is none."""
+    x = torch.linspace(-12, 12, 1001, dtype=torch.float32)
+    y = activation(x)
+    for post_op, known in ACTIVATIONS.items():
+        if torch.allclose(y, known(x), rtol=1e-5, atol=1e-5):
+            return post_op
+    return None
+
+
+def fused_linear(module: nn.Module) -> FusedLinear:
+    """What computes `module` and a post op: ``(x, post_op=NONE, *others) -> [..., out_features]``."""
+    if _hooked(module):
+        return FusedLinear(module)
+    if type(module) is WeightOnlyQuantizedLinear and module._packed is not None:
+        return WeightOnlyLinear(module)
+    if type(module) is Int8Linear and len(module.share_group.inputs) == 1:
+        return Int8SingleLinear(module)
+    return FloatLinear(module) if is_linear(module) and _plain(module) else FusedLinear(module)
+
+
+def fused_linears(modules: Sequence[nn.Module]) -> LinearGroup:
+    """What computes modules that take the same tensor: ``x -> [result of each]``."""
+    if len(modules) > 1 and not any(map(_hooked, modules)):
+        if _one_share_group(modules):
+            return Int8Group(modules)
+        if _alike(modules):
+            return WeightOnlyGroup(modules)
+    return LinearGroup(modules)
+
+
+class FusedLinear:
+    """Any module that computes a linear layer, called as it is, so that its hooks run."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
+        return _finish(self.module(x), post_op, others)
+
+
+class FloatLinear(FusedLinear):
+    """An ``nn.Linear``."""
+
+    def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
+        parameters = self.module._parameters
+        return _finish(F.linear(x, parameters["weight"], parameters["bias"]), post_op, others)
+
+
+class WeightOnlyLinear(FusedLinear):
+    """A `WeightOnlyQuantizedLinear`, whose op has the post op in its epilogue."""
+
+    def __init__(self, module: WeightOnlyQuantizedLinear) -> None:
+        super().__init__(module)
+        self.options = module.out_features, int(module._lowp_mode), int(module._act_quant_mode)
+
+    def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
+        tensors = self.module._buffers
+        return _woq_linear(
+            x, tensors["_packed"], tensors["_bias"], tensors["_perm"], others, *self.options, int(post_op)
+        )
+
+
+class Int8SingleLinear(FusedLinear):
+    """An `Int8Linear` that shares its input with no other, whose op has the post op in its epilogue."""
+
+    def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
+        group = self.module.share_group
+        quantized = group.inputs[0].quantize(x)
+        return ops.int8_linear(*quantized, group.packed, group.bias, x.dtype, post_op, others)[0]
+
+
+class LinearGroup:
+    """Modules that are computed one after the other."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = list(modules)
+        self.linears = [fused_linear(module) for module in modules]
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [linear(x) for linear in self.linears]
+
+    def gated(self, x: torch.Tensor, activation: PostOp) -> torch.Tensor:
+        """The activated result of the first module times that of the second."""
+        gate, up = self(x)
+        if activation == PostOp.SILU:
+            return ops.silu_mul(gate, up)
+        if activation == PostOp.RELU:
+            return torch.relu(gate) * up
+        return ops.gelu_mul(gate, up, activation == PostOp.NEW_GELU)
+
+
+class Int8Group(LinearGroup):
+    """All members of an INT8 share group, in any order."""
+
+    def __init__(self, modules: Sequence[Int8Linear]) -> None:
+        super().__init__(modules)
+        self.members = [module.member for module in modules]
+        self.in_order = self.members == sorted(self.members)
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        group = self.modules[0].share_group
+        if not _one_input(group):
+            return super().__call__(x)
+        results = ops.int8_linear(*group.inputs[0].quantize(x), group.packed, group.bias, x.dtype)
+        return results if self.in_order else [results[member] for member in self.members]
+
+    def gated(self, x: torch.Tensor, activation: PostOp) -> torch.Tensor:
+        group = self.modules[0].share_group
+        if activation == PostOp.RELU or not self.in_order or not _one_input(group):
+            return super().gated(x, activation)
+        return ops.int8_linear_gated(*group.inputs[0].quantize(x), group.packed, group.bias, x.dtype, activation)
+
+
+class WeightOnlyGroup(LinearGroup):
+    """Weight-only linears of one scheme, which see the input in one order of its features."""
+
+    def __init__(self, modules: Sequence[WeightOnlyQuantizedLinear]) -> None:
+        super().__init__(modules)
+        self.out_features = [module.out_features for module in modules]
+        self.modes = int(modules[0]._lowp_mode), int(modules[0]._act_quant_mode)
+        self.compared: list[torch.Tensor] = []
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        data, biases, perms = self._tensors()
+        # The op takes a list of optional tensors, which torch.jit.trace cannot record.
+        if torch.jit.is_tracing() or not self._one_order(perms):
+            return super().__call__(x)
+        return _woq_linear_group(x, data, biases, perms[0], self.out_features, *self.modes)
+
+    def gated(self, x: torch.Tensor, activation: PostOp) -> torch.Tensor:
+        data, biases, perms = self._tensors()
+        if activation == PostOp.RELU or not self._one_order(perms):
+            return super().gated(x, activation)
+        return _woq_linear_gated(x, *data, *biases, perms[0], self.out_features[0], *self.modes, int(activation))
+
+    def one_order(self) -> bool:
+        """Whether all see the features of the input in one order now."""
+        return self._one_order([module._buffers["_perm"] for module in self.modules])
+
+    def _tensors(self) -> list[list[torch.Tensor | None]]:
+        buffers = [module._buffers for module in self.modules]
+        return [[tensors[name] for tensors in buffers] for name in ("_packed", "_bias", "_perm")]
+
+    def _one_order(self, perms: list[torch.Tensor | None]) -> bool:
+        """Whether `perms`, which loading a state dict replaces, are equal; they are compared when they are new."""
+        if all(perm is None for perm in perms):
+            return True
+        if any(perm is None for perm in perms):
+            return False
+        if [id(perm) for perm in perms] == [id(perm) for perm in self.compared]:
+            return True
+        if torch.compiler.is_compiling() or not all(torch.equal(perm, perms[0]) for perm in perms):
+            return False
+        self.compared = perms
+        return True
+
+
+def _alike(modules: Sequence[nn.Module]) -> bool:
+    """Whether one call can multiply by all of these weights."""
+    if not all(type(module) is WeightOnlyQuantizedLinear and module._packed is not None for module in modules):
+        return False
+    kinds = {
+        (module.in_features, module.dtype, module._group_size, module._lowp_mode, module._act_quant_mode)
+        for module in modules
+    }
+    return len(kinds) == 1
+
+
+def _one_share_group(modules: Sequence[nn.Module]) -> bool:
+    """Whether these are all members of one INT8 share group."""
+    if not all(type(module) is Int8Linear for module in modules):
+        return False
+    group = modules[0].share_group
+    members = sorted(module.member for module in modules if module.share_group is group)
+    return members == list(range(len(group.inputs))) and len(members) == len(modules)
+
+
+def _one_input(group: ShareGroup) -> bool:
+    """Whether all members quantize their input alike; loading a state dict can change that."""
+    first = group.inputs[0]
+    return all(each is first for each in group.inputs)
+
+
+def _plain(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and module._parameters.get("weight") is not None and obstacle(module) is None
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _finish(result: torch.Tensor, post_op: PostOp, others: Sequence[torch.Tensor]) -> torch.Tensor:
+    if post_op == PostOp.NONE:
+        return result
+    if post_op in ACTIVATIONS:
+        return ACTIVATIONS[post_op](result)
+    if post_op == PostOp.MUL:
+        return result * others[0]
+    for other in others:
+        result = result + other
+    return result

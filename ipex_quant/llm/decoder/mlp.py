@@ -1,0 +1,63 @@
+"""The MLP of a decoder layer in few native calls, or as it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ... import ops
+from ...ops import PostOp
+from .attention import part
+from .families import Mlp
+from .linears import activation_post_op, fused_linear, fused_linears
+
+
+class FusedMlp:
+    """Linear layers of an MLP, with the activation between them."""
+
+    def __init__(self, module: nn.Module, names: Mlp) -> None:
+        inputs = [part(module, name) for name in names.inputs]
+        self.activation = part(module, names.activation)
+        self.post_op = activation_post_op(self.activation)
+        self.output = fused_linear(part(module, names.output))
+        self.first = fused_linear(inputs[0])
+        self.inputs = fused_linears(inputs)
+        self.gated = names.gated
+        if not names.gated:
+            self.intermediate = self._activated
+        else:
+            self.intermediate = self._gated if len(inputs) == 2 else self._gated_halves
+
+    def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
+        return self.output(self.intermediate(x), post_op, *others)
+
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.first(x)) if self.post_op is None else self.first(x, self.post_op)
+
+    def _gated(self, x: torch.Tensor) -> torch.Tensor:
+        if self.post_op is not None:
+            return self.inputs.gated(x, self.post_op)
+        gate, up = self.inputs(x)
+        return self.activation(gate) * up
+
+    def _gated_halves(self, x: torch.Tensor) -> torch.Tensor:
+        joined = self.first(x)
+        if self.post_op == PostOp.SILU:
+            return ops.silu_mul_halves(joined)
+        if self.post_op in (PostOp.GELU, PostOp.NEW_GELU):
+            return ops.gelu_mul_halves(joined, self.post_op == PostOp.NEW_GELU)
+        gate, up = joined.chunk(2, dim=-1)
+        return self.activation(gate) * up
+
+
+class StockMlp:
+    """An MLP that is called as it is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
+        result = self.module(x)
+        for other in others:
+            result = result + other
+        return result

@@ -1,0 +1,125 @@
+"""Norms of transformers models in one native call each."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ... import ops
+from ...nn.fused_forward import FusedForward, restore_forwards
+
+
+class Norm:
+    """A norm as one native call; the base class is an RMS norm with `weight`."""
+
+    def __init__(self, module: nn.Module, eps: float) -> None:
+        self.module = module
+        self.eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x, self.module._parameters["weight"], self.eps)
+
+
+class OffsetNorm(Norm):
+    """An RMS norm whose weight is stored less 1; in float32 it multiplies before the result is rounded."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x, self.module._parameters["weight"].float() + 1, self.eps)
+
+
+class LayerNorm(Norm):
+    """A layer norm over the last dimension."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        parameters = self.module._parameters
+        return ops.layer_norm(x, parameters["weight"], parameters.get("bias"), self.eps)
+
+
+class HeadNorm(Norm):
+    """A layer norm over the last dimension whose weight is ``[H, D]``, or a list of layer norms for the heads."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.module, nn.ModuleList):
+            weight = torch.stack([norm._parameters["weight"] for norm in self.module])
+        else:
+            weight = self.module._parameters["weight"]
+        return (ops.layer_norm(x.float(), None, None, self.eps) * weight).to(x.dtype)
+
+
+class Scale:
+    """Multiplication by a number, where others have a norm."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+def norm_of(module: nn.Module) -> Norm | None:
+    """The native form of a norm; None when there is none. Those that torch does not have are known by what they do."""
+    if isinstance(module, nn.LayerNorm):
+        return LayerNorm(module, module.eps) if _plain(module) else None
+    if isinstance(module, nn.ModuleList):
+        alike = {_plain(norm) and norm.bias is None and norm.eps for norm in module}
+        eps = alike.pop() if len(alike) == 1 else False
+        return HeadNorm(module, eps) if eps else None
+    weight = module._parameters.get("weight")
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if weight is None or weight.dim() not in (1, 2) or weight.device.type != "cpu" or not isinstance(eps, float):
+        return None
+    if len(module._parameters) != 1 or module._modules:
+        return None
+    probe, size = copy.copy(module), weight.numel()
+    probe.__dict__ |= {"_parameters": {"weight": torch.linspace(0.5, 2, size, dtype=torch.float32).view(weight.shape)}}
+    x = torch.linspace(-3, 2, 4 * size, dtype=torch.float32).view(4, *weight.shape)
+    try:
+        with torch.no_grad():
+            expected = type(module).forward(probe, x)
+            for kind in (Norm, OffsetNorm, LayerNorm) if weight.dim() == 1 else (HeadNorm,):
+                if torch.allclose(kind(probe, eps)(x), expected, rtol=1e-4, atol=1e-4):
+                    return kind(module, eps)
+    except Exception:  # its forward takes something else
+        pass
+    return None
+
+
+def _plain(norm: nn.LayerNorm) -> bool:
+    return type(norm).forward is nn.LayerNorm.forward and len(norm.normalized_shape) == 1
+
+
+class FusedNorm(FusedForward):
+    """What is in the place of the `forward` of an RMS norm.
+
+    It calls the stock one where a gradient is needed, and where input and weight differ in dtype.
+    """
+
+    def __init__(self, norm: Norm) -> None:
+        self.norm = norm
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        module = self.norm.module
+        differentiable = torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad)
+        mixed = x.dtype != module.weight.dtype
+        if args or kwargs or mixed or differentiable or torch.is_autocast_enabled("cpu"):
+            return type(module).forward(module, x, *args, **kwargs)
+        return self.norm(x)
+
+
+def fuse_norms(model: nn.Module) -> list[str]:
+    """Let every norm of any model that torch does not have compute in one native call; return their names.
+
+    Torch's own are one call already. `restore_forwards` undoes it.
+    """
+    restore_forwards(model, FusedNorm)
+    names = []
+    for name, module in model.named_modules():
+        stock = isinstance(module, (nn.LayerNorm, nn.ModuleList)) or "forward" in module.__dict__
+        norm = None if stock else norm_of(module)
+        if norm is not None:
+            module.forward = FusedNorm(norm)
+            names.append(name)
+    return names

@@ -1,0 +1,150 @@
+"""`optimize`: quantize the linear layers of a transformers model and let the rest compute natively."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.ao.quantization import QConfigMapping
+from transformers import PreTrainedModel
+
+from ..checkpoints import open_checkpoint
+from ..conversion.example import Example
+from ..conversion.prepare import convert_some, prepare, prepare_with_summary
+from ..conversion.qconfig import get_weight_only_quant_qconfig_mapping, needs_calibration
+from ..conversion.swap import return_freed_memory
+from ..nn import QuantizedModule, WeightOnlyQuantizedLinear
+from ..numerics.scheme import FLOAT_DTYPES, WoqWeightDtype
+from .cache.layers import NativeLayer
+from .casting import cast_float
+from .native import use_native_stack
+from .saved.checkpoint import apply_checkpoint
+from .saved.hf_quantizer import attach
+
+logger = logging.getLogger("ipex_quant")
+
+
+def optimize(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    dtype: torch.dtype = torch.float,
+    inplace: bool = False,
+    device: str = "cpu",
+    quantization_config: QConfigMapping | None = None,
+    qconfig_summary_file: str | None = None,
+    low_precision_checkpoint: Any = None,
+    sample_inputs: Any = None,
+    deployment_mode: bool = True,
+    cache_weight_for_large_batch: bool = False,
+    kv_cache_dtype: torch.dtype | None = None,
+) -> nn.Module | tuple[nn.Module, torch.optim.Optimizer | None]:
+    """Quantize the linear layers of a transformers model, of any architecture; let all compute natively in `dtype`.
+
+    Attention, norms and key/value caches become native by the model's structure, whole decoder layers where their
+    family is known; `generate` and `forward` are called as before. Calls that need gradients, and training mode, run
+    stock code: call the model under ``torch.inference_mode()``. So do layers within which modules are replaced or get
+    hooks; `ipex_quant.quantization.prepare` and the like take fused layers apart first.
+
+    - `dtype` is float32, bfloat16 or float16.
+    - `quantization_config`, a mapping that ``ipex_quant.quantization`` makes, says which layers and how; ``lm_head``
+      counts unless a rule of it says None. An output layer tied to the embedding is quantized on its own.
+    - `qconfig_summary_file` is what ``save_qconf_summary`` wrote, for a static or SmoothQuant configuration. Without it
+      such a configuration quantizes nothing yet: the result is the model to `prepare`, calibrate and save it with.
+    - `low_precision_checkpoint` replaces the layers it holds by its quantized ones, in any form that `open_checkpoint`
+      takes; `quantization_config` then only says which layers and what they compute in.
+    - Without `inplace` the result is a copy and `model` is unchanged; with it, each float weight is freed as its layer
+      is replaced.
+    - `sample_inputs`, keyword (a dict) or positional (a tuple) arguments of `model`, show which layers share an input
+      where activations are quantized; without, transformers' own dummy inputs do.
+    - `deployment_mode` and `cache_weight_for_large_batch` are IPEX's; nothing is traced or cached.
+    - `kv_cache_dtype` is what keys and values are stored in: None for the model's dtype, torch.int8 (one scale per
+      token and head), or a float dtype. ``model.config.kv_cache_dtype`` counts without it, and with
+      ``model.config.token_latency = True``, `generate` returns (output, seconds per token).
+
+    Raises ValueError for an unsupported `dtype`, `kv_cache_dtype` or configuration, a model in training mode, a summary
+    file of another model, NaN or Inf in a weight, and when quantization was asked for and no layer could be quantized
+    (`ipex_quant.explain` tells more); OSError for a summary file that cannot be read; RuntimeError for another device.
+    A model in training mode, or with an optimizer, comes back as it is in a tuple, with a warning, if no quantization
+    was asked for.
+    """
+    quantize = quantization_config is not None or low_precision_checkpoint is not None
+    _check(model, dtype, device, quantize, cache_weight_for_large_batch)
+    NativeLayer(kv_cache_dtype)  # checks it before anything changes
+    static = needs_calibration(quantization_config)
+    if qconfig_summary_file is not None and not static:
+        raise ValueError("qconfig_summary_file: it goes with a static or SmoothQuant quantization_config")
+    if model.training or optimizer is not None:
+        if quantize:
+            raise ValueError(
+                "quantization is for inference: call model.eval() first"
+                + (" and leave out the optimizer" if optimizer is not None else "")
+            )
+        warnings.warn("llm.optimize is for inference: a model in training mode is returned as it is", stacklevel=2)
+        return model, optimizer
+    if low_precision_checkpoint is not None:
+        checkpoint = open_checkpoint(low_precision_checkpoint)
+        mapping = quantization_config or get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4)
+        model = apply_checkpoint(model, checkpoint, mapping, inplace)
+    elif quantization_config is not None and (not static or qconfig_summary_file is not None):
+        before = len(_quantized(model))
+        model = convert_some(
+            _prepare(model, quantization_config, qconfig_summary_file, sample_inputs, inplace), inplace=True
+        )
+        if len(_quantized(model)) == before:
+            warnings.warn(f"nothing changed: {before} modules are quantized already and stay as they are", stacklevel=2)
+    elif not inplace:
+        model = copy.deepcopy(model)
+    cast_float(model, dtype)
+    if static and qconfig_summary_file is None:
+        logger.info("ipex.llm.optimize is prepared for the calibration of the static quantization")
+    else:
+        use_native_stack(model, kv_cache_dtype)
+    return_freed_memory()
+    quantized = _quantized(model)
+    for module in quantized:
+        if isinstance(module, WeightOnlyQuantizedLinear):
+            module._cache_weight_for_large_batch |= cache_weight_for_large_batch
+    if quantized and isinstance(model, PreTrainedModel):
+        attach(model)
+    return model
+
+
+def _prepare(
+    model: nn.Module, mapping: QConfigMapping, summary_file: str | None, sample_inputs: Any, inplace: bool
+) -> nn.Module:
+    def prepared(example: Example | None) -> nn.Module:
+        if summary_file is not None:
+            return prepare_with_summary(model, mapping, summary_file, example, inplace)
+        args, kwargs = (None, None) if example is None else (example.args or None, example.kwargs or None)
+        return prepare(model, mapping, args, inplace=inplace, example_kwarg_inputs=kwargs)
+
+    if sample_inputs is not None:
+        by_name = isinstance(sample_inputs, Mapping)
+        return prepared(Example.of(model, None if by_name else sample_inputs, sample_inputs if by_name else None, True))
+    try:
+        return prepared(Example.of(model, None, model.dummy_inputs, True))
+    except Exception as error:  # the dummy inputs do not suit every model; layers are quantized one by one then
+        logger.debug("no example to find share groups with: %r", error)
+        return prepared(None)
+
+
+def _quantized(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, QuantizedModule)]
+
+
+def _check(model: nn.Module, dtype: torch.dtype, device: str, quantize: bool, cache_weights: bool) -> None:
+    if not isinstance(model, nn.Module) or (quantize and isinstance(model, torch.jit.ScriptModule)):
+        raise TypeError(f"model: expected a torch.nn.Module that is not scripted, got {type(model).__name__}")
+    if str(device) == "xpu":
+        raise RuntimeError("Device [xpu] is not available: ipex_quant runs on the cpu only")
+    if str(device) != "cpu":
+        raise RuntimeError(f"Device [{device}] is not supported in ipex_quant, options are [cpu]")
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    if cache_weights and not quantize:
+        raise ValueError("cache_weight_for_large_batch is only valid with a weight-only quantization_config")

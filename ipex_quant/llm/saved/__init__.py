@@ -1,0 +1,1 @@
+"""Models on disk: low-precision checkpoints that are read, directories that are written and loaded."""

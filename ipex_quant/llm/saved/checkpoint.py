@@ -1,0 +1,107 @@
+"""Giving a model the quantized layers, and the other tensors, of a low-precision checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+import torch
+from torch import nn
+from torch.ao.quantization import QConfigMapping
+
+from ...checkpoints import Checkpoint
+from ...conversion.prepare import FLOAT_REASONS, check_any_quantized, warn_if_mostly_float
+from ...conversion.qconfig import QConfigWoq
+from ...conversion.rules import choose_qconfigs, refused_modules
+from ...conversion.swap import copy_sharing_parameters, own_parameters, swap_modules
+from ...conversion.tying import untie
+from ...nn import WeightOnlyQuantizedLinear
+from ...nn.fused_forward import restore_forwards
+from ...nn.linears import is_linear, weight_matrix
+from .checkpoint_experts import experts_from_checkpoint, module_of, stack_float_experts
+from .checkpoint_names import with_model_names
+
+
+def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, mapping: QConfigMapping, inplace: bool) -> nn.Module:
+    """Replace the layers that `checkpoint` holds quantized, one at a time, and load its other tensors.
+
+    `mapping` says which layers and what they compute in; the checkpoint says how they are quantized. A layer that it
+    does not hold keeps its float weight and bias, a quantized layer without a bias in it the float layer's bias. Float
+    weights may be on the meta device if the checkpoint has them. Experts that `model` stacks may be linear layers of
+    their own in the checkpoint, in any names that transformers knows. Raises ValueError for layers that `model` does
+    not have, a tensor that is missing or does not fit, and parameters that are left without values.
+    """
+    chosen, reasons = choose_qconfigs(mapping, model, read_weights=False)
+    if not all(isinstance(qconfig, QConfigWoq) for qconfig in chosen.values()):
+        raise ValueError("low_precision_checkpoint: it goes with a weight-only quantization_config")
+    checkpoint = with_model_names(model, checkpoint)
+    stored = {module_of(name) for name in checkpoint}
+    _check_stored(stored, chosen, reasons, model)
+    stored = {name for name in chosen if name in stored or checkpoint.holds(name)}
+    refused = refused_modules(reasons)
+    replacements = {
+        name: partial(_from_checkpoint, checkpoint, name, qconfig) for name, qconfig in chosen.items() if name in stored
+    }
+    reasons |= {name: "it is not quantized in the checkpoint" for name in chosen if name not in stored}
+    model = model if inplace else copy_sharing_parameters(model)
+    restore_forwards(model)
+    untie(model, replacements)
+    swap_modules(model, replacements)
+    setattr(model, FLOAT_REASONS, reasons)
+    check_any_quantized(model)
+    warn_if_mostly_float(model, refused)
+    own_parameters(model)
+    _load_others(model, stack_float_experts(model, checkpoint.other_tensors()))
+    return model
+
+
+def _check_stored(stored: set[str], chosen: dict[str, QConfigWoq], reasons: dict[str, str], model: nn.Module) -> None:
+    unused = sorted(stored - chosen.keys() - reasons.keys())
+    if unused:
+        linears = [name for name, module in model.named_modules() if is_linear(module)]
+        raise ValueError(
+            f"low_precision_checkpoint: the model has no place for {len(unused)} of {len(stored)} quantized layers, "
+            f"first {unused[:3]}; linear layers of the model are {linears[:3]}, ..."
+        )
+
+
+def _from_checkpoint(checkpoint: Checkpoint, name: str, qconfig: QConfigWoq, module: nn.Module) -> nn.Module:
+    if not is_linear(module):
+        return experts_from_checkpoint(checkpoint, name, qconfig, module)
+    out_features, in_features = weight_matrix(module).shape
+    found = checkpoint.quantized_weight(name, in_features, out_features)
+    if found is None:
+        return module  # the checkpoint's own rules leave it in float
+    weight, bias = found
+    bias = module.bias if bias is None else bias
+    new = WeightOnlyQuantizedLinear.from_quantized_weight(weight, bias, qconfig.lowp_mode, qconfig.act_quant_mode)
+    new._cache_weight_for_large_batch = qconfig.cache_weight_for_large_batch
+    return new.to(module.weight.dtype)
+
+
+def _load_others(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    places = {name: None for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    unknown = []
+    for name, tensor in tensors.items():
+        if name not in places:
+            unknown.append(name)
+            continue
+        owner, _, key = name.rpartition(".")
+        owner = model.get_submodule(owner)
+        old = getattr(owner, key)
+        if old.shape != tensor.shape:
+            raise ValueError(f"{name}: expected shape {list(old.shape)}, the checkpoint has {list(tensor.shape)}")
+        if old.device.type == "meta":
+            new = tensor.to(old.dtype, copy=True)
+            setattr(owner, key, nn.Parameter(new, False) if key in owner._parameters else new)
+        else:
+            old.data.copy_(tensor)
+    if unknown:
+        warnings.warn(
+            f"the model has no place for {len(unknown)} tensors of the checkpoint: {unknown[:5]}", stacklevel=4
+        )
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    empty = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
+    if empty:
+        raise ValueError(f"neither the model nor the checkpoint has values for {len(empty)} tensors: {empty[:5]}")

@@ -1,0 +1,157 @@
+"""Experts that a low-precision checkpoint holds one by one, for models that stack them in 3-D parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ...checkpoints import Checkpoint
+from ...conversion.qconfig import QConfigWoq
+from ...nn import WeightOnlyQuantizedExperts
+from ...nn.linears import holds_experts
+from ...nn.stacked_experts import expert_layout, experts_obstacle, experts_shape
+from ...numerics.quantized_stack import QuantizedStack
+from ...numerics.quantized_weight import QuantizedWeight
+from ...numerics.scheme import WeightScheme
+from ...woq.rtn import rtn
+
+PARTS = {"gate_up": ("gate", "up"), "up": ("up",), "down": ("down",)}
+"""What one projection of a module is in checkpoints; without a gate there is up alone."""
+
+_EXPERT = re.compile(r"^(?P<module>.+)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj$")
+
+
+def module_of(name: str) -> str:
+    """The module that holds the expert which the linear layer `name` is a part of; `name` itself for any other."""
+    found = _EXPERT.match(name)
+    return found["module"] if found else name
+
+
+def experts_from_checkpoint(
+    checkpoint: Checkpoint, name: str, qconfig: QConfigWoq, module: nn.Module
+) -> WeightOnlyQuantizedExperts:
+    """What takes the place of `module`, the experts called `name`; ValueError if a part of one is not in `checkpoint`.
+
+    All experts have one scheme, and gate and up of one expert the same order of input features. Those that the
+    checkpoint has in float are rounded to nearest in that scheme, with a warning. A module without biases in the
+    checkpoint keeps its own.
+    """
+    experts, hidden, width = experts_shape(module)
+    projections = [PARTS["gate_up" if expert_layout(module).gated else "up"], PARTS["down"]]
+    sizes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+    shapes = {
+        f"{name}.{expert}.{part}_proj": sizes[part]
+        for expert in range(experts)
+        for parts in projections
+        for part in parts
+    }
+    found = {each: checkpoint.quantized_weight(each, shape[1], shape[0]) for each, shape in shapes.items()}
+    scheme = next(each[0].scheme for each in found.values() if each is not None)
+    rounded = [each for each, weight in found.items() if weight is None]
+    found |= {each: _rounded(checkpoint, each, shapes[each], scheme) for each in rounded}
+    if rounded:
+        warnings.warn(
+            f"low_precision_checkpoint: it holds {len(rounded)} parts of the experts {name} in float, which are "
+            f"rounded to nearest as {scheme}: {', '.join(rounded[:6])}{', ...' * (len(rounded) > 6)}",
+            stacklevel=2,
+        )
+    stacks, biases = [], []
+    for parts in projections:
+        rows = [[found[f"{name}.{expert}.{part}_proj"] for part in parts] for expert in range(experts)]
+        try:
+            stacks.append(QuantizedStack.of([_above_each_other([weight for weight, _ in row]) for row in rows]))
+        except ValueError as error:
+            raise ValueError(f"{name}: {'_'.join(parts)}: {error}") from error
+        biases.append(_stacked_biases([[bias for _, bias in row] for row in rows], [sizes[part][0] for part in parts]))
+    return WeightOnlyQuantizedExperts.in_place_of(module, tuple(stacks), qconfig, tuple(biases))
+
+
+def stack_float_experts(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`tensors` by name, where the float weights of experts that `model` has in float are stacked as it does.
+
+    Raises ValueError for a weight that is missing or has another shape than the others.
+    """
+    result, parts = {}, defaultdict(dict)
+    quantized = {name for name, module in model.named_modules() if isinstance(module, WeightOnlyQuantizedExperts)}
+    for name, tensor in tensors.items():
+        owner, _, key = name.rpartition(".")
+        found = _EXPERT.match(owner)
+        if found and key in ("weight", "bias") and found["module"] in quantized:
+            continue  # it is in there
+        if found and key == "weight" and _is_stacked_plainly(model, found["module"]):
+            parts[found["module"]][found["part"], int(found["index"])] = tensor
+        else:
+            result[name] = tensor
+    for name, own in parts.items():
+        module = model.get_submodule(name)
+        count, layout = experts_shape(module)[0], expert_layout(module)
+        projections = {layout.parameter("gate_up"): PARTS["gate_up"][2 - layout.blocks :], "down_proj": PARTS["down"]}
+        expected = {(part, expert) for names in projections.values() for part in names for expert in range(count)}
+        if own.keys() != expected:
+            raise ValueError(f"{name}: expected the weights of {count} experts, not of {sorted(own.keys() ^ expected)}")
+        for parameter, names in projections.items():
+            rows = [torch.cat([own[part, expert] for part in names]) for expert in range(count)]
+            result[f"{name}.{parameter}"] = torch.stack(rows)
+    return result
+
+
+def _is_stacked_plainly(model: nn.Module, name: str) -> bool:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return False
+    if not holds_experts(module) or experts_obstacle(module) is not None:
+        return False
+    layout = expert_layout(module)
+    return layout.concatenated and not layout.transposed
+
+
+def _rounded(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, int], scheme: WeightScheme
+) -> tuple[QuantizedWeight, torch.Tensor | None]:
+    """Weight and bias of a part that `checkpoint` has in float; ValueError when it has not, or of another shape."""
+    weight = checkpoint.tensors.get(f"{name}.weight")
+    if weight is None:
+        raise ValueError(f"{name}: missing in the checkpoint, which holds other experts of its module quantized")
+    if tuple(weight.shape) != shape or not weight.is_floating_point():
+        raise ValueError(f"{name}.weight: expected floats {list(shape)}, got {weight.dtype} {list(weight.shape)}")
+    bias = checkpoint.tensors.get(f"{name}.bias")
+    if bias is not None and tuple(bias.shape) != shape[:1]:
+        raise ValueError(f"{name}.bias: expected shape [{shape[0]}], got {list(bias.shape)}")
+    return rtn(weight, scheme), bias
+
+
+def _above_each_other(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """One weight with the rows of all; ValueError unless they have one scheme and order of input features."""
+    first, *others = weights
+    if not others:
+        return first
+    together = QuantizedStack.of([first, *others])
+    if together.g_idx is not None and not (together.g_idx == together.g_idx[0]).all():
+        raise ValueError("g_idx: expected the same for gate and up of an expert, which have one input")
+    tensors = {name: tensor.flatten(0, 1) for name, tensor in together.tensors().items() if name != "g_idx"}
+    shape = (len(weights) * first.shape[0], first.shape[1])
+    return dataclasses.replace(first, **tensors, shape=shape)
+
+
+def _stacked_biases(biases: list[list[torch.Tensor | None]], sizes: list[int]) -> torch.Tensor | None:
+    """Float32 ``[E, sum of sizes]``, zeros for parts without a bias; None when all are."""
+    given = [bias for row in biases for bias in row if bias is not None]
+    if not any(bias.any() for bias in given):
+        return None
+    rows = [
+        torch.cat(
+            [
+                torch.zeros(n, dtype=torch.float32) if bias is None else bias.float()
+                for bias, n in zip(row, sizes, strict=True)
+            ]
+        )
+        for row in biases
+    ]
+    return torch.stack(rows)

@@ -1,0 +1,79 @@
+"""Names of a checkpoint's tensors that another release of transformers, or another tool, wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from ...checkpoints import Checkpoint
+from ...nn.linears import holds_experts
+from .checkpoint_experts import PARTS
+
+
+def with_model_names(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint` with the names that `model` has for its tensors, as transformers itself would rename them.
+
+    These may have been written by a release with other names for the same architecture, with or without the prefix of
+    the base model. The parts of one expert become ``<module>.<index>.gate_proj``, ``up_proj`` and ``down_proj``, where
+    `module` holds the experts. A checkpoint of which `model` has all quantized layers is left as it is. Raises
+    ValueError for two tensors that get one name.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return checkpoint
+    present = {name for name, _ in model.named_modules()}
+    stacked = any(map(holds_experts, model.modules()))
+    if not stacked and all(name in present for name in checkpoint):
+        return checkpoint
+    names = _Names(model, present)
+    keys = {*checkpoint.format.keys, checkpoint.format.bias_key, "weight", "bias"}
+    tensors: dict[str, torch.Tensor] = {}
+    stored: dict[str, str] = {}
+    for name in sorted(checkpoint.tensors):  # some renamings wait for a name that comes first
+        owner, _, key = name.rpartition(".")
+        new = f"{names.module(owner)}.{key}" if owner and key in keys else names.tensor(name)
+        if new in tensors:
+            raise ValueError(f"low_precision_checkpoint: {name} is a second tensor for {new}")
+        tensors[new] = checkpoint.tensors[name]
+        stored[new.rpartition(".")[0]] = owner
+    return dataclasses.replace(checkpoint, tensors=tensors, stored_names=stored)
+
+
+class _Names:
+    """Transformers' renamings for the class of `model`, whose modules have the names `present`."""
+
+    def __init__(self, model: PreTrainedModel, present: set[str]) -> None:
+        transforms = get_model_conversion_mapping(model, add_legacy=False)
+        self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+        self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        self._prefix, self._present = f"{model.base_model_prefix}.", present
+
+    def module(self, owner: str) -> str:
+        """What the module called `owner` is in the model, or a part of an expert."""
+        source = f"{owner}.weight"
+        renamed, pattern = rename_source_key(source, self._renamings, self._converters)
+        if pattern is None:
+            return self._with_prefix(renamed.removesuffix(".weight") if renamed.endswith(".weight") else owner)
+        sources = next(list(each.source_patterns) for each in self._converters if pattern in each.source_patterns)
+        index = re.search(r"\.(\d+)\.[^.]+\.weight$", source)
+        for projection, parts in PARTS.items():
+            if index and renamed.endswith(f".{projection}_proj") and len(sources) == len(parts):
+                part = parts[sources.index(pattern)]
+                module = self._with_prefix(renamed.removesuffix(f".{projection}_proj"))
+                return f"{module}.{index[1]}.{part}_proj"
+        return owner
+
+    def tensor(self, name: str) -> str:
+        """What the tensor called `name`, of a module that is no linear, is in the model."""
+        renamed, pattern = rename_source_key(name, self._renamings, self._converters)
+        owner, _, key = (renamed if pattern is None else name).rpartition(".")
+        return f"{self._with_prefix(owner)}.{key}" if owner else key
+
+    def _with_prefix(self, owner: str) -> str:
+        candidates = (owner, owner.removeprefix(self._prefix), self._prefix + owner)
+        return next((name for name in candidates if name in self._present), owner)

@@ -1,0 +1,83 @@
+"""Directories of quantized models: what `save` writes, `load` reads back bit-equal."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from ...checkpoints.files import indexed_files
+from ...conversion.description import METHOD
+from ...nn import QuantizedModule
+from ...reading import read_json, shown
+from ...writing import replaced_directory
+from .float_models import model_class
+from .hf_quantizer import describe_model
+
+MAX_SHARD_SIZE = "5GB"
+
+
+def save(model: PreTrainedModel, directory: str | os.PathLike, tokenizer: Any = None) -> None:
+    """Write a model that `optimize` or `convert` quantized, as it is now, and its `tokenizer` if given, to `directory`.
+
+    The files are those of `save_pretrained`: config.json and plain tensors in safetensors, several files when large.
+    A model that `directory` holds is replaced as a whole: after a kill at any moment it holds the old or the new one.
+    Other files in it stay. Raises TypeError for another kind of model, ValueError for one that is not quantized, and
+    OSError for what cannot be written.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
+    if not any(isinstance(module, QuantizedModule) for module in model.modules()):
+        raise ValueError("model: expected one that ipex_quant.llm.optimize or quantization.convert quantized")
+    model.config.quantization_config = describe_model(model)
+    with replaced_directory(directory, stale=("model*.safetensors*",)) as staging:
+        # The model's own names: conversions to those of the original checkpoint do not know quantized tensors.
+        model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE, save_original_format=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        for file in filter(Path.is_file, staging.iterdir()):  # safetensors makes its own private, whatever the umask is
+            file.chmod(stat.S_IMODE(staging.stat().st_mode) & 0o666)
+
+
+def load(directory: str | os.PathLike, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a directory that `save` or the model's `save_pretrained` wrote; no float weight is made on the way.
+
+    Code that lies in the directory is run with `trust_remote_code` only. Raises ValueError for a directory without a
+    quantized model's config.json, for damaged files, and for missing, additional or unfitting tensors.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory}: expected a directory with a config.json")
+    config = read_json(directory / "config.json")
+    description = config.get("quantization_config") or {}
+    method = description.get("quant_method") if isinstance(description, dict) else None
+    if method != METHOD:
+        raise ValueError(
+            f"{directory}: expected quant_method {METHOD!r} in config.json, got {shown(method)}; load other models "
+            "with transformers and llm.optimize"
+        )
+    found = model_class(directory, config, trust_remote_code)
+    for index in directory.glob("*.index.json"):  # transformers would read whatever it names
+        indexed_files(index)
+    try:
+        # Tensors of another shape are reported below, by name, like all that do not fit.
+        options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        options["dtype"] = description.get("dtype")  # the saved one, whatever config.json says besides
+        model, info = found.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
+    except SafetensorError as error:
+        raise ValueError(f"{directory}: a safetensors file is damaged ({error})") from error
+    except (OSError, TypeError, ValueError):
+        raise
+    except Exception as error:  # configurations can be wrong in ways that transformers has no error for
+        raise ValueError(f"{directory}: transformers cannot make a model of it ({shown(error)})") from error
+    wrong = {kind: sorted(names) for kind, names in info.items() if names}
+    if wrong:
+        raise ValueError(f"{directory}: the tensors do not fit the model: {wrong}")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ValueError(f"{directory}: {name}: expected a float dtype, got {parameter.dtype}")
+    return model

@@ -1,0 +1,73 @@
+"""Float models from directories, as what they say they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from ...checkpoints.files import indexed_files
+from ...reading import read_json, shown
+
+
+def load_float_model(
+    directory: str | os.PathLike, dtype: torch.dtype = torch.bfloat16, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model in `directory`, of the class that `architectures` in its config.json names, in eval mode.
+
+    Code that lies in the directory is run with `trust_remote_code` only. Raises ValueError for a directory without a
+    config.json, a model that is quantized already, one that lacks weights, which transformers would make up, or has
+    them damaged, and a class that transformers does not have.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory}: expected a model directory with a config.json")
+    config = read_json(directory / "config.json")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ValueError(f"{directory}: expected a float model, got one that is quantized already, by {shown(method)}")
+    for index in directory.glob("*.index.json"):  # transformers would read whatever it names
+        indexed_files(index)
+    options = {"dtype": dtype, "local_files_only": True, "trust_remote_code": trust_remote_code}
+    found = model_class(directory, config, trust_remote_code)
+    try:
+        model, info = found.from_pretrained(directory, **options, output_loading_info=True)
+    except SafetensorError as error:  # which does not say where
+        raise ValueError(f"{directory}: {error}") from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise ValueError(
+            f"{directory}: the checkpoint lacks {len(names)} tensors of a {type(model).__name__}, such as {names[:3]}; "
+            "get a complete one"
+        )
+    return model.eval()
+
+
+def model_class(directory: Path, config: dict[str, Any], trust_remote_code: bool = False) -> Any:
+    """What loads the model that `config` names: its class, or the automatic class that finds it in `directory`.
+
+    Raises ValueError when transformers has no such class, and when it is code in `directory` that is not trusted.
+    """
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise ValueError(f"{directory}: architectures in config.json: expected names of classes, got {shown(names)}")
+    name = names[0]
+    found = getattr(transformers, name, None)
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    own = config.get("auto_map") if isinstance(config.get("auto_map"), dict) else {}
+    automatic = [key for key, value in own.items() if key.startswith("AutoModel") and f"{value}".endswith(f".{name}")]
+    if not automatic or not hasattr(transformers, automatic[0]):
+        raise ValueError(f"{directory}: transformers {transformers.__version__} has no model {name[:100]}")
+    if not trust_remote_code:
+        raise ValueError(
+            f"{directory}: {name[:100]} is code in the directory, which is not run; read it, and if you trust it, "
+            "allow it with trust_remote_code"
+        )
+    return getattr(transformers, automatic[0])

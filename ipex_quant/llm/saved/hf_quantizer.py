@@ -1,0 +1,280 @@
+"""The quantization method ``ipex_quant`` of transformers: `config.json` entry, and loading without float weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ...conversion.description import KINDS, METHOD, VERSION, describe
+from ...conversion.resizing import watch_head
+from ...conversion.tying import untie
+from ...nn import Int8Conv, Int8Linear, Int8Recurrent, Int8RecurrentCell, Placeholder
+from ...numerics.scheme import FLOAT_DTYPES
+from ..attention import NAME as NATIVE_ATTENTION
+from ..casting import cast_float
+from ..dequantize import dequantize_model
+from ..native import native_stack, use_native_stack
+from .notes import check_note, note_recipe, recipe_note
+
+_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Values of `device_map` that leave the choice to the library."""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_DTYPES = {_name(dtype): dtype for dtype in FLOAT_DTYPES}
+_CACHE_DTYPES = _DTYPES | {"int8": torch.int8}
+
+
+class IpexQuantConfig(QuantizationConfigMixin):
+    """Entry `quantization_config` of a saved model's config.json.
+
+    `modules` maps the name of each quantized module to what its class tells of it; `dtype` is the one of everything
+    else; `share_groups` lists the names of modules with one packed weight; `native` says that everything else computes
+    natively, as after ``llm.optimize``, with caches in `kv_cache_dtype`; `recipe` notes what made the model. Raises
+    ValueError for another version, or an entry that is not what `describe` writes.
+    """
+
+    def __init__(
+        self,
+        modules: Any = None,
+        dtype: Any = None,
+        version: Any = None,
+        share_groups: Any = (),
+        native: Any = False,
+        kv_cache_dtype: Any = None,
+        recipe: Any = None,
+        **others: Any,
+    ) -> None:
+        if version != VERSION:
+            raise ValueError(f"quantization_config.version: expected {VERSION}, got {version!r}; update ipex_quant")
+        if dtype not in _DTYPES:
+            raise ValueError(f"quantization_config.dtype: expected one of {list(_DTYPES)}, got {dtype!r}")
+        if not isinstance(modules, dict):
+            raise ValueError(f"quantization_config.modules: expected names with entries, got {modules!r}")
+        for name, entry in modules.items():
+            _check_entry(name, entry)
+        _check_groups(share_groups, modules)
+        if not isinstance(native, bool):
+            raise ValueError(f"quantization_config.native: expected true or false, got {native!r}")
+        if kv_cache_dtype not in (None, *_CACHE_DTYPES):
+            raise ValueError(
+                f"quantization_config.kv_cache_dtype: expected null or one of {list(_CACHE_DTYPES)}, "
+                f"got {kv_cache_dtype!r}"
+            )
+        self.quant_method = METHOD
+        self.version = version
+        self.dtype = dtype
+        self.modules = modules
+        self.share_groups = list(share_groups)
+        self.native = native
+        self.kv_cache_dtype = kv_cache_dtype
+        self.recipe = check_note(recipe)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return _DTYPES[self.dtype]
+
+
+def describe_model(model: PreTrainedModel) -> dict[str, Any]:
+    """`describe`, and whether `model` uses the native stack; a dtype in its config that is IPEX's becomes a name."""
+    native, dtype = native_stack(model)
+    cache_dtype = getattr(model.config, "kv_cache_dtype", None)
+    if isinstance(cache_dtype, torch.dtype):
+        model.config.kv_cache_dtype = _name(cache_dtype)  # transformers cannot write it otherwise
+    stack = {"native": native, "kv_cache_dtype": None if dtype is None else _name(dtype)}
+    return {**describe(model), **stack, "recipe": recipe_note(model)}
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Make transformers know that `model` is quantized, so that `save_pretrained` describes it as it is by then."""
+    model.config.quantization_config = describe_model(model)
+    model.hf_quantizer = IpexQuantizer(IpexQuantConfig(**model.config.quantization_config), pre_quantized=True)
+    watch_head(model)
+
+
+class IpexQuantizer(HfQuantizer):
+    """Loads what `describe` describes: plain tensors, each packed as soon as all are read.
+
+    Everything else gets the dtype that `from_pretrained` was asked for, by default the saved one, and the attention
+    that it was asked for, by default the native one if the saved model had it.
+    """
+
+    requires_calibration = False
+    native_attention = True
+    quantization_config: IpexQuantConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise ValueError("from_pretrained does not quantize with ipex_quant; use ipex_quant.llm.optimize")
+        if device_map in _AUTOMATIC:
+            return
+        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        if any(torch.device(device).type != "cpu" for device in devices if device is not None):
+            raise ValueError(f"device_map: ipex_quant models run on the cpu, got {device_map!r}")
+
+    def update_device_map(self, device_map: Any) -> Any:
+        return {"": "cpu"} if device_map in _AUTOMATIC else device_map
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        if dtype is None:
+            return self.quantization_config.torch_dtype
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(f"dtype: expected 'auto' or one of {list(_DTYPES)}, got {dtype}")
+        return dtype
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
+        asked = {part._attn_implementation for part in parts if part is not None}
+        self.native_attention = asked <= {None, NATIVE_ATTENTION}
+        if config.dtype is None:  # as AutoModel leaves it for dtype=None; "auto" would ask the first tensor, a scale
+            config.dtype = self.quantization_config.torch_dtype
+        return config
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> None:
+        """Every tensor is read in the dtype it was saved in; what is float is cast once the modules are packed."""
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        model.config.quantization_config = describe_model(model)  # modules and dtypes may have changed since
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters can be trained: gradients pass through linear layers and experts, no others."""
+        opaque = (Int8Conv.kind, Int8Recurrent.kind, Int8RecurrentCell.kind)
+        return all(entry["kind"] not in opaque for entry in self.quantization_config.modules.values())
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        dtype = _DTYPES.get(dtype, dtype)  # the configuration of a model that was saved has a name
+        return dequantize_model(model, model.dtype if dtype is None else dtype)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        entries = self._fit_names(model)
+        untie(model, entries)
+        for name, entry in entries.items():
+            model.set_submodule(name, _placeholder(model, name, entry))
+
+    def _fit_names(self, model: PreTrainedModel) -> dict[str, Any]:
+        """The entries by the names that `model` has; they may be those of its base model, or of one with another head.
+
+        As transformers does with tensors, the prefix of the base model is added or taken off; what a head of another
+        class had is left out.
+        """
+        config = self.quantization_config
+        present, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
+        names = {name: _name_in(present, prefix, name) for name in config.modules}
+        if type(model).__name__ in (model.config.architectures or [type(model).__name__]):
+            names = {name: name if found is None else found for name, found in names.items()}  # each must be there
+        config.modules = {names[name]: entry for name, entry in config.modules.items() if names[name] is not None}
+        groups = [[names[name] for name in group if names[name] is not None] for group in config.share_groups]
+        config.share_groups = [group for group in groups if len(group) > 1]
+        return config.modules
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        config = self.quantization_config
+        for name in config.modules:
+            missing = model.get_submodule(name).missing
+            if missing:
+                raise ValueError(f"{name}: {', '.join(missing)}: missing in the checkpoint, or of another shape")
+        grouped = {name for group in config.share_groups for name in group}
+        singles = [[name] for name in config.modules if name not in grouped]
+        for names in (*config.share_groups, *singles):
+            loaded = [model.get_submodule(name) for name in names]
+            try:
+                modules = KINDS[config.modules[names[0]]["kind"]].from_placeholders(loaded)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{', '.join(names)}: {error}") from error
+            for name, module in zip(names, modules, strict=True):
+                model.set_submodule(name, module.to(config.torch_dtype))
+        self._cast(model)
+        watch_head(model)
+        model.config.quantization_config = self.quantization_config.to_dict()
+        if config.recipe is not None:
+            note_recipe(model, config.recipe)
+        if config.native:
+            use_native_stack(model, _CACHE_DTYPES.get(config.kv_cache_dtype), self.native_attention)
+        return model
+
+    def _cast(self, model: PreTrainedModel) -> None:
+        """Cast `model` to the dtype that was asked for, if another one than it was saved in was.
+
+        What "auto" resolves to is the dtype of its first parameter, which need not be that of most.
+        """
+        config, dtype = self.quantization_config, model.config.dtype
+        if dtype in (config.torch_dtype, model.dtype):
+            model.config.dtype = config.torch_dtype
+        else:
+            cast_float(model, dtype, config.torch_dtype)
+            config.dtype = _name(dtype)
+
+
+def register() -> None:
+    """Make the method known to transformers; once is enough, a second time does nothing."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(IpexQuantConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(IpexQuantizer)
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    """Raise ValueError unless `entry` names a kind and tells of a module what that kind has to know."""
+    kind = entry.get("kind") if isinstance(entry, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"quantization_config: {name}: expected a kind of {list(KINDS)}, got {entry!r}")
+    expected = {"kind"} | KINDS[kind].entry_names
+    if entry.keys() != expected:
+        raise ValueError(f"quantization_config: {name}: expected {sorted(expected)}, got {entry!r}")
+
+
+def _check_groups(groups: Any, modules: dict[str, Any]) -> None:
+    """Raise ValueError unless `groups` are lists of alike INT8 linears of `modules`, each in one list at most."""
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, list) for group in groups):
+        raise ValueError(f"quantization_config.share_groups: expected lists of names, got {groups!r}")
+    names = [name for group in groups for name in group]
+    if any(not isinstance(name, str) or modules.get(name, {}).get("kind") != Int8Linear.kind for name in names):
+        raise ValueError(f"quantization_config.share_groups: expected names of INT8 linear layers, got {groups}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"quantization_config.share_groups: expected each module once, got {groups}")
+    for group in groups:
+        inputs = [(modules[name]["activation"], modules[name]["smoothed"]) for name in group]
+        if not inputs or any(each != inputs[0] for each in inputs):
+            raise ValueError(f"quantization_config.share_groups: expected modules with the same input, got {group}")
+
+
+def _name_in(present: set[str], prefix: str, name: str) -> str | None:
+    """Which of the names `present` a module has that is `name` with or without the `prefix` of the base model."""
+    candidates = (name, name.removeprefix(prefix), prefix + name)
+    return next((each for each in candidates if each in present), None)
+
+
+def _placeholder(model: nn.Module, name: str, entry: dict[str, Any]) -> Placeholder:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"quantization_config: the model has no module {name!r}") from error
+    try:
+        place = KINDS[entry["kind"]].placeholder(module, entry)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"quantization_config: {name}: {error}") from error
+    place.stand_for(module)
+    return place

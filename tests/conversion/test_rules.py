@@ -1,0 +1,110 @@
+import pytest
+import torch
+from torch import nn
+
+from ipex_quant.conversion.rules import choose_qconfigs
+from ipex_quant.quantization import WoqWeightDtype, get_weight_only_quant_qconfig_mapping
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+        self.down = nn.Linear(8, 8)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(8, 8)
+
+
+ALL = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "head"]
+
+
+@pytest.fixture
+def mapping():
+    return get_weight_only_quant_qconfig_mapping()
+
+
+def int4():
+    return get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4).global_qconfig
+
+
+def choice(mapping, model=None):
+    chosen, reasons = choose_qconfigs(mapping, model or Model())
+    names = [name for name, _ in (model or Model()).named_modules() if name in {*chosen, *reasons}]
+    return {name: chosen[name].weight_dtype.name if name in chosen else reasons[name] for name in names}
+
+
+def test_the_global_rule_takes_every_linear(mapping):
+    assert choice(mapping) == dict.fromkeys(ALL, "INT8")
+
+
+def test_none_leaves_a_module_in_float(mapping):
+    found = choice(mapping.set_module_name("head", None))
+    assert found.pop("head") == "the mapping's set_module_name('head') is None"
+    assert set(found.values()) == {"INT8"}
+
+
+def test_a_name_covers_the_modules_inside(mapping):
+    found = choice(mapping.set_module_name("blocks.1", None).set_module_name("blocks.1.up", int4()))
+    assert found["blocks.1.up"] == "INT4"
+    assert found["blocks.1.down"] == "the mapping's set_module_name('blocks.1') is None"
+    assert found["blocks.0.up"] == "INT8"
+
+
+def test_a_regex_matches_at_the_start_and_the_first_one_wins(mapping):
+    mapping.set_module_name_regex(r"blocks\.\d+\.up", int4()).set_module_name_regex("blocks", None)
+    mapping.set_module_name_regex("ead", None)
+    found = choice(mapping)
+    assert found["blocks.0.up"] == "INT4"
+    assert "set_module_name_regex('blocks')" in found["blocks.0.down"]
+    assert found["head"] == "INT8"
+
+
+def test_a_type_covers_the_modules_inside(mapping):
+    found = choice(mapping.set_object_type(Block, None))
+    assert found["head"] == "INT8"
+    assert found["blocks.0.up"] == "the mapping's set_object_type(Block) is None"
+    assert set(choice(mapping.set_object_type(nn.Linear, int4())).values()) == {"INT4"}
+
+
+def test_precedence_is_torchs(mapping):
+    mapping.set_object_type(nn.Linear, None).set_module_name_regex(r"blocks\.0", int4())
+    mapping.set_module_name("blocks.0.up", get_weight_only_quant_qconfig_mapping().global_qconfig)
+    found = choice(mapping)
+    assert found["blocks.0.up"] == "INT8"
+    assert found["blocks.0.down"] == "INT4"
+    assert found["head"] == "the mapping's set_object_type(Linear) is None"
+
+
+def test_a_mapping_without_a_global_rule(mapping):
+    found = choice(mapping.set_global(None).set_module_name("head", int4()))
+    assert found["head"] == "INT4"
+    assert found["blocks.0.up"] == "the mapping's set_global is None"
+
+
+def test_obstacles_of_the_module_and_of_its_weight(mapping):
+    model = Model()
+    model.head.to(torch.float64)
+    assert "float64" in choice(mapping, model)["head"]
+    assert choose_qconfigs(mapping, model, read_weights=False)[1] == {}
+    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    assert "reads the weight" in choice(mapping, attention)["attention.out_proj"]
+
+
+def test_a_name_that_no_module_has_warns(mapping):
+    with pytest.warns(UserWarning, match=r"the model has no module \['haed'\]"):
+        choice(mapping.set_module_name("haed", None))
+
+
+def test_a_configuration_of_an_unknown_kind_raises(mapping):
+    with pytest.raises(TypeError, match=r"head: the mapping's set_module_name.*: expected a weight-only, .*got 8"):
+        choice(mapping.set_module_name("head", 8))
+
+
+def test_rules_that_are_not_supported_raise(mapping):
+    with pytest.raises(ValueError, match="set_module_name_object_type_order is not supported"):
+        choice(mapping.set_module_name_object_type_order("head", nn.Linear, 0, None))

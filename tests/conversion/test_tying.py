@@ -1,0 +1,33 @@
+import pytest
+
+from ipex_quant.conversion.tying import _without, untie
+
+
+def test_ties_of_other_parameters_stay():
+    ties = {"head.weight": "embed.weight", "decoder.embed.weight": "embed.weight"}
+    assert _without(ties, {"head"}) == {"decoder.embed.weight": "embed.weight"}
+    assert _without(ties, {"other"}) == ties
+
+
+def test_a_quantized_source_hands_over_to_the_first_of_its_targets():
+    ties = {"a.weight": "head.weight", "b.weight": "head.weight", "c.weight": "head.weight"}
+    assert _without(ties, {"head"}) == {"b.weight": "a.weight", "c.weight": "a.weight"}
+    assert _without({"a.weight": "head.weight"}, {"head"}) == {}
+
+
+def test_only_what_is_quantized_is_untied(make_model):
+    model = make_model("t5")
+    untie(model, ["lm_head"])
+    assert set(model.all_tied_weights_keys) == {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+    assert set(model.get_expanded_tied_weights_keys()) == set(model.all_tied_weights_keys)
+    assert type(model)._tied_weights_keys != model._tied_weights_keys
+    assert make_model("t5").all_tied_weights_keys.keys() >= {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_nothing_quantized_changes_nothing(make_model, name):
+    model = make_model(name)
+    before = dict(model.all_tied_weights_keys)
+    untie(model, [])
+    assert model.all_tied_weights_keys == before
+    assert "_tied_weights_keys" not in vars(model)
