@@ -13,7 +13,9 @@ from .. import ops
 from ..numerics import affine
 from ..numerics.int8 import StaticActivation, quantize_per_channel, same_activation
 from ..numerics.quantized_weight import QuantizedWeight
+from ..ops import PostOp
 from ..ops.fakes import register_fake
+from ..ops.gradient import needs_gradient
 from ..ops.int8 import INT8_PER_CHANNEL
 from .linears import PackedLinear, linear_shape
 from .processes import share_with_processes
@@ -74,7 +76,7 @@ class Int8Linear(QuantizedModule, PackedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result = self.share_group.output(self.member, x)
-        return _Differentiable.apply(x, result, self) if torch.is_grad_enabled() and x.requires_grad else result
+        return _Differentiable.apply(x, result, self) if needs_gradient(x) else result
 
     @property
     def activation(self) -> StaticActivation | None:
@@ -256,7 +258,7 @@ class ShareGroup:
         """The result of one member for `x`."""
         if len(self.inputs) == 1:
             return self._multiply(self.inputs[0], x, self.packed, self.bias)[0]
-        if any(each is not self.inputs[0] for each in self.inputs) or _strict_export():
+        if not self.has_one_input() or _strict_export():
             return self._alone(member, x)
         pending, thread = self._pending, _thread()
         outputs = None
@@ -269,6 +271,21 @@ class ShareGroup:
         left = tuple(None if i == member else output for i, output in enumerate(outputs))
         self._pending = None if all(output is None for output in left) else _Pending(x, thread, before, left)
         return outputs[member]
+
+    def has_one_input(self) -> bool:
+        """Whether all members quantize their input alike; loading a state dict can change that."""
+        first = self.inputs[0]
+        return all(each is first for each in self.inputs)
+
+    def multiply(
+        self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, others: Sequence[torch.Tensor] = ()
+    ) -> list[torch.Tensor]:
+        """``post_op(x @ weight.T + bias, others)`` of every member, which quantize `x` alike; has no gradient."""
+        return ops.int8_linear(*self.inputs[0].quantize(x), self.packed, self.bias, x.dtype, post_op, others)
+
+    def multiply_gated(self, x: torch.Tensor, activation: PostOp) -> torch.Tensor:
+        """The activated result of the first of two members times that of the second."""
+        return ops.int8_linear_gated(*self.inputs[0].quantize(x), self.packed, self.bias, x.dtype, activation)
 
     def bias_of(self, member: int) -> torch.Tensor | None:
         """A view of the bias of one member; None when no member has one."""

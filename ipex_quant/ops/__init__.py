@@ -36,10 +36,10 @@ from .int8 import (
 )
 from .isa import ISA_LEVELS, isa_name, supported_isas
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .post_op import PostOp
 from .rope import rotary
 from .woq import (
     PackedWeight,
-    PostOp,
     kernel_name,
     pack_weight,
     quantize_weight,

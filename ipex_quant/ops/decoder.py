@@ -10,7 +10,7 @@ import torch
 from ..numerics.scheme import WoqActQuantMode, WoqLowpMode
 from . import isa  # noqa: F401  (loads the native library)
 from .fakes import check_shape, register_fake
-from .woq import PostOp
+from .post_op import PostOp
 
 MAX_TOKENS = 8
 """Of all sequences of a call together: up to here weights are streamed once for all of them."""

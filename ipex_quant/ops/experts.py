@@ -14,7 +14,9 @@ from ..numerics.quantized_stack import QuantizedStack
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode
 from .fakes import check_shape, register_fake
-from .woq import PackedWeight, PostOp, pack_weight, unpack_weight
+from .gradient import needs_gradient
+from .post_op import ACTIVATIONS, PostOp
+from .woq import PackedWeight, pack_weight, unpack_weight
 
 _ops = torch.ops.ipex_quant
 _woq_experts = _ops.woq_experts.default
@@ -24,15 +26,6 @@ HEADER_BYTES = 64
 
 TILE_ROWS = 64
 """Output features of a tile (``csrc/pack/layout.h``); every expert begins with a tile of its own."""
-
-
-_ACTIVATIONS = {
-    PostOp.RELU: F.relu,
-    PostOp.RELU2: lambda x: F.relu(x).square(),
-    PostOp.GELU: F.gelu,
-    PostOp.NEW_GELU: lambda x: F.gelu(x, approximate="tanh"),
-    PostOp.SILU: F.silu,
-}
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,7 @@ class ExpertGate:
         Without a gate there is one tensor, up.
         """
         if self.clamp is None:
-            activated = _ACTIVATIONS[self.activation](gate.float()).to(gate.dtype)
+            activated = ACTIVATIONS[self.activation](gate.float()).to(gate.dtype)
             return activated * up if self.gated else activated
         limit, slope, offset = self.clamp
         wide, shifted = gate.float().clamp(max=limit), up.float().clamp(-limit, limit) + offset
@@ -192,7 +185,7 @@ def run_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, *
     """`woq_experts` with the other arguments as the native op takes them, for callers that have them at hand."""
     if experts.dtype != torch.int64:
         experts = experts.to(torch.int64)
-    if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
+    if needs_gradient(x, weights):
         return _Differentiable.apply(x, weights, experts, *arguments)
     return _woq_experts(x, experts, weights, *arguments)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .fakes import register_fake
-from .woq import PostOp
+from .post_op import PostOp
 
 _product = torch.ops.ipex_quant.gated_product.default
 _product_halves = torch.ops.ipex_quant.gated_product_halves.default

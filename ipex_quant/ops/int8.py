@@ -11,7 +11,7 @@ import torch
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
 from .fakes import check_shape, register_fake
-from .woq import PostOp
+from .post_op import PostOp
 
 _ops = torch.ops.ipex_quant
 

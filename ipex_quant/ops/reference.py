@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from ..numerics import affine
 from ..numerics.codebooks import NF4_LEVELS
@@ -14,7 +13,7 @@ from ..numerics.quantized_stack import QuantizedStack
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
 from .experts import ExpertGate
-from .woq import PostOp
+from .post_op import PostOp, apply_post_op
 
 ACT_BLOCK = 128
 """Input features that share an activation scale in the ``*_IC_BLOCK`` modes when the weight is per channel."""
@@ -26,14 +25,6 @@ MIN_RANGE = 2.0**-118
 """Smallest activation range that is told from zero: the inverse of a smaller one overflows float32."""
 
 _COMPUTE_DTYPE = {WoqLowpMode.FP16: torch.float16, WoqLowpMode.BF16: torch.bfloat16}
-_ACTIVATIONS = {
-    PostOp.NONE: lambda r: r,
-    PostOp.RELU: torch.relu,
-    PostOp.GELU: F.gelu,
-    PostOp.NEW_GELU: lambda r: F.gelu(r, approximate="tanh"),
-    PostOp.SILU: F.silu,
-    PostOp.RELU2: lambda r: torch.relu(r).square(),
-}
 
 
 def quantize_weight(weight: torch.Tensor, scheme: WeightScheme) -> QuantizedWeight:
@@ -58,7 +49,7 @@ def woq_linear(
     is rounded to the dtype of `x` before `post_op`. Raises ValueError when INT8 comes without an activation mode.
     """
     acc = woq_sums(x.reshape(-1, qw.shape[1]), qw, bias, lowp_mode, act_quant_mode)
-    return finish(acc.to(x.dtype).reshape(*x.shape[:-1], qw.shape[0]), post_op, others)
+    return apply_post_op(acc.to(x.dtype).reshape(*x.shape[:-1], qw.shape[0]), post_op, others)
 
 
 def woq_sums(
@@ -201,14 +192,3 @@ def _fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     odd = torch.where(away, bits + 1, bits - 1)
     inexact = (error != 0) & (bits % 2 == 0) & torch.isfinite(total)
     return torch.where(inexact, odd, bits).view(torch.float64).float()
-
-
-def finish(result: torch.Tensor, post_op: PostOp, others: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Apply a post op in the dtype of `result`, as eager code does."""
-    if post_op in _ACTIVATIONS:
-        return _ACTIVATIONS[post_op](result.float()).to(result.dtype)
-    if post_op == PostOp.MUL:
-        return result * others[0]
-    for other in others:
-        result = result + other
-    return result

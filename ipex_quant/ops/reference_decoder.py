@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from ..numerics.quantized_weight import QuantizedWeight
 from .decoder import DecoderStructure, DecoderWeights
+from .post_op import ACTIVATIONS
 from .reference import woq_linear
 from .reference_attention import fused_rope_attention
 from .reference_llm import layer_norm, rms_norm
-from .woq import PostOp
-
-_ACTIVATIONS = {
-    PostOp.RELU: F.relu,
-    PostOp.GELU: F.gelu,
-    PostOp.NEW_GELU: lambda x: F.gelu(x, approximate="tanh"),
-    PostOp.SILU: F.silu,
-}
 
 
 def decoder_layers(
@@ -85,7 +77,7 @@ class _Layer:
         return self.linear(fused_rope_attention(projected, *tables, *cache[:4], **options))
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        activation = _ACTIVATIONS[self.structure.activation]
+        activation = ACTIVATIONS[self.structure.activation]
         inner = [self.linear(x) for _ in range(self.structure.mlp_inputs)]
         if not self.structure.gated:
             return self.linear(activation(inner[0]))

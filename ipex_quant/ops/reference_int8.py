@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from ..numerics.quantized_weight import QuantizedWeight
 from .conv import ConvGeometry
-from .reference import MIN_RANGE, finish
-from .woq import PostOp
+from .post_op import PostOp, apply_post_op
+from .reference import MIN_RANGE
 
 
 def quantize_activation(x: torch.Tensor, multiplier: torch.Tensor, zero_point: int) -> torch.Tensor:
@@ -53,7 +53,7 @@ def int8_linear(
         if bias is not None:
             y = y + bias[start : start + out_features]
         start += out_features
-        results.append(finish(y.to(dtype).reshape(*x.shape[:-1], out_features), post_op, others))
+        results.append(apply_post_op(y.to(dtype).reshape(*x.shape[:-1], out_features), post_op, others))
     return results
 
 

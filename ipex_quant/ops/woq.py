@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 
@@ -12,23 +11,11 @@ from ..numerics import affine
 from ..numerics.quantized_weight import QuantizedWeight, code_columns
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
 from .fakes import check_shape, register_fake
+from .gradient import needs_gradient
 from .isa import isa_name
+from .post_op import PostOp
 
 _ops = torch.ops.ipex_quant
-
-
-class PostOp(IntEnum):
-    """What `woq_linear` does to its result; ADD, ADD_ADD and MUL take other tensors of its shape and dtype."""
-
-    NONE = 0
-    RELU = 1
-    GELU = 2
-    NEW_GELU = 3
-    SILU = 4
-    ADD = 5
-    ADD_ADD = 6
-    MUL = 7
-    RELU2 = 8  # the square of relu
 
 
 @dataclass(frozen=True)
@@ -114,7 +101,7 @@ def woq_linear(
     dequantized weight. Raises RuntimeError when an argument does not fit the packed weight, or a post op needs one.
     """
     modes = int(lowp_mode), int(act_quant_mode)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others)):
+    if needs_gradient(x, *others):
         if post_op != PostOp.NONE:
             raise RuntimeError(
                 f"post_op: expected NONE where a gradient is needed, got {PostOp(post_op).name}; apply it to the "
@@ -140,7 +127,7 @@ def woq_linear_group(
     """
     biases = [None] * len(data) if biases is None else list(biases)
     # torch.jit.trace cannot record the op, which takes a list of optional tensors.
-    if torch.jit.is_tracing() or (torch.is_grad_enabled() and x.requires_grad):
+    if torch.jit.is_tracing() or needs_gradient(x):
         weights = zip(data, out_features, biases, strict=True)
         return [woq_linear(x, d, n, bias, perm, lowp_mode, act_quant_mode) for d, n, bias in weights]
     return _ops.woq_linear_group(x, list(data), biases, perm, list(out_features), int(lowp_mode), int(act_quant_mode))
@@ -164,7 +151,7 @@ def woq_linear_gated(
     NEW_GELU or SILU. Has the bits of `woq_linear` with the activation, then with MUL. Has no gradient. Raises
     RuntimeError when an argument does not fit, or where a gradient is needed.
     """
-    if torch.is_grad_enabled() and x.requires_grad:
+    if needs_gradient(x):
         raise RuntimeError(
             "woq_linear_gated: expected no need of a gradient; use woq_linear twice or call under torch.no_grad()"
         )

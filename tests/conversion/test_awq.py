@@ -154,7 +154,7 @@ def _embedded(dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
 
-@pytest.mark.parametrize(("outliers", "limit"), [(False, 0.9), (True, 0.4)])
+@pytest.mark.parametrize(("outliers", "limit"), [(False, 0.97), (True, 0.4)])
 def test_the_embedded_model_diverges_less_than_when_rounded_to_nearest(tokenizer, outliers, limit):
     """The more so with the outliers of large models."""
     recipe = load_recipe("w4a8-awq-g128")

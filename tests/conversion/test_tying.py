@@ -1,6 +1,18 @@
 import pytest
+import transformers
 
 from ipex_quant.conversion.tying import _without, untie
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96, "intermediate_size": 96}
+T5_SIZES = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
+
+
+def llama(tied=False):
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=tied))
+
+
+def t5():
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**T5_SIZES))
 
 
 def test_ties_of_other_parameters_stay():
@@ -15,18 +27,18 @@ def test_a_quantized_source_hands_over_to_the_first_of_its_targets():
     assert _without({"a.weight": "head.weight"}, {"head"}) == {}
 
 
-def test_only_what_is_quantized_is_untied(make_model):
-    model = make_model("t5")
+def test_only_what_is_quantized_is_untied():
+    model = t5()
     untie(model, ["lm_head"])
     assert set(model.all_tied_weights_keys) == {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
     assert set(model.get_expanded_tied_weights_keys()) == set(model.all_tied_weights_keys)
     assert type(model)._tied_weights_keys != model._tied_weights_keys
-    assert make_model("t5").all_tied_weights_keys.keys() >= {"lm_head.weight"}
+    assert t5().all_tied_weights_keys.keys() >= {"lm_head.weight"}
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied"])
-def test_nothing_quantized_changes_nothing(make_model, name):
-    model = make_model(name)
+@pytest.mark.parametrize("tied", [False, True])
+def test_nothing_quantized_changes_nothing(tied):
+    model = llama(tied)
     before = dict(model.all_tied_weights_keys)
     untie(model, [])
     assert model.all_tied_weights_keys == before

@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ...nn.deferred import values_of
 from ...numerics.scheme import FLOAT_DTYPES
 from ...ops import write_cache
+from ...ops.gradient import needs_gradient
 from .key_factors import FACTOR_TOKENS, outlier_factors
 from .storage import Storage, attend
 
@@ -81,7 +82,7 @@ class NativeLayer(CacheLayerMixin):
         Where gradients are needed, the new tokens are part of the result as they came; what is stored has none, so that
         a later call of that kind raises RuntimeError.
         """
-        if not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)):
+        if not needs_gradient(key_states, value_states):
             keys, values = self.append(key_states, value_states)
             return keys.tensor(), values.tensor()
         if self._had_gradients:
@@ -209,7 +210,7 @@ class NativeLayer(CacheLayerMixin):
             raise ValueError(
                 f"keys and values: expected both float32, bfloat16 or float16, got {key.dtype} and {value.dtype}"
             )
-        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+        if needs_gradient(key, value):
             raise RuntimeError(
                 "a native KV cache is for inference: call the model under torch.no_grad() or torch.inference_mode()"
             )

@@ -9,6 +9,7 @@ import torch
 
 from ...nn.deferred import DeferredTensor
 from ...ops import attention
+from ...ops.gradient import needs_gradient
 from ...ops.reference_attention import attention as differentiable_attention
 
 
@@ -117,7 +118,7 @@ def attend(query: torch.Tensor, keys: Storage, values: Storage, **options: Any) 
     if keys.scales is None:
         query = query.to(keys.stored.dtype)
     tensors = (query, keys.stored, values.stored, options.get("mask"))
-    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    differentiable = needs_gradient(*tensors)
     run = differentiable_attention if differentiable or options.get("dropout") else attention
     options |= {"key_scales": keys.scales, "value_scales": values.scales, "key_factors": keys.factors}
     out = run(query, keys.stored, values.stored, rows=keys.rows, **options)

@@ -13,20 +13,13 @@ from torch import nn
 
 from ... import ops
 from ...nn import Int8Linear, WeightOnlyQuantizedLinear
-from ...nn.int8_linear import ShareGroup
 from ...nn.linears import is_linear, obstacle
 from ...ops import PostOp
+from ...ops.post_op import ACTIVATIONS, apply_post_op
 
 _woq_linear = torch.ops.ipex_quant.woq_linear.default
 _woq_linear_group = torch.ops.ipex_quant.woq_linear_group.default
 _woq_linear_gated = torch.ops.ipex_quant.woq_linear_gated.default
-
-ACTIVATIONS: dict[PostOp, Callable[[torch.Tensor], torch.Tensor]] = {
-    PostOp.RELU: torch.relu,
-    PostOp.GELU: F.gelu,
-    PostOp.NEW_GELU: lambda x: F.gelu(x, approximate="tanh"),
-    PostOp.SILU: F.silu,
-}
 
 
 def activation_post_op(activation: Callable[[torch.Tensor], torch.Tensor]) -> PostOp | None:
@@ -67,7 +60,7 @@ class FusedLinear:
         self.module = module
 
     def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
-        return _finish(self.module(x), post_op, others)
+        return apply_post_op(self.module(x), post_op, others)
 
 
 class FloatLinear(FusedLinear):
@@ -75,7 +68,7 @@ class FloatLinear(FusedLinear):
 
     def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
         parameters = self.module._parameters
-        return _finish(F.linear(x, parameters["weight"], parameters["bias"]), post_op, others)
+        return apply_post_op(F.linear(x, parameters["weight"], parameters["bias"]), post_op, others)
 
 
 class WeightOnlyLinear(FusedLinear):
@@ -96,9 +89,7 @@ class Int8SingleLinear(FusedLinear):
     """An `Int8Linear` that shares its input with no other, whose op has the post op in its epilogue."""
 
     def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
-        group = self.module.share_group
-        quantized = group.inputs[0].quantize(x)
-        return ops.int8_linear(*quantized, group.packed, group.bias, x.dtype, post_op, others)[0]
+        return self.module.share_group.multiply(x, post_op, others)[0]
 
 
 class LinearGroup:
@@ -131,16 +122,16 @@ class Int8Group(LinearGroup):
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         group = self.modules[0].share_group
-        if not _one_input(group):
+        if not group.has_one_input():
             return super().__call__(x)
-        results = ops.int8_linear(*group.inputs[0].quantize(x), group.packed, group.bias, x.dtype)
+        results = group.multiply(x)
         return results if self.in_order else [results[member] for member in self.members]
 
     def gated(self, x: torch.Tensor, activation: PostOp) -> torch.Tensor:
         group = self.modules[0].share_group
-        if activation == PostOp.RELU or not self.in_order or not _one_input(group):
+        if activation == PostOp.RELU or not self.in_order or not group.has_one_input():
             return super().gated(x, activation)
-        return ops.int8_linear_gated(*group.inputs[0].quantize(x), group.packed, group.bias, x.dtype, activation)
+        return group.multiply_gated(x, activation)
 
 
 class WeightOnlyGroup(LinearGroup):
@@ -207,27 +198,9 @@ def _one_share_group(modules: Sequence[nn.Module]) -> bool:
     return members == list(range(len(group.inputs))) and len(members) == len(modules)
 
 
-def _one_input(group: ShareGroup) -> bool:
-    """Whether all members quantize their input alike; loading a state dict can change that."""
-    first = group.inputs[0]
-    return all(each is first for each in group.inputs)
-
-
 def _plain(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and module._parameters.get("weight") is not None and obstacle(module) is None
 
 
 def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
-def _finish(result: torch.Tensor, post_op: PostOp, others: Sequence[torch.Tensor]) -> torch.Tensor:
-    if post_op == PostOp.NONE:
-        return result
-    if post_op in ACTIVATIONS:
-        return ACTIVATIONS[post_op](result)
-    if post_op == PostOp.MUL:
-        return result * others[0]
-    for other in others:
-        result = result + other
-    return result

@@ -10,6 +10,7 @@ from torch import nn
 
 from ... import ops
 from ...nn.fused_forward import FusedForward, restore_forwards
+from ...ops.gradient import needs_gradient
 
 
 class Norm:
@@ -102,7 +103,7 @@ class FusedNorm(FusedForward):
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         module = self.norm.module
-        differentiable = torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad)
+        differentiable = needs_gradient(x, module.weight)
         mixed = x.dtype != module.weight.dtype
         if args or kwargs or mixed or differentiable or torch.is_autocast_enabled("cpu"):
             return type(module).forward(module, x, *args, **kwargs)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ... import ops
-from .gradient import needs_gradient
+from ...ops.gradient import needs_gradient
 
 APPROXIMATIONS = ("none", "tanh")
 

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ...nn import Int8Linear, WeightOnlyQuantizedLinear
 from ...nn.quantized_module import autocast, autocast_dtype
-from ...ops import PostOp, int8_linear
+from ...ops import PostOp
+from ...ops.gradient import needs_gradient
+from ...ops.post_op import apply_post_op
 from ..decoder.linears import Int8Group, WeightOnlyGroup, fused_linears
 from .gated import silu_mul
-from .gradient import needs_gradient
-
-_EAGER: dict[PostOp, Callable[..., torch.Tensor]] = {
-    PostOp.RELU: torch.relu,
-    PostOp.GELU: F.gelu,
-    PostOp.NEW_GELU: partial(F.gelu, approximate="tanh"),
-    PostOp.SILU: F.silu,
-    PostOp.ADD: torch.add,
-    PostOp.ADD_ADD: lambda result, one, two: result + one + two,
-    PostOp.MUL: torch.mul,
-}
 
 
 class FusedLinear(nn.Module):
@@ -123,11 +111,10 @@ def fused_linear(linear: nn.Module, x: torch.Tensor, post_op: PostOp, *others: t
     shape = (*x.shape[:-1], getattr(linear, "out_features", None))
     fits = all(other.shape == shape and other.dtype == autocast_dtype(x) for other in others)
     if not (fits and _fuses(linear)) or needs_gradient(x, *others):
-        return _EAGER[post_op](linear(x), *others)
+        return apply_post_op(linear(x), post_op, others)
     if isinstance(linear, WeightOnlyQuantizedLinear):
         return linear.forward_fused(x, post_op, *others)
-    group, x = linear.share_group, autocast(x)
-    return int8_linear(*group.inputs[0].quantize(x), group.packed, group.bias, x.dtype, post_op, others)[0]
+    return linear.share_group.multiply(autocast(x), post_op, others)[0]
 
 
 def _fuses(linear: nn.Module) -> bool:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ... import ops
+from ...ops.gradient import needs_gradient
 from .gated import silu_mul
-from .gradient import needs_gradient
 
 RoutingFunction = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 

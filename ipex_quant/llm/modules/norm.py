@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ... import ops
+from ...ops.gradient import needs_gradient
 from .gated import check_alike
-from .gradient import needs_gradient
 
 
 class RMSNorm(nn.Module):

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ... import ops
-from .gradient import needs_gradient
+from ...ops.gradient import needs_gradient
 
 _TYPE_NAMES = {"su": "longrope", "deepseek_yarn": "yarn", "ntk": "dynamic"}
 """What model configurations of old call types that transformers has."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ... import ops
-from .gradient import needs_gradient
+from ...ops.gradient import needs_gradient
 
 
 class Options(NamedTuple):
