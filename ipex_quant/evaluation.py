@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
+
+from .nn.modes import evaluating
 
 ROWS_AT_ONCE = 128
 """Rows of logits that are held in float32 at a time."""
@@ -63,7 +64,7 @@ def perplexity(
     At most `max_tokens` tokens are predicted. Raises ValueError when `text` has less than two tokens.
     """
     loss, tokens = 0.0, 0
-    with _evaluating(model):
+    with evaluating(model), torch.inference_mode():
         for window in token_windows(tokenizer, text, sequence_length, max_tokens):
             targets = window[0, 1:]
             for rows, (log_probs,) in _log_probs((model,), window):
@@ -86,7 +87,7 @@ def compare(
     """
     reference_loss = loss = divergence = 0.0
     same = tokens = 0
-    with _evaluating(reference, model):
+    with evaluating(reference, model), torch.inference_mode():
         for window in token_windows(tokenizer, text, sequence_length, max_tokens):
             targets = window[0, 1:]
             for rows, (expected, actual) in _log_probs((reference, model), window):
@@ -134,7 +135,7 @@ def compare_outputs(
     """
     error = power = divergence = 0.0
     same = predictions = samples = 0
-    with _evaluating(reference, model):
+    with evaluating(reference, model), torch.inference_mode():
         for own, other in calls:
             (expected, are_logits), (actual, _) = (main_output(reference(**own)), main_output(model(**other)))
             if expected.shape != actual.shape:
@@ -179,7 +180,7 @@ def decode_speed(
         raise ValueError(f"new_tokens: expected at least 2, got {new_tokens}")
     inputs = tokenizer(prompt, return_tensors="pt")
     best = 0.0
-    with _evaluating(model):
+    with evaluating(model), torch.inference_mode():
         for _ in range(repeats):
             clock = _TokenClock()
             model.generate(
@@ -216,17 +217,6 @@ class _TokenClock(BaseStreamer):
 
     def end(self) -> None:
         pass
-
-
-@contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Inference and evaluation mode inside, each model's own mode again afterwards."""
-    with ExitStack() as stack:
-        for model in models:
-            stack.callback(model.train, model.training)
-            model.eval()
-        stack.enter_context(torch.inference_mode())
-        yield
 
 
 def _log_probs(models: tuple[nn.Module, ...], window: torch.Tensor) -> Iterator[tuple[slice, tuple[torch.Tensor, ...]]]:

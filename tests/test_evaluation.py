@@ -121,8 +121,10 @@ def test_sequence_length_must_be_positive(tokenizer):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_models_mode_is_kept(tokenizer, training):
     model = random_model().train(training)
+    model.frozen = torch.nn.Dropout().eval()
     evaluation.perplexity(model, tokenizer, "1 2 3")
     assert model.training is training
+    assert not model.frozen.training
 
 
 def test_decode_speed_times_the_tokens_after_the_first(tokenizer, monkeypatch):

@@ -17,10 +17,10 @@ from pathlib import Path
 PACKAGE = "ipex_quant"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("numerics", "data", "evaluation", "reading", "writing", "_C"),
+    ("numerics", "data", "reading", "writing", "_C"),
     ("ops", "checkpoints"),
     ("nn",),
-    ("observers", "smoothquant", "woq"),
+    ("observers", "smoothquant", "woq", "evaluation"),
     ("conversion",),
     ("llm", "autotune"),
     ("quantization",),  # the faces: this one, which IPEX names, and `ipex_quant/__init__.py`

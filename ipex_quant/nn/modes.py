@@ -9,10 +9,11 @@ from torch import nn
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` in evaluation mode, and back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put every module of `models` in evaluation mode, and back."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
     try:
         yield
     finally:

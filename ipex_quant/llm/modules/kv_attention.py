@@ -12,53 +12,6 @@ from ... import ops
 LayerPast = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class IndirectAccessKVCacheAttention(nn.Module):
-    """Attention with a cache that is allocated once, for `text_max_length` tokens, and doubled when it is full."""
-
-    def __init__(self, text_max_length: int = 2048) -> None:
-        super().__init__()
-        self.text_max_length = text_max_length
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale_attn: float,
-        layer_past: LayerPast | None = None,
-        head_mask: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        alibi: torch.Tensor | None = None,
-        add_casual_mask: bool = True,
-        seq_info: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, None, LayerPast]:
-        """`ipex_quant.llm.functional.indirect_access_kv_cache_attention`."""
-        options = (head_mask, attention_mask, alibi, add_casual_mask, seq_info, self.text_max_length)
-        return indirect_access_kv_cache_attention(query, key, value, scale_attn, layer_past, *options)
-
-    @classmethod
-    def apply_function(
-        cls,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale_attn: float,
-        layer_past: LayerPast | None = None,
-        head_mask: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        alibi: torch.Tensor | None = None,
-        add_casual_mask: bool = True,
-        seq_info: torch.Tensor | None = None,
-        text_max_length: int = 0,
-    ) -> tuple[torch.Tensor, None, LayerPast]:
-        """`ipex_quant.llm.functional.indirect_access_kv_cache_attention`."""
-        options = (head_mask, attention_mask, alibi, add_casual_mask, seq_info, text_max_length)
-        return indirect_access_kv_cache_attention(query, key, value, scale_attn, layer_past, *options)
-
-    def extra_repr(self) -> str:
-        return f"text_max_length={self.text_max_length}"
-
-
 def indirect_access_kv_cache_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -123,6 +76,36 @@ def indirect_access_kv_cache_attention(
     )
     present = torch.zeros(1, 1, 1, 1, dtype=torch.long).expand(1, length, length, 1)
     return output.transpose(1, 2), None, (present, past.key, past.value, past.beam_idx)
+
+
+class IndirectAccessKVCacheAttention(nn.Module):
+    """Attention with a cache that is allocated once, for `text_max_length` tokens, and doubled when it is full."""
+
+    def __init__(self, text_max_length: int = 2048) -> None:
+        super().__init__()
+        self.text_max_length = text_max_length
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale_attn: float,
+        layer_past: LayerPast | None = None,
+        head_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        alibi: torch.Tensor | None = None,
+        add_casual_mask: bool = True,
+        seq_info: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, None, LayerPast]:
+        """`ipex_quant.llm.functional.indirect_access_kv_cache_attention`."""
+        options = (head_mask, attention_mask, alibi, add_casual_mask, seq_info, self.text_max_length)
+        return indirect_access_kv_cache_attention(query, key, value, scale_attn, layer_past, *options)
+
+    apply_function = staticmethod(indirect_access_kv_cache_attention)
+
+    def extra_repr(self) -> str:
+        return f"text_max_length={self.text_max_length}"
 
 
 class _Past(NamedTuple):

@@ -16,6 +16,17 @@ from ...ops.gradient import needs_gradient
 from .gated import check_alike
 
 
+def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """``x * rsqrt(mean(x**2) + eps) * weight`` over the last dimension K; `weight` ``[K]`` is ones when None.
+
+    Raises RuntimeError when shapes or dtypes do not fit.
+    """
+    if needs_gradient(hidden_states, weight):
+        weight = None if weight is None else weight.to(hidden_states.dtype)
+        return F.rms_norm(hidden_states, hidden_states.shape[-1:], weight, eps)
+    return ops.rms_norm(hidden_states, _fitting(weight, hidden_states), eps)
+
+
 class RMSNorm(nn.Module):
     """``x * rsqrt(mean(x**2) + eps) * weight`` (Zhang and Sennrich, 2019) over the last of `hidden_size` features.
 
@@ -31,13 +42,32 @@ class RMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
-    @classmethod
-    def apply_function(cls, hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """`ipex_quant.llm.functional.rms_norm`."""
-        return rms_norm(hidden_states, weight, eps)
+    apply_function = staticmethod(rms_norm)
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, eps={self.variance_epsilon}"
+
+
+def fast_layer_norm(
+    hidden_states: torch.Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """``torch.nn.functional.layer_norm``; `weight` and `bias` have the shape `normalized_shape`, or are None.
+
+    Raises ValueError or RuntimeError when shapes or dtypes do not fit.
+    """
+    shape = _shape(normalized_shape)
+    if needs_gradient(hidden_states, weight, bias):
+        weight, bias = (None if tensor is None else tensor.to(hidden_states.dtype) for tensor in (weight, bias))
+        return F.layer_norm(hidden_states, shape, weight, bias, eps)
+    _check_ends_with(hidden_states, shape)
+    _check_shape("weight", weight, shape)
+    _check_shape("bias", bias, shape)
+    rows = hidden_states if len(shape) == 1 else hidden_states.flatten(-len(shape))
+    return ops.layer_norm(rows, *_affine(weight, bias, hidden_states), eps).view(hidden_states.shape)
 
 
 class FastLayerNorm(nn.Module):
@@ -62,53 +92,10 @@ class FastLayerNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return fast_layer_norm(hidden_states, self.normalized_shape, self.weight, self.bias, self.eps)
 
-    @classmethod
-    def apply_function(
-        cls,
-        hidden_states: torch.Tensor,
-        normalized_shape: int | Sequence[int],
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        eps: float,
-    ) -> torch.Tensor:
-        """`ipex_quant.llm.functional.fast_layer_norm`."""
-        return fast_layer_norm(hidden_states, normalized_shape, weight, bias, eps)
+    apply_function = staticmethod(fast_layer_norm)
 
     def extra_repr(self) -> str:
         return f"{list(self.normalized_shape)}, eps={self.eps}"
-
-
-def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """``x * rsqrt(mean(x**2) + eps) * weight`` over the last dimension K; `weight` ``[K]`` is ones when None.
-
-    Raises RuntimeError when shapes or dtypes do not fit.
-    """
-    if needs_gradient(hidden_states, weight):
-        weight = None if weight is None else weight.to(hidden_states.dtype)
-        return F.rms_norm(hidden_states, hidden_states.shape[-1:], weight, eps)
-    return ops.rms_norm(hidden_states, _fitting(weight, hidden_states), eps)
-
-
-def fast_layer_norm(
-    hidden_states: torch.Tensor,
-    normalized_shape: int | Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> torch.Tensor:
-    """``torch.nn.functional.layer_norm``; `weight` and `bias` have the shape `normalized_shape`, or are None.
-
-    Raises ValueError or RuntimeError when shapes or dtypes do not fit.
-    """
-    shape = _shape(normalized_shape)
-    if needs_gradient(hidden_states, weight, bias):
-        weight, bias = (None if tensor is None else tensor.to(hidden_states.dtype) for tensor in (weight, bias))
-        return F.layer_norm(hidden_states, shape, weight, bias, eps)
-    _check_ends_with(hidden_states, shape)
-    _check_shape("weight", weight, shape)
-    _check_shape("bias", bias, shape)
-    rows = hidden_states if len(shape) == 1 else hidden_states.flatten(-len(shape))
-    return ops.layer_norm(rows, *_affine(weight, bias, hidden_states), eps).view(hidden_states.shape)
 
 
 def add_rms_norm(

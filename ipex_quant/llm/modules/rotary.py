@@ -44,6 +44,47 @@ _SCALING_KEYS = frozenset(
 )
 
 
+def rotary_embedding(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    sin: torch.Tensor,
+    cos: torch.Tensor,
+    rotary_dim: int,
+    rotary_half: bool,
+    position_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate the first `rotary_dim` features of every head of `query` and `key` in place, and return both.
+
+    - `query`, `key`: float32, bfloat16 or float16 ``[B, L, heads, head_dim]`` or ``[tokens, heads, head_dim]``.
+    - `sin`, `cos`: ``[rows, rotary_dim / 2]``, a value for every pair, or ``[rows, rotary_dim]``, these values twice:
+      one after the other, as IPEX reads them, or as neighbours, whichever `rotary_half` is. A row is for every token,
+      or for every one of the L positions; with `position_ids` they are tables that it indexes.
+    - `rotary_half`: whether the features of a pair are half of `rotary_dim` apart (Llama), not neighbours (GPT-J).
+    - `position_ids`: integers ``[B or 1, L]`` or ``[tokens]``, or None.
+
+    Raises ValueError, RuntimeError or IndexError when an argument does not fit; nothing is written then.
+    """
+    tokens = query.shape[:-2]
+    if query.dim() not in (3, 4) or key.dim() != query.dim() or key.shape[:-2] != tokens:
+        raise ValueError(
+            "query, key: expected [B, L, heads, head_dim] or [tokens, heads, head_dim] of the same tokens, got "
+            f"{list(query.shape)} and {list(key.shape)}"
+        )
+    if not 0 < rotary_dim <= min(query.shape[-1], key.shape[-1]) or rotary_dim % 2:
+        raise ValueError(
+            f"rotary_dim: expected an even number up to {min(query.shape[-1], key.shape[-1])}, got {rotary_dim}"
+        )
+    tokens = tokens if len(tokens) == 2 else (1, *tokens)
+    cos, sin = (
+        _table_rows(name, table, rotary_dim, tokens, position_ids) for name, table in (("cos", cos), ("sin", sin))
+    )
+    states = [state if state.dim() == 4 else state[None] for state in (query, key)]
+    rotated = [_rotated(state, cos, sin, rotary_dim, not rotary_half) for state in states]
+    for state, result in zip((query, key), rotated, strict=True):
+        state.copy_(result.view(state.shape))
+    return query, key
+
+
 class RotaryEmbedding(nn.Module):
     """Turns pairs of features of queries and keys by angles that grow with their position.
 
@@ -110,19 +151,7 @@ class RotaryEmbedding(nn.Module):
         query, key = _rotated(query_key, cos, sin, rotary_ndims, interleaved).split((num_head, kv_heads), dim=2)
         return query, key, value
 
-    @classmethod
-    def apply_function(
-        cls,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        sin: torch.Tensor,
-        cos: torch.Tensor,
-        rotary_dim: int,
-        rotary_half: bool,
-        position_ids: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`ipex_quant.llm.functional.rotary_embedding`."""
-        return rotary_embedding(query, key, sin, cos, rotary_dim, rotary_half, position_ids)
+    apply_function = staticmethod(rotary_embedding)
 
     def extra_repr(self) -> str:
         return f"{self.max_position_embeddings}, {self.pos_embd_dim}, base={self.base}, type={self._rope_type}"
@@ -142,47 +171,6 @@ class RotaryEmbedding(nn.Module):
             exponents = torch.arange(0, self.pos_embd_dim, 2, dtype=torch.float32) / self.pos_embd_dim
             return 1.0 / self._config.rope_parameters["rope_theta"] ** exponents, 1.0
         return ROPE_INIT_FUNCTIONS[self._rope_type](self._config, torch.device("cpu"), seq_len=seq_len)
-
-
-def rotary_embedding(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    sin: torch.Tensor,
-    cos: torch.Tensor,
-    rotary_dim: int,
-    rotary_half: bool,
-    position_ids: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn the first `rotary_dim` features of every head of `query` and `key` in place, and return both.
-
-    - `query`, `key`: float32, bfloat16 or float16 ``[B, L, heads, head_dim]`` or ``[tokens, heads, head_dim]``. -
-    `sin`, `cos`: ``[rows, rotary_dim / 2]``, a value for every pair, or ``[rows, rotary_dim]``, these values twice: one
-    after the other, as IPEX reads them, or as neighbours, whichever `rotary_half` is. A row is for every token, or for
-    every one of the L positions; with `position_ids` they are tables that it indexes. - `rotary_half`: whether the
-    features of a pair are half of `rotary_dim` apart (Llama), not neighbours (GPT-J). - `position_ids`: integers ``[B
-    or 1, L]`` or ``[tokens]``, or None.
-
-    Raises ValueError, RuntimeError or IndexError when an argument does not fit; nothing is written then.
-    """
-    tokens = query.shape[:-2]
-    if query.dim() not in (3, 4) or key.dim() != query.dim() or key.shape[:-2] != tokens:
-        raise ValueError(
-            "query, key: expected [B, L, heads, head_dim] or [tokens, heads, head_dim] of the same tokens, got "
-            f"{list(query.shape)} and {list(key.shape)}"
-        )
-    if not 0 < rotary_dim <= min(query.shape[-1], key.shape[-1]) or rotary_dim % 2:
-        raise ValueError(
-            f"rotary_dim: expected an even number up to {min(query.shape[-1], key.shape[-1])}, got {rotary_dim}"
-        )
-    tokens = tokens if len(tokens) == 2 else (1, *tokens)
-    cos, sin = (
-        _table_rows(name, table, rotary_dim, tokens, position_ids) for name, table in (("cos", cos), ("sin", sin))
-    )
-    states = [state if state.dim() == 4 else state[None] for state in (query, key)]
-    rotated = [_rotated(state, cos, sin, rotary_dim, not rotary_half) for state in states]
-    for state, result in zip((query, key), rotated, strict=True):
-        state.copy_(result.view(state.shape))
-    return query, key
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int, interleaved: bool) -> torch.Tensor:

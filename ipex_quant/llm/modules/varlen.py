@@ -39,39 +39,6 @@ class Options(NamedTuple):
         return {"scale": self.scale, "causal": causal, "window": window, "softcap": self.softcap, "alibi": self.alibi}
 
 
-class VarlenAttention(nn.Module):
-    """Attention within sequences of different lengths, whose tokens stand one after another."""
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor | None,
-        seqlen_q: torch.Tensor,
-        seqlen_k: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """`ipex_quant.llm.functional.varlen_attention`."""
-        return varlen_attention(query, key, value, out, seqlen_q, seqlen_k, *args, **kwargs)
-
-    @classmethod
-    def apply_function(
-        cls,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor | None,
-        seqlen_q: torch.Tensor,
-        seqlen_k: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """`ipex_quant.llm.functional.varlen_attention`."""
-        return varlen_attention(query, key, value, out, seqlen_q, seqlen_k, *args, **kwargs)
-
-
 def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -104,6 +71,26 @@ def varlen_attention(
     if args and (args[0] is None or (isinstance(args[0], torch.Tensor) and args[0].dim() > 0)):
         args, kwargs = args[1:], {"alibi_slopes": args[0], **kwargs}
     return _varlen_attention(query, key, value, out, seqlen_q, seqlen_k, *args, **kwargs)
+
+
+class VarlenAttention(nn.Module):
+    """Attention within sequences of different lengths, whose tokens stand one after another."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor | None,
+        seqlen_q: torch.Tensor,
+        seqlen_k: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """`ipex_quant.llm.functional.varlen_attention`."""
+        return varlen_attention(query, key, value, out, seqlen_q, seqlen_k, *args, **kwargs)
+
+    apply_function = staticmethod(varlen_attention)
 
 
 def _varlen_attention(
