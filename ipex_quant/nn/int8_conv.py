@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from ..numerics import affine
 from ..numerics.int8 import StaticActivation, quantize_per_channel
 from ..numerics.quantized_weight import QuantizedWeight
-from ..ops.fakes import register_fake
 from ..ops.int8 import INT8_PER_CHANNEL
 from .linears import conv_obstacle, is_convolution
 from .quantized_module import Placeholder, QuantizedModule, autocast, check_bias, flag, read_activation
@@ -136,7 +134,7 @@ class Int8Conv(QuantizedModule):
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The real values of the weight, in a new tensor."""
-        return _dequantize(self._data, self._scales, self.weight_shape, self.groups, dtype)
+        return ops.conv_dequantize(self._packed, dtype)
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
         """Weight, bias and what the input is quantized with, as the state dict has them."""
@@ -226,16 +224,3 @@ class Int8Conv(QuantizedModule):
 
 
 # An op, since compilers cannot look into packed weights.
-@torch.library.custom_op(
-    "ipex_quant::int8_conv_dequantize",
-    mutates_args=(),
-    schema="(Tensor data, Tensor scales, int[] shape, int groups, ScalarType dtype) -> Tensor",
-)
-def _dequantize(data, scales, shape, groups, dtype):
-    weight = ops.unpack_conv(ops.PackedConv(data, scales, tuple(shape), groups))
-    return affine.dequantize(weight, torch.float32).view(shape).to(dtype)
-
-
-@register_fake("int8_conv_dequantize")
-def _(data, scales, shape, groups, dtype):
-    return scales.new_empty(shape, dtype=dtype)

@@ -10,11 +10,9 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..numerics import affine
 from ..numerics.int8 import StaticActivation, quantize_per_channel, same_activation
 from ..numerics.quantized_weight import QuantizedWeight
 from ..ops import PostOp
-from ..ops.fakes import register_fake
 from ..ops.gradient import needs_gradient
 from ..ops.int8 import INT8_PER_CHANNEL
 from .linears import PackedLinear, linear_shape
@@ -99,7 +97,7 @@ class Int8Linear(QuantizedModule, PackedLinear):
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """``[out_features, in_features]``: what the input is multiplied by, before it is smoothed."""
-        return _effective_weight(self.quantized_weight(), self._smoothing_factor, dtype)
+        return ops.int8_dequantize(self.share_group.packed, self.member, self._smoothing_factor, dtype)
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
         """Weight, bias and what the input is quantized with, in new tensors: files may not hold one under two names."""
@@ -157,11 +155,7 @@ class Int8Linear(QuantizedModule, PackedLinear):
         return None if self.activation is None else self.activation.smoothing_factor
 
     def _traced_weight(self) -> torch.Tensor:
-        return torch.ops.ipex_quant.int8_dequantize(*self._packed_weight(), self._float.dtype)
-
-    def _packed_weight(self) -> tuple[Any, ...]:
-        packed = self.share_group.packed
-        return packed.data, self._smoothing_factor, packed.out_features, packed.in_features, self.member
+        return self.dequantized_weight(self._float.dtype)
 
     def _set_values(self, weight: torch.Tensor) -> None:
         factor = self._smoothing_factor
@@ -181,12 +175,13 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, result, module):
-        ctx.weight, ctx.dtype = module._packed_weight(), x.dtype  # of now: the module may get another
+        ctx.dtype = x.dtype
+        ctx.weight = module.share_group.packed, module.member, module._smoothing_factor  # the module may get another
         return result.view_as(result)
 
     @staticmethod
     def backward(ctx, grad):
-        return (grad @ torch.ops.ipex_quant.int8_dequantize(*ctx.weight, grad.dtype)).to(ctx.dtype), None, None
+        return (grad @ ops.int8_dequantize(*ctx.weight, grad.dtype)).to(ctx.dtype), None, None
 
 
 class QuantizedInput:
@@ -381,24 +376,3 @@ def _check_smoothing(activation: StaticActivation | None, in_features: int) -> N
     factor = None if activation is None else activation.smoothing_factor
     if factor is not None and factor.shape != (in_features,):
         raise ValueError(f"smoothing_factor: expected shape [{in_features}], got {list(factor.shape)}")
-
-
-@torch.library.custom_op(
-    "ipex_quant::int8_dequantize",
-    mutates_args=(),
-    schema="(Tensor data, Tensor? factor, SymInt[] out_features, SymInt in_features, int member, ScalarType dtype) "
-    "-> Tensor",
-)
-def _dequantize(data, factor, out_features, in_features, member, dtype):
-    packed = ops.PackedInt8(data, tuple(out_features), in_features)
-    return _effective_weight(ops.unpack_int8(packed.member(member))[0], factor, dtype)
-
-
-@register_fake("int8_dequantize")
-def _(data, factor, out_features, in_features, member, dtype):
-    return data.new_empty(out_features[member], in_features, dtype=dtype)
-
-
-def _effective_weight(qw: QuantizedWeight, factor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    weight = affine.dequantize(qw, torch.float32)
-    return (weight if factor is None else weight * factor).to(dtype)

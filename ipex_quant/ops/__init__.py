@@ -11,7 +11,7 @@ from .attention import (
     write_cache,
     write_paged_cache,
 )
-from .conv import ConvGeometry, PackedConv, int8_conv, pack_conv, unpack_conv
+from .conv import ConvGeometry, PackedConv, conv_dequantize, int8_conv, pack_conv, unpack_conv
 from .decoder import DecoderStructure, DecoderWeights, decoder_layers
 from .experts import (
     ExpertGate,
@@ -26,6 +26,7 @@ from .experts import (
 from .gated import gelu_mul, gelu_mul_halves, silu_mul, silu_mul_halves
 from .int8 import (
     PackedInt8,
+    int8_dequantize,
     int8_linear,
     int8_linear_gated,
     int8_linear_requantized,
@@ -64,12 +65,14 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "conv_dequantize",
     "decoder_layers",
     "fused_rope_attention",
     "gate_arguments",
     "gelu_mul",
     "gelu_mul_halves",
     "int8_conv",
+    "int8_dequantize",
     "int8_linear",
     "int8_linear_gated",
     "int8_linear_requantized",

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from . import isa  # noqa: F401  (loads the native library)
 from .fakes import check_shape, register_fake
-
-_ops = torch.ops.ipex_quant  # .default, which a call then need not look for
+from .library import native
 
 
 def attention(
@@ -43,7 +41,7 @@ def attention(
     counts as that; where it covers all that a query sees, the query gets the mean of those values, as in torch.
     Raises RuntimeError when an argument does not fit.
     """
-    return _ops.attention.default(
+    return native.attention.default(
         query, key, value, scale, causal, mask, window, softcap, alibi, key_scales, value_scales, rows, key_factors
     )
 
@@ -61,7 +59,7 @@ def write_cache(
     capacity]``, of what is written divided by the `factors`, float32 ``[Hkv, D]``, if there are such; a cache in the
     dtype of `key` takes None. Raises RuntimeError when an argument does not fit, with nothing written.
     """
-    _ops.write_cache.default(key, cache, scales, start, factors)
+    native.write_cache.default(key, cache, scales, start, factors)
 
 
 def fused_rope_attention(
@@ -91,7 +89,7 @@ def fused_rope_attention(
     argument does not fit, with nothing written.
     """
     rotary_dim = key_cache.shape[-1] if rotary_dim is None else rotary_dim
-    return _ops.fused_rope_attention.default(
+    return native.fused_rope_attention.default(
         qkv,
         cos,
         sin,
@@ -126,7 +124,7 @@ def write_paged_cache(
     int8 cache has scales float32 ``[blocks, Hkv, block]``. Raises RuntimeError when an argument does not fit, with
     nothing written.
     """
-    _ops.write_paged_cache.default(key, value, key_cache, value_cache, key_scales, value_scales, slots)
+    native.write_paged_cache.default(key, value, key_cache, value_cache, key_scales, value_scales, slots)
 
 
 def paged_attention(
@@ -151,7 +149,7 @@ def paged_attention(
     last tokens. It has ``lengths[b]`` tokens, in the blocks ``block_tables[b]``, int32 ``[B, blocks]``; the
     others are int32 or int64. Returns ``[tokens, H, Dv]``. Raises RuntimeError when an argument does not fit.
     """
-    return _ops.paged_attention.default(
+    return native.paged_attention.default(
         query,
         key_cache,
         value_cache,
@@ -187,7 +185,7 @@ def varlen_attention(
     ``starts[b]`` to ``starts[b + 1]``, int32 or int64; the last query is at the position of the last key. Returns
     ``[tokens, H, Dv]``. Raises RuntimeError when an argument does not fit.
     """
-    return _ops.varlen_attention.default(
+    return native.varlen_attention.default(
         query, key, value, query_starts, key_starts, scale, causal, window, softcap, alibi
     )
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..numerics import affine
 from ..numerics.quantized_weight import QuantizedWeight
-from . import isa  # noqa: F401  (loads the native library)
 from .fakes import register_fake
 from .int8 import INT8_PER_CHANNEL
-
-_ops = torch.ops.ipex_quant
+from .library import native
 
 TILE = 64
 """Output channels that the kernels compute at a time (``csrc/pack/layout.h``)."""
@@ -80,7 +79,7 @@ def pack_conv(weight: QuantizedWeight, kernel: Sequence[int], groups: int) -> Pa
     else:
         dense = codes.new_zeros(_dense_shape(packed))
         _diagonal(dense).copy_(codes.reshape(_diagonal(dense).shape))
-        data = _ops.int8_pack(dense.view(out, -1), scales, [out // packed.blocks] * packed.blocks)
+        data = native.int8_pack(dense.view(out, -1), scales, [out // packed.blocks] * packed.blocks)
     return PackedConv(data, scales, packed.shape, groups)
 
 
@@ -91,7 +90,7 @@ def unpack_conv(packed: PackedConv) -> QuantizedWeight:
         codes = packed.data.t().contiguous()
     else:
         shape = _dense_shape(packed)
-        dense, _ = _ops.int8_unpack(packed.data, [out // packed.blocks] * packed.blocks, math.prod(shape[3:]))
+        dense, _ = native.int8_unpack(packed.data, [out // packed.blocks] * packed.blocks, math.prod(shape[3:]))
         rows = _diagonal(dense.view(shape)).reshape(out, -1, channels)
         codes = rows.transpose(1, 2).reshape(out, -1).contiguous()
     return QuantizedWeight(codes, packed.scales[:, None].clone(), None, None, INT8_PER_CHANNEL, tuple(codes.shape))
@@ -128,12 +127,32 @@ def int8_conv(
     where = (list(geometry.stride), [*geometry.before, *geometry.after], list(geometry.dilation))
     kernel = list(packed.shape[2:])
     if packed.is_depthwise:
-        return _ops.int8_depthwise_conv(
+        return native.int8_depthwise_conv(
             x, scale, zero_point, packed.data, packed.scales, bias, packed.groups, kernel, *where, dtype
         )
-    return _ops.int8_conv(
+    return native.int8_conv(
         x, scale, zero_point, packed.data, bias, packed.shape[0], packed.blocks, kernel, *where, dtype
     )
+
+
+def conv_dequantize(packed: PackedConv, dtype: torch.dtype) -> torch.Tensor:
+    """The real values of a packed weight in `dtype`, in its shape."""
+    return _dequantize(packed.data, packed.scales, packed.shape, packed.groups, dtype)
+
+
+@torch.library.custom_op(
+    "ipex_quant::int8_conv_dequantize",
+    mutates_args=(),
+    schema="(Tensor data, Tensor scales, int[] shape, int groups, ScalarType dtype) -> Tensor",
+)
+def _dequantize(data, scales, shape, groups, dtype):
+    weight = unpack_conv(PackedConv(data, scales, tuple(shape), groups))
+    return affine.dequantize(weight, torch.float32).view(shape).to(dtype)
+
+
+@register_fake("int8_conv_dequantize")
+def _(data, scales, shape, groups, dtype):
+    return scales.new_empty(shape, dtype=dtype)
 
 
 def _result(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..numerics.scheme import WoqActQuantMode, WoqLowpMode
-from . import isa  # noqa: F401  (loads the native library)
+from . import library  # noqa: F401  (loads the native library)
 from .fakes import check_shape, register_fake
 from .post_op import PostOp
 

@@ -15,11 +15,11 @@ from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode
 from .fakes import check_shape, register_fake
 from .gradient import needs_gradient
+from .library import native
 from .post_op import ACTIVATIONS, PostOp
 from .woq import PackedWeight, pack_weight, unpack_weight
 
-_ops = torch.ops.ipex_quant
-_woq_experts = _ops.woq_experts.default
+_woq_experts = native.woq_experts.default
 
 HEADER_BYTES = 64
 """In front of the tiles of a packed weight."""
@@ -271,7 +271,7 @@ def _expert_weight(
     rows = blocks * _padded(n)
     header, tiles = data[:HEADER_BYTES].clone(), data[HEADER_BYTES:].view(count, -1)[expert]
     packed = torch.cat((_with_rows(header, rows), tiles))
-    values = _ops.woq_dequantize(packed, None, rows, in_features, torch.float32)
+    values = native.woq_dequantize(packed, None, rows, in_features, torch.float32)
     values = values.view(blocks, -1, in_features)[:, :n].reshape(blocks * n, in_features)
     return values if perm is None else values[:, perm[expert].argsort()]
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 
 from .fakes import register_fake
+from .library import native
 from .post_op import PostOp
 
-_product = torch.ops.ipex_quant.gated_product.default
-_product_halves = torch.ops.ipex_quant.gated_product_halves.default
+_product = native.gated_product.default
+_product_halves = native.gated_product_halves.default
 _GELU, _GELU_TANH, _SILU = int(PostOp.GELU), int(PostOp.NEW_GELU), int(PostOp.SILU)
 
 

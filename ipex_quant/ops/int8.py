@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ..numerics import affine
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
 from .fakes import check_shape, register_fake
+from .library import native
 from .post_op import PostOp
-
-_ops = torch.ops.ipex_quant
 
 INT8_PER_CHANNEL = WeightScheme(WoqWeightDtype.INT8, True, PER_CHANNEL)
 """The weights that `pack_int8` takes: signed bytes with one scale per output channel."""
@@ -25,7 +25,7 @@ def quantize_activation(x: torch.Tensor, multiplier: torch.Tensor, zero_point: i
     `x` is float32, bfloat16 or float16 ``[..., K]``; `multiplier` is float32 ``[K]`` or ``[1]``. Returns uint8
     ``[..., K]``. Raises RuntimeError when the shapes or dtypes do not fit, or `zero_point` is not in 0..255.
     """
-    return _ops.quantize_activation(x, multiplier, zero_point)
+    return native.quantize_activation(x, multiplier, zero_point)
 
 
 def quantize_activation_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -34,7 +34,7 @@ def quantize_activation_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.
     `x` is float32, bfloat16 or float16 ``[..., K]``, M rows in all. Returns codes uint8 ``[..., K]``, scales float32
     ``[M]`` and zero points int32 ``[M]``. A row with NaN has the scale NaN. Raises RuntimeError for another dtype.
     """
-    return _ops.quantize_activation_per_token(x)
+    return native.quantize_activation_per_token(x)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class PackedInt8:
         """A copy of one weight alone. Raises IndexError when there is none of that index."""
         if not 0 <= index < len(self.out_features):
             raise IndexError(f"index: expected 0..{len(self.out_features) - 1}, got {index}")
-        data = _ops.int8_member(self.data, self.out_features, self.in_features, index)
+        data = native.int8_member(self.data, self.out_features, self.in_features, index)
         return PackedInt8(data, (self.out_features[index],), self.in_features)
 
 
@@ -76,7 +76,7 @@ def pack_int8(weights: Sequence[QuantizedWeight]) -> PackedInt8:
         raise ValueError(f"weights: expected the same number of input features, got {sorted(in_features)}")
     out_features = tuple(weight.shape[0] for weight in weights)
     codes, scales = _joined([w.codes for w in weights]), _joined([w.scales.flatten() for w in weights])
-    return PackedInt8(_ops.int8_pack(codes, scales, out_features), out_features, in_features.pop())
+    return PackedInt8(native.int8_pack(codes, scales, out_features), out_features, in_features.pop())
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -85,7 +85,7 @@ def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def unpack_int8(packed: PackedInt8) -> list[QuantizedWeight]:
     """Return the weights that `pack_int8` was given, bit for bit."""
-    codes, scales = _ops.int8_unpack(packed.data, packed.out_features, packed.in_features)
+    codes, scales = native.int8_unpack(packed.data, packed.out_features, packed.in_features)
     return [
         QuantizedWeight(c, s[:, None], None, None, INT8_PER_CHANNEL, tuple(c.shape))
         for c, s in zip(codes.split(packed.out_features), scales.split(packed.out_features), strict=True)
@@ -112,7 +112,7 @@ def int8_linear(
     result's shape. `dtype` is float32, bfloat16 or float16. Raises RuntimeError when an argument does not fit, or
     several weights come with a post op.
     """
-    return _ops.int8_linear(
+    return native.int8_linear(
         x, scales, zero_points, packed.data, bias, list(others), packed.out_features, dtype, int(post_op)
     )
 
@@ -134,7 +134,7 @@ def int8_linear_gated(
     if len(packed.out_features) != 2 or packed.out_features[0] != packed.out_features[1]:
         raise ValueError(f"packed: expected two weights of one size, got out_features {packed.out_features}")
     out_features = packed.out_features[0]
-    return _ops.int8_linear_gated(x, scales, zero_points, packed.data, bias, out_features, dtype, int(activation))
+    return native.int8_linear_gated(x, scales, zero_points, packed.data, bias, out_features, dtype, int(activation))
 
 
 def int8_linear_requantized(
@@ -156,7 +156,7 @@ def int8_linear_requantized(
     if len(packed.out_features) != 1:
         raise ValueError(f"packed: expected a single weight, got {len(packed.out_features)}; use its member()")
     (out_features,) = packed.out_features
-    return _ops.int8_linear_requantized(
+    return native.int8_linear_requantized(
         x,
         scales,
         zero_points,
@@ -183,6 +183,28 @@ def _(x):
         x.new_empty(rows, dtype=torch.float32),
         x.new_empty(rows, dtype=torch.int32),
     )
+
+
+def int8_dequantize(packed: PackedInt8, member: int, factor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """One member's weight times the smoothing `factor` of its input, ``[N, K]`` in `dtype`."""
+    return _dequantize(packed.data, factor, packed.out_features, packed.in_features, member, dtype)
+
+
+@torch.library.custom_op(
+    "ipex_quant::int8_dequantize",
+    mutates_args=(),
+    schema="(Tensor data, Tensor? factor, SymInt[] out_features, SymInt in_features, int member, ScalarType dtype) "
+    "-> Tensor",
+)
+def _dequantize(data, factor, out_features, in_features, member, dtype):
+    packed = PackedInt8(data, tuple(out_features), in_features)
+    weight = affine.dequantize(unpack_int8(packed.member(member))[0], torch.float32)
+    return (weight if factor is None else weight * factor).to(dtype)
+
+
+@register_fake("int8_dequantize")
+def _(data, factor, out_features, in_features, member, dtype):
+    return data.new_empty(out_features[member], in_features, dtype=dtype)
 
 
 def _packed_bytes(out_features: Sequence[int], in_features: int) -> int:

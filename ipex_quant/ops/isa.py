@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-try:
-    from .. import _C  # noqa: F401  (importing it registers torch.ops.ipex_quant)
-except ImportError as error:
-    raise ImportError(f"ipex_quant's native library: {error}; run `make build` or `pip install .`") from error
+from .library import native
 
 ISA_LEVELS = ("generic", "avx2", "avx512_vnni", "avx512_bf16")
 """All levels, lowest first; each includes those before it. ``avx2`` uses AVX-VNNI where the CPU has it."""
@@ -15,7 +10,7 @@ ISA_LEVELS = ("generic", "avx2", "avx512_vnni", "avx512_bf16")
 
 def supported_isas() -> tuple[str, ...]:
     """Levels that this CPU can run, lowest first: the values that ``IPEX_QUANT_ISA`` may have."""
-    return ISA_LEVELS[: torch.ops.ipex_quant.isa_supported() + 1]
+    return ISA_LEVELS[: native.isa_supported() + 1]
 
 
 def isa_name() -> str:
@@ -24,6 +19,6 @@ def isa_name() -> str:
     The variable is read once per process. Raises ValueError when it names a level that is unknown or not supported.
     """
     try:
-        return ISA_LEVELS[torch.ops.ipex_quant.isa_active()]
+        return ISA_LEVELS[native.isa_active()]
     except RuntimeError as error:
         raise ValueError(str(error)) from None

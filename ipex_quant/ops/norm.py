@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from . import isa  # noqa: F401  loads the native library
 from .fakes import register_fake
+from .library import native
 
-_ops = torch.ops.ipex_quant
-_rms_norm = _ops.rms_norm.default
-_layer_norm = _ops.layer_norm.default
-_add_rms_norm = _ops.add_rms_norm.default
-_add_layer_norm = _ops.add_layer_norm.default
+_rms_norm = native.rms_norm.default
+_layer_norm = native.layer_norm.default
+_add_rms_norm = native.add_rms_norm.default
+_add_layer_norm = native.add_layer_norm.default
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:

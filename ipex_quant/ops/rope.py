@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from . import isa  # noqa: F401  loads the native library
 from .fakes import check_shape, register_fake
+from .library import native
 
-_rotary = torch.ops.ipex_quant.rotary.default
+_rotary = native.rotary.default
 
 
 def rotary(

@@ -13,9 +13,8 @@ from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWei
 from .fakes import check_shape, register_fake
 from .gradient import needs_gradient
 from .isa import isa_name
+from .library import native
 from .post_op import PostOp
-
-_ops = torch.ops.ipex_quant
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def quantize_weight(weight: torch.Tensor, scheme: WeightScheme) -> QuantizedWeig
             f"weight: expected a CPU tensor [N, K] with K > 0, got {list(weight.shape)} on {weight.device}"
         )
     try:
-        codes, scales, zero_points = _ops.woq_quantize(
+        codes, scales, zero_points = native.woq_quantize(
             weight.detach(), scheme.dtype, scheme.group_size, scheme.symmetric
         )
     except RuntimeError as error:
@@ -64,14 +63,14 @@ def pack_weight(qw: QuantizedWeight) -> PackedWeight:
     codes, scales = qw.codes.contiguous(), qw.scales.contiguous()
     with torch.inference_mode(False):  # torch.compile of torch 2.10 finds no gradient through what inference mode made
         perm = None if qw.g_idx is None else torch.argsort(qw.g_idx, stable=True).to(torch.int32)
-        data = _ops.woq_pack(codes, scales, zero_points, perm, qw.shape[1], qw.scheme.dtype, qw.scheme.group_size)
+        data = native.woq_pack(codes, scales, zero_points, perm, qw.shape[1], qw.scheme.dtype, qw.scheme.group_size)
     return PackedWeight(data, perm, qw.scheme, qw.shape)
 
 
 def unpack_weight(packed: PackedWeight) -> QuantizedWeight:
     """Return the quantized weight that `pack_weight` was given, bit for bit."""
     scheme, (out_features, in_features) = packed.scheme, packed.shape
-    codes, scales, zero_points = _ops.woq_unpack(
+    codes, scales, zero_points = native.woq_unpack(
         packed.data, packed.perm, out_features, in_features, scheme.dtype, scheme.group_size, not scheme.symmetric
     )
     g_idx = None
@@ -108,7 +107,7 @@ def woq_linear(
                 "result or call under torch.no_grad()"
             )
         return _Differentiable.apply(x, data, out_features, bias, perm, *modes)
-    return _ops.woq_linear(x, data, bias, perm, list(others), out_features, *modes, int(post_op))
+    return native.woq_linear(x, data, bias, perm, list(others), out_features, *modes, int(post_op))
 
 
 def woq_linear_group(
@@ -130,7 +129,7 @@ def woq_linear_group(
     if torch.jit.is_tracing() or needs_gradient(x):
         weights = zip(data, out_features, biases, strict=True)
         return [woq_linear(x, d, n, bias, perm, lowp_mode, act_quant_mode) for d, n, bias in weights]
-    return _ops.woq_linear_group(x, list(data), biases, perm, list(out_features), int(lowp_mode), int(act_quant_mode))
+    return native.woq_linear_group(x, list(data), biases, perm, list(out_features), int(lowp_mode), int(act_quant_mode))
 
 
 def woq_linear_gated(
@@ -156,7 +155,7 @@ def woq_linear_gated(
             "woq_linear_gated: expected no need of a gradient; use woq_linear twice or call under torch.no_grad()"
         )
     modes = int(lowp_mode), int(act_quant_mode)
-    return _ops.woq_linear_gated(x, gate, up, gate_bias, up_bias, perm, out_features, *modes, int(activation))
+    return native.woq_linear_gated(x, gate, up, gate_bias, up_bias, perm, out_features, *modes, int(activation))
 
 
 class _Differentiable(torch.autograd.Function):
@@ -164,7 +163,7 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx, x, data, out_features, bias, perm, lowp_mode, act_quant_mode):
         # save_for_backward refuses inference tensors, which a weight loaded under inference_mode is.
         ctx.weight = data, perm, out_features, x.shape[-1]
-        return _ops.woq_linear(x, data, bias, perm, [], out_features, lowp_mode, act_quant_mode, int(PostOp.NONE))
+        return native.woq_linear(x, data, bias, perm, [], out_features, lowp_mode, act_quant_mode, int(PostOp.NONE))
 
     @staticmethod
     def backward(ctx, grad):
@@ -182,7 +181,7 @@ def woq_dequantize(
 
     Raises RuntimeError or ValueError when `data` is not a packed weight of that shape.
     """
-    return _ops.woq_dequantize(data, perm, out_features, in_features, dtype)
+    return native.woq_dequantize(data, perm, out_features, in_features, dtype)
 
 
 @torch.library.custom_op(

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 import ipex_quant
 from ipex_quant import ops
-from ipex_quant.ops import isa
+from ipex_quant.ops import library
 
 Results = dict[str, torch.Tensor]
 
@@ -155,4 +155,4 @@ def test_without_the_native_library_the_import_says_how_to_build_it(monkeypatch)
     monkeypatch.delattr(ipex_quant, "_C")
     monkeypatch.setitem(sys.modules, "ipex_quant._C", None)
     with pytest.raises(ImportError, match=r"native library: .*; run `make build` or `pip install \.`"):
-        importlib.reload(isa)
+        importlib.reload(library)
