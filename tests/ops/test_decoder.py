@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ipex_quant.ops import PostOp, reference_decoder
 from ipex_quant.ops.decoder import DecoderStructure, DecoderWeights, decoder_layers
 
 from .test_attention import DTYPES, generator, normal
+from .weights import shuffle_features
 
 INT4 = WeightScheme(WoqWeightDtype.INT4, False, 32)
 INT8_MODE = {"lowp_mode": WoqLowpMode.INT8, "act_quant_mode": WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM}
@@ -38,7 +40,9 @@ class Stack:
         int8: bool = False,
         start: int = 5,
         heads: tuple[int, int, int] = (4, 2, 16),
+        ordered: Collection[int] = (),
     ) -> None:
+        """The weights of the inputs in `ordered` (of 4: projections, their output, MLP, its output) are in act-order."""
         query, kv, dim = heads
         features, inner, width = 80, 72, (query + 2 * kv) * dim
         projections = [query * dim, kv * dim, kv * dim] if structure.projections == 3 else [width]
@@ -47,8 +51,16 @@ class Stack:
         sizes += [(2 * inner if joined else inner, features)] * structure.mlp_inputs + [(features, inner)]
         weights = [normal(*size, seed=i) * 0.1 for i, size in enumerate(sizes * layers)]
         self.quantized = [ops.quantize_weight(weight, scheme) for weight in weights]
+        self.inputs = [0] * len(projections) + [1] + [2] * structure.mlp_inputs + [3]  # of the weights of a layer
+        for i, weight in enumerate(self.quantized):
+            layer, place = divmod(i, len(self.inputs))
+            if self.inputs[place] in ordered:  # one order for all that share an input
+                self.quantized[i] = shuffle_features(weight, seed=4 * layer + self.inputs[place])
+        packed = [ops.pack_weight(weight) for weight in self.quantized]
+        firsts = [layer * len(self.inputs) + self.inputs.index(i) for layer in range(layers) for i in range(4)]
         self.weights = DecoderWeights(
-            packed=[ops.pack_weight(weight).data for weight in self.quantized],
+            packed=[weight.data for weight in packed],
+            perms=[packed[first].perm for first in firsts] if ordered else [],
             biases=[normal(len(w), seed=i) if i % 3 else None for i, w in enumerate(weights)] if biased else [],
             norms=[1 + 0.1 * normal(features, dtype=dtype, seed=i) for i in range(2 * layers)],
             norm_biases=[normal(features, dtype=dtype, seed=i) for i in range(2 * layers)] if biased else [],
@@ -84,12 +96,14 @@ def in_parts(
     modes, eps = (structure.lowp_mode, structure.act_quant_mode), structure.eps
     linears = iter(zip(weights.packed, weights.biases or [None] * len(weights.packed), strict=True))
     norms = iter(zip(weights.norms, weights.norm_biases or [None] * len(weights.norms), strict=True))
-    each = len(caches) // len(starts)
+    each, perms = len(caches) // len(starts), weights.perms or [None] * 4 * len(starts)
+    inputs = [0] * structure.projections + [1] + [2] * structure.mlp_inputs + [3]
+    orders = iter([perms[4 * layer + i] for layer in range(len(starts)) for i in inputs])
 
     def linear(value, post_op=PostOp.NONE, *others):
         data, bias = next(linears)
         size = int.from_bytes(bytes(data[8:16].tolist()), "little")  # out_features of the header
-        return ops.woq_linear(value, data, size, bias, None, *modes, post_op, others)
+        return ops.woq_linear(value, data, size, bias, next(orders), *modes, post_op, others)
 
     def norm(value):
         weight, bias = next(norms)
@@ -161,14 +175,17 @@ schemes = st.sampled_from(
     int8=st.booleans(),
     masked=st.booleans(),
     alibi=st.booleans(),
+    ordered=st.sets(st.integers(0, 3)),
 )
 def test_has_the_bits_of_its_parts(
-    structure, mode, scheme, shape, dtype, plain, biased, head_norms, int8, masked, alibi
+    structure, mode, scheme, shape, dtype, plain, biased, head_norms, int8, masked, alibi, ordered
 ) -> None:
     structure = dataclasses.replace(structure, **mode)
     if plain:
         structure = dataclasses.replace(structure, gated=False, mlp_inputs=1, activation=PostOp.RELU)
-    stack = Stack(structure, shape, dtype, scheme=scheme, biased=biased, head_norms=head_norms, int8=int8)
+    stack = Stack(
+        structure, shape, dtype, scheme=scheme, biased=biased, head_norms=head_norms, int8=int8, ordered=ordered
+    )
     options = {"alibi": torch.tensor([0.5, 0.25, 0.1, 0.3])} if alibi else {}
     if masked:
         options["mask"] = torch.rand(shape[0], 1, 1, 5 + shape[1], generator=generator(4)) < 0.8
@@ -180,6 +197,7 @@ def test_has_the_bits_of_its_parts(
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("ordered", [(), (1,), range(4)])
 @pytest.mark.parametrize("mode", [{}, INT8_MODE])
 @pytest.mark.parametrize(
     "structure",
@@ -189,8 +207,8 @@ def test_has_the_bits_of_its_parts(
         DecoderStructure(mlp_inputs=1, gated=False, activation=PostOp.RELU),
     ],
 )
-def test_computes_what_is_defined(structure, mode) -> None:
-    stack = Stack(dataclasses.replace(structure, **mode), (2, 3), biased=True, head_norms=True)
+def test_computes_what_is_defined(structure, mode, ordered) -> None:
+    stack = Stack(dataclasses.replace(structure, **mode), (2, 3), biased=True, head_norms=True, ordered=ordered)
     result, caches = stack.run()
 
     def expected_layers(x, *arguments):
@@ -217,14 +235,14 @@ def test_any_number_of_threads_gives_the_same(threads) -> None:
         torch.set_num_threads(before)
 
 
-def test_features_in_another_order() -> None:
-    stack = Stack(DecoderStructure(rotary_dim=16))
-    order = torch.randperm(80, generator=generator(1)).int()
-    plain, _ = stack.run()
-    shuffled, _ = stack.run()
-    assert torch.equal(plain, shuffled)
-    stack.weights.perms.extend([None, None, order, None] * 2)
-    assert not torch.equal(stack.run()[0], plain)
+@pytest.mark.parametrize("place", range(4))
+def test_features_in_another_order_are_read_in_theirs(place) -> None:
+    """A permuted input of a permuted weight gives the sums of both as they were, up to the order of addition."""
+    stack = Stack(DecoderStructure(rotary_dim=16), ordered=[place])
+    expected, _ = stack.run(lambda x, *rest: reference_decoder.decoder_layers(x, stack.quantized, *rest))
+    torch.testing.assert_close(stack.run()[0], expected, rtol=1e-4, atol=1e-4)
+    stack.weights.perms[place] = None
+    assert not torch.allclose(stack.run()[0], expected, rtol=1e-2, atol=1e-2)
 
 
 def test_no_token_gives_none() -> None:

@@ -9,13 +9,13 @@ import transformers
 
 import ipex_quant as ipex
 from ipex_quant.llm.cache.layers import NativeLayer
-from ipex_quant.llm.decoder import step as decoder_step
 from ipex_quant.llm.decoder.model import Angles, FusedModel
 from ipex_quant.llm.decoder.step import LayerStep
 from ipex_quant.nn.fused_forward import restore_forwards
 from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
 from ..conftest import random_model
+from .decoder_calls import DecoderCalls
 from .interleaving import codes_of, interleavings
 from .test_families import GROUPED
 
@@ -32,16 +32,10 @@ MODELS = {
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls():
     """Layers of every native call."""
-    seen, decoder_layers = [], decoder_step._decoder_layers
-
-    def counted(*arguments):
-        seen.append(len(arguments[21]))  # starts
-        return decoder_layers(*arguments)
-
-    monkeypatch.setattr(decoder_step, "_decoder_layers", counted)
-    return seen
+    with DecoderCalls() as calls:
+        yield calls.layers
 
 
 def build(name="llama"):

@@ -14,6 +14,7 @@ from ipex_quant.nn.fused_forward import restore_forwards
 from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
 from ..conftest import random_model
+from .decoder_calls import DecoderCalls
 from .test_families import GROUPED, HALF_ROTARY, OLD_NAMES, OPT, SIZES
 
 ONE_CALL = {
@@ -68,35 +69,19 @@ def generate(model, **options):
     return model.generate(return_dict_in_generate=True, **options)
 
 
-def counted(model):
-    """How often one call did a layer's work."""
-    calls = []
-    for layer in layers_of(model):
-        layer.step.__class__ = type("Counted", (type(layer.step),), {"__call__": _counting(calls)})
-    return calls
-
-
-def _counting(calls):
-    def call(step, *arguments):
-        result = type(step).__mro__[1].__call__(step, *arguments)
-        calls.append(result is not None)
-        return result
-
-    return call
-
-
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ONE_CALL)
 def test_generates_with_the_bits_of_its_parts(name, batch):
     model = build(name)
-    parts, calls = in_parts(model), counted(model)
+    parts = in_parts(model)
     mask = torch.ones(batch, 6, dtype=torch.long)
     mask[0, : 2 if batch > 1 else 0] = 0
 
-    got = generate(model, inputs=prompts(batch), attention_mask=mask)
+    with DecoderCalls() as calls:
+        got = generate(model, inputs=prompts(batch), attention_mask=mask)
     expected = generate(parts, inputs=prompts(batch), attention_mask=mask)
 
-    assert sum(calls) == 7 * len(layers_of(model)), "every layer of every step but the prompt's"
+    assert calls.layers == [1] * 7 * len(layers_of(model)), "every layer of every step but the prompt's"
     assert torch.equal(got.sequences, expected.sequences)
     assert all(map(torch.equal, got.logits, expected.logits))
 
@@ -152,19 +137,19 @@ def test_hooked_modules_are_called():
 
 def test_beams_and_long_prompts_take_the_ordinary_path():
     model = build("llama")
-    parts, calls = in_parts(model), counted(model)
-    got, expected = (generate(each, inputs=prompts(1), num_beams=3) for each in (model, parts))
+    with DecoderCalls() as calls:
+        got, expected = (generate(each, inputs=prompts(1), num_beams=3) for each in (model, in_parts(model)))
     assert torch.equal(got.sequences, expected.sequences)
-    assert not any(calls)
+    assert not calls.layers
 
 
 def test_assisted_decoding_has_several_tokens_a_call():
     model = build("llama")
-    parts, calls = in_parts(model), counted(model)
     text = prompts(1).repeat(1, 3)
-    got, expected = (generate(each, inputs=text, prompt_lookup_num_tokens=3) for each in (model, parts))
+    with DecoderCalls() as calls:
+        got, expected = (generate(each, inputs=text, prompt_lookup_num_tokens=3) for each in (model, in_parts(model)))
     assert torch.equal(got.sequences, expected.sequences)
-    assert any(calls)
+    assert calls.layers
 
 
 def test_loaded_weights_count():
