@@ -42,7 +42,7 @@ class Stack:
         heads: tuple[int, int, int] = (4, 2, 16),
         ordered: Collection[int] = (),
     ) -> None:
-        """The weights of the inputs in `ordered` (of 4: projections, their output, MLP, its output) are in act-order."""
+        """Inputs in `ordered` (of 4: projections, their output, MLP, its output) have weights in act-order."""
         query, kv, dim = heads
         features, inner, width = 80, 72, (query + 2 * kv) * dim
         projections = [query * dim, kv * dim, kv * dim] if structure.projections == 3 else [width]

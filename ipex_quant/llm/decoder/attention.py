@@ -16,6 +16,7 @@ from ...ops import PostOp
 from ..attention import attention_forward, with_bias
 from ..cache.layers import NativeLayer
 from ..cache.storage import Storage, attend
+from .call import LayerCall
 from .families import Attention, Layout, Rope
 from .linears import fused_linear, fused_linears
 from .norms import Norm, Scale, norm_of
@@ -49,8 +50,8 @@ Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Queries ``[B, L, H, D]``, keys and values ``[B, L, Hkv, D]``."""
 
 
-class Room(NamedTuple):
-    """Where the next keys and values go in `layer`: from `start` on, after those that are attended to."""
+class Slots(NamedTuple):
+    """Reserved slots of a cache layer: its buffers, in which the next keys and values go from `start` on."""
 
     layer: NativeLayer
     keys: torch.Tensor
@@ -91,39 +92,33 @@ class FusedAttention:
         self.slopes = alibi_slopes(self.heads) if names.alibi else None
 
     def __call__(
-        self, x: torch.Tensor, kwargs: dict[str, Any], post_op: PostOp = PostOp.NONE, *others: torch.Tensor
+        self, x: torch.Tensor, call: LayerCall, post_op: PostOp = PostOp.NONE, *others: torch.Tensor
     ) -> torch.Tensor:
-        mask, cache = kwargs.get("attention_mask"), kwargs.get(self.names.cache)
-        if mask is not None and self.names.masked_is_true:
-            mask = ~mask
-        room = None
-        if cache is not None:
-            cache = getattr(cache, "self_attention_cache", cache)
-            room = self.reserve(cache.layers, x, mask)
-            if room is not None and self.names.position_bias:
-                mask = with_bias(mask, self.position_bias(kwargs, 1, room.start + 1))
+        mask = call.mask
+        slots = self.reserve(x, call) if call.cache is not None else None
+        if slots is not None and self.names.position_bias:
+            mask = with_bias(mask, self.position_bias(call, 1, slots.start + 1))
         projected = self.project(x)
         if self.clip:
             projected = [each.clamp(-self.clip, self.clip) for each in projected]
         if self.norms and self.names.joint_norms:
             query, key, value = projected
             projected = [self.norms[0](query), self.norms[1](key), value]
-        if room is not None and self.fits_one_call(x, mask):
-            attended = self.turn_and_attend(self.join(projected, *x.shape[:2]), kwargs, mask, room)
+        if slots is not None and self.fits_one_call(x, mask):
+            attended = self.rotate_and_attend(self.join(projected, *x.shape[:2]), call, mask, slots)
             return self.output(attended, post_op, *others)
         query, key, value = self.split_heads(projected, *x.shape[:2])
         if self.rope is not None:
-            cos, sin = self.rope(self, kwargs, query.dtype)
-            rotated = cos.shape[-1] * (1 + self.interleaved)
-            query = ops.rotary(query, cos, sin, rotated, self.interleaved)
-            key = ops.rotary(key, cos, sin, rotated, self.interleaved)
+            cos, sin, rotary_dim = self.rotation(query, call)
+            query = ops.rotary(query, cos, sin, rotary_dim, self.interleaved)
+            key = ops.rotary(key, cos, sin, rotary_dim, self.interleaved)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        if room is not None:
-            attended = self.attend_in_place(query, key, value, mask, room)
+        if slots is not None:
+            attended = self.attend_in_place(query, key, value, mask, slots)
         else:
-            if cache is not None:
-                key, value = cache.update(key, value, self.layer_index)
-            attended = self.attend(query, key, value, mask, kwargs)
+            if call.cache is not None:
+                key, value = call.cache.update(key, value, self.layer_index)
+            attended = self.attend(query, key, value, call)
         return self.output(attended.flatten(2), post_op, *others)
 
     def split_heads(self, projected: list[torch.Tensor], *shape: int) -> Heads:
@@ -144,53 +139,59 @@ class FusedAttention:
         few = self.is_joined or x.shape[0] * x.shape[1] <= MAX_JOINED
         return self.is_causal and few and (mask is None or x.shape[1] == 1)
 
-    def reserve(self, layers: list[Any], x: torch.Tensor, mask: torch.Tensor | None) -> Room | None:
-        """Room in a native cache for keys and values of `x`; None where only its `update` will do."""
-        layer, length = layers[self.layer_index] if self.layer_index < len(layers) else None, x.shape[1]
+    def reserve(self, x: torch.Tensor, call: LayerCall) -> Slots | None:
+        """Slots of a native cache for keys and values of `x`; None where only the cache's `update` will do."""
+        layers, index, length, mask = call.cache.layers, self.layer_index, x.shape[1], call.mask
+        layer = layers[index] if index < len(layers) else None
         if not isinstance(layer, NativeLayer) or (length > 1 and (layer.is_sliding or self.names.position_bias)):
             return None
-        room = layer.reserve(length) if mask is None or type(mask) is torch.Tensor else None
-        if room is None or layer.dtype != x.dtype or room[0][0].dtype not in (x.dtype, torch.int8):
+        reserved = layer.reserve(length) if mask is None or type(mask) is torch.Tensor else None
+        if reserved is None or layer.dtype != x.dtype or reserved[0][0].dtype not in (x.dtype, torch.int8):
             return None
-        (keys, values, *scales), start = room
-        return Room(layer, keys, values, *(scales or (None, None, None)), start)
+        (keys, values, *scales), start = reserved
+        return Slots(layer, keys, values, *(scales or (None, None, None)), start)
 
-    def turn_and_attend(
-        self, joined: torch.Tensor, kwargs: dict[str, Any], mask: torch.Tensor | None, room: Room
-    ) -> torch.Tensor:
-        """Rotation, cache and attention in one call: ``[B, L, H * D]``."""
+    def rotation(self, x: torch.Tensor, call: LayerCall) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Cosines and sines ``[B or 1, L, R or R / 2]`` for `x` ``[B, L, ...]``, and how many features R rotate."""
         if self.rope is None:
-            cos = sin = joined.new_empty(1, joined.shape[1], 0)
-        else:
-            cos, sin = self.rope(self, kwargs, joined.dtype)
+            empty = x.new_empty(1, x.shape[1], 0)
+            return empty, empty, 0
+        cos, sin = self.rope(call, self.module, x.dtype)
+        return cos, sin, cos.shape[-1] * (2 if self.interleaved else 1)
+
+    def rotate_and_attend(
+        self, joined: torch.Tensor, call: LayerCall, mask: torch.Tensor | None, slots: Slots
+    ) -> torch.Tensor:
+        """Rotation, cache and attention in one native call: ``[B, L, H * D]``."""
+        cos, sin, rotary_dim = self.rotation(joined, call)
         attended = ops.fused_rope_attention(
             joined,
             cos,
             sin,
-            room.keys,
-            room.values,
-            room.key_scales,
-            room.value_scales,
-            start=room.start,
+            slots.keys,
+            slots.values,
+            slots.key_scales,
+            slots.value_scales,
+            start=slots.start,
             scale=self.scale,
-            rotary_dim=cos.shape[-1] * (1 + self.interleaved),
+            rotary_dim=rotary_dim,
             interleaved=self.interleaved,
             mask=mask,
             softcap=self.softcap,
             alibi=self.slopes,
-            key_factors=room.key_factors,
+            key_factors=slots.key_factors,
         )
-        room.layer.commit(joined.shape[1])
+        slots.layer.commit(joined.shape[1])
         return attended
 
     def attend_in_place(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, room: Room
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, slots: Slots
     ) -> torch.Tensor:
         """Write to a native cache and attend to it, with no code between the ops."""
-        _, keys, values, key_scales, value_scales, key_factors, start = room
+        layer, keys, values, key_scales, value_scales, key_factors, start = slots
         ops.write_cache(key, keys, key_scales, start, key_factors)
         ops.write_cache(value, values, value_scales, start)
-        room.layer.commit(key.shape[2])
+        layer.commit(key.shape[2])
         stored = slice(None), slice(None), slice(start + key.shape[2])
         return ops.attention(
             query,
@@ -206,28 +207,22 @@ class FusedAttention:
             key_factors=key_factors,
         )
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """``[B, L, H, D]`` of queries ``[B, H, L, D]`` over what any cache gave."""
+        mask = call.mask
         if self.slopes is None:
             options = {"softcap": self.softcap} if self.softcap else {}
             if self.names.position_bias:
-                options["position_bias"] = self.position_bias(kwargs, query.shape[2], key.shape[2])
+                options["position_bias"] = self.position_bias(call, query.shape[2], key.shape[2])
             return attention_forward(self.module, query, key, value, mask, scaling=self.scale, **options)[0]
         options = {"causal": mask is None, "mask": mask}
         return attend(query, Storage.of(key), Storage.of(value), scale=self.scale, alibi=self.slopes, **options)
 
-    def position_bias(self, kwargs: dict[str, Any], queries: int, keys: int) -> torch.Tensor | None:
-        """What is added to the scores of this layer and those after it; a module with a table of biases makes it."""
-        if kwargs.get("position_bias") is None and self.module.has_relative_attention_bias:
-            kwargs["position_bias"] = self.module.compute_bias(queries, keys, past_seen_tokens=keys - queries)
-        return kwargs.get("position_bias")
+    def position_bias(self, call: LayerCall, queries: int, keys: int) -> torch.Tensor | None:
+        """What adds to the scores of this layer and those after it; a module with a table of biases computes it."""
+        if call.position_bias is None and self.module.has_relative_attention_bias:
+            call.position_bias = self.module.compute_bias(queries, keys, past_seen_tokens=keys - queries)
+        return call.position_bias
 
 
 def _features(linear: nn.Module) -> tuple[int, int]:
@@ -246,21 +241,18 @@ class CrossAttention(FusedAttention):
         self.project = fused_linears([part(module, name) for name in rest])
 
     def __call__(
-        self, x: torch.Tensor, kwargs: dict[str, Any], post_op: PostOp = PostOp.NONE, *others: torch.Tensor
+        self, x: torch.Tensor, call: LayerCall, post_op: PostOp = PostOp.NONE, *others: torch.Tensor
     ) -> torch.Tensor:
-        query = self._heads(self.query(x))
-        caches = kwargs.get(self.names.cache)
+        query, caches = self._heads(self.query(x)), call.caches
         if caches is not None and caches.is_updated.get(self.layer_index):
             layer = caches.cross_attention_cache.layers[self.layer_index]
             key, value = layer.keys, layer.values
         else:
-            key, value = map(self._heads, self.project(kwargs["encoder_hidden_states"]))
+            key, value = map(self._heads, self.project(call.encoder_states))
             if caches is not None:
                 key, value = caches.cross_attention_cache.update(key, value, self.layer_index)
                 caches.is_updated[self.layer_index] = True
-        attended = attention_forward(
-            self.module, query, key, value, kwargs.get("encoder_attention_mask"), scaling=self.scale
-        )[0]
+        attended = attention_forward(self.module, query, key, value, call.encoder_mask, scaling=self.scale)[0]
         return self.output(attended.flatten(2), post_op, *others)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -312,22 +304,22 @@ Tables = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines ``[B or 1, L, R or R / 2]``."""
 
 
-def _given(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
-    return kwargs["position_embeddings"]
+def _given(call: LayerCall, module: nn.Module, dtype: torch.dtype) -> Tables:
+    return call.position_embeddings
 
 
-def _given_halves(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
-    cos, sin = kwargs["position_embeddings"]
+def _given_halves(call: LayerCall, module: nn.Module, dtype: torch.dtype) -> Tables:
+    cos, sin = call.position_embeddings
     return cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[0]
 
 
-def _given_twice(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
-    cos, sin = kwargs["position_embeddings"]
+def _given_twice(call: LayerCall, module: nn.Module, dtype: torch.dtype) -> Tables:
+    cos, sin = call.position_embeddings
     return cos[..., ::2], sin[..., ::2]
 
 
-def _looked_up(attention: FusedAttention, kwargs: dict[str, Any], dtype: torch.dtype) -> Tables:
-    table = F.embedding(kwargs["position_ids"], attention.module.embed_positions)
+def _looked_up(call: LayerCall, module: nn.Module, dtype: torch.dtype) -> Tables:
+    table = F.embedding(call.position_ids, module.embed_positions)
     sin, cos = table.to(dtype).chunk(2, dim=-1)
     return cos, sin
 

@@ -86,9 +86,6 @@ class Attention:
     alibi: bool = False
     """Scores fall with the distance, at a rate that each head has of its own."""
 
-    masked_is_true: bool = False
-    """The mask is true where attention does not go."""
-
     position_bias: bool = False
     """What the layer gets as `position_bias`, or the module computes, is added to the scores."""
 
@@ -100,8 +97,6 @@ class Attention:
 
     head_size: str = "head_dim"
     index: str = "layer_idx"
-    cache: str = "past_key_values"
-    """Keyword that brings the layer the cache."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +120,9 @@ class Family:
       where "" is none and a number after them multiplies.
     - `mlp` None calls the layer's `mlp` as it is.
     - `cross` is attention to an encoder, with its norm, which SEQUENTIAL and POST_NORM layers have before the MLP.
+    - `masked_is_true`: a mask is true where attention does not go.
     - `keywords` are arguments of the layer, besides those that all may have, that are used or not needed.
-    - `returns` are keywords that the layer returns after the hidden states, None where they were not given.
+    - `returns` names the attributes of `LayerCall` that the layer returns after the hidden states.
     - `clamps_float16`: float16 is clamped, which is left to the stock layer.
     - `requires` maps attributes to the values they have to have, where the layer has them; other layers stay stock.
     """
@@ -137,6 +133,7 @@ class Family:
     residual: Residual = Residual.SEQUENTIAL
     cross: Attention | None = None
     cross_norm: str = ""
+    masked_is_true: bool = False
     keywords: tuple[str, ...] = ()
     returns: tuple[str, ...] = ()
     clamps_float16: bool = False
@@ -187,12 +184,12 @@ _PHI_NORMED = replace(
     requires={"self_attn.qk_layernorm": True},
 )
 _NEOX = Family(
-    Attention("attention", ("query_key_value",), "dense", Layout.GROUPS, head_size="head_size", cache="layer_past"),
+    Attention("attention", ("query_key_value",), "dense", Layout.GROUPS, head_size="head_size"),
     Mlp("mlp", ("dense_h_to_4h",), "dense_4h_to_h", "act", gated=False),
     requires={"use_parallel_residual": False},
 )
 _GPTJ = Family(
-    Attention("attn", output="out_proj", rope=Rope.TABLE, cache="layer_past"),
+    Attention("attn", output="out_proj", rope=Rope.TABLE),
     Mlp("mlp", ("fc_in",), "fc_out", "act", gated=False),
     norms=("ln_1",),
     residual=Residual.PARALLEL,
@@ -205,9 +202,7 @@ _OPT = Family(
     requires={"do_layer_norm_before": True},
 )
 _BLOOM = Family(
-    Attention(
-        "self_attention", ("query_key_value",), "dense", Layout.GROUPS, Rope.NONE, alibi=True, cache="layer_past"
-    ),
+    Attention("self_attention", ("query_key_value",), "dense", Layout.GROUPS, Rope.NONE, alibi=True),
     Mlp("mlp", ("dense_h_to_4h",), "dense_4h_to_h", "gelu_impl", gated=False),
     keywords=("alibi",),
     returns=("attention_weights",),
@@ -220,24 +215,16 @@ _BLOOM_NORMED = replace(
 )
 _MPT = Family(
     Attention(
-        "attn",
-        ("Wqkv",),
-        "out_proj",
-        Layout.BLOCKS,
-        Rope.NONE,
-        alibi=True,
-        masked_is_true=True,
-        clip="clip_qkv",
-        scale="softmax_scale",
-        cache="layer_past",
+        "attn", ("Wqkv",), "out_proj", Layout.BLOCKS, Rope.NONE, alibi=True, clip="clip_qkv", scale="softmax_scale"
     ),
     Mlp("ffn", ("up_proj",), "down_proj", "act", gated=False),
     ("norm_1", "norm_2"),
+    masked_is_true=True,
     keywords=("position_bias",),
     returns=("attention_weights",),
 )
 _GPT_BIGCODE = Family(
-    Attention("attn", ("c_attn",), "c_proj", Layout.BLOCKS, Rope.NONE, cache="layer_past"),
+    Attention("attn", ("c_attn",), "c_proj", Layout.BLOCKS, Rope.NONE),
     Mlp("mlp", ("c_fc",), "c_proj", "act", gated=False),
     ("ln_1", "ln_2"),
     keywords=("encoder_attention_mask",),
@@ -250,7 +237,6 @@ _GPT_BIGCODE_MULTI_HEAD = replace(
 )
 _GPT2 = replace(
     _GPT_BIGCODE,
-    attention=replace(_GPT_BIGCODE.attention, cache="past_key_values"),
     requires={"crossattention": None},
 )
 _GIT = Family(
@@ -351,7 +337,7 @@ def _falcon() -> tuple[Family, ...]:
     }
     return tuple(
         Family(
-            Attention("self_attention", ("query_key_value",), "dense", Layout.GROUPS, rope, cache="layer_past"),
+            Attention("self_attention", ("query_key_value",), "dense", Layout.GROUPS, rope),
             _NEOX.mlp,
             names,
             Residual.PARALLEL if parallel else Residual.SEQUENTIAL,
@@ -388,7 +374,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "CodeGenBlock": (
         replace(
             _GPTJ,
-            attention=Attention("attn", ("qkv_proj",), "out_proj", Layout.QUARTERS, Rope.TABLE, cache="layer_past"),
+            attention=Attention("attn", ("qkv_proj",), "out_proj", Layout.QUARTERS, Rope.TABLE),
         ),
     ),
     "OPTDecoderLayer": (

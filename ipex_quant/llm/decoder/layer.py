@@ -15,17 +15,13 @@ from torch import nn
 from transformers.utils import output_capturing
 
 from ...nn.fused_forward import FusedForward, fused_forward, restore_forwards
-from ...ops import PostOp
 from .attention import UnsuitableError, part
-from .families import FAMILIES, Family, Residual
+from .call import CallReader
+from .families import FAMILIES, Family
 from .parts import LayerParts
 from .step import layer_step
 
 logger = logging.getLogger("ipex_quant")
-
-_USED = ("attention_mask", "position_embeddings", "position_ids", "past_key_values", "layer_past")
-_WITHOUT_EFFECT = ("use_cache", "output_hidden_states", "return_dict", "cache_position")
-_KNOWN = _USED + _WITHOUT_EFFECT
 
 
 def fuse_decoder(model: nn.Module) -> list[str]:
@@ -60,7 +56,7 @@ def _fuse(layer: nn.Module) -> str | None:
         if not _is_called(name, family) and (_is_replaced(module) or (name and has_hooks(module))):
             return f"{name or 'it'} has hooks, or a forward that is not transformers'"
     try:
-        layer.forward = _LAYERS[family.residual](layer, family)
+        layer.forward = FusedLayer(layer, family)
     except UnsuitableError as error:
         return str(error)
     return None
@@ -98,7 +94,7 @@ def _collects_attentions() -> bool:
 
 
 class FusedLayer(FusedForward):
-    """What is in the place of a decoder layer's `forward`, with the same arguments and results."""
+    """The `forward` of a fused decoder layer, with the arguments and results of the stock one."""
 
     def __init__(self, layer: nn.Module, family: Family) -> None:
         self.layer = layer
@@ -107,45 +103,32 @@ class FusedLayer(FusedForward):
         hooks = [each for module in layer.modules() for each in (module._forward_hooks, module._forward_pre_hooks)]
         self.no_hooks = [each for each in hooks[2:] if not each]  # those of the layer itself are called in any case
         self.names = list(inspect.signature(type(layer).forward).parameters)[2:]  # after self and the hidden states
-        self.parts = parts = LayerParts(layer, family)
-        self.first_norm, self.second_norm, self.after = parts.first_norm, parts.second_norm, parts.after
-        self.attention, self.mlp, self.cross, self.cross_norm = (
-            parts.attention,
-            parts.mlp,
-            parts.cross,
-            parts.cross_norm,
-        )
-        self.any_norm = next(norm for norm in parts.norms if norm)
-        self.known = frozenset(_KNOWN + family.keywords)
+        self.read = CallReader(family)
         self.returns = family.returns
         self.clamps_float16 = family.clamps_float16
-        self.step = layer_step(parts, family.residual)
+        self.parts = LayerParts(layer, family)
+        self.any_norm = next(norm for norm in self.parts.norms if norm)
+        self.step = layer_step(self.parts)
 
-    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **given: Any) -> Any:
         if args:
-            kwargs.update(zip(self.names, args, strict=False))
-        if self._needs_stock(hidden_states, kwargs):
-            return type(self.layer).forward(self.layer, hidden_states, **kwargs)
-        result = self.step(hidden_states, kwargs) if self.step else None
+            given.update(zip(self.names, args, strict=False))
+        call = self.read(given)
+        if call is None or self._needs_stock(hidden_states):
+            return self.call_stock(hidden_states, **given)
+        result = self.step(hidden_states, call) if self.step else None
         if result is None:
-            result = self.compute(hidden_states, kwargs)
-        return (result, *map(kwargs.get, self.returns)) if self.returns else result
+            result = self.parts(hidden_states, call)
+        return (result, *[getattr(call, name) for name in self.returns]) if self.returns else result
 
-    def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        """Hidden states after the layer, called with `kwargs`."""
-        raise NotImplementedError
+    def call_stock(self, hidden_states: torch.Tensor, **given: Any) -> Any:
+        return type(self.layer).forward(self.layer, hidden_states, **given)
 
-    def attends_to_encoder(self, kwargs: dict[str, Any]) -> bool:
-        return self.cross is not None and kwargs.get("encoder_hidden_states") is not None
-
-    def _needs_stock(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    def _needs_stock(self, hidden_states: torch.Tensor) -> bool:
         if self.layer.training or torch.is_autocast_enabled("cpu"):
             return True
         if self.is_changed() or (not torch.compiler.is_compiling() and _collects_attentions()):
             return True
-        for name, value in kwargs.items():
-            if name not in self.known and value is not None and value is not False:
-                return True
         if self.clamps_float16 and hidden_states.dtype == torch.float16:
             return True
         weight = self.any_norm.module._parameters["weight"]
@@ -167,59 +150,3 @@ class FusedLayer(FusedForward):
     @torch.compiler.assume_constant_result
     def _expected_ids(self) -> tuple[tuple[tuple[str, int], ...], ...]:
         return tuple(tuple((name, id(child)) for name, child in each.items()) for each in self.expected_children)
-
-
-class SequentialLayer(FusedLayer):
-    """`Residual.SEQUENTIAL`, with attention to an encoder between the two parts where there is one."""
-
-    def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        x = self.attention(self.first_norm(x), kwargs, PostOp.ADD, x)
-        if self.attends_to_encoder(kwargs):
-            x = self.cross(self.cross_norm(x), kwargs, PostOp.ADD, x)
-        return self.mlp(self.second_norm(x), PostOp.ADD, x)
-
-
-class ParallelLayer(FusedLayer):
-    """`Residual.PARALLEL`"""
-
-    def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        normed = self.first_norm(x)
-        attended = self.attention(normed, kwargs)
-        return self.mlp(self.second_norm(x) if self.second_norm else normed, PostOp.ADD_ADD, attended, x)
-
-
-class PostNormLayer(FusedLayer):
-    """`Residual.POST_NORM`, with attention to an encoder between the two parts where there is one."""
-
-    def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        x = self.first_norm(self.attention(x, kwargs, PostOp.ADD, x))
-        if self.attends_to_encoder(kwargs):
-            x = self.cross_norm(self.cross(x, kwargs, PostOp.ADD, x))
-        return self.second_norm(self.mlp(x, PostOp.ADD, x))
-
-
-class NormedLayer(FusedLayer):
-    """`Residual.NORMED`"""
-
-    def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        x = self.first_norm(x)
-        x = self.second_norm(self.attention(x, kwargs, PostOp.ADD, x))
-        return self.mlp(x, PostOp.ADD, x)
-
-
-class SandwichLayer(FusedLayer):
-    """`Residual.SANDWICH`"""
-
-    def compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        after_attention, after_mlp = self.after
-        x = x + after_attention(self.attention(self.first_norm(x) if self.first_norm else x, kwargs))
-        return x + after_mlp(self.mlp(self.second_norm(x) if self.second_norm else x))
-
-
-_LAYERS = {
-    Residual.SEQUENTIAL: SequentialLayer,
-    Residual.PARALLEL: ParallelLayer,
-    Residual.POST_NORM: PostNormLayer,
-    Residual.NORMED: NormedLayer,
-    Residual.SANDWICH: SandwichLayer,
-}

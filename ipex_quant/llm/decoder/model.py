@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +12,25 @@ from transformers.utils import output_capturing
 
 from ...nn.fused_forward import FusedForward, restore_forwards
 from ...ops.decoder import MAX_TOKENS
+from .call import LayerCall
 from .layer import FusedLayer, has_hooks
 from .step import LayerStep
 
-MODELS = ("CohereModel", "GlmModel", "LlamaModel", "MistralModel", "OlmoModel", "Phi3Model", "Qwen2Model", "Qwen3Model")
-"""Classes that do nothing but embed, mask, give the layers positions, call them in order, and norm."""
+MODELS = (
+    "CohereModel",
+    "GlmModel",
+    "LlamaModel",
+    "MistralModel",
+    "OlmoModel",
+    "Phi3Model",
+    "Qwen2Model",
+    "Qwen3Model",
+    "SmolLM3Model",
+)
+"""Classes whose own `forward` only embeds, masks, computes positions, calls the layers in order, and norms.
+
+Whether the layers can be computed in one call is found by comparing them: `StepLayer.common`.
+"""
 
 
 def fuse_model(model: nn.Module) -> list[str]:
@@ -35,7 +50,7 @@ def fuse_model(model: nn.Module) -> list[str]:
 
 
 class FusedModel(FusedForward):
-    """What is in the place of a model's `forward`, with the same arguments and results."""
+    """The `forward` of a fused model, with the arguments and results of the stock one."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -56,28 +71,37 @@ class FusedModel(FusedForward):
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **others: Any,
     ) -> Any:
-        known = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
         hidden = None
-        if (input_ids is None) != (inputs_embeds is None) and self._suits(known, use_cache, kwargs):
-            hidden = self._all_layers(input_ids, inputs_embeds, **known)
-        if hidden is None:
-            known |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
-            return type(self.model).forward(self.model, **known, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.model.norm(hidden), past_key_values=past_key_values)
+        one_input = (input_ids is None) != (inputs_embeds is None)
+        if one_input and past_key_values is not None and self._suits(use_cache, others):
+            hidden = self._all_layers(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+        if hidden is not None:
+            return BaseModelOutputWithPast(last_hidden_state=self.model.norm(hidden), past_key_values=past_key_values)
+        return type(self.model).forward(
+            self.model,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **others,
+        )
 
-    def _suits(self, known: dict[str, Any], use_cache: bool | None, kwargs: dict[str, Any]) -> bool:
-        model, config, cache = self.model, self.model.config, known["past_key_values"]
+    def _suits(self, use_cache: bool | None, others: Mapping[str, Any]) -> bool:
+        """Whether nobody trains, wants to see what is between the layers, or gives what the native call ignores."""
+        model, config = self.model, self.model.config
         if model.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return False
-        if cache is None or not (config.use_cache if use_cache is None else use_cache):
+        if not (config.use_cache if use_cache is None else use_cache):
             return False
-        if kwargs.get("return_dict", config.return_dict) is False:
+        if others.get("return_dict", config.return_dict) is False:
             return False
         if config.output_hidden_states or config.output_attentions:
             return False
-        return all(value is None or value is False or name == "return_dict" for name, value in kwargs.items())
+        return all(value is None or value is False or name == "return_dict" for name, value in others.items())
 
     def _all_layers(
         self,
@@ -108,8 +132,7 @@ class FusedModel(FusedForward):
         x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if any(parameters["weight"].dtype != x.dtype for parameters in step.find_tensors().norms):
             return None
-        tables = self.angles(x, past, length, position_ids)
-        return step(x, {"position_embeddings": tables, "past_key_values": past_key_values, "attention_mask": mask})
+        return step(x, LayerCall(mask, past_key_values, self.angles(x, past, length, position_ids)))
 
     def _find_step(self) -> LayerStep | None:
         """What computes all layers, if they are fused and no hook wants to be called between them."""
@@ -130,7 +153,7 @@ class FusedModel(FusedForward):
         plan = self.plan
         if layers != plan.layers:
             steps = [layer.step if isinstance(layer, FusedLayer) else None for layer in layers]
-            plan = Plan(layers, None if None in steps or not steps else steps[0].followed_by(steps[1:]))
+            plan = Plan(layers, None if None in steps or not steps else LayerStep.joined(steps))
             self.plan = plan
         return None if plan.step is None or any(layer.is_changed() for layer in layers) else plan.step
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain, compress
 from typing import Any, NamedTuple
 
@@ -11,8 +10,9 @@ import torch
 
 from ...ops import PostOp
 from ...ops.decoder import MAX_TOKENS, DecoderStructure
-from .attention import FusedAttention, Room
-from .families import Residual
+from .attention import FusedAttention, Slots
+from .call import LayerCall
+from .families import Residual, Rope
 from .linears import LinearGroup, WeightOnlyGroup, WeightOnlyLinear
 from .norms import LayerNorm, Norm
 from .parts import LayerParts
@@ -21,12 +21,12 @@ _decoder_layers = torch.ops.ipex_quant.decoder_layers.default
 _GATES = (PostOp.GELU, PostOp.NEW_GELU, PostOp.SILU)
 
 
-def layer_step(layer: LayerParts, residual: Residual) -> LayerStep | None:
-    """What computes `layer` in one native call; None where it has a part that the call does not know."""
-    attention, mlp, parallel = layer.attention, layer.mlp, residual == Residual.PARALLEL
-    if (not parallel and residual != Residual.SEQUENTIAL) or layer.cross is not None or layer.after:
+def layer_step(parts: LayerParts) -> LayerStep | None:
+    """The step that computes a layer in one native call; None where the call does not know one of its parts."""
+    attention, mlp, parallel = parts.attention, parts.mlp, parts.residual == Residual.PARALLEL
+    if (not parallel and parts.residual != Residual.SEQUENTIAL) or parts.cross is not None or parts.after:
         return None
-    norms = [layer.first_norm, layer.first_norm if parallel and layer.second_norm is None else layer.second_norm]
+    norms = [parts.first_norm, parts.first_norm if parallel and parts.second_norm is None else parts.second_norm]
     alike = {_norm_kind(norm) for norm in norms + attention.norms}
     kind, eps = alike.pop()
     if alike or kind not in (Norm, LayerNorm) or not _known_attention(attention):
@@ -39,7 +39,25 @@ def layer_step(layer: LayerParts, residual: Residual) -> LayerStep | None:
     if not all(groups) or mlp.post_op not in (_GATES if mlp.gated else (PostOp.RELU, *_GATES)):
         return None
     modes = {linear.options[1:] for linear in chain(*groups)}
-    return LayerStep(layer, groups, norms, eps, parallel) if len(modes) == 1 else None
+    if len(modes) != 1:
+        return None
+    lowp_mode, act_quant_mode = modes.pop()
+    structure = DecoderStructure(
+        projections=len(groups[0]),
+        mlp_inputs=len(groups[2]),
+        activation=mlp.post_op,
+        gated=mlp.gated,
+        parallel=parallel,
+        centered=kind is LayerNorm,
+        eps=eps,
+        lowp_mode=lowp_mode,
+        act_quant_mode=act_quant_mode,
+        interleaved=attention.interleaved,
+        scale=attention.scale,
+        softcap=attention.softcap,
+    )
+    joined = [group for group in (attention.project, mlp.inputs) if isinstance(group, WeightOnlyGroup)]
+    return LayerStep([StepLayer(structure, attention, groups, joined, norms)])
 
 
 def _norm_kind(norm: Norm | None) -> tuple[type, float]:
@@ -69,50 +87,44 @@ class StepTensors(NamedTuple):
     head_norms: list[dict[str, Any]]
 
 
+class StepLayer(NamedTuple):
+    """A layer as the native call takes it, with the linears of each of its four inputs."""
+
+    structure: DecoderStructure
+    attention: FusedAttention
+    linears: list[list[WeightOnlyLinear]]
+    groups: list[WeightOnlyGroup]
+    norms: list[Norm]
+
+    def common(self) -> tuple[Any, ...]:
+        """What is equal in all layers that one call computes."""
+        attention = self.attention
+        slopes = None if attention.slopes is None else tuple(attention.slopes.tolist())
+        own_table = attention.layer_index if attention.names.rope is Rope.TABLE else None
+        return self.structure, attention.names.rope, own_table, slopes
+
+
 class LayerStep:
-    """Layers of one structure, one after the other, in one native call."""
+    """Layers that have much in common, one after the other, in one native call."""
 
-    def __init__(
-        self,
-        layer: LayerParts,
-        groups: Sequence[Sequence[WeightOnlyLinear]],
-        norms: Sequence[Norm],
-        eps: float,
-        parallel: bool,
-    ) -> None:
-        attention = layer.attention
-        self.attentions = [attention]
-        self.groups = [group for group in (attention.project, layer.mlp.inputs) if isinstance(group, WeightOnlyGroup)]
-        self.modules = [linear.module for group in groups for linear in group]
-        self.is_first = [linear is group[0] for group in groups for linear in group]
-        self.norm_modules = [norm.module for norm in norms]
-        self.head_norm_modules = [norm.module for norm in attention.norms]
+    def __init__(self, layers: Sequence[StepLayer]) -> None:
+        self.layers = layers
+        self.structure = layers[0].structure
+        self.attentions = [layer.attention for layer in layers]
+        self.groups = [group for layer in layers for group in layer.groups]
+        inputs = [linears for layer in layers for linears in layer.linears]
+        self.modules = [linear.module for linears in inputs for linear in linears]
+        self.is_first = [linear is linears[0] for linears in inputs for linear in linears]
+        self.norm_modules = [norm.module for layer in layers for norm in layer.norms]
+        self.head_norm_modules = [norm.module for attention in self.attentions for norm in attention.norms]
         self.tensors: StepTensors | None = None  # one attribute, read once, since several threads may call
-        _, lowp_mode, act_quant_mode = groups[0][0].options
-        self.structure = DecoderStructure(
-            projections=len(groups[0]),
-            mlp_inputs=len(groups[2]),
-            activation=layer.mlp.post_op,
-            gated=layer.mlp.gated,
-            parallel=parallel,
-            centered=type(norms[0]) is LayerNorm,
-            eps=eps,
-            lowp_mode=lowp_mode,
-            act_quant_mode=act_quant_mode,
-            interleaved=attention.interleaved,
-            scale=attention.scale,
-            softcap=attention.softcap,
-        )
 
-    def followed_by(self, others: Iterable[LayerStep]) -> LayerStep | None:
-        """This layer and others in one call; None where they differ in structure."""
-        if any(other.structure != self.structure for other in others):
-            return None
-        steps = [self, *others]
-        together = copy.copy(self)
-        for name in ("attentions", "groups", "modules", "is_first", "norm_modules", "head_norm_modules"):
-            setattr(together, name, [item for step in steps for item in getattr(step, name)])
-        return together
+    @classmethod
+    def joined(cls, steps: Sequence[LayerStep]) -> LayerStep | None:
+        """The layers of all `steps` in one call; None where they have too little in common."""
+        layers = [layer for step in steps for layer in step.layers]
+        common = layers[0].common()
+        return cls(layers) if all(layer.common() == common for layer in layers) else None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"tensors": None}  # copied modules have other ones
@@ -131,29 +143,20 @@ class LayerStep:
                 [module._parameters for module in self.head_norm_modules],
             )
 
-    def __call__(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """Hidden states after the layers, called with `kwargs`; None with nothing done where it cannot be one call.
-
-        The positions are those that the first layer finds in `kwargs`.
-        """
+    def __call__(self, x: torch.Tensor, call: LayerCall) -> torch.Tensor | None:
+        """Hidden states after the layers; None with nothing done where it cannot be one call."""
         batch, length, _ = x.shape
         if batch * length > MAX_TOKENS or torch.jit.is_tracing():  # which cannot record lists of optional tensors
             return None
-        attention, mask = self.attentions[0], kwargs.get("attention_mask")
-        if mask is not None:
-            if length > 1:
-                return None
-            mask = ~mask if attention.names.masked_is_true else mask
-        rooms = self._reserve(x, kwargs, mask)
+        if call.cache is None or (call.mask is not None and length > 1):
+            return None
+        slots = self._reserve(x, call)
         found = self.find_tensors()
         perms = _given([tensors["_perm"] for tensors in found.linears])
-        if rooms is None or (perms and not all(group.one_order() for group in self.groups)):
+        if slots is None or (perms and not all(group.one_order() for group in self.groups)):
             return None
-        if attention.rope is None:
-            cos = sin = x.new_empty(1, length, 0)
-        else:
-            cos, sin = attention.rope(attention, kwargs, x.dtype)
-        s = self.structure
+        attention, s = self.attentions[0], self.structure
+        cos, sin, rotary_dim = attention.rotation(x, call)
         result = _decoder_layers(
             x,
             [tensors["_packed"] for tensors in found.linears],
@@ -173,31 +176,27 @@ class LayerStep:
             s.act_quant_mode,
             cos,
             sin,
-            cos.shape[-1] * (1 + s.interleaved),
+            rotary_dim,
             s.interleaved,
-            [tensor for room in rooms for tensor in room[1:6] if tensor is not None],
-            [room.start for room in rooms],
+            [tensor for each in slots for tensor in each[1:6] if tensor is not None],
+            [each.start for each in slots],
             s.scale,
-            mask,
+            call.mask,
             s.softcap,
             attention.slopes,
         )
-        for room in rooms:
-            room.layer.commit(length)
+        for each in slots:
+            each.layer.commit(length)
         return result
 
-    def _reserve(self, x: torch.Tensor, kwargs: dict[str, Any], mask: torch.Tensor | None) -> list[Room] | None:
-        cache = kwargs.get(self.attentions[0].names.cache)
-        if cache is None:
-            return None
-        layers = getattr(cache, "self_attention_cache", cache).layers
-        rooms = []
+    def _reserve(self, x: torch.Tensor, call: LayerCall) -> list[Slots] | None:
+        reserved = []
         for attention in self.attentions:
-            room = attention.reserve(layers, x, mask)
-            if room is None:
+            slots = attention.reserve(x, call)
+            if slots is None:
                 return None
-            rooms.append(room)
-        return rooms
+            reserved.append(slots)
+        return reserved
 
 
 def _given(tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
