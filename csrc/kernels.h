@@ -142,7 +142,7 @@ struct RotaryArgs {
   FloatType type;
   int64_t strides[3];
   int64_t length, heads, dim;
-  int64_t rotary_dim;     // features that turn, the first ones
+  int64_t rotary_dim;     // features that are rotated, the first ones
   const void *cos, *sin;  // [batch or 1, length, table_columns] contiguous
   FloatType table_type;
   int64_t table_batch_stride;  // 0 where all sequences share a table

@@ -84,7 +84,7 @@ void CacheWrite::store(int64_t batch, int64_t head, int64_t token, int64_t row, 
     std::memcpy(to, x, size_t(dim * float_size(type)));
 }
 
-Buffer RopeAttention::make_turned(const RopeAttentionArgs& a) {
+Buffer RopeAttention::make_rotated(const RopeAttentionArgs& a) {
   return make_buffer(a.batch * a.rotary.length * a.rotary.heads * a.rotary.dim * float_size(a.rotary.type));
 }
 
@@ -97,28 +97,28 @@ AttentionArgs with_queries(const RopeAttentionArgs& a) {
   return attention;
 }
 
-std::vector<AttentionSequence> sequences_of(const RopeAttentionArgs& a, const uint8_t* turned) {
+std::vector<AttentionSequence> sequences_of(const RopeAttentionArgs& a, const uint8_t* rotated) {
   const int64_t length = a.rotary.length, token = a.rotary.dim * float_size(a.rotary.type);
   const int64_t heads = a.attention.kv_heads * a.attention.group;
   std::vector<AttentionSequence> sequences;
   sequences.reserve(size_t(a.batch));
   for (int64_t b = 0; b < a.batch; ++b)
-    sequences.push_back({b, turned + b * length * a.rotary.heads * token, a.output + b * length * heads * token, length,
-                         a.start + length, b, 0, nullptr});
+    sequences.push_back({b, rotated + b * length * a.rotary.heads * token, a.output + b * length * heads * token,
+                         length, a.start + length, b, 0, nullptr});
   return sequences;
 }
 
 }  // namespace
 
-RopeAttention::RopeAttention(const RopeAttentionArgs& args, Buffer turned)
-    : args_(args), turned_(std::move(turned)), attention_(with_queries(args), sequences_of(args, turned_.get())) {
+RopeAttention::RopeAttention(const RopeAttentionArgs& args, Buffer rotated)
+    : args_(args), rotated_(std::move(rotated)), attention_(with_queries(args), sequences_of(args, rotated_.get())) {
   RotaryArgs& rotary = args_.rotary;
   const AttentionArgs& attention = args_.attention;
-  rotary.y = turned_.get();
+  rotary.y = rotated_.get();
   const int64_t size = float_size(rotary.type), head = rotary.dim * size, token = rotary.heads * head;
   const int64_t query_heads = attention.kv_heads * attention.group;
   keys_ = {rotary.type,          attention.bytes,
-           rotary.dim,           {turned_.get() + query_heads * head, rotary.length * token, head, token},
+           rotary.dim,           {rotated_.get() + query_heads * head, rotary.length * token, head, token},
            attention.key,        attention.key_scales,
            attention.key_factors};
   values_ = {rotary.type,
@@ -131,7 +131,7 @@ RopeAttention::RopeAttention(const RopeAttentionArgs& args, Buffer turned)
              nullptr};
 }
 
-void RopeAttention::turn_and_store(int64_t begin, int64_t end) const {
+void RopeAttention::rotate_and_store(int64_t begin, int64_t end) const {
   kernels().rotate_positions(args_.rotary, begin, end);
   for (int64_t position = begin; position < end; ++position) {
     const int64_t row = position / args_.rotary.length, token = position % args_.rotary.length;

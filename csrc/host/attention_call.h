@@ -61,19 +61,19 @@ struct RopeAttentionArgs {
 // rotary.y and what attention says of queries, max_rows and block are set here.
 class RopeAttention {
  public:
-  explicit RopeAttention(const RopeAttentionArgs& args) : RopeAttention(args, make_turned(args)) {}
+  explicit RopeAttention(const RopeAttentionArgs& args) : RopeAttention(args, make_rotated(args)) {}
 
   // First this for positions [begin, end) of all, by any threads; when all have returned, the attention.
   int64_t positions() const { return args_.batch * args_.rotary.length; }
-  void turn_and_store(int64_t begin, int64_t end) const;
+  void rotate_and_store(int64_t begin, int64_t end) const;
   AttentionCall& attention() { return attention_; }
 
  private:
-  RopeAttention(const RopeAttentionArgs& args, Buffer turned);
-  static Buffer make_turned(const RopeAttentionArgs& args);
+  RopeAttention(const RopeAttentionArgs& args, Buffer rotated);
+  static Buffer make_rotated(const RopeAttentionArgs& args);
 
   RopeAttentionArgs args_;
-  Buffer turned_;  // queries and keys [batch, length, heads + kv_heads, dim]
+  Buffer rotated_;  // queries and keys [batch, length, heads + kv_heads, dim]
   CacheWrite keys_, values_;
   AttentionCall attention_;
 };

@@ -5,12 +5,18 @@
 namespace ipex_quant {
 namespace {
 
-// What a member asks for at most while it waits: it stays in the second-level cache.
+// Bytes that a thread prefetches at most while it waits: they stay in the second-level cache.
 constexpr int64_t kAheadBytes = int64_t(1) << 17;
 
 int64_t bytes_of(const DecoderArgs& call, int64_t columns) { return call.rows * columns * float_size(call.type); }
 
 void widen(int64_t& size, int64_t other) { size = std::max(size, other); }
+
+std::vector<GemmArgs> gemms(const std::vector<WeightArgs>& weights, const Staged& staged) {
+  std::vector<GemmArgs> result;
+  for (const WeightArgs& weight : weights) result.push_back({&weight.geometry, weight.tiles, &staged, {}});
+  return result;
+}
 
 }  // namespace
 
@@ -20,7 +26,7 @@ Workspace WorkspaceSizes::take(Memory& memory) const {
           memory.take(projected),
           memory.take(attended),
           memory.take(features),
-          memory.take(product),
+          memory.take(gates),
           memory.take(inner),
           memory.take(staged),
           reinterpret_cast<float*>(memory.take(ranges)),
@@ -28,22 +34,17 @@ Workspace WorkspaceSizes::take(Memory& memory) const {
 }
 
 // ------------------------------------------------------------------------------------------------------ linears
-TeamLinears::TeamLinears(const LinearsArgs& args, const DecoderArgs& call, bool together, int64_t members)
+TeamLinears::TeamLinears(const LinearsArgs& args, const DecoderArgs& call, bool together, int64_t threads)
     : args_(args),
-      plan_(make_plan(args.weights[0].geometry,
-                      {call.type, call.lowp_mode, call.act_mode, args.group_size, call.rows, kernels().bf16_dot})),
+      plan_(make_plan(args.weights[0].geometry, {call.type, call.lowp_mode, call.act_quant_mode, args.group_size,
+                                                 call.rows, kernels().bf16_dot})),
       together_(together),
-      tasks_(tiles(), members) {}
-
-int64_t TeamLinears::tiles() const {
-  int64_t tiles = 0;
-  for (const WeightArgs& weight : args_.weights) tiles += weight.geometry.tiles;
-  return together_ ? args_.weights[0].geometry.tiles : tiles;
-}
+      weights_(gemms(args_.weights, plan_.staged)),
+      tasks_(count_tiles(weights_, together_), threads) {}
 
 void TeamLinears::add_to(WorkspaceSizes& sizes) const {
   widen(sizes.staged, staged_bytes(plan_));
-  widen(sizes.ranges, plan_.staged.rows * plan_.staged.folds * 8);
+  widen(sizes.ranges, ranges_bytes(plan_));
   widen(sizes.scratch, stage_scratch(args_.weights[0].geometry, plan_.staged));
 }
 
@@ -58,44 +59,28 @@ void TeamLinears::bind(const void* x, const std::vector<Output>& outputs, const 
   stage_.geometry = &geometry;
   stage_.staged = &plan_.staged;
   for (size_t i = 0; i < outputs.size(); ++i) {
-    weights_.push_back({&args_.weights[i].geometry, args_.weights[i].tiles, &plan_.staged, outputs[i]});
+    weights_[i].output = outputs[i];
     weights_[i].output.n = weights_[i].output.stride = args_.weights[i].geometry.n;
     weights_[i].output.bias = args_.weights[i].bias;
   }
 }
 
-// Ranges that all rows share are found by one member.
-Tasks TeamLinears::rows_of(const Member& member) const {
-  if (!ranges_cross_rows(plan_)) return member.share(plan_.staged.rows);
-  return {0, member.begin == 0 ? plan_.staged.rows : 0};
+// Ranges that all rows share are found by one thread.
+Tasks TeamLinears::rows_of(const TeamThread& thread) const {
+  if (!ranges_cross_rows(plan_)) return thread.share(plan_.staged.rows);
+  return {0, thread.begin == 0 ? plan_.staged.rows : 0};
 }
 
 void TeamLinears::stage(Tasks rows, uint8_t* scratch) const {
-  const KernelTable& table = kernels();
   if (rows.begin == rows.end) return;
-  if (ranges_cross_rows(plan_)) {
-    table.stage_ranges(stage_, rows.begin, rows.end, scratch);
-    merge_ranges(stage_.ranges, plan_.staged.rows, plan_.staged.folds);
-  }
-  table.stage_rows(stage_, rows.begin, rows.end, scratch);
+  stage_rows(plan_, stage_, [&](auto stage_some) { stage_some(rows, scratch); });
 }
 
-template <class F>
-void TeamLinears::each_weight(Tasks tasks, F f) const {
-  int64_t first = 0;
-  for (const GemmArgs& weight : weights_) {
-    const int64_t tiles = weight.geometry->tiles;
-    const Tasks own{std::max(tasks.begin - first, int64_t(0)), std::min(tasks.end - first, tiles)};
-    if (own.begin < own.end) f(weight, own);
-    if (!together_) first += tiles;
-  }
-}
-
-LinesAhead TeamLinears::ahead(const Member& member) const {
+LinesAhead TeamLinears::ahead(const TeamThread& thread) const {
   LinesAhead lines{nullptr, nullptr};
-  const int64_t count = tiles();
-  const Tasks tasks{member.begin * count / member.size, (member.begin + 1) * count / member.size};
-  each_weight(tasks, [&](const GemmArgs& weight, Tasks own) {
+  const int64_t count = count_tiles(weights_, together_);
+  const Tasks tasks{thread.begin * count / thread.size, (thread.begin + 1) * count / thread.size};
+  for_each_weight(weights_, together_, tasks, [&](const GemmArgs& weight, Tasks own) {
     if (lines.at) return;
     const int64_t bytes = weight.geometry->tile_bytes;
     lines.at = weight.tiles + own.begin * bytes;
@@ -104,23 +89,23 @@ LinesAhead TeamLinears::ahead(const Member& member) const {
   return lines;
 }
 
-void TeamLinears::multiply(const Member& member) {
+void TeamLinears::multiply(const TeamThread& thread) {
   const KernelTable& table = kernels();
   const int64_t rows = plan_.staged.rows;
-  for (Tasks tasks = tasks_.next(member.begin); tasks.begin < tasks.end; tasks = tasks_.next(member.begin))
-    each_weight(tasks, [&](const GemmArgs& weight, Tasks own) {
+  for (Tasks tasks = tasks_.next(thread.begin); tasks.begin < tasks.end; tasks = tasks_.next(thread.begin))
+    for_each_weight(weights_, together_, tasks, [&](const GemmArgs& weight, Tasks own) {
       for (int64_t tile = own.begin; tile < own.end; ++tile) table.gemm_tile(weight, tile, 0, rows, nullptr);
     });
 }
 
 // -------------------------------------------------------------------------------------------------------- layer
-DecoderLayer::DecoderLayer(const DecoderLayerArgs& args, const DecoderArgs& call, int64_t members)
+DecoderLayer::DecoderLayer(const DecoderLayerArgs& args, const DecoderArgs& call, int64_t threads)
     : args_(args),
       call_(call),
-      projections_(args.projections, call, false, members),
-      output_(args.output, call, false, members),
-      mlp_inputs_(args.mlp_inputs, call, args.gated && args.mlp_inputs.weights.size() == 2, members),
-      mlp_output_(args.mlp_output, call, false, members) {}
+      projections_(args.projections, call, false, threads),
+      output_(args.output, call, false, threads),
+      mlp_inputs_(args.mlp_inputs, call, args.gated && args.mlp_inputs.weights.size() == 2, threads),
+      mlp_output_(args.mlp_output, call, false, threads) {}
 
 void DecoderLayer::add_to(WorkspaceSizes& sizes) const {
   for (const TeamLinears* linears : {&projections_, &output_, &mlp_inputs_, &mlp_output_}) linears->add_to(sizes);
@@ -130,10 +115,10 @@ void DecoderLayer::add_to(WorkspaceSizes& sizes) const {
   widen(sizes.projected, bytes_of(call_, projected));
   widen(sizes.attended, bytes_of(call_, output_.in_features()));
   widen(sizes.inner, bytes_of(call_, mlp_output_.in_features()));
-  if (halves()) widen(sizes.product, bytes_of(call_, mlp_inputs_.out_features(0)));
+  if (halves()) widen(sizes.gates, bytes_of(call_, mlp_inputs_.out_features(0)));
 }
 
-void DecoderLayer::bind(const void* x, void* y, const Workspace& workspace, int64_t members) {
+void DecoderLayer::bind(const void* x, void* y, const Workspace& workspace, int64_t threads) {
   workspace_ = &workspace;
   const Workspace& w = workspace;
   const auto output_to = [&](void* to, PostOp post_op, const void* first = nullptr, const void* second = nullptr) {
@@ -164,32 +149,29 @@ void DecoderLayer::bind(const void* x, void* y, const Workspace& workspace, int6
     output_.bind(w.attended, {output_to(w.hidden, kAdd, x)}, w);
     mlp_output_.bind(w.inner, {output_to(y, kAdd, w.hidden)}, w);
   }
-  outputs = {output_to(halves() ? w.product : w.inner, halves() ? kNone : args_.activation)};
+  outputs = {output_to(halves() ? w.gates : w.inner, halves() ? kNone : args_.activation)};
   if (mlp_inputs_.count() == 2) outputs.push_back(output_to(w.inner, kMul, w.inner));
   mlp_inputs_.bind(w.normed, outputs, w);
 
   args_.attention.rotary.x = call_.rows > 1 && projections_.count() > 1 ? w.joined : w.projected;
   args_.attention.output = w.attended;
   attention_.reset(new RopeAttention(args_.attention));
-  attention_tasks_.reset(new SharedTasks(attention_->attention().tasks(), members));
+  attention_tasks_.reset(new SharedTasks(attention_->attention().tasks(), threads));
 }
 
 // Rows of the input of `linears`, normed before or not.
-void DecoderLayer::prepare(const TeamLinears& linears, const NormArgs* norm, const Member& member) const {
-  const Tasks rows = linears.rows_of(member);
+void DecoderLayer::prepare(const TeamLinears& linears, const NormArgs* norm, const TeamThread& thread) const {
+  const Tasks rows = linears.rows_of(thread);
   if (norm) kernels().norm_rows(*norm, rows.begin, rows.end);
   if (&linears == &mlp_output_ && halves()) multiply_gates(rows);
-  linears.stage(rows, workspace_->scratch[size_t(member.begin)]);
+  linears.stage(rows, workspace_->scratch[size_t(thread.begin)]);
 }
 
 void DecoderLayer::multiply_gates(Tasks rows) const {
   const int64_t columns = mlp_output_.in_features();
-  const GatedArgs args{workspace_->product,
-                       workspace_->product + columns * float_size(call_.type),
-                       call_.type,
-                       args_.activation,
-                       columns,
-                       2 * columns,
+  const GatedArgs args{workspace_->gates, workspace_->gates + columns * float_size(call_.type),
+                       call_.type,        args_.activation,
+                       columns,           2 * columns,
                        workspace_->inner};
   kernels().gated_product(args, rows.begin * columns, rows.end * columns);
 }
@@ -225,30 +207,30 @@ void DecoderLayer::norm_heads(Tasks rows) const {
   }
 }
 
-void DecoderLayer::attend(const Member& member) {
-  uint8_t* scratch = workspace_->scratch[size_t(member.begin)];
+void DecoderLayer::attend(const TeamThread& thread) {
+  uint8_t* scratch = workspace_->scratch[size_t(thread.begin)];
   AttentionCall& call = attention_->attention();
-  for (Tasks tasks = attention_tasks_->next(member.begin); tasks.begin < tasks.end;
-       tasks = attention_tasks_->next(member.begin))
+  for (Tasks tasks = attention_tasks_->next(thread.begin); tasks.begin < tasks.end;
+       tasks = attention_tasks_->next(thread.begin))
     for (int64_t i = tasks.begin; i < tasks.end; ++i) call.run(i, scratch);
 }
 
-void DecoderLayer::run(const Member& member, Barrier& barrier, LinesAhead& lines, const DecoderLayer* next) {
-  const auto wait = [&] { barrier.wait(member, [&] { lines.ask(); }); };
+void DecoderLayer::run(const TeamThread& thread, Barrier& barrier, LinesAhead& lines, const DecoderLayer* next) {
+  const auto wait = [&] { barrier.wait(thread, [&] { lines.ask(); }); };
   const auto multiply = [&](TeamLinears& linears, const NormArgs* norm, const TeamLinears* following) {
-    prepare(linears, norm, member);
+    prepare(linears, norm, thread);
     wait();
-    linears.multiply(member);
-    lines = following ? following->ahead(member) : LinesAhead{nullptr, nullptr};
+    linears.multiply(thread);
+    lines = following ? following->ahead(thread) : LinesAhead{nullptr, nullptr};
     wait();
   };
   multiply(projections_, &args_.norms[0], &output_);
-  const Tasks rows = member.share(call_.rows);
+  const Tasks rows = thread.share(call_.rows);
   join(rows);
   norm_heads(rows);
-  attention_->turn_and_store(rows.begin, rows.end);
+  attention_->rotate_and_store(rows.begin, rows.end);
   wait();
-  attend(member);
+  attend(thread);
   wait();
   multiply(output_, nullptr, &mlp_inputs_);
   multiply(mlp_inputs_, &args_.norms[1], &mlp_output_);
@@ -256,26 +238,26 @@ void DecoderLayer::run(const Member& member, Barrier& barrier, LinesAhead& lines
 }
 
 // -------------------------------------------------------------------------------------------------------- stack
-DecoderStack::DecoderStack(const std::vector<DecoderLayerArgs>& layers, const DecoderArgs& call, int64_t members) {
+DecoderStack::DecoderStack(const std::vector<DecoderLayerArgs>& layers, const DecoderArgs& call, int64_t threads) {
   WorkspaceSizes sizes;
   for (const DecoderLayerArgs& args : layers) {
-    layers_.emplace_back(args, call, members);
+    layers_.emplace_back(args, call, threads);
     layers_.back().add_to(sizes);
   }
   workspace_ = sizes.take(memory_);
   const void* x = call.x;
   for (DecoderLayer& layer : layers_) {
-    layer.bind(x, call.y, workspace_, members);
+    layer.bind(x, call.y, workspace_, threads);
     widen(sizes.scratch, layer.attention_scratch());
     x = call.y;
   }
-  for (int64_t i = 0; i < members; ++i) workspace_.scratch.push_back(memory_.take(sizes.scratch));
+  for (int64_t i = 0; i < threads; ++i) workspace_.scratch.push_back(memory_.take(sizes.scratch));
 }
 
-void DecoderStack::run(const Member& member) noexcept {
-  LinesAhead lines = layers_.front().ahead(member);
+void DecoderStack::run(const TeamThread& thread) noexcept {
+  LinesAhead lines = layers_.front().ahead(thread);
   for (size_t i = 0; i < layers_.size(); ++i)
-    layers_[i].run(member, barrier_, lines, i + 1 < layers_.size() ? &layers_[i + 1] : nullptr);
+    layers_[i].run(thread, barrier_, lines, i + 1 < layers_.size() ? &layers_[i + 1] : nullptr);
 }
 
 }  // namespace ipex_quant

@@ -24,13 +24,12 @@ struct LinearsArgs {
   const int32_t* perm;
 };
 
-// h = x + output(attention(projections(norm(x)))); h + mlp_output(activation(mlp_inputs(norm(h)))), or with `parallel`
-// x
-// + output(..) + mlp_output(activation(mlp_inputs(norm(x)))).
+// h = x + output(attention(projections(norm(x)))), then h + mlp_output(activation(mlp_inputs(norm(h)))); if `parallel`,
+// x + output(attention(projections(norm(x)))) + mlp_output(activation(mlp_inputs(norm(x)))).
 struct DecoderLayerArgs {
-  NormArgs norms[2];                // but what they read and write
-  NormArgs head_norms[2];           // of every query and every key before it turns; likewise; without weights, none
-  RopeAttentionArgs attention;      // but rotary.x and output
+  NormArgs norms[2];                // without x and y
+  NormArgs head_norms[2];           // of every query and key before it is rotated, without x and y; or without weight
+  RopeAttentionArgs attention;      // without rotary.x and output
   LinearsArgs projections, output;  // queries, keys and values in this order; one weight or three
   LinearsArgs mlp_inputs, mlp_output;
   PostOp activation;
@@ -40,13 +39,13 @@ struct DecoderLayerArgs {
 
 struct DecoderArgs {
   FloatType type;
-  int32_t lowp_mode, act_mode;
+  int32_t lowp_mode, act_quant_mode;
   int64_t rows;   // at most kDecodeRows
   const void* x;  // [rows, k]
   void* y;        // likewise
 };
 
-// Cache lines of a weight that a thread asks for while it has to wait.
+// Cache lines of a weight that a thread prefetches while it has to wait.
 struct LinesAhead {
   const uint8_t *at, *end;
 
@@ -67,68 +66,63 @@ class Memory {
   std::vector<Buffer> blocks_;
 };
 
-// What all layers use, one after the other.
+// Buffers that all layers use, one after the other.
 struct Workspace {
-  uint8_t *normed, *projected, *joined, *attended, *hidden, *product, *inner, *staged;
+  uint8_t *normed, *projected, *joined, *attended, *hidden, *gates, *inner, *staged;
   float* ranges;
-  std::vector<uint8_t*> scratch;  // of each member
+  std::vector<uint8_t*> scratch;  // of each thread
 };
 
 // Sizes of a workspace in bytes.
 struct WorkspaceSizes {
-  int64_t features = 0, projected = 0, attended = 0, product = 0, inner = 0, staged = 0, ranges = 0, scratch = 0;
+  int64_t features = 0, projected = 0, attended = 0, gates = 0, inner = 0, staged = 0, ranges = 0, scratch = 0;
 
-  Workspace take(Memory& memory) const;  // without the scratch of the members
+  Workspace take(Memory& memory) const;  // without the scratch of the threads
 };
 
-// Products of one input with some weights: first every member prepares its rows, then all multiply.
+// Matmuls of one input with some weights: first every thread prepares its rows, then all multiply.
 class TeamLinears {
  public:
-  TeamLinears(const LinearsArgs& args, const DecoderArgs& call, bool together, int64_t members);
+  TeamLinears(const LinearsArgs& args, const DecoderArgs& call, bool together, int64_t threads);
 
   void add_to(WorkspaceSizes& sizes) const;
   void bind(const void* x, const std::vector<Output>& outputs, const Workspace& workspace);
 
-  Tasks rows_of(const Member& member) const;
+  Tasks rows_of(const TeamThread& thread) const;
   void stage(Tasks rows, uint8_t* scratch) const;
-  LinesAhead ahead(const Member& member) const;
-  void multiply(const Member& member);
+  LinesAhead ahead(const TeamThread& thread) const;
+  void multiply(const TeamThread& thread);
 
   int64_t out_features(size_t i) const { return args_.weights[i].geometry.n; }
   size_t count() const { return args_.weights.size(); }
   int64_t in_features() const { return args_.weights[0].geometry.k; }
 
  private:
-  // The part of tasks that is of weight i, and what comes before the weight.
-  template <class F>
-  void each_weight(Tasks tasks, F f) const;
-  int64_t tiles() const;
-
   LinearsArgs args_;
   WoqPlan plan_;
   StageArgs stage_{};
-  std::vector<GemmArgs> weights_;
   const bool together_;
+  std::vector<GemmArgs> weights_;  // their outputs once they are bound
   SharedTasks tasks_;
 };
 
 class DecoderLayer {
  public:
-  DecoderLayer(const DecoderLayerArgs& args, const DecoderArgs& call, int64_t members);
+  DecoderLayer(const DecoderLayerArgs& args, const DecoderArgs& call, int64_t threads);
 
   void add_to(WorkspaceSizes& sizes) const;
-  void bind(const void* x, void* y, const Workspace& workspace, int64_t members);
+  void bind(const void* x, void* y, const Workspace& workspace, int64_t threads);
   int64_t attention_scratch() const { return attention_->attention().scratch_bytes(); }  // after it is bound
-  LinesAhead ahead(const Member& member) const { return projections_.ahead(member); }
+  LinesAhead ahead(const TeamThread& thread) const { return projections_.ahead(thread); }
   // `next` is the layer after this one or null.
-  void run(const Member& member, Barrier& barrier, LinesAhead& lines, const DecoderLayer* next);
+  void run(const TeamThread& thread, Barrier& barrier, LinesAhead& lines, const DecoderLayer* next);
 
  private:
-  void prepare(const TeamLinears& linears, const NormArgs* norm, const Member& member) const;
+  void prepare(const TeamLinears& linears, const NormArgs* norm, const TeamThread& thread) const;
   void multiply_gates(Tasks rows) const;
   void join(Tasks rows) const;
   void norm_heads(Tasks rows) const;
-  void attend(const Member& member);
+  void attend(const TeamThread& thread);
   bool halves() const { return args_.gated && mlp_inputs_.count() == 1; }
 
   DecoderLayerArgs args_;
@@ -141,9 +135,9 @@ class DecoderLayer {
 
 class DecoderStack {
  public:
-  DecoderStack(const std::vector<DecoderLayerArgs>& layers, const DecoderArgs& call, int64_t members);
-  // By all members of a team at the same time.
-  void run(const Member& member) noexcept;
+  DecoderStack(const std::vector<DecoderLayerArgs>& layers, const DecoderArgs& call, int64_t threads);
+  // By all threads of a team at the same time.
+  void run(const TeamThread& thread) noexcept;
 
  private:
   Memory memory_;

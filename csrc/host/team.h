@@ -46,23 +46,22 @@ class SharedTasks {
   const std::unique_ptr<Part[]> parts_;
 };
 
-// Members [begin, end) of a team of `size`, which are one thread: where there are fewer threads, one is several
-// members.
-struct Member {
+// Places [begin, end) in a team of `size` that one thread has: where there are fewer threads than places, several.
+struct TeamThread {
   int64_t begin, end, size;
 
   // Its share of `count` equal parts.
   Tasks share(int64_t count) const { return {begin * count / size, end * count / size}; }
 };
 
-// Where all members of a team wait for each other.
+// All threads of a team wait here for each other.
 class Barrier {
  public:
   // Calls idle() again and again while it waits.
   template <class F>
-  void wait(const Member& member, F idle) {
-    const int64_t round = round_.load(std::memory_order_acquire), count = member.end - member.begin;
-    if (arrived_.fetch_add(count, std::memory_order_acq_rel) + count == member.size) {
+  void wait(const TeamThread& thread, F idle) {
+    const int64_t round = round_.load(std::memory_order_acquire), count = thread.end - thread.begin;
+    if (arrived_.fetch_add(count, std::memory_order_acq_rel) + count == thread.size) {
       arrived_.store(0, std::memory_order_relaxed);
       round_.store(round + 1, std::memory_order_release);
       return;
@@ -72,11 +71,11 @@ class Barrier {
       if (i < kSpins)
         pause();
       else
-        std::this_thread::yield();  // another process may have the processor that a member needs
+        std::this_thread::yield();  // another process may have the processor that they need
     }
   }
-  void wait(const Member& member) {
-    wait(member, [] {});
+  void wait(const TeamThread& thread) {
+    wait(thread, [] {});
   }
 
  private:

@@ -1,15 +1,21 @@
-// What a weight-only linear computes in, and how its activations are staged: decided once per call, without torch.
+// A weight-only linear without torch: the format it computes in, which is decided once per call, the staging of its
+// activations, and the tiles of its weights.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
+#include "host/buffer.h"
+#include "host/team.h"
 #include "kernels.h"
 
 namespace ipex_quant {
 
 struct WoqCall {
-  FloatType type;      // of x
-  int32_t lowp_mode;   // LowpMode
-  int32_t act_mode;    // WoqActQuantMode of Python, symmetric offset included
-  int64_t group_size;  // as in the header
+  FloatType type;          // of x
+  int32_t lowp_mode;       // LowpMode
+  int32_t act_quant_mode;  // WoqActQuantMode of Python, symmetric offset included
+  int64_t group_size;      // as in the header
   int64_t rows;
   bool bf16_dot;
 };
@@ -27,8 +33,8 @@ inline WoqPlan make_plan(const WoqGeometry& g, const WoqCall& call) {
   s.quantize = call.lowp_mode == kLowpInt8;
   s.rounding = call.type;
   if (s.quantize) {
-    s.symmetric = call.act_mode >= kSymmetricActOffset;
-    plan.range_scope = call.act_mode % kSymmetricActOffset;
+    s.symmetric = call.act_quant_mode >= kSymmetricActOffset;
+    plan.range_scope = call.act_quant_mode % kSymmetricActOffset;
     s.compute = g.dtype == kFp8 ? Compute::kFloat : Compute::kByte;
     s.unsigned_bytes = call.rows > kDecodeRows;
     const bool blocks = plan.range_scope == kPerIcBlock || plan.range_scope == kPerBatchIcBlock;
@@ -78,6 +84,44 @@ inline void merge_ranges(float* ranges, int64_t rows, int64_t folds) {
       float* r = ranges + (m * folds + i) * 2;
       r[0] = low, r[1] = high;
     }
+  }
+}
+
+inline int64_t ranges_bytes(const WoqPlan& plan) { return plan.staged.rows * plan.staged.folds * 8; }
+// Memory of StageArgs::ranges; none where every row has ranges of its own.
+inline Buffer make_ranges(const WoqPlan& plan) {
+  return ranges_cross_rows(plan) ? make_buffer(ranges_bytes(plan)) : Buffer();
+}
+
+// Stages the rows of a plan. `divide` gets a function of a run of rows and scratch, and calls it for all rows, on any
+// threads.
+template <class Divide>
+void stage_rows(const WoqPlan& plan, const StageArgs& args, Divide divide) {
+  const KernelTable& table = kernels();
+  if (ranges_cross_rows(plan)) {
+    divide([&](Tasks rows, uint8_t* scratch) { table.stage_ranges(args, rows.begin, rows.end, scratch); });
+    merge_ranges(args.ranges, plan.staged.rows, plan.staged.folds);
+  }
+  divide([&](Tasks rows, uint8_t* scratch) { table.stage_rows(args, rows.begin, rows.end, scratch); });
+}
+
+// Tiles of several weights as one list: those of one weight after those of another, or if `together`, one for the tiles
+// of all weights at the same place, which have one size then.
+inline int64_t count_tiles(const std::vector<GemmArgs>& weights, bool together) {
+  int64_t tiles = 0;
+  for (const GemmArgs& weight : weights) tiles += weight.geometry->tiles;
+  return together ? weights[0].geometry->tiles : tiles;
+}
+
+// Calls f(weight, its tiles) for each weight that has tiles in a run of the list.
+template <class F>
+void for_each_weight(const std::vector<GemmArgs>& weights, bool together, Tasks run, F f) {
+  int64_t first = 0;  // tile of the weight in the list
+  for (const GemmArgs& weight : weights) {
+    const int64_t tiles = weight.geometry->tiles;
+    const Tasks own{std::max(run.begin - first, int64_t(0)), std::min(run.end - first, tiles)};
+    if (own.begin < own.end) f(weight, own);
+    if (!together) first += tiles;
   }
 }
 

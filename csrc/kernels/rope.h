@@ -1,4 +1,4 @@
-// Rotary position embedding: pairs of features turned by the angle of their position.
+// Rotary position embedding: pairs of features rotated by the angle of their position.
 #pragma once
 
 #include "kernels/elementwise.h"
@@ -53,9 +53,9 @@ inline void rotate_head(const RotaryArgs& args, int64_t table_at, int64_t from, 
     store_run(args.y, Type, to + i, count, y.first);
     store_run(args.y, Type, to + half + i, count, y.second);
   });
-  const int64_t size = float_size(Type), turned = args.rotary_dim;
-  std::memcpy(static_cast<uint8_t*>(args.y) + (to + turned) * size,
-              static_cast<const uint8_t*>(args.x) + (from + turned) * size, size_t((args.dim - turned) * size));
+  const int64_t size = float_size(Type), rotated = args.rotary_dim;
+  std::memcpy(static_cast<uint8_t*>(args.y) + (to + rotated) * size,
+              static_cast<const uint8_t*>(args.x) + (from + rotated) * size, size_t((args.dim - rotated) * size));
 }
 
 template <FloatType Type>

@@ -133,12 +133,6 @@ AttentionMask mask_of(const Tensor& t, std::initializer_list<int64_t> shape) {
   return mask;
 }
 
-// Entries of a table of rows, all of which are read.
-void check_table(const char* name, const int32_t* table, int64_t count, int64_t rows) {
-  for (int64_t i = 0; i < count; ++i)
-    IPEX_QUANT_CHECK(table[i] >= 0 && table[i] < rows, name, ": expected 0..", rows - 1, ", got ", table[i]);
-}
-
 // -------------------------------------------------------------------------------------------------------- ops
 void run(const AttentionArgs& args, std::vector<AttentionSequence> sequences) {
   AttentionCall call(args, std::move(sequences));
@@ -170,7 +164,7 @@ Tensor attention(Tensor query, Tensor key, Tensor value, double scale, bool caus
     check_sizes("rows", *rows, {batch, tokens});
     rows = torch::stable::contiguous(*rows);
     table = static_cast<const int32_t*>(rows->const_data_ptr());
-    check_table("rows", table, batch * tokens, key.size(0));
+    check_indices("rows", table, batch * tokens, key.size(0));
   } else {
     IPEX_QUANT_CHECK(key.size(0) == batch, "key: expected the batch size of query, ", batch, ", or rows; got ",
                      key.size(0));
@@ -390,7 +384,7 @@ Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, std::
     AttentionSequence sequence = queries.sequence(args, i);
     sequence.tokens = length;
     sequence.table = tables + i * width;
-    check_table("block_tables", sequence.table, (length + args.page - 1) / args.page, blocks);
+    check_indices("block_tables", sequence.table, (length + args.page - 1) / args.page, blocks);
     sequences.push_back(sequence);
   }
   run(args, std::move(sequences));
@@ -478,7 +472,7 @@ void run(AttentionCall& call) {
 }
 
 void run(RopeAttention& call) {
-  parallel(call.positions(), 8, [&](int64_t begin, int64_t end) { call.turn_and_store(begin, end); });
+  parallel(call.positions(), 8, [&](int64_t begin, int64_t end) { call.rotate_and_store(begin, end); });
   run(call.attention());
 }
 

@@ -6,14 +6,14 @@
 
 namespace ipex_quant {
 
-// What turns by the angle of its position: [batch, length, heads, dim], the last dimension adjacent.
+// What is rotated by the angle of its position: [batch, length, heads, dim], the last dimension adjacent.
 struct RotaryInput {
   const void* data;
   ScalarType dtype;
   int64_t batch, length, heads, dim;
   int64_t strides[3];
 };
-// All but where the result goes. `cos` and `sin` become contiguous and own what the arguments point to.
+// The arguments but for y. `cos` and `sin` become contiguous and own what the arguments point to.
 RotaryArgs rotary_args(const RotaryInput& x, Tensor& cos, Tensor& sin, int64_t rotary_dim, bool interleaved);
 
 void run(AttentionCall& call);
@@ -27,7 +27,7 @@ struct QkvInput {
   int64_t strides[2];
 };
 
-// What rotates, stores and attends to them, which owns what the arguments point to.
+// How they are rotated, stored and attended to; owns what the arguments point to.
 struct RopeAttentionOptions {
   Tensor cos, sin;
   int64_t rotary_dim;
@@ -41,7 +41,7 @@ struct RopeAttentionOptions {
   double softcap;
   std::optional<Tensor> alibi;
 };
-// All but where the result goes.
+// The arguments but for the output.
 RopeAttentionArgs rope_attention_args(const QkvInput& qkv, RopeAttentionOptions& options);
 
 }  // namespace ipex_quant

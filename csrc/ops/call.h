@@ -127,6 +127,14 @@ inline const float* optional_vector(const char* name, const std::optional<Tensor
   return static_cast<const float*>(t->const_data_ptr());
 }
 
+// The data of a weight or bias of a norm over `k` features of x.
+inline const void* norm_vector(const char* name, const Tensor& t, ScalarType x, int64_t k) {
+  check_float32_or(name, t, x);
+  IPEX_QUANT_CHECK(t.dim() == 1 && t.size(0) == k && t.is_contiguous(), name, ": expected shape [", k,
+                   "], contiguous, got ", shape_of(t));
+  return t.const_data_ptr();
+}
+
 // What `y` is computed with. Checks `others`, which have y's shape and the dtype `type`, and makes them contiguous:
 // they own the memory that the result points to.
 inline Output make_output(Tensor& y, ScalarType type, const float* bias, int64_t post_op, std::vector<Tensor>& others) {

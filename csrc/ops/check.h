@@ -47,6 +47,22 @@ inline void check_tensor(const char* name, const Tensor& t, ScalarType dtype, in
   IPEX_QUANT_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
 }
 
+// The dtypes that norms and rotations take beside `x`.
+inline void check_float32_or(const char* name, const Tensor& t, ScalarType x) {
+  check_cpu(name, t);
+  IPEX_QUANT_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == x, name,
+                   ": expected float32 or the dtype of x, ", torch::headeronly::toString(x), ", got ",
+                   torch::headeronly::toString(t.scalar_type()));
+}
+
+// Indices of `bound` items, which are all read.
+template <class Index>
+void check_indices(const char* name, const Index* indices, int64_t count, int64_t bound) {
+  for (int64_t i = 0; i < count; ++i)
+    IPEX_QUANT_CHECK(indices[i] >= 0 && indices[i] < bound, name, ": expected values in 0..", bound - 1, ", got ",
+                     indices[i]);
+}
+
 inline void check_shape(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
   IPEX_QUANT_CHECK(t.size(0) == rows && t.size(1) == columns, name, ": expected shape [", rows, ", ", columns,
                    "], got ", shape_of(t));

@@ -10,23 +10,54 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-// What all layers of a call have in common.
-struct Structure {
-  ScalarType dtype;
-  int64_t batch, length, features;
-  int64_t projections, mlp_inputs;
-  PostOp activation;
+// The arguments of the op, in the three groups of its schema.
+struct Weights {  // lists of those of a layer after another
+  std::vector<Tensor> packed;
+  std::vector<Optional> biases, perms;
+  std::vector<Tensor> norms;
+  std::vector<Optional> norm_biases;
+  std::vector<Tensor> head_norms;
+};
+
+struct Call {
+  Tensor cos, sin;
+  int64_t rotary_dim;
+  std::vector<Tensor> caches;
+  std::vector<int64_t> starts;
+  Optional mask, alibi;
+};
+
+struct Structure {  // common to all layers
+  int64_t projections, mlp_inputs, activation;
   bool gated, parallel, centered;
-  float eps;
+  double eps;
+  int64_t lowp_mode, act_quant_mode;
+  bool interleaved;
+  double scale, softcap;
 
   int64_t linears() const { return projections + mlp_inputs + 2; }
   void check() const {
     IPEX_QUANT_CHECK(projections == 1 || projections == 3, "projections: expected 1 or 3, got ", projections);
     IPEX_QUANT_CHECK(mlp_inputs == 1 || (mlp_inputs == 2 && gated), "mlp_inputs: expected 1, or 2 with gates, got ",
                      mlp_inputs);
-    IPEX_QUANT_CHECK(activation >= kRelu && activation <= kSilu, "activation: expected 1..4, got ", int(activation));
+    IPEX_QUANT_CHECK(activation >= kRelu && activation <= kSilu, "activation: expected 1..4, got ", activation);
     if (gated) check_activation(activation);
+    check_modes(lowp_mode, act_quant_mode);
   }
+};
+
+struct Input {
+  ScalarType dtype;
+  int64_t batch, length, features;
+
+  explicit Input(const Tensor& x) {
+    check_cpu("x", x);
+    IPEX_QUANT_CHECK(x.dim() == 3 && x.size(2) > 0, "x: expected shape [batch, length, features], got ", shape_of(x));
+    dtype = x.scalar_type();
+    batch = x.size(0), length = x.size(1), features = x.size(2);
+    IPEX_QUANT_CHECK(rows() <= kDecodeRows, "x: expected at most ", kDecodeRows, " tokens, got ", rows());
+  }
+  int64_t rows() const { return batch * length; }
 };
 
 // Runs of `count` items of a list for each of `layers`; of an optional list none, if it is empty.
@@ -53,28 +84,26 @@ struct LayerTensors {
   PerLayer<Tensor> norms;
   PerLayer<Optional> norm_biases;
   PerLayer<Tensor> head_norms;
+
+  LayerTensors(const Weights& w, const Structure& structure, size_t layers)
+      : packed("packed", w.packed, layers, structure.linears()),
+        biases("biases", w.biases, layers, structure.linears(), true),
+        perms("perms", w.perms, layers, 4, true),
+        norms("norms", w.norms, layers, 2),
+        norm_biases("norm_biases", w.norm_biases, layers, 2, true),
+        head_norms("head_norms", w.head_norms, layers, 2, true) {}
 };
 
-const void* norm_vector(const char* name, const Tensor& t, ScalarType dtype, int64_t k) {
-  check_cpu(name, t);
-  IPEX_QUANT_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == dtype, name, ": expected float32 or ",
-                   "the dtype of x, ", torch::headeronly::toString(dtype), ", got ",
-                   torch::headeronly::toString(t.scalar_type()));
-  IPEX_QUANT_CHECK(t.dim() == 1 && t.size(0) == k && t.is_contiguous(), name, ": expected shape [", k,
-                   "], contiguous, got ", shape_of(t));
-  return t.const_data_ptr();
-}
-
-// The checked arguments of one layer but for its attention.
+// Reads the arguments of one layer without its attention.
 class LayerReader {
  public:
-  LayerReader(const Structure& structure, const LayerTensors& tensors, size_t layer)
-      : structure_(structure), tensors_(tensors), layer_(layer) {}
+  LayerReader(const Input& input, const Structure& structure, const LayerTensors& tensors, size_t layer)
+      : input_(input), structure_(structure), tensors_(tensors), layer_(layer) {}
 
   DecoderLayerArgs read() {
-    const int64_t k = structure_.features;
+    const int64_t k = input_.features;
     DecoderLayerArgs args{};
-    args.activation = structure_.activation;
+    args.activation = PostOp(structure_.activation);
     args.gated = structure_.gated;
     args.parallel = structure_.parallel;
     args.projections = linears(structure_.projections, k);
@@ -85,21 +114,14 @@ class LayerReader {
     const bool halves = structure_.gated && structure_.mlp_inputs == 1;
     IPEX_QUANT_CHECK(!halves || inner % 2 == 0, "packed: expected gates and as many factors, got ", inner, " features");
     args.mlp_output = linears(1, halves ? inner / 2 : inner, k);
-    for (int64_t i = 0; i < 2; ++i) args.norms[i] = norm(i);
+    for (int64_t i = 0; i < 2; ++i) args.norms[i] = layer_norm(i);
     return args;
   }
 
   void read_head_norms(DecoderLayerArgs& args, int64_t head_size) const {
-    for (int64_t i = 0; i < 2 && tensors_.head_norms.given(); ++i) {
-      const Tensor& weight = tensors_.head_norms.at(layer_, i);
-      NormArgs& norm = args.head_norms[i];
-      norm.k = head_size;
-      norm.eps = structure_.eps;
-      norm.centered = structure_.centered;
-      norm.type = float_type("x", structure_.dtype);
-      norm.weight = norm_vector("head_norms", weight, structure_.dtype, head_size);
-      norm.weight_type = float_type("head_norms", weight.scalar_type());
-    }
+    if (!tensors_.head_norms.given()) return;
+    for (int64_t i = 0; i < 2; ++i)
+      args.head_norms[i] = norm("head_norms", tensors_.head_norms.at(layer_, i), head_size);
   }
 
  private:
@@ -125,37 +147,35 @@ class LayerReader {
                            header.in_features == args.weights[0].geometry.k,
                        "packed: expected weights of one input with one dtype and group size");
     }
-    args.perm = perm(args.weights[0].geometry.k);
+    if (tensors_.perms.given())
+      args.perm = perm_data("perms", tensors_.perms.at(layer_, group_), args.weights[0].geometry.k);
     ++group_;
     return args;
   }
 
-  const int32_t* perm(int64_t k) const {
-    if (!tensors_.perms.given() || !tensors_.perms.at(layer_, group_)) return nullptr;
-    const Tensor& t = *tensors_.perms.at(layer_, group_);
-    check_tensor("perms", t, ScalarType::Int, 1);
-    IPEX_QUANT_CHECK(t.size(0) == k, "perms: expected ", k, " elements, got ", t.size(0));
-    const int32_t* data = static_cast<const int32_t*>(t.const_data_ptr());
-    check_positions("perms", data, k);
-    return data;
+  NormArgs norm(const char* name, const Tensor& weight, int64_t k) const {
+    NormArgs args{};
+    args.k = k;
+    args.eps = float(structure_.eps);
+    args.centered = structure_.centered;
+    args.type = float_type("x", input_.dtype);
+    args.weight = norm_vector(name, weight, input_.dtype, k);
+    args.weight_type = float_type(name, weight.scalar_type());
+    return args;
   }
 
-  NormArgs norm(int64_t i) const {
+  NormArgs layer_norm(int64_t i) const {
     const Tensor& weight = tensors_.norms.at(layer_, i);
-    NormArgs args{};
-    args.k = structure_.features;
-    args.eps = structure_.eps;
-    args.centered = structure_.centered;
-    args.type = float_type("x", structure_.dtype);
-    args.weight = norm_vector("norms", weight, structure_.dtype, args.k);
-    args.weight_type = float_type("norms", weight.scalar_type());
-    const Optional none, &bias = tensors_.norm_biases.given() ? tensors_.norm_biases.at(layer_, i) : none;
+    NormArgs args = norm("norms", weight, input_.features);
+    if (!tensors_.norm_biases.given()) return args;
+    const Optional& bias = tensors_.norm_biases.at(layer_, i);
     if (!bias) return args;
-    args.bias = norm_vector("norm_biases", *bias, structure_.dtype, args.k);
+    args.bias = norm_vector("norm_biases", *bias, input_.dtype, args.k);
     IPEX_QUANT_CHECK(bias->scalar_type() == weight.scalar_type(), "norm_biases: expected the dtype of norms");
     return args;
   }
 
+  const Input& input_;
   const Structure& structure_;
   const LayerTensors& tensors_;
   const size_t layer_;
@@ -193,11 +213,10 @@ void check_apart(const std::vector<Optional>& perms, const PerLayer<Tensor>& cac
 }
 
 // Attention of one layer, with its cache.
-void read_attention(DecoderLayerArgs& args, const Structure& structure, RopeAttentionOptions& options) {
+void read_attention(DecoderLayerArgs& args, const Input& input, RopeAttentionOptions& options) {
   int64_t width = 0;
   for (const WeightArgs& weight : args.projections.weights) width += weight.geometry.n;
-  const QkvInput qkv{nullptr,          structure.dtype, structure.batch,
-                     structure.length, width,           {structure.length * width, width}};
+  const QkvInput qkv{nullptr, input.dtype, input.batch, input.length, width, {input.length * width, width}};
   args.attention = rope_attention_args(qkv, options);
   const AttentionArgs& attention = args.attention.attention;
   const int64_t heads = attention.kv_heads * attention.group, size = attention.key_dim;
@@ -210,54 +229,24 @@ void read_attention(DecoderLayerArgs& args, const Structure& structure, RopeAtte
                    heads * size, " features, got ", args.output.weights[0].geometry.k);
 }
 
-Tensor decoder_layers(Tensor x, std::vector<Tensor> packed, std::vector<Optional> biases, std::vector<Optional> perms,
-                      std::vector<Tensor> norms, std::vector<Optional> norm_biases, std::vector<Tensor> head_norms,
-                      double eps, bool centered, int64_t projections, int64_t mlp_inputs, int64_t activation,
-                      bool gated, bool parallel_residual, int64_t lowp_mode, int64_t act_quant_mode, Tensor cos,
-                      Tensor sin, int64_t rotary_dim, bool interleaved, std::vector<Tensor> caches,
-                      std::vector<int64_t> starts, double scale, Optional mask, double softcap, Optional alibi) {
-  check_cpu("x", x);
-  IPEX_QUANT_CHECK(x.dim() == 3 && x.size(2) > 0, "x: expected shape [batch, length, features], got ", shape_of(x));
-  const int64_t rows = x.size(0) * x.size(1);
-  IPEX_QUANT_CHECK(rows <= kDecodeRows, "x: expected at most ", kDecodeRows, " tokens, got ", rows);
-  IPEX_QUANT_CHECK(activation >= kNone && activation < kPostOpCount, "activation: expected 1..4, got ", activation);
-  check_modes(lowp_mode, act_quant_mode);
-  const Structure structure{x.scalar_type(),    x.size(0), x.size(1),         x.size(2), projections, mlp_inputs,
-                            PostOp(activation), gated,     parallel_residual, centered,  float(eps)};
+// The checked arguments of all layers. `call` owns what they point to.
+std::vector<DecoderLayerArgs> read_layers(const Input& input, const Weights& weights, Call& call,
+                                          const Structure& structure) {
   structure.check();
-  const size_t layers = starts.size();
+  const size_t layers = call.starts.size();
   IPEX_QUANT_CHECK(layers > 0, "starts: expected one for each layer");
-  const LayerTensors tensors{{"packed", packed, layers, structure.linears()},
-                             {"biases", biases, layers, structure.linears(), true},
-                             {"perms", perms, layers, 4, true},
-                             {"norms", norms, layers, 2},
-                             {"norm_biases", norm_biases, layers, 2, true},
-                             {"head_norms", head_norms, layers, 2, true}};
-  const int64_t parts = caches.size() == 5 * layers ? 5 : caches.size() == 4 * layers ? 4 : 2;
-  const PerLayer<Tensor> cache("caches", caches, layers, parts);
-
-  check_apart(perms, cache, layers);
-
-  x = as_contiguous(x);
-  RopeAttentionOptions options{as_contiguous(cos),
-                               as_contiguous(sin),
-                               rotary_dim,
-                               interleaved,
-                               cache.at(0, 0),
-                               cache.at(0, 1),
-                               std::nullopt,
-                               std::nullopt,
-                               std::nullopt,
-                               0,
-                               scale,
-                               mask,
-                               0,
-                               softcap,
-                               alibi};
+  const LayerTensors tensors(weights, structure, layers);
+  const int64_t parts = call.caches.size() == 5 * layers ? 5 : call.caches.size() == 4 * layers ? 4 : 2;
+  const PerLayer<Tensor> cache("caches", call.caches, layers, parts);
+  check_apart(weights.perms, cache, layers);
+  call.cos = as_contiguous(call.cos);
+  call.sin = as_contiguous(call.sin);
+  RopeAttentionOptions options{call.cos,       call.sin,          call.rotary_dim, structure.interleaved,
+                               cache.at(0, 0), cache.at(0, 1),    std::nullopt,    std::nullopt,
+                               std::nullopt,   /*start=*/0,       structure.scale, call.mask,
+                               /*window=*/0,   structure.softcap, call.alibi};
   std::vector<DecoderLayerArgs> args;
   for (size_t i = 0; i < layers; ++i) {
-    LayerReader reader(structure, tensors, i);
-    args.push_back(reader.read());
     options.key_cache = cache.at(i, 0);
     options.value_cache = cache.at(i, 1);
     if (parts > 2) {
@@ -265,34 +254,63 @@ Tensor decoder_layers(Tensor x, std::vector<Tensor> packed, std::vector<Optional
       options.value_scales = cache.at(i, 3);
     }
     if (parts > 4) options.key_factors = cache.at(i, 4);
-    options.start = starts[i];
-    read_attention(args[i], structure, options);
+    options.start = call.starts[i];
+    LayerReader reader(input, structure, tensors, i);
+    args.push_back(reader.read());
+    read_attention(args[i], input, options);
     reader.read_head_norms(args[i], args[i].attention.attention.key_dim);
   }
-  const int64_t shape[] = {structure.batch, structure.length, structure.features};
-  Tensor y = empty_in_dtype_of(x, shape);
-  if (rows == 0) return y;
-  const DecoderArgs call{float_type("x", structure.dtype),
-                         int32_t(lowp_mode),
-                         int32_t(act_quant_mode),
-                         rows,
-                         x.const_data_ptr(),
-                         y.mutable_data_ptr()};
+  return args;
+}
+
+Tensor run_layers(const Tensor& x, const Weights& weights, Call& call, const Structure& structure) {
+  const Input input(x);
+  const std::vector<DecoderLayerArgs> layers = read_layers(input, weights, call, structure);
+  const Tensor rows_of_x = as_contiguous(x);
+  Tensor y = empty_in_dtype_of(x, {input.batch, input.length, input.features});
+  if (input.rows() == 0) return y;
+  const DecoderArgs args{float_type("x", input.dtype),      int32_t(structure.lowp_mode),
+                         int32_t(structure.act_quant_mode), input.rows(),
+                         rows_of_x.const_data_ptr(),        y.mutable_data_ptr()};
   const int64_t threads = int64_t(torch::stable::get_num_threads());
-  DecoderStack stack(args, call, threads);
+  DecoderStack stack(layers, args, threads);
   parallel(threads, 1, [&](int64_t begin, int64_t end) { stack.run({begin, end, threads}); });
   return y;
+}
+
+// In the order of the schema below, which callers leave to `native_arguments` in ipex_quant/ops/decoder.py.
+Tensor decoder_layers(Tensor x,
+                      // weights
+                      std::vector<Tensor> packed, std::vector<Optional> biases, std::vector<Optional> perms,
+                      std::vector<Tensor> norms, std::vector<Optional> norm_biases, std::vector<Tensor> head_norms,
+                      // call
+                      Tensor cos, Tensor sin, int64_t rotary_dim, std::vector<Tensor> caches,
+                      std::vector<int64_t> starts, Optional mask, Optional alibi,
+                      // structure
+                      int64_t projections, int64_t mlp_inputs, int64_t activation, bool gated, bool parallel,
+                      bool centered, double eps, int64_t lowp_mode, int64_t act_quant_mode, bool interleaved,
+                      double scale, double softcap) {
+  const Weights weights{std::move(packed), std::move(biases),      std::move(perms),
+                        std::move(norms),  std::move(norm_biases), std::move(head_norms)};
+  Call call{cos, sin, rotary_dim, std::move(caches), std::move(starts), mask, alibi};
+  return run_layers(x, weights, call,
+                    {projections, mlp_inputs, activation, gated, parallel, centered, eps, lowp_mode, act_quant_mode,
+                     interleaved, scale, softcap});
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
   m.def(
-      "decoder_layers(Tensor x, Tensor[] packed, Tensor?[] biases, Tensor?[] perms, Tensor[] norms, "
-      "Tensor?[] norm_biases, Tensor[] head_norms, float eps, bool centered, int projections, int mlp_inputs, "
-      "int activation, bool gated, bool parallel, int lowp_mode, int act_quant_mode, Tensor cos, Tensor sin, "
-      "int rotary_dim, bool interleaved, Tensor(a!)[] caches, SymInt[] starts, float scale, Tensor? mask, "
-      "float softcap, Tensor? alibi) -> Tensor");
+      "decoder_layers(Tensor x, "
+      // weights
+      "Tensor[] packed, Tensor?[] biases, Tensor?[] perms, Tensor[] norms, Tensor?[] norm_biases, "
+      "Tensor[] head_norms, "
+      // call
+      "Tensor cos, Tensor sin, int rotary_dim, Tensor(a!)[] caches, SymInt[] starts, Tensor? mask, Tensor? alibi, "
+      // structure
+      "int projections, int mlp_inputs, int activation, bool gated, bool parallel, bool centered, float eps, "
+      "int lowp_mode, int act_quant_mode, bool interleaved, float scale, float softcap) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ipex_quant, CPU, m) { m.impl("decoder_layers", TORCH_BOX(&decoder_layers)); }

@@ -25,13 +25,6 @@ void check_like_x(const char* name, const Tensor& t, const Tensor& x) {
   IPEX_QUANT_CHECK(same_shape(t, x), name, ": expected the shape of x, ", shape_of(x), ", got ", shape_of(t));
 }
 
-void check_type(const char* name, const Tensor& t, ScalarType type) {
-  check_cpu(name, t);
-  IPEX_QUANT_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == type, name, ": expected float32 or ",
-                   "the dtype of x, ", torch::headeronly::toString(type), ", got ",
-                   torch::headeronly::toString(t.scalar_type()));
-}
-
 // ------------------------------------------------------------------------------------------------------- norms
 // The weight and bias of a call and the arguments that they go into.
 struct Norm {
@@ -56,12 +49,11 @@ struct Norm {
 
   const void* vector(const char* name, std::optional<Tensor>& t, const Tensor& x) {
     if (!t) return nullptr;
-    check_type(name, *t, x.scalar_type());
-    IPEX_QUANT_CHECK(t->dim() == 1 && t->size(0) == args.k, name, ": expected shape [", args.k, "], got ",
-                     shape_of(*t));
-    args.weight_type = float_type(name, t->scalar_type());
+    check_cpu(name, *t);
     t = as_contiguous(*t);
-    return t->const_data_ptr();
+    const void* data = norm_vector(name, *t, x.scalar_type(), args.k);
+    args.weight_type = float_type(name, t->scalar_type());
+    return data;
   }
 
   Tensor run(const Tensor& x) {
@@ -104,7 +96,7 @@ std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, Tensor residual, std::option
 
 // ------------------------------------------------------------------------------------------- rotary embeddings
 void check_table(const char* name, const Tensor& t, const RotaryInput& x, int64_t rotary_dim) {
-  check_type(name, t, x.dtype);
+  check_float32_or(name, t, x.dtype);
   const bool fits = t.dim() == 3 && (t.size(0) == 1 || t.size(0) == x.batch) && t.size(1) == x.length &&
                     (t.size(2) == rotary_dim || t.size(2) == rotary_dim / 2);
   IPEX_QUANT_CHECK(fits, name, ": expected shape [1 or ", x.batch, ", ", x.length, ", ", rotary_dim, " or ",

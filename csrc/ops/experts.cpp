@@ -82,9 +82,9 @@ int64_t gemm_bytes(const Stack& stack, const WoqPlan& plan) {
   return gemm_scratch(stack.geometry, plan.staged, plan.staged.rows);
 }
 
-// How gate and up become one: activation(gate) * up, or with clamp, min(gate, limit) * sigmoid(slope * min(gate,
-// limit))
-// * (clamp(up, -limit, limit) + offset). Without a gate it is activation(up).
+// How gate and up become one: activation(gate) * up; if `clamped`,
+//   min(gate, limit) * sigmoid(slope * min(gate, limit)) * (clamp(up, -limit, limit) + offset);
+// without a gate, activation(up).
 struct Gate {
   PostOp activation;
   bool gated = true;
@@ -176,8 +176,8 @@ class Mixture {
     for (int64_t e = 0; e < count; ++e) {
       const int64_t first = next[size_t(e)], rows = next[size_t(e) + 1];
       if (rows > 0) {
-        if (up_.perms) check_positions("gate_up_perm", up_.perm_of(e), up_.geometry.k);
-        if (down_.perms) check_positions("down_perm", down_.perm_of(e), down_.geometry.k);
+        if (up_.perms) check_indices("gate_up_perm", up_.perm_of(e), up_.geometry.k, up_.geometry.k);
+        if (down_.perms) check_indices("down_perm", down_.perm_of(e), down_.geometry.k, down_.geometry.k);
         groups_.push_back({e, first, rows, plan(up_, rows), plan(down_, rows)});
       }
       next[size_t(e) + 1] += first;
@@ -227,7 +227,6 @@ class Mixture {
   // Stages the rows of every group of the chunk, into one block of memory. If `shared`, all use those of the first.
   template <class F>
   Buffer stage_groups(const Stack& stack, WoqPlan Group::* plan, bool shared, F rows_of) {
-    const KernelTable& table = kernels();
     int64_t bytes = 64, rows = 0;
     for (Group* g = begin_; g < (shared ? begin_ + 1 : end_); ++g)
       bytes += round_up(staged_bytes(g->*plan), 64), rows += g->rows;
@@ -244,16 +243,16 @@ class Mixture {
       for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next()) {
         for (Group* g = begin_ + tasks.begin; g < begin_ + tasks.end; ++g) {
           WoqPlan& own = g->*plan;
-          Buffer gathered, ranges;
-          StageArgs args{rows_of(*g, gathered), type_,      stack.perm_of(g->expert), own.range_scope, nullptr,
-                         &stack.geometry,       &own.staged};
-          if (ranges_cross_rows(own)) {
-            ranges = make_buffer(g->rows * own.staged.folds * 8);
-            args.ranges = reinterpret_cast<float*>(ranges.get());
-            table.stage_ranges(args, 0, g->rows, scratch.get());
-            merge_ranges(args.ranges, g->rows, own.staged.folds);
-          }
-          table.stage_rows(args, 0, g->rows, scratch.get());
+          Buffer gathered;
+          const Buffer ranges = make_ranges(own);
+          const StageArgs args{rows_of(*g, gathered),
+                               type_,
+                               stack.perm_of(g->expert),
+                               own.range_scope,
+                               reinterpret_cast<float*>(ranges.get()),
+                               &stack.geometry,
+                               &own.staged};
+          stage_rows(own, args, [&](auto stage_some) { stage_some({0, g->rows}, scratch.get()); });
         }
       }
     });
@@ -407,9 +406,7 @@ Tensor woq_experts(Tensor x, Tensor experts, Tensor weights, Tensor gate_up, Ten
   set_perms("gate_up_perm", up_stack, gate_up_perm, num_experts);
   set_perms("down_perm", down_stack, down_perm, num_experts);
   const int64_t* chosen = static_cast<const int64_t*>(experts.const_data_ptr());
-  for (int64_t i = 0; i < tokens * choices; ++i)
-    IPEX_QUANT_CHECK(chosen[i] >= 0 && chosen[i] < num_experts, "experts: expected values in 0..", num_experts - 1,
-                     ", got ", chosen[i]);
+  check_indices("experts", chosen, tokens * choices, num_experts);
 
   const FloatType type = float_type("x", x.scalar_type());
   const Gate gate = check_gate(activation, clamp, gated);

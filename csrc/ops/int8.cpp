@@ -237,7 +237,7 @@ std::vector<Tensor> int8_linear(Tensor x, Tensor scales, Tensor zero_points, Ten
   return results;
 }
 
-// The gate's product goes where the result will be; that of `up`, made next by the same task, multiplies it there.
+// The gate's result goes where that of the call will be; that of `up`, made next by the same task, multiplies it there.
 Tensor int8_linear_gated(Tensor x, Tensor scales, Tensor zero_points, Tensor packed, std::optional<Tensor> bias,
                          int64_t out_features, ScalarType dtype, int64_t activation) {
   const PackedGroup group({out_features, out_features}, check_activations(x));

@@ -10,17 +10,20 @@ namespace {
 
 int64_t isa_active() { return active_isa(); }
 int64_t isa_supported() { return supported_isa(); }
+int64_t max_decode_tokens() { return kDecodeRows; }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(ipex_quant, m) {
   m.def("isa_active() -> int");
   m.def("isa_supported() -> int");
+  m.def("max_decode_tokens() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ipex_quant, CompositeExplicitAutograd, m) {
   m.impl("isa_active", TORCH_BOX(&isa_active));
   m.impl("isa_supported", TORCH_BOX(&isa_supported));
+  m.impl("max_decode_tokens", TORCH_BOX(&max_decode_tokens));
 }
 
 }  // namespace ipex_quant

@@ -28,12 +28,6 @@ void check_scheme(int64_t n, int64_t k, int64_t dtype, int64_t group_size, bool 
 
 }  // namespace
 
-void check_positions(const char* name, const int32_t* positions, int64_t k) {
-  for (int64_t i = 0; i < k; ++i)
-    IPEX_QUANT_CHECK(positions[i] >= 0 && positions[i] < k, name, ": expected values in 0..", k - 1, ", got ",
-                     positions[i]);
-}
-
 WoqHeader read_header(const Tensor& packed) {
   check_tensor("packed", packed, ScalarType::Byte, 1);
   WoqHeader h;
@@ -53,6 +47,15 @@ WoqGeometry geometry_of(const WoqHeader& h, const Tensor& packed) {
   return g;
 }
 
+const int32_t* perm_data(const char* name, const std::optional<Tensor>& perm, int64_t k) {
+  if (!perm) return nullptr;
+  check_tensor(name, *perm, ScalarType::Int, 1);
+  IPEX_QUANT_CHECK(perm->size(0) == k, name, ": expected ", k, " elements, got ", perm->size(0));
+  const int32_t* p = static_cast<const int32_t*>(perm->const_data_ptr());
+  check_indices(name, p, k, k);
+  return p;
+}
+
 void check_modes(int64_t lowp_mode, int64_t act_quant_mode) {
   IPEX_QUANT_CHECK(lowp_mode >= kLowpNone && lowp_mode <= kLowpInt8, "lowp_mode: expected 0..3, got ", lowp_mode);
   IPEX_QUANT_CHECK(lowp_mode != kLowpInt8 || (act_quant_mode >= kPerTensor && act_quant_mode < 2 * kSymmetricActOffset),
@@ -65,19 +68,9 @@ ScalarType code_type(int64_t dtype) {
   return dtype == kInt8 ? ScalarType::Char : dtype == kFp8 ? ScalarType::Float8_e4m3fn : ScalarType::Byte;
 }
 
-// The data of a perm, or null without one.
-const int32_t* perm_data(const std::optional<Tensor>& perm, int64_t k) {
-  if (!perm) return nullptr;
-  check_tensor("perm", *perm, ScalarType::Int, 1);
-  IPEX_QUANT_CHECK(perm->size(0) == k, "perm: expected ", k, " elements, got ", perm->size(0));
-  const int32_t* p = static_cast<const int32_t*>(perm->const_data_ptr());
-  check_positions("perm", p, k);
-  return p;
-}
-
 // Packing and unpacking write through the perm, so there it must hit every feature.
 const int32_t* permutation_data(const std::optional<Tensor>& perm, int64_t k) {
-  const int32_t* p = perm_data(perm, k);
+  const int32_t* p = perm_data("perm", perm, k);
   if (!p) return nullptr;
   std::vector<bool> seen(size_t(k), false);
   for (int64_t i = 0; i < k; ++i) seen[size_t(p[i])] = true;
@@ -153,30 +146,21 @@ std::tuple<Tensor, Tensor, Tensor> woq_unpack(Tensor packed, std::optional<Tenso
 
 // Stages x as `plan` says, into the buffers of the plan.
 void stage(const WoqGeometry& g, WoqPlan& plan, StageArgs args) {
-  const KernelTable& table = kernels();
-  const int64_t rows = plan.staged.rows, scratch_bytes = stage_scratch(g, plan.staged);
+  const int64_t scratch_bytes = stage_scratch(g, plan.staged);
   const int64_t grain = 1 + (int64_t(1) << 13) / g.padded_k;  // below this a thread costs more than it gives
-  Buffer ranges;
-  if (ranges_cross_rows(plan)) {
-    ranges = make_buffer(rows * plan.staged.folds * 8);
-    args.ranges = reinterpret_cast<float*>(ranges.get());
-    parallel(rows, grain, [&](int64_t begin, int64_t end) {
-      table.stage_ranges(args, begin, end, make_buffer(scratch_bytes).get());
-    });
-    merge_ranges(args.ranges, rows, plan.staged.folds);
-  }
-  parallel(rows, grain,
-           [&](int64_t begin, int64_t end) { table.stage_rows(args, begin, end, make_buffer(scratch_bytes).get()); });
+  const Buffer ranges = make_ranges(plan);
+  args.ranges = reinterpret_cast<float*>(ranges.get());
+  stage_rows(plan, args, [&](auto stage_some) {
+    parallel(plan.staged.rows, grain,
+             [&](int64_t begin, int64_t end) { stage_some({begin, end}, make_buffer(scratch_bytes).get()); });
+  });
 }
 
-// One task a tile of columns: of every weight in turn, or if `together`, of all weights, which are of one size. When
-// tiles are fewer than threads can share evenly, rows are divided as well.
+// One task a tile of columns. When tiles are fewer than threads can share evenly, rows are divided as well.
 void multiply(const std::vector<GemmArgs>& weights, bool together) {
   const KernelTable& table = kernels();
   const Staged& s = *weights[0].staged;
-  int64_t tiles = 0;
-  for (const GemmArgs& weight : weights) tiles += weight.geometry->tiles;
-  if (together) tiles = weights[0].geometry->tiles;
+  const int64_t tiles = count_tiles(weights, together);
   if (tiles == 0) return;
   const int64_t threads = torch::stable::get_num_threads();
   const bool decode = s.rows <= kDecodeRows;
@@ -186,15 +170,12 @@ void multiply(const std::vector<GemmArgs>& weights, bool together) {
   const auto multiply_tasks = [&](auto next) {
     const Buffer scratch = make_buffer(gemm_scratch(*weights[0].geometry, s, (s.rows + row_parts - 1) / row_parts));
     for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next()) {
-      int64_t first = 0;  // the weight's first tile among all
-      for (const GemmArgs& weight : weights) {
-        for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-          const int64_t tile = task / row_parts - first, part = task % row_parts;
-          if (tile < 0 || tile >= weight.geometry->tiles) continue;
-          table.gemm_tile(weight, tile, part * s.rows / row_parts, (part + 1) * s.rows / row_parts, scratch.get());
-        }
-        if (!together) first += weight.geometry->tiles;
-      }
+      const int64_t part = tasks.begin % row_parts;  // where there are several, every task comes alone
+      const int64_t begin = part * s.rows / row_parts, end = (part + 1) * s.rows / row_parts;
+      const Tasks run{tasks.begin / row_parts, (tasks.end - 1) / row_parts + 1};
+      for_each_weight(weights, together, run, [&](const GemmArgs& weight, Tasks own) {
+        for (int64_t tile = own.begin; tile < own.end; ++tile) table.gemm_tile(weight, tile, begin, end, scratch.get());
+      });
     }
   };
   if (decode)
@@ -217,7 +198,7 @@ class PreparedCall {
     type_ = float_type("x", x.scalar_type());
     const int64_t k = geometries_[0].k;
     IPEX_QUANT_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "x: expected shape [..., ", k, "], got ", shape_of(x));
-    perm_ = perm_data(perm, k);
+    perm_ = perm_data("perm", perm, k);
     rows_ = x.numel() / k;
   }
 
@@ -227,7 +208,7 @@ class PreparedCall {
     return empty_in_dtype_of(x_, shape.data());
   }
 
-  // outputs[i] is what becomes of the product with weight i.
+  // outputs[i] says what becomes of the matmul with weight i.
   void run(const std::vector<Output>& outputs, bool together) const {
     const WoqGeometry& g = geometries_[0];
     if (rows_ == 0) return;
@@ -291,7 +272,7 @@ std::vector<Tensor> woq_linear_group(Tensor x, std::vector<Tensor> packed, std::
   return results;
 }
 
-// The gate's product goes where the result will be; that of `up`, made next by the same task, multiplies it there.
+// The gate's result goes where that of the call will be; that of `up`, made next by the same task, multiplies it there.
 Tensor woq_linear_gated(Tensor x, Tensor gate, Tensor up, std::optional<Tensor> gate_bias,
                         std::optional<Tensor> up_bias, std::optional<Tensor> perm, int64_t out_features,
                         int64_t lowp_mode, int64_t act_quant_mode, int64_t activation) {

@@ -12,7 +12,7 @@ WoqGeometry geometry_of(const WoqHeader& header, const Tensor& packed);
 
 void check_modes(int64_t lowp_mode, int64_t act_quant_mode);
 
-// Staging reads input features through a perm: `k` positions, each in 0..k - 1.
-void check_positions(const char* name, const int32_t* positions, int64_t k);
+// The order in which staging reads the `k` input features, or null without one.
+const int32_t* perm_data(const char* name, const std::optional<Tensor>& perm, int64_t k);
 
 }  // namespace ipex_quant

@@ -2,10 +2,11 @@
 // share group, which multiply the same activations, follow each other in one buffer; each begins with a tile of its
 // own. As with layout.h, one layout serves every ISA level.
 //
-//   [Int8Header | tile 0 | tile 1 | ...]           a tile covers kTileN output features of one member and the whole of
-//   K tile = [scales, kTileN x f32 | sums of the codes, kTileN x i32 for every fold | code lines]
+//   packed = [Int8Header | tile 0 | tile 1 | ...]
+//   tile = [scales, kTileN x f32 | sums of the codes, kTileN x i32 for every fold | code lines]
 //
-// A fold is a run of k whose sums are sure to fit int32. Code lines are those of 8-bit codes in layout.h, but signed.
+// A tile covers kTileN output features of one member and the whole of K. A fold is a run of k whose sums are sure to
+// fit int32. Code lines are those of 8-bit codes in layout.h, but signed.
 #pragma once
 
 #include "pack/layout.h"

@@ -9,11 +9,11 @@ from torch import nn
 
 
 class FusedForward:
-    """What is in the place of a module's `forward`; the modules within it may not be called, nor their hooks."""
+    """Stands in for a module's `forward`; the modules within it may not be called, nor their hooks."""
 
 
 def fused_forward(module: nn.Module) -> FusedForward | None:
-    """What is in the place of the `forward` of `module`, if it is fused."""
+    """The object that stands in for the `forward` of `module`, if it is fused."""
     forward = vars(module).get("forward")
     return forward if isinstance(forward, FusedForward) else None
 

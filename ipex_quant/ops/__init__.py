@@ -12,7 +12,7 @@ from .attention import (
     write_paged_cache,
 )
 from .conv import ConvGeometry, PackedConv, conv_dequantize, int8_conv, pack_conv, unpack_conv
-from .decoder import DecoderStructure, DecoderWeights, decoder_layers
+from .decoder import DecoderCall, DecoderStructure, DecoderWeights, decoder_layers
 from .experts import (
     ExpertGate,
     PackedExperts,
@@ -54,6 +54,7 @@ from .woq import (
 __all__ = [
     "ISA_LEVELS",
     "ConvGeometry",
+    "DecoderCall",
     "DecoderStructure",
     "DecoderWeights",
     "ExpertGate",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..numerics.quantized_weight import QuantizedWeight
-from .decoder import DecoderStructure, DecoderWeights
+from .decoder import DecoderCall, DecoderStructure, DecoderWeights
 from .post_op import ACTIVATIONS
 from .reference import woq_linear
 from .reference_attention import fused_rope_attention
@@ -18,24 +18,19 @@ def decoder_layers(
     x: torch.Tensor,
     quantized: Sequence[QuantizedWeight],
     weights: DecoderWeights,
+    call: DecoderCall,
     structure: DecoderStructure,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    caches: Sequence[torch.Tensor],
-    starts: Sequence[int],
-    mask: torch.Tensor | None = None,
-    alibi: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `ipex_quant.ops.decoder_layers`, with `quantized` in the place of ``weights.packed``."""
-    count, buffers = structure.projections + structure.mlp_inputs + 2, len(caches) // len(starts)
-    for i, start in enumerate(starts):
+    count, buffers = structure.projections + structure.mlp_inputs + 2, len(call.caches) // len(call.starts)
+    for i, start in enumerate(call.starts):
         layer = _Layer(quantized[i * count :], weights.biases[i * count :], structure)
         norms, biases = weights.norms[2 * i :], weights.norm_biases[2 * i :]
         attended = layer.attention(
             layer.norm(x, norms[0], biases[0] if biases else None),
             weights.head_norms[2 * i : 2 * i + 2],
-            caches[i * buffers : (i + 1) * buffers],
-            {"cos": cos, "sin": sin, "start": start, "mask": mask, "alibi": alibi},
+            call._replace(caches=call.caches[i * buffers : (i + 1) * buffers]),
+            start,
         )
         hidden = x if structure.parallel else x + attended
         inner = layer.mlp(layer.norm(hidden, norms[1], biases[1] if biases else None))
@@ -60,21 +55,29 @@ class _Layer:
         eps = self.structure.eps
         return layer_norm(x, weight, bias, eps) if self.structure.centered else rms_norm(x, weight, eps)
 
-    def attention(
-        self, x: torch.Tensor, norms: Sequence[torch.Tensor], cache: Sequence[torch.Tensor], options: dict
-    ) -> torch.Tensor:
-        structure = self.structure
+    def attention(self, x: torch.Tensor, norms: Sequence[torch.Tensor], call: DecoderCall, start: int) -> torch.Tensor:
+        structure, cache = self.structure, call.caches
         projected = torch.cat([self.linear(x) for _ in range(structure.projections)], -1)
         if norms:
             kv_heads, dim = cache[0].shape[1], cache[0].shape[3]
             heads = projected.unflatten(-1, (-1, dim))
             query, key, value = heads.split((heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads), 2)
             projected = torch.cat((self.norm(query, norms[0]), self.norm(key, norms[1]), value), 2).flatten(2)
-        options |= {"rotary_dim": structure.rotary_dim, "interleaved": structure.interleaved}
-        options |= {"scale": structure.scale, "softcap": structure.softcap}
-        options |= {"key_factors": cache[4] if len(cache) > 4 else None}
-        tables = options.pop("cos"), options.pop("sin")
-        return self.linear(fused_rope_attention(projected, *tables, *cache[:4], **options))
+        attended = fused_rope_attention(
+            projected,
+            call.cos,
+            call.sin,
+            *cache[:4],
+            start=start,
+            scale=structure.scale,
+            rotary_dim=call.rotary_dim,
+            interleaved=structure.interleaved,
+            mask=call.mask,
+            softcap=structure.softcap,
+            alibi=call.alibi,
+            key_factors=cache[4] if len(cache) > 4 else None,
+        )
+        return self.linear(attended)
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         activation = ACTIVATIONS[self.structure.activation]

@@ -13,13 +13,13 @@ _rotary = native.rotary.default
 def rotary(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int | None = None, interleaved: bool = False
 ) -> torch.Tensor:
-    """Turn pairs of features by the angle of their position: ``(a * cos - b * sin, b * cos + a * sin)``.
+    """Rotate pairs of features by the angle of their position: ``(a * cos - b * sin, b * cos + a * sin)``.
 
-    `x` is float32, bfloat16 or float16 ``[B, L, H, D]`` with any strides; its first `rotary_dim` features turn, all by
-    default. Pairs are neighbours if `interleaved`, else half of `rotary_dim` apart. `cos` and `sin` are ``[B or 1, L,
-    rotary_dim or half of it]``, a value for every feature or for every pair, in float32 or the dtype of `x`. Computes
-    in float32 and rounds once. Returns a contiguous tensor like `x`, without a gradient. Raises RuntimeError when an
-    argument does not fit.
+    `x` is float32, bfloat16 or float16 ``[B, L, H, D]`` with any strides; its first `rotary_dim` features rotate, by
+    default all. Pairs are neighbours if `interleaved`, else half of `rotary_dim` apart. `cos` and `sin` are
+    ``[B or 1, L, rotary_dim or half of it]``, a value for every feature or for every pair, in float32 or the dtype of
+    `x`. Computes in float32 and rounds once. Returns a contiguous tensor like `x`, without a gradient. Raises
+    RuntimeError when an argument does not fit.
     """
     return _rotary(x, cos, sin, x.shape[-1] if rotary_dim is None else rotary_dim, interleaved)
 

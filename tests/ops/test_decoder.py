@@ -11,11 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
+from torch.utils._pytree import tree_map_only
 
 from ipex_quant import ops
 from ipex_quant.numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
 from ipex_quant.ops import PostOp, reference_decoder
-from ipex_quant.ops.decoder import DecoderStructure, DecoderWeights, decoder_layers
+from ipex_quant.ops.decoder import (
+    MAX_TOKENS,
+    DecoderCall,
+    DecoderStructure,
+    DecoderWeights,
+    decoder_layers,
+    native_arguments,
+)
 
 from .test_attention import DTYPES, generator, normal
 from .weights import shuffle_features
@@ -41,6 +49,7 @@ class Stack:
         start: int = 5,
         heads: tuple[int, int, int] = (4, 2, 16),
         ordered: Collection[int] = (),
+        rotary_dim: int = 16,
     ) -> None:
         """Inputs in `ordered` (of 4: projections, their output, MLP, its output) have weights in act-order."""
         query, kv, dim = heads
@@ -70,8 +79,8 @@ class Stack:
             self.weights.norm_biases.clear()
         self.structure = dataclasses.replace(structure, scale=dim**-0.5)
         self.x = normal(*shape, features, dtype=dtype)
-        angles = normal(1, shape[1], structure.rotary_dim // 2, seed=3)
-        self.tables = angles.cos(), angles.sin()
+        angles = normal(1, shape[1], rotary_dim // 2, seed=3)
+        self.tables, self.rotary_dim = (angles.cos(), angles.sin()), rotary_dim
         size = (shape[0], kv, CAPACITY, dim)
         self.caches = [normal(*size, dtype=dtype, seed=i) for i in range(2 * layers)]
         if int8:
@@ -83,16 +92,18 @@ class Stack:
                 self.caches += [*keys_and_values, *scales, factors]
         self.starts = [start] * layers
 
+    def call(self, **options) -> DecoderCall:
+        return DecoderCall(*self.tables, self.rotary_dim, self.caches, self.starts, **options)
+
     def run(self, function=decoder_layers, *first, **options):
         """The result and the caches after it."""
         caches = [cache.clone() for cache in self.caches]
-        arguments = (self.weights, self.structure, *self.tables, caches, self.starts)
-        return function(self.x, *first, *arguments, **options), caches
+        call = self.call(**options)._replace(caches=caches)
+        return function(self.x, *first, self.weights, call, self.structure), caches
 
 
-def in_parts(
-    x, weights, structure, cos, sin, caches, starts, mask=None, alibi=None
-):  # what the lean decoder calls where one call does not do
+def in_parts(x, weights, call, structure):  # what the lean decoder calls where one call does not do
+    caches, starts = call.caches, call.starts
     modes, eps = (structure.lowp_mode, structure.act_quant_mode), structure.eps
     linears = iter(zip(weights.packed, weights.biases or [None] * len(weights.packed), strict=True))
     norms = iter(zip(weights.norms, weights.norm_biases or [None] * len(weights.norms), strict=True))
@@ -122,10 +133,10 @@ def in_parts(
                 else (lambda a, b: ops.rms_norm(a, b, eps))
             )
             projected = torch.cat([*(kind(a.contiguous(), b) for a, b in heads), value], 2).flatten(2)
-        options = {"rotary_dim": structure.rotary_dim, "interleaved": structure.interleaved, "scale": structure.scale}
-        options |= {"softcap": structure.softcap, "mask": mask, "alibi": alibi, "start": start}
+        options = {"rotary_dim": call.rotary_dim, "interleaved": structure.interleaved, "scale": structure.scale}
+        options |= {"softcap": structure.softcap, "mask": call.mask, "alibi": call.alibi, "start": start}
         options |= {"key_factors": cache[4] if len(cache) > 4 else None}
-        attended = ops.fused_rope_attention(projected, cos, sin, *cache[:4], **options)
+        attended = ops.fused_rope_attention(projected, call.cos, call.sin, *cache[:4], **options)
         attended = linear(attended) if structure.parallel else linear(attended, PostOp.ADD, x)
         normed = norm(x if structure.parallel else attended)
         if not structure.gated:
@@ -146,7 +157,6 @@ structures = st.builds(
     activation=st.sampled_from([PostOp.GELU, PostOp.NEW_GELU, PostOp.SILU]),
     parallel=st.booleans(),
     centered=st.booleans(),
-    rotary_dim=st.sampled_from([0, 4, 16]),
     interleaved=st.booleans(),
     softcap=st.sampled_from([0.0, 5.0]),
 )
@@ -176,16 +186,16 @@ schemes = st.sampled_from(
     masked=st.booleans(),
     alibi=st.booleans(),
     ordered=st.sets(st.integers(0, 3)),
+    rotary_dim=st.sampled_from([0, 4, 16]),
 )
 def test_has_the_bits_of_its_parts(
-    structure, mode, scheme, shape, dtype, plain, biased, head_norms, int8, masked, alibi, ordered
+    structure, mode, scheme, shape, dtype, plain, biased, head_norms, int8, masked, alibi, ordered, rotary_dim
 ) -> None:
     structure = dataclasses.replace(structure, **mode)
     if plain:
         structure = dataclasses.replace(structure, gated=False, mlp_inputs=1, activation=PostOp.RELU)
-    stack = Stack(
-        structure, shape, dtype, scheme=scheme, biased=biased, head_norms=head_norms, int8=int8, ordered=ordered
-    )
+    kinds = {"biased": biased, "head_norms": head_norms, "int8": int8, "ordered": ordered}
+    stack = Stack(structure, shape, dtype, scheme=scheme, rotary_dim=rotary_dim, **kinds)
     options = {"alibi": torch.tensor([0.5, 0.25, 0.1, 0.3])} if alibi else {}
     if masked:
         options["mask"] = torch.rand(shape[0], 1, 1, 5 + shape[1], generator=generator(4)) < 0.8
@@ -202,13 +212,21 @@ def test_has_the_bits_of_its_parts(
 @pytest.mark.parametrize(
     "structure",
     [
-        DecoderStructure(rotary_dim=16),
-        DecoderStructure(projections=1, mlp_inputs=1, parallel=True, centered=True, rotary_dim=8, interleaved=True),
+        DecoderStructure(),
+        DecoderStructure(projections=1, mlp_inputs=1, parallel=True, centered=True, interleaved=True),
         DecoderStructure(mlp_inputs=1, gated=False, activation=PostOp.RELU),
     ],
 )
 def test_computes_what_is_defined(structure, mode, ordered) -> None:
-    stack = Stack(dataclasses.replace(structure, **mode), (2, 3), biased=True, head_norms=True, ordered=ordered)
+    rotary_dim = 8 if structure.interleaved else 16
+    stack = Stack(
+        dataclasses.replace(structure, **mode),
+        (2, 3),
+        biased=True,
+        head_norms=True,
+        ordered=ordered,
+        rotary_dim=rotary_dim,
+    )
     result, caches = stack.run()
 
     def expected_layers(x, *arguments):
@@ -222,7 +240,7 @@ def test_computes_what_is_defined(structure, mode, ordered) -> None:
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_any_number_of_threads_gives_the_same(threads) -> None:
-    stack = Stack(DecoderStructure(rotary_dim=16, **INT8_MODE), (1, 5), torch.bfloat16, layers=3)
+    stack = Stack(DecoderStructure(**INT8_MODE), (1, 5), torch.bfloat16, layers=3)
     expected = stack.run()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -238,7 +256,7 @@ def test_any_number_of_threads_gives_the_same(threads) -> None:
 @pytest.mark.parametrize("place", range(4))
 def test_features_in_another_order_are_read_in_theirs(place) -> None:
     """A permuted input of a permuted weight gives the sums of both as they were, up to the order of addition."""
-    stack = Stack(DecoderStructure(rotary_dim=16), ordered=[place])
+    stack = Stack(DecoderStructure(), ordered=[place])
     expected, _ = stack.run(lambda x, *rest: reference_decoder.decoder_layers(x, stack.quantized, *rest))
     torch.testing.assert_close(stack.run()[0], expected, rtol=1e-4, atol=1e-4)
     stack.weights.perms[place] = None
@@ -246,13 +264,15 @@ def test_features_in_another_order_are_read_in_theirs(place) -> None:
 
 
 def test_no_token_gives_none() -> None:
-    assert Stack(DecoderStructure(rotary_dim=16), (0, 1)).run()[0].shape == (0, 1, 80)
+    assert Stack(DecoderStructure(), (0, 1)).run()[0].shape == (0, 1, 80)
 
 
 def changed(name: str, value: object):
     def change(stack: Stack) -> None:
-        target = stack if hasattr(stack, name) else stack.weights
-        object.__setattr__(target, name, value(getattr(target, name)))
+        if hasattr(stack, name):
+            setattr(stack, name, value(getattr(stack, name)))
+        else:
+            stack.weights = stack.weights._replace(**{name: value(getattr(stack.weights, name))})
 
     return change
 
@@ -267,7 +287,7 @@ def with_structure(**options: object):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed("x", lambda x: x.repeat(1, 9, 1)), "at most 8 tokens"),
+        (changed("x", lambda x: x.repeat(1, MAX_TOKENS + 1, 1)), f"at most {MAX_TOKENS} tokens"),
         (changed("x", lambda x: x[0]), "x: expected shape"),
         (changed("x", lambda x: x.double()), "expected float32"),
         (changed("x", lambda x: x[..., :64]), "in features"),
@@ -296,35 +316,58 @@ def with_structure(**options: object):
         (with_structure(gated=False), "mlp_inputs"),
         (with_structure(activation=PostOp.RELU), "activation"),
         (with_structure(activation=9), "activation"),
-        (with_structure(rotary_dim=18), "rotary_dim"),
+        (changed("rotary_dim", lambda _: 18), "rotary_dim"),
         (with_structure(lowp_mode=5), "lowp_mode"),
         (with_structure(lowp_mode=3), "act_quant_mode"),
         (with_structure(scale=float("nan")), "scale"),
     ],
 )
 def test_bad_arguments_write_nothing(change, message) -> None:
-    stack = Stack(DecoderStructure(rotary_dim=16))
+    stack = Stack(DecoderStructure())
     change(stack)
     kept = [cache.clone() for cache in stack.caches]
     with pytest.raises(RuntimeError, match=message):
-        decoder_layers(stack.x, stack.weights, stack.structure, *stack.tables, stack.caches, stack.starts)
+        decoder_layers(stack.x, stack.weights, stack.call(), stack.structure)
     assert all(map(torch.equal, stack.caches, kept))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed("x", lambda x: x[0]), r"x: expected \[B, L, K\]"),
+        (changed("packed", lambda p: p[:-1]), "packed: expected 7 for each of 2 layers, got 13"),
+        (changed("biases", lambda b: [None]), "biases: expected 7 for each of 2 layers, got 1"),
+        (changed("perms", lambda b: [None] * 7), "perms: expected 4"),
+        (changed("norms", lambda n: [t[:3] for t in n]), r"norms: expected \[80\], got \[3\]"),
+        (changed("norm_biases", lambda n: [None] * 3), "norm_biases: expected 2"),
+        (changed("head_norms", lambda n: [*n, torch.zeros(16)]), "head_norms: expected 2"),
+        (changed("caches", lambda c: c[:3]), "caches: expected 2, 4 or 5 for each"),
+        (changed("caches", lambda c: [t[0] for t in c]), r"caches: expected \[B, Hkv, capacity, D\]"),
+        (changed("starts", lambda s: []), "starts: expected one"),
+        (changed("tables", lambda t: (t[0][0], t[1])), "cos: expected"),
+    ],
+)
+def test_bad_shapes_are_refused_without_data(change, message) -> None:
+    stack = Stack(DecoderStructure())
+    change(stack)
+    arguments = native_arguments(stack.x, stack.weights, stack.call(), stack.structure)
+    meta = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), arguments)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.ipex_quant.decoder_layers(*meta)
+
+
 def test_opcheck() -> None:
-    stack = Stack(DecoderStructure(rotary_dim=16), layers=1)
-    w, s = stack.weights, stack.structure
-    arguments = (stack.x, w.packed, w.biases, w.perms, w.norms, w.norm_biases, w.head_norms, s.eps, s.centered)
-    arguments += (s.projections, s.mlp_inputs, int(s.activation), s.gated, s.parallel, 0, -1, *stack.tables)
-    arguments += (s.rotary_dim, s.interleaved, stack.caches, stack.starts, s.scale, None, s.softcap, None)
+    stack = Stack(DecoderStructure(), layers=1)
+    arguments = native_arguments(stack.x, stack.weights, stack.call(), stack.structure)
     torch.library.opcheck(torch.ops.ipex_quant.decoder_layers.default, arguments)
 
 
 def test_compiled_code_writes_to_the_caches_themselves_wherever_they_start() -> None:
-    stack = Stack(DecoderStructure(rotary_dim=16), int8=True)
+    stack = Stack(DecoderStructure(), int8=True)
 
     def step(caches: list[torch.Tensor], start: int) -> torch.Tensor:
-        return decoder_layers(stack.x, stack.weights, stack.structure, *stack.tables, caches, [start] * 2)
+        call = stack.call()._replace(caches=caches, starts=[start] * 2)
+        return decoder_layers(stack.x, stack.weights, call, stack.structure)
 
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
@@ -349,8 +392,8 @@ def test_indices_in_the_memory_of_a_cache_are_refused() -> None:
     perm = cache.view(torch.int32).view(-1)[7 : 7 + features]
     perm.copy_(torch.arange(features, dtype=torch.int32))
     perms = [torch.arange(features, dtype=torch.int32), None, None, None, perm, None, None, None]
-    weights = dataclasses.replace(stack.weights, perms=perms)
+    weights = stack.weights._replace(perms=perms)
     with pytest.raises(RuntimeError, match="perms: expected memory of their own"):
-        decoder_layers(stack.x, weights, stack.structure, *stack.tables, stack.caches, stack.starts)
+        decoder_layers(stack.x, weights, stack.call(), stack.structure)
     perms[4] = perm.clone()
-    decoder_layers(stack.x, weights, stack.structure, *stack.tables, stack.caches, stack.starts)
+    decoder_layers(stack.x, weights, stack.call(), stack.structure)

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ipex_quant import ops
 from ipex_quant.ops import fakes
+from ipex_quant.ops.decoder import DecoderStructure
 
 _ops = torch.ops.ipex_quant
 X = torch.zeros(2, 8)
@@ -40,8 +41,8 @@ CALLS = {
         None,
     ),
     "decoder_layers": (
-        *(QKV, [BYTES], [], [], [X[0]], [], [], 1e-6, False, 1, 1, 4, True, False, 0, 0, NONE, NONE, 0, False),
-        *([HEADS, HEADS], [0], 1.0, None, 0.0, None),
+        *(QKV, [BYTES] * 4, [], [], [QKV[0, 0]] * 2, [], [], NONE, NONE, 0, [HEADS, HEADS], [0], None, None),
+        *DecoderStructure(projections=1, mlp_inputs=1).arguments,
     ),
     "woq_pack": (X.to(torch.int8), X[:, :1], None, None, 8, 1, -1),
     "woq_unpack": (BYTES, INDEX[0], 1, 1, 1, -1, False),

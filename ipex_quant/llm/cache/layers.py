@@ -176,7 +176,7 @@ class NativeLayer(CacheLayerMixin):
         return attend(query, *self.stored(query.shape[2]), **options)
 
     def reserve(self, length: int) -> tuple[tuple[torch.Tensor, ...], int] | None:
-        """Room for `length` more tokens, for a call that writes and reads them itself; `commit` then counts them.
+        """Reserve slots for `length` more tokens, which a call writes and reads itself; `commit` then counts them.
 
         Returns (keys, values and for int8 their scales, from the first position that is needed to the capacity, and the
         factors of int8 keys; the position to write at). None before the first token, before the factors are found, and

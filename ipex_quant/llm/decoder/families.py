@@ -1,6 +1,6 @@
 """Families of decoder layers as data: how transformers names and orders the parts of a layer.
 
-`FAMILIES` maps the name of a layer's class to what `ipex_quant.llm.decoder` has to know to run it with fewer calls.
+`FAMILIES` maps the name of a layer's class to the names by which `ipex_quant.llm.decoder` finds its parts.
 To add a family, read the `forward` of its layer, attention and MLP in transformers, describe them here, and add a tiny
 configuration to ``tests/llm/decoder/test_families.py``.
 """
@@ -87,10 +87,10 @@ class Attention:
     """Scores fall with the distance, at a rate that each head has of its own."""
 
     position_bias: bool = False
-    """What the layer gets as `position_bias`, or the module computes, is added to the scores."""
+    """A `position_bias` that the layer gets, or the module computes, is added to the scores."""
 
     scale: str = "scaling"
-    """Attribute with what scores are multiplied by; where there is none, the inverse root of the head size."""
+    """Attribute with the factor of scores; where there is none, the inverse root of the head size."""
 
     softcap: str = ""
     """Attribute with the bound c of scores, ``c * tanh(score / c)``, or none."""

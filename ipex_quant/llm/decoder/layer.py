@@ -94,7 +94,7 @@ def _collects_attentions() -> bool:
 
 
 class FusedLayer(FusedForward):
-    """The `forward` of a fused decoder layer, with the arguments and results of the stock one."""
+    """Stands in for the `forward` of a decoder layer, with its arguments and results."""
 
     def __init__(self, layer: nn.Module, family: Family) -> None:
         self.layer = layer

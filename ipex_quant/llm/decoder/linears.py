@@ -33,7 +33,7 @@ def activation_post_op(activation: Callable[[torch.Tensor], torch.Tensor]) -> Po
 
 
 def fused_linear(module: nn.Module) -> FusedLinear:
-    """What computes `module` and a post op: ``(x, post_op=NONE, *others) -> [..., out_features]``."""
+    """A function that computes `module` and a post op: ``(x, post_op=NONE, *others) -> [..., out_features]``."""
     if _hooked(module):
         return FusedLinear(module)
     if type(module) is WeightOnlyQuantizedLinear and module._packed is not None:
@@ -44,7 +44,7 @@ def fused_linear(module: nn.Module) -> FusedLinear:
 
 
 def fused_linears(modules: Sequence[nn.Module]) -> LinearGroup:
-    """What computes modules that take the same tensor: ``x -> [result of each]``."""
+    """A function that computes modules that take the same tensor: ``x -> [result of each]``."""
     if len(modules) > 1 and not any(map(_hooked, modules)):
         if _one_share_group(modules):
             return Int8Group(modules)

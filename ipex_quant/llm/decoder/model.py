@@ -50,7 +50,7 @@ def fuse_model(model: nn.Module) -> list[str]:
 
 
 class FusedModel(FusedForward):
-    """The `forward` of a fused model, with the arguments and results of the stock one."""
+    """Stands in for the `forward` of a model, with its arguments and results."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -60,7 +60,7 @@ class FusedModel(FusedForward):
 
     @property
     def step(self) -> LayerStep | None:
-        """What computes all layers in one call, as they were when they were looked at last."""
+        """The step that computes all layers in one call, as they were when they were looked at last."""
         return self.plan.step
 
     def __call__(
@@ -135,7 +135,7 @@ class FusedModel(FusedForward):
         return step(x, LayerCall(mask, past_key_values, self.angles(x, past, length, position_ids)))
 
     def _find_step(self) -> LayerStep | None:
-        """What computes all layers, if they are fused and no hook wants to be called between them."""
+        """The step that computes all layers, if they are fused and no hook wants to be called between them."""
         modules = self.model.layers._modules.values()  # slices of the list itself are slow
         if len(modules) != self.model.config.num_hidden_layers:
             return None
@@ -167,7 +167,7 @@ class FusedModel(FusedForward):
 
 
 class Plan(NamedTuple):
-    """Layers, and what computes them in one call, if anything does."""
+    """Layers, and the step that computes them in one call, if there is one."""
 
     layers: list[Any]
     step: LayerStep | None

@@ -93,7 +93,7 @@ def _plain(norm: nn.LayerNorm) -> bool:
 
 
 class FusedNorm(FusedForward):
-    """What is in the place of the `forward` of an RMS norm.
+    """Stands in for the `forward` of an RMS norm.
 
     It calls the stock one where a gradient is needed, and where input and weight differ in dtype.
     """

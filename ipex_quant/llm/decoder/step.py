@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...ops import PostOp
-from ...ops.decoder import MAX_TOKENS, DecoderStructure
+from ...ops.decoder import MAX_TOKENS, DecoderCall, DecoderStructure, DecoderWeights, decoder_layers
 from .attention import FusedAttention, Slots
 from .call import LayerCall
 from .families import Residual, Rope
@@ -17,7 +17,6 @@ from .linears import LinearGroup, WeightOnlyGroup, WeightOnlyLinear
 from .norms import LayerNorm, Norm
 from .parts import LayerParts
 
-_decoder_layers = torch.ops.ipex_quant.decoder_layers.default
 _GATES = (PostOp.GELU, PostOp.NEW_GELU, PostOp.SILU)
 
 
@@ -80,7 +79,7 @@ def _linears(group: LinearGroup | WeightOnlyLinear) -> list[WeightOnlyLinear] | 
 
 
 class StepTensors(NamedTuple):
-    """What holds the tensors of the linears, the norms and the norms of heads, by name."""
+    """The dicts that hold the tensors of the linears, the norms and the norms of heads, by name."""
 
     linears: list[dict[str, Any]]
     norms: list[dict[str, Any]]
@@ -130,7 +129,7 @@ class LayerStep:
         return self.__dict__ | {"tensors": None}  # copied modules have other ones
 
     def find_tensors(self) -> StepTensors:
-        """What holds the modules' tensors, found once: torch.compile guards every step on the way to each tensor."""
+        """The dicts of the modules' tensors, found once: torch.compile guards every step on the way to each tensor."""
         self._keep_tensors()
         return self.tensors
 
@@ -155,36 +154,23 @@ class LayerStep:
         perms = _given([tensors["_perm"] for tensors in found.linears])
         if slots is None or (perms and not all(group.one_order() for group in self.groups)):
             return None
-        attention, s = self.attentions[0], self.structure
-        cos, sin, rotary_dim = attention.rotation(x, call)
-        result = _decoder_layers(
-            x,
+        attention = self.attentions[0]
+        weights = DecoderWeights(
             [tensors["_packed"] for tensors in found.linears],
             _given([tensors["_bias"] for tensors in found.linears]),
             list(compress(perms, self.is_first)),
             [parameters["weight"] for parameters in found.norms],
             _given([parameters.get("bias") for parameters in found.norms]),
             [parameters["weight"] for parameters in found.head_norms],
-            s.eps,
-            s.centered,
-            s.projections,
-            s.mlp_inputs,
-            int(s.activation),
-            s.gated,
-            s.parallel,
-            s.lowp_mode,
-            s.act_quant_mode,
-            cos,
-            sin,
-            rotary_dim,
-            s.interleaved,
+        )
+        native_call = DecoderCall(
+            *attention.rotation(x, call),
             [tensor for each in slots for tensor in each[1:6] if tensor is not None],
             [each.start for each in slots],
-            s.scale,
             call.mask,
-            s.softcap,
             attention.slopes,
         )
+        result = decoder_layers(x, weights, native_call, self.structure)
         for each in slots:
             each.layer.commit(length)
         return result

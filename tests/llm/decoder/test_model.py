@@ -1,6 +1,7 @@
 """All layers of a model in one native call: when they are, and that nobody can tell from the results."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -9,6 +10,8 @@ import transformers
 
 import ipex_quant as ipex
 from ipex_quant.llm.cache.layers import NativeLayer
+from ipex_quant.llm.decoder.attention import alibi_slopes
+from ipex_quant.llm.decoder.families import Rope
 from ipex_quant.llm.decoder.model import Angles, FusedModel
 from ipex_quant.llm.decoder.step import LayerStep
 from ipex_quant.nn.fused_forward import restore_forwards
@@ -28,6 +31,7 @@ MODELS = {
     "glm": (transformers.GlmForCausalLM, {**GROUPED, "head_dim": 16, "attention_bias": True}),
     "olmo": (transformers.OlmoForCausalLM, GROUPED),
     "cohere": (transformers.CohereForCausalLM, GROUPED),
+    "smollm3": (transformers.SmolLM3ForCausalLM, {**GROUPED, "no_rope_layers": [1, 1], "pad_token_id": 0}),
 }
 
 
@@ -71,6 +75,48 @@ def test_generates_with_the_bits_of_the_layers(name, batch, calls):
     assert calls == ([2] * 5 if native else [])
     assert native or name == "olmo", "all but OLMo, whose norms have no weight"
     assert torch.equal(got.sequences, expected.sequences)
+    assert all(map(torch.equal, got.logits, expected.logits))
+
+
+def other_rope(layer):
+    layer.attention.names = dataclasses.replace(layer.attention.names, rope=Rope.NONE)
+    return layer
+
+
+def own_table(layer):
+    layer.attention.names = dataclasses.replace(layer.attention.names, rope=Rope.TABLE)
+    return layer
+
+
+def other_slopes(layer):
+    layer.attention.slopes = alibi_slopes(layer.attention.heads)
+    return layer
+
+
+def other_eps(layer):
+    return layer._replace(structure=dataclasses.replace(layer.structure, eps=0.1))
+
+
+@pytest.mark.parametrize("change", [other_rope, other_slopes, other_eps])
+def test_layers_that_differ_are_not_joined(change):
+    first, second = (layer.forward.step for layer in build().model.layers)
+    assert len(LayerStep.joined([first, second]).layers) == 2
+    assert LayerStep.joined([first, LayerStep([change(second.layers[0])])]) is None
+
+
+def test_layers_with_tables_of_their_own_are_not_joined():
+    layers = [LayerStep([own_table(layer.forward.step.layers[0])]) for layer in build().model.layers]
+    assert LayerStep.joined(layers[:1])
+    assert LayerStep.joined(layers) is None
+
+
+def test_a_model_of_rotated_and_other_layers_calls_each(calls, monkeypatch):
+    monkeypatch.setitem(MODELS, "mixed", (MODELS["smollm3"][0], {**MODELS["smollm3"][1], "no_rope_layers": [1, 0]}))
+    model = build("mixed")
+    expected = generate(one_by_one(model))
+    calls.clear()
+    got = generate(model)
+    assert calls == [1] * 10
     assert all(map(torch.equal, got.logits, expected.logits))
 
 
