@@ -6,6 +6,7 @@
 namespace ipex_quant {
 namespace {
 
+// Which tokens make up a block decides how an int8 cache is rounded: ops/reference_attention.py has the same rules.
 constexpr int64_t kMaxRows = 96;  // of a task: what these keep fits the second-level cache
 constexpr int64_t kFewRows = 16;  // up to here packing is what costs, and its result stays in the first-level cache
 // Tasks that have all rows of a KV head divide its tokens, into kChunks unless these get too short or too long.

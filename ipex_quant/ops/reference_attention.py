@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -30,21 +31,31 @@ def attention(
     rows: torch.Tensor | None = None,
     key_factors: torch.Tensor | None = None,
     dropout: float = 0.0,
+    block: int | None = None,
+    rounding: Callable[[torch.Tensor], torch.Tensor] = torch.round,
 ) -> torch.Tensor:
     """As `ipex_quant.ops.attention`, in float64 up to the last rounding, and with dropout of the probabilities.
 
-    Of an int8 cache it has the quantized queries, but exact probabilities.
+    With an int8 cache, queries are quantized as a token is, and probabilities times the scales of the values become
+    8-bit codes by `rounding`, in blocks of `block` tokens, by default those of a call with only these sequences. The
+    gradient ignores that rounding.
     """
-    dtype = query.dtype
-    key, value = _gathered(key, key_scales, rows), _gathered(value, value_scales, rows)
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    dtype, (queries, tokens), group = query.dtype, (query.shape[2], key.shape[2]), query.shape[1] // key.shape[1]
+    key, value = (_gathered(cache, rows).repeat_interleave(group, 1) for cache in (key, value))
     if key_factors is not None:
         query = query.float() * key_factors.repeat_interleave(group, 0)[:, None]
-    scores = _queries(query, key_scales) @ key.transpose(-1, -2) * scale
+    if key_scales is None:
+        query = query.double()
+    else:
+        query = _dequantized(*quantize_token(query))
+        key_scales, value_scales = (
+            _gathered(scales[..., None], rows)[..., 0].repeat_interleave(group, 1)
+            for scales in (key_scales, value_scales)
+        )
+        key = _dequantized(key, key_scales)
+    scores = query @ key.transpose(-1, -2) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    queries, tokens = scores.shape[-2:]
     distance = torch.arange(tokens) - torch.arange(tokens - queries, tokens)[:, None]  # of a token from its query
     if alibi is not None:
         scores = scores + alibi.double()[:, None, None] * distance
@@ -55,13 +66,49 @@ def attention(
     if window:
         scores = scores.masked_fill(distance <= -window, -math.inf)
     nothing = (scores == -math.inf).all(-1, keepdim=True)
-    probabilities = scores.softmax(-1).masked_fill(nothing, 0.0)
-    return (F.dropout(probabilities, dropout) @ value).transpose(1, 2).to(dtype)
+    weights = scores.softmax(-1).masked_fill(nothing, 0.0)
+    if value_scales is not None:
+        blocks = block_numbers(queries, tokens, group, window, block or block_tokens(queries * group))
+        weights = _rounded(weights * value_scales[:, :, None], blocks.repeat(key.shape[1] // group, 1, 1), rounding)
+    return (F.dropout(weights, dropout) @ value).transpose(1, 2).to(dtype)
 
 
-def _queries(query: torch.Tensor, key_scales: torch.Tensor | None) -> torch.Tensor:
-    """In float64, and quantized as a token is where the keys are."""
-    return query.double() if key_scales is None else _gathered(*quantize_token(query), None)
+TASK_ROWS = 96
+"""Queries of the heads that share a KV head are divided evenly into tasks of at most so many."""
+
+
+def block_tokens(rows: int) -> int:
+    """Tokens of a block, where a KV head has `rows` queries in the longest sequence of the call."""
+    return 64 if 8 < rows <= 16 else 128
+
+
+def block_numbers(queries: int, tokens: int, group: int, window: int, block: int) -> torch.Tensor:
+    """Which block of a task each token is in ``[group, queries, tokens]``, 0 too for those before the first.
+
+    The blocks of a task begin at the first token that its first query sees.
+    """
+    rows = queries * group
+    tasks = -(-rows // TASK_ROWS)
+    first_rows = torch.arange(tasks) * rows // max(tasks, 1)
+    begins = (tokens - queries + 1 - (window or tokens + 1) + first_rows // group).clamp(min=0)
+    task_of_row = torch.searchsorted(first_rows, torch.arange(rows), right=True) - 1
+    numbers = (torch.arange(tokens) - begins[task_of_row][:, None]).clamp(min=0) // block
+    return numbers.view(queries, group, tokens).transpose(0, 1)
+
+
+def _rounded(
+    weights: torch.Tensor, blocks: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """`weights` as multiples of 1/255 of the largest in their block."""
+    index = blocks.expand_as(weights)
+    largest = weights.new_zeros(*weights.shape[:-1], weights.shape[-1] + 1).scatter_reduce(-1, index, weights, "amax")
+    step = largest.gather(-1, index) / 255
+    rounded = torch.where(step == 0, 0.0, rounding(weights / step) * step)
+    return weights + (rounded - weights).detach()
+
+
+def _dequantized(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return codes.double() * scales[..., None].double()
 
 
 def _finite(mask: torch.Tensor) -> torch.Tensor:
@@ -69,12 +116,11 @@ def _finite(mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask == -math.inf, -math.inf, mask.double().clamp(min=LOWEST_MASK))
 
 
-def _gathered(cache: torch.Tensor, scales: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor:
+def _gathered(cache: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """The tokens that each sequence sees, in float64."""
-    floats = cache.double() if scales is None else cache.double() * scales[..., None].double()
     if rows is None:
-        return floats
-    return floats.transpose(1, 2)[rows, torch.arange(cache.shape[2])].transpose(1, 2)
+        return cache.double()
+    return cache.double().transpose(1, 2)[rows, torch.arange(cache.shape[2])].transpose(1, 2)
 
 
 def quantize_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,6 +209,8 @@ def paged_attention(
     **options,
 ) -> torch.Tensor:
     """As `ipex_quant.ops.paged_attention`, a sequence at a time."""
+    rows = int(query_starts.diff().max()) * query.shape[1] // key_cache.shape[1] if len(lengths) else 0
+    options |= {"causal": causal, "block": block_tokens(rows)}
     results = []
     for i, (blocks, length) in enumerate(zip(block_tables, lengths.tolist(), strict=True)):
         queries = query[query_starts[i] : query_starts[i + 1]]
@@ -170,7 +218,7 @@ def paged_attention(
             None if t is None else t[blocks].transpose(0, 1).flatten(1, 2)[None, :, :length]
             for t in (key_cache, value_cache, key_scales, value_scales)
         )
-        options |= {"causal": causal, "key_scales": key_scale, "value_scales": value_scale}
+        options |= {"key_scales": key_scale, "value_scales": value_scale}
         results.append(attention(queries.transpose(0, 1)[None], key, value, **options)[0])
     return torch.cat(results)
 

@@ -10,8 +10,17 @@ from hypothesis import strategies as st
 from ipex_quant import ops
 from ipex_quant.ops import reference_attention as reference
 
+from .attention_oracle import assert_int8_close
 from .test_attention import DTYPES, generator, normal
 from .test_attention_fused import caches, close, copies, equal
+
+
+def check_paged(arguments: tuple[torch.Tensor, ...], **options) -> None:
+    result = ops.paged_attention(*arguments, **options)
+    if options["key_scales"] is None:
+        close(result, reference.paged_attention(*arguments, **options))
+    else:
+        assert_int8_close(result, reference.paged_attention, *arguments, **options)
 
 
 @settings(max_examples=60, deadline=None)
@@ -36,7 +45,7 @@ def test_paged_attention(lengths, new, block, heads, dim, dtype, int8, options) 
     options = options | {"scale": 0.2, "key_scales": pages[2], "value_scales": pages[3]}
     if "alibi" in options:
         options["alibi"] = torch.rand(heads, generator=generator(5)) / 8
-    close(ops.paged_attention(*arguments, **options), reference.paged_attention(*arguments, **options), int8)
+    check_paged(arguments, **options)
 
 
 @settings(max_examples=40, deadline=None)
@@ -60,12 +69,15 @@ def test_write_paged_cache(slots, skipped, dims, dtype, int8, index) -> None:
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_long_sequences_are_divided(int8: bool) -> None:
-    pages = caches((90, 2, 16, 64), torch.bfloat16, int8)
-    tables = torch.randperm(90, generator=generator(1)).int()[None]
-    arguments = (normal(1, 8, 64, dtype=torch.bfloat16), *pages[:2], tables, torch.tensor([1433]), torch.tensor([0, 1]))
-    options = {"scale": 0.2, "key_scales": pages[2], "value_scales": pages[3]}
-    close(ops.paged_attention(*arguments, **options), reference.paged_attention(*arguments, **options), int8)
+@pytest.mark.parametrize("queries", [1, 3, 40])
+@pytest.mark.parametrize("options", [{}, {"window": 1000}])
+def test_long_sequences_are_divided(int8: bool, queries: int, options) -> None:
+    """The second sequence is short, but in blocks as the first one's queries are."""
+    pages = caches((90, 2, 16, 64), torch.float32, int8)
+    tables = torch.randperm(90, generator=generator(1)).int().expand(2, 90)
+    starts = torch.tensor([0, queries, queries + 1])
+    arguments = (normal(queries + 1, 8, 64), *pages[:2], tables, torch.tensor([1433, 200]), starts)
+    check_paged(arguments, scale=0.2, key_scales=pages[2], value_scales=pages[3], **options)
 
 
 def test_blocks_are_read_as_they_were_written() -> None:
