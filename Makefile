@@ -22,6 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ENV_STAMP := $(VENV)/.stamp-env
 BUILD_STAMP := $(VENV)/.stamp-build
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+NATIVE_TESTS := $(wildcard tests/native/*.cpp)
 CXX ?= g++
 SANITIZE := $(CURDIR)/build/sanitize
 PEERS := build/peers
@@ -57,16 +58,21 @@ test: build  ## run the tests
 lint: $(ENV_STAMP)  ## check style, formatting and import layers
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h,$(NATIVE_SOURCES))
+	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h,$(NATIVE_SOURCES)) $(NATIVE_TESTS)
 	$(BIN)/python tools/check_imports.py
 
 format: $(ENV_STAMP)  ## rewrite the sources in the project's style
 	$(BIN)/ruff check --no-cache --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.cpp %.h,$(NATIVE_SOURCES))
+	$(BIN)/clang-format -i $(filter %.cpp %.h,$(NATIVE_SOURCES)) $(NATIVE_TESTS)
+
+$(SANITIZE)/team_tsan: tests/native/team_tsan.cpp csrc/team.h
+	mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Werror -fsanitize=thread -Icsrc $< -o $@ -pthread
 
 # The instrumented copy comes first on PYTHONPATH; its sitecustomize takes the editable install's import hook out.
-sanitize: $(ENV_STAMP)  ## run the tests of the native ops under the address and undefined behaviour sanitizers
+sanitize: $(ENV_STAMP) $(SANITIZE)/team_tsan  ## run csrc/team.h under the thread sanitizer, the tests of the native ops under the others
+	$(SANITIZE)/team_tsan
 	rm -rf $(SANITIZE)/site
 	$(PIP) install --quiet --no-build-isolation --no-deps --target $(SANITIZE)/site \
 	    --config-settings=build-dir=build/sanitize/native \
