@@ -12,6 +12,8 @@ NEURAL_COMPRESSOR ?= neural-compressor-pt==3.10; python_version >= "3.11"
 TORCH_INDEX ?=
 JOBS ?= 2
 PYTEST_ARGS ?=
+# For test-torch: the version of torch, the newest one without it.
+VERSION ?=
 # For bench-peers and bench-real-models: how to name the result, and options such as --quick or --recipes.
 MACHINE ?= local
 PEERS_ARGS ?=
@@ -27,8 +29,10 @@ CXX ?= g++
 SANITIZE := $(CURDIR)/build/sanitize
 PEERS := build/peers
 REAL_MODELS := build/real-models
+DOCS := build/docs
+OTHER_TORCH := build/torch/$(or $(VERSION),newest)
 
-.PHONY: help env build demo test lint format sanitize bench bench-peers bench-real-models wheel clean
+.PHONY: help env build demo test test-torch lint format docs sanitize bench bench-peers bench-real-models wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -55,11 +59,34 @@ demo: build  ## quantize the embedded model in several ways, compare with float,
 test: build  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
 
-lint: $(ENV_STAMP)  ## check style, formatting and import layers
+# The environment is kept. The tests run outside of the source tree, which would come before the installed wheel.
+test-torch: $(ENV_STAMP)  ## test the wheel's native ops and llm/ with another torch: VERSION=2.10.0, or the newest
+	mkdir -p $(OTHER_TORCH)
+	test -x $(OTHER_TORCH)/bin/python || $(PYTHON) -m venv $(OTHER_TORCH)
+	$(OTHER_TORCH)/bin/python -m pip install --quiet --upgrade \
+	    $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch$(if $(VERSION),==$(VERSION))'
+	grep -v '^torch==' constraints.txt > $(OTHER_TORCH)/requirements.txt
+	$(OTHER_TORCH)/bin/python -m pip install --quiet -r $(OTHER_TORCH)/requirements.txt
+	rm -rf $(OTHER_TORCH)/wheel
+	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir $(OTHER_TORCH)/wheel .
+	$(OTHER_TORCH)/bin/python -m pip install --quiet --no-deps --force-reinstall $(OTHER_TORCH)/wheel/*.whl
+	cd $(OTHER_TORCH) && OMP_NUM_THREADS=1 bin/python -m pytest -q -n $(JOBS) -c $(CURDIR)/pyproject.toml \
+	    --rootdir $(CURDIR) -p no:cacheprovider $(CURDIR)/tests/ops $(CURDIR)/tests/llm $(PYTEST_ARGS)
+
+lint: $(ENV_STAMP)  ## check style, formatting, types and import layers
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h,$(NATIVE_SOURCES)) $(NATIVE_TESTS)
 	$(BIN)/python tools/check_imports.py
+
+# In an environment of its own: the site is made of sources, nothing of the package is imported.
+docs: $(DOCS)/.stamp  ## build the site from docs/ and the docstrings into build/site
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/.stamp: docs/requirements.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet -r $<
+	touch $@
 
 format: $(ENV_STAMP)  ## rewrite the sources in the project's style
 	$(BIN)/ruff check --no-cache --fix .

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tools" / "readme_table.py"
+SCRIPT = ROOT / "tools" / "measured_table.py"
 
 
 @pytest.fixture
@@ -22,17 +22,17 @@ def result(tmp_path):
     return path
 
 
-def run(result, readme, benchmark="int8", *options):
-    command = [sys.executable, SCRIPT, benchmark, result, "--readme", readme, *options]
+def run(result, page, benchmark="int8", *options):
+    command = [sys.executable, SCRIPT, benchmark, result, "--page", page, *options]
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_the_section_of_the_readme_is_replaced(result, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- measured: int8 -->\nold\n<!-- end -->\nafter\n")
-    assert run(result, readme).returncode == 0
-    assert run(result, readme).returncode == 0
-    text = readme.read_text()
+def test_the_section_of_the_page_is_replaced(result, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- measured: int8 -->\nold\n<!-- end -->\nafter\n")
+    assert run(result, page).returncode == 0
+    assert run(result, page).returncode == 0
+    text = page.read_text()
     assert text.startswith("before\n<!-- measured: int8 -->\n")
     assert text.endswith("<!-- end -->\nafter\n")
     assert "old" not in text
@@ -41,13 +41,13 @@ def test_the_section_of_the_readme_is_replaced(result, tmp_path):
     assert text.count("| 1 (90%) | 4 | 8 | 128 | 512 (80%) |") == 2
 
 
-def test_a_readme_without_the_marks_is_left_alone(result, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing")
-    failed = run(result, readme)
+def test_a_page_without_the_marks_is_left_alone(result, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("nothing")
+    failed = run(result, page)
     assert failed.returncode == 2
     assert "expected one section" in failed.stderr
-    assert readme.read_text() == "nothing"
+    assert page.read_text() == "nothing"
 
 
 @pytest.mark.parametrize("benchmark", ["peers", "generate"])
@@ -61,37 +61,51 @@ def test_generation_is_compared_by_engine(benchmark, tmp_path):
         {**common, "engine": "theirs", "error": "not installed: no | compiler"},
         {**common, "engine": "a search", "beams": 4, "total_tokens_per_second": 9, "total_first_over_this": 2.5},
     ]
-    result, readme = tmp_path / "result.json", tmp_path / "README.md"
+    result, page = tmp_path / "result.json", tmp_path / "page.md"
     result.write_text(json.dumps({"machine": {"threads": 2, "cpu": "A Fast One"}, "generate": records}))
-    readme.write_text(f"<!-- measured: {benchmark} -->\n<!-- end -->\n")
-    assert run(result, readme, benchmark).returncode == 0
-    lines = readme.read_text().splitlines()
+    page.write_text(f"<!-- measured: {benchmark} -->\n<!-- end -->\n")
+    assert run(result, page, benchmark).returncode == 0
+    lines = page.read_text().splitlines()
     measured = "| 12% | 25% " if benchmark == "generate" else ""
     assert f"| ours, INT4 | 200 (1.50x) | 30.2 (2.00x) {measured}| 0.70 | 1.50 |" in lines
     failed = next(line for line in lines if line.startswith("| theirs"))
     assert failed.startswith("| theirs | failed: not installed: no / compiler |")
     assert {line.count("|") for line in lines if line.startswith("|")} == {8 if benchmark == "generate" else 6}
-    assert "how many times as fast ours, INT4 was" in readme.read_text()
-    assert "With 4 beams and 64 new tokens: a search, 9 token/s" in readme.read_text()
-    assert run(result, readme, benchmark, "--shapes", "llama-1.1b").returncode == 0
-    assert readme.read_text().splitlines() == lines
-    assert "expected some of ['llama-1.1b']" in run(result, readme, benchmark, "--shapes", "llama-8b").stderr
+    assert "how many times as fast ours, INT4 was" in page.read_text()
+    assert "With 4 beams and 64 new tokens: a search, 9 token/s" in page.read_text()
+    assert run(result, page, benchmark, "--shapes", "llama-1.1b").returncode == 0
+    assert page.read_text().splitlines() == lines
+    assert "expected some of ['llama-1.1b']" in run(result, page, benchmark, "--shapes", "llama-8b").stderr
 
 
 def test_the_shapes_that_are_asked_for(tmp_path):
     common = {"prompt": 512, "new_tokens": 64, "beams": 1, "engine": "ours", "error": "none"}
-    result, readme = tmp_path / "result.json", tmp_path / "README.md"
+    result, page = tmp_path / "result.json", tmp_path / "page.md"
     records = [{**common, "shape": shape} for shape in ("one", "two")]
     result.write_text(json.dumps({"machine": {"threads": 2, "cpu": "A Fast One"}, "generate": records}))
-    readme.write_text("<!-- measured: peers -->\n<!-- end -->\n")
-    assert run(result, readme, "peers").returncode == 0
-    assert all(f"`{shape}`, 512" in readme.read_text() for shape in ("one", "two"))
-    assert run(result, readme, "peers", "--shapes", "two").returncode == 0
-    assert "`one`" not in readme.read_text()
-    assert "`two`, 512" in readme.read_text()
+    page.write_text("<!-- measured: peers -->\n<!-- end -->\n")
+    assert run(result, page, "peers").returncode == 0
+    assert all(f"`{shape}`, 512" in page.read_text() for shape in ("one", "two"))
+    assert run(result, page, "peers", "--shapes", "two").returncode == 0
+    assert "`one`" not in page.read_text()
+    assert "`two`, 512" in page.read_text()
 
 
-def test_the_readme_has_the_marks():
-    text = (ROOT / "README.md").read_text()
-    assert [text.count(f"<!-- measured: {name} -->") for name in ("linear", "int8", "peers", "generate")] == [1] * 4
-    assert text.count("<!-- end -->") == 4
+@pytest.mark.parametrize(
+    ("page", "benchmark", "file", "shapes"),
+    [
+        ("docs/benchmarks.md", "linear", "linear-epyc-zen4", ()),
+        ("docs/benchmarks.md", "int8", "int8-epyc-zen4", ()),
+        ("docs/benchmarks.md", "generate", "generate-epyc-zen4", ("llama-1.1b",)),
+        ("docs/benchmarks.md", "peers", "peers-epyc-zen4", ()),
+        ("README.md", "peers", "peers-epyc-zen4", ("llama-1.1b",)),
+    ],
+)
+def test_the_pages_show_the_results(page, benchmark, file, shapes, tmp_path):
+    text = (ROOT / page).read_text()
+    copy = tmp_path / "page.md"
+    copy.write_text(text)
+    options = ("--shapes", *shapes) if shapes else ()
+    written = run(ROOT / "benchmarks" / "results" / f"{file}.json", copy, benchmark, *options)
+    assert written.returncode == 0, written.stderr
+    assert copy.read_text() == text

@@ -1,6 +1,6 @@
-"""Write a table of measured speeds in README.md from a result of the script of that name in benchmarks/.
+"""Write a table of measured speeds in docs/benchmarks.md from a result of the script of that name in benchmarks/.
 
-python tools/readme_table.py {linear,int8,generate,peers} benchmarks/results/FILE.json [--shapes NAME ...]
+python tools/measured_table.py {linear,int8,generate,peers} benchmarks/results/FILE.json [--page FILE]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 OURS = {"linear": "four", "int8": "three"}
 """How many of the first lines are ours, by benchmark."""
 SHAPE = (14336, 4096)
@@ -36,14 +36,14 @@ GENERATION = {
 
 
 def main() -> None:
-    """Replace what stands between the two marks in README.md."""
+    """Replace what stands between the two marks in the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("benchmark", choices=[*OURS, *GENERATION])
     parser.add_argument("result", type=Path)
     parser.add_argument("--shapes", nargs="+", help="of generate and peers: those to show; all, if not given")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--page", type=Path, default=PAGE, help="the Markdown file with the marks")
     options = parser.parse_args()
-    text = options.readme.read_text(encoding="utf-8")
+    text = options.page.read_text(encoding="utf-8")
     result = json.loads(options.result.read_text(encoding="utf-8"))
     if options.benchmark in OURS:
         table = section(result, OURS[options.benchmark])
@@ -57,10 +57,10 @@ def main() -> None:
     pattern = re.compile(rf"({mark}\n).*?(<!-- end -->)", re.DOTALL)
     changed, count = pattern.subn(lambda found: f"{found[1]}{table}\n{found[2]}", text)
     if count != 1:
-        parser.error(f"{options.readme}: expected one section between {mark} and <!-- end -->")
-    temporary = options.readme.with_suffix(".tmp")
+        parser.error(f"{options.page}: expected one section between {mark} and <!-- end -->")
+    temporary = options.page.with_suffix(".tmp")
     temporary.write_text(changed, encoding="utf-8")
-    os.replace(temporary, options.readme)
+    os.replace(temporary, options.page)
 
 
 def section(result: dict, ours: str) -> str:
