@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <atomic>
@@ -71,8 +72,8 @@ inline Tensor empty_in_dtype_of(const Tensor& x, const int64_t* shape, int64_t d
   for (int64_t i = dim - 1; i > 0; --i) strides[size_t(i - 1)] = strides[size_t(i)] * std::max<int64_t>(shape[i], 1);
   int32_t dtype;
   AtenTensorHandle y;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, shape, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &y));
   return Tensor(y);
 }

@@ -22,7 +22,7 @@ def rows(table):
 
 
 def test_every_family_is_listed_with_what_its_entry_says(hooks):
-    from ipex_quant.llm.families import FAMILIES
+    from ipex_quant.llm.decoder.families import FAMILIES
 
     listed = {name.strip("`"): rest for name, *rest in rows(hooks.families())[2:]}
     assert listed.keys() == FAMILIES.keys()
