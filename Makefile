@@ -78,6 +78,7 @@ lint: $(ENV_STAMP)  ## check style, formatting, types and import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h,$(NATIVE_SOURCES)) $(NATIVE_TESTS)
 	$(BIN)/python tools/check_imports.py
+	$(BIN)/mypy
 
 # In an environment of its own: the site is made of sources, nothing of the package is imported.
 docs: $(DOCS)/.stamp  ## build the site from docs/ and the docstrings into build/site
@@ -147,4 +148,4 @@ wheel: $(ENV_STAMP)  ## build a wheel into dist/
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:  ## remove builds and caches, keep the virtual environment
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis $(BUILD_STAMP)
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(BUILD_STAMP)

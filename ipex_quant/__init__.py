@@ -6,11 +6,16 @@ Importing this is cheap: submodules load when they are first used, native kernel
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_SUBMODULES = ("autotune", "llm", "nn", "ops", "quantization")
+if TYPE_CHECKING:
+    from . import autotune, llm, nn, ops, quantization
+    from .llm.explain import explain
 
-__all__ = ["explain", "optimize_transformers", "show_config", *_SUBMODULES]
+__all__ = ["autotune", "explain", "llm", "nn", "ops", "optimize_transformers", "quantization", "show_config"]
+
+__version__: str
+"""The installed version."""
 
 
 def show_config() -> None:
@@ -45,14 +50,14 @@ def optimize_transformers(*args: Any, **kwargs: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
-        return importlib.import_module(f"{__name__}.{name}")
     if name == "explain":
         from .llm.explain import explain
 
         return explain
     if name == "__version__":
         return _version()
+    if name in __all__:  # the functions above are found without this: it is a submodule
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -258,12 +258,12 @@ def _eval(options: argparse.Namespace) -> int:
     if calls is None:
         calls = inputs.text_batches(model, tokenizer, text, options.sequence_length, options.max_tokens)
     pairs = zip(inputs.of_model(reference, calls), inputs.of_model(model, calls), strict=True)
-    result = evaluation.compare_outputs(reference, model, pairs)
-    print(f"samples               {result.samples}  ({float_size}, {size})")
-    print(f"error of the outputs  {result.error:.6f} relative")
-    if result.top1_agreement is not None:
-        print(f"KL(reference||model)  {result.kl_divergence:.6f} nats per prediction")
-        print(f"top-1 agreement       {result.top1_agreement:.2%}")
+    outputs = evaluation.compare_outputs(reference, model, pairs)
+    print(f"samples               {outputs.samples}  ({float_size}, {size})")
+    print(f"error of the outputs  {outputs.error:.6f} relative")
+    if outputs.top1_agreement is not None:
+        print(f"KL(reference||model)  {outputs.kl_divergence:.6f} nats per prediction")
+        print(f"top-1 agreement       {outputs.top1_agreement:.2%}")
     return 0
 
 

@@ -99,7 +99,7 @@ def compare(
                 reference_loss += _negative_log_likelihood(expected, targets[rows])
                 loss += _negative_log_likelihood(actual, targets[rows])
                 divergence += nn.functional.kl_div(actual, expected, reduction="sum", log_target=True).item()
-                same += (expected.argmax(-1) == actual.argmax(-1)).sum().item()
+                same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
             tokens += len(targets)
     return Comparison(
         reference_perplexity=math.exp(reference_loss / tokens),
@@ -146,7 +146,7 @@ def compare_outputs(
             if are_logits:
                 expected, actual = (x.reshape(-1, x.shape[-1]).log_softmax(-1) for x in (expected, actual))
                 divergence += nn.functional.kl_div(actual, expected, reduction="sum", log_target=True).item()
-                same += (expected.argmax(-1) == actual.argmax(-1)).sum().item()
+                same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
                 predictions += len(expected)
     if not samples:
         raise ValueError("calls: expected at least one, got none")

@@ -24,7 +24,7 @@ def run_trials(
     """
     tuning = tuning_parts()
 
-    class Config(tuning.BaseConfig):
+    class Config(tuning.BaseConfig):  # type: ignore[name-defined]
         """A recipe in a config set."""
 
         name = "ipex_quant_recipe"
@@ -41,7 +41,7 @@ def run_trials(
         def register_supported_configs(cls) -> None:
             """The base class wants it."""
 
-    class Monitor(tuning.TuningMonitor):
+    class Monitor(tuning.TuningMonitor):  # type: ignore[name-defined]
         """Records trials, and ends the search by our criterion and the time."""
 
         def need_stop(self) -> bool:
@@ -50,7 +50,7 @@ def run_trials(
         def _print_trial_results_table(self, *_: Any) -> None:
             """The progress bar and the report show the trials."""
 
-    class Sampler(tuning.Sampler):
+    class Sampler(tuning.Sampler):  # type: ignore[name-defined]
         """Draws what the search wants next, which depends on the trials so far."""
 
         def __init__(self, config_set: Any) -> None:

@@ -35,7 +35,7 @@ logger = logging.getLogger("ipex_quant")
 
 DEFAULT_SAMPLING_SIZES = (100,)
 
-_RECIPES = {"int8": Int8Recipe, "weight_only": WeightOnlyRecipe}
+_RECIPES: dict[str, Any] = {"int8": Int8Recipe, "weight_only": WeightOnlyRecipe}
 
 
 class Quantizer(Protocol):

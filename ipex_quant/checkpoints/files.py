@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -53,7 +54,7 @@ def read_quantization_config(directory: Path) -> dict[str, object]:
     for name in CONFIG_FILES:
         if not (directory / name).is_file():
             continue
-        config = read_json(directory / name)
+        config: Any = read_json(directory / name)
         if name == "config.json":
             config = config.get("quantization_config")
         if config is None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -57,7 +58,7 @@ class GptqFormat:
     bits: int | None = None
     group_size: int | None = None
     v2: bool = False
-    dynamic: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     desc_act: bool = False
     static_groups: bool = False
     _patterns: dict[str, Pattern] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -82,7 +83,7 @@ class GptqFormat:
                 raise ValueError(f"dynamic: expected a mapping of overrides for {pattern!r}, got {shown(overrides)}")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, object]) -> GptqFormat:
+    def from_config(cls, config: Mapping[str, Any]) -> GptqFormat:
         """The format that a `quantization_config` describes; raises ValueError for a layout that is not read."""
         layout = config.get("checkpoint_format") or config.get("format") or "gptq"
         if layout not in VERSIONS or config.get("is_marlin_format"):
@@ -91,7 +92,8 @@ class GptqFormat:
                 f"checkpoint_format: expected one of {list(VERSIONS)}, got {shown(layout)}; save the checkpoint as "
                 "'gptq'"
             )
-        meta = config.get("meta") if isinstance(config.get("meta"), Mapping) else {}
+        meta = config.get("meta")
+        meta = meta if isinstance(meta, Mapping) else {}
         pack_dtype = config.get("pack_dtype") or meta.get("pack_dtype") or "int32"
         if str(pack_dtype).removeprefix("torch.") != "int32":
             raise ValueError(
@@ -100,7 +102,7 @@ class GptqFormat:
         dynamic = config.get("dynamic") or {}
         if not isinstance(dynamic, Mapping):
             raise ValueError(f"dynamic: expected a mapping of patterns to overrides, got {type(dynamic).__name__}")
-        flags = {"desc_act": config.get("desc_act"), "static_groups": config.get("static_groups")}
+        flags: dict[str, Any] = {"desc_act": config.get("desc_act"), "static_groups": config.get("static_groups")}
         if flags["static_groups"] is None:
             flags["static_groups"] = meta.get("static_groups")  # where GPTQModel records it
         flags = {name: value for name, value in flags.items() if value is not None}
@@ -187,7 +189,8 @@ def gptq_tensors(
         raise ValueError(f"dtype: GPTQ files hold INT4 or INT8 weights, got {qw.scheme.dtype.name}")
     in_features = qw.shape[1]
     if qw.scheme.dtype == WoqWeightDtype.INT8:
-        widths, offset = (8,), INT8_OFFSET
+        widths: tuple[int, ...] = (8,)
+        offset = INT8_OFFSET
         codes = qw.codes.view(torch.uint8) ^ INT8_OFFSET
     else:
         widths, offset = (4, 3, 2), INT4_OFFSET

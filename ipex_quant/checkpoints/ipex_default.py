@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ class IpexDefaultFormat:
         return (self.weight_key, self.zero_point_key, self.scale_key, self.g_idx_key)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, object]) -> IpexDefaultFormat:
+    def from_config(cls, config: Mapping[str, Any]) -> IpexDefaultFormat:
         """The format of a key config such as ``{"weight_key": "qweight", ...}``; ValueError for an unknown key."""
         known = [entry.name for entry in fields(cls)]
         unknown = sorted(set(config) - set(known))
@@ -87,18 +88,39 @@ class IpexDefaultFormat:
             check(self.g_idx_key, g_idx, INDEX_DTYPES, (in_features,))
         return read_layout(weight, packed_zp, scales, g_idx, shape)
 
-    def _along_k(self, weight, packed_zp, scales, g_idx, shape) -> QuantizedWeight:
+    def _along_k(
+        self,
+        weight: torch.Tensor,
+        packed_zp: torch.Tensor,
+        scales: torch.Tensor,
+        g_idx: torch.Tensor | None,
+        shape: tuple[int, int],
+    ) -> QuantizedWeight:
         groups = scales.shape[1]
         check(self.zero_point_key, packed_zp, (torch.int32,), (shape[0], word_count(groups, BITS)))
         codes, zero_points = unpack_fields(weight, BITS, shape[1]), unpack_fields(packed_zp, BITS, groups)
         return _int4_weight(codes, zero_points, scales, g_idx, shape)
 
-    def _along_n(self, weight, packed_zp, scales, g_idx, shape) -> QuantizedWeight:
+    def _along_n(
+        self,
+        weight: torch.Tensor,
+        packed_zp: torch.Tensor,
+        scales: torch.Tensor,
+        g_idx: torch.Tensor | None,
+        shape: tuple[int, int],
+    ) -> QuantizedWeight:
         check(self.zero_point_key, packed_zp, (torch.int32,), (word_count(shape[0], BITS), scales.shape[1]))
         codes, zero_points = (unpack_fields(packed.t(), BITS, shape[0]).t() for packed in (weight, packed_zp))
         return _int4_weight(codes, zero_points, scales, g_idx, shape)
 
-    def _gptq(self, weight, packed_zp, scales, g_idx, shape) -> QuantizedWeight:
+    def _gptq(
+        self,
+        weight: torch.Tensor,
+        packed_zp: torch.Tensor,
+        scales: torch.Tensor,
+        g_idx: torch.Tensor | None,
+        shape: tuple[int, int],
+    ) -> QuantizedWeight:
         check(self.zero_point_key, packed_zp, (torch.int32,), (scales.shape[0], word_count(shape[0], BITS)))
         tensors = {"qweight": weight, "qzeros": packed_zp, "scales": scales}
         return read_gptq(tensors if g_idx is None else tensors | {"g_idx": g_idx}, BITS, shape=shape)

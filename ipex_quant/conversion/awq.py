@@ -73,8 +73,8 @@ def awq(
 
     model = prepare(model, quantization_config, inplace=inplace)
     for name, value in found.parameters.items():
-        owner, _, key = name.rpartition(".")
-        owner = model.get_submodule(owner)
+        path, _, key = name.rpartition(".")
+        owner = model.get_submodule(path)
         setattr(owner, key, nn.Parameter(value, owner._parameters[key].requires_grad))
     untie(model, found.weights)
     swap_modules(model, {name: partial(_quantized, weight) for name, weight in found.weights.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 if TYPE_CHECKING:
     import datasets
 
-    Source = datasets.Dataset | datasets.IterableDataset | str | Path | Sequence[str | Path]
+    Source: TypeAlias = datasets.Dataset | datasets.IterableDataset | str | Path | Sequence[str | Path]
 
 SHUFFLE_BUFFER = 1000
 """Documents among which the next one is drawn."""

@@ -25,7 +25,7 @@ from ..observers import (
     SmoothQuantWeightObserver,
 )
 
-_TORCH_DTYPES = {torch.qint8: WoqWeightDtype.INT8, torch.quint4x2: WoqWeightDtype.INT4}
+_TORCH_DTYPES: dict[Any, WoqWeightDtype] = {torch.qint8: WoqWeightDtype.INT8, torch.quint4x2: WoqWeightDtype.INT4}
 
 
 class QConfigWoq(NamedTuple):

@@ -20,7 +20,8 @@ def watch_head(model: nn.Module) -> None:
 def _resize_token_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     """`resize_token_embeddings` of the model's class, with the warning."""
     head = model.get_output_embeddings()
-    embeddings = type(model).resize_token_embeddings(model, *args, **kwargs)
+    own: Any = type(model)
+    embeddings = own.resize_token_embeddings(model, *args, **kwargs)
     resized = model.get_output_embeddings()
     if isinstance(head, QuantizedModule) and not isinstance(resized, QuantizedModule):
         name = next((name for name, module in model.named_modules() if module is resized), "the output layer")

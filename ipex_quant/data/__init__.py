@@ -26,7 +26,7 @@ def calibration_text() -> str:
 
 def _word_runs(text: str) -> set[str]:
     """All runs of ten words of every paragraph; a shorter paragraph is one run."""
-    runs = set()
+    runs: set[str] = set()
     for paragraph in text.split("\n\n"):
         words = paragraph.split()
         runs.update(" ".join(words[i : i + 10]) for i in range(max(1, len(words) - 9)))

@@ -232,7 +232,7 @@ def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 class TokenClock(StoppingCriteria):
     """Stops nothing, and notes how long each token took; the first one counts from when this was made."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds: list[float] = []
         self._last = time.perf_counter()
         self._length: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
     """Why no quantized layer can stand where the linear layer `module`, a child of `parent`, is; None when one can."""
-    base = next(cls for cls in (nn.Linear, *_conv1d()) if isinstance(module, cls))
+    base: Any = next(cls for cls in (nn.Linear, *_conv1d()) if isinstance(module, cls))
     if type(module).forward is not base.forward and not _computes_linear(module):
         return f"{type(module).__name__} overrides {base.__name__}.forward"
     if isinstance(parent, nn.MultiheadAttention):
@@ -69,9 +70,10 @@ def is_convolution(module: nn.Module) -> bool:
 
 def conv_obstacle(conv: nn.Module) -> str | None:
     """Why no quantized convolution can stand where the convolution `conv` is; None when one can."""
-    base = next(cls for cls in _CONVOLUTIONS if isinstance(conv, cls))
-    if type(conv).forward is not base.forward or type(conv)._conv_forward is not base._conv_forward:
-        return f"{type(conv).__name__} overrides {base.__name__}.forward"
+    base: Any = next(cls for cls in _CONVOLUTIONS if isinstance(conv, cls))
+    own: Any = type(conv)
+    if own.forward is not base.forward or own._conv_forward is not base._conv_forward:
+        return f"{own.__name__} overrides {base.__name__}.forward"
     return None
 
 

@@ -29,6 +29,8 @@ class QuantizedModule(nn.Module):
 
     weight_names: ClassVar[tuple[str, ...]]
 
+    _float: torch.Tensor
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         share_with_processes(cls)

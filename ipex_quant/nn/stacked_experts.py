@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -135,7 +136,10 @@ def expert_gate(module: nn.Module) -> ExpertGate | None:
     if layout.batched:
         return _batched_gate(module)
     generator = torch.Generator("cpu").manual_seed(0)
-    kind = {"dtype": torch.float32, "device": "cpu"}  # while a model is loaded, the defaults are its own
+    kind: dict[str, Any] = {
+        "dtype": torch.float32,
+        "device": "cpu",
+    }  # while a model is loaded, the defaults are its own
     x = torch.randn(5, 64, generator=generator, **kind) * torch.tensor([1e-2, 1.0, 5.0, 50.0, 1e4], **kind)[:, None]
     parts = x.chunk(layout.blocks, dim=1) if layout.concatenated else (x[:, ::2], x[:, 1::2])
     try:

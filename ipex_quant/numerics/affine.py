@@ -60,7 +60,7 @@ def quantize(
     codes = _round(grouped * (1.0 / scales).unsqueeze(-1), scheme.dtype, zero_points)
     codes = codes.flatten(1)[:, : weight.shape[1]]
     codes = pack_nibbles(codes) if codes.dtype == torch.uint8 else codes.contiguous()
-    return QuantizedWeight(codes, scales, zero_points, None, scheme, tuple(weight.shape))
+    return QuantizedWeight(codes, scales, zero_points, None, scheme, (weight.shape[0], weight.shape[1]))
 
 
 def find_scales(span: torch.Tensor, steps: float) -> torch.Tensor:

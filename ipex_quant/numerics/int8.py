@@ -59,8 +59,8 @@ def same_activation(one: StaticActivation | None, other: StaticActivation | None
         return one is other
     if (one.scale, one.zero_point) != (other.scale, other.zero_point):
         return False
-    factors = one.smoothing_factor, other.smoothing_factor
-    return factors[0] is factors[1] or (all(f is not None for f in factors) and torch.equal(*factors))
+    mine, theirs = one.smoothing_factor, other.smoothing_factor
+    return mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs))
 
 
 def affine_parameters(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -51,13 +51,17 @@ class QuantizedStack:
         tensors = {name: [getattr(weight, name) for weight in weights] for name in cls.names}
         if any(weight.g_idx is not None for weight in weights):  # an order may be the natural one by chance
             tensors["g_idx"] = [feature_groups(weight).int() for weight in weights]
-        stacked = [None if each[0] is None else torch.stack(each) for each in tensors.values()]
-        return cls(*stacked, first.scheme, (len(weights), *first.shape))
+        stacked: dict[str, Any] = {
+            name: None if each[0] is None else torch.stack(each) for name, each in tensors.items()
+        }
+        return cls(**stacked, scheme=first.scheme, shape=(len(weights), *first.shape))
 
     def __getitem__(self, expert: int) -> QuantizedWeight:
         """Weight of one expert, over the memory of the stack."""
-        tensors = [None if (t := getattr(self, name)) is None else t[expert] for name in self.names]
-        return QuantizedWeight(*tensors, self.scheme, self.shape[1:])
+        tensors: dict[str, Any] = {
+            name: None if (t := getattr(self, name)) is None else t[expert] for name in self.names
+        }
+        return QuantizedWeight(**tensors, scheme=self.scheme, shape=self.shape[1:])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that there are, by name."""

@@ -43,6 +43,8 @@ class Observer(nn.Module):
 
     min_val: torch.Tensor
     max_val: torch.Tensor
+    quant_min: int
+    quant_max: int
 
     def __init__(
         self,
@@ -67,7 +69,9 @@ class Observer(nn.Module):
         self.eps = eps
         self.is_dynamic = is_dynamic
         self.has_customized_qrange = quant_min is not None and quant_max is not None
-        self.quant_min, self.quant_max = (quant_min, quant_max) if self.has_customized_qrange else _QUANT_RANGES[dtype]
+        self.quant_min, self.quant_max = _QUANT_RANGES[dtype]
+        if quant_min is not None and quant_max is not None:
+            self.quant_min, self.quant_max = quant_min, quant_max
         if not self.quant_min <= 0 < self.quant_max or self.quant_max - self.quant_min > 255:
             raise ValueError(
                 f"{name}: expected quant_min <= 0 < quant_max with at most 256 levels, got {quant_min} and {quant_max}"
@@ -139,8 +143,8 @@ class Observer(nn.Module):
         if self.qscheme in SYMMETRIC:
             scale = self._scale(torch.maximum(-low, high), steps / 2)
             middle = (self.quant_min + self.quant_max) // 2 if self.has_customized_qrange else _MIDDLE[self.dtype]
-            zero_point = middle if self.dtype == torch.quint8 else 0
-            return scale, torch.full_like(scale, zero_point, dtype=torch.int32)
+            code = middle if self.dtype == torch.quint8 else 0
+            return scale, torch.full_like(scale, code, dtype=torch.int32)
         scale = self._scale(high - low, steps)
         zero_point = self.quant_min - torch.round(low / scale).to(torch.int32)
         return scale, zero_point.clamp(self.quant_min, self.quant_max)
@@ -156,14 +160,14 @@ class Observer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # What inference mode made cannot be written to outside of it.
-        self._buffers.update({name: buffer.clone() for name, buffer in self._buffers.items()})
+        self._buffers.update({name: buffer.clone() for name, buffer in self.named_buffers(recurse=False)})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Observer:
-        kept = dict(self._buffers)
+        kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in kept.items():  # casting the model must not round its statistics
-            self._buffers[name] = buffer.to(self._buffers[name].device)
+            self._buffers[name] = buffer.to(self.get_buffer(name).device)
         return self
 
 

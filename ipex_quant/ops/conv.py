@@ -93,7 +93,8 @@ def unpack_conv(packed: PackedConv) -> QuantizedWeight:
         dense, _ = native.int8_unpack(packed.data, [out // packed.blocks] * packed.blocks, math.prod(shape[3:]))
         rows = _diagonal(dense.view(shape)).reshape(out, -1, channels)
         codes = rows.transpose(1, 2).reshape(out, -1).contiguous()
-    return QuantizedWeight(codes, packed.scales[:, None].clone(), None, None, INT8_PER_CHANNEL, tuple(codes.shape))
+    shape = (codes.shape[0], codes.shape[1])
+    return QuantizedWeight(codes, packed.scales[:, None].clone(), None, None, INT8_PER_CHANNEL, shape)
 
 
 def _dense_shape(packed: PackedConv) -> tuple[int, ...]:

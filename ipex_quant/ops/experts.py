@@ -54,7 +54,8 @@ class ExpertGate:
         """
         if self.clamp is None:
             activated = ACTIVATIONS[self.activation](gate.float()).to(gate.dtype)
-            return activated * up if self.gated else activated
+            return activated if up is None else activated * up
+        assert up is not None  # a gate is clamped together with what it multiplies
         limit, slope, offset = self.clamp
         wide, shifted = gate.float().clamp(max=limit), up.float().clamp(-limit, limit) + offset
         return (wide * torch.sigmoid(slope * wide) * shifted).to(gate.dtype)
@@ -87,10 +88,10 @@ def pack_experts(stack: QuantizedStack, blocks: int) -> PackedExperts:
     if stack.g_idx is not None:
         perm = stack.g_idx.argsort(dim=1, stable=True).to(torch.int32)
         codes = torch.stack([_with_features(stack[expert], perm[expert]) for expert in range(len(perm))])
-    tensors = (codes, stack.scales, stack.zero_points)
-    rows = [None if tensor is None else _fill_tiles(tensor, blocks) for tensor in tensors]
-    shape = (len(rows[0]), stack.shape[2])
-    data = pack_weight(QuantizedWeight(*rows, None, stack.scheme, shape)).data
+    codes, scales = _fill_tiles(codes, blocks), _fill_tiles(stack.scales, blocks)
+    zero_points = None if stack.zero_points is None else _fill_tiles(stack.zero_points, blocks)
+    shape = (len(codes), stack.shape[2])
+    data = pack_weight(QuantizedWeight(codes, scales, zero_points, None, stack.scheme, shape)).data
     return PackedExperts(data, perm, stack.scheme, stack.shape, blocks)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +162,7 @@ def fused_rope_attention(
     rotary_dim: int | None = None,
     interleaved: bool = False,
     key_factors: torch.Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> torch.Tensor:
     """As `ipex_quant.ops.fused_rope_attention`."""
     kv_heads, dim = key_cache.shape[1], key_cache.shape[3]
@@ -170,10 +171,11 @@ def fused_rope_attention(
     turned = rotary(states[:, :, : heads + kv_heads], cos, sin, rotary_dim, interleaved).transpose(1, 2)
     write_cache(turned[:, heads:], key_cache, key_scales, start, key_factors)
     write_cache(states[:, :, heads + kv_heads :].transpose(1, 2), value_cache, value_scales, start)
-    seen = [None if t is None else t[:, :, : start + qkv.shape[1]] for t in (key_cache, value_cache, key_scales)]
-    last = None if value_scales is None else value_scales[:, :, : start + qkv.shape[1]]
-    options |= {"key_scales": seen[2], "value_scales": last, "key_factors": key_factors}
-    result = attention(turned[:, :heads], seen[0], seen[1], causal=True, **options)
+    end = start + qkv.shape[1]
+    for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
+        options[name] = None if scales is None else scales[:, :, :end]
+    options["key_factors"] = key_factors
+    result = attention(turned[:, :heads], key_cache[:, :, :end], value_cache[:, :, :end], causal=True, **options)
     return result.flatten(2)
 
 
@@ -206,7 +208,7 @@ def paged_attention(
     causal: bool = True,
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> torch.Tensor:
     """As `ipex_quant.ops.paged_attention`, a sequence at a time."""
     rows = int(query_starts.diff().max()) * query.shape[1] // key_cache.shape[1] if len(lengths) else 0
@@ -214,13 +216,16 @@ def paged_attention(
     results = []
     for i, (blocks, length) in enumerate(zip(block_tables, lengths.tolist(), strict=True)):
         queries = query[query_starts[i] : query_starts[i + 1]]
-        key, value, key_scale, value_scale = (
-            None if t is None else t[blocks].transpose(0, 1).flatten(1, 2)[None, :, :length]
-            for t in (key_cache, value_cache, key_scales, value_scales)
-        )
-        options |= {"key_scales": key_scale, "value_scales": value_scale}
+        key, value = (_of_blocks(cache, blocks, length) for cache in (key_cache, value_cache))
+        for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
+            options[name] = None if scales is None else _of_blocks(scales, blocks, length)
         results.append(attention(queries.transpose(0, 1)[None], key, value, **options)[0])
     return torch.cat(results)
+
+
+def _of_blocks(cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
+    """The first `length` tokens of one sequence, ``[1, Hkv, length, ...]``, from the blocks of a paged cache."""
+    return cache[blocks].transpose(0, 1).flatten(1, 2)[None, :, :length]
 
 
 def varlen_attention(
@@ -229,7 +234,7 @@ def varlen_attention(
     value: torch.Tensor,
     query_starts: torch.Tensor,
     key_starts: torch.Tensor,
-    **options,
+    **options: Any,
 ) -> torch.Tensor:
     """As `ipex_quant.ops.varlen_attention`, a sequence at a time."""
     results = []

@@ -81,4 +81,5 @@ def silu_mul_halves(xy: torch.Tensor) -> torch.Tensor:
 
 def gelu_mul_halves(xy: torch.Tensor, tanh: bool = False) -> torch.Tensor:
     """`gelu_mul` of the first and the second half of every row."""
-    return gelu_mul(*xy.chunk(2, -1), tanh)
+    x, y = xy.chunk(2, -1)
+    return gelu_mul(x, y, tanh)

@@ -54,7 +54,8 @@ def quantize_weight(weight: torch.Tensor, scheme: WeightScheme) -> QuantizedWeig
         )
     except RuntimeError as error:
         raise ValueError(str(error)) from None
-    return QuantizedWeight(codes, scales, None if scheme.symmetric else zero_points, None, scheme, tuple(weight.shape))
+    shape = (weight.shape[0], weight.shape[1])
+    return QuantizedWeight(codes, scales, None if scheme.symmetric else zero_points, None, scheme, shape)
 
 
 def pack_weight(qw: QuantizedWeight) -> PackedWeight:

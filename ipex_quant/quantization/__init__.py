@@ -1,8 +1,8 @@
 """IPEX's quantization API: configurations, `prepare`, `convert` and tensor helpers."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.ao.quantization import QConfigMapping
+from torch.ao.quantization import QConfig, QConfigMapping
 
 from ..conversion import qconfig as _qconfig
 from ..conversion.calibration import calibrate
@@ -22,6 +22,11 @@ from ..conversion.quantize_tensors import (
 )
 from ..numerics.scheme import WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
 from ..woq.awq import AwqOptions
+
+if TYPE_CHECKING:
+    from ..autotune import autotune
+    from ..conversion.awq import awq
+    from ..conversion.gptq import gptq
 
 __all__ = [
     "AwqOptions",
@@ -50,6 +55,18 @@ __all__ = [
     "quantize_per_channel",
 ]
 
+
+default_dynamic_qconfig: QConfig
+"""INT8 weights, one scale a channel; activations are quantized as they come, one range a token."""
+
+default_dynamic_qconfig_mapping: QConfigMapping
+"""A new mapping whose global configuration is `default_dynamic_qconfig`."""
+
+default_static_qconfig: QConfig
+"""INT8 weights, one scale a channel; a histogram finds the range of each activation."""
+
+default_static_qconfig_mapping: QConfigMapping
+"""A new mapping whose global configuration is `default_static_qconfig`."""
 
 _DEFAULTS = ("default_dynamic_qconfig", "default_static_qconfig")
 

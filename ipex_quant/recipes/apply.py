@@ -73,7 +73,7 @@ def apply_recipe(
 
 
 def _apply_gptq(recipe: Recipe, model: nn.Module, calibration: Collection[Any], dtype: torch.dtype) -> nn.Module:
-    settings = recipe.settings
+    settings: Any = recipe.settings
     with tempfile.TemporaryDirectory(prefix="ipex_quant_gptq_") as folder:
         gptq(
             model,
@@ -100,7 +100,8 @@ def _group_size(recipe: Recipe, model: nn.Module) -> int:
     """The one size of groups that a GPTQ checkpoint has, small enough for every layer."""
     head = output_layer(model)
     widths = [width for name, width in layer_widths(model).items() if name != head]
-    return min(map(recipe.settings.group_size_for, widths), default=recipe.settings.group_size)
+    settings: Any = recipe.settings
+    return min(map(settings.group_size_for, widths), default=settings.group_size)
 
 
 def _left_in_float(model: nn.Module, recipe: Recipe) -> list[str]:

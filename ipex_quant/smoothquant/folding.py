@@ -19,5 +19,5 @@ def fold_into_norm(norm: nn.Module, factor: torch.Tensor) -> bool:
         return False
     scaled = scaled_vectors(norm, factor)
     for name, vector in (scaled or {}).items():
-        norm._parameters[name] = nn.Parameter(vector, norm._parameters[name].requires_grad)
+        norm._parameters[name] = nn.Parameter(vector, norm.get_parameter(name).requires_grad)
     return scaled is not None

@@ -146,7 +146,7 @@ def _read_past(
         seq_info = layer_past[0]
     if seq_info is not None and seq_info.dim() != 4:
         raise ValueError(f"seq_info: expected four dimensions, [1, T, T, 1], got {list(seq_info.shape)}")
-    length = 0 if layer_past is None else seq_info.shape[-2]
+    length = 0 if layer_past is None or seq_info is None else seq_info.shape[-2]
     rows = batch
     if layer_past is not None and (length > 0 or layer_past[3].shape[0] > 1):  # a stand-in of one row says nothing
         rows = layer_past[3].shape[-1]
@@ -154,9 +154,9 @@ def _read_past(
         raise ValueError(
             f"query: expected one row for each of the {rows} of the cache, or for every beam group, got {batch}"
         )
-    if length == 0:
-        caches = [state.new_empty(0, rows, heads, state.shape[3]) for state in (key, value)]
-        return _Past(0, *caches, torch.empty(1, rows, dtype=torch.long))
+    if layer_past is None or length == 0:
+        keys, values = (state.new_empty(0, rows, heads, state.shape[3]) for state in (key, value))
+        return _Past(0, keys, values, torch.empty(1, rows, dtype=torch.long))
     _, key_cache, value_cache, beam_idx = layer_past
     capacity = key_cache.shape[0]
     for name, cache, state in (("key_cache", key_cache, key), ("value_cache", value_cache, value)):

@@ -264,8 +264,8 @@ def _attend(
     if options.native and cache.key.dtype == query.dtype:
         result = ops.paged_attention(query, *cache, *tables, torch.tensor(starts), **options.arguments())
     else:
-        states = (_tokens(tensor, tables, query.dtype, scale) for tensor, scale in zip(cache, scales, strict=True))
-        result = attend((query, *states), (starts, [0, *accumulate(tables.lengths.tolist())]), options)
+        keys, values = (_tokens(each, tables, query.dtype, scale) for each, scale in zip(cache, scales, strict=True))
+        result = attend((query, keys, values), (starts, [0, *accumulate(tables.lengths.tolist())]), options)
     return out.copy_(result)
 
 

@@ -74,10 +74,9 @@ def rotary_embedding(
         raise ValueError(
             f"rotary_dim: expected an even number up to {min(query.shape[-1], key.shape[-1])}, got {rotary_dim}"
         )
-    tokens = tokens if len(tokens) == 2 else (1, *tokens)
-    cos, sin = (
-        _table_rows(name, table, rotary_dim, tokens, position_ids) for name, table in (("cos", cos), ("sin", sin))
-    )
+    batch, length = tokens if len(tokens) == 2 else (1, *tokens)
+    cos = _table_rows("cos", cos, rotary_dim, (batch, length), position_ids)
+    sin = _table_rows("sin", sin, rotary_dim, (batch, length), position_ids)
     states = [state if state.dim() == 4 else state[None] for state in (query, key)]
     rotated = [_rotated(state, cos, sin, rotary_dim, not rotary_half) for state in states]
     for state, result in zip((query, key), rotated, strict=True):

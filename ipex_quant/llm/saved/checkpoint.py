@@ -86,8 +86,8 @@ def _load_others(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         if name not in places:
             unknown.append(name)
             continue
-        owner, _, key = name.rpartition(".")
-        owner = model.get_submodule(owner)
+        path, _, key = name.rpartition(".")
+        owner = model.get_submodule(path)
         old = getattr(owner, key)
         if old.shape != tensor.shape:
             raise ValueError(f"{name}: expected shape {list(old.shape)}, the checkpoint has {list(tensor.shape)}")
