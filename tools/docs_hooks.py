@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ipex_quant"
 MARK = re.compile(r"<!-- generated: (\w+) -->")
 
 POSITIONS = {
-    "NONE": "none, or made outside the layers",
+    "NONE": "none inside the layer",
     "HALF": "rotary, halves",
     "INTERLEAVED": "rotary, interleaved",
     "TWICE": "rotary, interleaved",
@@ -31,7 +31,7 @@ RESIDUALS = {
     "PARALLEL": "parallel attention and MLP",
     "POST_NORM": "post-norm",
     "NORMED": "pre-norm, residual of the normed input",
-    "SANDWICH": "norms before or after each part",
+    "SANDWICH": "norms or factors after each part",
 }
 
 
