@@ -28,12 +28,6 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 pytestmark = pytest.mark.filterwarnings("error::UserWarning", "ignore:Using padding='same':UserWarning")
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch.manual_seed(0)
-    torch._dynamo.reset()  # it limits how many graphs one function may have
-
-
 @pytest.fixture(params=CONVOLUTIONS, ids=lambda param: f"{param[0].__name__}{param[1]}")
 def conv(request):
     kind, options = request.param

@@ -67,12 +67,6 @@ def equal(one, other):
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch.manual_seed(0)
-    torch._dynamo.reset()  # it limits how many graphs one function may have
-
-
 @pytest.fixture
 def gemms(monkeypatch):
     """Counts the GEMMs: what `ops.int8_linear` is called for."""

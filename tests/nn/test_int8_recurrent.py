@@ -34,12 +34,6 @@ CELLS = [
 pytestmark = pytest.mark.filterwarnings("error::UserWarning", "ignore:LSTM with projections:UserWarning")
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch.manual_seed(0)
-    torch._dynamo.reset()  # it limits how many graphs one function may have
-
-
 @pytest.fixture(params=LAYERS, ids=lambda param: f"{param[0].__name__}{param[1]}")
 def layer(request):
     kind, options = request.param

@@ -48,11 +48,6 @@ def layer_of(qw, bias=True, **compute):
     return WeightOnlyQuantizedLinear.from_quantized_weight(qw, torch.randn(qw.shape[0]) if bias else None, **compute)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def layer():
     return layer_of(quantized(SCHEMES[3]))

@@ -6,7 +6,6 @@ Every result is saved under a name that says what was computed; both must produc
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
 import sys
@@ -14,27 +13,12 @@ from collections.abc import Iterator
 
 import torch
 from safetensors.torch import save_file
+from weights import GROUP_SIZES, KINDS, MODES, shuffle_features  # of this directory, where a script finds it
 
 from ipex_quant import ops
-from ipex_quant.numerics import affine
-from ipex_quant.numerics.nibbles import pack_nibbles
-from ipex_quant.numerics.quantized_weight import QuantizedWeight
 from ipex_quant.numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
 from ipex_quant.ops import PostOp, reference
 
-KINDS = [
-    (WoqWeightDtype.INT8, True),
-    (WoqWeightDtype.INT8, False),
-    (WoqWeightDtype.INT4, True),
-    (WoqWeightDtype.INT4, False),
-    (WoqWeightDtype.NF4, True),
-    (WoqWeightDtype.FP8, True),
-]
-GROUP_SIZES = [-1, 1, 2, 4, 8, 16, 32, 64, 128, 256]
-MODES = [
-    *((mode, WoqActQuantMode.NONE) for mode in WoqLowpMode if mode != WoqLowpMode.INT8),
-    *((WoqLowpMode.INT8, act) for act in WoqActQuantMode if act != WoqActQuantMode.NONE),
-]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = [0, 1, 2, 3, 5, 7, 8, 9, 13, 33, 130]
 FEATURES = [(1, 1), (64, 128), (65, 96), (3, 257), (130, 64), (31, 31), (127, 300), (64, 4), (40, 513), (200, 8)]
@@ -70,7 +54,7 @@ class Case:
         return f"{self.scheme}|{modes}|{x_dtype}|{self.post_op.name}|m{self.rows}|{features}|{self.index}"
 
 
-def draw(shape: tuple[int, ...], values: str, generator: torch.Generator) -> torch.Tensor:
+def draw_values(shape: tuple[int, ...], values: str, generator: torch.Generator) -> torch.Tensor:
     normal = torch.randn(shape, generator=generator)
     return {"normal": normal, "signs": normal.sign(), "ones": torch.ones(shape)}[values]
 
@@ -94,15 +78,8 @@ def cases() -> Iterator[Case]:
 
 
 def weight_of(case: Case, generator: torch.Generator) -> torch.Tensor:
-    weight = draw(case.features, case.values, generator) / case.features[1] ** 0.5
+    weight = draw_values(case.features, case.values, generator) / case.features[1] ** 0.5
     return weight.to(case.weight_dtype)
-
-
-def act_order(qw: QuantizedWeight, generator: torch.Generator) -> QuantizedWeight:
-    order = torch.randperm(qw.shape[1], generator=generator)
-    codes = affine.stored_codes(qw)[:, order]
-    codes = pack_nibbles(codes) if codes.dtype == torch.uint8 else codes.contiguous()
-    return dataclasses.replace(qw, codes=codes, g_idx=affine.feature_groups(qw)[order].int())
 
 
 def run(case: Case, native: bool) -> dict[str, torch.Tensor]:
@@ -113,10 +90,10 @@ def run(case: Case, native: bool) -> dict[str, torch.Tensor]:
     if qw.zero_points is not None:
         results["zero_points"] = qw.zero_points
     if case.act_order:
-        qw = act_order(qw, generator)
+        qw = shuffle_features(qw, case.index)
 
     out_features, in_features = case.features
-    x = draw((case.rows, in_features), case.values, generator).to(case.x_dtype)
+    x = draw_values((case.rows, in_features), case.values, generator).to(case.x_dtype)
     bias = torch.randn(out_features, generator=generator) if case.has_bias else None
     others = [
         torch.randn(case.rows, out_features, generator=generator).to(case.x_dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,16 +9,14 @@ from hypothesis import strategies as st
 
 from ipex_quant import ops
 from ipex_quant.numerics import affine
-from ipex_quant.numerics.nibbles import pack_nibbles
 from ipex_quant.numerics.quantized_stack import QuantizedStack
 from ipex_quant.numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
 from ipex_quant.ops import ExpertGate, PostOp, reference
 
+from .weights import KINDS, MODES, draw, shuffle_features
+from .weights import make as make_weight
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KINDS = [(WoqWeightDtype.INT8, False), (WoqWeightDtype.INT4, True), (WoqWeightDtype.INT4, False)]
-KINDS += [(WoqWeightDtype.NF4, True), (WoqWeightDtype.FP8, True)]
-MODES = [(mode, WoqActQuantMode.NONE) for mode in WoqLowpMode if mode != WoqLowpMode.INT8]
-MODES += [(WoqLowpMode.INT8, mode) for mode in WoqActQuantMode if mode != WoqActQuantMode.NONE]
 GATES = [ExpertGate(activation) for activation in (PostOp.SILU, PostOp.GELU, PostOp.NEW_GELU)]
 CLAMPED = ExpertGate(PostOp.SILU, (0.7, 1.702, 1.0))
 ALONE = [PostOp.RELU2, PostOp.RELU, PostOp.SILU, PostOp.GELU, PostOp.NEW_GELU]
@@ -30,22 +26,11 @@ BYTES = (WoqLowpMode.INT8, WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM)
 EXPERTS, HIDDEN, WIDTH = 5, 96, 40
 
 
-def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def make_stack(experts: int, n: int, k: int, scheme: WeightScheme, act_order: bool = False) -> QuantizedStack:
-    stack = QuantizedStack.of([affine.quantize(draw(n, k, seed=index) / k**0.5, scheme) for index in range(experts)])
-    if not act_order:
-        return stack
-    shuffled = []
-    for index in range(experts):
-        order = torch.randperm(k, generator=torch.Generator().manual_seed(index))
-        codes = affine.stored_codes(stack[index])[:, order]
-        codes = pack_nibbles(codes) if codes.dtype == torch.uint8 else codes.contiguous()
-        g_idx = affine.feature_groups(stack[index])[order].int()
-        shuffled.append(dataclasses.replace(stack[index], codes=codes, g_idx=g_idx))
-    return QuantizedStack.of(shuffled)
+    quantized = [make_weight(n, k, scheme, index) for index in range(experts)]
+    if act_order:
+        quantized = [shuffle_features(weight, index) for index, weight in enumerate(quantized)]
+    return QuantizedStack.of(quantized)
 
 
 def make(scheme: WeightScheme = INT4, act_order: bool = False, sizes=(EXPERTS, HIDDEN, WIDTH), blocks: int = 2):

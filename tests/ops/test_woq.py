@@ -17,27 +17,12 @@ from ipex_quant.numerics.quantized_weight import QuantizedWeight
 from ipex_quant.numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
 from ipex_quant.ops import PostOp, reference
 
-KINDS = [
-    (WoqWeightDtype.INT8, True),
-    (WoqWeightDtype.INT8, False),
-    (WoqWeightDtype.INT4, True),
-    (WoqWeightDtype.INT4, False),
-    (WoqWeightDtype.NF4, True),
-    (WoqWeightDtype.FP8, True),
-]
+from .weights import KINDS, draw, make, shuffle_features
+
 INTEGER_KINDS = [kind for kind in KINDS if kind[0] != WoqWeightDtype.FP8]
 ROW_MODES = [mode for mode in WoqActQuantMode if "BATCH" in mode.name]
 W4A8 = (WoqLowpMode.INT8, WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM)
 NONE = (WoqLowpMode.NONE, WoqActQuantMode.NONE)
-
-
-def make(n: int, k: int, scheme: WeightScheme, seed: int = 0) -> QuantizedWeight:
-    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
-    return affine.quantize(weight / k**0.5, scheme)
-
-
-def activations(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def linear(
@@ -58,12 +43,10 @@ def linear(
     act_order=st.booleans(),
     bias=st.booleans(),
 )
-def test_integer_compute_is_bit_equal_to_the_definition(
-    shuffle_features, n, k, rows, kind, group_size, mode, act_order, bias
-) -> None:
+def test_integer_compute_is_bit_equal_to_the_definition(n, k, rows, kind, group_size, mode, act_order, bias) -> None:
     qw = make(n, k, WeightScheme(*kind, group_size))
     qw = shuffle_features(qw) if act_order else qw
-    x, b = activations(rows, k), activations(n) if bias else None
+    x, b = draw(rows, k), draw(n) if bias else None
     assert torch.equal(
         linear(x, qw, WoqLowpMode.INT8, mode, bias=b), reference.woq_linear(x, qw, b, WoqLowpMode.INT8, mode)
     )
@@ -74,7 +57,7 @@ def test_integer_compute_is_bit_equal_to_the_definition(
 @pytest.mark.parametrize("group_size", [-1, 128])
 def test_float32_matches_dequantized_matmul_at_4096(dtype, symmetric, rows, group_size) -> None:
     qw = make(48, 4096, WeightScheme(dtype, symmetric, group_size))
-    x = activations(rows, 4096)
+    x = draw(rows, 4096)
     torch.testing.assert_close(linear(x, qw), F.linear(x, affine.dequantize(qw)))
 
 
@@ -82,7 +65,7 @@ def test_float32_matches_dequantized_matmul_at_4096(dtype, symmetric, rows, grou
 @pytest.mark.parametrize("modes", [NONE, W4A8, (WoqLowpMode.BF16, WoqActQuantMode.NONE)])
 def test_shapes_of_activations(dtype: torch.dtype, modes: tuple) -> None:
     qw = make(20, 24, WeightScheme(WoqWeightDtype.INT4, False, 8))
-    x = activations(2, 3, 24, dtype=dtype)
+    x = draw(2, 3, 24, dtype=dtype)
     y = linear(x, qw, *modes)
     assert y.shape == (2, 3, 20)
     assert y.dtype == dtype
@@ -96,7 +79,7 @@ def test_shapes_of_activations(dtype: torch.dtype, modes: tuple) -> None:
 @pytest.mark.parametrize("modes", [NONE, W4A8])
 def test_activations_may_be_views(modes: tuple) -> None:
     qw = make(20, 24, WeightScheme(WoqWeightDtype.INT4, True, 8))
-    base = activations(24, 9, 48)
+    base = draw(24, 9, 48)
     for view in (base[..., 0].t(), base[0, :, ::2], base[:, :, 24:][1:3], base[0, :1, :24].expand(5, 24)):
         assert torch.equal(linear(view, qw, *modes), linear(view.contiguous(), qw, *modes))
 
@@ -104,14 +87,14 @@ def test_activations_may_be_views(modes: tuple) -> None:
 def test_no_output_features() -> None:
     qw = make(1, 24, WeightScheme(group_size=8))
     empty = QuantizedWeight(qw.codes[:0], qw.scales[:0], None, None, qw.scheme, (0, 24))
-    assert linear(activations(3, 24), empty).shape == (3, 0)
+    assert linear(draw(3, 24), empty).shape == (3, 0)
 
 
 @pytest.mark.parametrize("mode", ROW_MODES)
 @pytest.mark.parametrize(("dtype", "symmetric"), INTEGER_KINDS)
 def test_a_row_does_not_depend_on_its_batch(dtype, symmetric, mode) -> None:
     data = ops.pack_weight(make(70, 100, WeightScheme(dtype, symmetric, 32))).data
-    x = activations(67, 100, dtype=torch.bfloat16)
+    x = draw(67, 100, dtype=torch.bfloat16)
 
     def run(rows: torch.Tensor) -> torch.Tensor:
         return ops.woq_linear(rows, data, 70, None, None, WoqLowpMode.INT8, mode)
@@ -125,7 +108,7 @@ def test_a_row_does_not_depend_on_its_batch(dtype, symmetric, mode) -> None:
 @pytest.mark.parametrize("modes", [NONE, W4A8, (WoqLowpMode.INT8, WoqActQuantMode.PER_TENSOR)])
 def test_result_does_not_depend_on_the_thread_count(rows: int, modes: tuple) -> None:
     qw = make(400, 256, WeightScheme(WoqWeightDtype.INT4, True, 32))
-    x = activations(rows, 256)
+    x = draw(rows, 256)
     before = torch.get_num_threads()
     results = []
     try:
@@ -144,7 +127,7 @@ def test_result_does_not_depend_on_the_thread_count(rows: int, modes: tuple) -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_non_finite_activation_spoils_its_own_row_only(kind, value, rows, modes) -> None:
     qw = make(40, 64, WeightScheme(*kind, 16))
-    x = activations(rows, 64)
+    x = draw(rows, 64)
     clean = linear(x, qw, *modes)
     x[2, 33] = value
     y = linear(x, qw, *modes)
@@ -157,7 +140,7 @@ def test_non_finite_activation_spoils_its_own_row_only(kind, value, rows, modes)
 
 @pytest.mark.parametrize("mode", [WoqActQuantMode.PER_TENSOR, WoqActQuantMode.PER_IC_BLOCK_SYM])
 def test_nan_spoils_every_row_of_a_shared_range(mode: WoqActQuantMode) -> None:
-    x = activations(12, 64)
+    x = draw(12, 64)
     x[2, 33] = torch.nan
     assert linear(x, make(5, 64, WeightScheme(group_size=16)), WoqLowpMode.INT8, mode).isnan().all()
 
@@ -166,7 +149,7 @@ def test_nan_spoils_every_row_of_a_shared_range(mode: WoqActQuantMode) -> None:
 def test_tiny_and_zero_activations(mode: WoqActQuantMode) -> None:
     qw = make(5, 64, WeightScheme(WoqWeightDtype.INT4, False, 16))
     for scale in (0.0, 1e-45, 1e-38, 1e-36, 1e-30):
-        x = activations(3, 64) * scale
+        x = draw(3, 64) * scale
         y = linear(x, qw, WoqLowpMode.INT8, mode)
         assert torch.equal(y, reference.woq_linear(x, qw, None, WoqLowpMode.INT8, mode)), scale
 
@@ -212,8 +195,8 @@ def test_activation_functions_over_their_whole_range(post_op: PostOp, rows: int,
 @pytest.mark.parametrize("rows", [2, 11])
 def test_binary_post_ops_round_like_eager_code(rows: int, dtype: torch.dtype) -> None:
     qw = make(70, 64, WeightScheme(WoqWeightDtype.INT4, True, 16))
-    x, b = activations(rows, 64, dtype=dtype), activations(70)
-    y, z = activations(rows, 70, dtype=dtype, seed=2), activations(70, rows, dtype=dtype, seed=3).t()
+    x, b = draw(rows, 64, dtype=dtype), draw(70)
+    y, z = draw(rows, 70, dtype=dtype, seed=2), draw(70, rows, dtype=dtype, seed=3).t()
     plain = linear(x, qw, *W4A8, bias=b)
     assert torch.equal(linear(x, qw, *W4A8, bias=b, post_op=PostOp.ADD, others=(y,)), plain + y)
     assert torch.equal(linear(x, qw, *W4A8, bias=b, post_op=PostOp.ADD_ADD, others=(y, z)), plain + y + z)
@@ -224,7 +207,7 @@ def test_packed_data_need_not_be_aligned() -> None:
     qw = make(70, 64, WeightScheme(WoqWeightDtype.INT4, False, 16))
     data = ops.pack_weight(qw).data
     shifted = torch.cat([data[:1], data])[1:]
-    x = activations(3, 64)
+    x = draw(3, 64)
     for modes in (NONE, W4A8):
         assert torch.equal(ops.woq_linear(x, shifted, 70, None, None, *modes), linear(x, qw, *modes))
 
@@ -232,17 +215,17 @@ def test_packed_data_need_not_be_aligned() -> None:
 def test_inference_needs_no_gradient() -> None:
     qw = make(5, 8, WeightScheme())
     with torch.no_grad():
-        assert not linear(activations(2, 8).requires_grad_(), qw).requires_grad
+        assert not linear(draw(2, 8).requires_grad_(), qw).requires_grad
 
 
 @pytest.mark.parametrize("post_op", [PostOp.NONE, PostOp.ADD_ADD])
-def test_opcheck_of_woq_linear(shuffle_features, post_op: PostOp) -> None:
+def test_opcheck_of_woq_linear(post_op: PostOp) -> None:
     packed = ops.pack_weight(shuffle_features(make(10, 16, WeightScheme(WoqWeightDtype.INT4, False, 4))))
-    others = [activations(2, 3, 10), activations(2, 3, 10)] if post_op == PostOp.ADD_ADD else []
+    others = [draw(2, 3, 10), draw(2, 3, 10)] if post_op == PostOp.ADD_ADD else []
     arguments = (
-        activations(2, 3, 16),
+        draw(2, 3, 16),
         packed.data,
-        activations(10),
+        draw(10),
         packed.perm,
         others,
         10,
@@ -253,12 +236,12 @@ def test_opcheck_of_woq_linear(shuffle_features, post_op: PostOp) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_opcheck_of_the_other_ops(shuffle_features, symmetric: bool) -> None:
+def test_opcheck_of_the_other_ops(symmetric: bool) -> None:
     scheme = WeightScheme(WoqWeightDtype.INT4, symmetric, 4)
     qw = shuffle_features(make(10, 16, scheme))
     packed = ops.pack_weight(qw)
     namespace = torch.ops.ipex_quant
-    torch.library.opcheck(namespace.woq_quantize.default, (activations(10, 16), int(scheme.dtype), 4, symmetric))
+    torch.library.opcheck(namespace.woq_quantize.default, (draw(10, 16), int(scheme.dtype), 4, symmetric))
     pack = (qw.codes, qw.scales, qw.zero_points, packed.perm, 16, int(scheme.dtype), 4)
     torch.library.opcheck(namespace.woq_pack.default, pack, test_utils=("test_schema",))
     unpack = (packed.data, packed.perm, 10, 16, int(scheme.dtype), 4, not symmetric)
@@ -268,7 +251,7 @@ def test_opcheck_of_the_other_ops(shuffle_features, symmetric: bool) -> None:
 @pytest.mark.parametrize(("dtype", "symmetric"), KINDS)
 @pytest.mark.parametrize("group_size", [-1, 4])
 @pytest.mark.parametrize("real", [torch.float32, torch.bfloat16])
-def test_dequantize_reads_the_header(shuffle_features, dtype, symmetric, group_size, real) -> None:
+def test_dequantize_reads_the_header(dtype, symmetric, group_size, real) -> None:
     qw = shuffle_features(make(10, 17, WeightScheme(dtype, symmetric, group_size)))
     packed = ops.pack_weight(qw)
     arguments = (packed.data, packed.perm, 10, 17, real)
@@ -283,11 +266,11 @@ def test_dequantize_of_another_shape_raises() -> None:
 
 
 @pytest.mark.parametrize("modes", [NONE, W4A8])
-def test_gradient_of_the_activations(shuffle_features, modes: tuple) -> None:
+def test_gradient_of_the_activations(modes: tuple) -> None:
     qw = shuffle_features(make(10, 16, WeightScheme(WoqWeightDtype.INT4, False, 4)))
-    x = activations(3, 16, dtype=torch.bfloat16).requires_grad_()
-    y = linear(x, qw, *modes, bias=activations(10))
-    assert torch.equal(y, linear(x.detach(), qw, *modes, bias=activations(10)))
+    x = draw(3, 16, dtype=torch.bfloat16).requires_grad_()
+    y = linear(x, qw, *modes, bias=draw(10))
+    assert torch.equal(y, linear(x.detach(), qw, *modes, bias=draw(10)))
     (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert torch.equal(grad, torch.ones_like(y) @ affine.dequantize(qw, torch.bfloat16))
 
@@ -311,7 +294,7 @@ def test_compile_without_graph_break() -> None:
 
     compiled = torch.compile(run, backend="eager", fullgraph=True, dynamic=True)
     for rows in (1, 4, 9):
-        x = activations(rows, 16)
+        x = draw(rows, 16)
         assert torch.equal(compiled(x), run(x))
 
 

@@ -8,27 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipex_quant import ops
-from ipex_quant.numerics import affine
 from ipex_quant.numerics.quantized_weight import QuantizedWeight
-from ipex_quant.numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
+from ipex_quant.numerics.scheme import WeightScheme, WoqLowpMode, WoqWeightDtype
 from ipex_quant.ops import PostOp, reference
 
+from .weights import KINDS, MODES, draw, make
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KINDS = [(WoqWeightDtype.INT8, False), (WoqWeightDtype.INT4, True), (WoqWeightDtype.INT4, False)]
-KINDS += [(WoqWeightDtype.NF4, True), (WoqWeightDtype.FP8, True)]
-MODES = [(mode, WoqActQuantMode.NONE) for mode in WoqLowpMode if mode != WoqLowpMode.INT8]
-MODES += [(WoqLowpMode.INT8, mode) for mode in WoqActQuantMode if mode != WoqActQuantMode.NONE]
 GATES = [PostOp.SILU, PostOp.GELU, PostOp.NEW_GELU]
 ROWS = [0, 1, 2, 8, 9, 70]
 RTOL = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
-
-
-def make(n: int, k: int, scheme: WeightScheme, seed: int = 0) -> QuantizedWeight:
-    return affine.quantize(torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) / k**0.5, scheme)
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def order(k: int, wanted: bool) -> torch.Tensor | None:

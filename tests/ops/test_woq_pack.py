@@ -16,15 +16,7 @@ from ipex_quant.numerics import affine
 from ipex_quant.numerics.quantized_weight import QuantizedWeight
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
 
-KINDS = [
-    (WoqWeightDtype.INT8, True),
-    (WoqWeightDtype.INT8, False),
-    (WoqWeightDtype.INT4, True),
-    (WoqWeightDtype.INT4, False),
-    (WoqWeightDtype.NF4, True),
-    (WoqWeightDtype.FP8, True),
-]
-GROUP_SIZES = [-1, 1, 2, 4, 8, 16, 32, 64, 128, 256]
+from .weights import GROUP_SIZES, KINDS, shuffle_features
 
 schemes = st.builds(
     lambda kind, group_size: WeightScheme(*kind, group_size), st.sampled_from(KINDS), st.sampled_from(GROUP_SIZES)
@@ -112,7 +104,7 @@ def test_quantize_rejects_what_is_no_weight(weight: torch.Tensor, error: type[Ex
     act_order=st.booleans(),
     seed=st.integers(0, 3),
 )
-def test_unpack_is_the_inverse_of_pack(shuffle_features, n, k, scheme, half_scales, act_order, seed) -> None:
+def test_unpack_is_the_inverse_of_pack(n, k, scheme, half_scales, act_order, seed) -> None:
     qw = affine.quantize(random_weight(n, k, seed), scheme)
     if half_scales:
         qw = dataclasses.replace(qw, scales=qw.scales.half().float())
@@ -177,7 +169,7 @@ def test_packed_size_is_near_that_of_the_codes(kind: tuple[WoqWeightDtype, bool]
     assert packed.nbytes <= 0.53 * 256 * 1024
 
 
-def test_packed_weight_can_be_copied_and_pickled(shuffle_features) -> None:
+def test_packed_weight_can_be_copied_and_pickled() -> None:
     qw = shuffle_features(affine.quantize(random_weight(9, 40), WeightScheme(group_size=8)))
     packed = ops.pack_weight(qw)
     for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
@@ -186,14 +178,14 @@ def test_packed_weight_can_be_copied_and_pickled(shuffle_features) -> None:
         packed.data = None
 
 
-def test_pack_leaves_its_input_alone(shuffle_features) -> None:
+def test_pack_leaves_its_input_alone() -> None:
     qw = shuffle_features(affine.quantize(random_weight(9, 41), WeightScheme(WoqWeightDtype.INT4, False, 8)))
     before = copy.deepcopy(qw)
     ops.unpack_weight(ops.pack_weight(qw))
     assert_same(qw, before)
 
 
-def test_pack_takes_views(shuffle_features) -> None:
+def test_pack_takes_views() -> None:
     qw = shuffle_features(affine.quantize(random_weight(6, 10), WeightScheme(WoqWeightDtype.INT8, False, 4)))
     views = {
         name: torch.stack([getattr(qw, name)] * 2, dim=-1)[..., 0]
