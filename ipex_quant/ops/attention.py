@@ -29,8 +29,9 @@ def attention(
     `query` is float32, bfloat16 or float16 ``[B, H, Lq, D]``; `key` ``[Bk, Hkv, T, D]`` and `value` ``[Bk, Hkv, T,
     Dv]`` have its dtype, or are int8 with the float32 scales ``[Bk, Hkv, T]`` that `write_cache` makes, not negative.
     Queries are then multiplied by the `key_factors`, float32 ``[Hkv, D]``, if there are such, and quantized as tokens
-    are, and probabilities to 8 bits relative to the largest of some tokens: both products are exact integers. ``H /
-    Hkv`` heads share a KV head. All may have any strides; nothing is copied if the last dimension is adjacent.
+    are, and probabilities, with the scales of the values, to 8 bits relative to the largest of a block of at most 128
+    tokens: both products are exact integers. ``H / Hkv`` heads share a KV head. All may have any strides; nothing is
+    copied if the last dimension is adjacent.
 
     Query i is at position ``T - Lq + i``. `causal` hides what comes after it, a `window` above 0 also all but the last
     `window` tokens up to its own. `mask`, bool or added to the scores, broadcasts to ``[B, H, Lq, T]``. A `softcap` c

@@ -128,6 +128,19 @@ def test_blocks_of_probabilities() -> None:
     assert numbers[0, 30:].eq(torch.tensor([0] * (101 + 64) + [1] * 35)).all()
 
 
+def test_gradients_of_the_definition_ignore_the_rounding_of_probabilities() -> None:
+    query, *cache = case(1, 2, 2, 3, 150, (16, 16), torch.float32)
+    (key, key_scales), (value, value_scales) = map(reference.quantize_token, cache)
+    mask, grads = torch.zeros(1, 1, 3, 150, requires_grad=True), []
+    for rounding in (torch.round, lambda codes: codes):
+        options = {"scale": 0.25, "mask": mask, "key_scales": key_scales, "value_scales": value_scales}
+        reference.attention(query, key, value, rounding=rounding, **options).sum().backward()
+        grads.append(mask.grad)
+        mask.grad = None
+    assert grads[0].any()
+    assert torch.equal(*grads)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     kv_heads=st.sampled_from([1, 3]),
