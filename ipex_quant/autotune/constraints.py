@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..nn.linears import is_convolution, is_linear
+from ..nn.multihead_attention import named_layers
 
 _TYPES = {
     "linear": is_linear,
@@ -39,7 +40,7 @@ def float_layers(model: nn.Module, op_type_dict: Mapping[str, Any] | None) -> fr
         return frozenset()
     if not isinstance(op_type_dict, Mapping):
         raise TypeError(f"op_type_dict: expected a dict of operator types, got {type(op_type_dict).__name__}")
-    layers = {name: module for name, module in model.named_modules() if is_linear(module) or is_convolution(module)}
+    layers = {name: module for name, module in named_layers(model) if is_linear(module) or is_convolution(module)}
     left = set()
     for key, constraint in op_type_dict.items():
         chosen = _chosen(key, layers)

@@ -20,7 +20,7 @@ from .gptq import chosen_head, warn_of_rest
 from .prepare import convert_some, prepare
 from .qconfig import QConfigWoq
 from .rules import choose_qconfigs
-from .swap import swap_modules
+from .swap import swap_modules, with_split_attentions
 from .tying import untie
 
 
@@ -55,21 +55,22 @@ def awq(
     if not isinstance(quantization_config, QConfigMapping):
         raise TypeError(f"quantization_config: expected a QConfigMapping, got {type(quantization_config).__name__}")
     chosen, _ = choose_qconfigs(quantization_config, model)
+    walked = with_split_attentions(model)
     for name, qconfig in chosen.items():
         if not isinstance(qconfig, QConfigWoq):
             raise ValueError(
                 f"quantization_config: AWQ quantizes weights only, use get_weight_only_quant_qconfig_mapping; {name} "
                 f"has a {type(qconfig).__name__}"
             )
-        linear = model.get_submodule(name)
+        linear = walked.get_submodule(name)
         if is_linear(linear) and not torch.isfinite(weight_matrix(linear)).all():
             raise ValueError(f"{name}: weight: expected finite values, got NaN or Inf")
     also = chosen_head(model, lm_head)
     main_input = getattr(model, "main_input_name", MAIN_INPUT)
     batches = calibration_batches(dataloader, nsamples, pad_max_length, use_max_length, main_input)
-    found = awq_blocks(model, batches, partial(_scheme_of, chosen), options, also)
-    rest = [name for name in chosen if is_linear(model.get_submodule(name)) and name not in found.weights]
-    warn_of_rest(model, rest, "awq: these linear layers are rounded to nearest")
+    found = awq_blocks(walked, batches, partial(_scheme_of, chosen), options, also)
+    rest = [name for name in chosen if is_linear(walked.get_submodule(name)) and name not in found.weights]
+    warn_of_rest(walked, rest, "awq: these linear layers are rounded to nearest")
 
     model = prepare(model, quantization_config, inplace=inplace)
     for name, value in found.parameters.items():

@@ -15,6 +15,7 @@ from torch import nn
 from .. import ops
 from ..checkpoints import gptq_tensors
 from ..nn.linears import holds_experts, is_linear, weight_matrix
+from ..nn.multihead_attention import is_whole
 from ..nn.stacked_experts import PROJECTIONS, expert_bias, expert_layout, expert_weight
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqWeightDtype
@@ -110,7 +111,8 @@ def gptq(
     with new_directory(save_dir, "save_dir") as unfinished:
         weights = quantize_blocks(model, batches, scheme, options, also)
         done = {*weights, *(name.rsplit(".", 2)[0] for name in weights)}  # experts are there part by part
-        layers = [name for name, module in model.named_modules() if is_linear(module) or holds_experts(module)]
+        kinds = is_linear, holds_experts, is_whole
+        layers = [name for name, module in model.named_modules() if any(is_kind(module) for is_kind in kinds)]
         warn_of_rest(model, [name for name in layers if name not in done], "gptq: these linear layers stay in float")
         _write(unfinished, model, weights, config, scale_dtype)
     return Path(save_dir)

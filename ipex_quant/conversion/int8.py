@@ -21,7 +21,7 @@ from ..observers import has_data
 from ..smoothquant.folding import fold_into_norm
 from .errors import naming
 from .observed import LayerParameters, Observed, ObservedGroup, ObservedLayer, observed_scales
-from .rules import BY_SUMMARY
+from .rules import BY_SUMMARY, NEVER_REACHED
 
 Replacements = dict[str, Callable[[nn.Module], nn.Module]]
 
@@ -47,7 +47,7 @@ def int8_replacements(model: nn.Module, observations: Observed) -> tuple[Replace
                 each = zip(part.names, part.parameters, strict=True)
                 replacements |= {name: partial(_convolution, name, parameters) for name, parameters in each}
     if unreached:
-        reasons |= dict.fromkeys(unreached, "calibration never reached it")
+        reasons |= dict.fromkeys(unreached, NEVER_REACHED)
         warnings.warn(
             f"calibration never reached {len(unreached)} layers, which stay in float: {', '.join(unreached[:8])}"
             + (", ..." if len(unreached) > 8 else ""),

@@ -20,7 +20,8 @@ from ..nn import (
 )
 from ..nn.expert_linears import holds_expert_linears
 from ..nn.fused_forward import restore_forwards
-from ..nn.linears import READ_BY_ATTENTION, holds_experts, is_linear
+from ..nn.linears import holds_experts, is_linear
+from ..nn.multihead_attention import join_attentions, split_attentions
 from ..nn.norms import is_norm
 from ..nn.recurrent import is_recurrent
 from ..smoothquant.tracing import SharedInput, trace_groups
@@ -31,7 +32,7 @@ from .int8 import int8_replacements, recurrent_replacements
 from .observed import ATTRIBUTE, Observed, make_groups, observed
 from .qconfig import QConfigSmoothQuant, QConfigWoq, QuantizationKind, kind_of
 from .resizing import watch_head
-from .rules import choose_qconfigs, refused_modules
+from .rules import choose_qconfigs, computes_otherwise, fit_reasons, refused_modules
 from .summary import load_qconf_summary, read_summary, save_qconf_summary, summary_groups
 from .swap import copy_sharing_parameters, own_parameters, swap_modules
 from .tidy import drop_dropout, fold_batch_norms, leave_fast_paths
@@ -56,7 +57,8 @@ def prepare(
 
     Every rule of the mapping counts, by torch's precedence (module name, regex, type, global); None leaves a module in
     float. Linear layers are quantized, with weight-only configurations the experts of transformers models too, with
-    static ones convolutions, with dynamic ones LSTMs, GRUs, RNNs and their cells.
+    static ones convolutions, with dynamic ones LSTMs, GRUs, RNNs and their cells. An ``nn.MultiheadAttention`` becomes
+    one that calls layers `q_proj`, `k_proj`, `v_proj` and `out_proj`, which rules may name, with the same state dict.
 
     Static and SmoothQuant configurations need an example, `example_inputs` (a tensor or a tuple of positional
     arguments) or `example_kwarg_inputs`, which `model` is run on once: layers of one parent that consume the same
@@ -95,6 +97,7 @@ def prepare(
             observe(model, activations, example)
         except Exception:
             _forget(model)  # half prepared, it must not look prepared
+            join_attentions(model)
             raise
     return model
 
@@ -106,6 +109,8 @@ def mark(
     model = model if inplace else copy_sharing_parameters(model)
     _forget(model)
     restore_forwards(model)
+    model = split_attentions(model, chosen)
+    reasons = fit_reasons(reasons, model)
     for name in (*chosen, *reasons):
         model.get_submodule(name).qconfig = chosen.get(name)
     leave_fast_paths(model, chosen)
@@ -166,7 +171,7 @@ def convert(model: nn.Module, inplace: bool = False) -> nn.Module:
     The configuration of a transformers model gets the entry that `from_pretrained` and `ipex_quant.llm.load` need;
     should the model change after that, `ipex_quant.llm.save` describes it anew; where `ipex_quant.llm` was imported,
     its `dequantize` works. Quantized weights are untied from
-    others. Warns when most weights stay in float for another reason than the mapping, and when all do, saying why; the
+    others. Warns of layers that stay in float for another reason than the mapping, and when all do, saying why; the
     model then is as it was before `prepare`. Raises TypeError for another kind of model, RuntimeError for one that was
     not prepared or not calibrated, and ValueError when a weight holds NaN or Inf, naming the module.
     """
@@ -193,10 +198,12 @@ def _convert(model: nn.Module, inplace: bool, check: Callable[[nn.Module], None]
     untie(model, replacements)
     model = swap_modules(model, replacements)
     own_parameters(model)
+    model = join_attentions(model)
+    reasons = fit_reasons(getattr(model, FLOAT_REASONS, {}), model)
+    setattr(model, FLOAT_REASONS, reasons)
     is_quantized = any(isinstance(module, QuantizedModule) for module in model.modules())
     if is_quantized:
-        warn_if_mostly_float(model, refused_modules(getattr(model, FLOAT_REASONS, {})))
-        _warn_of_attention(getattr(model, FLOAT_REASONS, {}))
+        warn_of_float(model, reasons)
     for module in model.modules():
         if hasattr(module, "qconfig"):
             del module.qconfig
@@ -256,17 +263,6 @@ def _warn_of_nothing(model: nn.Module) -> None:
         warnings.warn(f"convert: the model stays in float: {reason}", stacklevel=4)
 
 
-def _warn_of_attention(reasons: dict[str, str]) -> None:
-    """Warn of every ``nn.MultiheadAttention``, whose projections stay in float, of why layers do."""
-    names = [name.rpartition(".")[0] for name, reason in reasons.items() if reason == READ_BY_ATTENTION]
-    if names:
-        more = f", ... ({len(names)} modules)" if len(names) > 8 else ""
-        warnings.warn(
-            f"nn.MultiheadAttention stays in float, since torch reads its weights itself: {', '.join(names[:8])}{more}",
-            stacklevel=4,
-        )
-
-
 def _why_nothing(model: nn.Module) -> str | None:
     """Why no layer of a prepared or converted model is quantized; None where one is."""
     if any(isinstance(module, QuantizedModule) for module in model.modules()):
@@ -279,9 +275,13 @@ def _why_nothing(model: nn.Module) -> str | None:
     return f"none of the {len(reasons)} linear layers can be quantized: {shown}{more}"
 
 
-def warn_if_mostly_float(model: nn.Module, refused: list[str]) -> None:
-    """Warn when the `refused` layers, linear, recurrent and experts, outweigh what is quantized in `model`."""
-    parameters = (p for name in refused for p in model.get_submodule(name).parameters())
+def warn_of_float(model: nn.Module, reasons: dict[str, str]) -> None:
+    """Warn of the layers that should be quantized, of why layers stay in float: how many when they outweigh the rest.
+
+    Small layers with a forward of their own, such as routers, are left out.
+    """
+    refused = refused_modules(reasons)
+    parameters = {p for name in refused for p in model.get_submodule(name).parameters()}
     in_float = sum(parameter.numel() for parameter in parameters if parameter.dim() > 1)
     quantized = (module for module in model.modules() if isinstance(module, QuantizedModule))
     if in_float > sum(math.prod(module.weight_shape) for module in quantized):
@@ -294,6 +294,11 @@ def warn_if_mostly_float(model: nn.Module, refused: list[str]) -> None:
             f"most weights stay in float: {' and '.join(kinds)} cannot be quantized; ipex.explain(model) says why",
             stacklevel=4,
         )
+        return
+    told = [f"{name}: {reasons[name]}" for name in refused if not computes_otherwise(reasons[name])]
+    if told:
+        more = "; ..." if len(told) > 8 else ""
+        warnings.warn(f"{len(told)} layers stay in float: {'; '.join(told[:8])}{more}", stacklevel=4)
 
 
 def _from_float(name: str, module: nn.Module) -> nn.Module:

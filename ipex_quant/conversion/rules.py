@@ -11,12 +11,14 @@ from torch.ao.quantization import QConfigMapping
 
 from ..nn.expert_linears import holds_expert_linears
 from ..nn.linears import conv_obstacle, holds_experts, is_convolution, is_linear, obstacle, weight_obstacle
+from ..nn.multihead_attention import READ_BY_ATTENTION, attention_obstacle, is_split_attention, named_layers
 from ..nn.recurrent import is_recurrent, recurrent_obstacle, recurrent_weight_obstacle
 from ..nn.stacked_experts import experts_obstacle, experts_weight_obstacle
 from .qconfig import QuantizationKind, dynamic_experts_qconfig, kind_of
 
 _BY_RULE = "the mapping's "
 BY_SUMMARY = "the qconf summary leaves it in float"
+NEVER_REACHED = "calibration never reached it"
 
 
 def choose_qconfigs(
@@ -25,16 +27,19 @@ def choose_qconfigs(
     """Configuration of every layer of `model` to quantize, and why each other one stays in float, by name.
 
     Layers are linear ones, modules with the experts of a layer and, where activations are quantized statically,
-    convolutions, where dynamically, recurrent ones. Without `read_weights` the layers' own weights do not matter.
+    convolutions, where dynamically, recurrent ones. The projections of an ``nn.MultiheadAttention`` count as the linear
+    layers that `split_attentions` makes of them. Without `read_weights` the layers' own weights do not matter.
     Raises TypeError for a configuration of an unknown kind.
     """
     _check_rules(mapping, model)
     chosen, reasons = {}, {}
-    for name, module in model.named_modules():
-        if not (is_linear(module) or is_convolution(module) or is_recurrent(module) or holds_experts(module)):
+    layers = dict(named_layers(model))
+    for name, module in layers.items():
+        kinds = is_linear(module), is_convolution(module), is_recurrent(module), holds_experts(module)
+        if not any(kinds) and attention_obstacle(module) is None:
             continue
         path = name.split(".") if name else []
-        lineage = [model.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1)]
+        lineage = [layers[".".join(path[:end])] for end in range(len(path), -1, -1)]
         qconfig, rule = _find_qconfig(mapping, name, lineage)
         try:
             kind = None if qconfig is None else kind_of(qconfig)
@@ -58,10 +63,13 @@ def choose_qconfigs(
 
 
 def _obstacle(module: nn.Module, parent: nn.Module | None, kind: QuantizationKind, read_weights: bool) -> str | None:
+    if isinstance(module, nn.MultiheadAttention):
+        return attention_obstacle(module)
     if is_convolution(module):
         return conv_obstacle(module) or (weight_obstacle(module) if read_weights else None)
     if is_linear(module):
-        return obstacle(module, parent) or (weight_obstacle(module) if read_weights else None)
+        unread = READ_BY_ATTENTION if parent is not None and attention_obstacle(parent) else None
+        return unread or obstacle(module) or (weight_obstacle(module) if read_weights else None)
     if is_recurrent(module):
         return recurrent_obstacle(module) or (recurrent_weight_obstacle(module) if read_weights else None)
     if kind is not QuantizationKind.WEIGHT_ONLY:
@@ -72,8 +80,20 @@ def _obstacle(module: nn.Module, parent: nn.Module | None, kind: QuantizationKin
 
 
 def refused_modules(reasons: dict[str, str]) -> list[str]:
-    """Names of the layers that neither a rule of the user's nor a summary leaves in float, of why layers are."""
-    return [name for name, reason in reasons.items() if not reason.startswith((_BY_RULE, BY_SUMMARY))]
+    """Names of the layers that neither a rule, nor a summary, nor calibration leaves in float, of why layers are."""
+    chosen = _BY_RULE, BY_SUMMARY, NEVER_REACHED
+    return [name for name, reason in reasons.items() if not reason.startswith(chosen)]
+
+
+def computes_otherwise(reason: str) -> bool:
+    """Whether a layer stays in float because its class has a forward of its own, as routers and the like do."""
+    return " overrides " in reason
+
+
+def fit_reasons(reasons: dict[str, str], model: nn.Module) -> dict[str, str]:
+    """Of why layers stay in float, those of attention that is not split by the name of the attention."""
+    present = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    return {name if name in present else name.rpartition(".")[0]: reason for name, reason in reasons.items()}
 
 
 def _check_rules(mapping: QConfigMapping, model: nn.Module) -> None:
@@ -86,6 +106,7 @@ def _check_rules(mapping: QConfigMapping, model: nn.Module) -> None:
         except re.error as error:
             raise ValueError(f"QConfigMapping.set_module_name_regex: {pattern!r} is no regex: {error}") from error
     unknown = mapping.module_name_qconfigs.keys() - {name for name, _ in model.named_modules(remove_duplicate=False)}
+    unknown -= {name for name, _ in named_layers(model)}
     if unknown:
         warnings.warn(f"QConfigMapping.set_module_name: the model has no module {sorted(unknown)}", stacklevel=4)
 
@@ -104,8 +125,9 @@ def _find_qconfig(mapping: QConfigMapping, name: str, lineage: list[nn.Module]) 
         if re.match(pattern, name):
             return qconfig, f"set_module_name_regex({pattern!r})"
     for module in lineage:
-        if type(module) in mapping.object_type_qconfigs:
-            return mapping.object_type_qconfigs[type(module)], f"set_object_type({type(module).__name__})"
+        cls = nn.MultiheadAttention if is_split_attention(module) else type(module)
+        if cls in mapping.object_type_qconfigs:
+            return mapping.object_type_qconfigs[cls], f"set_object_type({cls.__name__})"
     return mapping.global_qconfig, "set_global"
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from torch import nn
 from tqdm import tqdm
 
+from ..nn.multihead_attention import named_layers, split_attentions
+
 _MANY_LAYERS = 16
 _SHARING = "_ipex_quant_sharing"
 _HOOKS = (
@@ -59,6 +61,12 @@ def copy_sharing_parameters(model: nn.Module) -> nn.Module:
     shared = copy.deepcopy(model, memo)
     setattr(shared, _SHARING, True)
     return shared
+
+
+def with_split_attentions(model: nn.Module) -> nn.Module:
+    """`model`, or where it has attention that can be split, a copy with it split that shares the parameters' memory."""
+    names = {name for name, _ in named_layers(model)} - {name for name, _ in model.named_modules()}
+    return split_attentions(copy_sharing_parameters(model), names) if names else model
 
 
 def own_parameters(model: nn.Module) -> None:

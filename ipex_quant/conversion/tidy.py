@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from ..nn.linears import is_convolution
+from ..nn.multihead_attention import is_split_attention
 from ..smoothquant.tracing import trace_groups
 from .example import Example
 
@@ -19,21 +20,28 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def drop_dropout(model: nn.Module) -> None:
-    """Replace every dropout inside `model` by an identity, which says 0 when asked for its probability `p`."""
+    """Replace every dropout inside `model` by an identity, which says 0 when asked for its probability `p`.
+
+    Split attention gets the probability 0.
+    """
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if name and isinstance(module, _DROPOUTS):
             identity = nn.Identity()
             identity.p = 0.0
             model.set_submodule(name, identity.train(module.training))
+        elif is_split_attention(module):
+            module.dropout = 0.0
 
 
 def leave_fast_paths(model: nn.Module, layers: Collection[str]) -> None:
-    """Let each ``nn.TransformerEncoderLayer`` call those of its linear layers that are among `layers`.
+    """Let each ``nn.TransformerEncoderLayer`` call those of its linear layers, and its attention's, that are `layers`.
 
     In evaluation it would hand their weights to an op of torch instead, if its activation is one that the op knows, and
     its ``nn.TransformerEncoder`` would make nested tensors for that op of what is padded.
     """
-    changed = {model.get_submodule(name.rpartition(".")[0]) for name in layers}
+    parents = {name.rpartition(".")[0] for name in layers}
+    parents |= {name.rpartition(".")[0] for name in parents if is_split_attention(model.get_submodule(name))}
+    changed = {model.get_submodule(name) for name in parents}
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and module in changed:
             module.activation_relu_or_gelu = 0

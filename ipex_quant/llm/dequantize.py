@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..nn import Int8Recurrent, Int8RecurrentCell, QuantizedModule, WeightOnlyQuantizedExperts
 from ..nn.fused_forward import restore_forwards
 from ..nn.linears import weight_matrix
+from ..nn.multihead_attention import join_attentions, split_attentions
 from ..nn.stacked_experts import set_expert_biases, set_expert_weights
 from ..numerics import affine
 from .native import attends_natively, native_stack, use_native_stack
@@ -28,6 +29,7 @@ def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMo
     vars(config).pop("quantization_config", None)
     with torch.device("meta"):
         empty = type(model)(config)
+    split_attentions(empty, [name for name, module in model.named_modules() if isinstance(module, QuantizedModule)])
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedModule):
             try:
@@ -35,6 +37,7 @@ def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMo
             except AttributeError:
                 raise ValueError(f"dequantize: {type(model).__name__} has no module {name!r}") from None
             model.set_submodule(name, _float_module(module, place, dtype).train(module.training))
+    join_attentions(model)
     model.to(dtype)
     if native:
         use_native_stack(model, cache_dtype, attention)

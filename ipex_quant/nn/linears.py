@@ -33,9 +33,6 @@ class PackedLinear(nn.Linear):
         return layer.requires_grad_(False).train(self.training)
 
 
-READ_BY_ATTENTION = "its parent nn.MultiheadAttention reads the weight without calling the module"
-
-
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is an ``nn.Linear`` or transformers ``Conv1D`` in float, or a subclass of one."""
     return isinstance(module, (nn.Linear, *_conv1d())) and not isinstance(module, PackedLinear)
@@ -53,13 +50,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return tuple(weight_matrix(module).shape)
 
 
-def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
-    """Why no quantized layer can stand where the linear layer `module`, a child of `parent`, is; None when one can."""
+def obstacle(module: nn.Module) -> str | None:
+    """Why no quantized layer can stand where the linear layer `module` is; None when one can."""
     base: Any = next(cls for cls in (nn.Linear, *_conv1d()) if isinstance(module, cls))
     if type(module).forward is not base.forward and not _computes_linear(module):
         return f"{type(module).__name__} overrides {base.__name__}.forward"
-    if isinstance(parent, nn.MultiheadAttention):
-        return READ_BY_ATTENTION
     return None
 
 

@@ -16,6 +16,7 @@ from torch.ao.quantization import QConfigMapping
 
 from .. import quantization
 from ..nn.linears import holds_experts, is_linear, linear_shape
+from ..nn.multihead_attention import named_layers
 from ..observers import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
 from ..quantization import (
     AwqOptions,
@@ -237,7 +238,7 @@ class Recipe:
 def layer_widths(model: nn.Module) -> dict[str, int]:
     """Input features of every linear layer of `model`, and the fewest of every module with experts, by name."""
     widths = {}
-    for name, module in model.named_modules():
+    for name, module in named_layers(model):
         if is_linear(module):
             widths[name] = linear_shape(module)[1]
         elif holds_experts(module):

@@ -18,7 +18,16 @@ from torch.utils._pytree import tree_leaves
 _METADATA = frozenset(
     (
         *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "size", "dim", "numel", "stride"),
-        *("is_cpu", "is_cuda", "is_meta", "is_contiguous", "is_floating_point", "is_complex", "element_size"),
+        *(
+            "is_cpu",
+            "is_cuda",
+            "is_meta",
+            "is_contiguous",
+            "is_floating_point",
+            "is_complex",
+            "is_nested",
+            "element_size",
+        ),
         *("__len__", "__hash__"),
     )
 )

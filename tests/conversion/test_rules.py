@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from ipex_quant.conversion.rules import choose_qconfigs
-from ipex_quant.quantization import WoqWeightDtype, get_weight_only_quant_qconfig_mapping
+from ipex_quant.nn.multihead_attention import named_layers
+from ipex_quant.quantization import WoqWeightDtype, get_weight_only_quant_qconfig_mapping, prepare
 
 
 class Block(nn.Module):
@@ -34,7 +35,7 @@ def int4():
 
 def choice(mapping, model=None):
     chosen, reasons = choose_qconfigs(mapping, model or Model())
-    names = [name for name, _ in (model or Model()).named_modules() if name in {*chosen, *reasons}]
+    names = [name for name, _ in named_layers(model or Model()) if name in {*chosen, *reasons}]
     return {name: chosen[name].weight_dtype.name if name in chosen else reasons[name] for name in names}
 
 
@@ -91,8 +92,33 @@ def test_obstacles_of_the_module_and_of_its_weight(mapping):
     model.head.to(torch.float64)
     assert "float64" in choice(mapping, model)["head"]
     assert choose_qconfigs(mapping, model, read_weights=False)[1] == {}
-    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
-    assert "reads the weight" in choice(mapping, attention)["attention.out_proj"]
+
+
+class Attention(nn.MultiheadAttention):
+    """Of the user's."""
+
+
+def test_projections_of_attention_are_layers_that_rules_can_name(mapping):
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    names = [f"attention.{name}_proj" for name in ("q", "k", "v", "out")]
+    assert choice(mapping, model) == dict.fromkeys(names, "INT8")
+    found = choice(mapping.set_module_name("attention.k_proj", None).set_module_name_regex(".*out_proj", int4()), model)
+    assert found.pop("attention.k_proj") == "the mapping's set_module_name('attention.k_proj') is None"
+    assert list(found.values()) == ["INT8", "INT8", "INT4"]
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_rule_for_the_type_of_attention_covers_its_projections(mapping, prepared):
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    model = prepare(model, mapping) if prepared else model
+    found = choice(mapping.set_object_type(nn.MultiheadAttention, None), model)
+    assert set(found.values()) == {"the mapping's set_object_type(MultiheadAttention) is None"}
+
+
+def test_attention_of_another_class_says_why_it_stays_in_float(mapping):
+    found = choice(mapping, nn.ModuleDict({"attention": Attention(8, 2)}))
+    assert "Attention is a class of its own" in found["attention"]
+    assert "reads the weight" in found["attention.out_proj"]
 
 
 def test_a_name_that_no_module_has_warns(mapping):

@@ -120,11 +120,11 @@ def test_layers_of_torchs_encoders_are_called(batches, name, activation):
     model = nn.TransformerEncoder(layer, 2).eval()
     mapping = {**mappings(), "weight-only": get_weight_only_quant_qconfig_mapping()}[name]
     expected = [model(x, src_key_padding_mask=padding) for x, padding in masked(batches)]
-    with pytest.warns(UserWarning, match=r"MultiheadAttention stays in float.*: layers\.0\.self_attn, layers\.1"):
-        converted = convert(calibrated(model, mapping, batches))
-    assert set(kinds(converted)) == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
+    converted = convert(calibrated(model, mapping, batches))
+    layers = "linear1", "linear2", *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
+    assert set(kinds(converted)) == {f"layers.{i}.{layer}" for i in (0, 1) for layer in layers}
     calls = []
-    for module in (converted.layers[0].linear1, converted.layers[1].linear2):
+    for module in (converted.layers[0].self_attn.k_proj, converted.layers[1].linear2):
         module.forward = lambda x, module=module: calls.append(module) or type(module).forward(module, x)
     for (x, padding), wanted in zip(masked(batches), expected, strict=True):
         actual = converted(x, src_key_padding_mask=padding)

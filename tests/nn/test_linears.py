@@ -114,13 +114,6 @@ def test_stacked_experts_are_no_convolution():
     assert not any(map(holds_experts, normalized.modules()))
 
 
-def test_a_parent_that_reads_the_weight_keeps_its_linear():
-    parent = nn.MultiheadAttention(4, 1)
-    layer = parent.out_proj
-    assert "reads the weight" in obstacle(layer, parent)
-    assert obstacle(layer, nn.Sequential()) is None
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_float_weights_can_be_quantized(dtype):
     assert weight_obstacle(nn.Linear(2, 3, dtype=dtype)) is None

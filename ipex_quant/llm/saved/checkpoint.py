@@ -10,14 +10,16 @@ from torch import nn
 from torch.ao.quantization import QConfigMapping
 
 from ...checkpoints import Checkpoint
-from ...conversion.prepare import FLOAT_REASONS, check_any_quantized, warn_if_mostly_float
+from ...conversion.prepare import FLOAT_REASONS, check_any_quantized, warn_of_float
 from ...conversion.qconfig import QConfigWoq
-from ...conversion.rules import choose_qconfigs, refused_modules
+from ...conversion.rules import choose_qconfigs, fit_reasons
 from ...conversion.swap import copy_sharing_parameters, own_parameters, swap_modules
+from ...conversion.tidy import leave_fast_paths
 from ...conversion.tying import untie
 from ...nn import WeightOnlyQuantizedLinear
 from ...nn.fused_forward import restore_forwards
 from ...nn.linears import is_linear, weight_matrix
+from ...nn.multihead_attention import split_attentions
 from .checkpoint_experts import experts_from_checkpoint, module_of, stack_float_experts
 from .checkpoint_names import with_model_names
 
@@ -38,18 +40,20 @@ def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, mapping: QConfigM
     stored = {module_of(name) for name in checkpoint}
     _check_stored(stored, chosen, reasons, model)
     stored = {name for name in chosen if name in stored or checkpoint.holds(name)}
-    refused = refused_modules(reasons)
     replacements = {
         name: partial(_from_checkpoint, checkpoint, name, qconfig) for name, qconfig in chosen.items() if name in stored
     }
-    reasons |= {name: "it is not quantized in the checkpoint" for name in chosen if name not in stored}
     model = model if inplace else copy_sharing_parameters(model)
     restore_forwards(model)
+    model = split_attentions(model, stored)
+    reasons = fit_reasons(reasons, model)
     untie(model, replacements)
     swap_modules(model, replacements)
-    setattr(model, FLOAT_REASONS, reasons)
+    left = fit_reasons({name: "it is not quantized in the checkpoint" for name in chosen if name not in stored}, model)
+    setattr(model, FLOAT_REASONS, reasons | left)
+    leave_fast_paths(model, stored)
     check_any_quantized(model)
-    warn_if_mostly_float(model, refused)
+    warn_of_float(model, reasons)
     own_parameters(model)
     _load_others(model, stack_float_experts(model, checkpoint.other_tensors()))
     return model

@@ -18,8 +18,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...conversion.description import KINDS, METHOD, VERSION, describe
 from ...conversion.resizing import watch_head
+from ...conversion.tidy import leave_fast_paths
 from ...conversion.tying import untie
 from ...nn import Int8Conv, Int8Linear, Int8Recurrent, Int8RecurrentCell, Placeholder
+from ...nn.multihead_attention import named_layers, split_attentions
 from ...numerics.scheme import FLOAT_DTYPES
 from ..attention import NAME as NATIVE_ATTENTION
 from ..casting import cast_float
@@ -170,9 +172,11 @@ class IpexQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         entries = self._fit_names(model)
+        split_attentions(model, entries)
         untie(model, entries)
         for name, entry in entries.items():
             model.set_submodule(name, _placeholder(model, name, entry))
+        leave_fast_paths(model, entries)
 
     def _fit_names(self, model: PreTrainedModel) -> dict[str, Any]:
         """The entries by the names that `model` has; they may be those of its base model, or of one with another head.
@@ -181,7 +185,7 @@ class IpexQuantizer(HfQuantizer):
         class had is left out.
         """
         config = self.quantization_config
-        present, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
+        present, prefix = {name for name, _ in named_layers(model)}, f"{model.base_model_prefix}."
         names = {name: _name_in(present, prefix, name) for name in config.modules}
         if type(model).__name__ in (model.config.architectures or [type(model).__name__]):
             names = {name: name if found is None else found for name, found in names.items()}  # each must be there
