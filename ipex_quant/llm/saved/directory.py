@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,8 @@ def load(directory: str | os.PathLike, trust_remote_code: bool = False) -> PreTr
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         options["dtype"] = description.get("dtype")  # the saved one, whatever config.json says besides
         model, info = found.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
+        if _lacks_pooler(model, info["missing_keys"]):
+            model, info = found.from_pretrained(directory, add_pooling_layer=False, **options)
     except SafetensorError as error:
         raise ValueError(f"{directory}: a safetensors file is damaged ({error})") from error
     except (OSError, TypeError, ValueError):
@@ -81,3 +85,9 @@ def load(directory: str | os.PathLike, trust_remote_code: bool = False) -> PreTr
         if not parameter.is_floating_point():
             raise ValueError(f"{directory}: {name}: expected a float dtype, got {parameter.dtype}")
     return model
+
+
+def _lacks_pooler(model: PreTrainedModel, missing: Collection[str]) -> bool:
+    """Whether all that is `missing` is the pooler of an encoder, without which its class makes one when asked."""
+    optional = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
+    return bool(missing) and optional and all(name.startswith("pooler.") for name in missing)

@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import ipex_quant as ipex
-from ipex_quant.nn import Int8Conv, Int8Linear, Int8Recurrent, WeightOnlyQuantizedLinear
+from ipex_quant.nn import Int8Conv, Int8Linear, Int8Recurrent, SplitMultiheadAttention, WeightOnlyQuantizedLinear
 from ipex_quant.quantization import (
     WoqLowpMode,
     WoqWeightDtype,
@@ -180,6 +180,44 @@ def test_a_convolution(tmp_path):
     loaded = ipex.llm.load(tmp_path / "model")
     assert any(isinstance(module, Int8Conv) for module in loaded.modules())
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("name", ["Bert", "ViT"])
+def test_an_encoder_without_a_pooler(tmp_path, name):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    sizes |= {"image_size": 16, "patch_size": 4} if name == "ViT" else {"vocab_size": 16}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = getattr(transformers, f"{name}Model")(config, add_pooling_layer=False).eval()
+    model = ipex.llm.optimize(model, quantization_config=get_weight_only_quant_qconfig_mapping())
+    ipex.llm.save(model, tmp_path / "model")
+    loaded = ipex.llm.load(tmp_path / "model")
+    assert loaded.pooler is None
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16)} if name == "ViT" else {"input_ids": torch.tensor([[3, 4, 5]])}
+    with torch.inference_mode():
+        assert torch.equal(loaded(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+
+
+@pytest.mark.parametrize("static", [True, False])
+@torch.no_grad()
+def test_attention_of_torchs(tmp_path, static):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    config = transformers.SiglipVisionConfig(**sizes, image_size=16, patch_size=4)
+    model = transformers.SiglipVisionModel(config).eval().requires_grad_(False)
+    names = model.state_dict().keys()
+    images = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    expected = model(**images).pooler_output
+    mapping = get_weight_only_quant_qconfig_mapping().set_module_name_regex(".*k_proj", None)
+    quantized = int8(model, images, default_static_qconfig_mapping) if static else convert(prepare(model, mapping))
+    ipex.llm.save(quantized, tmp_path / "model")
+    loaded = ipex.llm.load(tmp_path / "model")
+    head = next(module for module in loaded.modules() if isinstance(module, SplitMultiheadAttention))
+    assert isinstance(head.q_proj, Int8Linear if static else WeightOnlyQuantizedLinear)
+    assert isinstance(head.k_proj, Int8Linear if static else torch.nn.Linear)
+    assert torch.equal(loaded(**images).pooler_output, quantized(**images).pooler_output)
+    loaded.dequantize()
+    assert loaded.state_dict().keys() == names
+    torch.testing.assert_close(loaded(**images).pooler_output, expected, rtol=0.05, atol=0.05)
 
 
 def test_recurrent_layers(tmp_path):
