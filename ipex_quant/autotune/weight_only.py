@@ -18,8 +18,9 @@ from tqdm import tqdm
 from .. import ops
 from ..conversion.example import Example
 from ..conversion.prepare import convert, prepare
-from ..conversion.qconfig import QConfigWoq, get_weight_only_quant_qconfig_mapping
+from ..conversion.qconfig import DEFAULT_ACT_QUANT_MODE, QConfigWoq, get_weight_only_quant_qconfig_mapping
 from ..conversion.rules import choose_qconfigs
+from ..conversion.swap import with_split_attentions
 from ..nn.fused_forward import restored_forwards
 from ..nn.linears import is_linear, weight_matrix
 from ..numerics.affine import dequantize
@@ -36,7 +37,6 @@ from .search import Search, search_weight_only
 from .trials import Trial
 
 ALGORITHMS = ("gptq", "awq", "rtn")
-DEFAULT_ACT_QUANT_MODE = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
 SIZE_STEP = 1.05
 """By how much the sizes grow that are tried without a budget."""
 
@@ -131,6 +131,7 @@ class WeightOnlyQuantizer:
         always_float: frozenset[str],
         seed: int,
     ) -> None:
+        model = with_split_attentions(model)
         self.model, self.batches, self.space = model, batches, space
         self.max_bytes_per_weight = max_bytes_per_weight
         chosen, _ = choose_qconfigs(get_weight_only_quant_qconfig_mapping(), model)
@@ -330,13 +331,14 @@ def _qconfig(
     act_quant_mode: WoqActQuantMode,
 ) -> QConfigWoq:
     """The configuration of one layer; ValueError for a combination that does not exist."""
+    # A mapping that computes in another mode than INT8 has no mode for activations.
+    quantizes = lowp_mode == WoqLowpMode.INT8 and act_quant_mode != WoqActQuantMode.NONE
     return get_weight_only_quant_qconfig_mapping(
         weight_dtype=dtype,
         group_size=group_size,
         weight_qscheme=qscheme,
         lowp_mode=lowp_mode,
-        # A mapping that computes in another mode than INT8 has none.
-        act_quant_mode=DEFAULT_ACT_QUANT_MODE if act_quant_mode == WoqActQuantMode.NONE else act_quant_mode,
+        act_quant_mode=act_quant_mode if quantizes else DEFAULT_ACT_QUANT_MODE,
     ).global_qconfig
 
 

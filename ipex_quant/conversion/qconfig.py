@@ -57,6 +57,9 @@ class QConfigSmoothQuant(NamedTuple):
     share_weight_observers: bool = True
 
 
+DEFAULT_ACT_QUANT_MODE = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
+
+
 class QuantizationKind(Enum):
     """What a configuration asks for."""
 
@@ -139,16 +142,16 @@ def get_weight_only_quant_qconfig_mapping(
     *,
     weight_dtype: WoqWeightDtype = WoqWeightDtype.INT8,
     lowp_mode: WoqLowpMode = WoqLowpMode.NONE,
-    act_quant_mode: WoqActQuantMode = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM,
+    act_quant_mode: WoqActQuantMode = DEFAULT_ACT_QUANT_MODE,
     group_size: int = PER_CHANNEL,
     weight_qscheme: WoqWeightQScheme = WoqWeightQScheme.UNDEFINED,
 ) -> QConfigMapping:
     """Mapping whose global configuration quantizes the weight of every linear layer.
 
     `group_size` input features share one scale: a power of two, or -1 for one scale per output channel.
-    `act_quant_mode` counts with ``lowp_mode=INT8`` only. An UNDEFINED `weight_qscheme` becomes SYMMETRIC for NF4, FP8
-    and for INT8 weights computed in INT8, which have no zero points, and ASYMMETRIC otherwise. Raises ValueError for a
-    value or a combination that does not exist.
+    `act_quant_mode` counts with ``lowp_mode=INT8`` only: another than the default warns without it. An UNDEFINED
+    `weight_qscheme` becomes SYMMETRIC for NF4, FP8 and for INT8 weights computed in INT8, which have no zero points,
+    and ASYMMETRIC otherwise. Raises ValueError for a value or a combination that does not exist.
     """
     if weight_dtype in _TORCH_DTYPES:
         named = _TORCH_DTYPES[weight_dtype]
@@ -172,6 +175,12 @@ def get_weight_only_quant_qconfig_mapping(
         if value not in enum.__members__.values():
             raise ValueError(f"{name}: expected one of {[str(each) for each in enum.__members__]}, got {value!r}")
     weight_dtype, lowp_mode = WoqWeightDtype(weight_dtype), WoqLowpMode(lowp_mode)
+    if lowp_mode != WoqLowpMode.INT8 and act_quant_mode not in (DEFAULT_ACT_QUANT_MODE, WoqActQuantMode.NONE):
+        warnings.warn(
+            f"act_quant_mode={WoqActQuantMode(act_quant_mode).name} has no effect: lowp_mode {lowp_mode.name} "
+            "quantizes no activations; use WoqLowpMode.INT8",
+            stacklevel=2,
+        )
     act_quant_mode = WoqActQuantMode(act_quant_mode) if lowp_mode == WoqLowpMode.INT8 else WoqActQuantMode.NONE
     if lowp_mode == WoqLowpMode.INT8 and act_quant_mode == WoqActQuantMode.NONE:
         raise ValueError("act_quant_mode: lowp_mode INT8 quantizes activations, expected a mode for it, got NONE")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import logging
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +15,6 @@ from transformers.utils.import_utils import is_tracing
 
 from ..nn.deferred import DeferredTensor, values_of
 from .cache.storage import Storage, attend
-
-logger = logging.getLogger("ipex_quant")
 
 NAME = "ipex_quant"
 
@@ -39,9 +37,9 @@ def use_native_attention(model: PreTrainedModel) -> list[str]:
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     before = [(part, part.config._attn_implementation) for part in parts if not _covers(part)]
     if model._can_set_attn_implementation():
-        model.set_attn_implementation(NAME)
+        type(model).set_attn_implementation(model, NAME)  # of the class: the model's own may change fused layers
     for part, implementation in before:
-        part.set_attn_implementation(implementation)
+        type(part).set_attn_implementation(part, implementation)
     return [name for name, module in model.named_modules() if is_attention(module) and not is_native(module)]
 
 
@@ -155,7 +153,9 @@ def attention_forward(
     if kwargs.get("s_aux") is not None:
         raise ValueError("attention sinks are not supported: call model.set_attn_implementation('eager')")
     if kwargs.get("output_attentions"):
-        logger.warning("the native attention has no weights to return: call model.set_attn_implementation('eager')")
+        warnings.warn(
+            "the native attention has no weights to return: call model.set_attn_implementation('eager')", stacklevel=2
+        )
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     options: dict[str, Any] = {"scale": query.shape[-1] ** -0.5 if scaling is None else scaling}

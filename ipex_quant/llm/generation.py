@@ -45,6 +45,8 @@ def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     NativeLayer(kv_cache_dtype)  # checks it
+    if kv_cache_dtype is not None and "past_key_values" not in inspect.signature(model.forward).parameters:
+        warnings.warn(f"kv_cache_dtype: a {type(model).__name__} has no cache of keys and values", stacklevel=2)
     hooks = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, CacheHook)]
     if hooks:
         hooks[0].dtype = kv_cache_dtype
@@ -63,12 +65,12 @@ def _generate_batch(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     native = model.config._attn_implementation == NAME
     with torch.inference_mode(False), torch.no_grad():
         if native:
-            model.set_attn_implementation("sdpa")  # it knows a few names of attentions only
+            type(model).set_attn_implementation(model, "sdpa")  # it knows a few names of attentions only
         try:
             return type(model).generate_batch(model, *args, **kwargs)
         finally:
             if native:
-                model.set_attn_implementation(NAME)
+                type(model).set_attn_implementation(model, NAME)
 
 
 class CacheHook:
@@ -100,12 +102,15 @@ class CacheHook:
             _replace_layers(cache.cross_attention_cache, dtype, shared, spare=False)
         elif isinstance(cache, DynamicCache):
             _replace_layers(cache, dtype, shared)
-        elif isinstance(cache, StaticCache) and dtype == torch.int8 and not _holds_something(cache):
-            warnings.warn(
-                "kv_cache_dtype: a static cache keeps keys and values in the model's dtype, not in int8; leave out "
-                "cache_implementation and past_key_values, or set kv_cache_dtype to None",
-                stacklevel=2,
-            )
+        if dtype not in (None, model.dtype) and isinstance(cache, (DynamicCache, StaticCache)):
+            kind = "an offloaded" if cache.offloading else "a static"
+            if (cache.offloading or isinstance(cache, StaticCache)) and not _holds_something(cache):
+                warnings.warn(
+                    f"kv_cache_dtype: {kind} cache keeps keys and values in the model's dtype, not in "
+                    f"{str(dtype).removeprefix('torch.')}; leave out cache_implementation and past_key_values, or set "
+                    "kv_cache_dtype to None",
+                    stacklevel=2,
+                )
 
 
 def _differentiable(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> Iterator[bool]:

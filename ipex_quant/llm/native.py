@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..nn.fused_forward import fused_forward
-from .attention import is_attention, is_native, use_native_attention
+from ..nn.fused_forward import fused_forward, restore_forwards
+from .attention import NAME, is_attention, is_native, use_native_attention
 from .decoder.families import FAMILIES
 from .decoder.layer import FusedLayer, fuse_decoder
-from .decoder.model import fuse_model
+from .decoder.model import FusedModel, fuse_model
 from .decoder.norms import fuse_norms, norm_of
 from .generation import CacheHook, use_native_cache
 
@@ -66,9 +68,21 @@ def use_native_stack(model: nn.Module, kv_cache_dtype: torch.dtype | None = None
     if isinstance(model, PreTrainedModel):
         if attention:
             use_native_attention(model)
+            # a partial, which can be copied and pickled with the model
+            model.set_attn_implementation = functools.partial(_set_attn_implementation, model)
         use_native_cache(model, kv_cache_dtype)
     for part in parts_of(model):
         logger.info("%s", part)
+
+
+def _set_attn_implementation(model: PreTrainedModel, implementation: Any, *args: Any, **kwargs: Any) -> None:
+    """transformers' method, which fused layers follow: they compute the native attention and no other."""
+    type(model).set_attn_implementation(model, implementation, *args, **kwargs)
+    if implementation == NAME:
+        fuse_decoder(model)
+        fuse_model(model)
+    else:
+        restore_forwards(model, FusedLayer, FusedModel)
 
 
 def native_stack(model: nn.Module) -> tuple[bool, torch.dtype | None]:

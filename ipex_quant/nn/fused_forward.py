@@ -18,10 +18,10 @@ def fused_forward(module: nn.Module) -> FusedForward | None:
     return forward if isinstance(forward, FusedForward) else None
 
 
-def restore_forwards(model: nn.Module, kind: type[FusedForward] = FusedForward) -> None:
-    """Let every module of `model` that a `kind` computes be computed by its class again."""
+def restore_forwards(model: nn.Module, *kinds: type[FusedForward]) -> None:
+    """Let every module of `model` that one of the `kinds` computes, by default any, be computed by its class again."""
     for module in model.modules():
-        if isinstance(fused_forward(module), kind):
+        if isinstance(fused_forward(module), kinds or FusedForward):
             del module.forward
 
 

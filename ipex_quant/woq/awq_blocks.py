@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,6 +69,13 @@ def awq_blocks(
     weights = walk_blocks(model, batches, scheme, blocks, also=also)
     scaled = sum(scaling.scale is not None for scaling in blocks.scalings)
     logger.info("AWQ: %d of %d share groups are scaled", scaled, len(blocks.scalings))
+    if blocks.only_clipped:
+        names, more = blocks.only_clipped[:8], ", ..." * (len(blocks.only_clipped) > 8)
+        warnings.warn(
+            f"AWQ: nothing in {len(blocks.only_clipped)} blocks can absorb a scale, so that their layers are only "
+            f"clipped: {', '.join(names)}{more}",
+            stacklevel=3,
+        )
     return AwqResult(weights, blocks.parameters, blocks.scalings)
 
 
@@ -78,16 +86,21 @@ class _AwqBlocks:
         self.options = options
         self.parameters: dict[str, torch.Tensor] = {}
         self.scalings: list[Scaling] = []
+        self.only_clipped: list[str] = []  # first layers of blocks in which nothing can be scaled
         uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self._shared = {key for key, count in uses.items() if count > 1}
 
     def __call__(self, walk: Walk, index: int, schemes: Mapping[str, WeightScheme]) -> dict[str, QuantizedWeight]:
         found: dict[str, QuantizedWeight] = {}
+        before = len(self.scalings)
         for stage in find_stages(walk, index, list(schemes)):
             samples = calibrate(walk, index, stage, partial(InputSample, capacity=self.options.tokens))
             for members, sample in zip(stage.groups, samples, strict=True):
                 if sample.count:
                     _Group(self, walk, index, members, sample).quantize(schemes, found)
+        own = self.scalings[before:]
+        if own and self.options.alpha_steps and all(scaling.search is None for scaling in own):
+            self.only_clipped.append(own[0].members[0])
         return found
 
     def is_shared(self, module: nn.Module) -> bool:

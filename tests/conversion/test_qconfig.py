@@ -43,8 +43,12 @@ def test_takes_keywords_only():
 
 @pytest.mark.parametrize("lowp_mode", list(L))
 def test_activations_are_quantized_for_int8_compute_only(lowp_mode):
-    expected = A.PER_TENSOR if lowp_mode == L.INT8 else A.NONE
-    assert qconfig(lowp_mode=lowp_mode, act_quant_mode=A.PER_TENSOR).act_quant_mode == expected
+    if lowp_mode == L.INT8:
+        assert qconfig(lowp_mode=lowp_mode, act_quant_mode=A.PER_TENSOR).act_quant_mode == A.PER_TENSOR
+        return
+    assert qconfig(lowp_mode=lowp_mode).act_quant_mode == A.NONE
+    with pytest.warns(UserWarning, match=f"act_quant_mode=PER_TENSOR has no effect: lowp_mode {lowp_mode.name}"):
+        assert qconfig(lowp_mode=lowp_mode, act_quant_mode=A.PER_TENSOR).act_quant_mode == A.NONE
 
 
 @pytest.mark.parametrize(

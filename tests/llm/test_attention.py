@@ -44,6 +44,11 @@ def test_without_a_mask_queries_are_the_last_of_the_keys(queries, keys, scaling)
     assert out.is_contiguous()
 
 
+def test_weights_that_are_asked_for_warn():
+    with pytest.warns(UserWarning, match="the native attention has no weights to return"):
+        attention_forward(Module(), *tensors(4, 4), None, output_attentions=True)
+
+
 def test_not_causal():
     q, k, v = tensors(4, 9)
     full = expected(q, k, v, torch.ones(4, 9, dtype=torch.bool))

@@ -11,7 +11,9 @@ from transformers.modeling_outputs import BaseModelOutput
 import ipex_quant as ipex
 from ipex_quant.llm.attention import use_native_attention
 from ipex_quant.llm.cache.layers import NativeLayer, SlidingLayer
-from ipex_quant.llm.generation import use_native_cache
+from ipex_quant.llm.decoder.layer import FusedLayer
+from ipex_quant.llm.generation import CacheHook, use_native_cache
+from ipex_quant.nn.fused_forward import fused_forward
 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {
@@ -377,14 +379,46 @@ def test_other_cache_implementations(llama_pair, implementation):
     assert torch.equal(got, want)
 
 
-def test_an_int8_cache_that_is_to_be_static_warns(llama_pair):
+def test_an_offloaded_cache_that_keeps_another_dtype_than_asked_for_warns(llama_pair):
+    _, other = llama_pair
+    cache = DynamicCache(config=other.config)
+    cache.offloading = True  # making one needs a GPU
+    with pytest.warns(UserWarning, match="an offloaded cache keeps keys and values in the model's"):
+        CacheHook(other, torch.int8).make_native(cache, other)
+    assert not any(isinstance(layer, NativeLayer) for layer in cache.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+def test_a_static_cache_that_keeps_another_dtype_than_asked_for_warns(llama_pair, dtype):
     model, other = llama_pair
-    use_native_cache(other, torch.int8)
+    use_native_cache(other, dtype)
     options = {"cache_implementation": "static", "disable_compile": True}
     with pytest.warns(UserWarning, match="a static cache keeps keys and values in the model's dtype") as caught:
         got = generate(other, prompt(other), **options)
     assert len(caught) == 1
     assert torch.equal(got, generate(model, prompt(model), **options))
+
+
+def test_a_model_without_a_cache_warns_of_its_dtype():
+    model = transformers.DistilBertModel(transformers.DistilBertConfig(n_layers=1, dim=32, n_heads=2, hidden_dim=32))
+    with pytest.warns(UserWarning, match="kv_cache_dtype: a DistilBertModel has no cache of keys and values"):
+        use_native_cache(model, torch.int8)
+
+
+def test_another_attention_is_computed_in_layers_that_were_fused():
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)).eval().requires_grad_(False)
+    fused = ipex.llm.optimize(model, dtype=torch.float32)
+    inputs = prompt(model)
+    native = fused(**inputs, output_attentions=False).logits
+    fused.set_attn_implementation("eager")
+    model.set_attn_implementation("eager")
+    assert fused.config._attn_implementation == "eager"
+    assert not any(isinstance(fused_forward(module), FusedLayer) for module in fused.modules())
+    attentions = fused(**inputs, output_attentions=True).attentions
+    torch.testing.assert_close(attentions[0], model(**inputs, output_attentions=True).attentions[0])
+    fused.set_attn_implementation("ipex_quant")
+    assert sum(isinstance(fused_forward(module), FusedLayer) for module in fused.modules()) == 2
+    assert torch.equal(fused(**inputs).logits, native)
 
 
 def test_without_a_cache(llama_pair):
