@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from outliers import inject_outliers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ipex_quant import data, evaluation
 from ipex_quant.recipes.apply import apply_recipe, calibration_data
 from ipex_quant.recipes.recipe import load_recipe
-from ipex_quant.smoothquant.outliers import inject_outliers
 
 SEQUENCE_LENGTH, HELD_OUT_TOKENS = 256, 4096
 

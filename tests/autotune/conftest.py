@@ -1,10 +1,10 @@
 import pytest
 import torch
+from outliers import inject_outliers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ipex_quant import data, evaluation
 from ipex_quant.quantization import calibration_dataloader
-from ipex_quant.smoothquant.outliers import inject_outliers
 
 SAMPLES, SEQUENCE_LENGTH, TUNING_TOKENS = 16, 256, 2048
 

@@ -22,7 +22,7 @@ from ipex_quant.quantization import (
 )
 from ipex_quant.recipes.apply import apply_recipe, calibration_data
 from ipex_quant.recipes.recipe import load_recipe
-from ipex_quant.smoothquant.outliers import inject_outliers
+from outliers import inject_outliers
 from ipex_quant.woq.awq_blocks import awq_blocks
 
 INT4 = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4, group_size=16)

@@ -1,9 +1,8 @@
 import pytest
 import torch
+from outliers import FACTORS, inject_outliers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
-from ipex_quant.smoothquant.outliers import FACTORS, inject_outliers
 
 IDS = torch.arange(24).reshape(2, 12)
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn.linears import is_linear, weight_matrix
-from ..nn.norms import is_norm
-from .folding import fold_into_norm
-from .tracing import trace_groups
+from ipex_quant.nn.linears import is_linear, weight_matrix
+from ipex_quant.nn.norms import is_norm
+from ipex_quant.smoothquant.folding import fold_into_norm
+from ipex_quant.smoothquant.tracing import trace_groups
 
 FACTORS = (32.0, 64.0)
 """Of the size that is found in large models (20 to 100; arXiv 2208.07339), and powers of two, which round nothing."""

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "recipes" / "smoothquant.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "smoothquant.py"
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from outliers import inject_outliers
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import ipex_quant as ipex
 from ipex_quant import data, evaluation
-from ipex_quant.smoothquant.outliers import inject_outliers
 
 SAMPLES = 64
 SEQUENCE_LENGTH = 256
