@@ -1,7 +1,7 @@
-"""Finding the best recipe within an accuracy budget."""
+"""Finding the best candidate within an accuracy budget."""
 
 from .report import Report
-from .tuner import autotune
+from .tuner import TuningOptions, autotune, tune
 from .weight_only import WeightOnlySpace
 
-__all__ = ["Report", "WeightOnlySpace", "autotune"]
+__all__ = ["Report", "TuningOptions", "WeightOnlySpace", "autotune", "tune"]

@@ -1,4 +1,4 @@
-"""Which recipe to try next: generators that yield recipes and are sent the trial of each."""
+"""Which candidate to try next: generators that yield candidates and are sent the trial of each."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .recipe import Int8Recipe, WeightOnlyRecipe
+from .candidate import Int8Candidate, WeightOnlyCandidate
 from .trials import Trial
 
-Search = Generator[Int8Recipe | WeightOnlyRecipe, Trial, Any]
+Search = Generator[Int8Candidate | WeightOnlyCandidate, Trial, Any]
 
 TYPE_SHARE = 0.25
 """Share of the total error from which on layers of one type are tried together."""
@@ -25,22 +25,22 @@ class Layer:
     weights: int
 
 
-def search_int8(recipes: Sequence[Int8Recipe], layers_of: Callable[[Int8Recipe], Sequence[Layer]]) -> Search:
-    """First `recipes` as they are; then the best of them with the most sensitive of its `layers_of` left in float.
+def search_int8(candidates: Sequence[Int8Candidate], layers_of: Callable[[Int8Candidate], Sequence[Layer]]) -> Search:
+    """First `candidates` as they are; then the best of them with the most sensitive of its `layers_of` left in float.
 
     The sets of layers to leave in float grow: the 1, 2, 4, ... most sensitive ones, and in between all layers of a type
     that makes up a good part of the error. Once a set meets the criterion, bisection looks for a smaller one, of its
     most sensitive layers.
     """
-    trials: dict[Int8Recipe, Trial] = {}
-    for recipe in recipes:
-        trials[recipe] = yield recipe
-    base = min(trials, key=lambda recipe: trials[recipe].loss)
+    trials: dict[Int8Candidate, Trial] = {}
+    for candidate in candidates:
+        trials[candidate] = yield candidate
+    base = min(trials, key=lambda candidate: trials[candidate].loss)
     if trials[base].met:
         return
     layers = sorted(layers_of(base), key=lambda layer: (-layer.error, layer.name))
 
-    def with_float(chosen: Sequence[Layer]) -> Int8Recipe:
+    def with_float(chosen: Sequence[Layer]) -> Int8Candidate:
         return base.with_float({*base.float_modules, *(layer.name for layer in chosen)})
 
     failed = 0
@@ -58,32 +58,33 @@ def search_int8(recipes: Sequence[Int8Recipe], layers_of: Callable[[Int8Recipe],
         lowest, highest = (lowest, middle) if trial.met else (middle, highest)
 
 
-def search_weight_only(recipes: Sequence[Sequence[WeightOnlyRecipe]]) -> Search:
-    """The smallest size that meets the criterion by its first recipe; then the others of this and of smaller sizes.
+def search_weight_only(candidates: Sequence[Sequence[WeightOnlyCandidate]]) -> Search:
+    """The smallest size that meets the criterion by its first candidate; then the others of this and of smaller sizes.
 
-    `recipes` are those of every size, smallest first. Sizes grow in steps that double until one meets the criterion,
-    and bisection finds the smallest. Then smaller sizes are tried with all their recipes until none of a size meets it.
+    `candidates` are those of every size, smallest first. Sizes grow in steps that double until one meets the criterion,
+    and bisection finds the smallest. Then smaller sizes are tried with all their candidates until none of a size meets
+    it.
     """
-    met: dict[WeightOnlyRecipe, bool] = {}
+    met: dict[WeightOnlyCandidate, bool] = {}
 
-    def attempt(recipe: WeightOnlyRecipe) -> Search:
-        if recipe not in met:
-            trial = yield recipe
-            met[recipe] = trial.met
-        return met[recipe]
+    def attempt(candidate: WeightOnlyCandidate) -> Search:
+        if candidate not in met:
+            trial = yield candidate
+            met[candidate] = trial.met
+        return met[candidate]
 
-    last = len(recipes) - 1
+    last = len(candidates) - 1
     lowest, highest, step = -1, 0, 1
-    while not (yield from attempt(recipes[highest][0])) and highest < last:
+    while not (yield from attempt(candidates[highest][0])) and highest < last:
         lowest, highest, step = highest, min(highest + step, last), 2 * step
-    while highest - lowest > 1 and met[recipes[highest][0]]:
+    while highest - lowest > 1 and met[candidates[highest][0]]:
         middle = (lowest + highest) // 2
-        found = yield from attempt(recipes[middle][0])
+        found = yield from attempt(candidates[middle][0])
         lowest, highest = (lowest, middle) if found else (middle, highest)
-    for of_one_size in reversed(recipes[: highest + 1]):
+    for of_one_size in reversed(candidates[: highest + 1]):
         outcomes = []
-        for recipe in of_one_size:
-            outcomes.append((yield from attempt(recipe)))
+        for candidate in of_one_size:
+            outcomes.append((yield from attempt(candidate)))
         if not any(outcomes):
             return
 

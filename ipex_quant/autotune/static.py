@@ -1,28 +1,25 @@
-"""Static INT8 from the statistics of one calibration pass: parameters and errors of a recipe, and its model."""
+"""Static INT8 from the statistics of one calibration pass: parameters and errors of a candidate, and its model."""
 
 from __future__ import annotations
 
-import copy
-import json
-import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 from tqdm import tqdm
 
-from ..conversion.observed import LayerParameters, Observed, ObservedGroup, observed
+from ..conversion.observed import LayerParameters, ObservedGroup, observed
+from ..conversion.parameters import layer_parameters
 from ..conversion.prepare import convert, prepare
 from ..conversion.qconfig import QuantizationKind, default_static_qconfig, get_smooth_quant_qconfig_mapping
 from ..nn.linears import is_linear
-from ..observers import SmoothQuantActivationObserver, has_data
-from .recipe import AUTO, Int8Recipe
+from ..observers import has_data
+from .calibration_pass import CalibrationPass, RecordingObserver, is_smoothed
+from .candidate import AUTO, Int8Candidate
 from .search import Layer, Search, search_int8
 from .sensitivity import COMBINE, block_error, int8_errors
-from .statistics import RecordingObserver, Statistics, is_smoothed
 from .trials import Trial
 
 
@@ -42,7 +39,7 @@ class AlphaSearch:
 
 @dataclass(frozen=True)
 class Int8Plan:
-    """What a recipe means for a model: the parameters, error and alpha of every layer, by name."""
+    """What a candidate means for a model: the parameters, error and alpha of every layer, by name."""
 
     parameters: dict[str, LayerParameters]
     errors: dict[str, float]
@@ -54,13 +51,13 @@ class StaticQuantizer:
 
     def __init__(
         self,
-        statistics: Statistics,
+        calibration: CalibrationPass,
         alphas: Sequence[float | str | None],
         alpha_search: AlphaSearch,
         always_float: frozenset[str] = frozenset(),
     ) -> None:
-        self.statistics, self.alphas, self.alpha_search = statistics, alphas, alpha_search
-        self.model = statistics.model
+        self.calibration, self.alphas, self.alpha_search = calibration, alphas, alpha_search
+        self.model = calibration.model
         self.always_float = always_float & set(self.layers)
         if self.always_float == set(self.layers):
             raise ValueError("op_type_dict: it leaves all layers in float, so that there is nothing to tune")
@@ -69,36 +66,36 @@ class StaticQuantizer:
     @property
     def layers(self) -> list[str]:
         """Names of all layers that can be quantized."""
-        return [layer.name for group in self.statistics.groups for layer in group.layers]
+        return [layer.name for group in self.calibration.groups for layer in group.layers]
 
     def search(self) -> Search:
-        """The recipes to try, those of least error in total first."""
-        recipes = [
-            Int8Recipe(alpha, samples, tuple(sorted(self.always_float)))
-            for samples in self.statistics.observers
+        """The candidates to try, those of least error in total first."""
+        candidates = [
+            Int8Candidate(alpha, samples, tuple(sorted(self.always_float)))
+            for samples in self.calibration.observers
             for alpha in self.alphas
         ]
-        recipes.sort(key=lambda recipe: sum(self.plan(recipe).errors.values()))
-        return search_int8(recipes, self._searched_layers)
+        candidates.sort(key=lambda candidate: sum(self.plan(candidate).errors.values()))
+        return search_int8(candidates, self._searched_layers)
 
     def cost(self, trial: Trial) -> float:
         """What counts before accuracy: how many layers stay in float."""
         return len(trial.recipe["float_modules"])
 
-    def sensitivity(self, recipe: Int8Recipe) -> dict[str, dict[str, Any]]:
+    def sensitivity(self, candidate: Int8Candidate) -> dict[str, dict[str, Any]]:
         """Error and alpha of every layer."""
-        plan = self.plan(recipe)
+        plan = self.plan(candidate)
         return {name: {"error": plan.errors[name], "alpha": plan.alphas[name]} for name in plan.errors}
 
-    def plan(self, recipe: Int8Recipe) -> Int8Plan:
-        """What `recipe` means, but for the layers that it leaves in float; the answer is kept."""
-        key = recipe.samples, recipe.alpha
+    def plan(self, candidate: Int8Candidate) -> Int8Plan:
+        """What `candidate` means, but for the layers that it leaves in float; the answer is kept."""
+        key = candidate.samples, candidate.alpha
         if key not in self._plans:
-            alphas = self._auto_alphas(recipe.samples) if recipe.alpha == AUTO else {}
+            alphas = self._auto_alphas(candidate.samples) if candidate.alpha == AUTO else {}
             plan = Int8Plan({}, {}, {})
-            for group in self._groups(recipe.samples):
-                alpha = alphas.get(group.name, recipe.alpha) if is_smoothed(group, self.model) else None
-                parameters, errors = self._measure(recipe.samples, group, alpha)
+            for group in self._groups(candidate.samples):
+                alpha = alphas.get(group.name, candidate.alpha) if is_smoothed(group, self.model) else None
+                parameters, errors = self._measure(candidate.samples, group, alpha)
                 names = [layer.name for layer in group.layers]
                 plan.parameters.update(zip(names, parameters, strict=True))
                 plan.errors.update(zip(names, errors, strict=True))
@@ -106,19 +103,19 @@ class StaticQuantizer:
             self._plans[key] = plan
         return self._plans[key]
 
-    def quantized(self, recipe: Int8Recipe) -> nn.Module:
-        """A new model that computes as `recipe` says; the float weights that stay are copied."""
-        plan = self.plan(recipe)
-        in_float = set(recipe.float_modules)
+    def quantized(self, candidate: Int8Candidate) -> nn.Module:
+        """A new model that computes as `candidate` says; the float weights that stay are copied."""
+        plan = self.plan(candidate)
+        in_float = set(candidate.float_modules)
         for group in observed(self.model).groups:
             for layer in group.layers:
                 layer.parameters = plan.parameters.get(layer.name)
                 layer.quantized = layer.parameters is not None and layer.name not in in_float
         return convert(self.model)
 
-    def result(self, model: nn.Module, recipe: Int8Recipe, inplace: bool) -> nn.Module:
-        """`model`, or a copy, as `prepare` makes it, with the parameters that `recipe` means loaded."""
-        plan, example = self.plan(recipe), self.statistics.example
+    def result(self, model: nn.Module, candidate: Int8Candidate, inplace: bool) -> nn.Module:
+        """`model`, or a copy, as `prepare` makes it, with the parameters that `candidate` means."""
+        plan, example = self.plan(candidate), self.calibration.example
         prepared = prepare(
             model,
             _mapping(plan.alphas),
@@ -126,30 +123,24 @@ class StaticQuantizer:
             inplace=inplace,
             example_kwarg_inputs=example.kwargs or None,
         )
+        in_float = set(candidate.float_modules)
         for group in observed(prepared).static_groups:
-            seen = self.statistics.observers[recipe.samples].get(group.name)
-            if seen is not None and isinstance(group.observer, SmoothQuantActivationObserver):
-                group.observer.load_state_dict(seen.state_dict(), strict=False)
-            elif seen is not None:
-                group.observer.load_state_dict(seen.act_obs.state_dict())
-        with tempfile.TemporaryDirectory(prefix="ipex_quant_autotune_") as folder:
-            path = Path(folder) / "qconf_summary.json"
-            prepared.save_qconf_summary(qconf_summary=path)
-            path.write_text(json.dumps(_in_float(json.loads(path.read_text()), recipe.float_modules)))
-            prepared.load_qconf_summary(qconf_summary=path)
+            for layer in group.layers:
+                layer.parameters = plan.parameters.get(layer.name)
+                layer.quantized = layer.name not in in_float
         return prepared
 
-    def _searched_layers(self, recipe: Int8Recipe) -> list[Layer]:
+    def _searched_layers(self, candidate: Int8Candidate) -> list[Layer]:
         modules = dict(self.model.named_modules())
         return [
             Layer(name, layer_type(name, modules[name]), error, modules[name].weight.numel())
-            for name, error in self.plan(recipe).errors.items()
+            for name, error in self.plan(candidate).errors.items()
             if name not in self.always_float
         ]
 
     def _groups(self, samples: int) -> Iterator[ObservedGroup]:
-        reached = self.statistics.observers[samples]
-        yield from (group for group in self.statistics.groups if group.name in reached)
+        reached = self.calibration.observers[samples]
+        yield from (group for group in self.calibration.groups if group.name in reached)
 
     def _auto_alphas(self, samples: int) -> dict[str, float]:
         """The alpha of least error for every share group, or for all of a transformer block by what that returns."""
@@ -163,13 +154,13 @@ class StaticQuantizer:
             # Of equal ones that closest to the first: extremes serve the sample rather than the data.
             best = min(errors, key=lambda alpha: (errors[alpha], abs(alpha - self.alpha_search.first)))
             found |= {group.name: best for group in members}
-        for group in self.statistics.groups:
+        for group in self.calibration.groups:
             group.reset()  # running blocks has shown them data
         return found
 
     def _error(self, samples: int, name: str, members: list[ObservedGroup], alpha: float) -> float:
         """Of the share group, or the block, called `name`."""
-        call = self.statistics.block_calls.get(name)
+        call = self.calibration.block_calls.get(name)
         if call is None:
             return sum(self._combined(samples, group, alpha) for group in members)
         parameters = {}
@@ -187,13 +178,13 @@ class StaticQuantizer:
         """The parameters of the layers of `group`, and their errors."""
         whole, half = self._both_parameters(samples, group, alpha)
         modules = [self.model.get_submodule(layer.name) for layer in group.layers]
-        return whole, int8_errors(modules, self.statistics.samples[group.name], half)
+        return whole, int8_errors(modules, self.calibration.samples[group.name], half)
 
     def _both_parameters(
         self, samples: int, group: ObservedGroup, alpha: float | None
     ) -> tuple[list[LayerParameters], list[LayerParameters]]:
         """The parameters from all the data, and from the half of it that the sample is not of, to judge them by."""
-        observer = self.statistics.observers[samples][group.name]
+        observer = self.calibration.observers[samples][group.name]
         whole = self._parameters(observer, group, alpha)
         if alpha is None or not has_data(observer.other_half):
             return whole, whole
@@ -204,15 +195,12 @@ class StaticQuantizer:
     ) -> list[LayerParameters]:
         """What the layers of `group` are quantized with; `channels` are in place of the observer's own."""
         kind = QuantizationKind.STATIC if alpha is None else QuantizationKind.SMOOTH_QUANT
-        stand_in = ObservedGroup(group.layers, kind)
-        stand_in.observer = copy.copy(observer)
-        stand_in.observer._modules = {**observer._modules, "ic_obs": channels or observer.ic_obs}
-        stand_in.observer.alpha = alpha
-        return Observed([]).parameters(self.model, stand_in)
+        modules = {layer.name: self.model.get_submodule(layer.name) for layer in group.layers}
+        return layer_parameters(kind, observer, modules, group.layers[0].qconfig, alpha, channels)
 
     def _block_of(self, name: str) -> str | None:
         """The name of the transformer block whose call was kept that a layer is in."""
-        return next((block for block in self.statistics.block_calls if name.startswith(f"{block}.")), None)
+        return next((block for block in self.calibration.block_calls if name.startswith(f"{block}.")), None)
 
 
 def layer_type(name: str, module: nn.Module) -> str:
@@ -230,14 +218,3 @@ def _mapping(alphas: Mapping[str, float | None]) -> QConfigMapping:
             made[alpha] = get_smooth_quant_qconfig_mapping(alpha).global_qconfig
         mapping.set_module_name(name, made[alpha])
     return mapping
-
-
-def _in_float(summary: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """`summary`, changed so that it leaves the layers `names` in float."""
-    for infos in summary.values():
-        for op in infos["q_op_infos"].values():
-            if op["fqn"] in names:
-                for info in (*op["input_tensor_infos"], *op["weight_tensor_infos"]):
-                    info["inf_dtype"] = info["orig_dtype"]
-                op["input_tensor_infos"][0]["force_dtype"] = "torch.float32"
-    return summary

@@ -18,7 +18,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Trial:
-    """One recipe that was measured.
+    """One candidate that was measured.
 
     `loss` is how much worse `metric` is than the float model's, `met` whether the criterion allows that. `model_bytes`
     counts all parameters and buffers, `bytes_per_weight` those of the quantized layers and of the linear layers left in
@@ -71,9 +71,9 @@ class TrialRecord:
         self.head |= {"baseline": metric, "baseline_seconds": seconds}
         self._write()
 
-    def recall(self, recipe: Mapping[str, Any]) -> Trial | None:
-        """The trial of an earlier run with the same recipe, None when there is none."""
-        return self._earlier.get(json.dumps(recipe))
+    def recall(self, candidate: Mapping[str, Any]) -> Trial | None:
+        """The trial of an earlier run with the same candidate, None when there is none."""
+        return self._earlier.get(json.dumps(candidate))
 
     def add(self, trial: Trial) -> None:
         """Append a trial."""

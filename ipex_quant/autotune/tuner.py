@@ -1,4 +1,4 @@
-"""`autotune`: the best recipe within an accuracy budget."""
+"""`autotune`: the best candidate within an accuracy budget."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
@@ -17,17 +18,17 @@ from ..conversion.rules import choose_qconfigs
 from ..evaluation import model_bytes
 from ..numerics.digest import tensor_digest
 from .agreement import agreement
-from .batches import read_batches, tensors
+from .batches import read_batches
+from .calibration_pass import collect
+from .candidate import Int8Candidate, WeightOnlyCandidate
 from .constraints import float_layers
 from .criterion import Criterion, measured
-from .loop import run_trials, tuning_parts
-from .recipe import Int8Recipe, WeightOnlyRecipe
+from .loop import run_trials
 from .report import Report, checked_report_path
 from .search import Search, best_trial
 from .sizes import decode_step_ms, read_bandwidth, weight_bytes
-from .smoothing import read_smoothquant_args
+from .smoothquant_args import read_smoothquant_args
 from .static import StaticQuantizer
-from .statistics import collect
 from .trials import Trial, TrialRecord
 from .weight_only import WeightOnlyQuantizer, WeightOnlySpace
 
@@ -35,25 +36,25 @@ logger = logging.getLogger("ipex_quant")
 
 DEFAULT_SAMPLING_SIZES = (100,)
 
-_RECIPES: dict[str, Any] = {"int8": Int8Recipe, "weight_only": WeightOnlyRecipe}
+_CANDIDATES: dict[str, Any] = {"int8": Int8Candidate, "weight_only": WeightOnlyCandidate}
 
 
 class Quantizer(Protocol):
     """What the tuner asks of a way to quantize."""
 
     def search(self) -> Search:
-        """Yields the recipes to try."""
+        """Yields the candidates to try."""
 
-    def quantized(self, recipe: Any) -> nn.Module:
-        """A new model that computes as `recipe` says."""
+    def quantized(self, candidate: Any) -> nn.Module:
+        """A new model that computes as `candidate` says."""
 
     def cost(self, trial: Trial) -> float:
         """What counts before accuracy among the trials that meet the criterion; less is better."""
 
-    def sensitivity(self, recipe: Any) -> dict[str, dict[str, Any]]:
+    def sensitivity(self, candidate: Any) -> dict[str, dict[str, Any]]:
         """What is known of the layers, their `error` first, by name."""
 
-    def result(self, model: nn.Module, recipe: Any, inplace: bool) -> nn.Module:
+    def result(self, model: nn.Module, candidate: Any, inplace: bool) -> nn.Module:
         """What `autotune` returns."""
 
 
@@ -77,7 +78,7 @@ def autotune(
 ) -> nn.Module:
     """Find how to quantize `model` within an accuracy budget: to static INT8, or only its weights.
 
-    Every trial quantizes a copy, with real kernels, and measures it. Static INT8: first recipes with all layers in
+    Every trial quantizes a copy, with real kernels, and measures it. Static INT8: first candidates with all layers in
     INT8, then the best of them with the most sensitive layers left in float, until one meets the criterion; one
     calibration pass serves all. The result is what `prepare` makes, with the parameters loaded: ``convert`` it, or save
     them by its ``save_qconf_summary`` for ``llm.optimize``.
@@ -93,108 +94,158 @@ def autotune(
       INT8 only.
     - `eval_func(model)` returns a number of which more is better. Without it, it is 1 less the squared error of the
       outputs for the calibration data relative to the float model's.
-    - `op_type_dict`: see `constraints.float_layers`; `smoothquant_args`: see `smoothing.read_smoothquant_args`.
-    - `sampling_sizes` are the numbers of samples to calibrate on, [100] by default; for static INT8 each is a recipe.
+    - `op_type_dict`: see `constraints.float_layers`; `smoothquant_args`: see `smoothquant_args.read_smoothquant_args`.
+    - `sampling_sizes` are the numbers of samples to calibrate on, [100] by default; static INT8 tries each.
     - `accuracy_criterion` is ``{"relative": 0.01}``, the default, or ``{"absolute": ...}``: the largest loss allowed.
-    - `tuning_time`: 0 ends at the first recipe that meets the criterion; seconds above it go on looking for a smaller
-      or a more accurate one until they are over, or nothing is left to try.
+    - `tuning_time`: 0 ends at the first candidate that meets the criterion; seconds above it go on looking for a
+      smaller or a more accurate one until they are over, or nothing is left to try.
     - `quantization_config`: a `WeightOnlySpace`, or a weight-only mapping: its global configuration is all there is to
       try then, and what its rules leave in float stays there.
     - `record` is a file for the trials, replaced at once after each. If it exists, tuning goes on after its trials.
     - `report` names files for the `Report`: .html, .json, or .svg for its plot of metric against size.
     - `seed` draws samples of the layers' inputs. With the same seed and data, trials and result are the same.
 
-    `model` is unchanged unless `inplace`. Warns, naming the gap, when no recipe meets the criterion: the result is then
-    the most accurate. A list as sixth argument is `sampling_sizes`, and those after it follow, as in IPEX 2.8. Raises
-    TypeError or ValueError for bad arguments and for a metric that is no finite number, ImportError without
-    neural-compressor.
+    `model` is unchanged unless `inplace`. Warns, naming the gap, when no candidate meets the criterion: the result is
+    then the most accurate. A list as sixth argument is `sampling_sizes`, and those after it follow, as in IPEX 2.8.
+    Raises TypeError or ValueError for bad arguments and for a metric that is no finite number, ImportError for a report
+    as .svg without matplotlib.
     """
     if isinstance(smoothquant_args, (list, tuple)) or isinstance(sampling_sizes, Mapping):  # as IPEX 2.8 has it
         tuning_time = tuning_time if isinstance(accuracy_criterion, Mapping | None) else accuracy_criterion
         smoothquant_args, sampling_sizes, accuracy_criterion = None, smoothquant_args, sampling_sizes
-    _check_arguments(model, calib_func, eval_func, tuning_time)
-    tuning_parts()  # before anything is computed
-    weight_only = quantization_config is not None or max_bytes_per_weight is not None
-    if weight_only and (smoothquant_args is not None or calib_func is not None):
-        raise ValueError("smoothquant_args, calib_func: they are for static INT8; leave them out to quantize weights")
-    reports = [checked_report_path(path) for path in ([report] if isinstance(report, (str, os.PathLike)) else report)]
-    criterion = Criterion.of(accuracy_criterion)
-    sizes = _checked_sizes(sampling_sizes)
-    always_float = float_layers(model, op_type_dict)
-    alphas, alpha_search = read_smoothquant_args(smoothquant_args)
-    space = WeightOnlySpace.of(quantization_config)
-    if isinstance(quantization_config, QConfigMapping):
-        always_float |= choose_qconfigs(quantization_config, model)[1].keys()
+    options = TuningOptions(
+        calib_func=calib_func,
+        eval_func=eval_func,
+        op_type_dict=op_type_dict,
+        smoothquant_args=smoothquant_args,
+        sampling_sizes=sampling_sizes,
+        accuracy_criterion=accuracy_criterion,
+        tuning_time=tuning_time,
+        quantization_config=quantization_config,
+        max_bytes_per_weight=max_bytes_per_weight,
+        record=record,
+        report=report,
+        seed=seed,
+        inplace=inplace,
+    )
+    return tune(model, calib_dataloader, options)[0]
+
+
+@dataclass(frozen=True)
+class TuningOptions:
+    """The options of `autotune`, with their defaults."""
+
+    calib_func: Callable[[nn.Module], Any] | None = None
+    eval_func: Callable[[nn.Module], float] | None = None
+    op_type_dict: Mapping[str, Any] | None = None
+    smoothquant_args: Mapping[str, Any] | None = None
+    sampling_sizes: Sequence[int] | None = None
+    accuracy_criterion: Mapping[str, float] | None = None
+    tuning_time: float = 0
+    quantization_config: WeightOnlySpace | QConfigMapping | None = None
+    max_bytes_per_weight: float | None = None
+    record: str | os.PathLike | None = None
+    report: str | os.PathLike | Sequence[str | os.PathLike] = ()
+    seed: int = 0
+    inplace: bool = False
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether only weights are quantized."""
+        return self.quantization_config is not None or self.max_bytes_per_weight is not None
+
+    @property
+    def reports(self) -> list[Path]:
+        """The files to report to; ValueError for one that cannot be."""
+        one = isinstance(self.report, (str, os.PathLike))
+        return [checked_report_path(path) for path in ([self.report] if one else self.report)]
+
+
+def tune(
+    model: nn.Module, calib_dataloader: Iterable[Any], options: TuningOptions | None = None
+) -> tuple[nn.Module, Report]:
+    """What `autotune` returns, and the report of how it was found."""
+    options = options or TuningOptions()
+    _check_arguments(model, options)
+    reports = options.reports
+    criterion = Criterion.of(options.accuracy_criterion)
+    sizes = _checked_sizes(options.sampling_sizes)
+    always_float = float_layers(model, options.op_type_dict)
+    alphas, alpha_search = read_smoothquant_args(options.smoothquant_args)
+    space, max_bytes = WeightOnlySpace.of(options.quantization_config), options.max_bytes_per_weight
+    if isinstance(options.quantization_config, QConfigMapping):
+        always_float |= choose_qconfigs(options.quantization_config, model)[1].keys()
     batches = read_batches(model, calib_dataloader, sizes[-1])
 
     identity = {
         "criterion": str(criterion),
-        "space": repr((space, _checked_size(max_bytes_per_weight)) if weight_only else (alphas, alpha_search)),
+        "space": repr((space, max_bytes) if options.weight_only else (alphas, alpha_search)),
         "sampling_sizes": list(sizes),
         "float": sorted(always_float),
-        "seed": seed,
+        "seed": options.seed,
         "model": tensor_digest(model.state_dict().items()),
-        "data": tensor_digest((str(i), tensor) for i, batch in enumerate(batches) for tensor in tensors(batch)),
+        "data": tensor_digest((str(i), tensor) for i, batch in enumerate(batches) for tensor in batch.tensors()),
     }
-    trials = TrialRecord(record, identity)
-    eval_func = eval_func or agreement(model, batches)
+    trials = TrialRecord(options.record, identity)
+    eval_func = options.eval_func or agreement(model, batches)
     measure = _Measure(eval_func, criterion, _baseline(model, eval_func, criterion, trials))
     start = time.perf_counter()
     quantizer: Quantizer
-    if weight_only:
-        quantizer = WeightOnlyQuantizer(model, batches, space, max_bytes_per_weight, always_float, seed)
+    if options.weight_only:
+        quantizer = WeightOnlyQuantizer(model, batches, space, max_bytes, always_float, options.seed)
     else:
-        statistics = collect(model, batches, sizes, calib_func, seed, alpha_search.by_block)
-        quantizer = StaticQuantizer(statistics, alphas, alpha_search, always_float)
+        calibration = collect(model, batches, sizes, options.calib_func, options.seed, alpha_search.by_block)
+        quantizer = StaticQuantizer(calibration, alphas, alpha_search, always_float)
 
     search = quantizer.search()
     setup = time.perf_counter() - start
 
     def is_over() -> bool:
-        return setup + trials.seconds >= tuning_time if tuning_time > 0 else trials.trials[-1].met
+        seconds = options.tuning_time
+        return setup + trials.seconds >= seconds if seconds > 0 else trials.trials[-1].met
 
-    done = run_trials(search, lambda recipe, index: measure(quantizer, recipe, index), trials, is_over)
+    done = run_trials(search, lambda candidate, index: measure(quantizer, candidate, index), trials, is_over)
     best = best_trial(done, quantizer.cost)
-    recipe = _RECIPES[best.recipe["kind"]].from_json(best.recipe)
-    trials.finish(best, quantizer.sensitivity(recipe))
-    summary = Report(trials.baseline, str(criterion), best.index, done, trials.sensitivity)
-    logger.info("autotune:\n%s", summary.table())
+    candidate = _CANDIDATES[best.recipe["kind"]].from_json(best.recipe)
+    trials.finish(best, quantizer.sensitivity(candidate))
+    report = Report(trials.baseline, str(criterion), best.index, done, trials.sensitivity)
+    logger.info("autotune:\n%s", report.table())
     for path in reports:
-        summary.write(path)
+        report.write(path)
     if not best.met:
         warnings.warn(
-            f"autotune: no recipe of {len(done)} meets the criterion, a loss of at most {criterion}: the best, "
+            f"autotune: no candidate of {len(done)} meets the criterion, a loss of at most {criterion}: the best, "
             f"{best.label}, loses {best.loss:.4g}, {best.loss - criterion.tolerance:.4g} too much",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return quantizer.result(model, recipe, inplace)
+    return quantizer.result(model, candidate, options.inplace), report
 
 
 @dataclass
 class _Measure:
-    """Makes trials of recipes."""
+    """Makes trials of candidates."""
 
     eval_func: Callable[[nn.Module], float]
     criterion: Criterion
     baseline: float
     _bandwidth: float | None = None
 
-    def __call__(self, quantizer: Quantizer, recipe: Any, index: int) -> Trial:
+    def __call__(self, quantizer: Quantizer, candidate: Any, index: int) -> Trial:
         start = time.perf_counter()
-        candidate = quantizer.quantized(recipe)
-        metric = measured(self.eval_func, candidate)
+        model = quantizer.quantized(candidate)
+        metric = measured(self.eval_func, model)
         loss = self.criterion.loss(self.baseline, metric)
-        read, weights = weight_bytes(candidate)
-        step = decode_step_ms(candidate)
+        read, weights = weight_bytes(model)
+        step = decode_step_ms(model)
         self._bandwidth = self._bandwidth or read_bandwidth()
         return Trial(
             index=index,
-            recipe=recipe.to_json(),
-            label=str(recipe),
+            recipe=candidate.to_json(),
+            label=str(candidate),
             metric=metric,
             loss=loss,
             met=self.criterion.met(loss),
-            model_bytes=model_bytes(candidate),
+            model_bytes=model_bytes(model),
             bytes_per_weight=read / weights,
             predicted_ms=None if step is None else 1e3 * read / self._bandwidth,
             measured_ms=step,
@@ -202,14 +253,20 @@ class _Measure:
         )
 
 
-def _check_arguments(model: Any, calib_func: Any, eval_func: Any, tuning_time: Any) -> None:
+def _check_arguments(model: Any, options: TuningOptions) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    for name, function in (("calib_func", calib_func), ("eval_func", eval_func)):
+    for name in ("calib_func", "eval_func"):
+        function = getattr(options, name)
         if function is not None and not callable(function):
             raise TypeError(f"{name}: expected a function of the model, got {type(function).__name__}")
+    tuning_time, size = options.tuning_time, options.max_bytes_per_weight
     if isinstance(tuning_time, bool) or not isinstance(tuning_time, (int, float)) or not tuning_time >= 0:
         raise ValueError(f"tuning_time: expected seconds, at least 0, got {tuning_time!r}")
+    if size is not None and (isinstance(size, bool) or not isinstance(size, (int, float)) or not size > 0):
+        raise ValueError(f"max_bytes_per_weight: expected a number above 0, got {size!r}")
+    if options.weight_only and (options.smoothquant_args is not None or options.calib_func is not None):
+        raise ValueError("smoothquant_args, calib_func: they are for static INT8; leave them out to quantize weights")
 
 
 def _checked_sizes(sampling_sizes: Sequence[int] | None) -> tuple[int, ...]:
@@ -221,13 +278,6 @@ def _checked_sizes(sampling_sizes: Sequence[int] | None) -> tuple[int, ...]:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"sampling_sizes: expected positive integers, got {size!r}")
     return tuple(sorted(set(sizes)))
-
-
-def _checked_size(max_bytes_per_weight: Any) -> float | None:
-    value = max_bytes_per_weight
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
-        raise ValueError(f"max_bytes_per_weight: expected a number above 0, got {value!r}")
-    return value
 
 
 def _baseline(

@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 from tqdm import tqdm
 
 from .. import ops
 from ..conversion.example import Example
+from ..conversion.found import FoundWeights
 from ..conversion.prepare import convert, prepare
-from ..conversion.qconfig import DEFAULT_ACT_QUANT_MODE, QConfigWoq, get_weight_only_quant_qconfig_mapping
+from ..conversion.qconfig import DEFAULT_ACT_QUANT_MODE, get_weight_only_quant_qconfig_mapping
 from ..conversion.rules import choose_qconfigs
 from ..conversion.swap import with_split_attentions
 from ..nn.fused_forward import restored_forwards
-from ..nn.linears import is_linear, weight_matrix
+from ..nn.linears import is_linear, output_head, weight_matrix
 from ..numerics.affine import dequantize
-from ..numerics.quantized_weight import QuantizedWeight
-from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
+from ..numerics.scheme import QConfigWoq, WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
 from ..smoothquant.tracing import trace_groups
 from ..woq.awq_blocks import awq_blocks
+from ..woq.gptq import BITS
 from ..woq.gptq_blocks import quantize_blocks
 from ..woq.towers import find_blocks
 from .allocation import Option, allocate
+from .candidate import WeightOnlyCandidate
 from .divergence import sample_layers
-from .recipe import WeightOnlyRecipe
 from .search import Search, search_weight_only
 from .trials import Trial
 
 ALGORITHMS = ("gptq", "awq", "rtn")
 SIZE_STEP = 1.05
 """By how much the sizes grow that are tried without a budget."""
-
-GPTQ_DTYPES = (WoqWeightDtype.INT4, WoqWeightDtype.INT8)
 
 
 @dataclass(frozen=True)
@@ -97,22 +95,11 @@ class WeightOnlySpace:
         """All that can be computed in `lowp_mode`; ValueError when there is none."""
         found: dict[WeightScheme, None] = {}
         for dtype, group_size, qscheme in itertools.product(self.weight_dtypes, self.group_sizes, self.qschemes):
-            try:
-                qconfig = _qconfig(dtype, group_size, qscheme, lowp_mode, self.act_quant_mode)
-            except ValueError:
-                continue  # no such combination
-            found[WeightScheme(dtype, qconfig.weight_qscheme == WoqWeightQScheme.SYMMETRIC, group_size)] = None
+            with suppress(ValueError):  # no such combination
+                found[_qconfig(dtype, group_size, qscheme, lowp_mode, self.act_quant_mode).scheme] = None
         if not found:
             raise ValueError(f"quantization_config: none of its combinations exists for lowp_mode {lowp_mode.name}")
         return list(found)
-
-
-@dataclass(frozen=True)
-class FoundWeights:
-    """What an algorithm found: quantized weights by module name, and new values of other parameters by theirs."""
-
-    weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
-    parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class WeightOnlyQuantizer:
@@ -136,7 +123,7 @@ class WeightOnlyQuantizer:
         self.max_bytes_per_weight = max_bytes_per_weight
         chosen, _ = choose_qconfigs(get_weight_only_quant_qconfig_mapping(), model)
         self.layers = [name for name in chosen if is_linear(model.get_submodule(name))]
-        self.head = _output_layer(model)
+        self.head = output_head(model)
         self.always_float = always_float & set(self.layers)
         self.groups = self._share_groups()
         if set(self.groups) == self.always_float:
@@ -154,37 +141,37 @@ class WeightOnlyQuantizer:
         self._found: tuple[Any, FoundWeights] = (None, FoundWeights())
 
     def search(self) -> Search:
-        """The recipes to try; ValueError when none is within the budget."""
-        recipes = [
-            [recipe for lowp_mode in self.space.lowp_modes for recipe in self._recipes(budget, lowp_mode)]
+        """The candidates to try; ValueError when none is within the budget."""
+        candidates = [
+            [candidate for lowp_mode in self.space.lowp_modes for candidate in self._candidates(budget, lowp_mode)]
             for budget in self._budgets()
         ]
-        recipes = [of_one_size for of_one_size in recipes if of_one_size]
-        if not recipes:
+        candidates = [of_one_size for of_one_size in candidates if of_one_size]
+        if not candidates:
             raise ValueError(
                 f"max_bytes_per_weight: {self.max_bytes_per_weight:g} is too few for all of the schemes; the smallest "
                 f"take {self._smallest():.4f}"
             )
-        return search_weight_only(recipes)
+        return search_weight_only(candidates)
 
     def cost(self, trial: Trial) -> float:
         """What counts before accuracy: nothing within a budget, else the size."""
         return trial.bytes_per_weight if self.max_bytes_per_weight is None else 0.0
 
-    def quantized(self, recipe: WeightOnlyRecipe) -> nn.Module:
-        """A new model that computes as `recipe` says."""
-        return self.result(self.model, recipe, inplace=False)
+    def quantized(self, candidate: WeightOnlyCandidate) -> nn.Module:
+        """A new model that computes as `candidate` says."""
+        return self.result(self.model, candidate, inplace=False)
 
-    def result(self, model: nn.Module, recipe: WeightOnlyRecipe, inplace: bool) -> nn.Module:
-        """`model`, or a copy, quantized as `recipe` says."""
-        key = recipe.algorithm, recipe.schemes
+    def result(self, model: nn.Module, candidate: WeightOnlyCandidate, inplace: bool) -> nn.Module:
+        """`model`, or a copy, quantized as `candidate` says."""
+        key = candidate.algorithm, candidate.schemes
         if self._found[0] != key:
-            self._found = key, find_weights(self.model, self.batches, recipe)
-        return quantized_model(model, recipe, self._found[1], self.space.act_quant_mode, inplace)
+            self._found = key, find_weights(self.model, self.batches, candidate)
+        return quantized_model(model, candidate, self._found[1], self.space.act_quant_mode, inplace)
 
-    def sensitivity(self, recipe: WeightOnlyRecipe) -> dict[str, dict[str, Any]]:
+    def sensitivity(self, candidate: WeightOnlyCandidate) -> dict[str, dict[str, Any]]:
         """Scheme and estimated error of every share group, by the name of its first layer."""
-        schemes = dict(recipe.schemes)
+        schemes = dict(candidate.schemes)
         found = {}
         for name, options in self.options.items():
             option = next(option for option in options if option.scheme == schemes[name])
@@ -242,7 +229,7 @@ class WeightOnlyQuantizer:
                     choice[name] = allowed[scheme if quantized else None]
                 yield choice
 
-    def _recipes(self, budget: float, lowp_mode: WoqLowpMode) -> Iterator[WeightOnlyRecipe]:
+    def _candidates(self, budget: float, lowp_mode: WoqLowpMode) -> Iterator[WeightOnlyCandidate]:
         """Within `budget` bytes the mixed choice and the uniform one of least estimated error, by each algorithm."""
         fitting = [each for each in self._uniform(lowp_mode) if sum(o.bytes for o in each.values()) <= budget]
         choices = [min(fitting, key=lambda each: sum(o.error for o in each.values()))] if fitting else []
@@ -252,7 +239,7 @@ class WeightOnlyQuantizer:
         for choice in choices:
             schemes = tuple((name, choice[first].scheme) for first, group in self.groups.items() for name in group)
             for algorithm in self._algorithms():
-                yield WeightOnlyRecipe(algorithm, lowp_mode, schemes)
+                yield WeightOnlyCandidate(algorithm, lowp_mode, schemes)
 
     def _algorithms(self) -> Sequence[str]:
         """Those of the space; only rounding to nearest where there are no transformer blocks, by default."""
@@ -281,46 +268,39 @@ class WeightOnlyQuantizer:
         return {members[0]: tuple(members) for members in together if members}
 
 
-def find_weights(model: nn.Module, batches: Sequence[Example], recipe: WeightOnlyRecipe) -> FoundWeights:
-    """What the algorithm of `recipe` makes of the layers in transformer blocks; nothing when it rounds to nearest.
+def find_weights(model: nn.Module, batches: Sequence[Example], candidate: WeightOnlyCandidate) -> FoundWeights:
+    """What the algorithm of `candidate` makes of the layers in transformer blocks; nothing when it rounds to nearest.
 
     GPTQ leaves layers of a dtype that it does not know to rounding.
     """
-    schemes = {name: scheme for name, scheme in recipe.schemes if scheme is not None}
-    if recipe.algorithm == "rtn":
+    schemes = {name: scheme for name, scheme in candidate.schemes if scheme is not None}
+    if candidate.algorithm == "rtn":
         return FoundWeights()
-    inputs = [_by_name(model, batch) for batch in batches]
-    if recipe.algorithm == "awq":
+    inputs = [batch.by_name(model) for batch in batches]
+    if candidate.algorithm == "awq":
         result = awq_blocks(model, inputs, schemes.get)
         return FoundWeights(result.weights, result.parameters)
-    suited = {name: scheme for name, scheme in schemes.items() if scheme.dtype in GPTQ_DTYPES}
+    suited = {name: scheme for name, scheme in schemes.items() if scheme.dtype in BITS}
     return FoundWeights(quantize_blocks(model, inputs, suited.get))
 
 
 def quantized_model(
     model: nn.Module,
-    recipe: WeightOnlyRecipe,
+    candidate: WeightOnlyCandidate,
     found: FoundWeights,
     act_quant_mode: WoqActQuantMode,
     inplace: bool,
 ) -> nn.Module:
-    """`model`, or a copy, with the layers of `recipe` quantized: as `found`, or else rounded to nearest."""
+    """`model`, or a copy, with the layers of `candidate` quantized: as `found`, or else rounded to nearest."""
     mapping = QConfigMapping()
-    for name, scheme in recipe.schemes:
+    for name, scheme in candidate.schemes:
         qconfig = None
         if scheme is not None:
-            qscheme = WoqWeightQScheme.SYMMETRIC if scheme.symmetric else WoqWeightQScheme.ASYMMETRIC
-            qconfig = _qconfig(scheme.dtype, scheme.group_size, qscheme, recipe.lowp_mode, act_quant_mode)
+            qconfig = _qconfig(scheme.dtype, scheme.group_size, scheme.qscheme, candidate.lowp_mode, act_quant_mode)
         mapping.set_module_name(name, qconfig)
     prepared = prepare(model, mapping, inplace=inplace)
-    for name, value in found.parameters.items():
-        owner, _, key = name.rpartition(".")
-        old = prepared.get_parameter(name)  # replaced, since a copy's has the memory of the model's
-        setattr(prepared.get_submodule(owner), key, nn.Parameter(value.to(old.dtype), old.requires_grad))
-    converted = convert(prepared, inplace=True)
-    for name, weight in found.weights.items():
-        converted.get_submodule(name)._set_weight(weight)
-    return converted
+    found.put_into(prepared)
+    return convert(prepared, inplace=True)
 
 
 def _qconfig(
@@ -340,14 +320,3 @@ def _qconfig(
         lowp_mode=lowp_mode,
         act_quant_mode=act_quant_mode if quantizes else DEFAULT_ACT_QUANT_MODE,
     ).global_qconfig
-
-
-def _output_layer(model: nn.Module) -> str | None:
-    """The name of a language model's output layer."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return next((name for name, module in model.named_modules() if module is head), None) if head else None
-
-
-def _by_name(model: nn.Module, batch: Example) -> dict[str, Any]:
-    """The arguments of a batch as keywords."""
-    return {**inspect.signature(model.forward).bind_partial(*batch.args).arguments, **batch.kwargs}

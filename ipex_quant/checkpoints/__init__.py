@@ -1,7 +1,16 @@
 """Quantized checkpoints: one file a format, each between bytes on disk and `QuantizedWeight`."""
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, WeightsInMemory, open_checkpoint
 from .files import load_low_precision_checkpoint
-from .gptq import gptq_tensors, read_gptq
+from .gptq import gptq_config, gptq_tensors, read_gptq, write_gptq
 
-__all__ = ["Checkpoint", "gptq_tensors", "load_low_precision_checkpoint", "open_checkpoint", "read_gptq"]
+__all__ = [
+    "Checkpoint",
+    "WeightsInMemory",
+    "gptq_config",
+    "gptq_tensors",
+    "load_low_precision_checkpoint",
+    "open_checkpoint",
+    "read_gptq",
+    "write_gptq",
+]

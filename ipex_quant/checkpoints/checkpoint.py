@@ -96,9 +96,47 @@ class Checkpoint(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
         return bias
 
 
-def open_checkpoint(low_precision_checkpoint: object) -> Checkpoint:
+@dataclass(frozen=True, eq=False)
+class WeightsInMemory(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
+    """Quantized weights by module name, read as a `Checkpoint` is that holds nothing else, biases neither."""
+
+    weights: Mapping[str, QuantizedWeight]
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, init=False)
+
+    def quantized_weight(
+        self, module_name: str, in_features: int | None = None, out_features: int | None = None
+    ) -> tuple[QuantizedWeight, None] | None:
+        """The weight of one module, None when there is none; ValueError when it has another shape."""
+        weight = self.weights.get(module_name)
+        expected = out_features, in_features
+        if weight is None:
+            return None
+        if any(size not in (None, own) for size, own in zip(expected, weight.shape, strict=True)):
+            raise ValueError(f"{module_name}: expected a weight of shape {list(expected)}, got {list(weight.shape)}")
+        return weight, None
+
+    def holds(self, module_name: str) -> bool:
+        """Whether there is a weight for a module."""
+        return module_name in self.weights
+
+    def other_tensors(self) -> dict[str, torch.Tensor]:
+        """None: all but the weights is the model's own."""
+        return {}
+
+    def __getitem__(self, module_name: str) -> tuple[QuantizedWeight, None]:
+        return self.weights[module_name], None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def open_checkpoint(low_precision_checkpoint: object) -> Checkpoint | WeightsInMemory:
     """The `Checkpoint` in any form that `llm.optimize(low_precision_checkpoint=...)` takes:
 
+    - a `QuantizedWeight` of every quantized module, by its name in the model;
     - a state dict, in the API document's form if it has its names, else taken for GPTQ version 1, with a warning;
     - ``(state_dict, config)`` with a `quantization_config`, as `load_low_precision_checkpoint` returns;
     - ``(state_dict, keys)`` with the names of the tensors, such as ``{"weight_key": "packed_weight", ...}``.
@@ -107,6 +145,8 @@ def open_checkpoint(low_precision_checkpoint: object) -> Checkpoint:
     has parts of a module without its weight.
     """
     if isinstance(low_precision_checkpoint, Mapping):
+        if any(isinstance(value, QuantizedWeight) for value in low_precision_checkpoint.values()):
+            return _in_memory(low_precision_checkpoint)
         state_dict = _state_dict(low_precision_checkpoint)
         return _checked(Checkpoint(state_dict, _format_of(state_dict)))
     if not isinstance(low_precision_checkpoint, (tuple, list)):
@@ -126,6 +166,15 @@ def open_checkpoint(low_precision_checkpoint: object) -> Checkpoint:
     by_method = "quant_method" in config
     form = format_from_config(config) if by_method else IpexDefaultFormat.from_config(config)
     return _checked(Checkpoint(state_dict, form))
+
+
+def _in_memory(values: Mapping[str, object]) -> WeightsInMemory:
+    weights = {}
+    for name, weight in values.items():
+        if not isinstance(weight, QuantizedWeight):
+            raise TypeError(f"{name}: expected a QuantizedWeight as the others are, got {type(weight).__name__}")
+        weights[name] = weight
+    return WeightsInMemory(weights)
 
 
 def _state_dict(state_dict: object) -> Mapping[str, torch.Tensor]:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 
-from ..nn import WeightOnlyQuantizedLinear
 from ..nn.linears import is_linear, weight_matrix
-from ..numerics.quantized_weight import QuantizedWeight
-from ..numerics.scheme import WeightScheme, WoqWeightQScheme
+from ..numerics.scheme import QConfigWoq
 from ..woq.awq import AwqOptions
 from ..woq.awq_blocks import awq_blocks
-from .calibration_batches import MAIN_INPUT, calibration_batches
+from .calibration_batches import Samples, calibration_batches
+from .found import FoundWeights
 from .gptq import chosen_head, warn_of_rest
 from .prepare import convert_some, prepare
-from .qconfig import QConfigWoq
 from .rules import choose_qconfigs
-from .swap import swap_modules, with_split_attentions
-from .tying import untie
+from .swap import with_split_attentions
 
 
 def awq(
@@ -66,31 +62,11 @@ def awq(
         if is_linear(linear) and not torch.isfinite(weight_matrix(linear)).all():
             raise ValueError(f"{name}: weight: expected finite values, got NaN or Inf")
     also = chosen_head(model, lm_head)
-    main_input = getattr(model, "main_input_name", MAIN_INPUT)
-    batches = calibration_batches(dataloader, nsamples, pad_max_length, use_max_length, main_input)
-    found = awq_blocks(walked, batches, partial(_scheme_of, chosen), options, also)
+    batches = calibration_batches(model, dataloader, Samples(nsamples, pad_max_length, use_max_length))
+    found = awq_blocks(walked, batches, {name: qconfig.scheme for name, qconfig in chosen.items()}.get, options, also)
     rest = [name for name in chosen if is_linear(walked.get_submodule(name)) and name not in found.weights]
     warn_of_rest(walked, rest, "awq: these linear layers are rounded to nearest")
 
     model = prepare(model, quantization_config, inplace=inplace)
-    for name, value in found.parameters.items():
-        path, _, key = name.rpartition(".")
-        owner = model.get_submodule(path)
-        setattr(owner, key, nn.Parameter(value, owner._parameters[key].requires_grad))
-    untie(model, found.weights)
-    swap_modules(model, {name: partial(_quantized, weight) for name, weight in found.weights.items()})
+    FoundWeights(found.weights, found.parameters).put_into(model)
     return convert_some(model, inplace=True)
-
-
-def _scheme_of(qconfigs: Mapping[str, QConfigWoq], name: str) -> WeightScheme | None:
-    qconfig = qconfigs.get(name)
-    if qconfig is None:
-        return None
-    return WeightScheme(qconfig.weight_dtype, qconfig.weight_qscheme == WoqWeightQScheme.SYMMETRIC, qconfig.group_size)
-
-
-def _quantized(weight: QuantizedWeight, linear: nn.Module) -> nn.Module:
-    qconfig = linear.qconfig
-    bias = linear.bias if linear.bias is not None and linear.bias.any() else None
-    new = WeightOnlyQuantizedLinear.from_quantized_weight(weight, bias, qconfig.lowp_mode, qconfig.act_quant_mode)
-    return new.to(linear.weight.dtype)

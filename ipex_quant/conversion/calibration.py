@@ -23,6 +23,7 @@ from ..numerics.digest import tensor_digest
 from ..observers import check_reducible, describe_observer, reduce_observer
 from ..reading import shown
 from ..writing import check_writable, write_whole
+from .example import Example
 from .observed import observed
 
 
@@ -31,12 +32,12 @@ def calibrate(
 ) -> nn.Module:
     """Run every batch of `dataloader` through `prepared`, without gradients and in eval mode, and return it.
 
-    A batch is a mapping of the forward's arguments, a tuple or list of them, or one tensor. With `checkpoint`, a file,
-    the statistics are saved there, atomically, after every `save_every` batches, at the end and when a batch fails; if
-    the file exists, calibration goes on after the batches it counts, to the same bits. When torch.distributed is
-    initialised, rank r runs the batches r, r + world size, ... of the same dataloader, each rank has a file of its own,
-    and in the end all hold the statistics of all batches. Raises ValueError for batches that the forward does not take,
-    no batches at all, or the checkpoint of another model, and RuntimeError when `prepared` is not or a rank failed.
+    Batches are in the forms of `Example.of_item`. With `checkpoint`, a file, the statistics are saved there,
+    atomically, after every `save_every` batches, at the end and when a batch fails; if the file exists, calibration
+    goes on after the batches it counts, to the same bits. When torch.distributed is initialised, rank r runs the
+    batches r, r + world size, ... of the same dataloader, each rank has a file of its own, and in the end all hold the
+    statistics of all batches. Raises ValueError for batches that the forward does not take, no batches at all, or the
+    checkpoint of another model, and RuntimeError when `prepared` is not or a rank failed.
     """
     observers = observed(prepared).observers()
     if not isinstance(save_every, int) or save_every < 1:
@@ -50,10 +51,10 @@ def calibrate(
     if path is not None and world > 1:
         path = path.with_name(f"{path.name}.rank{rank}-of-{world}")
     identity = "" if path is None else _identity(prepared, observers)
-    statistics = _Statistics(observers, path, save_every, identity)
+    progress = _Progress(observers, path, save_every, identity)
     failure = None
     try:
-        _run(prepared, dataloader, statistics, (rank, world))
+        _run(prepared, dataloader, progress, (rank, world))
     except Exception as error:
         if world == 1:
             raise
@@ -65,43 +66,38 @@ def calibrate(
     return prepared
 
 
-def _run(prepared: nn.Module, dataloader: Iterable[Any], statistics: _Statistics, share: tuple[int, int]) -> None:
+def _run(prepared: nn.Module, dataloader: Iterable[Any], progress: _Progress, share: tuple[int, int]) -> None:
     rank, world = share
-    done = statistics.load()
+    done = progress.load()
     total = len(dataloader) if hasattr(dataloader, "__len__") else None
     index, own = -1, 0
-    with evaluating(prepared), torch.no_grad(), statistics.saved_on_failure():
+    with evaluating(prepared), torch.no_grad(), progress.saved_on_failure():
         for index, batch in enumerate(tqdm(dataloader, "calibrating", total, disable=rank > 0)):
             if index % world != rank:
                 continue
             own += 1
             if own > done:
                 _call(prepared, batch)
-                statistics.count_batch()
+                progress.count_batch()
     if index < 0:
         raise ValueError("dataloader: expected at least one batch, got none")
     if own < done:
         raise ValueError(
-            f"checkpoint: {statistics.path} holds {done} batches, the dataloader has {own}; it belongs to other data"
+            f"checkpoint: {progress.path} holds {done} batches, the dataloader has {own}; it belongs to other data"
         )
-    statistics.save()
+    progress.save()
 
 
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        _check_names(model, set(batch))
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        try:
-            inspect.signature(model.forward).bind(*batch)
-        except TypeError as error:
-            forward = f"{type(model).__name__}.forward{inspect.signature(model.forward)}"
-            raise ValueError(f"batch: {len(batch)} values do not fit {forward}: {error}") from error
-        model(*batch)
-    elif isinstance(batch, torch.Tensor):
-        model(batch)
-    else:
-        raise TypeError(f"batch: expected a mapping, a tuple, a list or a tensor, got {type(batch).__name__}")
+def _call(model: nn.Module, item: Any) -> None:
+    batch = Example.of_item(model, item, "batch")
+    if batch.kwargs:
+        _check_names(model, set(batch.kwargs))
+    try:
+        inspect.signature(model.forward).bind(*batch.args, **batch.kwargs)
+    except TypeError as error:
+        forward = f"{type(model).__name__}.forward{inspect.signature(model.forward)}"
+        raise ValueError(f"batch: {len(batch.args)} values do not fit {forward}: {error}") from error
+    model(*batch.args, **batch.kwargs)
 
 
 def _check_names(model: nn.Module, given: set[str]) -> None:
@@ -148,7 +144,7 @@ def _identity(model: nn.Module, observers: Mapping[str, nn.Module]) -> str:
 
 
 @dataclass
-class _Statistics:
+class _Progress:
     """The statistics of `observers` after `batches` batches, and their file `path`, if any."""
 
     observers: Mapping[str, nn.Module]

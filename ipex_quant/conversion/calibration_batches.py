@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+
+from .example import Example
 
 MAIN_INPUT = "input_ids"
 """What a model takes first, unless it says otherwise."""
@@ -26,37 +30,48 @@ _OF_TOKENS = {
 """Tensors that a batch may be cut along, since none of them belongs to features of another length."""
 
 
-def calibration_batches(
-    dataloader: Iterable[object],
-    nsamples: int,
-    max_length: int,
-    only_full: bool = False,
-    main_input: str = MAIN_INPUT,
-) -> list[dict[str, Any]]:
-    """Keyword arguments for a model from whatever a dataloader yields, as `gptq` documents it.
+@dataclass(frozen=True)
+class Samples:
+    """How much of a dataloader is read: `count` sequences, each cut to `max_length`, shorter ones not if `only_full`.
 
-    A tensor alone is `main_input`. Raises ValueError when `nsamples` or `max_length` is below 1 or no sample is left,
-    TypeError for another kind of item.
+    Raises ValueError for a `count` or `max_length` below 1.
     """
-    if nsamples < 1 or max_length < 1:
-        raise ValueError(f"nsamples and pad_max_length: expected at least 1, got {nsamples} and {max_length}")
+
+    count: int = 128
+    max_length: int = 2048
+    only_full: bool = False
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.max_length < 1:
+            raise ValueError(
+                f"nsamples and pad_max_length: expected at least 1, got {self.count} and {self.max_length}"
+            )
+
+
+def calibration_batches(model: nn.Module, dataloader: Iterable[object], samples: Samples) -> list[dict[str, Any]]:
+    """Keyword arguments for `model` from whatever a dataloader yields, as `gptq` documents it.
+
+    A tensor alone is the model's main input. Raises ValueError when no sample is left, TypeError for another kind of
+    item.
+    """
+    main_input = getattr(model, "main_input_name", MAIN_INPUT)
     batches: list[dict[str, Any]] = []
-    wanted = nsamples
+    wanted = samples.count
     for item in dataloader:
-        batch = _as_batch(item, main_input)
+        batch = _as_batch(model, item, main_input)
         first = _first(batch, main_input)
         length = _length(batch)
-        if first.numel() == 0 or (only_full and length is not None and length < max_length):
+        if first.numel() == 0 or (samples.only_full and length is not None and length < samples.max_length):
             continue
         batch = _cut_rows(batch, len(first), wanted)
         if length is not None and batch.keys() <= _OF_TOKENS:
-            batch = _cut_length(batch, length, max_length)
+            batch = _cut_length(batch, length, samples.max_length)
         batches.append(batch)
         wanted -= len(_first(batch, main_input))
         if wanted <= 0:
             break
     if not batches:
-        least = f" of at least pad_max_length={max_length} tokens" if only_full else ""
+        least = f" of at least pad_max_length={samples.max_length} tokens" if samples.only_full else ""
         raise ValueError(f"dataloader: expected at least one sample{least}, got none")
     return batches
 
@@ -95,17 +110,13 @@ def _cut_length(batch: dict[str, Any], length: int, max_length: int) -> dict[str
     return {name: cut(name, value) for name, value in batch.items()}
 
 
-def _as_batch(item: object, main_input: str) -> dict[str, Any]:
-    while isinstance(item, (tuple, list)) and item:
+def _as_batch(model: nn.Module, item: object, main_input: str) -> dict[str, Any]:
+    while isinstance(item, (tuple, list)) and item:  # what else is in a tuple is labels
         item = item[0]
     if isinstance(item, torch.Tensor):
         item = {main_input: item}
-    if not isinstance(item, Mapping) or not item:
-        raise TypeError(
-            f"dataloader: expected a tensor of {main_input}, a mapping with what the model takes, or a tuple that "
-            f"begins with one, got {type(item).__name__}"
-        )
-    batch = {name: _tensor(name, value) for name, value in item.items() if name != "labels"}
+    given = Example.of_item(model, item, "dataloader").by_name(model)
+    batch = {name: _tensor(name, value) for name, value in given.items() if name != "labels"}
     tokens = batch.get("input_ids")
     if tokens is None:
         if not any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in batch.values()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 if TYPE_CHECKING:
     import datasets
 
-    Source: TypeAlias = datasets.Dataset | datasets.IterableDataset | str | Path | Sequence[str | Path]
+    Source: TypeAlias = datasets.Dataset | datasets.IterableDataset | str | Path | Sequence[str | Path] | Iterator[str]
 
 SHUFFLE_BUFFER = 1000
 """Documents among which the next one is drawn."""
@@ -36,10 +37,11 @@ def calibration_dataloader(
 ) -> DataLoader:
     """Batches ``{"input_ids", "attention_mask"}``, int64 ``[batch_size, sequence_length]``, of `samples` windows.
 
-    `source` is a `datasets.Dataset` or `IterableDataset`, the name of one on the hub (its split "train" is streamed) or
-    one or more local files: .txt, .json, .jsonl or .parquet. `column` holds the text; None is the only column of
-    strings, or else "text". Documents come in an order that `seed` sets, are joined by the tokenizer's end-of-sequence
-    token and cut into windows; no more is read than that takes. Raises ValueError for a source that is missing, empty
+    `source` is a `datasets.Dataset` or `IterableDataset`, the name of one on the hub (its split "train" is streamed),
+    one or more local files: .txt, .json, .jsonl or .parquet, or an iterator of documents, which is read whole.
+    `column` holds the text; None is the only column of strings, or else "text". Documents come in an order that `seed`
+    sets, are joined by the tokenizer's end-of-sequence token and cut into windows; of datasets and files no more is
+    read than that takes. Raises ValueError for a source that is missing, empty
     or too short for one window, RuntimeError when the hub does not deliver, ImportError without `datasets`; warns when
     there are fewer windows than `samples`.
     """
@@ -93,8 +95,13 @@ def _open(source: Source) -> datasets.IterableDataset:
         raise ValueError(_EMPTY)
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         raise ValueError(f"source: expected one split, got a dict of the splits {sorted(source)}")
+    if isinstance(source, Iterator):
+        return datasets.IterableDataset.from_generator(partial(_rows, _checked_documents(source)))
     if not isinstance(source, (str, Path, list, tuple)):
-        raise TypeError(f"source: expected a dataset, a name on the hub or paths, got {type(source).__name__}")
+        raise TypeError(
+            f"source: expected a dataset, a name on the hub, paths or an iterator of documents, got "
+            f"{type(source).__name__}"
+        )
     is_name = isinstance(source, str) and Path(source).suffix not in _BUILDERS and not Path(source).exists()
     if not is_name:
         return _open_files([Path(path) for path in ([source] if isinstance(source, (str, Path)) else source)])
@@ -121,27 +128,44 @@ def _open_files(paths: list[Path]) -> datasets.IterableDataset:
     files = [str(path) for path in paths]
     builder = _BUILDERS[suffixes.pop()]
     if builder == "text":
-        return datasets.IterableDataset.from_generator(_text_documents, gen_kwargs={"files": files})
+        return datasets.IterableDataset.from_generator(_rows_of_files, gen_kwargs={"files": files})
     try:
         return datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
     except Exception as error:  # datasets has one for every format
         raise ValueError(f"source: cannot read {', '.join(files)}: {error}") from error
 
 
-def _text_documents(files: list[str]) -> Iterator[dict[str, str]]:
-    """Documents of text files, cut where a paragraph ends, so that the joining token does not come too often."""
+def _rows_of_files(files: list[str]) -> Iterator[dict[str, str]]:
     for name in files:
         with open(name, encoding="utf-8") as file:
-            lines: list[str] = []
-            size = 0
-            for line in file:
-                lines.append(line)
-                size += len(line)
-                if (size >= TEXT_DOCUMENT_BYTES and not line.strip()) or size >= 8 * TEXT_DOCUMENT_BYTES:
-                    yield {"text": "".join(lines)}
-                    lines, size = [], 0
-            if lines:
-                yield {"text": "".join(lines)}
+            yield from _rows(text_documents(file))
+
+
+def _rows(documents: Iterable[str]) -> Iterator[dict[str, str]]:
+    return ({"text": document} for document in documents)
+
+
+def _checked_documents(documents: Iterator[str]) -> tuple[str, ...]:
+    """All `documents`; TypeError for one that is no string."""
+    read = tuple(documents)
+    for document in read:
+        if not isinstance(document, str):
+            raise TypeError(f"source: expected documents that are strings, got {type(document).__name__}")
+    return read
+
+
+def text_documents(lines: Iterable[str]) -> Iterator[str]:
+    """Documents of a text in `lines`, cut where a paragraph ends, so that the joining token does not come too often."""
+    kept: list[str] = []
+    size = 0
+    for line in lines:
+        kept.append(line)
+        size += len(line)
+        if (size >= TEXT_DOCUMENT_BYTES and not line.strip()) or size >= 8 * TEXT_DOCUMENT_BYTES:
+            yield "".join(kept)
+            kept, size = [], 0
+    if kept:
+        yield "".join(kept)
 
 
 def _text_column(row: Mapping[str, Any], column: str | None) -> str:

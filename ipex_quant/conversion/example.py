@@ -1,9 +1,9 @@
-"""The example that a model is run on once, to see which layers share their inputs."""
+"""`Example`: arguments for one call of a model, from whatever a user or a dataloader gives."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,41 @@ class Example:
         example._check(model)
         return example
 
+    @staticmethod
+    def of_item(model: nn.Module, item: Any, source: str) -> Example:
+        """The arguments for `model` in one item of a dataloader.
+
+        An item is a mapping of the forward's arguments, a tuple or list of them, one tensor, or a pair of one of these
+        and something that is not for the model: the index of the last token, or a label. Raises TypeError, which names
+        the `source`, for anything else.
+        """
+        if isinstance(item, (tuple, list)) and len(item) == 2 and _is_inputs(item[0]) and _is_aside(model, *item):
+            item = item[0]
+        if isinstance(item, Mapping) and item:
+            return Example(kwargs=dict(item))
+        if isinstance(item, torch.Tensor):
+            return Example((item,))
+        if isinstance(item, (tuple, list)) and item:
+            return Example(tuple(item))
+        empty = "an empty " if isinstance(item, (Mapping, tuple, list)) else ""
+        raise TypeError(
+            f"{source}: expected items that are a mapping, a tuple, a list or a tensor, or a pair of one of these and "
+            f"an index or label, got {empty}{type(item).__name__}"
+        )
+
+    def by_name(self, model: nn.Module) -> dict[str, Any]:
+        """The arguments as keywords of the forward of `model`."""
+        return {**inspect.signature(model.forward).bind_partial(*self.args).arguments, **self.kwargs}
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The tensors among the arguments."""
+        yield from (value for value in (*self.args, *self.kwargs.values()) if isinstance(value, torch.Tensor))
+
+    @property
+    def sample_count(self) -> int:
+        """Samples in it: the length of its first tensor."""
+        return next((len(tensor) for tensor in self.tensors() if tensor.dim()), 1)
+
     def run(self, model: nn.Module) -> Any:
         """Call `model` in evaluation mode, without gradients; ValueError when that fails."""
         try:
@@ -69,3 +104,21 @@ class Example:
         except TypeError as error:
             names = ", ".join(signature.parameters)
             raise ValueError(f"{self._source}: {error}; {type(model).__name__}.forward takes {names}") from error
+
+
+def _is_inputs(value: Any) -> bool:
+    return isinstance(value, (Mapping, tuple, list, torch.Tensor))
+
+
+def _is_aside(model: nn.Module, inputs: Any, other: Any) -> bool:
+    """Whether `other` is not for the model: beside complete arguments, or one whole number a sample beside a tensor."""
+    if not isinstance(inputs, torch.Tensor):
+        return True
+    try:
+        inspect.signature(model.forward).bind(inputs)
+    except TypeError:
+        return False
+    if isinstance(other, torch.Tensor):
+        whole = not other.is_floating_point() and not other.is_complex()
+        return whole and other.dim() <= 1 < inputs.dim() and other.numel() in (1, len(inputs))
+    return isinstance(other, (int, str)) or (isinstance(other, Sequence) and all(isinstance(n, int) for n in other))

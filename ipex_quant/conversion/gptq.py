@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from .. import ops
-from ..checkpoints import gptq_tensors
-from ..nn.linears import holds_experts, is_linear, weight_matrix
+from ..checkpoints import gptq_config, write_gptq
+from ..nn.linears import holds_experts, is_linear, output_head, weight_matrix
 from ..nn.multihead_attention import is_whole
 from ..nn.stacked_experts import PROJECTIONS, expert_bias, expert_layout, expert_weight
 from ..numerics.quantized_weight import QuantizedWeight
-from ..numerics.scheme import WeightScheme, WoqWeightDtype
-from ..woq.gptq import GptqOptions
+from ..numerics.scheme import WeightScheme
+from ..woq.gptq import BITS, GptqOptions
 from ..woq.gptq_blocks import named, quantize_blocks
 from ..woq.gptq_experts import PARTS, can_quantize_experts
 from ..woq.rtn import round_scales
 from ..woq.towers import find_towers, patterns
 from ..writing import new_directory
-from .calibration_batches import MAIN_INPUT, calibration_batches
+from .calibration_batches import Samples, calibration_batches
 
 logger = logging.getLogger("ipex_quant")
 
-_DTYPES = {4: WoqWeightDtype.INT4, 8: WoqWeightDtype.INT8}
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -53,15 +52,13 @@ def gptq(
 ) -> Path:
     """Quantize the linears and experts in the transformer blocks of `model` with GPTQ; write a checkpoint directory.
 
-    The signature is IPEX's. `save_dir`, which must not exist or be empty, is what is returned; it holds
-    ``model.safetensors`` (sharded when large), ``config.json`` with a `quantization_config` and
-    ``quantize_config.json``, and loads with `load_low_precision_checkpoint` and other GPTQ tools. Symmetric weights are
-    written in GPTQ version 1, which all tools read; asymmetric ones in version 2 (``gptq_v2``), since version 1 has no
-    zero point 0 and readers disagree about its others. Experts in 3-D parameters are calibrated with the tokens routed
-    to them, and written one by one, as ``<experts>.3.gate_proj``, ``up_proj`` and ``down_proj``. Embeddings and all
-    else keep their float weights, with a warning that names the linears; so does the head, unless `lm_head` asks for
-    it. The blocks are those of all towers that the calibration reaches: encoder and decoder, vision and text. `model`
-    comes back as it was.
+    The signature is IPEX's. `save_dir`, which must not exist or be empty, is what is returned; it holds the files of
+    `checkpoints.write_gptq` and loads with `load_low_precision_checkpoint` and other GPTQ tools. Symmetric weights are
+    written in GPTQ version 1, which all tools read, asymmetric ones in version 2 (``gptq_v2``). Experts in 3-D
+    parameters are calibrated with the tokens routed to them, and written one by one, as ``<experts>.3.gate_proj``,
+    ``up_proj`` and ``down_proj``. Embeddings and all else keep their float weights, with a warning that names the
+    linears; so does the head, unless `lm_head` asks for it. The blocks are those of all towers that the calibration
+    reaches: encoder and decoder, vision and text. `model` comes back as it was.
 
     - `dataloader` yields samples or batches: a mapping of whatever tensors the model takes (``input_ids``,
       ``attention_mask``, ``inputs_embeds``, ``pixel_values``, ``input_features``, ``input_values``, ...), a tensor of
@@ -77,45 +74,65 @@ def gptq(
     `scale_dtype` cannot hold, naming it, and OSError for a `save_dir` that cannot be written, before anything is
     computed.
     """
-    if wbits not in _DTYPES:
-        raise ValueError(f"wbits: expected one of {sorted(_DTYPES)}, got {wbits}")
+    dtypes = {bits: dtype for dtype, bits in BITS.items()}
+    if wbits not in dtypes:
+        raise ValueError(f"wbits: expected one of {sorted(dtypes)}, got {wbits}")
     if compression_dtype != torch.int32:
         raise ValueError(f"compression_dtype: GPTQ files hold torch.int32 words, got {compression_dtype}")
     if compression_dim != 1:
         raise ValueError(f"compression_dim: GPTQ files are packed along in_features, expected 1, got {compression_dim}")
     if scale_dtype not in _SCALE_DTYPES:
         raise ValueError(f"scale_dtype: expected one of {_SCALE_DTYPES}, got {scale_dtype}")
-    scheme = WeightScheme(_DTYPES[wbits], bool(sym), group_size)
+    scheme = WeightScheme(dtypes[wbits], bool(sym), group_size)
     options = GptqOptions(percdamp=percdamp, act_order=act_order, scale_dtype=scale_dtype)
     if layer_wise:
         logger.info("gptq: layer_wise=True needs nothing more, the walk holds one block's inputs at any time")
-    also = chosen_head(model, lm_head)
-    main_input = getattr(model, "main_input_name", MAIN_INPUT)
-    batches = calibration_batches(dataloader, nsamples, pad_max_length, use_max_length, main_input)
-
-    _check_weights(model, scheme, scale_dtype, also)
-    config = {
-        "quant_method": "gptq",
-        "bits": wbits,
-        "group_size": group_size,
-        "sym": bool(sym),
-        "desc_act": bool(act_order),
-        "static_groups": False,
-        "true_sequential": True,
-        "damp_percent": percdamp,
-        "lm_head": lm_head,
-        "checkpoint_format": "gptq" if sym else "gptq_v2",
-        "pack_dtype": "int32",
-        "meta": {"quantizer": ["ipex_quant"]},
-    }
+    run = GptqRun.of(model, dataloader, scheme, options, Samples(nsamples, pad_max_length, use_max_length), lm_head)
+    config = gptq_config(scheme, wbits, act_order=bool(act_order), percdamp=percdamp, lm_head=lm_head)
     with new_directory(save_dir, "save_dir") as unfinished:
-        weights = quantize_blocks(model, batches, scheme, options, also)
+        weights = run.weights()
+        write_gptq(unfinished, model, weights, _other_tensors(model, weights), config, scale_dtype)
+    return Path(save_dir)
+
+
+@dataclass(frozen=True)
+class GptqRun:
+    """GPTQ with all that it needs, checked: batches of `model`, and the names of layers to quantize beside the blocks'.
+
+    `weights` computes; what can be refused has been refused before.
+    """
+
+    model: nn.Module
+    batches: Sequence[Mapping[str, Any]]
+    scheme: WeightScheme
+    options: GptqOptions
+    also: Sequence[str] = ()
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        dataloader: Iterable[object],
+        scheme: WeightScheme,
+        options: GptqOptions,
+        samples: Samples,
+        lm_head: bool = False,
+    ) -> GptqRun:
+        """Read `samples` from `dataloader`; raises ValueError and TypeError as `gptq` does."""
+        also = chosen_head(model, lm_head)
+        batches = calibration_batches(model, dataloader, samples)
+        _check_weights(model, scheme, options.scale_dtype, also)
+        return cls(model, batches, scheme, options, also)
+
+    def weights(self) -> dict[str, QuantizedWeight]:
+        """The weight of every linear and expert that is quantized, by name; warns of the linears that are not."""
+        weights = quantize_blocks(self.model, self.batches, self.scheme, self.options, self.also)
         done = {*weights, *(name.rsplit(".", 2)[0] for name in weights)}  # experts are there part by part
         kinds = is_linear, holds_experts, is_whole
-        layers = [name for name, module in model.named_modules() if any(is_kind(module) for is_kind in kinds)]
-        warn_of_rest(model, [name for name in layers if name not in done], "gptq: these linear layers stay in float")
-        _write(unfinished, model, weights, config, scale_dtype)
-    return Path(save_dir)
+        layers = [name for name, module in self.model.named_modules() if any(is_kind(module) for is_kind in kinds)]
+        rest = [name for name in layers if name not in done]
+        warn_of_rest(self.model, rest, "gptq: these linear layers stay in float", stacklevel=4)
+        return weights
 
 
 def _check_weights(model: nn.Module, scheme: WeightScheme, scale_dtype: torch.dtype, also: Iterable[str]) -> None:
@@ -139,13 +156,6 @@ def _check_weights(model: nn.Module, scheme: WeightScheme, scale_dtype: torch.dt
                 round_scales(ops.quantize_weight(matrix, scheme).scales, scale_dtype)
 
 
-def output_head(model: nn.Module) -> str | None:
-    """Name of the linear that makes logits of tokens, as transformers tells it; None for a model without one."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = None if get is None else get()
-    return next((name for name, module in model.named_modules() if module is head and is_linear(module)), None)
-
-
 def chosen_head(model: nn.Module, lm_head: bool) -> list[str]:
     """The output head, if `lm_head` asks for it; ValueError when there is none."""
     head = output_head(model) if lm_head else None
@@ -156,53 +166,17 @@ def chosen_head(model: nn.Module, lm_head: bool) -> list[str]:
     return [head] if lm_head else []
 
 
-def warn_of_rest(model: nn.Module, names: Iterable[str], what: str) -> None:
+def warn_of_rest(model: nn.Module, names: Iterable[str], what: str, stacklevel: int = 3) -> None:
     """Tell which linears, of those that `names` has in `model`, an algorithm did not quantize; but for the head."""
     head = output_head(model)
     rest = patterns(model, [name for name in names if name != head])
     if rest:
-        warnings.warn(f"{what}: {', '.join(rest)}", stacklevel=3)
+        warnings.warn(f"{what}: {', '.join(rest)}", stacklevel=stacklevel)
 
 
-def _write(
-    directory: Path,
-    model: nn.Module,
-    weights: Mapping[str, QuantizedWeight],
-    config: Mapping[str, object],
-    scale_dtype: torch.dtype,
-) -> None:
-    from huggingface_hub import save_torch_state_dict
-
-    tensors = {
-        name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in weights
-    }
-    v2 = config["checkpoint_format"] == "gptq_v2"
-    tensors = _without_stacked_experts(tensors, model, weights)
-    for name, qw in weights.items():
-        stored = gptq_tensors(qw, v2=v2, scale_dtype=scale_dtype)
-        tensors |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
-    tied = list(getattr(model, "_tied_weights_keys", None) or [])
-    save_torch_state_dict(tensors, directory, metadata={"format": "pt"}, shared_tensors_to_discard=tied)
-
-    (directory / "quantize_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    model_config = copy.deepcopy(getattr(model, "config", None))
-    if hasattr(model_config, "save_pretrained"):
-        model_config.architectures = model_config.architectures or [type(model).__name__]
-        model_config.quantization_config = dict(config)
-        model_config.save_pretrained(directory)
-    else:
-        content = json.dumps({"quantization_config": config}, indent=2)
-        (directory / "config.json").write_text(content, encoding="utf-8")
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.to_json_file(directory / "generation_config.json")
-
-
-def _without_stacked_experts(
-    tensors: Mapping[str, torch.Tensor], model: nn.Module, weights: Mapping[str, QuantizedWeight]
-) -> dict[str, torch.Tensor]:
-    """`tensors` without the experts that `weights` has one by one, but with the biases of their parts."""
-    kept = dict(tensors)
+def _other_tensors(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> dict[str, torch.Tensor]:
+    """The state dict of `model` without what `weights` has, experts one by one, but with the biases of their parts."""
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in weights}
     for name, module in model.named_modules():
         if not can_quantize_experts(module) or f"{name}.0.{PARTS[-1]}_proj" not in weights:
             continue

@@ -20,7 +20,8 @@ from ..numerics.quantized_weight import QuantizedWeight
 from ..observers import has_data
 from ..smoothquant.folding import fold_into_norm
 from .errors import naming
-from .observed import LayerParameters, Observed, ObservedGroup, ObservedLayer, observed_scales
+from .observed import LayerParameters, Observed, ObservedGroup, ObservedLayer
+from .parameters import group_parameters, observed_scales
 from .rules import BY_SUMMARY, NEVER_REACHED
 
 Replacements = dict[str, Callable[[nn.Module], nn.Module]]
@@ -40,7 +41,7 @@ def int8_replacements(model: nn.Module, observations: Observed) -> tuple[Replace
         if group.observer is not None and not has_data(group.observer):
             unreached += [layer.name for layer in wanted if layer.parameters is None]
             wanted = [layer for layer in wanted if layer.parameters is not None]
-        for part in _fused_parts(model, observations, group, wanted):
+        for part in _fused_parts(model, group, wanted):
             if is_linear(model.get_submodule(part.names[0])):
                 replacements |= {name: partial(part.successor, model, name) for name in part.names}
             else:
@@ -94,12 +95,10 @@ class _FusedPart:
         return self._made.pop(name).train(module.training)
 
 
-def _fused_parts(
-    model: nn.Module, observations: Observed, group: ObservedGroup, wanted: Sequence[ObservedLayer]
-) -> list[_FusedPart]:
+def _fused_parts(model: nn.Module, group: ObservedGroup, wanted: Sequence[ObservedLayer]) -> list[_FusedPart]:
     if not wanted:
         return []
-    parameters = dict(zip((layer.name for layer in group.layers), observations.parameters(model, group), strict=True))
+    parameters = dict(zip((layer.name for layer in group.layers), group_parameters(model, group), strict=True))
     parts: list[_FusedPart] = []
     for layer in wanted:
         own = parameters[layer.name]

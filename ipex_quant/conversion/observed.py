@@ -1,4 +1,4 @@
-"""What a prepared model knows about the layers whose activations will be quantized: observers, and then parameters."""
+"""Observing a prepared model: the layers whose activations will be quantized, in groups that share an observer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn.linears import is_linear, weight_matrix
+from ..nn.linears import is_linear
 from ..numerics.int8 import StaticActivation
 from ..observers import SmoothQuantActivationObserver, has_data, observe
-from ..smoothquant.scaling import bounded_factors, smooth_activation
 from ..smoothquant.tracing import SharedInput, input_tensor
 from .errors import naming
 from .qconfig import QuantizationKind, kind_of
@@ -167,18 +166,6 @@ class Observed:
         self._handles.clear()
         delattr(model, ATTRIBUTE)
 
-    def parameters(self, model: nn.Module, group: ObservedGroup) -> list[LayerParameters]:
-        """How to quantize the layers of `group`: from what was observed, or else as a loaded summary says."""
-        if group.observer is not None and not has_data(group.observer):
-            return [layer.parameters for layer in group.layers]
-        modules = {layer.name: model.get_submodule(layer.name) for layer in group.layers}
-        qconfig = group.layers[0].qconfig
-        if group.kind is not QuantizationKind.SMOOTH_QUANT:
-            activation = None if group.observer is None else _plain_activation(group.observer)
-            return [LayerParameters(activation, _weight_scales(*each, qconfig)) for each in modules.items()]
-        together = [modules] if qconfig.share_weight_observers else [{name: modules[name]} for name in modules]
-        return [parameters for each in together for parameters in _smoothed(each, group.observer, qconfig)]
-
 
 def observed(model: nn.Module) -> Observed:
     """What `prepare` attached to `model`; RuntimeError when it did not."""
@@ -214,13 +201,6 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or (kind_of(one) is kind_of(other) is QuantizationKind.DYNAMIC)
 
 
-def _plain_activation(observer: Any) -> StaticActivation:
-    """Parameters of an activation that is not smoothed, as unsigned codes."""
-    scale, zero_point = observer.calculate_qparams()
-    shift = 128 if getattr(observer, "act_obs", observer).dtype == torch.qint8 else 0  # makes signed codes unsigned
-    return StaticActivation(float(scale), int(zero_point) + shift)
-
-
 def _check_plain(observer: Any) -> None:
     """ValueError unless `observer` finds one range for the whole activation, to quantize it in 8 bits."""
     dtype, qscheme = (getattr(observer, name, None) for name in ("dtype", "qscheme"))
@@ -230,38 +210,3 @@ def _check_plain(observer: Any) -> None:
             f"activation observer {type(observer).__name__}: expected an observer of one range for the tensor, with "
             f"dtype quint8 or qint8, got {qscheme} and {dtype}"
         )
-
-
-def _smoothed(modules: Mapping[str, nn.Module], observer: Any, qconfig: Any) -> list[LayerParameters]:
-    """Parameters of linear layers that share one smoothing factor."""
-    weights = {name: weight_matrix(module).float() for name, module in modules.items()}
-    across = qconfig.weight().ic_obs
-    for name, weight in weights.items():
-        with naming(name, "weight"):
-            observe(across, weight)
-    act = observer.ic_obs
-    ranges = act.min_val, act.max_val, across.min_val, across.max_val
-    act_factor, factor = bounded_factors(*ranges, observer.alpha)
-    activation = smooth_activation(act.min_val, act.max_val, act_factor)
-    scales = [observed_scales(name, qconfig.weight().oc_obs, weight * factor) for name, weight in weights.items()]
-    return [LayerParameters(activation, each, factor) for each in scales]
-
-
-def _weight_scales(name: str, module: nn.Module, qconfig: Any) -> torch.Tensor:
-    observer = qconfig.weight()
-    weight = weight_matrix(module) if is_linear(module) else module.weight.detach()
-    return observed_scales(name, getattr(observer, "oc_obs", observer), weight.float())
-
-
-def observed_scales(name: str, observer: Any, weight: torch.Tensor) -> torch.Tensor:
-    """Scales, float32 ``[N]``, that `observer` gives the `weight` of the module `name`; ValueError for another kind."""
-    symmetric = observer.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
-    with naming(name, "weight"):
-        observe(observer, weight)
-        scales, _ = observer.calculate_qparams()
-        if scales.numel() not in (1, len(weight)) or not symmetric or observer.dtype != torch.qint8:
-            raise ValueError(
-                f"{type(observer).__name__}: expected symmetric qint8, per tensor or per output channel; use "
-                "PerChannelMinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_channel_symmetric)"
-            )
-    return scales.float().expand(len(weight)).contiguous()

@@ -24,13 +24,14 @@ from ..nn.linears import holds_experts, is_linear
 from ..nn.multihead_attention import join_attentions, split_attentions
 from ..nn.norms import is_norm
 from ..nn.recurrent import is_recurrent
+from ..numerics.scheme import QConfigWoq
 from ..smoothquant.tracing import SharedInput, trace_groups
 from .description import is_pretrained, note_method
 from .errors import naming
 from .example import Example
 from .int8 import int8_replacements, recurrent_replacements
 from .observed import ATTRIBUTE, Observed, make_groups, observed
-from .qconfig import QConfigSmoothQuant, QConfigWoq, QuantizationKind, kind_of
+from .qconfig import QConfigSmoothQuant, QuantizationKind, kind_of
 from .resizing import watch_head
 from .rules import choose_qconfigs, computes_otherwise, fit_reasons, refused_modules
 from .summary import load_qconf_summary, read_summary, save_qconf_summary, summary_groups

@@ -12,6 +12,7 @@ from torch.ao.quantization import PlaceholderObserver, QConfig, QConfigMapping
 
 from ..numerics.scheme import (
     PER_CHANNEL,
+    QConfigWoq,
     WoqActQuantMode,
     WoqLowpMode,
     WoqWeightDtype,
@@ -26,23 +27,6 @@ from ..observers import (
 )
 
 _TORCH_DTYPES: dict[Any, WoqWeightDtype] = {torch.qint8: WoqWeightDtype.INT8, torch.quint4x2: WoqWeightDtype.INT4}
-
-
-class QConfigWoq(NamedTuple):
-    """How the weight of a linear layer is quantized and what it is computed with.
-
-    `activation` and `weight` are placeholders, as torch's own QConfig has them; `cache_weight_for_large_batch` is kept
-    for old code, the kernels need no second copy of a weight.
-    """
-
-    activation: Any
-    weight: Any
-    lowp_mode: WoqLowpMode
-    act_quant_mode: WoqActQuantMode
-    weight_dtype: WoqWeightDtype
-    group_size: int
-    cache_weight_for_large_batch: bool
-    weight_qscheme: WoqWeightQScheme
 
 
 class QConfigSmoothQuant(NamedTuple):

@@ -24,6 +24,7 @@ from ..reading import read_json, shown
 from ..smoothquant.tracing import SharedInput
 from ..writing import write_whole
 from .observed import LayerParameters, Observed, ObservedGroup, ObservedLayer, observed
+from .parameters import group_parameters
 from .qconfig import QConfigSmoothQuant
 
 _ROOT = " "
@@ -48,9 +49,13 @@ def save_qconf_summary(model: nn.Module, qconf_summary: str | os.PathLike) -> No
     document = copy.deepcopy(observations.summary) or _skeleton(model, observations)
     ops = {op["fqn"]: (index, op) for index, op in _module_ops(document)}
     for group in observations.static_groups:
-        if not has_data(group.observer):
-            continue
-        _write_group([ops[layer.name] for layer in group.layers], group, observations.parameters(model, group))
+        parameters = group_parameters(model, group)
+        assigned = observations.summary is None and None not in parameters
+        if assigned or has_data(group.observer):
+            _write_group([ops[layer.name] for layer in group.layers], group, parameters)
+        for layer in group.layers if observations.summary is None else ():
+            if not layer.quantized:
+                _leave_in_float(ops[layer.name][1])
     write_whole(qconf_summary, json.dumps(document, indent=4))
 
 
@@ -174,6 +179,12 @@ def _write_group(
         weight["zero_point"] = [0] * len(own.weight_scales)
         if smoothed:
             weight["smooth_quant_scaling_factor"] = own.weight_factor.tolist()
+
+
+def _leave_in_float(op: dict[str, Any]) -> None:
+    for info in (*op["input_tensor_infos"], *op["weight_tensor_infos"]):
+        info["inf_dtype"] = info["orig_dtype"]
+    op["input_tensor_infos"][0]["force_dtype"] = "torch.float32"
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

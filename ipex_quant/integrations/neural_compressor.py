@@ -13,12 +13,13 @@ from torch import nn
 from torch.ao.quantization import QConfigMapping
 
 from .. import quantization
-from ..autotune.recipe import AUTO, Int8Recipe, WeightOnlyRecipe
-from ..autotune.smoothing import read_smoothquant_args
+from ..autotune.calibration_pass import collect
+from ..autotune.candidate import AUTO, Int8Candidate, WeightOnlyCandidate
+from ..autotune.smoothquant_args import read_smoothquant_args
 from ..autotune.static import StaticQuantizer
-from ..autotune.statistics import collect
-from ..autotune.weight_only import ALGORITHMS, DEFAULT_ACT_QUANT_MODE, FoundWeights, find_weights, quantized_model
+from ..autotune.weight_only import ALGORITHMS, DEFAULT_ACT_QUANT_MODE, find_weights, quantized_model
 from ..conversion.example import Example
+from ..conversion.found import FoundWeights
 from ..nn.linears import is_linear
 from ..numerics.scheme import WeightScheme, WoqLowpMode, WoqWeightDtype
 from ..quantization import convert, get_smooth_quant_qconfig_mapping, prepare
@@ -45,7 +46,7 @@ def register() -> Configs:
         from neural_compressor.torch.quantization.config import TorchBaseConfig
         from neural_compressor.torch.utils.utility import register_algo
     except ImportError as error:
-        raise ImportError("expected neural-compressor; run `pip install ipex_quant[autotune]`") from error
+        raise ImportError("expected neural-compressor; run `pip install ipex_quant[neural-compressor]`") from error
 
     class Common(TorchBaseConfig):
         """What both configurations have in common."""
@@ -145,7 +146,7 @@ def _int8(
         if alpha not in made:
             made[alpha] = get_smooth_quant_qconfig_mapping(alpha).global_qconfig
         mapping.set_module_name(name, made[alpha])
-    example = _example(example_inputs)
+    example = _example(model, example_inputs)
     args, kwargs = example.args or None, dict(example.kwargs) or None
     prepared = prepare(model, mapping, args, inplace=True, example_kwarg_inputs=kwargs)
     if mode.value == "prepare":
@@ -155,10 +156,10 @@ def _int8(
 
 
 def _auto_int8(model: nn.Module, alphas: dict, run: Callable, example_inputs: Any) -> nn.Module:
-    statistics = collect(model, [_example(example_inputs)], [1], run)
+    calibration = collect(model, [_example(model, example_inputs)], [1], run)
     others = {name for name, module in model.named_modules() if is_linear(module)} - alphas.keys()
-    quantizer = StaticQuantizer(statistics, [AUTO], read_smoothquant_args(None)[1], frozenset(others))
-    return quantizer.quantized(Int8Recipe(AUTO, 1, tuple(sorted(others))))
+    quantizer = StaticQuantizer(calibration, [AUTO], read_smoothquant_args(None)[1], frozenset(others))
+    return quantizer.quantized(Int8Candidate(AUTO, 1, tuple(sorted(others))))
 
 
 def _weight_only(
@@ -178,13 +179,13 @@ def _weight_only(
         (name, WeightScheme(WoqWeightDtype[c.weight_dtype.upper()], c.symmetric, c.group_size))
         for name, c in configs.items()
     )
-    recipe = WeightOnlyRecipe(algorithm, WoqLowpMode[lowp_mode.upper()], schemes)
+    candidate = WeightOnlyCandidate(algorithm, WoqLowpMode[lowp_mode.upper()], schemes)
     found = FoundWeights()
     if algorithm != "rtn":
         if mode.value == "convert":
             raise ValueError(f"algorithm: {algorithm} needs data; use neural-compressor's quantize or autotune")
-        found = find_weights(model, _batches(model, _calibration(run_fn, run_args)), recipe)
-    return quantized_model(model, recipe, found, DEFAULT_ACT_QUANT_MODE, inplace=True)
+        found = find_weights(model, _batches(model, _calibration(run_fn, run_args)), candidate)
+    return quantized_model(model, candidate, found, DEFAULT_ACT_QUANT_MODE, inplace=True)
 
 
 def _chosen(configs_mapping: dict, algorithm: str, dtype: str) -> dict[str, Any]:
@@ -214,9 +215,7 @@ def _batches(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Example]
     return batches
 
 
-def _example(example_inputs: Any) -> Example:
+def _example(model: nn.Module, example_inputs: Any) -> Example:
     if example_inputs is None:
         raise ValueError("example_inputs: expected a tensor, a tuple or a dict, which show what layers share, got None")
-    if isinstance(example_inputs, dict):
-        return Example(kwargs=example_inputs)
-    return Example(tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,))
+    return Example.of_item(model, example_inputs, "example_inputs")

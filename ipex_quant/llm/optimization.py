@@ -18,7 +18,7 @@ from ..conversion.example import Example
 from ..conversion.prepare import convert_some, prepare, prepare_with_summary
 from ..conversion.qconfig import get_weight_only_quant_qconfig_mapping, needs_calibration
 from ..conversion.swap import return_freed_memory
-from ..nn import QuantizedModule, WeightOnlyQuantizedLinear
+from ..nn import QuantizedModule
 from ..numerics.scheme import FLOAT_DTYPES, WoqWeightDtype
 from .cache.layers import NativeLayer
 from .casting import cast_float
@@ -105,11 +105,7 @@ def optimize(
     else:
         use_native_stack(model, kv_cache_dtype)
     return_freed_memory()
-    quantized = _quantized(model)
-    for module in quantized:
-        if isinstance(module, WeightOnlyQuantizedLinear):
-            module._cache_weight_for_large_batch |= cache_weight_for_large_batch
-    if quantized and isinstance(model, PreTrainedModel):
+    if _quantized(model) and isinstance(model, PreTrainedModel):
         attach(model)
     return model
 

@@ -14,7 +14,7 @@ from .. import ops
 from ..numerics import affine
 from ..numerics.quantized_stack import QuantizedStack
 from ..numerics.quantized_weight import CODE_DTYPES, code_columns
-from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightQScheme
+from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode
 from .quantized_module import Placeholder, QuantizedModule, autocast
 from .weight_only_linear import read_modes, read_scheme
 
@@ -46,8 +46,7 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
     def from_float(cls, mod: nn.Module) -> WeightOnlyQuantizedExpertLinears:
         """Quantize the weights of `mod` as its attribute `qconfig`, a `QConfigWoq`, says; ValueError for NaN or Inf."""
         qconfig = mod.qconfig
-        symmetric = qconfig.weight_qscheme == WoqWeightQScheme.SYMMETRIC
-        scheme = WeightScheme(qconfig.weight_dtype, symmetric, qconfig.group_size)
+        scheme = qconfig.scheme
         stack = QuantizedStack.of([ops.quantize_weight(weight, scheme) for weight in mod.weight.detach()])
         module = cls(stack.shape, scheme)
         module._lowp_mode, module._act_quant_mode = WoqLowpMode(qconfig.lowp_mode), qconfig.act_quant_mode

@@ -12,7 +12,7 @@ from .. import ops
 from ..numerics import affine
 from ..numerics.quantized_stack import QuantizedStack
 from ..numerics.quantized_weight import CODE_DTYPES, code_columns
-from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightQScheme
+from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode
 from ..ops import ExpertGate
 from .linears import holds_experts
 from .quantized_module import Placeholder, QuantizedModule, autocast
@@ -93,8 +93,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         Biases of zeros are dropped. Raises ValueError when the weights hold NaN or Inf.
         """
         qconfig = mod.qconfig
-        symmetric = qconfig.weight_qscheme == WoqWeightQScheme.SYMMETRIC
-        scheme = WeightScheme(qconfig.weight_dtype, symmetric, qconfig.group_size)
+        scheme = qconfig.scheme
         stacks = [
             QuantizedStack.of(
                 [ops.quantize_weight(expert_weight(mod, name, index), scheme) for index in range(experts_shape(mod)[0])]

@@ -15,6 +15,13 @@ from ..numerics.scheme import FLOAT_DTYPES
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def output_head(model: nn.Module) -> str | None:
+    """Name of the linear that makes logits of tokens, as transformers tells it; None for a model without one."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = None if get is None else get()
+    return next((name for name, module in model.named_modules() if module is head and is_linear(module)), None)
+
+
 class PackedLinear(nn.Linear):
     """What quantized linear layers are to others, peft among them, which know linear layers by their class.
 

@@ -15,6 +15,7 @@ from ..numerics.nibbles import pack_nibbles
 from ..numerics.quantized_weight import CODE_DTYPES, QuantizedWeight, code_columns
 from ..numerics.scheme import (
     PER_CHANNEL,
+    QConfigWoq,
     WeightScheme,
     WoqActQuantMode,
     WoqLowpMode,
@@ -55,7 +56,6 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
         self.scheme: WeightScheme | None = None
         self._lowp_mode = WoqLowpMode.NONE
         self._act_quant_mode = WoqActQuantMode.NONE
-        self._cache_weight_for_large_batch = False
         self.register_buffer("_packed", None, persistent=False)
         self.register_buffer("_perm", None, persistent=False)
         self.register_buffer("_bias", None, persistent=False)
@@ -90,11 +90,10 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
         qconfig = getattr(mod, "qconfig", None)
         if qconfig is None:
             raise ValueError("mod.qconfig: expected a QConfigWoq, got none; run prepare() or set it")
-        if not hasattr(qconfig, "weight_dtype"):
+        if not isinstance(qconfig, QConfigWoq):
             return mod
         weight = weight_matrix(mod)
-        symmetric = qconfig.weight_qscheme == WoqWeightQScheme.SYMMETRIC
-        scheme = WeightScheme(qconfig.weight_dtype, symmetric, qconfig.group_size)
+        scheme = qconfig.scheme
         if scales is None:
             qw = ops.quantize_weight(weight, scheme)
         else:
@@ -290,7 +289,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
     def _weight_qscheme(self) -> WoqWeightQScheme:
         if self.scheme is None:
             return WoqWeightQScheme.UNDEFINED
-        return WoqWeightQScheme.SYMMETRIC if self.scheme.symmetric else WoqWeightQScheme.ASYMMETRIC
+        return self.scheme.qscheme
 
     def extra_repr(self) -> str:
         fields = {
@@ -301,7 +300,6 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
             "lowp_mode": self._lowp_mode.name.lower(),
             "act_quant_mode": self._act_quant_mode.name.lower(),
             "group_size": self._group_size,
-            "cache_weight_for_large_batch": self._cache_weight_for_large_batch,
             "weight_qscheme": self._weight_qscheme.name.lower(),
         }
         return ", ".join(f"{name}={value}" for name, value in fields.items())
@@ -316,7 +314,6 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
         if qconfig is not None:
             self._lowp_mode = WoqLowpMode(qconfig.lowp_mode)
             self._act_quant_mode = WoqActQuantMode(qconfig.act_quant_mode)
-            self._cache_weight_for_large_batch = qconfig.cache_weight_for_large_batch
 
     def _set_weight(self, qw: QuantizedWeight) -> None:
         packed = ops.pack_weight(qw)

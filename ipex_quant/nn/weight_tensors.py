@@ -6,6 +6,8 @@ from enum import IntEnum
 
 import torch
 
+from ..checkpoints import read_gptq
+from ..checkpoints.tensors import INDEX_DTYPES, check, infer_group_size, normalize_g_idx
 from ..numerics.nibbles import as_bytes, unpack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight, code_columns
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
@@ -32,6 +34,9 @@ class QuantDtype(IntEnum):
     INT4 = 0
 
 
+_GPTQ_NAMES = {"zero_points": "qzeros"}
+
+
 def read_tensors(
     tensors: dict[str, torch.Tensor | None],
     dtype: WoqWeightDtype,
@@ -44,8 +49,7 @@ def read_tensors(
     - PLAIN_FORMAT: `qweight` as `QuantizedWeight.codes` or, for 4-bit codes, int32 ``[N, ceil(K / 8)]`` with the lowest
       k in the lowest bits; `scales` float ``[N]`` or ``[N, groups]``; `zero_points` likewise, or int32
       ``[N, ceil(groups / 8)]`` packed as an int32 `qweight` is; without them the weight is symmetric.
-    - GPTQ_FORMAT (INT4 only): `qweight` int32 ``[K / 8, N]``, `scales` ``[groups, N]``, `zero_points` int32
-      ``[groups, N / 8]`` that hold the zero point less one, as AutoGPTQ writes them.
+    - GPTQ_FORMAT (INT4 only): the tensors of `read_gptq`, version 1, with `zero_points` for ``qzeros``.
 
     A `group_size` of -1 with several groups is found from their number; a `g_idx` in natural order is dropped. Raises
     ValueError or TypeError for tensors that do not fit.
@@ -55,12 +59,20 @@ def read_tensors(
     if weight_format == WoqWeightFormat.GPTQ_FORMAT:
         if dtype != WoqWeightDtype.INT4:
             raise ValueError(f"dtype: GPTQ_FORMAT holds INT4 codes, got {dtype.name}")
-        codes, scales, zero_points = _gptq_tensors(tensors, shape)
-    else:
-        codes, scales, zero_points = _plain_tensors(tensors, dtype, shape)
-    scheme = WeightScheme(dtype, zero_points is None, _group_size(group_size, shape[1], scales.shape[1]))
-    g_idx = _g_idx(tensors.get("g_idx"), scheme, shape[1])
-    return QuantizedWeight(codes, scales, zero_points, g_idx, scheme, shape)
+        return _read_gptq(tensors, shape, group_size)
+    codes, scales, zero_points = _plain_tensors(tensors, dtype, shape)
+    groups = scales.shape[1]
+    size = infer_group_size(shape[1], groups) if group_size == PER_CHANNEL else group_size
+    scheme = WeightScheme(dtype, zero_points is None, size)
+    return QuantizedWeight(codes, scales, zero_points, _g_idx(tensors.get("g_idx"), scheme, shape[1]), scheme, shape)
+
+
+def _read_gptq(tensors: dict[str, torch.Tensor | None], shape: tuple[int, int], group_size: int) -> QuantizedWeight:
+    named = {_GPTQ_NAMES.get(name, name): tensor for name, tensor in tensors.items() if tensor is not None}
+    try:
+        return read_gptq(named, 4, None if group_size == PER_CHANNEL else group_size, shape=shape)
+    except (ValueError, TypeError) as error:
+        raise type(error)(str(error).replace(_GPTQ_NAMES["zero_points"], "zero_points")) from error
 
 
 def _plain_tensors(
@@ -79,25 +91,6 @@ def _plain_tensors(
         zero_points = zero_points.round() if zero_points.is_floating_point() else zero_points
         zero_points = zero_points.to(torch.int16)
     return codes.contiguous(), scales, zero_points
-
-
-def _gptq_tensors(
-    tensors: dict[str, torch.Tensor | None], shape: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, columns = shape
-    qweight, scales, zero_points = tensors["qweight"], tensors["scales"], tensors["zero_points"]
-    if qweight.dtype != torch.int32 or tuple(qweight.shape) != (columns // 8, rows):
-        raise ValueError(f"qweight: expected int32 [{columns // 8}, {rows}], got {qweight.dtype} {list(qweight.shape)}")
-    if scales.dim() != 2 or scales.shape[1] != rows:
-        raise ValueError(f"scales: expected shape [groups, {rows}], got {list(scales.shape)}")
-    groups = len(scales)
-    if zero_points is None or zero_points.dtype != torch.int32 or zero_points.dim() != 2 or len(zero_points) != groups:
-        got = None if zero_points is None else f"{zero_points.dtype} {list(zero_points.shape)}"
-        raise ValueError(f"zero_points: expected int32 [{groups}, {rows // 8}], got {got}")
-    # Eight codes an int32 with the first in the lowest bits is, byte by byte, two a byte with the even one low.
-    codes = as_bytes(qweight.t())
-    zero_points = _nibbles("zero_points", zero_points, rows).t() + 1
-    return codes, _floating(scales).t().float().contiguous(), zero_points.to(torch.int16).contiguous()
 
 
 def _floating(scales: torch.Tensor) -> torch.Tensor:
@@ -119,19 +112,8 @@ def _nibbles(name: str, packed: torch.Tensor, count: int) -> torch.Tensor:
     return unpack_nibbles(packed[:, : (count + 1) // 2], count)
 
 
-def _group_size(group_size: int, columns: int, groups: int) -> int:
-    if group_size != PER_CHANNEL or groups == 1:
-        return group_size
-    return 1 << (-(-columns // groups) - 1).bit_length()
-
-
 def _g_idx(g_idx: torch.Tensor | None, scheme: WeightScheme, columns: int) -> torch.Tensor | None:
-    if g_idx is None:
+    if g_idx is None or scheme.group_size == PER_CHANNEL:
         return None
-    if g_idx.is_floating_point() or tuple(g_idx.shape) != (columns,):
-        raise ValueError(f"g_idx: expected integers [{columns}], got {g_idx.dtype} {list(g_idx.shape)}")
-    if scheme.group_size == PER_CHANNEL or not g_idx.any():  # some files hold zeros for "none"
-        return None
-    g_idx = g_idx.to(torch.int32)
-    natural = torch.arange(columns, dtype=torch.int32) // scheme.group_size
-    return None if torch.equal(g_idx, natural) else g_idx
+    check("g_idx", g_idx, INDEX_DTYPES, (columns,))
+    return normalize_g_idx(g_idx, scheme.group_size, scheme.group_count(columns))

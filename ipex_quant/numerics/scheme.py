@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any, NamedTuple
 
 import torch
 
@@ -95,6 +96,33 @@ class WeightScheme:
         """Number of groups along `in_features`; the last one may be ragged."""
         return 1 if self.group_size == PER_CHANNEL else -(-in_features // self.group_size)
 
+    @property
+    def qscheme(self) -> WoqWeightQScheme:
+        """`symmetric` in the words of a configuration."""
+        return WoqWeightQScheme.SYMMETRIC if self.symmetric else WoqWeightQScheme.ASYMMETRIC
+
     def __str__(self) -> str:
         granularity = "per-channel" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
         return f"{self.dtype.name.lower()} {'sym' if self.symmetric else 'asym'} {granularity}"
+
+
+class QConfigWoq(NamedTuple):
+    """How the weight of a linear layer is quantized and what it is computed with.
+
+    `activation` and `weight` are placeholders, as torch's own QConfig has them; `cache_weight_for_large_batch` is kept
+    for old code, the kernels need no second copy of a weight.
+    """
+
+    activation: Any
+    weight: Any
+    lowp_mode: WoqLowpMode
+    act_quant_mode: WoqActQuantMode
+    weight_dtype: WoqWeightDtype
+    group_size: int
+    cache_weight_for_large_batch: bool
+    weight_qscheme: WoqWeightQScheme
+
+    @property
+    def scheme(self) -> WeightScheme:
+        """How the weight is quantized."""
+        return WeightScheme(self.weight_dtype, self.weight_qscheme == WoqWeightQScheme.SYMMETRIC, self.group_size)

@@ -10,7 +10,6 @@ from ..conversion.calibration_text import calibration_dataloader
 from ..conversion.prepare import convert, prepare
 from ..conversion.qconfig import (
     QConfigSmoothQuant,
-    QConfigWoq,
     get_smooth_quant_qconfig_mapping,
     get_weight_only_quant_qconfig_mapping,
 )
@@ -20,7 +19,7 @@ from ..conversion.quantize_tensors import (
     quantize_per_block,
     quantize_per_channel,
 )
-from ..numerics.scheme import WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
+from ..numerics.scheme import QConfigWoq, WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
 from ..woq.awq import AwqOptions
 
 if TYPE_CHECKING:

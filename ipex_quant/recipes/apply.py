@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Collection
-from pathlib import Path
+from dataclasses import replace
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +13,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import data, llm
+from ..conversion.calibration_batches import Samples
+from ..conversion.calibration_text import text_documents
+from ..conversion.gptq import GptqRun
 from ..conversion.prepare import convert_some
 from ..llm.saved.notes import note_recipe
-from ..nn.linears import holds_experts, is_linear
-from ..quantization import WoqWeightQScheme, awq, calibrate, calibration_dataloader, gptq, prepare
-from .recipe import BITS, Awq, Calibrated, Gptq, Recipe, layer_widths, output_layer
+from ..nn.linears import holds_experts, is_linear, output_head
+from ..quantization import awq, calibrate, calibration_dataloader, prepare
+from ..woq.gptq import GptqOptions
+from .recipe import Awq, Calibrated, Gptq, Recipe, layer_widths
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -34,12 +38,10 @@ def calibration_data(
     """
     if not isinstance(recipe.settings, Calibrated):
         return ()
-    with tempfile.TemporaryDirectory(prefix="ipex_quant_text_") as folder:
-        if source is None:
-            source = Path(folder) / "calibration.txt"
-            source.write_text(data.calibration_text(), encoding="utf-8")
-        size = recipe.settings.samples, recipe.settings.sequence_length
-        return calibration_dataloader(source, tokenizer, *size, column=column)
+    size = recipe.settings.samples, recipe.settings.sequence_length
+    if source is None:
+        source = text_documents(StringIO(data.calibration_text()))
+    return calibration_dataloader(source, tokenizer, *size, column=column)
 
 
 def apply_recipe(
@@ -74,31 +76,22 @@ def apply_recipe(
 
 def _apply_gptq(recipe: Recipe, model: nn.Module, calibration: Collection[Any], dtype: torch.dtype) -> nn.Module:
     settings: Any = recipe.settings
-    with tempfile.TemporaryDirectory(prefix="ipex_quant_gptq_") as folder:
-        gptq(
-            model,
-            calibration,
-            group_size=_group_size(recipe, model),
-            wbits=BITS[settings.weight_dtype],
-            sym=settings.qconfig().weight_qscheme == WoqWeightQScheme.SYMMETRIC,
-            percdamp=settings.percdamp,
-            act_order=settings.act_order,
-            nsamples=settings.samples,
-            pad_max_length=settings.sequence_length,
-            save_dir=folder,
-        )
-        return llm.optimize(
-            model,
-            dtype=dtype,
-            quantization_config=recipe.qconfig_mapping(model),
-            low_precision_checkpoint=llm.utils.load_low_precision_checkpoint(folder),
-            inplace=True,
-        )
+    scheme = replace(settings.qconfig().scheme, group_size=_group_size(recipe, model))
+    # the scales of a GPTQ checkpoint, so that saving as one would change nothing
+    options = GptqOptions(percdamp=settings.percdamp, act_order=settings.act_order, scale_dtype=torch.float16)
+    run = GptqRun.of(model, calibration, scheme, options, Samples(settings.samples, settings.sequence_length))
+    return llm.optimize(
+        model,
+        dtype=dtype,
+        quantization_config=recipe.qconfig_mapping(model),
+        low_precision_checkpoint=run.weights(),
+        inplace=True,
+    )
 
 
 def _group_size(recipe: Recipe, model: nn.Module) -> int:
     """The one size of groups that a GPTQ checkpoint has, small enough for every layer."""
-    head = output_layer(model)
+    head = output_head(model)
     widths = [width for name, width in layer_widths(model).items() if name != head]
     settings: Any = recipe.settings
     return min(map(settings.group_size_for, widths), default=settings.group_size)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import evaluation
-from ..autotune import Report, WeightOnlySpace, autotune
+from ..autotune import Report, TuningOptions, WeightOnlySpace, tune
 from ..quantization import WoqWeightDtype, convert
 from .apply import calibration_data
 from .recipe import Awq, Gptq, Recipe, SmoothQuant, Static, WeightOnly
@@ -54,18 +52,10 @@ class Tuning:
 
         `options` are those of `autotune`, whose metric counts without an `eval_func`.
         """
-        with tempfile.TemporaryDirectory(prefix="ipex_quant_tuning_") as folder:
-            record = options.pop("record", None) or Path(folder) / "trials.jsonl"
-            tuned = autotune(
-                model,
-                calibration,
-                eval_func=eval_func,
-                sampling_sizes=[self.samples],
-                record=record,
-                **tuning_arguments(self.recipe),
-                **options,
-            )
-            report = Report.of(record)
+        arguments = {**tuning_arguments(self.recipe), **options}
+        tuned, report = tune(
+            model, calibration, TuningOptions(eval_func=eval_func, sampling_sizes=[self.samples], **arguments)
+        )
         return (tuned if isinstance(self.recipe.settings, WeightOnly) else convert(tuned)), report
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..numerics.affine import dequantize, quantize
+from ..numerics.reservoir import Reservoir
 from ..numerics.scheme import PER_CHANNEL, WeightScheme
 
 _LEAST_MAGNITUDE = 1e-4
@@ -55,11 +56,15 @@ class InputSample:
 
     def __init__(self, in_features: int, capacity: int) -> None:
         self.count = 0
-        self.vectors = torch.empty(0, in_features, dtype=torch.float32)
-        self._capacity = capacity
         self._sum = torch.zeros(in_features, dtype=torch.float64)
-        self._priorities = torch.empty(0, dtype=torch.float32)
+        self._drawn = Reservoir(capacity)
         self._generator = torch.Generator().manual_seed(0)
+
+    @property
+    def vectors(self) -> torch.Tensor:
+        """Those drawn."""
+        rows = self._drawn.rows
+        return torch.empty(0, len(self._sum), dtype=torch.float32) if rows is None else rows
 
     @property
     def magnitude(self) -> torch.Tensor:
@@ -68,19 +73,15 @@ class InputSample:
 
     def add(self, inputs: torch.Tensor) -> None:
         """Take in a batch of inputs ``[..., K]``; raises ValueError when K is another, or for NaN or Inf."""
-        if inputs.dim() == 0 or inputs.shape[-1] != self.vectors.shape[1]:
-            raise ValueError(f"inputs: expected shape [..., {self.vectors.shape[1]}], got {list(inputs.shape)}")
+        if inputs.dim() == 0 or inputs.shape[-1] != len(self._sum):
+            raise ValueError(f"inputs: expected shape [..., {len(self._sum)}], got {list(inputs.shape)}")
         vectors = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         total = vectors.abs().sum(0, dtype=torch.float64)
         if not torch.isfinite(total).all():
             raise ValueError("inputs: expected finite values, got NaN or Inf; check the model and the calibration data")
         self._sum += total
         self.count += len(vectors)
-        priorities = torch.cat(
-            (self._priorities, torch.rand(len(vectors), generator=self._generator, dtype=torch.float32))
-        )
-        kept = priorities.argsort(descending=True, stable=True)[: self._capacity].sort().values
-        self._priorities, self.vectors = priorities[kept], torch.cat((self.vectors, vectors))[kept]
+        self._drawn.add(vectors, self._generator)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,9 @@ from .rtn import round_scales
 MAX_DAMPING = 10.0
 """`percdamp` beyond which a Hessian that still cannot be inverted is given up."""
 
+BITS = {WoqWeightDtype.INT4: 4, WoqWeightDtype.INT8: 8}
+"""The dtypes that GPTQ quantizes to, and their bits."""
+
 _CODES = {WoqWeightDtype.INT4: (0, 15, INT4_OFFSET), WoqWeightDtype.INT8: (-128, 127, 0)}
 """Lowest code, highest code and the code of 0.0 in a symmetric scheme."""
 
@@ -80,7 +83,7 @@ def quantize_weight(
     and RuntimeError for a Hessian that cannot be inverted; warns when that takes more damping than asked for.
     """
     options = options or GptqOptions()
-    if scheme.dtype not in _CODES:
+    if scheme.dtype not in BITS:
         raise ValueError(f"dtype: GPTQ quantizes to INT4 or INT8, got {scheme.dtype.name}")
     static = quantize(weight, scheme)  # also checks the weight
     in_features = weight.shape[1]

@@ -37,7 +37,7 @@ def quantize_blocks(
         warnings.warn(
             f"GPTQ: no calibration token is routed to {', '.join(blocks.idle[:8])}"
             + f"{', ...' * (len(blocks.idle) > 8)} ({len(blocks.idle)} experts); rounded to nearest instead",
-            stacklevel=3,
+            stacklevel=4,
         )
     return weights
 

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from ipex_quant.autotune.agreement import agreement
-from ipex_quant.autotune.batches import read_batches, sample_count
+from ipex_quant.autotune.batches import read_batches
 from ipex_quant.autotune.constraints import float_layers
 from ipex_quant.autotune.criterion import Criterion
-from ipex_quant.autotune.smoothing import read_smoothquant_args
+from ipex_quant.autotune.smoothquant_args import read_smoothquant_args
 from ipex_quant.autotune.static import AlphaSearch
 
 FP32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
@@ -136,7 +136,7 @@ def test_no_more_batches_are_read_than_are_needed():
         raise AssertionError("one batch too many")
 
     found = read_batches(nn.Linear(4, 4), batches(), 5)
-    assert [sample_count(batch) for batch in found] == [2, 2, 2]
+    assert [batch.sample_count for batch in found] == [2, 2, 2]
 
 
 def test_agreement_of_outputs():

@@ -2,14 +2,14 @@ import sys
 
 import pytest
 
+from ipex_quant.autotune.candidate import Int8Candidate
 from ipex_quant.autotune.loop import run_trials
-from ipex_quant.autotune.recipe import Int8Recipe
 from ipex_quant.autotune.trials import Trial, TrialRecord
 
 
 def search():
     for samples in range(1, 6):
-        yield Int8Recipe(0.5, samples)
+        yield Int8Candidate(0.5, samples)
 
 
 def measure(recipe, index):
@@ -26,8 +26,27 @@ def test_when_the_search_ends(count):
     assert record.trials == trials
 
 
-def test_without_neural_compressor(monkeypatch):
+def test_a_recorded_trial_is_not_measured_again(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    first = TrialRecord(path, {})
+    run_trials(search(), measure, first, lambda: len(first.trials) == 2)
+    again, measured = TrialRecord(path, {}), []
+    run_trials(search(), lambda *args: measured.append(args) or measure(*args), again, lambda: len(again.trials) == 3)
+    assert [(candidate.samples, index) for candidate, index in measured] == [(3, 2)]
+    assert again.trials[:2] == first.trials
+
+
+def test_a_search_sees_the_trial_of_what_it_yielded():
+    seen = []
+
+    def one_by_one():
+        for samples in (1, 4):
+            seen.append((yield Int8Candidate(0.5, samples)))
+
+    run_trials(one_by_one(), measure, TrialRecord(None, {}), lambda: False)
+    assert [(trial.index, trial.loss) for trial in seen] == [(0, 4), (1, 1)]
+
+
+def test_neural_compressor_is_not_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "neural_compressor", None)
-    monkeypatch.setitem(sys.modules, "neural_compressor.common", None)
-    with pytest.raises(ImportError, match=r"pip install ipex_quant\[autotune\]"):
-        run_trials(search(), measure, TrialRecord(None, {}), bool)
+    assert len(run_trials(search(), measure, TrialRecord(None, {}), lambda: False)) == 5

@@ -1,11 +1,11 @@
 import pytest
 
-from ipex_quant.autotune.recipe import Int8Recipe, WeightOnlyRecipe
+from ipex_quant.autotune.candidate import Int8Candidate, WeightOnlyCandidate
 from ipex_quant.autotune.search import Layer, best_trial, float_sets, search_int8, search_weight_only
 from ipex_quant.autotune.trials import Trial
 from ipex_quant.numerics.scheme import WeightScheme, WoqLowpMode, WoqWeightDtype
 
-BASE = Int8Recipe("auto", 100)
+BASE = Int8Candidate("auto", 100)
 
 
 def trial(loss=0.0, met=False, size=1, index=0, recipe=BASE):
@@ -35,7 +35,7 @@ def test_the_most_sensitive_layer_is_the_first_to_stay_in_float():
 
 
 def test_nothing_stays_in_float_when_all_int8_is_good_enough():
-    other = Int8Recipe(None, 100)
+    other = Int8Candidate(None, 100)
     tried = run(search_int8([other, BASE], None), lambda recipe: recipe.alpha is not None)
     assert tried == [other, BASE]
 
@@ -75,7 +75,7 @@ def test_layers_that_the_user_leaves_in_float_stay_there():
 def weight_only_recipes(sizes):
     """Two recipes of each size."""
     schemes = [WeightScheme(WoqWeightDtype.INT4, True, 1 << i) for i in range(sizes)]
-    return [[WeightOnlyRecipe(a, WoqLowpMode.INT8, (("x", s),)) for a in ("gptq", "rtn")] for s in schemes]
+    return [[WeightOnlyCandidate(a, WoqLowpMode.INT8, (("x", s),)) for a in ("gptq", "rtn")] for s in schemes]
 
 
 @pytest.mark.parametrize("smallest", range(15))

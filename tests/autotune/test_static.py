@@ -5,9 +5,9 @@ from torch import nn
 from ipex_quant import data, evaluation
 from ipex_quant.autotune import autotune
 from ipex_quant.autotune.batches import read_batches
-from ipex_quant.autotune.recipe import AUTO, Int8Recipe
+from ipex_quant.autotune.calibration_pass import SAMPLE_ROWS, collect
+from ipex_quant.autotune.candidate import AUTO, Int8Candidate
 from ipex_quant.autotune.static import AlphaSearch, StaticQuantizer, layer_type
-from ipex_quant.autotune.statistics import SAMPLE_ROWS, collect
 from ipex_quant.nn import Int8Conv, Int8Linear
 from ipex_quant.quantization import calibrate, convert, default_static_qconfig_mapping, prepare
 from ipex_quant.quantization import get_smooth_quant_qconfig_mapping as smooth_mapping
@@ -26,7 +26,7 @@ def test_a_recipe_is_what_prepare_calibrate_and_convert_make(quantizer, make_mod
     mapping = default_static_qconfig_mapping if alpha is None else smooth_mapping(alpha)
     prepared = prepare(make_model(), mapping, example_kwarg_inputs=batches[0])
     state = convert(calibrate(prepared, batches[:samples])).state_dict()
-    found = quantizer.quantized(Int8Recipe(alpha, samples)).state_dict()
+    found = quantizer.quantized(Int8Candidate(alpha, samples)).state_dict()
     assert found.keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
 
@@ -36,7 +36,7 @@ def test_auto_is_at_least_as_good_as_the_best_fixed_alpha(quantizer, make_model,
     divergence = {
         alpha: evaluation.compare(
             reference,
-            quantizer.quantized(Int8Recipe(alpha, SAMPLES)),
+            quantizer.quantized(Int8Candidate(alpha, SAMPLES)),
             tokenizer,
             data.held_out_text(),
             SEQUENCE_LENGTH,
@@ -51,7 +51,7 @@ def test_auto_is_at_least_as_good_as_the_best_fixed_alpha(quantizer, make_model,
 def test_the_errors_are_those_of_the_layers(quantizer, make_model, batches):
     """On the inputs of a batch that they were not estimated with."""
     model, name = make_model(), "model.layers.1.mlp.down_proj"
-    quantized = quantizer.quantized(Int8Recipe(0.5, SAMPLES))
+    quantized = quantizer.quantized(Int8Candidate(0.5, SAMPLES))
     inputs = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with torch.no_grad():
@@ -60,11 +60,11 @@ def test_the_errors_are_those_of_the_layers(quantizer, make_model, batches):
         exact = model.get_submodule(name)(inputs[0])
         actual = quantized.get_submodule(name)(inputs[0])
     error = ((actual - exact).square().sum() / exact.square().sum()).item()
-    assert quantizer.plan(Int8Recipe(0.5, SAMPLES)).errors[name] == pytest.approx(error, rel=0.6)
+    assert quantizer.plan(Int8Candidate(0.5, SAMPLES)).errors[name] == pytest.approx(error, rel=0.6)
 
 
 def test_members_of_a_share_group_have_one_alpha(quantizer):
-    alphas = quantizer.plan(Int8Recipe(AUTO, SAMPLES)).alphas
+    alphas = quantizer.plan(Int8Candidate(AUTO, SAMPLES)).alphas
     for i in range(6):
         attention = f"model.layers.{i}.self_attn"
         assert len({alphas[f"{attention}.{name}_proj"] for name in "qkv"}) == 1
@@ -74,25 +74,25 @@ def test_members_of_a_share_group_have_one_alpha(quantizer):
 def test_a_block_may_have_one_alpha(make_model, batches):
     """The one with which the block, converted for real, errs least on the call that calibration kept."""
     model = make_model()
-    statistics = collect(model, read_batches(model, batches, 4), [4], blocks=True)
+    calibration = collect(model, read_batches(model, batches, 4), [4], blocks=True)
     search = AlphaSearch(alphas=(0.0, 0.6), by_block=True)
-    quantizer = StaticQuantizer(statistics, [AUTO], search)
-    alphas = quantizer.plan(Int8Recipe(AUTO, 4)).alphas
+    quantizer = StaticQuantizer(calibration, [AUTO], search)
+    alphas = quantizer.plan(Int8Candidate(AUTO, 4)).alphas
     for i in range(6):
         assert {alpha for name, alpha in alphas.items() if name.startswith(f"model.layers.{i}.")} == {0.6}
     name = "model.layers.2"
-    call = statistics.block_calls[name]
+    call = calibration.block_calls[name]
     exact = model.get_submodule(name)(*call.args, **call.kwargs)
     for alpha in search.alphas:
-        converted = quantizer.quantized(Int8Recipe(alpha, 4)).get_submodule(name)
+        converted = quantizer.quantized(Int8Candidate(alpha, 4)).get_submodule(name)
         actual = converted(*call.args, **call.kwargs)
         error = ((actual - exact).square().sum() / exact.square().sum()).item()
-        groups = [group for group in statistics.groups if group.name.startswith(f"{name}.")]
+        groups = [group for group in calibration.groups if group.name.startswith(f"{name}.")]
         assert quantizer._error(4, name, groups, alpha) == pytest.approx(error, rel=0.5)
 
 
 def test_the_sample_of_an_input_is_bounded_and_the_same_each_time(quantizer, make_model, batches):
-    samples = quantizer.statistics.samples
+    samples = quantizer.calibration.samples
     assert {len(sample) for sample in samples.values()} == {SAMPLE_ROWS}
     model = make_model()
     again = collect(model, read_batches(model, batches, SAMPLES), [SAMPLES]).samples

@@ -1,3 +1,5 @@
+import dataclasses
+import inspect
 import json
 import time
 
@@ -6,7 +8,7 @@ import torch
 from torch import nn
 
 import ipex_quant as ipex
-from ipex_quant.autotune import autotune
+from ipex_quant.autotune import Report, TuningOptions, autotune, tune
 from ipex_quant.autotune.trials import read_record
 from ipex_quant.nn import Int8Linear
 from ipex_quant.nn.linears import is_linear
@@ -67,7 +69,7 @@ def test_only_the_layer_that_cannot_be_int8_stays_in_float(make_model, plant, ba
 
 def test_an_impossible_criterion_gives_the_best_and_names_the_gap(tiny, tiny_batches, tmp_path):
     options = {"accuracy_criterion": {"relative": -0.5}, "record": tmp_path / "trials.jsonl"}
-    with pytest.warns(UserWarning, match=r"no recipe of \d+ meets the criterion.*-0.5 relative.*0\.50?\d* too much"):
+    with pytest.warns(UserWarning, match=r"no candidate of \d+ meets the criterion.*-0.5 relative.*0\.50?\d* too much"):
         prepared = autotune(tiny, tiny_batches, **options)
     head, _, trials = read_record(tmp_path / "trials.jsonl")
     best = trials[head["best"]]
@@ -84,6 +86,22 @@ def test_without_eval_func_outputs_are_compared_with_the_float_models(tiny, tiny
     error = (converted(x) - tiny(x)).square().sum() / tiny(x).square().sum()
     assert trials[head["best"]].metric == pytest.approx(1 - error.item(), abs=1e-6)
     assert trials[head["best"]].measured_ms is None
+
+
+def test_tune_also_returns_its_report(tiny, tiny_batches, tmp_path):
+    options = TuningOptions(smoothquant_args={"alpha": 0.5}, record=tmp_path / "trials.jsonl")
+    prepared, report = tune(tiny, tiny_batches, options)
+    assert report == Report.of(tmp_path / "trials.jsonl")
+    assert report.met
+    expected = autotune(tiny, tiny_batches, smoothquant_args={"alpha": 0.5})
+    assert torch.equal(convert(prepared)(tiny_batches[0]), convert(expected)(tiny_batches[0]))
+    assert tune(tiny, tiny_batches)[1].criterion == "0.01 relative"
+
+
+def test_options_are_those_of_autotune_with_its_defaults():
+    fields = {field.name: field.default for field in dataclasses.fields(TuningOptions)}
+    parameters = {name: p.default for name, p in inspect.signature(autotune).parameters.items()}
+    assert fields == {name: p for name, p in parameters.items() if name not in ("model", "calib_dataloader")}
 
 
 def test_inplace(tiny, tiny_batches):
@@ -204,7 +222,7 @@ def test_bad_arguments(tiny, tiny_batches, tmp_path):
         (TypeError, "calib_func: expected a function", {"calib_func": "x"}),
         (ValueError, "calib_dataloader: expected at least one batch, got none", {"calib_dataloader": []}),
         (TypeError, "calib_dataloader: expected an iterable", {"calib_dataloader": None}),
-        (TypeError, "calib_dataloader: expected batches", {"calib_dataloader": ["text"]}),
+        (TypeError, "calib_dataloader: expected items", {"calib_dataloader": ["text"]}),
         (TypeError, "accuracy_criterion: expected a dict", {"accuracy_criterion": 0.01}),
         (ValueError, "accuracy_criterion: expected one key", {"accuracy_criterion": {"relative": 1, "absolute": 1}}),
         (ValueError, "accuracy_criterion: expected one key", {"accuracy_criterion": {"percent": 1}}),

@@ -78,7 +78,7 @@ def test_at_equal_size_mixed_precision_beats_every_uniform_choice(make_model, ba
         for choice in quantizer._uniform(WoqLowpMode.INT8)
     }
     size = uniform["int4 asym g128"]
-    mixed, same = quantizer._recipes(size, WoqLowpMode.INT8)
+    mixed, same = quantizer._candidates(size, WoqLowpMode.INT8)
     assert str(same).startswith("RTN int4 asym g128")
     kl = {recipe: compare(quantizer.quantized(recipe)).kl_divergence for recipe in (mixed, same)}
     assert kl[mixed] < 0.9 * kl[same]
@@ -107,7 +107,7 @@ def test_awq_scales_norms_of_a_copy_only():
     examples = read_batches(model, ids, 6)
     space = WeightOnlySpace([WoqWeightDtype.INT4], [32], algorithms=["rtn", "awq"], lowp_modes=[WoqLowpMode.NONE])
     quantizer = WeightOnlyQuantizer(model, examples, space, None, frozenset(), 0)
-    recipes = {recipe.algorithm: recipe for recipe in quantizer._recipes(1e9, WoqLowpMode.NONE)}
+    recipes = {recipe.algorithm: recipe for recipe in quantizer._candidates(1e9, WoqLowpMode.NONE)}
     found = quantizer.quantized(recipes["awq"])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     expected = awq_blocks(model, [{"input_ids": each} for each in ids], dict(recipes["awq"].schemes).get)
@@ -176,7 +176,7 @@ def test_one_member_of_a_share_group_may_stay_in_float(make_model, batches):
     space = WeightOnlySpace(algorithms=["rtn"])
     quantizer = WeightOnlyQuantizer(model, read_batches(model, batches, 1), space, None, frozenset([name]), 0)
     assert quantizer.groups[name] == (name,)
-    for recipe in quantizer._recipes(1e9, WoqLowpMode.INT8):
+    for recipe in quantizer._candidates(1e9, WoqLowpMode.INT8):
         assert [each for each, scheme in recipe.schemes if scheme is None] == [name]
 
 

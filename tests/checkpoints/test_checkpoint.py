@@ -56,6 +56,19 @@ def test_it_is_a_mapping_of_the_quantized_modules(state_dict, weight):
     assert torch.equal(dequantize(checkpoint["model.q"][0]), weight)
 
 
+def test_weights_in_memory_are_a_checkpoint_too(state_dict, weight):
+    qw = open_checkpoint((state_dict, GPTQ))["model.q"][0]
+    checkpoint = open_checkpoint({"model.q": qw})
+    assert dict(checkpoint) == {"model.q": (qw, None)}
+    assert checkpoint.quantized_weight("model.q", in_features=64, out_features=32) == (qw, None)
+    assert checkpoint.quantized_weight("model.k") is None
+    assert (checkpoint.holds("model.q"), checkpoint.holds("model.k"), checkpoint.other_tensors()) == (True, False, {})
+    with pytest.raises(ValueError, match=r"model.q: expected a weight of shape \[32, 65\], got \[32, 64\]"):
+        checkpoint.quantized_weight("model.q", in_features=65, out_features=32)
+    with pytest.raises(TypeError, match=r"model.k: expected a QuantizedWeight as the others are, got Tensor"):
+        open_checkpoint({"model.q": qw, "model.k": weight})
+
+
 def test_other_tensors_are_all_the_rest(state_dict):
     others = open_checkpoint((state_dict, GPTQ)).other_tensors()
     assert others.keys() == {"model.norm.weight", "lm_head.weight", "lm_head.bias"}

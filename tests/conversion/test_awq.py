@@ -3,11 +3,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from outliers import inject_outliers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import ipex_quant as ipex
 from ipex_quant import data, evaluation
-from ipex_quant.conversion.calibration_batches import calibration_batches
+from ipex_quant.conversion.calibration_batches import Samples, calibration_batches
 from ipex_quant.nn import WeightOnlyQuantizedLinear
 from ipex_quant.nn.linears import is_linear, weight_matrix
 from ipex_quant.numerics.affine import dequantize
@@ -22,7 +23,6 @@ from ipex_quant.quantization import (
 )
 from ipex_quant.recipes.apply import apply_recipe, calibration_data
 from ipex_quant.recipes.recipe import load_recipe
-from outliers import inject_outliers
 from ipex_quant.woq.awq_blocks import awq_blocks
 
 INT4 = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4, group_size=16)
@@ -50,7 +50,7 @@ def samples():
 
 @torch.no_grad()
 def test_the_result_holds_what_the_search_found(model, samples):
-    batches = calibration_batches(samples, 128, 2048)
+    batches = calibration_batches(model, samples, Samples())
     expected = awq_blocks(model, batches, WeightScheme(WoqWeightDtype.INT4, False, 16), FEW)
     state = copy.deepcopy(model.state_dict())
     quantized = awq(model, samples, INT4, FEW)

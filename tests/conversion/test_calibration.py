@@ -81,7 +81,6 @@ def test_kinds_of_batches(wrap):
         ({"y": 1}, r"unknown keys \['y'\], missing keys \['x'\]; Model.forward takes \['scale', 'x'\]"),
         ({"scale": 1.0}, r"missing keys \['x'\]"),
         ((1, 2, 3), "3 values do not fit Model.forward"),
-        ((), "0 values do not fit"),
     ],
 )
 def test_batches_that_do_not_fit(batch, message):
@@ -93,8 +92,10 @@ def test_batches_that_do_not_fit(batch, message):
 
 
 def test_other_bad_arguments():
-    with pytest.raises(TypeError, match="expected a mapping, a tuple, a list or a tensor, got str"):
+    with pytest.raises(TypeError, match=r"batch: expected items that are a mapping, .*, got str"):
         calibrate(Model(), ["text"])
+    with pytest.raises(TypeError, match=r"batch: expected items that are a mapping, .*, got an empty tuple"):
+        calibrate(Model(), [()])
     with pytest.raises(ValueError, match="expected at least one batch, got none"):
         calibrate(Model(), [])
     with pytest.raises(ValueError, match="save_every: expected a positive integer, got 0"):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from io import StringIO
 from pathlib import Path
 
 import datasets
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from ipex_quant.conversion.calibration_text import text_documents
 from ipex_quant.data import embedded_model_dir, held_out_text
 from ipex_quant.quantization import calibration_dataloader
 
@@ -49,6 +51,31 @@ def test_files(tokenizer, documents, tmp_path, suffix):
     for batch, same, third in zip(loaded, again, listed, strict=True):
         assert torch.equal(batch["input_ids"], same["input_ids"])
         assert torch.equal(batch["input_ids"], third["input_ids"])
+
+
+def test_documents_in_memory_are_read_as_a_file_of_them(tokenizer, documents, tmp_path):
+    path = write(tmp_path, ".jsonl", documents)
+    sizes = {"samples": 6, "sequence_length": 32}
+    expected = list(calibration_dataloader(path, tokenizer, **sizes, column="text"))
+    found = list(calibration_dataloader(iter(documents), tokenizer, **sizes))
+    assert [batch["input_ids"].tolist() for batch in found] == [batch["input_ids"].tolist() for batch in expected]
+    again = list(calibration_dataloader((text for text in documents), tokenizer, **sizes))
+    assert [batch["input_ids"].tolist() for batch in again] == [batch["input_ids"].tolist() for batch in found]
+    with pytest.raises(TypeError, match="source: expected documents that are strings, got int"):
+        calibration_dataloader(iter([1]), tokenizer)
+    with pytest.raises(ValueError, match="source: the dataset is empty"):
+        calibration_dataloader(iter([]), tokenizer)
+
+
+def test_a_text_is_cut_into_documents_where_a_paragraph_ends():
+    paragraph = "word " * 1000 + "\n"
+    text = f"{paragraph}{paragraph}\n" * 10
+    documents = list(text_documents(StringIO(text)))
+    assert "".join(documents) == text
+    assert len(documents) == 5
+    assert all(document.endswith("\n\n") for document in documents)
+    assert list(text_documents(StringIO(""))) == []
+    assert len(list(text_documents(["x" * 200 + "\n"] * 2000))) == 4, "a text without paragraphs is cut too"
 
 
 def test_windows_cut_the_joined_documents(tokenizer):
@@ -121,7 +148,7 @@ def test_column(tokenizer, documents):
         ("bad.json", ValueError, "cannot read .*bad.json"),
         ("short.txt", ValueError, "too little text for one window of 512 tokens, it has 4"),
         ([], ValueError, "expected files of one kind"),
-        (3, TypeError, "expected a dataset, a name on the hub or paths, got int"),
+        (3, TypeError, "expected a dataset, a name on the hub, paths or an iterator of documents, got int"),
     ],
     ids=str,
 )

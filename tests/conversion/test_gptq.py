@@ -21,7 +21,7 @@ from transformers import (
 
 from ipex_quant import llm
 from ipex_quant.checkpoints import load_low_precision_checkpoint, open_checkpoint
-from ipex_quant.conversion.calibration_batches import calibration_batches
+from ipex_quant.conversion.calibration_batches import Samples, calibration_batches
 from ipex_quant.nn import WeightOnlyQuantizedLinear
 from ipex_quant.nn.linears import weight_matrix
 from ipex_quant.numerics.affine import dequantize
@@ -245,6 +245,18 @@ def test_bad_arguments(model, samples, tmp_path, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
+class Plain(nn.Module):
+    """A model whose main input is `main_input_name`, as transformers' models say it."""
+
+    def __init__(self, main_input_name="input_ids"):
+        super().__init__()
+        self.main_input_name = main_input_name
+
+    def forward(self, input_ids=None, **kwargs):
+        raise AssertionError("nobody calls it")
+
+
+PLAIN = Plain()
 IDS = torch.arange(12).view(2, 6)
 VIT = ViTConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
@@ -265,13 +277,13 @@ VIT = ViTConfig(
     ],
 )
 def test_what_a_dataloader_may_yield(item):
-    (batch,) = calibration_batches([item], 128, 2048)
+    (batch,) = calibration_batches(PLAIN, [item], Samples())
     assert batch.keys() == {"input_ids"}
     assert torch.equal(batch["input_ids"], IDS)
 
 
 def test_a_single_sequence_becomes_a_batch():
-    (batch,) = calibration_batches([{"input_ids": [1, 2, 3], "attention_mask": [1, 1, 0]}], 128, 2048)
+    (batch,) = calibration_batches(PLAIN, [{"input_ids": [1, 2, 3], "attention_mask": [1, 1, 0]}], Samples())
     assert batch["input_ids"].tolist() == [[1, 2, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0]]
 
@@ -279,7 +291,7 @@ def test_a_single_sequence_becomes_a_batch():
 def test_samples_are_counted_and_cut():
     mask, embeds = torch.ones(2, 6), torch.zeros(2, 6, 3)
     item = {"input_ids": IDS, "attention_mask": mask, "inputs_embeds": embeds, "position_ids": IDS.expand(3, 2, 6)}
-    batches = calibration_batches([item, item, item], 3, 4)
+    batches = calibration_batches(PLAIN, [item, item, item], Samples(3, 4))
     assert [batch["input_ids"].tolist() for batch in batches] == [[[0, 1, 2, 3], [6, 7, 8, 9]], [[0, 1, 2, 3]]]
     assert [list(batch["attention_mask"].shape) for batch in batches] == [[2, 4], [1, 4]]
     assert [batch["inputs_embeds"].shape for batch in batches] == [(2, 4, 3), (1, 4, 3)]
@@ -287,11 +299,11 @@ def test_samples_are_counted_and_cut():
 
 def test_tokens_that_stand_for_features_are_not_cut_off():
     pixels, patches = torch.zeros(2, 6, 5), torch.zeros(7, 5)
-    (first, second) = calibration_batches([{"input_ids": IDS, "pixel_values": pixels}] * 3, 3, 4)
+    (first, second) = calibration_batches(PLAIN, [{"input_ids": IDS, "pixel_values": pixels}] * 3, Samples(3, 4))
     assert (first["input_ids"].shape, first["pixel_values"].shape) == ((2, 6), (2, 6, 5))
     assert (second["input_ids"].shape, second["pixel_values"].shape) == ((1, 6), (1, 6, 5))
     # nobody knows which of the seven patches are the first sequence's
-    (whole,) = calibration_batches([{"input_ids": IDS, "pixel_values": patches}] * 3, 1, 4)
+    (whole,) = calibration_batches(PLAIN, [{"input_ids": IDS, "pixel_values": patches}] * 3, Samples(1, 4))
     assert (whole["input_ids"].shape, whole["pixel_values"].shape) == ((2, 6), (7, 5))
 
 
@@ -299,31 +311,31 @@ def test_tokens_that_stand_for_features_are_not_cut_off():
 def test_models_that_take_no_tokens(name):
     features = torch.randn(2, 6, 3)
     batch = {name: features, "interpolate_pos_encoding": True, "mask": None}
-    (found,) = calibration_batches([batch], 128, 2048)
+    (found,) = calibration_batches(PLAIN, [batch], Samples())
     assert found == batch
-    (found,) = calibration_batches([features, features], 2, 2048, main_input=name)
+    (found,) = calibration_batches(Plain(name), [features, features], Samples(2))
     assert list(found) == [name]
-    (found,) = calibration_batches([{name: features.numpy()}], 1, 2048)
+    (found,) = calibration_batches(PLAIN, [{name: features.numpy()}], Samples(1))
     assert torch.equal(found[name], features[:1])
 
 
 def test_a_decoders_tokens_are_cut_too():
     item = {"input_ids": IDS, "decoder_input_ids": torch.zeros(2, 5), "decoder_attention_mask": torch.ones(2, 5)}
-    (batch,) = calibration_batches([item], 2, 4)
+    (batch,) = calibration_batches(PLAIN, [item], Samples(2, 4))
     assert [tuple(tensor.shape) for tensor in batch.values()] == [(2, 4)] * 3
 
 
 def test_use_max_length_skips_shorter_samples():
-    batches = calibration_batches([IDS[:, :3], IDS, IDS[:, :5]], 128, 5, only_full=True)
+    batches = calibration_batches(PLAIN, [IDS[:, :3], IDS, IDS[:, :5]], Samples(128, 5, only_full=True))
     assert [batch["input_ids"].shape[1] for batch in batches] == [5, 5]
 
 
 @pytest.mark.parametrize("item", [{"inputs": IDS}, "text", 3, (), {}, {"input_features": [[1.0], [1.0, 2.0]]}])
 def test_items_that_are_no_samples(item):
-    with pytest.raises(TypeError, match=r"dataloader: .*expected a (tensor|mapping)"):
-        calibration_batches([item], 128, 2048)
+    with pytest.raises(TypeError, match=r"dataloader: .*expected (a tensor|a mapping|items that are a mapping)"):
+        calibration_batches(PLAIN, [item], Samples())
     with pytest.raises(ValueError, match=r"input_ids: expected shape \[B, T\] or \[T\], got \[1, 2, 6\]"):
-        calibration_batches([IDS[None]], 128, 2048)
+        calibration_batches(PLAIN, [IDS[None]], Samples())
 
 
 def test_a_weight_that_is_not_finite_is_named(model, samples, tmp_path):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.ao.quantization import QConfigMapping
 
+from ipex_quant.numerics.scheme import WeightScheme
 from ipex_quant.quantization import (
     QConfigWoq,
     WoqActQuantMode,
@@ -111,3 +112,11 @@ def test_torch_dtypes_are_deprecated(old, new):
 def test_an_unknown_choice_lists_those_there_are(name, choice):
     with pytest.raises(ValueError, match=f"{name}: expected one of .*{choice}.*, got 9"):
         get_weight_only_quant_qconfig_mapping(**{name: 9})
+
+
+def test_the_scheme_of_a_configuration():
+    assert qconfig(weight_dtype=D.INT4, group_size=64).scheme == WeightScheme(D.INT4, False, 64)
+    assert qconfig(weight_dtype=D.NF4).scheme == WeightScheme(D.NF4, True, -1)
+    for symmetric, qscheme in ((True, S.SYMMETRIC), (False, S.ASYMMETRIC)):
+        assert WeightScheme(D.INT8, symmetric).qscheme == qscheme
+        assert qconfig(weight_qscheme=qscheme).scheme.symmetric is symmetric

@@ -11,6 +11,7 @@ from torch import nn
 
 import ipex_quant as ipex
 from ipex_quant.conversion.observed import observed
+from ipex_quant.conversion.parameters import group_parameters
 from ipex_quant.conversion.prepare import prepare_with_summary
 from ipex_quant.nn import Int8Linear
 from ipex_quant.nn.linears import is_linear
@@ -284,6 +285,28 @@ def test_save_load_save_is_identical_and_converts_to_the_same(model, tmp_path, m
     second.save_qconf_summary(tmp_path / "two.json")
     assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
     assert torch.equal(convert(first)(X), convert(second)(X))
+
+
+@pytest.mark.parametrize("mapping", [smooth, static])
+def test_assigned_parameters_are_saved_as_observed_ones(model, tmp_path, mapping):
+    calibrated = prepared_for(model, mapping())
+    calibrated.save_qconf_summary(tmp_path / "observed.json")
+    assigned = prepared_for(model, mapping(), calibrate=False)
+    for seen, group in zip(observed(calibrated).groups, observed(assigned).groups, strict=True):
+        for layer, parameters in zip(group.layers, group_parameters(calibrated, seen), strict=True):
+            layer.parameters, layer.quantized = parameters, layer.name != "layers.0.k"
+    expected = json.loads((tmp_path / "observed.json").read_text())
+    edited(expected, "layers.0.k", inf_dtype="torch.float32", force_dtype="torch.float32")
+    document = written(assigned, tmp_path / "assigned.json")
+    op = next(op for infos in document.values() for op in infos["q_op_infos"].values() if op["fqn"] == "layers.0.k")
+    assert op["weight_tensor_infos"][0]["inf_dtype"] == "torch.float32"
+    op["weight_tensor_infos"][0]["inf_dtype"] = "torch.qint8"
+    assert document == expected
+    loaded = prepared_for(model, mapping(), calibrate=False)
+    loaded.load_qconf_summary(tmp_path / "assigned.json")
+    converted = convert(assigned)
+    assert type(converted.layers[0].k) is nn.Linear
+    assert torch.equal(converted(X), convert(loaded)(X))
 
 
 def test_lists_are_read_as_well_as_lists_by_layer(attention, tmp_path):

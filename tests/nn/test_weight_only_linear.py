@@ -482,5 +482,5 @@ class TestConstructors:
 def test_repr_has_ipexs_fields(layer):
     assert layer.extra_repr() == (
         "in_features=70, out_features=24, dtype=int4, bias=True, lowp_mode=none, act_quant_mode=none, group_size=32, "
-        "cache_weight_for_large_batch=False, weight_qscheme=asymmetric"
+        "weight_qscheme=asymmetric"
     )

@@ -1,4 +1,5 @@
 import json
+import tempfile
 from copy import deepcopy
 from dataclasses import replace
 
@@ -57,6 +58,41 @@ def test_without_a_source_the_embedded_models_text_is_read(tokenizer):
     for batch in batches:
         passages = tokenizer.decode(batch["input_ids"][0]).split(tokenizer.eos_token)
         assert all(passage in text for passage in passages)
+
+
+@pytest.fixture
+def no_files(monkeypatch):
+    """Nothing goes through a file on its way."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a temporary file")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", fail)
+    monkeypatch.setattr(tempfile, "mkstemp", fail)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptqs_weights_are_those_of_the_directory_that_it_writes(model, tokenizer, tmp_path, act_order, no_files):
+    loaded = load_recipe("w4a8-gptq-g128")
+    recipe = replace(loaded, settings=replace(loaded.settings, **SMALL, act_order=act_order))
+    calibration = calibration_data(recipe, tokenizer)
+    mapping, float_model = recipe.qconfig_mapping(model), deepcopy(model)
+    quantized = apply_recipe(recipe, model, calibration)
+    options = {"nsamples": 8, "pad_max_length": 64, "group_size": 32, "act_order": act_order}
+    directory = ipex.quantization.gptq(float_model, calibration, **options, save_dir=tmp_path / "gptq")
+    checkpoint = ipex.llm.utils.load_low_precision_checkpoint(directory)
+    expected = ipex.llm.optimize(
+        float_model, dtype=torch.bfloat16, quantization_config=mapping, low_precision_checkpoint=checkpoint
+    )
+    names = [f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.o_proj", "mlp.down_proj")]
+    for name in names:
+        found, other = (each.get_submodule(name).quantized_weight() for each in (quantized, expected))
+        assert found.scheme == other.scheme == WeightScheme(WoqWeightDtype.INT4, False, 32)
+        assert torch.equal(found.codes, other.codes)
+        assert torch.equal(found.scales, other.scales)
+        assert torch.equal(found.zero_points, other.zero_points)
+        assert (found.g_idx is None) == (other.g_idx is None)
+        assert found.g_idx is None or torch.equal(found.g_idx, other.g_idx)
 
 
 def test_no_text_is_read_for_a_recipe_that_does_not_calibrate(tokenizer):

@@ -49,7 +49,7 @@ def test_the_command_tunes_reports_and_saves(float_dir, tmp_path, capsys, recipe
     arguments = ["autotune", float_dir, "--recipe", recipe, *options, *files, *sizes]
     assert cli.main([str(argument) for argument in arguments]) == 0
     head, line, *_ = capsys.readouterr().out.splitlines()
-    assert head.split()[0] == "recipe"
+    assert head.split()[0] == "candidate"
     assert line.startswith("*p")
     report = json.loads((tmp_path / "o.json").read_text())
     best = report["trials"][report["best"]]

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 
-from ...checkpoints import Checkpoint
+from ...checkpoints import Checkpoint, WeightsInMemory
 from ...conversion.prepare import FLOAT_REASONS, check_any_quantized, warn_of_float
-from ...conversion.qconfig import QConfigWoq
 from ...conversion.rules import choose_qconfigs, fit_reasons
 from ...conversion.swap import copy_sharing_parameters, own_parameters, swap_modules
 from ...conversion.tidy import leave_fast_paths
@@ -20,11 +19,14 @@ from ...nn import WeightOnlyQuantizedLinear
 from ...nn.fused_forward import restore_forwards
 from ...nn.linears import is_linear, weight_matrix
 from ...nn.multihead_attention import split_attentions
+from ...numerics.scheme import QConfigWoq
 from .checkpoint_experts import experts_from_checkpoint, module_of, stack_float_experts
 from .checkpoint_names import with_model_names
 
 
-def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, mapping: QConfigMapping, inplace: bool) -> nn.Module:
+def apply_checkpoint(
+    model: nn.Module, checkpoint: Checkpoint | WeightsInMemory, mapping: QConfigMapping, inplace: bool
+) -> nn.Module:
     """Replace the layers that `checkpoint` holds quantized, one at a time, and load its other tensors.
 
     `mapping` says which layers and what they compute in; the checkpoint says how they are quantized. A layer that it
@@ -69,7 +71,9 @@ def _check_stored(stored: set[str], chosen: dict[str, QConfigWoq], reasons: dict
         )
 
 
-def _from_checkpoint(checkpoint: Checkpoint, name: str, qconfig: QConfigWoq, module: nn.Module) -> nn.Module:
+def _from_checkpoint(
+    checkpoint: Checkpoint | WeightsInMemory, name: str, qconfig: QConfigWoq, module: nn.Module
+) -> nn.Module:
     if not is_linear(module):
         return experts_from_checkpoint(checkpoint, name, qconfig, module)
     out_features, in_features = weight_matrix(module).shape
@@ -79,7 +83,6 @@ def _from_checkpoint(checkpoint: Checkpoint, name: str, qconfig: QConfigWoq, mod
     weight, bias = found
     bias = module.bias if bias is None else bias
     new = WeightOnlyQuantizedLinear.from_quantized_weight(weight, bias, qconfig.lowp_mode, qconfig.act_quant_mode)
-    new._cache_weight_for_large_batch = qconfig.cache_weight_for_large_batch
     return new.to(module.weight.dtype)
 
 

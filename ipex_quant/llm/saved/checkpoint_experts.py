@@ -11,14 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ...checkpoints import Checkpoint
-from ...conversion.qconfig import QConfigWoq
+from ...checkpoints import Checkpoint, WeightsInMemory
 from ...nn import WeightOnlyQuantizedExperts
 from ...nn.linears import holds_experts
 from ...nn.stacked_experts import expert_layout, experts_obstacle, experts_shape
 from ...numerics.quantized_stack import QuantizedStack
 from ...numerics.quantized_weight import QuantizedWeight
-from ...numerics.scheme import WeightScheme
+from ...numerics.scheme import QConfigWoq, WeightScheme
 from ...woq.rtn import rtn
 
 PARTS = {"gate_up": ("gate", "up"), "up": ("up",), "down": ("down",)}
@@ -34,7 +33,7 @@ def module_of(name: str) -> str:
 
 
 def experts_from_checkpoint(
-    checkpoint: Checkpoint, name: str, qconfig: QConfigWoq, module: nn.Module
+    checkpoint: Checkpoint | WeightsInMemory, name: str, qconfig: QConfigWoq, module: nn.Module
 ) -> WeightOnlyQuantizedExperts:
     """What takes the place of `module`, the experts called `name`; ValueError if a part of one is not in `checkpoint`.
 
@@ -113,7 +112,7 @@ def _is_stacked_plainly(model: nn.Module, name: str) -> bool:
 
 
 def _rounded(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, int], scheme: WeightScheme
+    checkpoint: Checkpoint | WeightsInMemory, name: str, shape: tuple[int, int], scheme: WeightScheme
 ) -> tuple[QuantizedWeight, torch.Tensor | None]:
     """Weight and bias of a part that `checkpoint` has in float; ValueError when it has not, or of another shape."""
     weight = checkpoint.tensors.get(f"{name}.weight")

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ...checkpoints import Checkpoint
+from ...checkpoints import Checkpoint, WeightsInMemory
 from ...nn.linears import holds_experts
 from .checkpoint_experts import PARTS
 
 
-def with_model_names(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
+def with_model_names(model: nn.Module, checkpoint: Checkpoint | WeightsInMemory) -> Checkpoint | WeightsInMemory:
     """`checkpoint` with the names that `model` has for its tensors, as transformers itself would rename them.
 
     These may have been written by a release with other names for the same architecture, with or without the prefix of
@@ -24,7 +24,7 @@ def with_model_names(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     `module` holds the experts. A checkpoint of which `model` has all quantized layers is left as it is. Raises
     ValueError for two tensors that get one name.
     """
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) or isinstance(checkpoint, WeightsInMemory):
         return checkpoint
     present = {name for name, _ in model.named_modules()}
     stacked = any(map(holds_experts, model.modules()))

@@ -2,18 +2,18 @@ import json
 
 import pytest
 
-from ipex_quant.autotune.recipe import Int8Recipe, WeightOnlyRecipe
+from ipex_quant.autotune.candidate import Int8Candidate, WeightOnlyCandidate
 from ipex_quant.numerics.scheme import WeightScheme, WoqLowpMode, WoqWeightDtype
 
 
 @pytest.mark.parametrize(
     ("recipe", "text"),
     [
-        (Int8Recipe("auto", 100), "INT8 SmoothQuant alpha auto, 100 samples"),
-        (Int8Recipe(0.5, 8, ("a", "b")), "INT8 SmoothQuant alpha 0.5, 8 samples, 2 in float"),
-        (Int8Recipe(None, 8), "INT8 static, 8 samples"),
+        (Int8Candidate("auto", 100), "INT8 SmoothQuant alpha auto, 100 samples"),
+        (Int8Candidate(0.5, 8, ("a", "b")), "INT8 SmoothQuant alpha 0.5, 8 samples, 2 in float"),
+        (Int8Candidate(None, 8), "INT8 static, 8 samples"),
         (
-            WeightOnlyRecipe(
+            WeightOnlyCandidate(
                 "gptq", WoqLowpMode.BF16, (("a", WeightScheme(WoqWeightDtype.INT4, False, 64)), ("b", None))
             ),
             "GPTQ int4 asym g64, 1 in float, computed in BF16",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..observers.smoothquant import checked_alpha
-from .recipe import AUTO
+from .candidate import AUTO
 from .sensitivity import COMBINE
 from .static import AlphaSearch
 
@@ -15,7 +15,7 @@ _AUTO_KEYS = ("init_alpha", "alpha_min", "alpha_max", "alpha_step", "shared_crit
 
 
 def read_smoothquant_args(arguments: Mapping[str, Any] | None) -> tuple[tuple[float | str | None, ...], AlphaSearch]:
-    """The alphas of the recipes to try, None for no smoothing, and the search that `auto` stands for.
+    """The alphas of the candidates to try, None for no smoothing, and the search that `auto` stands for.
 
     `arguments` may hold `alpha`, a number in 0..1, "auto" (the default), None or a list of these, and
     `auto_alpha_args`: `init_alpha` (0.5), `alpha_min` (0), `alpha_max` (1), `alpha_step` (0.1), `shared_criterion`

@@ -1,4 +1,4 @@
-"""One calibration pass that finds what every recipe needs: ranges, histograms and a sample of each layer's input."""
+"""One calibration pass that finds what every candidate needs: ranges, histograms and a sample of each layer's input."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ..conversion.prepare import prepare
 from ..conversion.qconfig import get_smooth_quant_qconfig_mapping
 from ..nn.linears import is_linear
 from ..nn.modes import evaluating
+from ..numerics.reservoir import Reservoir
 from ..observers import SmoothQuantActivationObserver, has_data, observe
 from ..woq.towers import find_blocks
-from .batches import sample_count
 
 SAMPLE_ROWS = 128
 """Input vectors that are kept for each share group; of a convolution, whole inputs of a batch."""
@@ -44,8 +44,7 @@ class RecordingObserver(SmoothQuantActivationObserver):
         self.seed = seed
         self.seen = 0
         self.calls = 0
-        self.sample: torch.Tensor | None = None
-        self._keys = torch.empty(0)
+        self.drawn: Reservoir | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         observe(self.act_obs, x)
@@ -61,18 +60,12 @@ class RecordingObserver(SmoothQuantActivationObserver):
         return x
 
     def _draw(self, vectors: torch.Tensor, rows: int) -> None:
-        """Keep those with the largest random keys, which is an even draw from all that come."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.seen)
-        keys = torch.cat([self._keys, torch.rand(len(vectors), generator=generator)])
+        self.drawn = self.drawn or Reservoir(rows)
+        self.drawn.add(vectors, torch.Generator().manual_seed(self.seed * 1_000_003 + self.seen))
         self.seen += len(vectors)
-        kept = keys.topk(min(rows, len(keys))).indices.sort().values
-        old = 0 if self.sample is None else len(self.sample)
-        new = vectors[kept[kept >= old] - old].clone()
-        self.sample = new if self.sample is None else torch.cat([self.sample[kept[kept < old]], new])
-        self._keys = keys[kept]
 
 
-class Statistics:
+class CalibrationPass:
     """What calibration found, by the name of a share group, for each number of samples that was asked for."""
 
     def __init__(self, model: nn.Module, example: Example, groups: Sequence[ObservedGroup]) -> None:
@@ -96,7 +89,7 @@ def collect(
     calib_func: Callable[[nn.Module], Any] | None = None,
     seed: int = 0,
     blocks: bool = False,
-) -> Statistics:
+) -> CalibrationPass:
     """Prepare a copy of `model`, which shares its parameters, and run `batches` through it, or `calib_func`.
 
     The copy is the `model` of the result, to convert. Sizes beyond the data are left out, but for the smallest of them,
@@ -106,7 +99,7 @@ def collect(
     prepared = prepare(
         model, _recording_mapping(seed), batches[0].args or None, example_kwarg_inputs=batches[0].kwargs or None
     )
-    found = Statistics(prepared, batches[0], observed(prepared).static_groups)
+    found = CalibrationPass(prepared, batches[0], observed(prepared).static_groups)
     with evaluating(prepared), torch.no_grad(), _watched_blocks(prepared, found.block_calls if blocks else None):
         if calib_func is not None:
             calib_func(prepared)
@@ -116,18 +109,20 @@ def collect(
     if not any(found.observers.values()):
         raise ValueError("calibration: none of the layers to quantize was reached; check calib_dataloader, calib_func")
     for group in found.groups:
-        if group.observer.sample is not None:
-            found.samples[group.name] = group.observer.sample
+        if group.observer.drawn is not None:
+            found.samples[group.name] = group.observer.drawn.rows
         group.reset()
     return found
 
 
-def _run(prepared: nn.Module, batches: Sequence[Example], sampling_sizes: Sequence[int], found: Statistics) -> None:
+def _run(
+    prepared: nn.Module, batches: Sequence[Example], sampling_sizes: Sequence[int], found: CalibrationPass
+) -> None:
     wanted = sorted(sampling_sizes)
     done = 0
     for batch in tqdm(batches, "calibrating"):
         batch.run(prepared)
-        done += sample_count(batch)
+        done += batch.sample_count
         while wanted and done >= wanted[0]:
             found.snapshot(wanted.pop(0))
     if wanted:
@@ -162,11 +157,9 @@ def _recording_mapping(seed: int) -> QConfigMapping:
 
 
 def _without_sample(observer: RecordingObserver) -> RecordingObserver:
-    sample, keys = observer.sample, observer._keys
-    observer.sample, observer._keys = None, torch.empty(0)
-    kept = copy.deepcopy(observer)
-    observer.sample, observer._keys = sample, keys
-    return kept
+    kept = copy.copy(observer)
+    kept.drawn = None
+    return copy.deepcopy(kept)
 
 
 def is_smoothed(group: ObservedGroup, model: nn.Module) -> bool:

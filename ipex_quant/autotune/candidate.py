@@ -13,7 +13,7 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Int8Recipe:
+class Int8Candidate:
     """Static INT8: SmoothQuant with `alpha`, or plain when it is None, calibrated on `samples` samples.
 
     `float_modules` are the names of the layers that stay in float.
@@ -23,7 +23,7 @@ class Int8Recipe:
     samples: int
     float_modules: tuple[str, ...] = ()
 
-    def with_float(self, names: Iterable[str]) -> Int8Recipe:
+    def with_float(self, names: Iterable[str]) -> Int8Candidate:
         """The same with other layers left in float."""
         return replace(self, float_modules=tuple(sorted(names)))
 
@@ -32,7 +32,7 @@ class Int8Recipe:
         return {"kind": "int8", **values}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Int8Recipe:
+    def from_json(cls, values: Mapping[str, Any]) -> Int8Candidate:
         return cls(values["alpha"], values["samples"], tuple(values["float_modules"]))
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class Int8Recipe:
 
 
 @dataclass(frozen=True)
-class WeightOnlyRecipe:
+class WeightOnlyCandidate:
     """Weights in few bits: the scheme of every layer by name, None in float, and what finds and computes with them."""
 
     algorithm: str
@@ -62,7 +62,7 @@ class WeightOnlyRecipe:
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> WeightOnlyRecipe:
+    def from_json(cls, values: Mapping[str, Any]) -> WeightOnlyCandidate:
         schemes = (
             (name, None if s is None else WeightScheme(WoqWeightDtype[s["dtype"]], s["symmetric"], s["group_size"]))
             for name, s in values["schemes"].items()

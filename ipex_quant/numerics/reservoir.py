@@ -1,0 +1,23 @@
+"""An even draw from vectors that come in batches, of which nobody knows how many there will be."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Reservoir:
+    """At most `capacity` of the rows seen, each as likely as another, in the order they came: `rows`, None at first."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.rows: torch.Tensor | None = None
+        self._keys = torch.empty(0, dtype=torch.float32)
+
+    def add(self, rows: torch.Tensor, generator: torch.Generator) -> None:
+        """Give each of `rows` ``[R, ...]`` a random key, and keep those with the largest keys."""
+        keys = torch.cat([self._keys, torch.rand(len(rows), generator=generator, dtype=torch.float32)])
+        kept = keys.argsort(descending=True, stable=True)[: self.capacity].sort().values
+        old = len(self._keys)
+        new = rows[kept[kept >= old] - old]
+        self.rows = new if self.rows is None else torch.cat([self.rows[kept[kept < old]], new])
+        self._keys = keys[kept]
