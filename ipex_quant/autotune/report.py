@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..writing import check_writable, write_whole
-from .plots import bar_plot, scatter_plot
-from .trials import Trial, read_record
+from jinja2 import Environment
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff; max-width: 60rem; margin: 2rem auto;
-       padding: 0 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #dde2e8; }
-th:nth-child(2), td:nth-child(2) { text-align: left; }
-tr.best { font-weight: 600; background: #eef6f0; } svg { width: 100%; height: auto; }
-"""
+from ..writing import check_writable, write_whole
+from .plots import bar_plot, check_matplotlib, scatter_plot
+from .trials import Trial, read_record
 
 _WRITERS = {".html": "to_html", ".json": "to_json_text", ".svg": "to_svg"}
 """The method that makes the content of a file, by its suffix."""
+
+
+_COLUMNS = ("", "candidate", "metric", "loss", "met", "MB", "bytes a weight", "predicted ms", "measured ms", "s")
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ class Report:
     def table(self) -> str:
         """A line for each trial, under a head; the result has a star, and those of the Pareto front a p."""
         label_width = max(len(trial.label) for trial in self.trials)
-        head = f"    {'recipe':<{label_width}}{'metric':>12}{'loss':>10}{'met':>5}{'MB':>10}{'B/weight':>10}"
+        head = f"    {'candidate':<{label_width}}{'metric':>12}{'loss':>10}{'met':>5}{'MB':>10}{'B/weight':>10}"
         lines = [f"{head}{'predicted ms':>14}{'measured ms':>13}{'s':>8}"]
         front = self.pareto_front
         for trial in self.trials:
@@ -91,23 +86,26 @@ class Report:
         return json.dumps(self.to_json(), indent=1) + "\n"
 
     def to_svg(self) -> str:
-        """The plot of metric against size, with the Pareto front marked."""
-        points = [(trial.model_bytes / 1e6, trial.metric, trial.label) for trial in self.trials]
-        front = [(trial.model_bytes / 1e6, trial.metric) for trial in self.pareto_front]
-        best = next((points[i] for i, trial in enumerate(self.trials) if trial.index == self.best), None)
+        """The plot of metric against size, with the Pareto front marked; ImportError without matplotlib."""
+        points, front = (
+            [(trial.model_bytes / 1e6, trial.metric) for trial in trials] for trials in (self.trials, self.pareto_front)
+        )
+        best = next((i for i, trial in enumerate(self.trials) if trial.index == self.best), None)
         return scatter_plot(points, front, best, self.baseline)
 
     def to_html(self) -> str:
-        """A page that needs nothing else: two plots and the table."""
-        bars = [(name, layer["error"], _layer_note(layer)) for name, layer in self.sensitivity.items()]
-        return (
-            "<!doctype html>\n<html lang='en'><meta charset='utf-8'><title>autotune</title>"
-            f"<style>{_STYLE}</style>\n<h1>Tuning report</h1>\n<p>{html.escape(self._summary())}</p>\n"
-            "<h2>Metric against size</h2>\n"
-            f"{self.to_svg()}\n<h2>Sensitivity of the layers</h2>\n"
-            "<p>What quantizing each layer costs: the squared error of its output relative to the output or, where "
-            "only weights are quantized, the estimated divergence of the model's predictions in nats a token.</p>\n"
-            f"{bar_plot(bars)}\n<h2>Trials</h2>\n{self._html_table()}</html>\n"
+        """A page that needs nothing else: two plots, left out with a warning without matplotlib, and the trials."""
+        scatter = bars = ""
+        try:
+            scatter = self.to_svg()
+            bars = bar_plot([(name, layer["error"]) for name, layer in self.sensitivity.items()])
+        except ImportError as error:
+            warnings.warn(f"report: it has no plots: {error}", stacklevel=4)
+        page = Environment(autoescape=True, trim_blocks=True)
+        page.filters |= {"number": _number, "note": _layer_note}
+        template = page.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+        return template.render(
+            {**vars(self), "summary": self._summary(), "head": _COLUMNS, "scatter": scatter, "bars": bars}
         )
 
     def write(self, path: str | os.PathLike) -> None:
@@ -123,34 +121,19 @@ class Report:
         met = "which meets the criterion" if best.met else "which does not meet the criterion"
         return f"{text} Result: {best.label}, {best.metric:.5g}, a loss of {best.loss:.3g}, {met}."
 
-    def _html_table(self) -> str:
-        head = ("", "recipe", "metric", "loss", "met", "MB", "bytes a weight", "predicted ms", "measured ms", "s")
-        rows = [f"<tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>"]
-        for trial in self.trials:
-            cells = (
-                str(trial.index),
-                html.escape(trial.label),
-                f"{trial.metric:.5g}",
-                f"{trial.loss:.3g}",
-                "yes" if trial.met else "no",
-                f"{trial.model_bytes / 1e6:.2f}",
-                f"{trial.bytes_per_weight:.4f}",
-                _number(trial.predicted_ms),
-                _number(trial.measured_ms),
-                f"{trial.seconds:.1f}",
-            )
-            row = "<tr class='best'>" if trial.index == self.best else "<tr>"
-            rows.append(f"{row}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-        return f"<table>{''.join(rows)}</table>"
-
 
 def checked_report_path(path: str | os.PathLike) -> Path:
-    """`path` as a Path; ValueError unless it ends in .html, .json or .svg and its directory exists."""
+    """`path` as a Path; ValueError unless it ends in .html, .json or .svg and its directory exists.
+
+    Raises ImportError for .svg without matplotlib.
+    """
     path = Path(path)
     if path.suffix not in _WRITERS:
         raise ValueError(f"report: expected a file that ends in {', '.join(_WRITERS)}, got {path}")
     if not path.parent.is_dir():
         raise ValueError(f"report: the directory of {path} does not exist; make it first")
+    if path.suffix == ".svg":
+        check_matplotlib()
     check_writable(path)
     return path
 

@@ -1,4 +1,6 @@
 import json
+import re
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -39,22 +41,46 @@ def test_json(report, tmp_path):
     assert values["trials"][2]["metric"] == 0.93
 
 
+pytest.importorskip("matplotlib")
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def svgs_of(page):
+    return ["<svg" + part.split("</svg>")[0] + "</svg>" for part in page.split("<svg")[1:]]
+
+
+def group(svg, name):
+    return next(each for each in svg.iter(f"{SVG}g") if each.get("id", "").endswith(f"-{name}"))
+
+
+def bars_of(svg):
+    return [each.find(f"{SVG}path") for each in svg.iter(f"{SVG}g") if "-error-" in each.get("id", "")]
+
+
+def height(path):
+    ys = [float(y) for y in re.findall(r"[ML] \S+ (\S+)", path.get("d"))]
+    return max(ys) - min(ys)
+
+
 def test_html_stands_alone(report, tmp_path):
     report.write(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "recipe &lt;1&gt;" in page
     assert "<script" not in page
     assert "src=" not in page
-    assert "href=" not in page
-    svgs = ["<svg" + part.split("</svg>")[0] + "</svg>" for part in page.split("<svg")[1:]]
-    scatter, bars = map(ElementTree.fromstring, svgs)
-    namespace = "{http://www.w3.org/2000/svg}"
-    points = [c for c in scatter.iter(f"{namespace}circle") if c.find(f"{namespace}title") is not None]
-    assert len(points) == 4
-    assert len(next(iter(scatter.iter(f"{namespace}polyline"))).get("points").split()) == 3
-    heights = [float(bar.get("height")) for bar in bars.iter(f"{namespace}rect") if len(bar)]
+    assert all(target.startswith('"#') for target in page.split("href=")[1:]), "only to what is in the page"
+    scatter, bars = map(ElementTree.fromstring, svgs_of(page))
+    ids = [[each.get("id") for each in svg.iter() if each.get("id")] for svg in (scatter, bars)]
+    assert len({*ids[0], *ids[1]}) == len(ids[0]) + len(ids[1]), "ids are unique in the page"
+    assert len(list(group(scatter, "trials").iter(f"{SVG}use"))) == 4
+    assert group(scatter, "front").find(f"{SVG}path").get("d").count("L") == 2
+    assert len(list(group(scatter, "best").iter(f"{SVG}path"))) == 1
+    heights = [height(bar) for bar in bars_of(bars)]
     assert len(heights) == 5
     assert heights == sorted(heights, reverse=True)
+    assert min(heights) > 0
+    assert len(set(heights)) == 5, "no bar is cut"
 
 
 def test_the_plot_alone(report, tmp_path):
@@ -71,12 +97,27 @@ def test_one_trial_is_enough(tmp_path):
 def test_a_layer_without_error_has_no_height():
     sensitivity = {"a": {"error": 0.0}, "b": {"error": 1e-3}, "c": {"error": 2e-2}}
     page = Report(1.0, "0.1 relative", 0, [trial(0, 1.0, 10)], sensitivity).to_html()
-    bars = [part for part in page.split("<rect")[1:] if part.split(">")[1] == "<title"]
-    assert "height='0.0'" in bars[0]
-    assert "1e-12" not in page
-    assert "1e-4" in page, "the lowest bar has some height"
+    none, low, high = map(height, bars_of(ElementTree.fromstring(svgs_of(page)[1])))
+    assert 0 == none < low < high
     nothing = Report(1.0, "0.1 relative", 0, [trial(0, 1.0, 10)], {"a": {"error": 0.0}}).to_html()
     assert nothing.count("<svg") == 1
+
+
+def test_many_layers_have_no_names_below_their_bars():
+    sensitivity = {f"layer{i}": {"error": 1.0} for i in range(200)}
+    svg = svgs_of(Report(1.0, "0.1 relative", 0, [trial(0, 1.0, 10)], sensitivity).to_html())[1]
+    assert "layer7" not in svg
+
+
+def test_without_matplotlib(report, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.warns(UserWarning, match=r"report: it has no plots.*pip install ipex_quant\[autotune\]"):
+        report.write(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "recipe &lt;1&gt;" in page
+    assert "<svg" not in page
+    with pytest.raises(ImportError, match=r"pip install ipex_quant\[autotune\]"):
+        report.write(tmp_path / "plot.svg")
 
 
 def test_a_record_is_read(tmp_path):
