@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 
 from .. import quantization
-from ..nn.linears import holds_experts, is_linear, linear_shape
+from ..nn.linears import holds_experts, is_linear, linear_shape, output_head
 from ..nn.multihead_attention import named_layers
 from ..observers import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
 from ..quantization import (
@@ -27,11 +25,11 @@ from ..quantization import (
     get_smooth_quant_qconfig_mapping,
     get_weight_only_quant_qconfig_mapping,
 )
+from ..woq.gptq import BITS
 from . import FOLDER, recipe_names
+from .fields import Count, Fraction, Regex, parse
 
 SMALLEST_GROUP = 32
-
-BITS = {WoqWeightDtype.INT4: 4, WoqWeightDtype.INT8: 8}
 
 OBSERVERS = {
     "histogram": HistogramObserver.with_args(reduce_range=False),
@@ -61,8 +59,8 @@ class Settings:
 class Calibrated(Settings):
     """Settings of an algorithm that looks at `samples` windows of `sequence_length` tokens."""
 
-    samples: int = 128
-    sequence_length: int = 512
+    samples: Count = 128
+    sequence_length: Count = 512
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class WeightOnly(Settings):
         widths = layer_widths(model)
         sizes = {name: self.group_size_for(width) for name, width in widths.items()}
         found = {name: self._with(group_size=size) for name, size in sizes.items() if size != self.group_size}
-        head = output_layer(model)
+        head = output_head(model)
         if self.head_dtype is not None and head is not None:
             found[head] = self._with(
                 weight_dtype=self.head_dtype, group_size=-1, weight_qscheme=WoqWeightQScheme.UNDEFINED
@@ -113,7 +111,7 @@ class WeightOnly(Settings):
 class Gptq(WeightOnly, Calibrated):
     """As `WeightOnly`, with the weights in transformer blocks rounded by GPTQ; `percdamp` damps the Hessian."""
 
-    samples: int = 64
+    samples: Count = 64
     act_order: bool = False
     percdamp: float = 0.01
 
@@ -126,7 +124,7 @@ class Gptq(WeightOnly, Calibrated):
 class Awq(WeightOnly, Calibrated):
     """As `WeightOnly`, with the weights in transformer blocks scaled and clipped by AWQ, as `AwqOptions` says."""
 
-    samples: int = 64
+    samples: Count = 64
     alpha_steps: int = AwqOptions.alpha_steps
     clip_steps: int = AwqOptions.clip_steps
     lowest_clip: float = AwqOptions.lowest_clip
@@ -169,8 +167,8 @@ class SmoothQuant(Calibrated):
     With `share_weight_observers` layers that read the same tensor share one smoothing factor.
     """
 
-    alpha: float = 0.5
-    alphas: dict[str, float] = field(default_factory=dict)
+    alpha: Fraction = 0.5
+    alphas: dict[Regex, Fraction] = field(default_factory=dict)
     share_weight_observers: bool = True
 
     def qconfig(self) -> Any:
@@ -201,7 +199,7 @@ class Recipe:
     name: str
     settings: Settings
     description: str = ""
-    skip: tuple[str, ...] = ()
+    skip: tuple[Regex, ...] = ()
 
     def __post_init__(self) -> None:
         self.qconfig_mapping()
@@ -246,13 +244,6 @@ def layer_widths(model: nn.Module) -> dict[str, int]:
     return widths
 
 
-def output_layer(model: nn.Module) -> str | None:
-    """Name of the linear layer that makes logits of a transformers model; None where there is none."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    names = [name for name, module in model.named_modules() if module is head and is_linear(module)]
-    return names[0] if names else None
-
-
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """The packaged recipe of that name, or the one in that YAML file.
 
@@ -267,100 +258,25 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         raise ValueError(f"recipe {path.stem}: {error}") from error
 
 
+_OWN_KEYS = ("description", "skip")
+"""Keys of every recipe, whatever its algorithm."""
+
+
 def _parsed(name: str, content: object) -> Recipe:
     if not isinstance(content, dict):
         raise ValueError(f"expected keys and values, got {type(content).__name__}")
     algorithm = content.pop("algorithm", "rtn")
     if algorithm not in list(ALGORITHMS):
         raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
-    keys = {"algorithm", "description", "skip", *(each.name for each in fields(ALGORITHMS[algorithm]))}
+    own_hints = get_type_hints(Recipe, include_extras=True)
+    hints = {key: own_hints[key] for key in _OWN_KEYS} | get_type_hints(ALGORITHMS[algorithm], include_extras=True)
     values = {}
     for key, value in content.items():
-        if key not in keys:
-            raise ValueError(f"unknown key {key!r}, {algorithm} takes {', '.join(sorted(keys))}")
+        if key not in hints:
+            raise ValueError(f"unknown key {key!r}, {algorithm} takes {', '.join(sorted({'algorithm', *hints}))}")
         try:
-            values[key] = _PARSERS[key](value)
+            values[key] = parse(hints[key], value)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
-    own = {key: values.pop(key) for key in ("description", "skip") if key in values}
+    own = {key: values.pop(key) for key in _OWN_KEYS if key in values}
     return Recipe(name, ALGORITHMS[algorithm](**values), **own)
-
-
-def _of_type(kind: type) -> Callable[[Any], Any]:
-    def parse(value: Any) -> Any:
-        # bool is an int in Python, but `samples: true` is a mistake; an int is a fine float.
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, kind) if kind is float else kind):
-            raise ValueError(f"expected {kind.__name__}, got {value!r}")
-        return value
-
-    return parse
-
-
-def _positive(value: Any) -> int:
-    if _of_type(int)(value) < 1:
-        raise ValueError(f"expected at least 1, got {value}")
-    return value
-
-
-def _member_of(enum: type[IntEnum]) -> Callable[[Any], IntEnum]:
-    names = {member.name.lower(): member for member in enum}
-
-    def parse(value: Any) -> IntEnum:
-        if not isinstance(value, str) or value not in names:
-            raise ValueError(f"expected one of {', '.join(names)}, got {value!r}")
-        return names[value]
-
-    return parse
-
-
-def _pattern(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected a regular expression, got {value!r}")
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{value!r} is no regular expression: {error}") from error
-    return value
-
-
-def _patterns(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise ValueError(f"expected a list of regular expressions, got {value!r}")
-    return tuple(map(_pattern, value))
-
-
-def _alpha(value: Any) -> float:
-    if not 0 <= _of_type(float)(value) <= 1:
-        raise ValueError(f"expected a number from 0 to 1, got {value}")
-    return float(value)
-
-
-def _alphas(value: Any) -> dict[str, float]:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected regular expressions with alphas, got {value!r}")
-    return {_pattern(pattern): _alpha(alpha) for pattern, alpha in value.items()}
-
-
-_PARSERS: dict[str, Callable[[Any], Any]] = {
-    "description": _of_type(str),
-    "skip": _patterns,
-    "weight_dtype": _member_of(WoqWeightDtype),
-    "weight_qscheme": _member_of(WoqWeightQScheme),
-    "group_size": _of_type(int),
-    "min_groups": _of_type(int),
-    "head_dtype": _member_of(WoqWeightDtype),
-    "lowp_mode": _member_of(WoqLowpMode),
-    "act_quant_mode": _member_of(WoqActQuantMode),
-    "act_order": _of_type(bool),
-    "percdamp": _of_type(float),
-    "alpha_steps": _of_type(int),
-    "clip_steps": _of_type(int),
-    "lowest_clip": _of_type(float),
-    "tokens": _positive,
-    "samples": _positive,
-    "sequence_length": _positive,
-    "observer": _of_type(str),
-    "alpha": _alpha,
-    "alphas": _alphas,
-    "share_weight_observers": _of_type(bool),
-}
