@@ -45,7 +45,7 @@ def attention(
     key, value = (_gathered(cache, rows).repeat_interleave(group, 1) for cache in (key, value))
     if key_factors is not None:
         query = query.float() * key_factors.repeat_interleave(group, 0)[:, None]
-    if key_scales is None:
+    if key_scales is None or value_scales is None:
         query = query.double()
     else:
         query = _dequantized(*quantize_token(query))
