@@ -159,6 +159,19 @@ struct GatedArgs {
   void* out;  // [rows, columns]
 };
 
+struct GatherArgs {
+  const WoqGeometry* geometry;
+  const uint8_t* tiles;
+  const int32_t* perm;  // position in group order -> feature, or null
+  const int64_t* rows;  // which
+  FloatType type;
+  void* out;  // a row of k for each
+};
+
+// The codes of a group, with room for a vector to read beyond them, and a row that is not in order yet.
+inline int64_t gather_slots(const WoqGeometry& g) { return g.padded_full + 64; }
+inline int64_t gather_scratch(const WoqGeometry& g) { return gather_slots(g) + 4 * g.k; }
+
 // attention_plan.h
 struct AttentionArgs;
 struct AttentionTask;
@@ -182,7 +195,8 @@ struct KernelTable {
   void (*norm_rows)(const NormArgs&, int64_t begin, int64_t end);
   void (*rotate_positions)(const RotaryArgs&, int64_t begin, int64_t end);
   void (*gated_product)(const GatedArgs&, int64_t begin, int64_t end);  // a range of elements
-  int64_t (*attention_scratch)(const AttentionArgs&);                   // bytes, of any task
+  void (*gather_rows)(const GatherArgs&, int64_t begin, int64_t end, uint8_t* scratch);
+  int64_t (*attention_scratch)(const AttentionArgs&);  // bytes, of any task
   void (*attention_task)(const AttentionArgs&, const AttentionTask&, uint8_t* scratch);
   void (*attention_merge)(const AttentionArgs&, const AttentionMerge&, uint8_t* scratch);
   void (*quantize_token)(const WriteCacheArgs&);

@@ -1,6 +1,7 @@
 // Reading code lines: what is common to the decode and the prefill kernels.
 #pragma once
 
+#include "half.h"
 #include "kernels/elementwise.h"
 #include "kernels/stage.h"
 
@@ -62,6 +63,15 @@ struct GroupHead {
     return half_scales ? load_half(scales + 2 * column) : load_f(reinterpret_cast<const float*>(scales) + column);
   }
   vi zero(int64_t column) const { return zeros ? load_u8(zeros + column) : set1_i(symmetric); }
+
+  // Of one column alone.
+  float scale_of(int64_t column) const {
+    if (!half_scales) return reinterpret_cast<const float*>(scales)[column];
+    uint16_t half;
+    std::memcpy(&half, scales + 2 * column, 2);
+    return half_to_float(half);
+  }
+  int32_t zero_of(int64_t column) const { return zeros ? zeros[column] : symmetric; }
 };
 
 // The scale that goes with integer codes.

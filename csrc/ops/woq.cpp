@@ -56,6 +56,16 @@ const int32_t* perm_data(const char* name, const std::optional<Tensor>& perm, in
   return p;
 }
 
+const int32_t* permutation_data(const std::optional<Tensor>& perm, int64_t k) {
+  const int32_t* p = perm_data("perm", perm, k);
+  if (!p) return nullptr;
+  std::vector<bool> seen(size_t(k), false);
+  for (int64_t i = 0; i < k; ++i) seen[size_t(p[i])] = true;
+  IPEX_QUANT_CHECK(std::find(seen.begin(), seen.end(), false) == seen.end(), "perm: expected a permutation of 0..",
+                   k - 1);
+  return p;
+}
+
 void check_modes(int64_t lowp_mode, int64_t act_quant_mode) {
   IPEX_QUANT_CHECK(lowp_mode >= kLowpNone && lowp_mode <= kLowpInt8, "lowp_mode: expected 0..3, got ", lowp_mode);
   IPEX_QUANT_CHECK(lowp_mode != kLowpInt8 || (act_quant_mode >= kPerTensor && act_quant_mode < 2 * kSymmetricActOffset),
@@ -66,17 +76,6 @@ namespace {
 
 ScalarType code_type(int64_t dtype) {
   return dtype == kInt8 ? ScalarType::Char : dtype == kFp8 ? ScalarType::Float8_e4m3fn : ScalarType::Byte;
-}
-
-// Packing and unpacking write through the perm, so there it must hit every feature.
-const int32_t* permutation_data(const std::optional<Tensor>& perm, int64_t k) {
-  const int32_t* p = perm_data("perm", perm, k);
-  if (!p) return nullptr;
-  std::vector<bool> seen(size_t(k), false);
-  for (int64_t i = 0; i < k; ++i) seen[size_t(p[i])] = true;
-  IPEX_QUANT_CHECK(std::find(seen.begin(), seen.end(), false) == seen.end(), "perm: expected a permutation of 0..",
-                   k - 1);
-  return p;
 }
 
 Tensor woq_pack(Tensor codes, Tensor scales, std::optional<Tensor> zero_points, std::optional<Tensor> perm,

@@ -15,4 +15,7 @@ void check_modes(int64_t lowp_mode, int64_t act_quant_mode);
 // The order in which staging reads the `k` input features, or null without one.
 const int32_t* perm_data(const char* name, const std::optional<Tensor>& perm, int64_t k);
 
+// The same of one that is written through, and so must hit every feature.
+const int32_t* permutation_data(const std::optional<Tensor>& perm, int64_t k);
+
 }  // namespace ipex_quant

@@ -15,6 +15,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace ipex_quant {
 
@@ -77,6 +78,20 @@ struct WoqGeometry {
 inline int64_t code_offset(bool four_bit, int64_t k, int64_t column) {
   const int64_t line = (four_bit ? k / 8 : k / 4) * 4 + column / 16;
   return line * kLineBytes + column % 16 * 4 + k % 4;
+}
+
+// Eight codes of one column, one a byte, whose first is at `at`. Not shared between files: each keeps a copy compiled
+// with its own flags.
+static inline void get8(bool four_bit, const uint8_t* at, uint8_t* slots) {
+  uint32_t low, high;
+  std::memcpy(&low, at, 4);
+  if (four_bit) {
+    high = low >> 4 & 0x0F0F0F0F;
+    low &= 0x0F0F0F0F;
+  } else {
+    std::memcpy(&high, at + 4 * kLineBytes, 4);
+  }
+  std::memcpy(slots, &low, 4), std::memcpy(slots + 4, &high, 4);
 }
 
 }  // namespace ipex_quant

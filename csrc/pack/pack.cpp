@@ -51,7 +51,7 @@ void write_row(const PackArgs& args, int64_t row, const uint8_t* slots, uint8_t*
   }
 }
 
-// Eight codes between slots and the lines of one column.
+// The inverse of get8.
 void put8(bool four_bit, uint8_t* at, const uint8_t* slots) {
   uint32_t low, high;
   std::memcpy(&low, slots, 4), std::memcpy(&high, slots + 4, 4);
@@ -61,18 +61,6 @@ void put8(bool four_bit, uint8_t* at, const uint8_t* slots) {
   } else {
     std::memcpy(at, &low, 4), std::memcpy(at + 4 * kLineBytes, &high, 4);
   }
-}
-
-void get8(bool four_bit, const uint8_t* at, uint8_t* slots) {
-  uint32_t low, high;
-  std::memcpy(&low, at, 4);
-  if (four_bit) {
-    high = low >> 4 & 0x0F0F0F0F;
-    low &= 0x0F0F0F0F;
-  } else {
-    std::memcpy(&high, at + 4 * kLineBytes, 4);
-  }
-  std::memcpy(slots, &low, 4), std::memcpy(slots + 4, &high, 4);
 }
 
 // Calls f(group, first slot, pointer to the group) for every group of a tile.

@@ -13,6 +13,7 @@ from .attention import (
 )
 from .conv import ConvGeometry, PackedConv, conv_dequantize, int8_conv, pack_conv, unpack_conv
 from .decoder import DecoderCall, DecoderStructure, DecoderWeights, decoder_layers
+from .embedding import woq_embedding
 from .experts import (
     ExpertGate,
     PackedExperts,
@@ -101,6 +102,7 @@ __all__ = [
     "unpack_weight",
     "varlen_attention",
     "woq_dequantize",
+    "woq_embedding",
     "woq_experts",
     "woq_linear",
     "woq_linear_gated",

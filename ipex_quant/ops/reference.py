@@ -52,6 +52,11 @@ def woq_linear(
     return apply_post_op(acc.to(x.dtype).reshape(*x.shape[:-1], qw.shape[0]), post_op, others)
 
 
+def woq_embedding(ids: torch.Tensor, qw: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Rows `ids` of ``dequantize(qw)``, ``[*ids.shape, K]`` in `dtype`; raises IndexError for one that it lacks."""
+    return torch.nn.functional.embedding(ids, affine.dequantize(qw, dtype))
+
+
 def woq_sums(
     x: torch.Tensor,
     qw: QuantizedWeight,

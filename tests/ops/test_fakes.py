@@ -47,6 +47,7 @@ CALLS = {
     "woq_pack": (X.to(torch.int8), X[:, :1], None, None, 8, 1, -1),
     "woq_unpack": (BYTES, INDEX[0], 1, 1, 1, -1, False),
     "woq_dequantize": (BYTES, INDEX[0], 1, 1, torch.float32),
+    "woq_embedding": (BYTES, SIZES, INDEX[0], 1, torch.float32),
     "woq_linear": (X, BYTES, X[0], None, [], 4, 0, 0, 0),
     "woq_linear_group": (X, [BYTES, BYTES], [None, None], None, [4, 4], 0, 0),
     "woq_linear_gated": (X, BYTES, BYTES, None, None, None, 4, 0, 0, 4),
