@@ -25,6 +25,8 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
     """Bytes and number of the weights that a decode step reads: of quantized layers and linear ones in float."""
     total = count = 0
     for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            continue  # a step reads one row
         if isinstance(module, QuantizedModule):
             total += module.nbytes
             count += math.prod(module.weight_shape)

@@ -14,6 +14,7 @@ from ..nn import (
     Int8Linear,
     Int8Recurrent,
     Int8RecurrentCell,
+    QuantizedEmbedding,
     QuantizedModule,
     WeightOnlyQuantizedExpertLinears,
     WeightOnlyQuantizedExperts,
@@ -34,6 +35,7 @@ KINDS: dict[str, type[QuantizedModule]] = {
         Int8RecurrentCell,
         WeightOnlyQuantizedExperts,
         WeightOnlyQuantizedExpertLinears,
+        QuantizedEmbedding,
     )
 }
 """Quantized modules by the name that saved configurations have for them."""
@@ -54,8 +56,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
         if isinstance(module, QuantizedModule)
     }
     dtype = str(main_dtype(model)).removeprefix("torch.")
-    groups = share_groups(model)
-    return {"quant_method": METHOD, "version": VERSION, "dtype": dtype, "modules": modules, "share_groups": groups}
+    shared = {"share_groups": share_groups(model), "tied": tied_groups(model)}
+    return {"quant_method": METHOD, "version": VERSION, "dtype": dtype, "modules": modules, **shared}
 
 
 def note_method(model: nn.Module) -> None:
@@ -74,6 +76,16 @@ def share_groups(model: nn.Module) -> list[list[str]]:
         if isinstance(module, Int8Linear):
             groups[id(module.share_group)][module.member] = name
     return [[members[i] for i in sorted(members)] for members in groups.values() if len(members) > 1]
+
+
+def tied_groups(model: nn.Module) -> list[list[str]]:
+    """Names of the embeddings, and last the linear layer, that hold one packed weight; the first one saves it."""
+    groups = defaultdict(list)
+    for kind in (QuantizedEmbedding, WeightOnlyQuantizedLinear):
+        for name, module in model.named_modules():
+            if isinstance(module, kind):
+                groups[id(getattr(module, "table", module))].append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:

@@ -13,11 +13,13 @@ from torch import nn
 from torch.ao.quantization import QConfig, QConfigMapping
 
 from ..nn import (
+    QuantizedEmbedding,
     QuantizedModule,
     WeightOnlyQuantizedExpertLinears,
     WeightOnlyQuantizedExperts,
     WeightOnlyQuantizedLinear,
 )
+from ..nn.embeddings import is_embedding
 from ..nn.expert_linears import holds_expert_linears
 from ..nn.fused_forward import restore_forwards
 from ..nn.linears import holds_experts, is_linear
@@ -37,7 +39,7 @@ from .rules import choose_qconfigs, computes_otherwise, fit_reasons, refused_mod
 from .summary import load_qconf_summary, read_summary, save_qconf_summary, summary_groups
 from .swap import copy_sharing_parameters, own_parameters, swap_modules
 from .tidy import drop_dropout, fold_batch_norms, leave_fast_paths
-from .tying import untie
+from .tying import share_tables, tied_modules, untie
 
 FLOAT_REASONS = "_ipex_quant_float_reasons"
 """Attribute of a prepared or converted model: ``{module name: why it stays in float}`` of its layers."""
@@ -60,6 +62,9 @@ def prepare(
     float. Linear layers are quantized, with weight-only configurations the experts of transformers models too, with
     static ones convolutions, with dynamic ones LSTMs, GRUs, RNNs and their cells. An ``nn.MultiheadAttention`` becomes
     one that calls layers `q_proj`, `k_proj`, `v_proj` and `out_proj`, which rules may name, with the same state dict.
+    An embedding is quantized where a weight-only rule gives its own name or its type; ``set_object_type(nn.Embedding,
+    ...)`` counts for subclasses, but not for tables with less than half as many rows as the largest one, such as those
+    of positions.
 
     Static and SmoothQuant configurations need an example, `example_inputs` (a tensor or a tuple of positional
     arguments) or `example_kwarg_inputs`, which `model` is run on once: layers of one parent that consume the same
@@ -171,8 +176,9 @@ def convert(model: nn.Module, inplace: bool = False) -> nn.Module:
 
     The configuration of a transformers model gets the entry that `from_pretrained` and `ipex_quant.llm.load` need;
     should the model change after that, `ipex_quant.llm.save` describes it anew; where `ipex_quant.llm` was imported,
-    its `dequantize` works. Quantized weights are untied from
-    others. Warns of layers that stay in float for another reason than the mapping, and when all do, saying why; the
+    its `dequantize` works. Quantized weights are untied from others; only embeddings and an output layer whose common
+    weight was quantized in one way go on holding it together. Warns of layers that stay in float for another reason
+    than the mapping, and when all do, saying why; the
     model then is as it was before `prepare`. Raises TypeError for another kind of model, RuntimeError for one that was
     not prepared or not calibrated, and ValueError when a weight holds NaN or Inf, naming the module.
     """
@@ -196,8 +202,10 @@ def _convert(model: nn.Module, inplace: bool, check: Callable[[nn.Module], None]
     _forget(model)
     if not replacements:
         check(model)
+    ties = tied_modules(model, marked_modules(model))
     untie(model, replacements)
     model = swap_modules(model, replacements)
+    share_tables(model, ties)
     own_parameters(model)
     model = join_attentions(model)
     reasons = fit_reasons(getattr(model, FLOAT_REASONS, {}), model)
@@ -245,11 +253,12 @@ def _forget(model: nn.Module) -> None:
 
 
 def marked_modules(model: nn.Module) -> list[str]:
-    """Names of the linear layers and the experts that `prepare` marked."""
+    """Names of the linear layers, the embeddings and the experts that `prepare` marked."""
     return [
         name
         for name, module in model.named_modules()
-        if (is_linear(module) or holds_experts(module)) and isinstance(getattr(module, "qconfig", None), QConfigWoq)
+        if (is_linear(module) or is_embedding(module) or holds_experts(module))
+        and isinstance(getattr(module, "qconfig", None), QConfigWoq)
     ]
 
 
@@ -288,8 +297,10 @@ def warn_of_float(model: nn.Module, reasons: dict[str, str]) -> None:
     if in_float > sum(math.prod(module.weight_shape) for module in quantized):
         experts = sum(holds_experts(model.get_submodule(name)) for name in refused)
         recurrent = sum(is_recurrent(model.get_submodule(name)) for name in refused)
-        linear = len(refused) - experts - recurrent
+        tables = sum(is_embedding(model.get_submodule(name)) for name in refused)
+        linear = len(refused) - experts - recurrent - tables
         kinds = [f"{linear} linear layers"] * bool(linear) + [f"{recurrent} recurrent layers"] * bool(recurrent)
+        kinds += [f"{tables} embeddings"] * bool(tables)
         kinds += [f"the experts in 3-D parameters of {experts} modules"] * bool(experts)
         warnings.warn(
             f"most weights stay in float: {' and '.join(kinds)} cannot be quantized; ipex.explain(model) says why",
@@ -305,6 +316,8 @@ def warn_of_float(model: nn.Module, reasons: dict[str, str]) -> None:
 def _from_float(name: str, module: nn.Module) -> nn.Module:
     if is_linear(module):
         kind = WeightOnlyQuantizedLinear
+    elif is_embedding(module):
+        kind = QuantizedEmbedding
     else:
         kind = WeightOnlyQuantizedExpertLinears if holds_expert_linears(module) else WeightOnlyQuantizedExperts
     with naming(name):

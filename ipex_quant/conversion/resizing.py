@@ -1,4 +1,4 @@
-"""A word of what resizing the embeddings of a transformers model does to its quantized output layer."""
+"""A word of what resizing the embeddings of a transformers model does to its quantized embedding and output layer."""
 
 from __future__ import annotations
 
@@ -8,26 +8,33 @@ from typing import Any
 
 from torch import nn
 
-from ..nn import QuantizedModule
+from ..nn import QuantizedEmbedding, QuantizedModule
 
 
 def watch_head(model: nn.Module) -> None:
-    """Let `resize_token_embeddings` of this transformers model warn where it makes the output layer a float one."""
+    """Let `resize_token_embeddings` of this transformers model warn of what it makes float that was quantized."""
     # a partial, which can be copied and pickled with the model
     model.resize_token_embeddings = functools.partial(_resize_token_embeddings, model)
 
 
 def _resize_token_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """`resize_token_embeddings` of the model's class, with the warning."""
-    head = model.get_output_embeddings()
+    """`resize_token_embeddings` of the model's class, for which a quantized embedding becomes a float one."""
+    before = [model.get_input_embeddings(), model.get_output_embeddings()]
+    quantized = isinstance(before[0], QuantizedEmbedding)
+    if quantized:
+        model.set_input_embeddings(before[0].dequantize())
     own: Any = type(model)
     embeddings = own.resize_token_embeddings(model, *args, **kwargs)
-    resized = model.get_output_embeddings()
-    if isinstance(head, QuantizedModule) and not isinstance(resized, QuantizedModule):
-        name = next((name for name, module in model.named_modules() if module is resized), "the output layer")
-        warnings.warn(
-            f"resize_token_embeddings: {name} was quantized and is a float layer now; "
-            "ipex_quant.llm.optimize(model, quantization_config=...) quantizes it again",
-            stacklevel=2,
-        )
+    if quantized and embeddings.num_embeddings == before[0].num_embeddings:
+        model.set_input_embeddings(before[0])
+        embeddings = before[0]
+    after = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for old, new in zip(before, after, strict=True):
+        if isinstance(old, QuantizedModule) and not isinstance(new, QuantizedModule):
+            name = next((name for name, module in model.named_modules() if module is new), "the output layer")
+            warnings.warn(
+                f"resize_token_embeddings: {name} was quantized and is a float layer now; "
+                "ipex_quant.llm.optimize(model, quantization_config=...) quantizes it again",
+                stacklevel=2,
+            )
     return embeddings

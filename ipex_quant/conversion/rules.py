@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 
+from ..nn.embeddings import embedding_obstacle, is_embedding
 from ..nn.expert_linears import holds_expert_linears
 from ..nn.linears import conv_obstacle, holds_experts, is_convolution, is_linear, obstacle, weight_obstacle
 from ..nn.multihead_attention import READ_BY_ATTENTION, attention_obstacle, is_split_attention, named_layers
 from ..nn.recurrent import is_recurrent, recurrent_obstacle, recurrent_weight_obstacle
 from ..nn.stacked_experts import experts_obstacle, experts_weight_obstacle
+from ..numerics.scheme import QConfigWoq
 from .qconfig import QuantizationKind, dynamic_experts_qconfig, kind_of
 
 _BY_RULE = "the mapping's "
@@ -27,12 +29,13 @@ def choose_qconfigs(
     """Configuration of every layer of `model` to quantize, and why each other one stays in float, by name.
 
     Layers are linear ones, modules with the experts of a layer and, where activations are quantized statically,
-    convolutions, where dynamically, recurrent ones. The projections of an ``nn.MultiheadAttention`` count as the linear
-    layers that `split_attentions` makes of them. Without `read_weights` the layers' own weights do not matter.
+    convolutions, where dynamically, recurrent ones; embeddings where a rule gives their own name or their type. The
+    projections of an ``nn.MultiheadAttention`` count as the linear layers that `split_attentions` makes of them.
+    Without `read_weights` the layers' own weights do not matter.
     Raises TypeError for a configuration of an unknown kind.
     """
     _check_rules(mapping, model)
-    chosen, reasons = {}, {}
+    chosen, reasons = _choose_embeddings(mapping, model, read_weights)
     layers = dict(named_layers(model))
     for name, module in layers.items():
         kinds = is_linear(module), is_convolution(module), is_recurrent(module), holds_experts(module)
@@ -60,6 +63,41 @@ def choose_qconfigs(
         else:
             chosen[name] = qconfig
     return chosen, reasons
+
+
+def _choose_embeddings(
+    mapping: QConfigMapping, model: nn.Module, read_weights: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """`choose_qconfigs` of the embeddings, which no rule for what contains them or for all modules quantizes."""
+    tables = {name: module for name, module in model.named_modules() if is_embedding(module)}
+    most_rows = max((module.num_embeddings for module in tables.values()), default=0)
+    chosen, reasons = {}, {}
+    for name, module in tables.items():
+        own = name in mapping.module_name_qconfigs
+        if not own and _excludes(mapping, name):
+            continue
+        types = (kind for kind in type(module).__mro__ if kind in mapping.object_type_qconfigs)
+        by_type = mapping.object_type_qconfigs.get(next(types, None))
+        qconfig = mapping.module_name_qconfigs[name] if own else by_type
+        if not isinstance(qconfig, QConfigWoq):
+            continue  # torch's own mappings have rules for embeddings, too
+        reason = embedding_obstacle(module, read_weights)
+        if not own and 2 * module.num_embeddings < most_rows:
+            reason = f"{_BY_RULE}rule for its type leaves out small tables; set_module_name quantizes it"
+        if reason:
+            reasons[name] = reason
+        else:
+            chosen[name] = qconfig
+    return chosen, reasons
+
+
+def _excludes(mapping: QConfigMapping, name: str) -> bool:
+    """Whether a rule for what contains the module `name`, or a regex that matches it, leaves it in float."""
+    for parent in _name_and_parents(name):
+        if parent in mapping.module_name_qconfigs:
+            return mapping.module_name_qconfigs[parent] is None
+    matches = (pattern for pattern in mapping.module_name_regex_qconfigs if re.match(pattern, name))
+    return mapping.module_name_regex_qconfigs.get(next(matches, None), False) is None
 
 
 def _obstacle(module: nn.Module, parent: nn.Module | None, kind: QuantizationKind, read_weights: bool) -> str | None:

@@ -1,12 +1,48 @@
-"""Untying weights that are quantized from the embeddings they are tied to."""
+"""Ties between weights: undone in transformers' eyes where one is quantized, kept where all are in the same way."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 
+import torch
 from torch import nn
 
+from ..nn import QuantizedEmbedding, WeightOnlyQuantizedLinear
 from .description import is_pretrained
+
+
+def tied_modules(model: nn.Module, names: Collection[str]) -> list[list[str]]:
+    """Which of the float modules `names` have one weight parameter, in groups; the others are left out."""
+    groups = defaultdict(list)
+    for name in names:
+        weight = model.get_submodule(name)._parameters.get("weight")
+        if weight is not None:
+            groups[id(weight)].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def share_tables(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
+    """Let the quantized embeddings of each group hold one packed weight with its linear layer, or with each other.
+
+    Those whose weight was quantized otherwise keep their own.
+    """
+    for group in groups:
+        modules = [model.get_submodule(name) for name in group]
+        embeddings = [module for module in modules if isinstance(module, QuantizedEmbedding)]
+        linears = [module for module in modules if isinstance(module, WeightOnlyQuantizedLinear)]
+        tables = [*linears, *(embedding.table for embedding in embeddings)]
+        for embedding in embeddings:
+            same = next(table for table in tables if _is_same(table, embedding.table))
+            if same is not embedding.table:
+                embedding.share(same)
+
+
+def _is_same(a: WeightOnlyQuantizedLinear, b: WeightOnlyQuantizedLinear) -> bool:
+    if a is b:
+        return True
+    perms = (a._perm is None, b._perm is None)
+    return torch.equal(a._packed, b._packed) and (all(perms) or (not any(perms) and torch.equal(a._perm, b._perm)))
 
 
 def untie(model: nn.Module, quantized: Collection[str]) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..nn import Int8Recurrent, Int8RecurrentCell, QuantizedModule, WeightOnlyQuantizedExperts
+from ..nn import Int8Recurrent, Int8RecurrentCell, QuantizedEmbedding, QuantizedModule, WeightOnlyQuantizedExperts
+from ..nn.embeddings import row_factor
 from ..nn.fused_forward import restore_forwards
 from ..nn.linears import weight_matrix
 from ..nn.multihead_attention import join_attentions, split_attentions
@@ -58,10 +59,15 @@ def _float_module(module: QuantizedModule, place: nn.Module, dtype: torch.dtype)
         for name, values in module.dequantized_parameters(dtype).items():
             getattr(place, name).copy_(values)
         return place
+    if isinstance(module, QuantizedEmbedding):
+        for key in place._buffers:  # the one that a scaled embedding may have is its factor
+            place._buffers[key] = torch.tensor(module.factor.value)
+        if row_factor(place) != module.factor:
+            return module.to(dtype).dequantize()
     weight = place.weight if isinstance(place, nn.Conv2d) else weight_matrix(place)
     weight.data.copy_(module.dequantized_weight(dtype))
     bias = module.bias
-    if place.bias is not None:
+    if getattr(place, "bias", None) is not None:
         place.bias.data.zero_() if bias is None else place.bias.data.copy_(bias)
     elif bias is not None:
         place.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)

@@ -7,16 +7,18 @@ from dataclasses import astuple, dataclass, fields
 from torch import nn
 
 from .. import ops
-from ..conversion.description import share_groups
+from ..conversion.description import share_groups, tied_groups
 from ..conversion.prepare import FLOAT_REASONS
 from ..nn import (
     Int8Conv,
     Int8Linear,
+    QuantizedEmbedding,
     QuantizedModule,
     WeightOnlyQuantizedExpertLinears,
     WeightOnlyQuantizedExperts,
     WeightOnlyQuantizedLinear,
 )
+from ..nn.embeddings import is_embedding
 from ..nn.linears import holds_experts, is_linear, weight_matrix
 from ..nn.recurrent import is_recurrent
 from ..numerics.scheme import WoqLowpMode
@@ -83,10 +85,13 @@ def explain(model: nn.Module) -> Explanation:
     """
     reasons = getattr(model, FLOAT_REASONS, {})
     siblings = {name: [each for each in group if each != name] for group in share_groups(model) for name in group}
+    holders = _holders(model)
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, _WEIGHT_ONLY):
             rows.append(_weight_only_row(name, module))
+        elif isinstance(module, QuantizedEmbedding):
+            rows.append(_embedding_row(name, module, holders.get(name)))
         elif isinstance(module, QuantizedModule):
             rows.append(_int8_row(name, module, siblings.get(name, [])))
         elif any(p.dim() > 1 for p in module.parameters(recurse=False)):
@@ -94,6 +99,16 @@ def explain(model: nn.Module) -> Explanation:
     explanation = Explanation(tuple(rows), tuple(parts_of(model)), recipe_note(model))
     print(explanation)
     return explanation
+
+
+def _holders(model: nn.Module) -> dict[str, str | None]:
+    """Names of the embeddings whose packed weight another module holds, with that module's."""
+    holders = {}
+    for group in tied_groups(model):
+        tied = [name for name in group if getattr(model.get_submodule(name), "tied", False)]
+        holder = next((name for name in group if name not in tied), None)
+        holders |= dict.fromkeys(tied, holder)
+    return holders
 
 
 def _weight_only_row(name: str, module: QuantizedModule) -> Row:
@@ -109,6 +124,12 @@ def _weight_only_row(name: str, module: QuantizedModule) -> Row:
     if not isinstance(module, WeightOnlyQuantizedLinear):
         kernel += ", routed experts"
     return Row(name, str(module.scheme), shape, compute, kernel, ops.isa_name(), module.nbytes)
+
+
+def _embedding_row(name: str, module: QuantizedEmbedding, holder: str | None) -> Row:
+    dtype = str(module.weight.dtype).removeprefix("torch.")
+    kernel = "lookup" if holder is None else f"lookup in the weight of {holder}"
+    return Row(name, str(module.table.scheme), module.weight_shape, dtype, kernel, ops.isa_name(), module.nbytes)
 
 
 def _int8_row(name: str, module: Int8Linear | Int8Conv, siblings: list[str]) -> Row:
@@ -135,6 +156,8 @@ def _reason(module: nn.Module) -> str:
         return "not asked to be quantized"
     if is_recurrent(module):
         return "recurrent layers are quantized dynamically only"
+    if is_embedding(module):
+        return "embeddings need a rule of their own"
     return f"{type(module).__name__} is no linear layer"
 
 

@@ -7,6 +7,7 @@ from .int8_conv import Int8Conv
 from .int8_linear import Int8Linear
 from .int8_recurrent import Int8Recurrent, Int8RecurrentCell
 from .multihead_attention import SplitMultiheadAttention
+from .quantized_embedding import QuantizedEmbedding
 from .quantized_module import Placeholder, QuantizedModule
 from .weight_only_linear import WeightOnlyQuantizedLinear
 from .weight_tensors import QuantDtype, QuantMethod, WoqWeightFormat
@@ -19,6 +20,7 @@ __all__ = [
     "Placeholder",
     "QuantDtype",
     "QuantMethod",
+    "QuantizedEmbedding",
     "QuantizedModule",
     "SplitMultiheadAttention",
     "WeightOnlyQuantizedExpertLinears",

@@ -174,6 +174,7 @@ class Placeholder(nn.Module):
     """
 
     float_module: nn.Module | None = None
+    lender: Placeholder | None = None
 
     def __init__(
         self,
@@ -193,6 +194,12 @@ class Placeholder(nn.Module):
         """Offer what the float `module` has; while transformers loads a model, it holds no memory."""
         vars(self)["float_module"] = module  # not as a child, whose tensors would be looked for
 
+    def borrow(self, names: Sequence[str], lender: Placeholder) -> None:
+        """Have the tensors `names` of `lender`, where this module's weight is, instead of loading them."""
+        for name in names:
+            self._buffers.pop(name, None)
+        vars(self)["lender"] = lender
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -209,7 +216,8 @@ class Placeholder(nn.Module):
     @property
     def tensors(self) -> dict[str, torch.Tensor | None]:
         """The tensors by name, None for one that the module does not have."""
-        return {name: self._buffers.get(name) for name in self._names}
+        lent = {} if self.lender is None else self.lender.tensors
+        return {name: self._buffers.get(name, lent.get(name)) for name in self._names}
 
 
 def autocast(x: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,9 @@ from .linears import PackedLinear, linear_shape, weight_matrix
 from .quantized_module import Placeholder, QuantizedModule, autocast, check_bias, flag
 from .weight_tensors import QuantDtype, QuantMethod, WoqWeightFormat, read_tensors
 
+SCHEME_ENTRY = ("weight_dtype", "symmetric", "group_size", "act_order")
+"""What saved configurations tell of how a weight is quantized."""
+
 
 class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
     """``y = x @ dequantize(weight).T + bias`` with a packed weight ``[out_features, in_features]``.
@@ -40,9 +43,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
     """
 
     kind = "weight_only"
-    entry_names = frozenset(
-        ("weight_dtype", "symmetric", "group_size", "act_order", "bias", "lowp_mode", "act_quant_mode")
-    )
+    entry_names = frozenset((*SCHEME_ENTRY, "bias", "lowp_mode", "act_quant_mode"))
     weight_names = ("codes", "scales", "zero_points", "g_idx")
 
     def __init__(
@@ -259,16 +260,9 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
     def placeholder(cls, module: nn.Module, entry: dict[str, Any]) -> Placeholder:
         """Tensors of the scheme in `entry` for the linear layer `module`; ValueError for a combination that is none."""
         scheme, _ = read_scheme(entry), read_modes(entry)
-        rows, columns = linear_shape(module)
-        grid = (rows, scheme.group_count(columns))
-        tensors = {
-            "codes": (CODE_DTYPES[scheme.dtype], (rows, code_columns(scheme.dtype, columns))),
-            "scales": (torch.float32, grid),
-            "zero_points": None if scheme.symmetric else (torch.int16, grid),
-            "g_idx": (torch.int32, (columns,)) if flag(entry, "act_order") else None,
-            "bias": (torch.float32, (rows,)) if flag(entry, "bias") else None,
-        }
-        return Placeholder((rows, columns), entry, tensors)
+        shape = linear_shape(module)
+        bias = (torch.float32, shape[:1]) if flag(entry, "bias") else None
+        return Placeholder(shape, entry, plain_places(scheme, shape, flag(entry, "act_order")) | {"bias": bias})
 
     @classmethod
     def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[WeightOnlyQuantizedLinear]:
@@ -390,6 +384,20 @@ def _quantized_as(qw: QuantizedWeight, weight: torch.Tensor) -> QuantizedWeight:
     codes = affine.stored_codes(grouped)[:, order.argsort()].contiguous()
     codes = pack_nibbles(codes) if codes.dtype == torch.uint8 else codes
     return QuantizedWeight(codes, grouped.scales, grouped.zero_points, qw.g_idx, qw.scheme, qw.shape)
+
+
+def plain_places(
+    scheme: WeightScheme, shape: tuple[int, int], act_order: bool
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
+    """What a `Placeholder` is told of the tensors of a `QuantizedWeight`: dtype and shape, or None."""
+    rows, columns = shape
+    grid = (rows, scheme.group_count(columns))
+    return {
+        "codes": (CODE_DTYPES[scheme.dtype], (rows, code_columns(scheme.dtype, columns))),
+        "scales": (torch.float32, grid),
+        "zero_points": None if scheme.symmetric else (torch.int16, grid),
+        "g_idx": (torch.int32, (columns,)) if act_order else None,
+    }
 
 
 def read_scheme(entry: dict[str, Any]) -> WeightScheme:

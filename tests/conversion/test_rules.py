@@ -134,3 +134,55 @@ def test_a_configuration_of_an_unknown_kind_raises(mapping):
 def test_rules_that_are_not_supported_raise(mapping):
     with pytest.raises(ValueError, match="set_module_name_object_type_order is not supported"):
         choice(mapping.set_module_name_object_type_order("head", nn.Linear, 0, None))
+
+
+class Scaled(nn.Embedding):
+    pass
+
+
+@pytest.fixture
+def tables():
+    return nn.ModuleDict(
+        {
+            "words": Scaled(64, 8),
+            "others": nn.Embedding(32, 8),
+            "places": nn.Embedding(31, 8),
+            "inner": nn.ModuleDict({"words": nn.Embedding(64, 8)}),
+            "head": nn.Linear(8, 8),
+        }
+    )
+
+
+def test_embeddings_are_taken_by_no_rule_for_all_or_for_their_parents(mapping, tables):
+    mapping.set_module_name("inner", int4()).set_object_type(nn.ModuleDict, int4())
+    mapping.set_module_name_regex(".*", int4())
+    assert choice(mapping, tables) == {"head": "INT4"}
+
+
+def test_a_rule_for_their_type_takes_embeddings_that_are_not_small(mapping, tables):
+    found = choice(mapping.set_object_type(nn.Embedding, int4()), tables)
+    assert "rule for its type leaves out small tables" in found.pop("places")
+    assert found == {"words": "INT4", "others": "INT4", "inner.words": "INT4", "head": "INT8"}
+
+
+def test_rules_for_embeddings_have_an_order(mapping, tables):
+    mapping.set_object_type(nn.Embedding, int4()).set_object_type(Scaled, mapping.global_qconfig)
+    mapping.set_module_name("inner", None).set_module_name_regex("oth", None).set_module_name("places", int4())
+    assert choice(mapping, tables) == {
+        "words": "INT8",
+        "places": "INT4",
+        "head": "INT8",
+    }
+    mapping.set_module_name("words", None)
+    assert "words" not in choice(mapping, tables)
+
+
+def test_an_embedding_that_cannot_be_quantized_has_a_reason(mapping, tables):
+    tables.words.max_norm = 1.0
+    assert "max_norm" in choice(mapping.set_module_name("words", int4()), tables)["words"]
+
+
+def test_rules_of_torchs_own_mappings_leave_embeddings_alone(tables):
+    mapping = torch.ao.quantization.QConfigMapping()
+    mapping.set_object_type(nn.Embedding, torch.ao.quantization.float_qparams_weight_only_qconfig)
+    assert choose_qconfigs(mapping, tables)[0] == {}

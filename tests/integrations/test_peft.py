@@ -113,3 +113,17 @@ def test_an_adapter_is_saved_and_loaded(pair, tmp_path):
     loaded = peft.PeftModel.from_pretrained(base, tmp_path)
     with torch.no_grad():
         assert relative(loaded(TOKENS).logits, expected) < 1e-6
+
+
+def test_a_prompt_is_trained_before_a_quantized_embedding():
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
+    mapping = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT8)
+    mapping.set_object_type(torch.nn.Embedding, mapping.global_qconfig)
+    quantized = ipex.llm.optimize(model, quantization_config=mapping)
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    ours = peft.get_peft_model(quantized, config)
+    ours.word_embeddings = quantized.get_input_embeddings()  # which peft looks for among parameters
+    ours(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    (prompt,) = [p for p in ours.parameters() if p.requires_grad]
+    assert prompt.grad.abs().sum() > 0

@@ -16,6 +16,7 @@ from ...conversion.swap import copy_sharing_parameters, own_parameters, swap_mod
 from ...conversion.tidy import leave_fast_paths
 from ...conversion.tying import untie
 from ...nn import WeightOnlyQuantizedLinear
+from ...nn.embeddings import is_embedding
 from ...nn.fused_forward import restore_forwards
 from ...nn.linears import is_linear, weight_matrix
 from ...nn.multihead_attention import split_attentions
@@ -36,6 +37,7 @@ def apply_checkpoint(
     not have, a tensor that is missing or does not fit, and parameters that are left without values.
     """
     chosen, reasons = choose_qconfigs(mapping, model, read_weights=False)
+    chosen = {name: qconfig for name, qconfig in chosen.items() if not is_embedding(model.get_submodule(name))}
     if not all(isinstance(qconfig, QConfigWoq) for qconfig in chosen.values()):
         raise ValueError("low_precision_checkpoint: it goes with a weight-only quantization_config")
     checkpoint = with_model_names(model, checkpoint)

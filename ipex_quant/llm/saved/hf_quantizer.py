@@ -16,12 +16,21 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ...conversion.description import KINDS, METHOD, VERSION, describe
+from ...conversion.description import KINDS, METHOD, VERSION, describe, tied_groups
 from ...conversion.resizing import watch_head
 from ...conversion.tidy import leave_fast_paths
-from ...conversion.tying import untie
-from ...nn import Int8Conv, Int8Linear, Int8Recurrent, Int8RecurrentCell, Placeholder
+from ...conversion.tying import share_tables, untie
+from ...nn import (
+    Int8Conv,
+    Int8Linear,
+    Int8Recurrent,
+    Int8RecurrentCell,
+    Placeholder,
+    QuantizedEmbedding,
+    WeightOnlyQuantizedLinear,
+)
 from ...nn.multihead_attention import named_layers, split_attentions
+from ...nn.weight_only_linear import SCHEME_ENTRY
 from ...numerics.scheme import FLOAT_DTYPES
 from ..attention import NAME as NATIVE_ATTENTION
 from ..casting import cast_float
@@ -45,7 +54,8 @@ class IpexQuantConfig(QuantizationConfigMixin):
     """Entry `quantization_config` of a saved model's config.json.
 
     `modules` maps the name of each quantized module to what its class tells of it; `dtype` is the one of everything
-    else; `share_groups` lists the names of modules with one packed weight; `native` says that everything else computes
+    else; `share_groups` lists the names of INT8 linears with one packed weight, `tied` those of embeddings, and last of
+    an output layer, with one, which the first of them saves; `native` says that everything else computes
     natively, as after ``llm.optimize``, with caches in `kv_cache_dtype`; `recipe` notes what made the model. Raises
     ValueError for another version, or an entry that is not what `describe` writes.
     """
@@ -59,6 +69,7 @@ class IpexQuantConfig(QuantizationConfigMixin):
         native: Any = False,
         kv_cache_dtype: Any = None,
         recipe: Any = None,
+        tied: Any = (),
         **others: Any,
     ) -> None:
         if version != VERSION:
@@ -70,6 +81,7 @@ class IpexQuantConfig(QuantizationConfigMixin):
         for name, entry in modules.items():
             _check_entry(name, entry)
         _check_groups(share_groups, modules)
+        _check_ties(tied, modules)
         if not isinstance(native, bool):
             raise ValueError(f"quantization_config.native: expected true or false, got {native!r}")
         if kv_cache_dtype not in (None, *_CACHE_DTYPES):
@@ -85,6 +97,7 @@ class IpexQuantConfig(QuantizationConfigMixin):
         self.native = native
         self.kv_cache_dtype = kv_cache_dtype
         self.recipe = check_note(recipe)
+        self.tied = list(tied)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -149,9 +162,13 @@ class IpexQuantizer(HfQuantizer):
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> None:
         """Every tensor is read in the dtype it was saved in; what is float is cast once the modules are packed."""
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, str]]:
         model.config.quantization_config = describe_model(model)  # modules and dtypes may have changed since
-        return None, {}
+        followers = [name for group in tied_groups(model) for name in group[1:]]
+        if not followers:
+            return None, {}
+        left_out = {f"{name}.{key}" for name in followers for key in QuantizedEmbedding.weight_names}
+        return {key: tensor for key, tensor in model.state_dict().items() if key not in left_out}, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -177,6 +194,9 @@ class IpexQuantizer(HfQuantizer):
         for name, entry in entries.items():
             model.set_submodule(name, _placeholder(model, name, entry))
         leave_fast_paths(model, entries)
+        for owner, *followers in self.quantization_config.tied:
+            for name in followers:
+                model.get_submodule(name).borrow(QuantizedEmbedding.weight_names, model.get_submodule(owner))
 
     def _fit_names(self, model: PreTrainedModel) -> dict[str, Any]:
         """The entries by the names that `model` has; they may be those of its base model, or of one with another head.
@@ -190,8 +210,8 @@ class IpexQuantizer(HfQuantizer):
         if type(model).__name__ in (model.config.architectures or [type(model).__name__]):
             names = {name: name if found is None else found for name, found in names.items()}  # each must be there
         config.modules = {names[name]: entry for name, entry in config.modules.items() if names[name] is not None}
-        groups = [[names[name] for name in group if names[name] is not None] for group in config.share_groups]
-        config.share_groups = [group for group in groups if len(group) > 1]
+        config.share_groups = _renamed(config.share_groups, names)
+        config.tied = _renamed(config.tied, names)
         return config.modules
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -210,6 +230,7 @@ class IpexQuantizer(HfQuantizer):
                 raise type(error)(f"{', '.join(names)}: {error}") from error
             for name, module in zip(names, modules, strict=True):
                 model.set_submodule(name, module.to(config.torch_dtype))
+        share_tables(model, config.tied)
         self._cast(model)
         watch_head(model)
         model.config.quantization_config = self.quantization_config.to_dict()
@@ -263,6 +284,29 @@ def _check_groups(groups: Any, modules: dict[str, Any]) -> None:
         inputs = [(modules[name]["activation"], modules[name]["smoothed"]) for name in group]
         if not inputs or any(each != inputs[0] for each in inputs):
             raise ValueError(f"quantization_config.share_groups: expected modules with the same input, got {group}")
+
+
+def _check_ties(groups: Any, modules: dict[str, Any]) -> None:
+    """Raise ValueError unless `groups` are lists of embeddings, with a linear layer last or not, of one scheme."""
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, list) for group in groups):
+        raise ValueError(f"quantization_config.tied: expected lists of names, got {groups!r}")
+    names = [name for group in groups for name in group]
+    if any(not isinstance(name, str) or name not in modules for name in names) or len(set(names)) != len(names):
+        raise ValueError(f"quantization_config.tied: expected names of modules, each once, got {groups}")
+    for group in groups:
+        *kinds, last = [modules[name]["kind"] for name in group] or [None]
+        alike = all(kind == QuantizedEmbedding.kind for kind in kinds)
+        if not kinds or not alike or last not in (QuantizedEmbedding.kind, WeightOnlyQuantizedLinear.kind):
+            raise ValueError(f"quantization_config.tied: expected embeddings, the last may be linear, got {group}")
+        schemes = [[modules[name][key] for key in SCHEME_ENTRY] for name in group]
+        if any(scheme != schemes[0] for scheme in schemes):
+            raise ValueError(f"quantization_config.tied: expected modules of one scheme, got {group}")
+
+
+def _renamed(groups: list[list[str]], names: dict[str, str | None]) -> list[list[str]]:
+    """`groups` by the `names` that a model has, less what it lacks and what then is alone."""
+    found = [[names[name] for name in group if names[name] is not None] for group in groups]
+    return [group for group in found if len(group) > 1]
 
 
 def _name_in(present: set[str], prefix: str, name: str) -> str | None:
