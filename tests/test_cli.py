@@ -116,7 +116,7 @@ def test_weights_are_calibrated_on_the_given_text(float_dir, text_file, tmp_path
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
         f"algorithm: {algorithm}\nweight_dtype: int4\nweight_qscheme: asymmetric\ngroup_size: 32\nlowp_mode: int8\n"
-        "head_dtype: int8\nsequence_length: 64\n"
+        "head_dtype: int8\nembedding_dtype: int8\nsequence_length: 64\n"
     )
     out = tmp_path / "out"
     arguments = ["--recipe", str(recipe), "--out", str(out), "--dataset", str(text_file), "--samples", "4"]

@@ -18,6 +18,7 @@ from ..conversion.calibration_text import text_documents
 from ..conversion.gptq import GptqRun
 from ..conversion.prepare import convert_some
 from ..llm.saved.notes import note_recipe
+from ..nn.embeddings import is_embedding
 from ..nn.linears import holds_experts, is_linear, output_head
 from ..quantization import awq, calibrate, calibration_dataloader, prepare
 from ..woq.gptq import GptqOptions
@@ -98,9 +99,11 @@ def _group_size(recipe: Recipe, model: nn.Module) -> int:
 
 
 def _left_in_float(model: nn.Module, recipe: Recipe) -> list[str]:
-    """Names of the linear layers and experts that `recipe` wants quantized and that are not yet."""
+    """Names of the linear layers, experts and embeddings that `recipe` wants quantized and that are not yet."""
+    embeddings = nn.Embedding in recipe.settings.types()
     return [
         name
         for name, module in model.named_modules()
-        if (is_linear(module) or holds_experts(module)) and not any(re.match(pattern, name) for pattern in recipe.skip)
+        if (is_linear(module) or holds_experts(module) or (embeddings and is_embedding(module)))
+        and not any(re.match(pattern, name) for pattern in recipe.skip)
     ]

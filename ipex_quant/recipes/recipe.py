@@ -50,6 +50,10 @@ class Settings:
         """Configurations of the layers whose name matches a regular expression; the first match counts."""
         return {}
 
+    def types(self) -> dict[type[nn.Module], Any]:
+        """Configurations of modules that are quantized only where their type is given."""
+        return {}
+
     def exceptions_of(self, model: nn.Module) -> dict[str, Any]:
         """Configurations of layers of `model`, by name, that depend on their shape and place."""
         return {}
@@ -69,7 +73,8 @@ class WeightOnly(Settings):
 
     A layer with fewer than `min_groups` groups a row, or whose width `group_size` does not divide, has smaller groups,
     of 32 features at least: rounding errors of narrow layers average out less. `head_dtype` is that of the output
-    layer's weight, per channel, where it is not `weight_dtype`.
+    layer's weight, per channel, where it is not `weight_dtype`; `embedding_dtype` that of the embeddings' tables, a
+    scale a row, which stay in float without it.
     """
 
     weight_dtype: WoqWeightDtype = WoqWeightDtype.INT8
@@ -79,6 +84,7 @@ class WeightOnly(Settings):
     act_quant_mode: WoqActQuantMode = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
     min_groups: int = 0
     head_dtype: WoqWeightDtype | None = None
+    embedding_dtype: WoqWeightDtype | None = None
 
     def qconfig(self) -> Any:
         return self._with()
@@ -89,10 +95,11 @@ class WeightOnly(Settings):
         found = {name: self._with(group_size=size) for name, size in sizes.items() if size != self.group_size}
         head = output_head(model)
         if self.head_dtype is not None and head is not None:
-            found[head] = self._with(
-                weight_dtype=self.head_dtype, group_size=-1, weight_qscheme=WoqWeightQScheme.UNDEFINED
-            )
+            found[head] = self._per_channel(self.head_dtype)
         return found
+
+    def types(self) -> dict[type[nn.Module], Any]:
+        return {} if self.embedding_dtype is None else {nn.Embedding: self._per_channel(self.embedding_dtype)}
 
     def group_size_for(self, width: int) -> int:
         """Input features that share a scale in a layer with `width` of them."""
@@ -100,6 +107,9 @@ class WeightOnly(Settings):
         while self.min_groups and size > SMALLEST_GROUP and (width % size or width < self.min_groups * size):
             size //= 2
         return size
+
+    def _per_channel(self, dtype: WoqWeightDtype) -> Any:
+        return self._with(weight_dtype=dtype, group_size=-1, weight_qscheme=WoqWeightQScheme.UNDEFINED)
 
     def _with(self, **changes: Any) -> Any:
         names = ("weight_dtype", "weight_qscheme", "group_size", "lowp_mode", "act_quant_mode")
@@ -225,6 +235,8 @@ class Recipe:
     def qconfig_mapping(self, model: nn.Module | None = None) -> QConfigMapping:
         """The quantization configuration that `llm.optimize` and `quantization.prepare` take, for `model` if given."""
         mapping = QConfigMapping().set_global(self.settings.qconfig())
+        for kind, qconfig in self.settings.types().items():
+            mapping.set_object_type(kind, qconfig)
         for name, qconfig in ({} if model is None else self.settings.exceptions_of(model)).items():
             if not any(re.match(pattern, name) for pattern in self.skip):
                 mapping.set_module_name(name, qconfig)

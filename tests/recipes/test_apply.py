@@ -145,8 +145,8 @@ def test_four_bits_are_kept_from_the_output_layer_and_have_groups_by_width(model
         recipe = replace(recipe, settings=replace(recipe.settings, **SMALL))
     quantized = apply_recipe(recipe, model, calibration_data(recipe, tokenizer))
     schemes = {n: m.quantized_weight().scheme for n, m in quantized.named_modules() if hasattr(m, "quantized_weight")}
-    assert len(schemes) == 15
-    assert schemes.pop("lm_head") == WeightScheme(WoqWeightDtype.INT8, True, -1)
+    assert len(schemes) == 16
+    assert schemes.pop("lm_head") == schemes.pop("model.embed_tokens") == WeightScheme(WoqWeightDtype.INT8, True, -1)
     assert set(schemes.values()) == {WeightScheme(WoqWeightDtype.INT4, False, 32)}
     assert recipe_note(quantized) == recipe.note
 

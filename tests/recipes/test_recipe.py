@@ -40,7 +40,23 @@ def test_the_default_for_new_users_is_packaged():
         act_quant_mode=WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM,
         min_groups=16,
         head_dtype=WoqWeightDtype.INT8,
+        embedding_dtype=WoqWeightDtype.INT8,
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("w4a8-g128", "int8"), ("w4a8-gptq-g128", "int8"), ("w4a8-awq-g128", "int8"), ("w8a16", None)]
+)
+def test_embeddings_are_quantized_where_the_recipe_says_so(name, dtype):
+    model = nn.ModuleDict({"embed": nn.Embedding(64, 32), "head": nn.Linear(32, 64)})
+    chosen, reasons = choose_qconfigs(load_recipe(name).qconfig_mapping(model), model)
+    assert ("embed" in chosen) == (dtype is not None)
+    assert not reasons
+    if dtype is not None:
+        found = chosen["embed"]
+        assert (found.weight_dtype.name.lower(), found.group_size) == (dtype, -1)
+        skipped = dataclasses.replace(load_recipe(name), skip=("emb",))
+        assert "embed" not in choose_qconfigs(skipped.qconfig_mapping(model), model)[0]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +152,10 @@ def test_a_static_recipe_names_its_observer(written, name, observer):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("colour: blue", "recipe mine: unknown key 'colour', rtn takes act_quant_mode, algorithm, description, group"),
+        (
+            "colour: blue",
+            "recipe mine: unknown key 'colour', rtn takes act_quant_mode, algorithm, .*, embedding_dtype",
+        ),
         ("{algorithm: gptq, damp: 1}", "recipe mine: unknown key 'damp', gptq takes act_order"),
         ("samples: 3", "recipe mine: unknown key 'samples', rtn takes"),
         ("{algorithm: dynamic, alpha: 1}", "recipe mine: unknown key 'alpha', dynamic takes algorithm, desc.*, skip$"),
