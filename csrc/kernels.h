@@ -50,17 +50,14 @@ struct StageArgs {
   Staged* staged;
 };
 
-// y = post_op(acc + bias), rounding to the type of y wherever eager code would. With a multiplier y is stored as bytes,
-// clamp(round(y * multiplier) + zero_point, 0, 255).
+// y = post_op(acc + bias), rounding to the type of y wherever eager code would.
 struct Output {
   int64_t n, stride;  // columns, and from one row of y and others to the next
   const float* bias;  // [n] or null
   PostOp post_op;
-  FloatType type;           // of y and others
-  const void* others[2];    // rows of n
-  const float* multiplier;  // [n] or null
-  int32_t zero_point;
-  void* y;  // rows of n
+  FloatType type;         // of y and others
+  const void* others[2];  // rows of n
+  void* y;                // rows of n
 };
 
 struct GemmArgs {

@@ -144,7 +144,6 @@ struct CodeRange {
 inline void finish_row(const Output& output, int64_t row, int64_t column, const float* acc) {
   const int64_t count = output.n - column < kTileN ? output.n - column : kTileN, at = row * output.stride + column;
   const Epilogue epilogue{output.post_op, output.type};
-  const CodeRange range(output.zero_point);
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t left = count - i;
     const bool whole = left >= kLanes;
@@ -155,10 +154,7 @@ inline void finish_row(const Output& output, int64_t row, int64_t column, const 
     vf x = load_f(acc + i);
     if (output.bias) x = add_f(x, load(output.bias, kFloat32, column + i));
     x = epilogue.apply(x, load(output.others[0], output.type, at + i), load(output.others[1], output.type, at + i));
-    if (output.multiplier)
-      store_codes(static_cast<uint8_t*>(output.y) + at + i,
-                  range.codes(mul_f(x, load(output.multiplier, kFloat32, column + i))), whole ? kLanes : left);
-    else if (whole)
+    if (whole)
       store_float(output.y, output.type, at + i, x);
     else
       store_tail(output.y, output.type, at + i, left, x);

@@ -255,24 +255,6 @@ Tensor int8_linear_gated(Tensor x, Tensor scales, Tensor zero_points, Tensor pac
   return y;
 }
 
-Tensor int8_linear_requantized(Tensor x, Tensor scales, Tensor zero_points, Tensor packed, std::optional<Tensor> bias,
-                               std::vector<Tensor> others, int64_t out_features, Tensor out_multiplier,
-                               int64_t out_zero_point, int64_t post_op) {
-  const PackedGroup group({out_features}, check_activations(x));
-  const uint8_t* tiles = group.tiles_of(packed);
-  check_post_op(post_op, others.size());
-  const Multipliers multipliers("out_multiplier", out_multiplier, out_features);
-  check_zero_point("out_zero_point", out_zero_point);
-  const float* bias_data = optional_vector("bias", bias, out_features);
-  const Activations act(x, scales, zero_points, group.geometry);
-  Tensor codes = torch::stable::empty(result_shape(x, out_features), ScalarType::Byte);
-  Output output = make_output(codes, ScalarType::Float, bias_data, post_op, others);
-  output.multiplier = multipliers.data;
-  output.zero_point = int32_t(out_zero_point);
-  multiply(group, tiles, act, {output});
-  return codes;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
@@ -287,9 +269,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
   m.def(
       "int8_linear_gated(Tensor x, Tensor scales, Tensor zero_points, Tensor packed, Tensor? bias, int out_features, "
       "ScalarType dtype, int activation) -> Tensor");
-  m.def(
-      "int8_linear_requantized(Tensor x, Tensor scales, Tensor zero_points, Tensor packed, Tensor? bias, "
-      "Tensor[] others, int out_features, Tensor out_multiplier, int out_zero_point, int post_op) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ipex_quant, CPU, m) {
@@ -300,7 +279,6 @@ STABLE_TORCH_LIBRARY_IMPL(ipex_quant, CPU, m) {
   m.impl("int8_member", TORCH_BOX(&int8_member));
   m.impl("int8_linear", TORCH_BOX(&int8_linear));
   m.impl("int8_linear_gated", TORCH_BOX(&int8_linear_gated));
-  m.impl("int8_linear_requantized", TORCH_BOX(&int8_linear_requantized));
 }
 
 }  // namespace ipex_quant

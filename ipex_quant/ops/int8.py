@@ -137,39 +137,6 @@ def int8_linear_gated(
     return native.int8_linear_gated(x, scales, zero_points, packed.data, bias, out_features, dtype, int(activation))
 
 
-def int8_linear_requantized(
-    x: torch.Tensor,
-    scales: torch.Tensor,
-    zero_points: torch.Tensor,
-    packed: PackedInt8,
-    bias: torch.Tensor | None,
-    out_multiplier: torch.Tensor,
-    out_zero_point: int,
-    post_op: PostOp = PostOp.NONE,
-    others: Sequence[torch.Tensor] = (),
-) -> torch.Tensor:
-    """`int8_linear` of a single weight in float32, quantized as `quantize_activation` does: what the next one reads.
-
-    `out_multiplier` is float32 ``[N]`` or ``[1]``; `others` are float32. Returns uint8 ``[..., N]``. Raises ValueError
-    for several weights, RuntimeError when another argument does not fit.
-    """
-    if len(packed.out_features) != 1:
-        raise ValueError(f"packed: expected a single weight, got {len(packed.out_features)}; use its member()")
-    (out_features,) = packed.out_features
-    return native.int8_linear_requantized(
-        x,
-        scales,
-        zero_points,
-        packed.data,
-        bias,
-        list(others),
-        out_features,
-        out_multiplier,
-        out_zero_point,
-        int(post_op),
-    )
-
-
 @register_fake("quantize_activation")
 def _(x, multiplier, zero_point):
     return torch.empty(x.shape, dtype=torch.uint8, device=x.device)
@@ -237,8 +204,3 @@ def _(x, scales, zero_points, packed, bias, others, out_features, dtype, post_op
 @register_fake("int8_linear_gated")
 def _(x, scales, zero_points, packed, bias, out_features, dtype, activation):
     return x.new_empty(*x.shape[:-1], out_features, dtype=dtype)
-
-
-@register_fake("int8_linear_requantized")
-def _(x, scales, zero_points, packed, bias, others, out_features, out_multiplier, out_zero_point, post_op):
-    return x.new_empty(*x.shape[:-1], out_features)

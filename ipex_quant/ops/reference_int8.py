@@ -57,22 +57,6 @@ def int8_linear(
     return results
 
 
-def int8_linear_requantized(
-    x: torch.Tensor,
-    scales: torch.Tensor,
-    zero_points: torch.Tensor,
-    weight: QuantizedWeight,
-    bias: torch.Tensor | None,
-    out_multiplier: torch.Tensor,
-    out_zero_point: int,
-    post_op: PostOp = PostOp.NONE,
-    others: Sequence[torch.Tensor] = (),
-) -> torch.Tensor:
-    """`int8_linear` in float32, then `quantize_activation`."""
-    (y,) = int8_linear(x, scales, zero_points, [weight], bias, torch.float32, post_op, others)
-    return quantize_activation(y, out_multiplier, out_zero_point)
-
-
 def int8_conv(
     x: torch.Tensor,
     scale: float,

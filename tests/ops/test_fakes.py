@@ -56,7 +56,6 @@ CALLS = {
     "int8_pack": (X.to(torch.int8), X[:, 0], [2]),
     "int8_linear": (X.to(torch.uint8), X[0, :1], INDEX[0], BYTES, None, [], [4], torch.float32, 0),
     "int8_linear_gated": (X.to(torch.uint8), X[0, :1], INDEX[0], BYTES, None, 4, torch.float32, 4),
-    "int8_linear_requantized": (X.to(torch.uint8), X[0, :1], INDEX[0], BYTES, None, [], 4, X[0, :4], 0, 0),
     "int8_conv": (HEADS.to(torch.uint8), 1.0, 0, BYTES, None, 4, 1, *CONV, torch.float32),
     "int8_depthwise_conv": (HEADS.to(torch.uint8), 1.0, 0, X[:1].to(torch.int8), X[0], None, 4, *CONV, torch.float32),
     "rms_norm": (X, X[0], 1e-6),

@@ -88,10 +88,6 @@ def test_exact_post_ops_are_bit_equal_to_the_definition(n, k, rows, dtype, post_
     others = others_of(post_op, rows, n, dtype)
     (got,) = ops.int8_linear(*x, ops.pack_int8([weight]), b, dtype, post_op, others)
     assert torch.equal(got, reference.int8_linear(*x, [weight], b, dtype, post_op, others)[0])
-    floats = others_of(post_op, rows, n, torch.float32)
-    multiplier = torch.rand(n) * 20
-    got = ops.int8_linear_requantized(*x, ops.pack_int8([weight]), b, multiplier, 99, post_op, floats)
-    assert torch.equal(got, reference.int8_linear_requantized(*x, weight, b, multiplier, 99, post_op, floats))
 
 
 @settings(max_examples=60, deadline=None)
@@ -126,19 +122,13 @@ def test_activation_functions(post_op: PostOp, dtype: torch.dtype) -> None:
     (got,) = ops.int8_linear(*x, ops.pack_int8([weight]), b, dtype, post_op)
     (expected,) = reference.int8_linear(*x, [weight], b, dtype, post_op)
     torch.testing.assert_close(got, expected, atol=1e-6, rtol={torch.float32: 1e-5}.get(dtype, 2.0**-7))
-    arguments = (b, torch.tensor([9.0]), 40, post_op)
-    codes = ops.int8_linear_requantized(*x, ops.pack_int8([weight]), *arguments)
-    difference = codes.int() - reference.int8_linear_requantized(*x, weight, *arguments).int()
-    assert difference.abs().max() <= 1  # where y * multiplier is near a half
-    assert difference.count_nonzero() <= 3
 
 
-def test_requantized_result_feeds_the_next_linear() -> None:
+def test_a_quantized_result_feeds_the_next_linear() -> None:
     first, second, x = make(64, 32), make(10, 64), quantized(5, 32, per_row=False)
     (y,) = ops.int8_linear(*x, ops.pack_int8([first]), None, torch.float32)
     scale, zero_point = (y.max() - y.min()) / 255, 120
-    codes = ops.int8_linear_requantized(*x, ops.pack_int8([first]), None, 1 / scale[None], zero_point)
-    assert torch.equal(codes, ops.quantize_activation(y, 1 / scale[None], zero_point))
+    codes = ops.quantize_activation(y, 1 / scale[None], zero_point)
     zero_points = torch.tensor([zero_point], dtype=torch.int32)
     (got,) = ops.int8_linear(codes, scale[None], zero_points, ops.pack_int8([second]), None, torch.float32)
     restored = (codes.double() - zero_point) * scale.double()
@@ -320,8 +310,6 @@ def test_opcheck() -> None:
     scales = torch.cat([w.scales for w in weights]).flatten()
     floats = activations(2, 3, 18, dtype=torch.bfloat16)
     linear = (x[0].view(2, 3, 18), *x[1:], packed.data, activations(80), [], [10, 70], torch.bfloat16, 0)
-    others = [activations(6, 10)]
-    requantized = (*x, packed.member(0).data, None, others, 10, torch.ones(10), 3, int(PostOp.ADD))
     cases = {
         "quantize_activation": (floats, torch.ones(18), 5),
         "quantize_activation_per_token": (floats,),
@@ -330,7 +318,6 @@ def test_opcheck() -> None:
         "int8_member": (packed.data, [10, 70], 18, 1),
         "int8_linear": linear,
         "int8_linear_gated": (*x, ops.pack_int8([weights[1]] * 2).data, None, 70, torch.float16, int(PostOp.SILU)),
-        "int8_linear_requantized": requantized,
     }
     for name, arguments in cases.items():
         torch.library.opcheck(getattr(namespace, name).default, arguments)

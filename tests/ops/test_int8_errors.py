@@ -29,7 +29,7 @@ GOOD = {
     "post_op": PostOp.ADD,
     "others": (torch.zeros(ROWS, N, dtype=torch.bfloat16),),
 }
-COMMON = [
+BAD = [
     ({"x": torch.zeros(ROWS, K + 1, dtype=torch.uint8)}, "packed"),
     ({"x": torch.zeros(ROWS, 0, dtype=torch.uint8)}, "x"),
     ({"x": torch.zeros((), dtype=torch.uint8)}, "x"),
@@ -53,28 +53,11 @@ COMMON = [
     ({"others": ()}, "others"),
     ({"others": (torch.zeros(ROWS, N, dtype=torch.float16),)}, "others"),
     ({"post_op": PostOp.NONE}, "others"),
-]
-BAD = [
-    *COMMON,
     ({"dtype": torch.float64}, "dtype"),
     ({"dtype": torch.uint8}, "dtype"),
     ({"others": (torch.zeros(ROWS, N),)}, "others"),
     ({"others": (torch.zeros(ROWS, N + 1, dtype=torch.bfloat16),)}, "others"),
     ({"others": (torch.zeros(N, dtype=torch.bfloat16),)}, "others"),
-]
-GOOD_REQUANTIZED = {key: value for key, value in GOOD.items() if key != "dtype"} | {
-    "others": (torch.zeros(ROWS, N),),
-    "out_multiplier": torch.ones(N),
-    "out_zero_point": 128,
-}
-BAD_REQUANTIZED = [
-    *COMMON,
-    ({"others": (torch.zeros(ROWS, N, dtype=torch.bfloat16),)}, "others"),
-    ({"out_multiplier": torch.ones(N + 1)}, "out_multiplier"),
-    ({"out_multiplier": torch.ones(0)}, "out_multiplier"),
-    ({"out_multiplier": torch.ones(N, dtype=torch.float64)}, "out_multiplier"),
-    ({"out_zero_point": 256}, "out_zero_point"),
-    ({"out_zero_point": -1}, "out_zero_point"),
 ]
 
 
@@ -96,21 +79,12 @@ def group() -> ops.PackedInt8:
 def test_the_good_arguments_are_good(packed: ops.PackedInt8) -> None:
     (y,) = ops.int8_linear(packed=packed, **GOOD)
     assert y.shape == (ROWS, N)
-    assert ops.int8_linear_requantized(packed=packed, **GOOD_REQUANTIZED).shape == (ROWS, N)
 
 
 @pytest.mark.parametrize(("change", "name"), BAD, ids=[f"{i}-{name}" for i, (_, name) in enumerate(BAD)])
 def test_bad_argument_of_int8_linear(packed: ops.PackedInt8, change: dict, name: str) -> None:
     with pytest.raises(ERRORS, match=name):
         ops.int8_linear(packed=packed, **(GOOD | change))
-
-
-@pytest.mark.parametrize(
-    ("change", "name"), BAD_REQUANTIZED, ids=[f"{i}-{name}" for i, (_, name) in enumerate(BAD_REQUANTIZED)]
-)
-def test_bad_argument_of_int8_linear_requantized(packed: ops.PackedInt8, change: dict, name: str) -> None:
-    with pytest.raises(ERRORS, match=name):
-        ops.int8_linear_requantized(packed=packed, **(GOOD_REQUANTIZED | change))
 
 
 @pytest.mark.parametrize("name", ["packed", "scales", "zero_points", "bias", "others"])
@@ -188,8 +162,6 @@ def test_group_with_a_post_op(group: ops.PackedInt8) -> None:
     arguments = GOOD | {"bias": None, "others": ()}
     with pytest.raises(RuntimeError, match="post_op"):
         ops.int8_linear(packed=group, **(arguments | {"post_op": PostOp.RELU}))
-    with pytest.raises(ValueError, match="single"):
-        ops.int8_linear_requantized(packed=group, **(GOOD_REQUANTIZED | {"bias": None}))
 
 
 def test_gated_with_bad_arguments(group: ops.PackedInt8, packed: ops.PackedInt8) -> None:
