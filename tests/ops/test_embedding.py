@@ -32,7 +32,8 @@ def table(n: int, k: int, scheme: WeightScheme, half_scales: bool = False) -> Qu
     if not half_scales:
         return affine.quantize(weight, scheme)
     found = affine.quantize(weight, scheme)
-    return affine.quantize(weight, scheme, found.scales.half().float(), found.zero_points)
+    scales = found.scales.half().float().clamp(min=2.0**-24)  # of 0 there would be no inverse
+    return affine.quantize(weight, scheme, scales, found.zero_points)
 
 
 def look_up(qw: QuantizedWeight, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
