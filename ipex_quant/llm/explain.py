@@ -113,7 +113,7 @@ def _holders(model: nn.Module) -> dict[str, str | None]:
 
 def _weight_only_row(name: str, module: QuantizedModule) -> Row:
     dtype = module.weight.dtype
-    mode, act = module._lowp_mode, module._act_quant_mode
+    mode, act = module.lowp_mode, module.act_quant_mode
     compute = mode.name.lower() if mode != WoqLowpMode.NONE else str(dtype).removeprefix("torch.")
     if mode == WoqLowpMode.INT8:
         compute += f" ({act.name.lower()})"

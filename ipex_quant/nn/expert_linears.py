@@ -38,8 +38,8 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
         super().__init__()
         self.shape = tuple(shape)
         self.scheme = scheme
-        self._lowp_mode = WoqLowpMode.NONE
-        self._act_quant_mode = WoqActQuantMode.NONE
+        self.lowp_mode = WoqLowpMode.NONE
+        self.act_quant_mode = WoqActQuantMode.NONE
         self.register_buffer("_packed", None, persistent=False)  # [E, bytes], a packed weight each
 
     @classmethod
@@ -49,7 +49,7 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
         scheme = qconfig.scheme
         stack = QuantizedStack.of([ops.quantize_weight(weight, scheme) for weight in mod.weight.detach()])
         module = cls(stack.shape, scheme)
-        module._lowp_mode, module._act_quant_mode = WoqLowpMode(qconfig.lowp_mode), qconfig.act_quant_mode
+        module.lowp_mode, module.act_quant_mode = WoqLowpMode(qconfig.lowp_mode), qconfig.act_quant_mode
         module._packed = ops.split_experts(ops.pack_experts(stack, 1))
         return module.train(mod.training).to(mod.weight.dtype)
 
@@ -61,7 +61,7 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
                 f"expert_size: expected the rows of {experts} experts, {len(inputs)} in all, got {list(expert_size)}"
             )
         x = autocast(inputs)
-        modes = self._lowp_mode, self._act_quant_mode
+        modes = self.lowp_mode, self.act_quant_mode
         results = [
             ops.woq_linear(rows, data, out_features, None, None, *modes)
             for rows, data in zip(x.split(list(expert_size)), packed, strict=True)
@@ -100,8 +100,8 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
             "weight_dtype": self.scheme.dtype.name.lower(),
             "symmetric": self.scheme.symmetric,
             "group_size": self.scheme.group_size,
-            "lowp_mode": self._lowp_mode.name.lower(),
-            "act_quant_mode": self._act_quant_mode.name.lower(),
+            "lowp_mode": self.lowp_mode.name.lower(),
+            "act_quant_mode": self.act_quant_mode.name.lower(),
         }
 
     @classmethod
@@ -127,13 +127,13 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
         modules = []
         for place in loaded:
             module = cls(place.shape, read_scheme(place.entry))
-            module._lowp_mode, module._act_quant_mode = read_modes(place.entry)
+            module.lowp_mode, module.act_quant_mode = read_modes(place.entry)
             module._load_weight(place.tensors)
             modules.append(module)
         return modules
 
     def extra_repr(self) -> str:
-        modes = f"lowp_mode={self._lowp_mode.name.lower()}, act_quant_mode={self._act_quant_mode.name.lower()}"
+        modes = f"lowp_mode={self.lowp_mode.name.lower()}, act_quant_mode={self.act_quant_mode.name.lower()}"
         return f"shape={self.shape}, scheme={self.scheme}, {modes}"
 
     def _checked(self) -> torch.Tensor:

@@ -60,8 +60,8 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         self.gate = gate
         self._gate_arguments = ops.gate_arguments(gate)
         self.scheme = scheme
-        self._lowp_mode = WoqLowpMode.NONE
-        self._act_quant_mode = WoqActQuantMode.NONE
+        self.lowp_mode = WoqLowpMode.NONE
+        self.act_quant_mode = WoqActQuantMode.NONE
         for projection in PROJECTIONS:
             for name in ("packed", "perm", "bias"):
                 self.register_buffer(f"_{projection}_{name}", None, persistent=False)
@@ -81,8 +81,8 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         """
         experts, hidden, width = stacks[1].shape
         module = cls((experts, hidden, width), gate, stacks[1].scheme)
-        module._lowp_mode = WoqLowpMode(lowp_mode)
-        module._act_quant_mode = WoqActQuantMode(act_quant_mode)
+        module.lowp_mode = WoqLowpMode(lowp_mode)
+        module.act_quant_mode = WoqActQuantMode(act_quant_mode)
         module._set_weights(stacks, biases)
         return module
 
@@ -152,8 +152,8 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
             *(buffers[f"_{projection}_{name}"] for name in ("packed", "bias", "perm") for projection in PROJECTIONS),
             self.num_experts,
             self.intermediate_dim,
-            int(self._lowp_mode),
-            int(self._act_quant_mode),
+            int(self.lowp_mode),
+            int(self.act_quant_mode),
             *self._gate_arguments,
         )
 
@@ -198,8 +198,8 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
             "group_size": self.scheme.group_size,
             "act_order": [self._buffers[f"_{projection}_perm"] is not None for projection in PROJECTIONS],
             "bias": [self._buffers[f"_{projection}_bias"] is not None for projection in PROJECTIONS],
-            "lowp_mode": self._lowp_mode.name.lower(),
-            "act_quant_mode": self._act_quant_mode.name.lower(),
+            "lowp_mode": self.lowp_mode.name.lower(),
+            "act_quant_mode": self.act_quant_mode.name.lower(),
         }
 
     @classmethod
@@ -237,7 +237,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
             experts, rows, hidden = place.shape
             module = cls((experts, hidden, rows // (place.gate.blocks + 1)), place.gate, read_scheme(place.entry))
             module.batched = place.batched
-            module._lowp_mode, module._act_quant_mode = read_modes(place.entry)
+            module.lowp_mode, module.act_quant_mode = read_modes(place.entry)
             module._load_weight({name: tensor for name, tensor in place.tensors.items() if tensor is not None})
             modules.append(module)
         return modules
@@ -249,8 +249,8 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
             "intermediate_dim": self.intermediate_dim,
             "gate" if self.gate.gated else "activation": self.gate.activation.name.lower(),
             "scheme": self.scheme,
-            "lowp_mode": self._lowp_mode.name.lower(),
-            "act_quant_mode": self._act_quant_mode.name.lower(),
+            "lowp_mode": self.lowp_mode.name.lower(),
+            "act_quant_mode": self.act_quant_mode.name.lower(),
         }
         return ", ".join(f"{name}={value}" for name, value in fields.items())
 

@@ -55,8 +55,8 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
         self._has_bias = bias_
         self.dtype = WoqWeightDtype(dtype)
         self.scheme: WeightScheme | None = None
-        self._lowp_mode = WoqLowpMode.NONE
-        self._act_quant_mode = WoqActQuantMode.NONE
+        self.lowp_mode = WoqLowpMode.NONE
+        self.act_quant_mode = WoqActQuantMode.NONE
         self.register_buffer("_packed", None, persistent=False)
         self.register_buffer("_perm", None, persistent=False)
         self.register_buffer("_bias", None, persistent=False)
@@ -72,8 +72,8 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
         """Pack `qw`, with a float `bias` ``[out_features]``; ValueError when the bias has another shape."""
         out_features, in_features = qw.shape
         module = cls(in_features, out_features, bias is not None, qw.scheme.dtype)
-        module._lowp_mode = WoqLowpMode(lowp_mode)
-        module._act_quant_mode = WoqActQuantMode(act_quant_mode)
+        module.lowp_mode = WoqLowpMode(lowp_mode)
+        module.act_quant_mode = WoqActQuantMode(act_quant_mode)
         module._set_weight(qw)
         module._set_bias(bias)
         return module
@@ -208,8 +208,8 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
             self.out_features,
             bias=self._bias,
             perm=self._perm,
-            lowp_mode=self._lowp_mode,
-            act_quant_mode=self._act_quant_mode,
+            lowp_mode=self.lowp_mode,
+            act_quant_mode=self.act_quant_mode,
             post_op=post_op,
             others=others,
         )
@@ -252,8 +252,8 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
             "group_size": self.scheme.group_size,
             "act_order": self._perm is not None,
             "bias": self._bias is not None,
-            "lowp_mode": self._lowp_mode.name.lower(),
-            "act_quant_mode": self._act_quant_mode.name.lower(),
+            "lowp_mode": self.lowp_mode.name.lower(),
+            "act_quant_mode": self.act_quant_mode.name.lower(),
         }
 
     @classmethod
@@ -276,7 +276,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
         return modules
 
     @property
-    def _group_size(self) -> int:
+    def group_size(self) -> int:
         return PER_CHANNEL if self.scheme is None else self.scheme.group_size
 
     @property
@@ -291,9 +291,9 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
             "out_features": self.out_features,
             "dtype": self.dtype.name.lower(),
             "bias": self._has_bias,
-            "lowp_mode": self._lowp_mode.name.lower(),
-            "act_quant_mode": self._act_quant_mode.name.lower(),
-            "group_size": self._group_size,
+            "lowp_mode": self.lowp_mode.name.lower(),
+            "act_quant_mode": self.act_quant_mode.name.lower(),
+            "group_size": self.group_size,
             "weight_qscheme": self._weight_qscheme.name.lower(),
         }
         return ", ".join(f"{name}={value}" for name, value in fields.items())
@@ -306,8 +306,8 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
 
     def _set_compute(self, qconfig: Any) -> None:
         if qconfig is not None:
-            self._lowp_mode = WoqLowpMode(qconfig.lowp_mode)
-            self._act_quant_mode = WoqActQuantMode(qconfig.act_quant_mode)
+            self.lowp_mode = WoqLowpMode(qconfig.lowp_mode)
+            self.act_quant_mode = WoqActQuantMode(qconfig.act_quant_mode)
 
     def _set_weight(self, qw: QuantizedWeight) -> None:
         packed = ops.pack_weight(qw)

@@ -140,7 +140,7 @@ def test_a_plain_model_and_a_mapping(tiny, tiny_batches):
     options = {"quantization_config": mapping, "accuracy_criterion": {"relative": 0.1}}
     model = autotune(tiny, tiny_batches, **options)
     assert [str(model[i].scheme) for i in (0, 2, 4)] == ["int4 asym g32"] * 3
-    assert model[0]._lowp_mode == WoqLowpMode.BF16
+    assert model[0].lowp_mode == WoqLowpMode.BF16
     assert type(tiny[0]) is nn.Linear
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
     mapping.set_module_name("2", None)

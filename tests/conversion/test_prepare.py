@@ -137,7 +137,7 @@ def test_rules_of_the_mapping_count(model, mapping):
     converted = convert(prepare(model, mapping))
     assert type(converted.head) is nn.Linear
     assert converted.body[0].dtype == WoqWeightDtype.INT4
-    assert converted.body[0]._lowp_mode == WoqLowpMode.BF16
+    assert converted.body[0].lowp_mode == WoqLowpMode.BF16
     assert converted.body[2].dtype == WoqWeightDtype.INT8
 
 

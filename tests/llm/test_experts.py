@@ -217,7 +217,7 @@ class TestRules:
             ((args, expected),) = calls
             assert (module(*args) - expected).norm() < 0.03 * expected.norm()
             assert str(module.scheme) == "int8 sym per-channel"
-            assert (module._lowp_mode, module._act_quant_mode) == (WoqLowpMode.INT8, WoqActQuantMode.PER_BATCH)
+            assert (module.lowp_mode, module.act_quant_mode) == (WoqLowpMode.INT8, WoqActQuantMode.PER_BATCH)
         stack = module.quantized_stack("down")
         linear = Int8Linear.make_group([stack[1]], [None], None, torch.float32)[0]
         hidden = torch.randn(3, stack.shape[2], generator=torch.Generator().manual_seed(0))

@@ -445,7 +445,7 @@ class TestConstructors:
         )
         assert torch.equal(layer.quantized_weight().codes, qw.codes)
         assert torch.equal(layer.bias, linear.bias)
-        assert layer._lowp_mode == WoqLowpMode.BF16
+        assert layer.lowp_mode == WoqLowpMode.BF16
 
     def test_from_float_and_int4_weight(self):
         qw, bias = quantized(SCHEMES[2]), torch.randn(24)
@@ -459,7 +459,7 @@ class TestConstructors:
         qweight = torch.randint(-(2**31), 2**31, (8, 16), dtype=torch.int32)
         qzeros = torch.zeros(2, 2, dtype=torch.int32)  # stands for zero points of 1
         layer = WeightOnlyQuantizedLinear.from_weight(qweight, torch.ones(2, 16), qzeros, 64, 16, group_size=32)
-        assert layer._lowp_mode == WoqLowpMode.BF16
+        assert layer.lowp_mode == WoqLowpMode.BF16
         expected = (qweight.t()[:, :, None] >> torch.arange(0, 32, 4) & 15).flatten(1) - 1
         assert torch.equal(affine.dequantize(layer.quantized_weight()), expected.float())
 
@@ -469,8 +469,8 @@ class TestConstructors:
         layer = WeightOnlyQuantizedLinear.from_int4_weight(
             qweight, scales, qzeros, 64, 16, QuantMethod.GPTQ_GEMM, qconfig=mapping
         )
-        assert layer._lowp_mode == WoqLowpMode.INT8
-        assert layer._act_quant_mode == WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
+        assert layer.lowp_mode == WoqLowpMode.INT8
+        assert layer.act_quant_mode == WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
         with pytest.raises(ValueError, match="AWQ_FORMAT is not supported yet"):
             WeightOnlyQuantizedLinear.from_int4_weight(qweight, scales, qzeros, 64, 16, QuantMethod.AWQ_GEMM)
 

@@ -18,7 +18,7 @@ from ..cache.layers import NativeLayer
 from ..cache.storage import Storage, attend
 from .call import LayerCall
 from .families import Attention, Layout, Rope
-from .linears import fused_linear, fused_linears
+from .linears import linear_call, linear_calls
 from .norms import Norm, Scale, norm_of
 
 
@@ -71,8 +71,8 @@ class FusedAttention:
         self.layer_index = part(module, names.index)
         projections = [part(module, name) for name in names.projections]
         output = part(module, names.output)
-        self.project = fused_linears(projections)
-        self.output = fused_linear(output)
+        self.project = linear_calls(projections)
+        self.output = linear_call(output)
         self.split = _SPLITS[names.layout]
         self.head_size = part(module, names.head_size)
         self.heads = _features(output)[1] // self.head_size
@@ -237,8 +237,8 @@ class CrossAttention(FusedAttention):
     def __init__(self, module: nn.Module, names: Attention) -> None:
         super().__init__(module, names)
         query, *rest = names.projections
-        self.query = fused_linear(part(module, query))
-        self.project = fused_linears([part(module, name) for name in rest])
+        self.query = linear_call(part(module, query))
+        self.project = linear_calls([part(module, name) for name in rest])
 
     def __call__(
         self, x: torch.Tensor, call: LayerCall, post_op: PostOp = PostOp.NONE, *others: torch.Tensor

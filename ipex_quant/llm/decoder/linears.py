@@ -32,18 +32,18 @@ def activation_post_op(activation: Callable[[torch.Tensor], torch.Tensor]) -> Po
     return None
 
 
-def fused_linear(module: nn.Module) -> FusedLinear:
+def linear_call(module: nn.Module) -> LinearCall:
     """A function that computes `module` and a post op: ``(x, post_op=NONE, *others) -> [..., out_features]``."""
     if _hooked(module):
-        return FusedLinear(module)
+        return LinearCall(module)
     if type(module) is WeightOnlyQuantizedLinear and module._packed is not None:
-        return WeightOnlyLinear(module)
+        return WeightOnlyCall(module)
     if type(module) is Int8Linear and len(module.share_group.inputs) == 1:
-        return Int8SingleLinear(module)
-    return FloatLinear(module) if is_linear(module) and _plain(module) else FusedLinear(module)
+        return Int8Call(module)
+    return FloatCall(module) if is_linear(module) and _plain(module) else LinearCall(module)
 
 
-def fused_linears(modules: Sequence[nn.Module]) -> LinearGroup:
+def linear_calls(modules: Sequence[nn.Module]) -> LinearGroup:
     """A function that computes modules that take the same tensor: ``x -> [result of each]``."""
     if len(modules) > 1 and not any(map(_hooked, modules)):
         if _one_share_group(modules):
@@ -53,7 +53,7 @@ def fused_linears(modules: Sequence[nn.Module]) -> LinearGroup:
     return LinearGroup(modules)
 
 
-class FusedLinear:
+class LinearCall:
     """Any module that computes a linear layer, called as it is, so that its hooks run."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -63,7 +63,7 @@ class FusedLinear:
         return apply_post_op(self.module(x), post_op, others)
 
 
-class FloatLinear(FusedLinear):
+class FloatCall(LinearCall):
     """An ``nn.Linear``."""
 
     def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
@@ -71,12 +71,12 @@ class FloatLinear(FusedLinear):
         return apply_post_op(F.linear(x, parameters["weight"], parameters["bias"]), post_op, others)
 
 
-class WeightOnlyLinear(FusedLinear):
+class WeightOnlyCall(LinearCall):
     """A `WeightOnlyQuantizedLinear`, whose op has the post op in its epilogue."""
 
     def __init__(self, module: WeightOnlyQuantizedLinear) -> None:
         super().__init__(module)
-        self.options = module.out_features, int(module._lowp_mode), int(module._act_quant_mode)
+        self.options = module.out_features, int(module.lowp_mode), int(module.act_quant_mode)
 
     def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
         tensors = self.module._buffers
@@ -85,7 +85,7 @@ class WeightOnlyLinear(FusedLinear):
         )
 
 
-class Int8SingleLinear(FusedLinear):
+class Int8Call(LinearCall):
     """An `Int8Linear` that shares its input with no other, whose op has the post op in its epilogue."""
 
     def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ class LinearGroup:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = list(modules)
-        self.linears = [fused_linear(module) for module in modules]
+        self.linears = [linear_call(module) for module in modules]
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [linear(x) for linear in self.linears]
@@ -140,7 +140,7 @@ class WeightOnlyGroup(LinearGroup):
     def __init__(self, modules: Sequence[WeightOnlyQuantizedLinear]) -> None:
         super().__init__(modules)
         self.out_features = [module.out_features for module in modules]
-        self.modes = int(modules[0]._lowp_mode), int(modules[0]._act_quant_mode)
+        self.modes = int(modules[0].lowp_mode), int(modules[0].act_quant_mode)
         self.compared: list[torch.Tensor] = []
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -183,7 +183,7 @@ def _alike(modules: Sequence[nn.Module]) -> bool:
     if not all(type(module) is WeightOnlyQuantizedLinear and module._packed is not None for module in modules):
         return False
     kinds = {
-        (module.in_features, module.dtype, module._group_size, module._lowp_mode, module._act_quant_mode)
+        (module.in_features, module.dtype, module.group_size, module.lowp_mode, module.act_quant_mode)
         for module in modules
     }
     return len(kinds) == 1

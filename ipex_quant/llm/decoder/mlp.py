@@ -9,7 +9,7 @@ from ... import ops
 from ...ops import PostOp
 from .attention import part
 from .families import Mlp
-from .linears import activation_post_op, fused_linear, fused_linears
+from .linears import activation_post_op, linear_call, linear_calls
 
 
 class FusedMlp:
@@ -19,9 +19,9 @@ class FusedMlp:
         inputs = [part(module, name) for name in names.inputs]
         self.activation = part(module, names.activation)
         self.post_op = activation_post_op(self.activation)
-        self.output = fused_linear(part(module, names.output))
-        self.first = fused_linear(inputs[0])
-        self.inputs = fused_linears(inputs)
+        self.output = linear_call(part(module, names.output))
+        self.first = linear_call(inputs[0])
+        self.inputs = linear_calls(inputs)
         self.gated = names.gated
         if not names.gated:
             self.intermediate = self._activated

@@ -13,7 +13,7 @@ from ...ops.decoder import MAX_TOKENS, DecoderCall, DecoderStructure, DecoderWei
 from .attention import FusedAttention, Slots
 from .call import LayerCall
 from .families import Residual, Rope
-from .linears import LinearGroup, WeightOnlyGroup, WeightOnlyLinear
+from .linears import LinearGroup, WeightOnlyCall, WeightOnlyGroup
 from .norms import LayerNorm, Norm
 from .parts import LayerParts
 
@@ -70,10 +70,10 @@ def _known_attention(attention: FusedAttention) -> bool:
     return attention.in_blocks and attention.is_causal and not unknown
 
 
-def _linears(group: LinearGroup | WeightOnlyLinear) -> list[WeightOnlyLinear] | None:
+def _linears(group: LinearGroup | WeightOnlyCall) -> list[WeightOnlyCall] | None:
     """Weight-only linears that one call multiplies by, or None."""
     linears = [group] if not isinstance(group, LinearGroup) else group.linears
-    if not all(type(linear) is WeightOnlyLinear for linear in linears):
+    if not all(type(linear) is WeightOnlyCall for linear in linears):
         return None
     return linears if len(linears) == 1 or isinstance(group, WeightOnlyGroup) else None
 
@@ -91,7 +91,7 @@ class StepLayer(NamedTuple):
 
     structure: DecoderStructure
     attention: FusedAttention
-    linears: list[list[WeightOnlyLinear]]
+    linears: list[list[WeightOnlyCall]]
     groups: list[WeightOnlyGroup]
     norms: list[Norm]
 

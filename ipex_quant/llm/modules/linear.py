@@ -11,7 +11,7 @@ from ...nn.quantized_module import autocast, autocast_dtype
 from ...ops import PostOp
 from ...ops.gradient import needs_gradient
 from ...ops.post_op import apply_post_op
-from ..decoder.linears import Int8Group, WeightOnlyGroup, fused_linears
+from ..decoder.linears import Int8Group, WeightOnlyGroup, linear_calls
 from .gated import silu_mul
 
 
@@ -99,7 +99,7 @@ class Linear2SiluMul(nn.Module):
         self.linear_m = _module("linear_m", linear_m)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        linears = fused_linears((self.linear_s, self.linear_m))
+        linears = linear_calls((self.linear_s, self.linear_m))
         if isinstance(linears, (Int8Group, WeightOnlyGroup)) and not needs_gradient(x):
             return linears.gated(autocast(x), PostOp.SILU)
         gate, up = self.linear_s(x), self.linear_m(x)

@@ -8,15 +8,15 @@ from transformers.activations import ACT2FN
 
 from ipex_quant import ops
 from ipex_quant.llm.decoder.linears import (
-    FloatLinear,
-    FusedLinear,
+    FloatCall,
     Int8Group,
+    LinearCall,
     LinearGroup,
+    WeightOnlyCall,
     WeightOnlyGroup,
-    WeightOnlyLinear,
     activation_post_op,
-    fused_linear,
-    fused_linears,
+    linear_call,
+    linear_calls,
 )
 from ipex_quant.nn import Int8Linear, WeightOnlyQuantizedLinear
 from ipex_quant.numerics.int8 import StaticActivation, quantize_per_channel
@@ -54,7 +54,7 @@ def assert_each(group, modules):
 
 def test_weight_only_linears_of_one_scheme_are_one_call():
     modules = [weight_only(rows, bias) for rows, bias in zip(SIZES, (True, False, True), strict=True)]
-    group = fused_linears(modules)
+    group = linear_calls(modules)
 
     assert type(group) is WeightOnlyGroup
     assert_each(group, modules)
@@ -63,7 +63,7 @@ def test_weight_only_linears_of_one_scheme_are_one_call():
 def test_an_order_of_features_is_shared_or_not():
     order = torch.randperm(64).int() // 32
     same = [weight_only(rows, g_idx=order) for rows in SIZES]
-    group = fused_linears(same)
+    group = linear_calls(same)
     assert_each(group, same)
     assert group.compared
 
@@ -74,7 +74,7 @@ def test_an_order_of_features_is_shared_or_not():
 
 def test_weight_only_linears_of_several_schemes_are_several_calls():
     modules = [weight_only(48), weight_only(16, group_size=64), weight_only(16, mode=WoqLowpMode.NONE)]
-    group = fused_linears(modules)
+    group = linear_calls(modules)
 
     assert type(group) is LinearGroup
     assert_each(group, modules)
@@ -85,7 +85,7 @@ def test_weight_only_linears_of_several_schemes_are_several_calls():
 def test_int8_share_groups_are_one_call_in_any_order(activation, order):
     members = int8_group(activation=activation)
     modules = [members[i] for i in order]
-    group = fused_linears(modules)
+    group = linear_calls(modules)
 
     assert type(group) is Int8Group
     assert_each(group, modules)
@@ -93,7 +93,7 @@ def test_int8_share_groups_are_one_call_in_any_order(activation, order):
 
 def test_a_part_of_a_share_group_is_called_by_its_modules():
     modules = int8_group()[:2]
-    group = fused_linears(modules)
+    group = linear_calls(modules)
 
     assert type(group) is LinearGroup
     assert_each(group, modules)
@@ -101,7 +101,7 @@ def test_a_part_of_a_share_group_is_called_by_its_modules():
 
 def test_members_that_were_loaded_with_other_activations_count():
     modules = int8_group(activation=StaticActivation(0.05, 120))
-    group = fused_linears(modules)
+    group = linear_calls(modules)
     other = int8_group(activation=StaticActivation(0.1, 100))
 
     modules[1].load_state_dict(other[1].state_dict())
@@ -128,22 +128,22 @@ def test_gated_products(kind, activation):
     }
 
     torch.testing.assert_close(
-        fused_linears(modules).gated(x, activation), functions[activation](gate) * up, rtol=1e-5, atol=1e-4
+        linear_calls(modules).gated(x, activation), functions[activation](gate) * up, rtol=1e-5, atol=1e-4
     )
 
 
 @pytest.mark.parametrize(
     ("module", "kind"),
     [
-        (nn.Linear(64, 48), FloatLinear),
-        (weight_only(48), WeightOnlyLinear),
+        (nn.Linear(64, 48), FloatCall),
+        (weight_only(48), WeightOnlyCall),
         (int8_group((48,))[0], None),
-        (int8_group()[0], FusedLinear),
-        (nn.Sequential(nn.Linear(64, 48)), FusedLinear),
+        (int8_group()[0], LinearCall),
+        (nn.Sequential(nn.Linear(64, 48)), LinearCall),
     ],
 )
 def test_post_ops_are_applied_after_the_result_is_rounded(module, kind):
-    linear = fused_linear(module)
+    linear = linear_call(module)
     x, a, b = (torch.randn(3, n).bfloat16() for n in (64, 48, 48))
     if isinstance(module, (nn.Linear, nn.Sequential)):
         module.bfloat16()

@@ -45,7 +45,7 @@ def test_the_layers_get_the_weights_of_the_checkpoint(llama, state, logits, inpl
     assert (optimized is llama) == inplace
     layer = optimized.model.layers[1].mlp.up_proj
     assert layer.scheme == SCHEME
-    assert (layer._lowp_mode, layer._act_quant_mode) == (WoqLowpMode.INT8, WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM)
+    assert (layer.lowp_mode, layer.act_quant_mode) == (WoqLowpMode.INT8, WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM)
     expected = affine.quantize(before["model.layers.1.mlp.up_proj.weight"] * 0.5, SCHEME)
     assert torch.equal(layer.quantized_weight().codes, expected.codes)
     assert torch.isfinite(logits(optimized)).all()

@@ -184,7 +184,7 @@ def test_experts_in_float_are_stacked(family):
 def test_the_compute_mode_is_the_mappings(family):
     mapping = get_weight_only_quant_qconfig_mapping(lowp_mode=WoqLowpMode.INT8).set_module_name("model.layers.0", None)
     quantized = applied(build(family), checkpoint_of(family, build(family, 1)), quantization_config=mapping)
-    assert {name: each._lowp_mode for name, each in experts_of(quantized).items()} == {EXPERTS: WoqLowpMode.INT8}
+    assert {name: each.lowp_mode for name, each in experts_of(quantized).items()} == {EXPERTS: WoqLowpMode.INT8}
 
 
 @pytest.mark.parametrize("float_parts", [("gate", "up", "down"), ("down",)])
