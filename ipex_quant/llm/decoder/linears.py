@@ -17,6 +17,9 @@ from ...nn.linears import is_linear, obstacle
 from ...ops import PostOp
 from ...ops.post_op import ACTIVATIONS, apply_post_op
 
+_MLP_ACTIVATIONS = (PostOp.RELU, PostOp.GELU, PostOp.NEW_GELU, PostOp.SILU)
+"""The activations that `LinearGroup.gated` and the native decoder know."""
+
 _woq_linear = torch.ops.ipex_quant.woq_linear.default
 _woq_linear_group = torch.ops.ipex_quant.woq_linear_group.default
 _woq_linear_gated = torch.ops.ipex_quant.woq_linear_gated.default
@@ -26,8 +29,8 @@ def activation_post_op(activation: Callable[[torch.Tensor], torch.Tensor]) -> Po
     """The post op that computes what `activation` does, found by trying it; None when there is none."""
     x = torch.linspace(-12, 12, 1001, dtype=torch.float32)
     y = activation(x)
-    for post_op, known in ACTIVATIONS.items():
-        if torch.allclose(y, known(x), rtol=1e-5, atol=1e-5):
+    for post_op in _MLP_ACTIVATIONS:
+        if torch.allclose(y, ACTIVATIONS[post_op](x), rtol=1e-5, atol=1e-5):
             return post_op
     return None
 
