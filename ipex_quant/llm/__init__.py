@@ -1,7 +1,7 @@
-"""Quantized large language models: `optimize`, `save`, `load` and what they are made of.
+"""Quantized large language models: `optimize`, `save`, `load`, and the modules and functions of ``ipex.llm``.
 
-Importing this registers the quantization method ``ipex_quant`` with transformers, so that `from_pretrained` loads what
-`save` or `save_pretrained` wrote, and the attention of that name.
+Importing this package registers a quantization method and an attention implementation named ``ipex_quant`` with
+transformers, so that `from_pretrained` loads models that `save` or `save_pretrained` wrote.
 """
 
 from . import attention, functional, modules, quantization, utils

@@ -20,7 +20,7 @@ NAME = "ipex_quant"
 
 
 def register() -> None:
-    """Let ``attn_implementation="ipex_quant"`` and ``model.set_attn_implementation("ipex_quant")`` mean this module."""
+    """Register the native attention with transformers as the attention implementation ``"ipex_quant"``."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
 
@@ -28,8 +28,8 @@ def register() -> None:
 def use_native_attention(model: PreTrainedModel) -> list[str]:
     """Let `model` use the native attention where it can; return the names of the attention modules that cannot.
 
-    These have an attention of their own, or one with learned sinks, which stays as it is. Raises TypeError for what is
-    no transformers model.
+    Modules that do not call transformers' attention interface, and those with attention sinks, keep their own
+    attention. Raises TypeError if `model` is no transformers model.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
@@ -46,8 +46,8 @@ def use_native_attention(model: PreTrainedModel) -> list[str]:
 def _covers(model: PreTrainedModel) -> bool:
     if model._supports_sdpa:
         return True
-    # what only flash attention has are a soft cap, which is native too, and sinks; those that have neither may be
-    # decoders whose attention does not say that it is causal
+    # A model supports flash attention but not sdpa because of a soft cap, which the native attention has, because of
+    # sinks, which it has not, or because it is a decoder whose attention modules lack `is_causal`.
     if not model._supports_flash_attn or any(hasattr(module, "sinks") for module in model.modules()):
         return False
     is_decoder = "past_key_values" in inspect.signature(model.forward).parameters
@@ -60,13 +60,13 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def is_native(module: nn.Module) -> bool:
-    """Whether an attention module asks transformers' interface, with this module's name, what to run."""
+    """Whether the configuration of an attention `module` selects the native attention."""
     config = getattr(module, "config", None)
     return getattr(config, "_attn_implementation", None) == NAME
 
 
 class WindowMask(DeferredTensor):
-    """The causal mask of a sliding window without padding: bool ``[B, 1, Lq, T]``, True where attention goes."""
+    """The causal mask of a sliding window without padding: bool ``[B, 1, Lq, T]``, True where a query sees a key."""
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], window: int, device: torch.device) -> WindowMask:
@@ -95,12 +95,12 @@ def attention_mask(
     config: Any = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """The mask for `attention_forward`: as for sdpa, bool ``[B, 1, Lq, T]``, or None where it would be causal.
+    """The mask for `attention_forward`: bool ``[B, 1, Lq, T]`` as for sdpa, or None for a plain causal mask.
 
-    Unlike sdpa's, None also means causal where queries are the last of more keys. A sliding window without padding is
-    a deferred tensor, whose values nobody needs.
+    Unlike with sdpa, None also means causal if there are more keys than queries: the queries are then the last
+    positions. The mask of a sliding window without padding is a `WindowMask`, whose values are computed only if read.
     """
-    # None is causal only to modules that are so; others take it for all of a prompt
+    # Modules that are not causal take None as "no mask", which is right for a whole prompt only.
     later_chunk = getattr(config, "use_bidirectional_attention", False) and 1 < q_length < kv_length
     allow_is_causal_skip = allow_is_causal_skip and not later_chunk
     if allow_is_causal_skip and not isinstance(q_offset, torch.Tensor) and q_offset + q_length == kv_offset + kv_length:
@@ -145,10 +145,9 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention of `query` ``[B, H, Lq, D]`` over `key` and `value` ``[B, Hkv, T, D]``, as transformers calls it.
 
-    Returns (``[B, Lq, H, Dv]``, None). Keys and values from a `NativeLayer` are read where and as they are stored. With
-    gradients or `dropout` it runs in plain torch; under autocast it computes in autocast's dtype.
-
-    Raises ValueError for attention sinks, which it does not have.
+    Returns (``[B, Lq, H, Dv]``, None). Keys and values of a `NativeLayer` are read from the cache without a copy or a
+    conversion. With gradients or `dropout` it runs in plain torch; under autocast it computes in autocast's dtype.
+    Raises ValueError for attention sinks, which are not supported.
     """
     if kwargs.get("s_aux") is not None:
         raise ValueError("attention sinks are not supported: call model.set_attn_implementation('eager')")
@@ -171,7 +170,7 @@ def attention_forward(
         options["mask"] = with_bias(options.pop("mask", None), position_bias)
     keys, values = Storage.of(key), Storage.of(value)
     if (keys.rows is None, keys.scales is None) != (values.rows is None, values.scales is None):
-        # the model computed one of them anew
+        # The model replaced one of them, so they are no longer stored alike.
         keys, values = (Storage.of(values_of(x)) for x in (key, value))
     if len(query) != keys.batch:
         query = query.expand(keys.batch, -1, -1, -1)
@@ -181,7 +180,7 @@ def attention_forward(
 
 
 def with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """One mask, bool or added to the scores, that also adds `bias` to them."""
+    """`mask`, bool or added to the scores, joined with `bias` to one tensor that is added to the scores."""
     if mask is None or bias is None:
         return mask if bias is None else bias
     return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask

@@ -1,4 +1,4 @@
-"""Casting what stays in float to the dtype a model computes in."""
+"""Casting the float parameters of a quantized model to the dtype that it computes in."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..nn import QuantizedModule
 def cast_float(model: nn.Module, dtype: torch.dtype, main: torch.dtype | None = None) -> None:
     """Cast the float parameters and saved buffers of `model` to `dtype`, in place.
 
-    As when transformers loads a model in `dtype`, three things keep their precision: parameters whose dtype is not the
-    `main` one, by default that of most of the model; those that the model's class keeps in float32; and buffers that
-    are not saved, such as rotary frequencies, unless they are tables that are added to embeddings.
+    As when transformers loads a model in `dtype`, some tensors keep their dtype: parameters whose dtype is not `main`
+    (by default the dtype of most parameters), parameters that the model's class keeps in float32, and buffers that are
+    not saved, such as rotary frequencies. Tables of sinusoidal position embeddings are cast although not saved.
     """
     exceptions = _kept_in_float32(model, dtype)
     main = main_dtype(model) if main is None else main
@@ -24,7 +24,7 @@ def cast_float(model: nn.Module, dtype: torch.dtype, main: torch.dtype | None = 
         if isinstance(module, QuantizedModule):
             module.to(dtype)
             continue
-        added = hasattr(module, "make_weights")  # as transformers' sinusoidal embeddings have it
+        added = hasattr(module, "make_weights")  # a sinusoidal position embedding of transformers
         saved = {key for key in module._buffers if added or key not in module._non_persistent_buffers_set}
         for key, tensor in (*module._parameters.items(), *((key, module._buffers[key]) for key in saved)):
             path = f"{name}.{key}" if name else key
@@ -33,7 +33,10 @@ def cast_float(model: nn.Module, dtype: torch.dtype, main: torch.dtype | None = 
 
 
 def _kept_in_float32(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """Patterns that transformers classes declare: `_strict` ones for any narrow dtype, the others for float16."""
+    """Pattern of the parameters that transformers classes keep in float32 when a model is cast to `dtype`.
+
+    Classes declare `_strict` names for bfloat16 and float16, and others for float16 only.
+    """
     names = set()
     for module in model.modules():
         if dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""From quantized modules back to the float ones that the model's class has in their place."""
+"""`dequantize_model`: replace quantized modules by the float modules of the model's class."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from .native import attends_natively, native_stack, use_native_stack
 
 
 def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Give every quantized module of `model` a float successor with its weight in `dtype`, in place.
+    """Replace every quantized module of `model` by a float module with the dequantized weight in `dtype`, in place.
 
-    What computes natively does so again. Raises ValueError for a module that the model's class does not have.
+    Native attention, caches and fused layers are set up again. Raises ValueError for a module that the model's class
+    does not have.
     """
     native, cache_dtype = native_stack(model)
     attention = attends_natively(model)
@@ -46,7 +47,7 @@ def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMo
 
 
 def _float_module(module: QuantizedModule, place: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`place`, which is on the meta device, with the weights of `module`."""
+    """The float module `place`, given on the meta device, with the dequantized weights of `module`."""
     place = place.to(dtype).to_empty(device="cpu").requires_grad_(False)
     if isinstance(module, WeightOnlyQuantizedExperts):
         for projection in ("gate_up", "down"):
@@ -60,7 +61,7 @@ def _float_module(module: QuantizedModule, place: nn.Module, dtype: torch.dtype)
             getattr(place, name).copy_(values)
         return place
     if isinstance(module, QuantizedEmbedding):
-        for key in place._buffers:  # the one that a scaled embedding may have is its factor
+        for key in place._buffers:  # the only buffer of a scaled embedding is its factor
             place._buffers[key] = torch.tensor(module.factor.value)
         if row_factor(place) != module.factor:
             return module.to(dtype).dequantize()

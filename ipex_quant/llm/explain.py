@@ -43,8 +43,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: `rows`, one a module, `stack`, how what is around them computes, `recipe`, what
-    made the model and what that costs; ``str()`` is all."""
+    """How a model is computed, as `explain` prints it; ``str()`` gives the printed text.
+
+    - `rows` has one entry for each module with a weight matrix.
+    - `stack` lists the decoder layers, norms and attention modules, native and stock.
+    - `recipe` names the recipe that made the model and its measured cost in quality, if a recipe did.
+    """
 
     rows: tuple[Row, ...]
     stack: tuple[Part, ...] = ()
@@ -78,10 +82,9 @@ _WEIGHT_ONLY = (WeightOnlyQuantizedLinear, WeightOnlyQuantizedExperts, WeightOnl
 def explain(model: nn.Module) -> Explanation:
     """Print how each module of `model` with a weight matrix is computed: scheme, shape, compute mode, kernel, bytes.
 
-    A module in float comes with the reason. Norms and other modules with nothing but vectors are left out. Below the
-    table stands how many decoder layers, norms and attention modules compute natively, with the names of those that do
-    not, and the recipe that made the model, with what it was measured to cost on a real one. All is returned as well,
-    with its data in `rows` and `stack`.
+    For a module in float it gives the reason. Norms and other modules without a matrix are left out. The lines below
+    the table say how many decoder layers, norms and attention modules compute natively, name those that run stock code,
+    and name the recipe that made the model with its measured cost on a real one. The same data is returned.
     """
     reasons = getattr(model, FLOAT_REASONS, {})
     siblings = {name: [each for each in group if each != name] for group in share_groups(model) for name in group}
@@ -102,7 +105,7 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _holders(model: nn.Module) -> dict[str, str | None]:
-    """Names of the embeddings whose packed weight another module holds, with that module's."""
+    """``{embedding: module that holds its packed weight}`` for embeddings that share the weight of another module."""
     holders = {}
     for group in tied_groups(model):
         tied = [name for name in group if getattr(model.get_submodule(name), "tied", False)]

@@ -1,4 +1,4 @@
-"""Functions to build large language models of, as in ``ipex.llm.functional``."""
+"""Building blocks of large language models, as in ``ipex.llm.functional``."""
 
 from .modules.gated import gelu_mul, silu_mul
 from .modules.kv_attention import indirect_access_kv_cache_attention

@@ -27,20 +27,19 @@ from .cache.layers import NativeLayer, SlidingLayer
 
 
 def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None = None) -> list[str]:
-    """Let `generate` and `forward` of `model` keep keys and values in native caches, wherever transformers would make
-    a `DynamicCache`.
+    """Let `generate` and `forward` of `model` use native KV caches where transformers would make a `DynamicCache`.
 
-    - `kv_cache_dtype` is what they are stored in: None for the model's dtype, torch.int8, or a float dtype; without it
-      ``model.config.kv_cache_dtype`` counts, a dtype or its name, whenever it is set.
-    - In `generate`, several beams or returned sequences of a prompt share its prefill and its keys and values.
-    - `generate_batch` runs with torch's attention and transformers' paged cache, as it refuses any other.
+    - `kv_cache_dtype` is the dtype of the stored keys and values: torch.int8, a float dtype, or None for
+      ``model.config.kv_cache_dtype`` (a dtype or its name), or else the model's dtype.
+    - In `generate`, the beams or returned sequences of a prompt share its prefill and its keys and values.
+    - `generate_batch` runs with torch's attention and transformers' paged cache, since it supports no other.
     - With ``model.config.token_latency = True``, `generate` returns (output, seconds per token), as IPEX does.
-    - Calls with gradients or under autocast, caches that hold something already, and layers of another kind (linear
-      attention, convolutions) stay as they are.
+    - Calls with gradients or under autocast, caches that already hold tokens, and cache layers of another kind (linear
+      attention, convolutions) keep transformers' caches.
 
-    Returns the names of the attention modules that do not use the native attention: these compute with a float copy of
-    the whole cache at every step if it is int8 or shared between beams. Raises TypeError for what is no transformers
-    model and ValueError for another dtype.
+    Returns the names of the attention modules that do not use the native attention: they compute with a float copy of
+    the whole cache at every step if it is int8 or shared between beams. Raises TypeError if `model` is no transformers
+    model and ValueError for an unsupported dtype.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
@@ -61,11 +60,11 @@ def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None 
 
 
 def _generate_batch(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """transformers' method: its cache writes to its tensors in a thread of its own, where inference mode is off."""
+    """`generate_batch` of the model's class, outside inference mode: a thread without it writes to the paged cache."""
     native = model.config._attn_implementation == NAME
     with torch.inference_mode(False), torch.no_grad():
         if native:
-            type(model).set_attn_implementation(model, "sdpa")  # it knows a few names of attentions only
+            type(model).set_attn_implementation(model, "sdpa")  # generate_batch refuses names it does not know
         try:
             return type(model).generate_batch(model, *args, **kwargs)
         finally:
@@ -74,7 +73,7 @@ def _generate_batch(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 
 class CacheHook:
-    """A forward pre-hook that makes the caches of a model native."""
+    """A forward pre-hook that replaces the empty cache layers of a model by native ones."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None):
         self.dtype = dtype
@@ -93,7 +92,7 @@ class CacheHook:
         return args, kwargs
 
     def make_native(self, cache: Any, model: PreTrainedModel, shared: bool = False) -> None:
-        """Replace the empty layers of `cache`; `shared` says that sequences will be repeated."""
+        """Replace the empty layers of `cache` by native ones; `shared` says that sequences will be repeated."""
         if torch.is_autocast_enabled("cpu"):  # keys and values may then differ in dtype
             return
         dtype = self.dtype or config_cache_dtype(model)
@@ -114,7 +113,7 @@ class CacheHook:
 
 
 def _differentiable(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> Iterator[bool]:
-    """Which parameters and arguments need a gradient."""
+    """Whether each tensor among the arguments, and each parameter, needs a gradient."""
     tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
     return (tensor.requires_grad for tensor in chain(tensors, model.parameters()))
 
@@ -125,7 +124,7 @@ def _holds_something(cache: Cache) -> bool:
 
 
 def config_cache_dtype(model: PreTrainedModel) -> torch.dtype | None:
-    """``model.config.kv_cache_dtype``, which may be a dtype's name; `NativeLayer` refuses what is neither."""
+    """``model.config.kv_cache_dtype``, or the dtype of that name; `NativeLayer` refuses any other value."""
     dtype = getattr(model.config, "kv_cache_dtype", None)
     return getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
 
@@ -138,7 +137,7 @@ def _replace_layers(cache: Cache, dtype: torch.dtype | None, shared: bool, spare
     for i, layer in enumerate(cache.layers):
         if getattr(layer, "is_initialized", False):
             continue
-        # exactly these: others have a state of another kind beside, or instead
+        # Not subclasses: they have other state too.
         if type(layer) is DynamicLayer:
             cache.layers[i] = NativeLayer(dtype, spare, shared)
         elif type(layer) is DynamicSlidingWindowLayer:
@@ -154,7 +153,7 @@ def _uses_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
 
 
 def _is_packed(kwargs: dict[str, Any]) -> bool:
-    """Whether a row has several sequences, which models see by the positions as long as there is no mask nor cache."""
+    """Whether rows hold several sequences each: without mask and cache, models tell them apart by `position_ids`."""
     positions = kwargs.get("position_ids")
     if positions is None or positions.dim() != 2 or kwargs.get("attention_mask") is not None:
         return False
@@ -164,7 +163,7 @@ def _is_packed(kwargs: dict[str, Any]) -> bool:
 def _dynamic_cache(model: PreTrainedModel) -> Cache:
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
-        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache())  # no window on what was encoded
+        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache())  # cross-attention has no window
     return DynamicCache(config=config)
 
 
@@ -179,7 +178,7 @@ def _prefill(
     *args: Any,
     **kwargs: Any,
 ) -> ModelOutput:
-    """`GenerationMixin._prefill`, run for each prompt once, though it comes once for each of its sequences."""
+    """`GenerationMixin._prefill`, run once for each prompt, although the inputs repeat it for each beam or sequence."""
     prefill = functools.partial(type(model)._prefill, model)
     copies = max(generation_config.num_beams, generation_config.num_return_sequences)
     cache = model_kwargs.get("past_key_values")
@@ -193,7 +192,7 @@ def _prefill(
     outputs = prefill(input_ids[::copies], generation_config, prompts, *args, **kwargs)
     made = getattr(
         outputs, "past_key_values", None
-    )  # which may be another one: Phi-3 starts anew with its long factors
+    )  # may be a new cache: Phi-3 drops the old one when it changes to its long factors
     (cache if made is None else made).batch_repeat_interleave(copies)
     return type(outputs)(**{name: _repeated(value, copies) for name, value in outputs.items()})
 
@@ -205,7 +204,7 @@ def _layers(cache: Cache) -> list[Any]:
 
 
 def _every(value: Any, copies: int, name: str = "") -> Any:
-    """The inverse of what `generate` does to its inputs: it repeats every tensor for every sequence."""
+    """Every `copies`-th row of the tensors in `value`, which `generate` has repeated for each beam or sequence."""
     if isinstance(value, ModelOutput):
         return type(value)(**{key: _every(item, copies) for key, item in value.items()})
     if isinstance(value, torch.Tensor) and value.dim():
@@ -225,7 +224,7 @@ def _repeated(value: Any, copies: int) -> Any:
 
 
 def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """`generate` of the model's class; with ``config.token_latency`` a tuple with the seconds of every token too."""
+    """`generate` of the model's class; with ``config.token_latency`` it returns (output, seconds per token)."""
     generate = functools.partial(type(model).generate, model)
     if not getattr(model.config, "token_latency", False):
         return generate(*args, **kwargs)
@@ -235,7 +234,7 @@ def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 
 class TokenClock(StoppingCriteria):
-    """Stops nothing, and notes how long each token took; the first one counts from when this was made."""
+    """A criterion that never stops and records the seconds per token; the first token counts from construction."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -244,7 +243,7 @@ class TokenClock(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         now = time.perf_counter()
-        # assisted decoding adds several at once
+        # Assisted decoding adds several tokens at once.
         tokens = 1 if self._length is None else input_ids.shape[1] - self._length
         self.seconds += [(now - self._last) / tokens] * tokens
         self._last, self._length = now, input_ids.shape[1]

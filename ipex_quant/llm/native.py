@@ -1,4 +1,4 @@
-"""The floating-point stack around linear layers: fused decoder layers, norms, attention and caches, all at once."""
+"""`use_native_stack`: fused decoder layers, native norms, attention and KV caches around the linear layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("ipex_quant")
 
 @dataclass(frozen=True)
 class Part:
-    """Names of a model's modules of one sort: those that compute natively, and those that run stock code."""
+    """Names of a model's modules of one sort (such as norms): those that compute natively, and those that do not."""
 
     sort: str
     native: tuple[str, ...]
@@ -36,7 +36,7 @@ class Part:
 
 
 def parts_of(model: nn.Module) -> list[Part]:
-    """What is around the linear layers of `model`, as far as it is of a known sort."""
+    """The decoder layers, norms and attention modules of `model`, and which of them compute natively."""
     layers = (module for module in model.modules() if isinstance(fused_forward(module), FusedLayer))
     fused = {id(inner) for layer in layers for inner in layer.modules()}
     tests = {
@@ -54,11 +54,11 @@ def parts_of(model: nn.Module) -> list[Part]:
 
 
 def use_native_stack(model: nn.Module, kv_cache_dtype: torch.dtype | None = None, attention: bool = True) -> None:
-    """Let `model` compute everything natively that its structure and its layers' families allow, in place.
+    """Let decoder layers, norms, attention and KV caches of `model` compute natively where they can, in place.
 
-    `kv_cache_dtype` is that of `use_native_cache`. Without `attention`, the model's own runs, in stock decoder layers
-    since fused ones attend natively. What stays stock is logged, and told by `explain`. Call it again after modules
-    were replaced. Raises ValueError for another `kv_cache_dtype`.
+    `kv_cache_dtype` is that of `use_native_cache`. Without `attention` the model keeps its own attention and its stock
+    decoder layers, since fused ones always use the native attention. Modules that stay stock are logged, and `explain`
+    lists them. Call it again after modules were replaced. Raises ValueError for an unsupported `kv_cache_dtype`.
     """
     if attention:
         fuse_decoder(model)
@@ -76,7 +76,7 @@ def use_native_stack(model: nn.Module, kv_cache_dtype: torch.dtype | None = None
 
 
 def _set_attn_implementation(model: PreTrainedModel, implementation: Any, *args: Any, **kwargs: Any) -> None:
-    """transformers' method, which fused layers follow: they compute the native attention and no other."""
+    """transformers' `set_attn_implementation`, which also fuses or restores layers: fused ones attend natively only."""
     type(model).set_attn_implementation(model, implementation, *args, **kwargs)
     if implementation == NAME:
         fuse_decoder(model)
@@ -86,11 +86,11 @@ def _set_attn_implementation(model: PreTrainedModel, implementation: Any, *args:
 
 
 def native_stack(model: nn.Module) -> tuple[bool, torch.dtype | None]:
-    """Whether `use_native_stack` was called for a transformers model, and with which `kv_cache_dtype`."""
+    """Whether `use_native_stack` was called for `model`, a transformers model, and its `kv_cache_dtype`."""
     hook = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, CacheHook)), None)
     return (False, None) if hook is None else (True, hook.dtype)
 
 
 def attends_natively(model: nn.Module) -> bool:
-    """Whether `use_native_stack` gave any layer of `model` the native attention, which nobody took back since."""
+    """Whether any decoder layer or attention module of `model` uses the native attention now."""
     return any(part.native for part in parts_of(model) if part.sort != "norms")

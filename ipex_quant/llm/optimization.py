@@ -1,4 +1,4 @@
-"""`optimize`: quantize the linear layers of a transformers model and let the rest compute natively."""
+"""`optimize`: quantize the linear layers of a transformers model and use native ops for the rest."""
 
 from __future__ import annotations
 
@@ -43,38 +43,39 @@ def optimize(
     cache_weight_for_large_batch: bool = False,
     kv_cache_dtype: torch.dtype | None = None,
 ) -> nn.Module | tuple[nn.Module, torch.optim.Optimizer | None]:
-    """Quantize the linear layers of a transformers model, of any architecture; let all compute natively in `dtype`.
+    """Quantize the linear layers of a transformers model of any architecture, and compute the rest natively in `dtype`.
 
-    Attention, norms and key/value caches become native by the model's structure, whole decoder layers where their
-    family is known; `generate` and `forward` are called as before. Calls that need gradients, and training mode, run
-    stock code: call the model under ``torch.inference_mode()``. So do layers within which modules are replaced or get
-    hooks; `ipex_quant.quantization.prepare` and the like take fused layers apart first.
+    Attention, norms and KV caches become native in any model, whole decoder layers where their family is known;
+    `generate` and `forward` are called as before. Stock code runs in training mode, where gradients are needed (call
+    the model under ``torch.inference_mode()``), and in layers in which a module is replaced or gets a hook.
+    `ipex_quant.quantization.prepare` and the like restore stock layers first.
 
     - `dtype` is float32, bfloat16 or float16.
-    - `quantization_config`, a mapping that ``ipex_quant.quantization`` makes, says which layers and how; ``lm_head``
-      counts unless a rule of it says None. An output layer tied to the embedding is quantized on its own.
-    - `qconfig_summary_file` is what ``save_qconf_summary`` wrote, for a static or SmoothQuant configuration. Without it
-      such a configuration quantizes nothing yet: the result is the model to `prepare`, calibrate and save it with.
-    - `low_precision_checkpoint` replaces the layers it holds by its quantized ones, in any form that `open_checkpoint`
-      takes; `quantization_config` then only says which layers and what they compute in.
+    - `quantization_config`, a mapping from ``ipex_quant.quantization``, says which layers to quantize and how;
+      ``lm_head`` is included unless a rule for it is None. An output layer tied to a float embedding is untied first.
+    - `qconfig_summary_file`, written by ``save_qconf_summary``, completes a static or SmoothQuant configuration.
+      Without it nothing is quantized yet: pass the result to `prepare`, calibrate it, and save the summary.
+    - `low_precision_checkpoint`, in any form that `open_checkpoint` takes, gives the quantized weights of the layers it
+      holds; `quantization_config` then only selects the layers and their compute mode.
     - Without `inplace` the result is a copy and `model` is unchanged; with it, each float weight is freed as its layer
       is replaced.
-    - `sample_inputs`, keyword (a dict) or positional (a tuple) arguments of `model`, show which layers share an input
-      where activations are quantized; without, transformers' own dummy inputs do.
-    - `deployment_mode` and `cache_weight_for_large_batch` are IPEX's; nothing is traced or cached.
-    - `kv_cache_dtype` is what keys and values are stored in: None for the model's dtype, torch.int8 (one scale per
-      token and head), or a float dtype. ``model.config.kv_cache_dtype`` counts without it, and with
-      ``model.config.token_latency = True``, `generate` returns (output, seconds per token).
+    - `sample_inputs`, keyword (a dict) or positional (a tuple) arguments of `model`, are run once to find the layers
+      that share an input, where activations are quantized; the default is transformers' dummy inputs.
+    - `deployment_mode` and `cache_weight_for_large_batch` exist for IPEX's signature; nothing is traced or cached.
+    - `kv_cache_dtype` is the dtype of stored keys and values: torch.int8 (one scale per token and head), a float dtype,
+      or None for ``model.config.kv_cache_dtype``, or else the model's dtype.
 
-    Raises ValueError for an unsupported `dtype`, `kv_cache_dtype` or configuration, a model in training mode, a summary
-    file of another model, NaN or Inf in a weight, and when quantization was asked for and no layer could be quantized
-    (`ipex_quant.explain` tells more); OSError for a summary file that cannot be read; RuntimeError for another device.
-    A model in training mode, or with an optimizer, comes back as it is in a tuple, with a warning, if no quantization
-    was asked for.
+    With ``model.config.token_latency = True``, `generate` returns (output, seconds per token).
+
+    Raises ValueError for an unsupported `dtype`, `kv_cache_dtype` or configuration, for quantization of a model in
+    training mode, a summary file of another model, NaN or Inf in a weight, and when quantization was asked for and no
+    layer could be quantized (`ipex_quant.explain` tells more); OSError for a summary file that cannot be read;
+    RuntimeError for another device. Without quantization, a model in training mode or with an optimizer is returned
+    unchanged as (model, optimizer), with a warning.
     """
     quantize = quantization_config is not None or low_precision_checkpoint is not None
     _check(model, dtype, device, quantize, cache_weight_for_large_batch)
-    NativeLayer(kv_cache_dtype)  # checks it before anything changes
+    NativeLayer(kv_cache_dtype)  # raises for a bad dtype before anything changes
     static = needs_calibration(quantization_config)
     if qconfig_summary_file is not None and not static:
         raise ValueError("qconfig_summary_file: it goes with a static or SmoothQuant quantization_config")
@@ -124,7 +125,7 @@ def _prepare(
         return prepared(Example.of(model, None if by_name else sample_inputs, sample_inputs if by_name else None, True))
     try:
         return prepared(Example.of(model, None, model.dummy_inputs, True))
-    except Exception as error:  # the dummy inputs do not suit every model; layers are quantized one by one then
+    except Exception as error:  # dummy inputs do not suit every model; each layer is then quantized alone
         logger.debug("no example to find share groups with: %r", error)
         return prepared(None)
 

@@ -1,4 +1,4 @@
-"""IPEX's names for quantized linear layers made of a checkpoint's tensors."""
+"""Quantized linear layers made from a checkpoint's tensors, under IPEX's names."""
 
 from ..nn import QuantDtype, QuantMethod
 from ..nn import WeightOnlyQuantizedLinear as IPEXWeightOnlyQuantizedLinear
