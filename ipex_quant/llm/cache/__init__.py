@@ -1,1 +1,1 @@
-"""Key and value caches that the native attention reads, in bfloat16, float or INT8."""
+"""KV caches that the native attention reads, in float32, bfloat16, float16 or INT8."""

@@ -5,23 +5,23 @@ from __future__ import annotations
 import torch
 
 OUTLIER_RATIO = 4.0
-"""How many times the median of its head a channel's largest key must be to be divided."""
+"""Least ratio of a channel's largest key to the median over the channels of its head, for it to be divided."""
 
 LARGEST_FACTOR = 2.0**32
-"""Beyond it the other channels are as good as 0, and queries that are multiplied by it may leave float32's range."""
+"""Upper bound of factors: beyond it the other channels round to 0, and queries times factors may overflow float32."""
 
 FACTOR_TOKENS = 4
-"""Tokens that factors are found from at least: the first one, alone, may look like no other."""
+"""Least number of tokens to find factors from: the first token alone is often an outlier."""
 
 
 def outlier_factors(*keys: torch.Tensor) -> torch.Tensor:
-    """What to divide the channels of keys ``[.., Hkv, L, D]`` by before they are quantized, float32 ``[Hkv, D]``.
+    """Factors that divide the channels of keys ``[.., Hkv, L, D]`` before INT8 quantization, float32 ``[Hkv, D]``.
 
-    One scale serves all channels of a token, so that those in which keys are always large, as where projections have
-    large biases, take the others their bits. Scores stay what they are when the queries are multiplied by the same
-    factors, and queries tend to be small where keys are large. Factors are powers of two, which round nothing: what
-    brings a channel to once or twice the median of the largest keys of its head. Source: SmoothQuant's migration (arXiv
-    2211.10438), applied to the product of queries and keys.
+    All channels of a token and head share one scale, so channels that are always large, such as those with a large bias
+    in the projection, cost the others precision. Multiplying the queries by the same factors keeps the scores, and
+    queries tend to be small where keys are large. A factor is a power of two, which does not round: it brings the
+    largest key of an outlier channel to one to two times the median of its head. Factors of other channels are 1.
+    Source: SmoothQuant's migration (arXiv 2211.10438), applied to the matmul of queries and keys.
     """
     largest = torch.stack([key.detach().abs().amax((0, 2)).float() for key in keys]).amax(0)
     ratio = largest / largest.median(-1, keepdim=True).values

@@ -1,6 +1,6 @@
-"""Key/value caches that are written in place, read by the native attention, and never moved by a beam search.
+"""KV caches that are written in place and read by the native attention; beam search changes only an index.
 
-They are layers of transformers' `Cache`, so that every way of `generate` works with them.
+They are layers of transformers' `Cache`, so that every decoding method of `generate` works with them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ class NativeLayer(CacheLayerMixin):
     ``[1, Hkv, slots, D]`` instead, every token in a slot of its own, and an index says which slot holds position t of
     sequence b: beam search then changes the index alone, and a prompt is stored once for all its beams.
 
-    `storage_dtype` is None for the dtype of what comes, another float dtype, or torch.int8, with one scale per token
-    and head; ValueError for any other. Channels in which the first keys are far larger than in others are divided by
-    what the queries are multiplied by: see `outlier_factors`. Until `FACTOR_TOKENS` are stored, each may change these.
-    Without `spare` there is no room to grow. `indexed` says that sequences will be repeated: several prompts then need
-    not be moved.
+    `storage_dtype` is None for the dtype of the given keys and values, a float dtype, or torch.int8 with one scale per
+    token and head; ValueError for any other. INT8 keys are divided by `outlier_factors`, and queries multiplied by
+    them; the factors may change until `FACTOR_TOKENS` tokens are stored. Without `spare` no extra slots are allocated.
+    `indexed` says that sequences will be repeated, so that several prompts have an index from the start.
     """
 
     is_sliding = False
@@ -46,13 +45,13 @@ class NativeLayer(CacheLayerMixin):
         self.indexed = indexed
         self.reset()
 
-    # What transformers calls
+    # Methods that transformers calls
 
     def reset(self) -> None:
-        """Forget everything, and free it."""
+        """Drop all tokens and free the buffers."""
         self.is_initialized = False
         self._buffers: tuple[torch.Tensor, ...] = ()  # keys, values, and for int8 the scales of both
-        self._factors: torch.Tensor | None = None  # that the channels of int8 keys are divided by, float32 [Hkv, D]
+        self._factors: torch.Tensor | None = None  # divisors of int8 keys' channels, float32 [Hkv, D]
         self._rows: torch.Tensor | None = None  # slot minus position, int32 [B, count]
         self._stride: int | None = None  # slots from one sequence to the next, while they are in order
         self._batch = 0
@@ -77,10 +76,10 @@ class NativeLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`append`, with the result as ``[B, Hkv, T, D]`` tensors: views, or deferred tensors.
+        """Append keys and values; return all of them as ``[B, Hkv, T, D]`` tensors: views, or deferred tensors.
 
-        Where gradients are needed, the new tokens are part of the result as they came; what is stored has none, so that
-        a later call of that kind raises RuntimeError.
+        If gradients are needed, the result holds the new tokens with their gradients. Stored tokens have none, so a
+        later call with gradients raises RuntimeError.
         """
         if not needs_gradient(key_states, value_states):
             keys, values = self.append(key_states, value_states)
@@ -113,7 +112,7 @@ class NativeLayer(CacheLayerMixin):
         self._forget(min(-tokens_to_remove, self._count))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Let sequence i be what sequence ``beam_idx[i]`` was."""
+        """Make sequence i a copy of the former sequence ``beam_idx[i]``, by index."""
         if not self._count:
             return
         if self._rows is None:
@@ -137,7 +136,7 @@ class NativeLayer(CacheLayerMixin):
     def values(self) -> torch.Tensor | None:
         return self.stored()[1].tensor() if self.is_initialized else None
 
-    # What our own code calls
+    # Methods that this package calls
 
     @property
     def nbytes(self) -> int:
@@ -145,7 +144,7 @@ class NativeLayer(CacheLayerMixin):
         return sum(x.nbytes for x in (*self._buffers, self._factors, self._rows) if x is not None)
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Storage, Storage]:
-        """Add keys ``[B, Hkv, L, D]`` and values ``[B, Hkv, L, Dv]``; return what the new tokens may attend to.
+        """Add keys ``[B, Hkv, L, D]`` and values ``[B, Hkv, L, Dv]``; return those that the new tokens may attend to.
 
         Raises ValueError for another number of sequences or heads, another head size or dtype than before, and
         RuntimeError for tensors with gradients; nothing is written then.
@@ -172,15 +171,15 @@ class NativeLayer(CacheLayerMixin):
         return Storage(keys, key_scales, rows, self.dtype, factors), Storage(values, value_scales, rows, self.dtype)
 
     def attention(self, query: torch.Tensor, **options: Any) -> torch.Tensor:
-        """Attention of the last tokens, ``[B, H, Lq, D]``, over what is stored: see `attend`."""
+        """Attention of `query`, the last tokens ``[B, H, Lq, D]``, over the stored keys and values: see `attend`."""
         return attend(query, *self.stored(query.shape[2]), **options)
 
     def reserve(self, length: int) -> tuple[tuple[torch.Tensor, ...], int] | None:
-        """Reserve slots for `length` more tokens, which a call writes and reads itself; `commit` then counts them.
+        """Reserve slots for `length` more tokens, which a native call writes and reads; `commit` then counts them.
 
-        Returns (keys, values and for int8 their scales, from the first position that is needed to the capacity, and the
-        factors of int8 keys; the position to write at). None before the first token, before the factors are found, and
-        where an index is needed: `append` serves there.
+        Returns (buffers, position to write at). The buffers are keys and values, from the first position that is needed
+        to the capacity, and for int8 their scales and the factors of keys. Returns None before the first token, before
+        the factors are found, and if there is an index: call `append` then.
         """
         if not self._count or self._rows is not None or self._needs_factors():
             return None
@@ -198,7 +197,7 @@ class NativeLayer(CacheLayerMixin):
         self._count += length
         self._used += length if self._rows is None else length * self._batch
 
-    # How it is stored
+    # Storage
 
     def _check(self, key: torch.Tensor, value: torch.Tensor) -> None:
         if key.dim() != 4 or value.dim() != 4 or key.shape[:3] != value.shape[:3]:
@@ -230,14 +229,14 @@ class NativeLayer(CacheLayerMixin):
         return 0
 
     def _starts(self, length: int) -> torch.Tensor:
-        """Where sequences of `length` begin that follow each other, int32 ``[B, 1]``."""
+        """First slots of consecutive sequences of `length` tokens, int32 ``[B, 1]``."""
         return torch.arange(self._batch, dtype=torch.int32, device=self.device).mul_(length).unsqueeze_(1)
 
     def _from(self, buffer: torch.Tensor, first: int) -> torch.Tensor:
         """The rows of `buffer`, from position `first` on."""
         if self._rows is None:
             return buffer[:, :, first : self._count]
-        # with an index, row r is what begins r slots later: rows overlap
+        # With an index, row r is the buffer from slot r on, so that rows overlap.
         rows, step = (self._used - self._count + 1, 1) if self._stride is None else (self._batch, self._stride)
         slot = buffer.stride(2)
         return buffer.as_strided(
@@ -262,7 +261,7 @@ class NativeLayer(CacheLayerMixin):
         return self._buffers[0].dtype == torch.int8 and self.get_seq_length() < FACTOR_TOKENS
 
     def _find_factors(self, key: torch.Tensor) -> None:
-        """Find the factors from what is stored and `key`, and quantize anew what is stored."""
+        """Find the factors from the stored keys and `key`, and quantize the stored keys again."""
         if not key.numel():
             self._factors = torch.ones(key.shape[1], key.shape[3], device=self.device)
         elif not self._count:
@@ -271,7 +270,7 @@ class NativeLayer(CacheLayerMixin):
             codes, scales = (self._buffers[i][:, :, : self._used] for i in (0, 2))
             stored = codes.float() * scales.unsqueeze(-1) * self._factors[:, None]
             self._factors = outlier_factors(stored, key)
-            self._grow(self._capacity)  # to other memory: what was returned before still has the old factors
+            self._grow(self._capacity)  # to new memory: tensors returned before still have the old factors
             write_cache(stored, self._buffers[0], self._buffers[2], 0, self._factors)
 
     @property
@@ -290,7 +289,7 @@ class NativeLayer(CacheLayerMixin):
 
     def _grow(self, capacity: int) -> None:
         def grown(old: torch.Tensor) -> torch.Tensor:
-            with torch.inference_mode(False):  # what is made in inference mode cannot be written to outside
+            with torch.inference_mode(False):  # inference tensors cannot be written to outside of it
                 new = torch.empty((*old.shape[:2], capacity, *old.shape[3:]), dtype=old.dtype, device=old.device)
             new[:, :, : self._used] = old[:, :, : self._used]
             return new
@@ -322,7 +321,7 @@ class NativeLayer(CacheLayerMixin):
             self._used = self._used if self._count else 0
 
     def _index(self) -> None:
-        """Give every token a slot; one sequence stays where it is."""
+        """Change to buffers with an index, a slot for every token; a single sequence is not moved."""
         if self._batch > 1:
             self._buffers = tuple(
                 x[:, :, : self._count].transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in self._buffers
@@ -332,9 +331,9 @@ class NativeLayer(CacheLayerMixin):
 
 
 class SlidingLayer(NativeLayer):
-    """A `NativeLayer` for attention within the last `window` tokens, which keeps about twice as many at most.
+    """A `NativeLayer` for attention within the last `window` tokens; it stores at most about twice as many.
 
-    Once `record_past` is set, all is kept until `crop` says which tokens stay, as assisted decoding needs it.
+    Once `record_past` is set, it stores all tokens until `crop` removes rejected ones, as assisted decoding needs it.
     """
 
     is_sliding = True
@@ -367,7 +366,7 @@ class SlidingLayer(NativeLayer):
         kept = self.sliding_window - 1
         if self.record_past or key.shape[2] < max(kept, 1):
             return super().append(key, value)
-        # None of what is stored will be needed again
+        # No stored token will be needed again.
         self._check(key, value)
         length = self.get_seq_length() + key.shape[2]
         tail = key[:, :, key.shape[2] - kept :], value[:, :, key.shape[2] - kept :]

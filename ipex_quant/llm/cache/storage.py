@@ -1,4 +1,4 @@
-"""How a cache layer stores keys and values, and attention over what it stores."""
+"""`Storage`: the stored form of a cache layer's keys or values, and attention over it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...ops.reference_attention import attention as differentiable_attention
 
 
 class StoredTensor(DeferredTensor):
-    """Keys or values of a layer, ``[B, Hkv, T, D]``, that are stored in another way: see `Storage`."""
+    """Keys or values ``[B, Hkv, T, D]`` as a deferred tensor, which is computed from a `Storage` when read."""
 
     @staticmethod
     def __new__(
@@ -51,7 +51,7 @@ class StoredTensor(DeferredTensor):
             return stored
         return stored[self.rows.long(), :, torch.arange(stored.shape[2], device=stored.device)].transpose(1, 2)
 
-    # torch.compile takes it apart with these
+    # torch.compile takes tensor subclasses apart with these
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
         return [name for name in ("stored", "scales", "rows", "factors") if getattr(self, name) is not None], self.dtype
@@ -75,7 +75,7 @@ def _stored_tensor(*parts: Any) -> StoredTensor:
 
 @dataclass(frozen=True)
 class Storage:
-    """What a layer stores of its keys, or of its values.
+    """The stored keys, or the stored values, of a cache layer.
 
     `stored` is ``[R, Hkv, T, D]`` in a float dtype, or int8 with `scales`, float32 ``[R, Hkv, T]``. Position t of
     sequence b is in row ``rows[b, t]`` (int32 ``[B, T]``), or without `rows` in row b. `dtype` is the model's. The
@@ -90,7 +90,7 @@ class Storage:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Storage:
-        """What a tensor is made of that `tensor` returned, or another tensor ``[B, Hkv, T, D]``."""
+        """The storage behind a tensor that the method `tensor` returned, or of any ``[B, Hkv, T, D]`` tensor."""
         if isinstance(tensor, StoredTensor):
             return cls(tensor.stored, tensor.scales, tensor.rows, tensor.dtype, tensor.factors)
         return cls(tensor if tensor.stride(-1) == 1 else tensor.contiguous(), None, None, tensor.dtype)
@@ -100,8 +100,8 @@ class Storage:
         return len(self.stored if self.rows is None else self.rows)
 
     def tensor(self) -> torch.Tensor:
-        """What a model's code works with: ``[B, Hkv, T, D]`` in the model's dtype."""
-        # as after a concatenation, sequences and heads can be viewed as one dimension
+        """The keys or values as a tensor ``[B, Hkv, T, D]`` in the model's dtype, for the model's own code."""
+        # Models may view sequences and heads as one dimension, as they can after a concatenation.
         regular = self.stored.stride(0) == self.stored.shape[1] * self.stored.stride(1)
         if self.scales is None and self.rows is None and self.stored.dtype == self.dtype and regular:
             return self.stored
@@ -109,10 +109,10 @@ class Storage:
 
 
 def attend(query: torch.Tensor, keys: Storage, values: Storage, **options: Any) -> torch.Tensor:
-    """Attention of `query` ``[B, H, Lq, D]`` over what a layer stores; `options` are those of `ops.attention`.
+    """Attention of `query` ``[B, H, Lq, D]`` over stored keys and values; `options` are those of `ops.attention`.
 
-    Returns ``[B, Lq, H, Dv]`` in the dtype of `query`. Keys and values in a float dtype that is not the query's are
-    multiplied in theirs. Where gradients are needed, or with the further option `dropout`, it runs in plain torch.
+    Returns ``[B, Lq, H, Dv]`` in the dtype of `query`. If keys and values have another float dtype than the query, it
+    computes in theirs. If gradients are needed, or with the further option `dropout`, it runs in plain torch.
     """
     dtype = query.dtype
     if keys.scales is None:

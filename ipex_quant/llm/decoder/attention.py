@@ -1,4 +1,4 @@
-"""Attention of a lean decoder layer: projections, rotation, cache and output projection in few native calls."""
+"""Attention of a lean decoder layer: projections, rotation, KV cache and output projection in few native calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .norms import Norm, Scale, norm_of
 
 
 class UnsuitableError(Exception):
-    """A layer is not as its family's description says."""
+    """Raised for a layer that does not match the description of its family."""
 
 
 def part(module: nn.Module, path: str, *default: Any) -> Any:
@@ -63,7 +63,7 @@ class Slots(NamedTuple):
 
 
 class FusedAttention:
-    """Projections, rotation, cache, attention and output projection of one layer."""
+    """Projections, rotation, KV cache, attention and output projection of one layer."""
 
     def __init__(self, module: nn.Module, names: Attention) -> None:
         self.module = module
@@ -122,7 +122,7 @@ class FusedAttention:
         return self.output(attended.flatten(2), post_op, *others)
 
     def split_heads(self, projected: list[torch.Tensor], *shape: int) -> Heads:
-        """Queries, keys and values, normed if they are so by heads."""
+        """Queries, keys and values, with the norms of heads applied."""
         query, key, value = self.split(self, projected, *shape)
         if self.norms and not self.names.joint_norms:
             query, key = self.norms[0](query), self.norms[1](key)
@@ -135,12 +135,12 @@ class FusedAttention:
         return projected[0] if len(projected) == 1 else torch.cat(projected, dim=-1)
 
     def fits_one_call(self, x: torch.Tensor, mask: torch.Tensor | None) -> bool:
-        """Whether one call may rotate, store and attend, which is causal whatever the mask says."""
+        """Whether one native call may rotate, store and attend; its attention is always causal."""
         few = self.is_joined or x.shape[0] * x.shape[1] <= MAX_JOINED
         return self.is_causal and few and (mask is None or x.shape[1] == 1)
 
     def reserve(self, x: torch.Tensor, call: LayerCall) -> Slots | None:
-        """Slots of a native cache for keys and values of `x`; None where only the cache's `update` will do."""
+        """Slots of a native cache for keys and values of `x`; None if the cache's `update` must be called instead."""
         layers, index, length, mask = call.cache.layers, self.layer_index, x.shape[1], call.mask
         layer = layers[index] if index < len(layers) else None
         if not isinstance(layer, NativeLayer) or (length > 1 and (layer.is_sliding or self.names.position_bias)):
@@ -152,7 +152,7 @@ class FusedAttention:
         return Slots(layer, keys, values, *(scales or (None, None, None)), start)
 
     def rotation(self, x: torch.Tensor, call: LayerCall) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Cosines and sines ``[B or 1, L, R or R / 2]`` for `x` ``[B, L, ...]``, and how many features R rotate."""
+        """Cosines and sines ``[B or 1, L, R or R / 2]`` for `x` ``[B, L, ...]``, and R, the features that rotate."""
         if self.rope is None:
             empty = x.new_empty(1, x.shape[1], 0)
             return empty, empty, 0
@@ -162,7 +162,7 @@ class FusedAttention:
     def rotate_and_attend(
         self, joined: torch.Tensor, call: LayerCall, mask: torch.Tensor | None, slots: Slots
     ) -> torch.Tensor:
-        """Rotation, cache and attention in one native call: ``[B, L, H * D]``."""
+        """Rotate, write the cache and attend in one native call: ``[B, L, H * D]``."""
         cos, sin, rotary_dim = self.rotation(joined, call)
         attended = ops.fused_rope_attention(
             joined,
@@ -187,7 +187,7 @@ class FusedAttention:
     def attend_in_place(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, slots: Slots
     ) -> torch.Tensor:
-        """Write to a native cache and attend to it, with no code between the ops."""
+        """Write keys and values to the reserved slots of a native cache and attend to it: ``[B, L, H, D]``."""
         layer, keys, values, key_scales, value_scales, key_factors, start = slots
         ops.write_cache(key, keys, key_scales, start, key_factors)
         ops.write_cache(value, values, value_scales, start)
@@ -208,7 +208,7 @@ class FusedAttention:
         )
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: LayerCall) -> torch.Tensor:
-        """``[B, L, H, D]`` of queries ``[B, H, L, D]`` over what any cache gave."""
+        """Attention ``[B, L, H, D]`` of `query` ``[B, H, L, D]`` over keys and values from any cache."""
         mask = call.mask
         if self.slopes is None:
             options = {"softcap": self.softcap} if self.softcap else {}
@@ -219,7 +219,7 @@ class FusedAttention:
         return attend(query, Storage.of(key), Storage.of(value), scale=self.scale, alibi=self.slopes, **options)
 
     def position_bias(self, call: LayerCall, queries: int, keys: int) -> torch.Tensor | None:
-        """What adds to the scores of this layer and those after it; a module with a table of biases computes it."""
+        """The bias to add to the scores, computed once by the layer with the table of biases and kept in `call`."""
         if call.position_bias is None and self.module.has_relative_attention_bias:
             call.position_bias = self.module.compute_bias(queries, keys, past_seen_tokens=keys - queries)
         return call.position_bias
@@ -232,7 +232,7 @@ def _features(linear: nn.Module) -> tuple[int, int]:
 
 
 class CrossAttention(FusedAttention):
-    """Attention of a decoder to what an encoder gave, whose keys and values are computed once."""
+    """Cross-attention of a decoder to an encoder, whose keys and values are computed once."""
 
     def __init__(self, module: nn.Module, names: Attention) -> None:
         super().__init__(module, names)
@@ -260,7 +260,7 @@ class CrossAttention(FusedAttention):
 
 
 def alibi_slopes(heads: int) -> torch.Tensor:
-    """How fast scores fall with the distance (Press et al., "Train Short, Test Long", 2022): float32 ``[heads]``.
+    """ALiBi slopes of the heads (Press et al., "Train Short, Test Long", 2022): float32 ``[heads]``.
 
     With a power of two heads, the slopes are the powers of ``2 ** (-8 / heads)``. Otherwise those of the next smaller
     power of two come first, then every second one of the next larger.

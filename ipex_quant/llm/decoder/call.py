@@ -14,12 +14,13 @@ _WITHOUT_EFFECT = ("use_cache", "output_hidden_states", "return_dict", "cache_po
 
 
 class LayerCall:
-    """The arguments of a decoder layer besides the hidden states; None where a call does not give them.
+    """The arguments of a decoder layer besides the hidden states; each is None if it was not given.
 
-    - `mask` adds to scores or is true where attention goes; `encoder_mask` likewise for the tokens of an encoder.
+    - `mask` is added to the scores, or is bool and true where a query sees a key; `encoder_mask` is the same for the
+      tokens of an encoder.
     - `cache` holds the keys and values of self-attention, `caches` those of self- and cross-attention.
     - `position_embeddings` are cosines and sines ``[B or 1, L, R]``; `position_ids` are ``[B or 1, L]``.
-    - `position_bias` adds to the scores of self-attention. The first layer computes it for those after it.
+    - `position_bias` is added to the scores of self-attention. The first layer computes it for all layers.
     - `encoder_states` are the hidden states of an encoder.
     """
 
@@ -35,7 +36,7 @@ class LayerCall:
         "position_ids",
     )
 
-    attention_weights = None  # those who want them call the stock layer
+    attention_weights = None  # only stock layers return them
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class CallReader:
         self.has_more = bool(family.keywords)
 
     def __call__(self, given: Mapping[str, Any]) -> LayerCall | None:
-        """The call that `given` describes; None where an argument has a value and no meaning here."""
+        """`given` as a `LayerCall`; None if an argument that is not supported has a value."""
         for name, value in given.items():
             if name not in self.known and value is not None and value is not False:
                 return None

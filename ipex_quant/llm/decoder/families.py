@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Layout(Enum):
-    """In which order projections give query (Q), key (K) and value (V) heads."""
+    """The order of query (Q), key (K) and value (V) heads in the projections' output."""
 
     SEPARATE = auto()
     """Three linear layers."""
@@ -34,20 +34,20 @@ class Rope(Enum):
 
     NONE = auto()
     HALF = auto()
-    """Feature i goes with feature i + R / 2; the model gives cosines and sines ``[.., R]``."""
+    """Feature i is paired with feature i + R / 2; the model gives cosines and sines ``[.., R]``."""
 
     INTERLEAVED = auto()
-    """Feature 2 i goes with 2 i + 1; cosines and sines ``[.., R]`` of which the second half repeats the first."""
+    """Feature 2 i is paired with 2 i + 1; the second half of cosines and sines ``[.., R]`` repeats the first."""
 
     TWICE = auto()
-    """As INTERLEAVED, with every value of the cosines and sines twice, one after the other."""
+    """As INTERLEAVED, with every value of the cosines and sines repeated next to itself."""
 
     TABLE = auto()
     """As INTERLEAVED, with sines and cosines ``[positions, R]`` in the buffer `embed_positions` of the attention."""
 
 
 class Residual(Enum):
-    """Where a layer adds its input."""
+    """The order of norms and residual additions in a layer."""
 
     SEQUENTIAL = auto()
     """``h = x + attention(norm(x)); h + mlp(norm(h))``"""
@@ -67,7 +67,7 @@ class Residual(Enum):
 
 @dataclass(frozen=True)
 class Attention:
-    """Names in an attention module, which is at `module` in its layer."""
+    """Names of the parts of an attention module, which is the attribute `module` of its layer."""
 
     module: str = "self_attn"
     projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
@@ -81,19 +81,19 @@ class Attention:
     """The norms are over the features of all heads at once."""
 
     clip: str = ""
-    """Attribute with the largest magnitude of queries, keys and values, or none."""
+    """Attribute with the limit to which queries, keys and values are clamped; "" for none."""
 
     alibi: bool = False
-    """Scores fall with the distance, at a rate that each head has of its own."""
+    """Scores fall linearly with the distance, with a slope for each head (`alibi_slopes`)."""
 
     position_bias: bool = False
-    """A `position_bias` that the layer gets, or the module computes, is added to the scores."""
+    """A `position_bias`, an argument of the layer or computed by the module, is added to the scores."""
 
     scale: str = "scaling"
-    """Attribute with the factor of scores; where there is none, the inverse root of the head size."""
+    """Attribute with the factor of the scores; modules without it use ``head_size ** -0.5``."""
 
     softcap: str = ""
-    """Attribute with the bound c of scores, ``c * tanh(score / c)``, or none."""
+    """Attribute with the soft cap c of the scores, ``c * tanh(score / c)``; "" for none."""
 
     head_size: str = "head_dim"
     index: str = "layer_idx"
@@ -101,7 +101,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Mlp:
-    """Names in an MLP, which is at `module` in its layer, or with "" is the layer itself."""
+    """Names of the parts of an MLP, which is the attribute `module` of its layer, or with "" the layer itself."""
 
     module: str = "mlp"
     inputs: tuple[str, ...] = ("gate_proj", "up_proj")
@@ -116,15 +116,16 @@ class Mlp:
 class Family:
     """How one class of decoder layers computes.
 
-    - `norms` are those before attention and MLP, one name where they share it. Those after both follow for SANDWICH,
-      where "" is none and a number after them multiplies.
-    - `mlp` None calls the layer's `mlp` as it is.
-    - `cross` is attention to an encoder, with its norm, which SEQUENTIAL and POST_NORM layers have before the MLP.
-    - `masked_is_true`: a mask is true where attention does not go.
-    - `keywords` are arguments of the layer, besides those that all may have, that are used or not needed.
+    - `norms` names the norms of attention and MLP, or the one that they share. SANDWICH adds the names of the norms
+      after both; there "" stands for no norm, and an attribute that is a number multiplies.
+    - `mlp` None calls the layer's own `mlp`.
+    - `cross` is attention to an encoder, and `cross_norm` its norm; SEQUENTIAL and POST_NORM layers have it before the
+      MLP.
+    - `masked_is_true`: a bool mask is true where a query does not see a key.
+    - `keywords` are further arguments that the layer may get, beside those that layers of all families may get.
     - `returns` names the attributes of `LayerCall` that the layer returns after the hidden states.
-    - `clamps_float16`: float16 is clamped, which is left to the stock layer.
-    - `requires` maps attributes to the values they have to have, where the layer has them; other layers stay stock.
+    - `clamps_float16`: the layer clamps float16; the stock layer runs for it.
+    - `requires` maps attributes of the layer to required values; layers with other values stay stock.
     """
 
     attention: Attention = Attention()
@@ -141,7 +142,7 @@ class Family:
 
     @property
     def called(self) -> tuple[str, ...]:
-        """Where the linear layers are, or a whole MLP: what a fused layer calls as it is if it is something else."""
+        """Paths of the linear layers and of a stock MLP; a fused layer calls these modules if they are replaced."""
         paths = ["mlp"] if self.mlp is None else [f"{self.mlp.module}.{x}" for x in (*self.mlp.inputs, self.mlp.output)]
         for attention in filter(None, (self.attention, self.cross)):
             paths += [f"{attention.module}.{name}" for name in (*attention.projections, attention.output)]
@@ -432,4 +433,4 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "HeliumDecoderLayer": (Family(Attention(rope=Rope.INTERLEAVED)),),
     "Ernie4_5DecoderLayer": (Family(Attention(rope=Rope.INTERLEAVED)),),
 }
-"""Class name of a layer: the ways it can be, of which the first whose `requires` hold is taken."""
+"""Descriptions by class name of a layer; the first one whose `requires` hold is used."""

@@ -1,7 +1,7 @@
 """The lean decoder: one layer of a known family in few native calls.
 
-A layer keeps its modules under their names, so that its state dict, saving and whatever walks the model stay as they
-are; only its `forward` is another one.
+Only the `forward` of a layer is replaced. It keeps its modules and their names, so that state dicts, saving and code
+that walks the model work as before.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ logger = logging.getLogger("ipex_quant")
 def fuse_decoder(model: nn.Module) -> list[str]:
     """Let every decoder layer of `model` that is of a known family compute in few native calls; return their names.
 
-    Call `restore_forwards` before something has to call modules one by one, such as calibration. A fused layer runs
-    stock code in training mode, under autocast, where gradients or attention weights are asked for, where it gets an
-    argument that it does not know, while a module within it has hooks that it did not have, and once one was replaced,
-    until this is called again. Why other layers of a known family stay stock is logged.
+    Call `restore_forwards` before calibration, or anything else that needs every module to be called. A fused layer
+    runs stock code in training mode, under autocast, if gradients or attention weights are asked for, if it gets an
+    argument that it does not support, while a module in it has new hooks, and after a module in it was replaced, until
+    this function is called again. The log says why other layers of a known family stay stock.
     """
     restore_forwards(model, FusedLayer)
     fused = []
@@ -45,7 +45,7 @@ def fuse_decoder(model: nn.Module) -> list[str]:
 
 
 def _fuse(layer: nn.Module) -> str | None:
-    """Give `layer` a lean forward; else return why it has none."""
+    """Replace the forward of `layer`; return None, or the reason why it cannot be replaced."""
     if "forward" in layer.__dict__:
         return "its forward was replaced"
     families = FAMILIES[type(layer).__name__]
@@ -67,34 +67,34 @@ def _holds(layer: nn.Module, family: Family) -> bool:
 
 
 def _is_called(name: str, family: Family) -> bool:
-    """Whether a fused layer calls this module, or the one that it is in, if it is not just a linear layer."""
+    """Whether a fused layer calls the module `name`, or a module that contains it, when it is no linear layer."""
     return any(name == path or name.startswith(f"{path}.") for path in family.called)
 
 
 def _is_replaced(module: nn.Module) -> bool:
-    """Whether what `module` computes is not what its class in transformers or torch does."""
+    """Whether `module` has a forward that is neither transformers' nor torch's."""
     replaced = "forward" in vars(module) and not fused_forward(module)
     return replaced or type(module).forward.__module__.partition(".")[0] not in ("transformers", "torch")
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether `module` has hooks that are called, besides those that transformers leaves idle."""
+    """Whether `module` has hooks, besides the idle ones that transformers installs."""
     return _are_hooks(module._forward_hooks) or _are_hooks(module._forward_pre_hooks)
 
 
 def _are_hooks(hooks: dict[int, Any]) -> bool:
-    """Whether there are `hooks` besides those that transformers leaves, which have nothing to do mostly."""
+    """Whether there are `hooks` besides those that transformers installs to capture outputs, which mostly are idle."""
     return any(getattr(hook, "__module__", "") != output_capturing.__name__ for hook in hooks.values())
 
 
 def _collects_attentions() -> bool:
-    """Whether transformers takes attention weights from the attention modules, which not every layer is told of."""
+    """Whether transformers captures attention weights now; no argument tells every layer of it."""
     collected = output_capturing._active_collector.get()
     return bool(collected) and any("attentions" in name for name in collected)
 
 
 class FusedLayer(FusedForward):
-    """Stands in for the `forward` of a decoder layer, with its arguments and results."""
+    """Replaces the `forward` of a decoder layer, with the same arguments and results."""
 
     def __init__(self, layer: nn.Module, family: Family) -> None:
         self.layer = layer
@@ -132,15 +132,15 @@ class FusedLayer(FusedForward):
         if self.clamps_float16 and hidden_states.dtype == torch.float16:
             return True
         weight = self.any_norm.module._parameters["weight"]
-        if weight is not None and weight.dtype != hidden_states.dtype:  # parts of the model are in another dtype
+        if weight is not None and weight.dtype != hidden_states.dtype:  # the model has mixed dtypes
             return True
         if not torch.is_grad_enabled():
             return False
         return hidden_states.requires_grad or any(parameter.requires_grad for parameter in self.layer.parameters())
 
     def is_changed(self) -> bool:
-        """Whether a module within the layer was replaced, by an adapter for instance, or has hooks that it had not."""
-        if torch.compiler.is_compiling():  # which compares all this at every call, and does not watch hooks
+        """Whether a module in the layer was replaced, by an adapter for instance, or has new hooks."""
+        if torch.compiler.is_compiling():  # its guards compare all this at every call, and ignore hooks
             found = zip(self.children, self._expected_ids(), strict=True)
             return any(id(children.get(name)) != expected for children, ids in found for name, expected in ids)
         if self.children != self.expected_children:

@@ -1,6 +1,6 @@
-"""Linear layers as the lean decoder calls them: several that share an input in one call, with what follows them.
+"""Linear layers of the lean decoder: one call for those that share an input, with the post op in its epilogue.
 
-A quantized weight is multiplied as it is packed; nothing is dequantized, copied or joined.
+The ops read the packed weights of the modules; no weight is dequantized, copied or joined.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _woq_linear_gated = torch.ops.ipex_quant.woq_linear_gated.default
 
 
 def activation_post_op(activation: Callable[[torch.Tensor], torch.Tensor]) -> PostOp | None:
-    """The post op that computes what `activation` does, found by trying it; None when there is none."""
+    """The post op equal to `activation`, found by comparing their values; None when there is none."""
     x = torch.linspace(-12, 12, 1001, dtype=torch.float32)
     y = activation(x)
     for post_op in _MLP_ACTIVATIONS:
@@ -57,7 +57,7 @@ def linear_calls(modules: Sequence[nn.Module]) -> LinearGroup:
 
 
 class LinearCall:
-    """Any module that computes a linear layer, called as it is, so that its hooks run."""
+    """Any module that computes a linear layer, called as a module so that its hooks run."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -96,7 +96,7 @@ class Int8Call(LinearCall):
 
 
 class LinearGroup:
-    """Modules that are computed one after the other."""
+    """Linear modules with the same input, computed one after the other."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = list(modules)
@@ -106,7 +106,7 @@ class LinearGroup:
         return [linear(x) for linear in self.linears]
 
     def gated(self, x: torch.Tensor, activation: PostOp) -> torch.Tensor:
-        """The activated result of the first module times that of the second."""
+        """``activation(first(x)) * second(x)`` of the two modules."""
         gate, up = self(x)
         if activation == PostOp.SILU:
             return ops.silu_mul(gate, up)
@@ -116,7 +116,7 @@ class LinearGroup:
 
 
 class Int8Group(LinearGroup):
-    """All members of an INT8 share group, in any order."""
+    """All linears of an INT8 share group, in any order."""
 
     def __init__(self, modules: Sequence[Int8Linear]) -> None:
         super().__init__(modules)
@@ -138,7 +138,7 @@ class Int8Group(LinearGroup):
 
 
 class WeightOnlyGroup(LinearGroup):
-    """Weight-only linears of one scheme, which see the input in one order of its features."""
+    """Weight-only linears of one scheme in one native call, if they have the same order of input features."""
 
     def __init__(self, modules: Sequence[WeightOnlyQuantizedLinear]) -> None:
         super().__init__(modules)
@@ -160,7 +160,7 @@ class WeightOnlyGroup(LinearGroup):
         return _woq_linear_gated(x, *data, *biases, perms[0], self.out_features[0], *self.modes, int(activation))
 
     def one_order(self) -> bool:
-        """Whether all see the features of the input in one order now."""
+        """Whether all have the same order of input features (act-order permutation) now."""
         return self._one_order([module._buffers["_perm"] for module in self.modules])
 
     def _tensors(self) -> list[list[torch.Tensor | None]]:
@@ -168,7 +168,7 @@ class WeightOnlyGroup(LinearGroup):
         return [[tensors[name] for tensors in buffers] for name in ("_packed", "_bias", "_perm")]
 
     def _one_order(self, perms: list[torch.Tensor | None]) -> bool:
-        """Whether `perms`, which loading a state dict replaces, are equal; they are compared when they are new."""
+        """Whether `perms` are equal; they are compared again after loading a state dict has replaced them."""
         if all(perm is None for perm in perms):
             return True
         if any(perm is None for perm in perms):
@@ -182,7 +182,7 @@ class WeightOnlyGroup(LinearGroup):
 
 
 def _alike(modules: Sequence[nn.Module]) -> bool:
-    """Whether one call can multiply by all of these weights."""
+    """Whether one native call can compute all `modules`."""
     if not all(type(module) is WeightOnlyQuantizedLinear and module._packed is not None for module in modules):
         return False
     kinds = {
@@ -193,7 +193,7 @@ def _alike(modules: Sequence[nn.Module]) -> bool:
 
 
 def _one_share_group(modules: Sequence[nn.Module]) -> bool:
-    """Whether these are all members of one INT8 share group."""
+    """Whether `modules` are all the linears of one INT8 share group."""
     if not all(type(module) is Int8Linear for module in modules):
         return False
     group = modules[0].share_group

@@ -1,4 +1,4 @@
-"""The MLP of a decoder layer in few native calls, or as it is."""
+"""The MLP of a decoder layer: in few native calls, or the stock module."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .linears import activation_post_op, linear_call, linear_calls
 
 
 class FusedMlp:
-    """Linear layers of an MLP, with the activation between them."""
+    """The linear layers of an MLP and the activation between them, in few native calls."""
 
     def __init__(self, module: nn.Module, names: Mlp) -> None:
         inputs = [part(module, name) for name in names.inputs]
@@ -51,7 +51,7 @@ class FusedMlp:
 
 
 class StockMlp:
-    """An MLP that is called as it is."""
+    """Calls the stock MLP, and adds the residuals to its result."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -27,17 +27,17 @@ MODELS = (
     "Qwen3Model",
     "SmolLM3Model",
 )
-"""Classes whose own `forward` only embeds, masks, computes positions, calls the layers in order, and norms.
+"""Classes whose `forward` only embeds, masks, computes positions, calls the layers in order and applies the last norm.
 
-Whether the layers can be computed in one call is found by comparing them: `StepLayer.common`.
+`StepLayer.common` decides whether the layers of such a model can be computed in one call.
 """
 
 
 def fuse_model(model: nn.Module) -> list[str]:
-    """Let every model of a known class within `model` call all its fused layers at once; return their names.
+    """Let every model in `model` whose class is in `MODELS` compute all its fused layers in one native call.
 
-    That is for a few tokens with native caches and no padding, and where nobody wants to see what is between the
-    layers. `restore_forwards` undoes it.
+    Returns the names of these models. One call computes a few tokens with native caches and without padding, if nothing
+    asks for the hidden states or attention weights of single layers. `restore_forwards` undoes it.
     """
     restore_forwards(model, FusedModel)
     names = []
@@ -50,7 +50,7 @@ def fuse_model(model: nn.Module) -> list[str]:
 
 
 class FusedModel(FusedForward):
-    """Stands in for the `forward` of a model, with its arguments and results."""
+    """Replaces the `forward` of a model, with the same arguments and results."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -60,7 +60,7 @@ class FusedModel(FusedForward):
 
     @property
     def step(self) -> LayerStep | None:
-        """The step that computes all layers in one call, as they were when they were looked at last."""
+        """The step that computes all layers in one call, as of the last call; None if there is none."""
         return self.plan.step
 
     def __call__(
@@ -91,7 +91,7 @@ class FusedModel(FusedForward):
         )
 
     def _suits(self, use_cache: bool | None, others: Mapping[str, Any]) -> bool:
-        """Whether nobody trains, wants to see what is between the layers, or gives what the native call ignores."""
+        """Whether the call is inference with a cache, asks only for hidden states, and has no argument to ignore."""
         model, config = self.model, self.model.config
         if model.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return False
@@ -111,7 +111,7 @@ class FusedModel(FusedForward):
         position_ids: torch.Tensor | None,
         past_key_values: Any,
     ) -> torch.Tensor | None:
-        """Hidden states after the last layer; None where the layers have to be called, with nothing done."""
+        """Hidden states after the last layer; None, with nothing computed, if the layers must be called one by one."""
         model = self.model
         batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
         step = self._find_step() if batch * length <= MAX_TOKENS else None
@@ -123,7 +123,7 @@ class FusedModel(FusedForward):
                 return None
             if attention_mask.shape[1] != past + length:
                 return None
-            if torch.compiler.is_compiling():  # where nothing depends on values
+            if torch.compiler.is_compiling():  # traced code cannot depend on values
                 if length > 1:
                     return None
                 mask = attention_mask[:, None, None].bool()
@@ -135,7 +135,7 @@ class FusedModel(FusedForward):
         return step(x, LayerCall(mask, past_key_values, self.angles(x, past, length, position_ids)))
 
     def _find_step(self) -> LayerStep | None:
-        """The step that computes all layers, if they are fused and no hook wants to be called between them."""
+        """The step that computes all layers; None if a layer is not fused, was changed or has a hook."""
         modules = self.model.layers._modules.values()  # slices of the list itself are slow
         if len(modules) != self.model.config.num_hidden_layers:
             return None
@@ -159,7 +159,7 @@ class FusedModel(FusedForward):
 
     @torch.compiler.assume_constant_result
     def _ids(self) -> list[int]:
-        """Of the layers that can be computed in one call, while a graph is traced."""
+        """Ids of the layers' forwards, constant in a traced graph; empty if one call cannot compute the layers."""
         modules = self.model.layers._modules.values()
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
         plan = self.plan
@@ -167,14 +167,14 @@ class FusedModel(FusedForward):
 
 
 class Plan(NamedTuple):
-    """Layers, and the step that computes them in one call, if there is one."""
+    """The forwards of all layers, and the step that computes them in one call, if there is one."""
 
     layers: list[Any]
     step: LayerStep | None
 
 
 class Tables(NamedTuple):
-    """Cosines and sines of one block of positions: what they are of, and the frequencies they were computed with."""
+    """Cosines and sines of one block of positions, with the `key` and `frequencies` that they were computed for."""
 
     key: tuple[Any, ...]
     frequencies: torch.Tensor
@@ -182,7 +182,7 @@ class Tables(NamedTuple):
 
 
 class Angles:
-    """Cosines and sines of positions, computed for many at once where they do not depend on how many there are."""
+    """Cosines and sines of positions, cached in blocks of positions unless they depend on the sequence length."""
 
     BLOCK = 64
     STATIC = ("default", "linear", "llama3", "yarn")
@@ -201,7 +201,7 @@ class Angles:
     def __call__(
         self, x: torch.Tensor, past: int, length: int, positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        """Cosines and sines of `positions` ``[B or 1, length]``, or where there are none of those after `past`."""
+        """Cosines and sines of `positions` ``[B or 1, length]``; if None, of the `length` positions from `past` on."""
         if torch.compiler.is_compiling():  # nothing may depend on values, and a table would be a constant
             if positions is None:
                 positions = torch.arange(past, past + length, device=x.device).unsqueeze(0)

@@ -25,7 +25,7 @@ class Norm:
 
 
 class OffsetNorm(Norm):
-    """An RMS norm whose weight is stored less 1; in float32 it multiplies before the result is rounded."""
+    """An RMS norm that stores its weight minus 1; the product with the weight is computed in float32, then rounded."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return ops.rms_norm(x, self.module._parameters["weight"].float() + 1, self.eps)
@@ -51,7 +51,7 @@ class HeadNorm(Norm):
 
 
 class Scale:
-    """Multiplication by a number, where others have a norm."""
+    """Multiplication by a number, which some families have in place of a norm."""
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -61,7 +61,7 @@ class Scale:
 
 
 def norm_of(module: nn.Module) -> Norm | None:
-    """The native form of a norm; None when there is none. Those that torch does not have are known by what they do."""
+    """The native form of a norm; None when there is none. Norm classes that torch lacks are told by their results."""
     if isinstance(module, nn.LayerNorm):
         return LayerNorm(module, module.eps) if _plain(module) else None
     if isinstance(module, nn.ModuleList):
@@ -83,7 +83,7 @@ def norm_of(module: nn.Module) -> Norm | None:
             for kind in (Norm, OffsetNorm, LayerNorm) if weight.dim() == 1 else (HeadNorm,):
                 if torch.allclose(kind(probe, eps)(x), expected, rtol=1e-4, atol=1e-4):
                     return kind(module, eps)
-    except Exception:  # its forward takes something else
+    except Exception:  # its forward takes other arguments
         pass
     return None
 
@@ -93,9 +93,9 @@ def _plain(norm: nn.LayerNorm) -> bool:
 
 
 class FusedNorm(FusedForward):
-    """Stands in for the `forward` of an RMS norm.
+    """Replaces the `forward` of a norm by one native call.
 
-    It calls the stock one where a gradient is needed, and where input and weight differ in dtype.
+    It calls the stock forward if a gradient is needed, under autocast, and if input and weight differ in dtype.
     """
 
     def __init__(self, norm: Norm) -> None:
@@ -111,9 +111,9 @@ class FusedNorm(FusedForward):
 
 
 def fuse_norms(model: nn.Module) -> list[str]:
-    """Let every norm of any model that torch does not have compute in one native call; return their names.
+    """Let every norm of `model` that is no torch norm compute in one native call; return their names.
 
-    Torch's own are one call already. `restore_forwards` undoes it.
+    Torch's own norms are one call already. `restore_forwards` undoes it.
     """
     restore_forwards(model, FusedNorm)
     names = []

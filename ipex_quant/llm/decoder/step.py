@@ -21,7 +21,7 @@ _GATES = (PostOp.GELU, PostOp.NEW_GELU, PostOp.SILU)
 
 
 def layer_step(parts: LayerParts) -> LayerStep | None:
-    """The step that computes a layer in one native call; None where the call does not know one of its parts."""
+    """The step that computes a layer in one native call; None if the native op does not support one of its parts."""
     attention, mlp, parallel = parts.attention, parts.mlp, parts.residual == Residual.PARALLEL
     if (not parallel and parts.residual != Residual.SEQUENTIAL) or parts.cross is not None or parts.after:
         return None
@@ -71,7 +71,7 @@ def _known_attention(attention: FusedAttention) -> bool:
 
 
 def _linears(group: LinearGroup | WeightOnlyCall) -> list[WeightOnlyCall] | None:
-    """Weight-only linears that one call multiplies by, or None."""
+    """The weight-only linears of `group`, if one native call can compute them; else None."""
     linears = [group] if not isinstance(group, LinearGroup) else group.linears
     if not all(type(linear) is WeightOnlyCall for linear in linears):
         return None
@@ -79,7 +79,7 @@ def _linears(group: LinearGroup | WeightOnlyCall) -> list[WeightOnlyCall] | None
 
 
 class StepTensors(NamedTuple):
-    """The dicts that hold the tensors of the linears, the norms and the norms of heads, by name."""
+    """The modules' own dicts of tensors by name: of the linears, of the norms, and of the norms of heads."""
 
     linears: list[dict[str, Any]]
     norms: list[dict[str, Any]]
@@ -96,7 +96,7 @@ class StepLayer(NamedTuple):
     norms: list[Norm]
 
     def common(self) -> tuple[Any, ...]:
-        """What is equal in all layers that one call computes."""
+        """The properties that must be equal in all layers of one native call."""
         attention = self.attention
         slopes = None if attention.slopes is None else tuple(attention.slopes.tolist())
         own_table = attention.layer_index if attention.names.rope is Rope.TABLE else None
@@ -104,7 +104,7 @@ class StepLayer(NamedTuple):
 
 
 class LayerStep:
-    """Layers that have much in common, one after the other, in one native call."""
+    """Computes consecutive layers with equal `StepLayer.common` in one native call."""
 
     def __init__(self, layers: Sequence[StepLayer]) -> None:
         self.layers = layers
@@ -120,16 +120,16 @@ class LayerStep:
 
     @classmethod
     def joined(cls, steps: Sequence[LayerStep]) -> LayerStep | None:
-        """The layers of all `steps` in one call; None where they have too little in common."""
+        """One step for the layers of all `steps`; None if their `StepLayer.common` differs."""
         layers = [layer for step in steps for layer in step.layers]
         common = layers[0].common()
         return cls(layers) if all(layer.common() == common for layer in layers) else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"tensors": None}  # copied modules have other ones
+        return self.__dict__ | {"tensors": None}  # a copy has other modules
 
     def find_tensors(self) -> StepTensors:
-        """The dicts of the modules' tensors, found once: torch.compile guards every step on the way to each tensor."""
+        """The modules' dicts of tensors, found once: torch.compile guards every attribute on the way to a tensor."""
         self._keep_tensors()
         return self.tensors
 
@@ -143,9 +143,9 @@ class LayerStep:
             )
 
     def __call__(self, x: torch.Tensor, call: LayerCall) -> torch.Tensor | None:
-        """Hidden states after the layers; None with nothing done where it cannot be one call."""
+        """Hidden states after the layers; None, with nothing computed, if one call cannot compute them."""
         batch, length, _ = x.shape
-        if batch * length > MAX_TOKENS or torch.jit.is_tracing():  # which cannot record lists of optional tensors
+        if batch * length > MAX_TOKENS or torch.jit.is_tracing():  # tracing cannot record lists of optional tensors
             return None
         if call.cache is None or (call.mask is not None and length > 1):
             return None
@@ -186,7 +186,7 @@ class LayerStep:
 
 
 def _given(tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """`tensors`, or nothing if all are None, which costs less to hand over."""
+    """`tensors`, or an empty list, which is cheaper to pass, if all are None."""
     for tensor in tensors:  # `count` would ask every tensor whether it equals None, for microseconds each
         if tensor is not None:
             return tensors

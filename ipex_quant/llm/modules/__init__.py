@@ -1,4 +1,4 @@
-"""Fused modules to build large language models of, as in ``ipex.llm.modules``."""
+"""Fused modules for large language models, as in ``ipex.llm.modules``."""
 
 from .kv_attention import IndirectAccessKVCacheAttention
 from .linear import (

@@ -1,4 +1,4 @@
-"""Products with an activation, as gated MLPs have them."""
+"""An activation of one tensor times another tensor, as in gated MLPs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ APPROXIMATIONS = ("none", "tanh")
 def silu_mul(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """``silu(x) * y`` of two tensors of one shape and dtype: float32, bfloat16 or float16.
 
-    The result is written to `out`, which is returned, when there is one. ValueError when shapes or dtypes differ.
+    The result is written to `out` and that returned, if given. Raises ValueError when shapes or dtypes differ.
     """
     check_alike("y", y, x)
     if needs_gradient(x, y):

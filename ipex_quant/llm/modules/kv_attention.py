@@ -1,4 +1,4 @@
-"""Attention over a key/value cache that beam search does not move: it reads by the history of the beams."""
+"""Attention over a KV cache that beam search does not reorder: an index of the beams' history says what to read."""
 
 from __future__ import annotations
 
@@ -30,23 +30,22 @@ def indirect_access_kv_cache_attention(
     - `query` ``[B, L, H, D]``, `key` ``[B, L, Hkv, D]``, `value` ``[B, L, Hkv, Dv]``: of one dtype, float32, bfloat16
       or float16; Hkv divides H.
     - `scale_attn` divides the scores: in general the square root of D.
-    - `layer_past`: what the last call returned, or None. With a `seq_info` of no tokens it is taken for None, but for
-      the width of `beam_idx`, which says how many rows, all beams of all sequences, the cache shall have.
+    - `layer_past`: the last element of the last call's result, or None. With a `seq_info` of no tokens only the width
+      of its `beam_idx` counts: the number of rows (all beams of all sequences) of the new cache.
     - `attention_mask`: bool or added to the scores, broadcasts to ``[B, H, L, T]``, where T counts the past as well.
-    - `alibi`: slopes ``[H]``, or what is to be added to the scores, ``[B * H, 1 or L, T]`` or four dimensions.
-    - `add_casual_mask`: whether a query sees nothing after itself, also beside an `attention_mask`.
-    - `seq_info` takes the place of that in `layer_past`. `head_mask` is not supported.
-    - `text_max_length`: tokens to allocate a new cache for.
+    - `alibi`: slopes ``[H]``, or a bias to add to the scores, ``[B * H, 1 or L, T]`` or four dimensions.
+    - `add_casual_mask`: whether a query sees nothing after itself, in addition to `attention_mask`.
+    - `seq_info` replaces that in `layer_past`. `head_mask` is not supported.
+    - `text_max_length`: the capacity, in tokens, of a new cache.
 
-    Returns the result ``[B, H, L, Dv]``, None, and ``(seq_info, key_cache, value_cache, beam_idx)``. `seq_info` tells
-    the number of tokens T by its shape ``[1, T, T, 1]``; the caches are ``[capacity, rows, Hkv, D or Dv]``, and
-    `beam_idx` int64 ``[capacity + 1, rows]`` says in which row of them a beam finds a token. A prompt of B sequences is
-    stored once for all beams of each. Beam search writes the beam that each one continues to ``beam_idx[T - 1]``, which
-    the next call applies to all tokens before; caches and `beam_idx` are written in place, and allocated anew when
-    full.
+    Returns the result ``[B, H, L, Dv]``, None, and ``(seq_info, key_cache, value_cache, beam_idx)``. The shape
+    ``[1, T, T, 1]`` of `seq_info` gives the number of tokens T; the caches are ``[capacity, rows, Hkv, D or Dv]``, and
+    `beam_idx`, int64 ``[capacity + 1, rows]``, is the cache row of each token for each beam. The prompt of a sequence
+    is stored once for all its beams. Beam search writes the parent of each beam to ``beam_idx[T - 1]``, and the next
+    call applies it to all tokens before. Caches and `beam_idx` are written in place, and reallocated when full.
 
-    IPEX instead drops cache and causality when there is no `attention_mask`, and ignores `alibi`. There is no gradient.
-    Raises ValueError or TypeError when an argument does not fit; nothing is written then.
+    IPEX instead ignores the cache and causality without an `attention_mask`, and ignores `alibi`. Gradients do not
+    pass. Raises ValueError or TypeError when an argument does not fit; nothing is written then.
     """
     if head_mask is not None:
         raise ValueError("head_mask: expected None, got a tensor; it is not supported, leave whole heads out instead")
@@ -79,7 +78,7 @@ def indirect_access_kv_cache_attention(
 
 
 class IndirectAccessKVCacheAttention(nn.Module):
-    """Attention with a cache that is allocated once, for `text_max_length` tokens, and doubled when it is full."""
+    """Attention with a KV cache that is allocated for `text_max_length` tokens, and doubled when it is full."""
 
     def __init__(self, text_max_length: int = 2048) -> None:
         super().__init__()
@@ -109,7 +108,7 @@ class IndirectAccessKVCacheAttention(nn.Module):
 
 
 class _Past(NamedTuple):
-    """A cache of `length` tokens; the last row of `beam_idx` says where the last call wrote what each beam reads."""
+    """A cache of `length` tokens; the last row of `beam_idx` has the cache row where the last call wrote each beam."""
 
     length: int
     key: torch.Tensor
@@ -138,7 +137,7 @@ def _check_states(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 def _read_past(
     layer_past: LayerPast | None, seq_info: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor
 ) -> _Past:
-    """`layer_past`, checked; with caches that have no capacity when it holds no tokens."""
+    """`layer_past`, checked; if it holds no tokens, with caches of capacity 0."""
     batch, _, heads, _ = key.shape
     if layer_past is not None and len(layer_past) != 4:
         raise ValueError(f"layer_past: expected (seq_info, key_cache, value_cache, beam_idx), got {len(layer_past)}")
@@ -148,7 +147,7 @@ def _read_past(
         raise ValueError(f"seq_info: expected four dimensions, [1, T, T, 1], got {list(seq_info.shape)}")
     length = 0 if layer_past is None or seq_info is None else seq_info.shape[-2]
     rows = batch
-    if layer_past is not None and (length > 0 or layer_past[3].shape[0] > 1):  # a stand-in of one row says nothing
+    if layer_past is not None and (length > 0 or layer_past[3].shape[0] > 1):  # a `beam_idx` of one row is a dummy
         rows = layer_past[3].shape[-1]
     if not batch or rows % batch:
         raise ValueError(
@@ -179,7 +178,7 @@ def _read_past(
 def _bias(
     mask: torch.Tensor | None, alibi: torch.Tensor | None, shape: tuple[int, ...]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """One mask ``[B, H, L, T]`` with what `alibi` adds to it, and slopes of ALiBi, where there are such."""
+    """The mask ``[B, H, L, T]``, with the bias in `alibi` added, and the slopes in `alibi`; each may be None."""
     if mask is not None:
         _check_broadcasts("attention_mask", mask, shape)
     if alibi is None:
@@ -206,7 +205,7 @@ def _check_broadcasts(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -
 
 
 def _grown(past: _Past, length: int, text_max_length: int) -> _Past:
-    """`past` with room for `length` tokens."""
+    """`past` with a capacity of at least `length` tokens."""
     capacity = past.key.shape[0]
     if length <= capacity:
         return past
@@ -225,7 +224,7 @@ def _append(past: _Past, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor
     rows = past.beam_idx.shape[1]
     beams = rows // key.shape[0]
     leaders = slice(None, None, beams)
-    if start > 0:  # what a beam was continued from holds for all tokens before
+    if start > 0:  # the parents of the beams apply to all tokens before
         parents = past.beam_idx[start - 1].clone()
         past.beam_idx[: start - 1] = past.beam_idx[: start - 1, parents]
         past.beam_idx[start - 1] = past.beam_idx[-1, parents]

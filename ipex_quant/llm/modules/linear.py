@@ -1,4 +1,4 @@
-"""Linear layers fused with what follows them: activations, products, residual adds."""
+"""Linear layers fused with the elementwise op after them: activations, multiplications, residual adds."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .gated import silu_mul
 class FusedLinear(nn.Module):
     """Base of the fusions of one linear layer: ``post_op(linear(x), *others)``.
 
-    `linear` is an ``nn.Linear`` or another module that is called with one tensor; `WeightOnlyQuantizedLinear` and
-    `Int8Linear` run the post op within their kernel, when `others` have the result's shape and dtype. Otherwise, where
-    a gradient is needed, and where the layer has hooks, the post op follows it in torch, and `others` broadcast.
+    `linear` is an ``nn.Linear`` or another module that is called with one tensor. `WeightOnlyQuantizedLinear` and
+    `Int8Linear` run the post op within their kernel if `others` have the result's shape and dtype. For other modules,
+    if a gradient is needed, or if the layer has hooks, the post op runs in torch, and `others` broadcast. Raises
     TypeError when `linear` is no module.
     """
 
@@ -89,8 +89,8 @@ class LinearSiluMul(FusedLinear):
 class Linear2SiluMul(nn.Module):
     """``silu(linear_s(x)) * linear_m(x)``: the gate and up projections of a gated MLP.
 
-    Both are linear layers as `FusedLinear` takes them; two weight-only ones of one scheme, and two that make up an INT8
-    share group, are multiplied in one native call. Raises TypeError when one is no module.
+    Both are linear layers as `FusedLinear` takes them. Two weight-only layers of one scheme, and two layers that are an
+    INT8 share group, run in one native call. Raises TypeError when one is no module.
     """
 
     def __init__(self, linear_s: nn.Module, linear_m: nn.Module) -> None:
@@ -107,7 +107,7 @@ class Linear2SiluMul(nn.Module):
 
 
 def fused_linear(linear: nn.Module, x: torch.Tensor, post_op: PostOp, *others: torch.Tensor) -> torch.Tensor:
-    """``post_op(linear(x), *others)``, in one native call where `linear` has one; as `FusedLinear` says."""
+    """``post_op(linear(x), *others)``, in one native call under the conditions of `FusedLinear`."""
     shape = (*x.shape[:-1], getattr(linear, "out_features", None))
     fits = all(other.shape == shape and other.dtype == autocast_dtype(x) for other in others)
     if not (fits and _fuses(linear)) or needs_gradient(x, *others):
@@ -118,9 +118,9 @@ def fused_linear(linear: nn.Module, x: torch.Tensor, post_op: PostOp, *others: t
 
 
 def _fuses(linear: nn.Module) -> bool:
-    """Whether a native call can take the place of calling `linear`.
+    """Whether a native call can replace calling `linear`.
 
-    That would run no hooks, and would compute anew what the members of a share group have from one another.
+    It would run no hooks, and would quantize again the activation that the linears of a share group quantize once.
     """
     if linear._forward_hooks or linear._forward_pre_hooks:
         return False

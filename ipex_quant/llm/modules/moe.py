@@ -1,4 +1,4 @@
-"""Mixture of experts: gated MLPs, of which a router chooses a few for every token."""
+"""Mixture of experts: a router chooses a few of many gated MLPs for every token."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ class GatedMLPMOE(nn.Module):
         """Route every token to `top_k` experts and return the weighted sums of their results, like `hidden_states`.
 
         - `hidden_states`: ``[..., H]`` in the dtype of the weights, T tokens in all.
-        - `router_logits`: ``[T, E]``, made scores by `scoring_func`, "softmax" or "sigmoid", in float32.
-        - `use_grouped_topk`: choose among the experts of the `topk_group` best of `num_expert_group` groups. A group
-          counts as much as its best expert, or, with `e_score_correction_bias`, as its best two.
+        - `router_logits`: ``[T, E]``; `scoring_func`, "softmax" or "sigmoid", makes float32 scores of them.
+        - `use_grouped_topk`: choose among the experts of the `topk_group` best of `num_expert_group` groups. The score
+          of a group is that of its best expert, or, with `e_score_correction_bias`, the sum of its best two.
         - `renormalize`: divide the weights of a token by their sum.
         - `custom_routing_function`: called with hidden_states, gating_output, topk and renormalize, returns weights and
           expert indices ``[T, top_k]``; used unless `use_grouped_topk`.
-        - `e_score_correction_bias`: ``[E]``, added to the scores to choose by, but not to the weights.
+        - `e_score_correction_bias`: ``[E]``, added to the scores that choose the experts, but not to the weights.
 
         Raises ValueError when an argument does not fit, and for an expert index out of range.
         """
@@ -95,7 +95,7 @@ class GatedMLPMOE(nn.Module):
             )
         if experts.numel() and not 0 <= int(experts.min()) <= int(experts.max()) < self.num_experts:
             raise ValueError(f"experts: expected indices 0..{self.num_experts - 1}, got one beyond")
-        order = experts.flatten().argsort(stable=True)  # routed pairs (token, choice), one expert's after another's
+        order = experts.flatten().argsort(stable=True)  # routed pairs (token, choice), sorted by expert
         rows = order // experts.shape[1]
         pair_weights = weights.flatten()[order][:, None]
         used, counts = experts.flatten().unique(return_counts=True)

@@ -1,6 +1,6 @@
-"""Norms over the last dimensions of hidden states, alone or of a residual sum.
+"""Norms over the last dimensions of hidden states, or of the sum of hidden states and a residual.
 
-Hidden states are float32, bfloat16 or float16; sums are made in float32, and results have the dtype of the input.
+Hidden states are float32, bfloat16 or float16; norms compute in float32, and results have the dtype of the input.
 """
 
 from __future__ import annotations
@@ -106,10 +106,10 @@ def add_rms_norm(
     eps: float,
     add_back: bool = False,
 ) -> torch.Tensor:
-    """`rms_norm` of ``x + residual``, a sum that `add_back` writes into `residual`; of `x` when `residual` is None.
+    """`rms_norm` of ``x + residual``, or of `x` when `residual` is None.
 
-    `residual` has shape and dtype of `x`. Raises ValueError when it has not, or when there is a `bias`, for which
-    RMSNorm has no place.
+    With `add_back` the sum is written into `residual`. Raises ValueError when `residual` differs from `x` in shape or
+    dtype, or when `bias` is given, which RMSNorm does not have.
     """
     if bias is not None:
         raise ValueError("bias: expected None, got a tensor; RMSNorm has no bias")
@@ -151,14 +151,14 @@ def _added_back(normed: torch.Tensor, total: torch.Tensor, residual: torch.Tenso
 
 
 def _fitting(vector: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """`vector` in a dtype that the ops take beside `x`."""
+    """`vector` in a dtype that the ops accept together with `x`."""
     return vector if vector is None or vector.dtype == x.dtype else vector.float()
 
 
 def _affine(
     weight: torch.Tensor | None, bias: torch.Tensor | None, x: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Weight and bias as vectors of one dtype that the ops take beside `x`."""
+    """Weight and bias as vectors of one dtype that the ops accept together with `x`."""
     vectors = [tensor if tensor is None or tensor.dim() == 1 else tensor.flatten() for tensor in (weight, bias)]
     if any(vector is not None and vector.dtype != x.dtype for vector in vectors):
         vectors = [None if vector is None else vector.float() for vector in vectors]

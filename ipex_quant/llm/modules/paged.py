@@ -1,4 +1,4 @@
-"""Attention over a key/value cache in blocks, which tables assign to sequences, as in vLLM (Kwon et al., 2023)."""
+"""Attention over a paged KV cache, whose blocks tables assign to sequences, as in vLLM (Kwon et al., 2023)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from ... import ops
 from .varlen import Options, attend, check_out, check_slopes, read_options, read_starts
 
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e5m2")
-"""Types of a cache: that of the keys and values, or FP8 with five bits of exponent."""
+"""Types of a cache: "auto" is the dtype of keys and values, the others FP8 with five bits of exponent."""
 
 
 class PagedAttention:
-    """Writes and reads a paged cache, of which keys and values have a tensor each, ``[blocks, Hkv, block size, D]``.
+    """Writes and reads a paged KV cache: one tensor ``[blocks, Hkv, block size, D]`` for keys and one for values.
 
-    The tensors of the API document, ``[blocks, block size, Hkv, D]``, are taken as such by the two methods that it has,
-    where block size and Hkv differ. Slot ``b * block size + i`` is token i of block b. There is no gradient.
+    `reshape_and_cache` and `single_query_cached_kv_attention` also accept ``[blocks, block size, Hkv, D]``, as IPEX
+    documents it, if block size and Hkv differ. Slot ``b * block size + i`` is token i of block b. Gradients do not
+    pass.
     """
 
     @classmethod
@@ -83,15 +84,15 @@ class PagedAttention:
         v_scale: float = 1.0,
         softcap: float = -1.0,
     ) -> torch.Tensor:
-        """Attend with one query a sequence; write the result to `out` and return that.
+        """Attend with one query per sequence; write the result to `out` and return it.
 
         - `query` ``[sequences, H, D]``, in the dtype of the caches unless these are FP8; `out` ``[sequences, H, Dv]``.
-        - `head_mapping` ``[H]``: the KV head of each head, which ascend in groups of H / Hkv.
+        - `head_mapping` ``[H]``: the KV head of each head, ascending, each H / Hkv times.
         - `scale` multiplies the scores, in general ``D ** -0.5``.
         - `block_tables` ``[sequences, blocks]``, `context_lens` ``[sequences]``: integers, the blocks of each sequence
-          and its tokens with the query's own, at most `max_context_len`. A sequence of none gets 0.
+          and its number of tokens with the query's own, at most `max_context_len`. The result is 0 without tokens.
         - `window_size`: how many tokens a query sees, its own among them, -1 for all.
-        - `softcap`: above 0 the bound c of ``c * tanh(score / c)``. `alibi_slopes`: ``[H]``.
+        - `softcap`: if above 0, the c of ``c * tanh(score / c)``. `alibi_slopes`: ``[H]``.
 
         Raises ValueError, TypeError or IndexError when an argument does not fit; nothing is written then.
         """
@@ -138,12 +139,11 @@ class PagedAttention:
         v_scale: float = 1.0,
         softcap: float = -1.0,
     ) -> torch.Tensor:
-        """Attend with several queries a sequence, the last tokens of it; write the result to `output` and return that.
+        """Attend with the last tokens of each sequence as queries; write the result to `output` and return it.
 
-        `cu_seqlens_q` and `cu_seqlens_kv`, integers ``[sequences + 1]``, say where the queries of a sequence begin in
-        `query` ``[tokens, H, D]``, and where its tokens would, if those of all sequences stood one after another. The
-        windows are the number of tokens that a query sees before and after itself, -1 for all. Otherwise as
-        `single_query_cached_kv_attention`.
+        `cu_seqlens_q` and `cu_seqlens_kv`, integers ``[sequences + 1]``, are the cumulative numbers of queries, in
+        `query` ``[tokens, H, D]``, and of tokens of the sequences, from 0 on. The windows are the number of tokens that
+        a query sees before and after itself, -1 for all. Otherwise as `single_query_cached_kv_attention`.
         """
         cache = _cache(key_cache, value_cache, None, None)
         if query.dim() != 3:
@@ -177,7 +177,7 @@ class _Tables(NamedTuple):
 
 
 def _cache(key_cache: torch.Tensor, value_cache: torch.Tensor, kv_heads: int | None, block_size: int | None) -> _Cache:
-    """The caches with heads before tokens: as they are, unless `kv_heads` or `block_size` says otherwise."""
+    """The caches as ``[blocks, Hkv, block size, D]``, transposed if `kv_heads` or `block_size` fits only then."""
     cache = _Cache(key_cache, value_cache)
     if any(tensor.dim() != 4 or not tensor.shape[2] for tensor in cache):
         raise ValueError(
@@ -190,7 +190,7 @@ def _cache(key_cache: torch.Tensor, value_cache: torch.Tensor, kv_heads: int | N
 
 
 def _check_cache(cache: _Cache, dtype: torch.dtype, sizes: tuple[int, int, int], scales: tuple[float, float]) -> None:
-    """Errors unless `cache` has `sizes`, which are Hkv, D and Dv, and holds `dtype`, or FP8 with any `scales`."""
+    """Raise unless `cache` has the `sizes` Hkv, D and Dv and holds `dtype`, with `scales` of 1, or FP8."""
     heads, key_dim, value_dim = sizes
     blocks, _, block_size, _ = cache.key.shape
     shapes = (blocks, heads, block_size, key_dim), (blocks, heads, block_size, value_dim)
@@ -220,7 +220,7 @@ def _check_range(name: str, numbers: torch.Tensor, low: int, high: int) -> None:
 
 
 def _read_tables(cache: _Cache, block_tables: torch.Tensor, lengths: torch.Tensor, longest: int) -> _Tables:
-    """The blocks that each sequence uses; errors when a table is too short or names a block that is none."""
+    """The blocks and length of each sequence; raises if a table is too short or has a block out of range."""
     for name, tensor, dimensions in (("block_tables", block_tables, 2), ("context_lens", lengths, 1)):
         if tensor.dim() != dimensions or tensor.is_floating_point():
             raise ValueError(f"{name}: expected {dimensions}-D integers, got {tensor.dtype} {list(tensor.shape)}")

@@ -13,13 +13,13 @@ from ... import ops
 from ...ops.gradient import needs_gradient
 
 _TYPE_NAMES = {"su": "longrope", "deepseek_yarn": "yarn", "ntk": "dynamic"}
-"""What model configurations of old call types that transformers has."""
+"""Old names in model configurations, with transformers' names of the same types."""
 
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Types whose frequencies change with the length of the sequence."""
 
 _RELATIVE_TO_TRAINING = ("llama3", "longrope", "yarn")
-"""Types that scale relative to the length a model was first trained with, by default the one it has."""
+"""Types that scale relative to the length of the original training, by default `max_position_embeddings`."""
 
 _SCALING_KEYS = frozenset(
     (
@@ -56,10 +56,10 @@ def rotary_embedding(
     """Rotate the first `rotary_dim` features of every head of `query` and `key` in place, and return both.
 
     - `query`, `key`: float32, bfloat16 or float16 ``[B, L, heads, head_dim]`` or ``[tokens, heads, head_dim]``.
-    - `sin`, `cos`: ``[rows, rotary_dim / 2]``, a value for every pair, or ``[rows, rotary_dim]``, these values twice:
-      one after the other, as IPEX reads them, or as neighbours, whichever `rotary_half` is. A row is for every token,
-      or for every one of the L positions; with `position_ids` they are tables that it indexes.
-    - `rotary_half`: whether the features of a pair are half of `rotary_dim` apart (Llama), not neighbours (GPT-J).
+    - `sin`, `cos`: ``[rows, rotary_dim / 2]``, a value for every pair, or ``[rows, rotary_dim]``, every value twice, as
+      two equal halves, as IPEX reads them, or as neighbours, for both values of `rotary_half`. There is a row for every
+      token or for every one of the L positions; with `position_ids` they are tables that these index.
+    - `rotary_half`: whether the features of a pair are half of `rotary_dim` apart (Llama) or neighbours (GPT-J).
     - `position_ids`: integers ``[B or 1, L]`` or ``[tokens]``, or None.
 
     Raises ValueError, RuntimeError or IndexError when an argument does not fit; nothing is written then.
@@ -85,13 +85,13 @@ def rotary_embedding(
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns pairs of features of queries and keys by angles that grow with their position.
+    """Rotates pairs of features of queries and keys by angles proportional to their position.
 
-    `pos_embd_dim` counts the features that turn, `base` is the base of their frequencies. `extra_rope_config` scales
-    these, as transformers' ``rope_parameters`` do (linear, dynamic, yarn, longrope, llama3; also its older spellings);
-    its `rope_theta` takes the place of `base`, `rope_ratio` multiplies that. `max_position_embeddings` is what scaling
-    is relative to; positions beyond it are allowed. `backbone`, the name of a model class, is kept and changes nothing:
-    what it changes in IPEX, `offset` and `extra_rope_config` say. Raises ValueError for a configuration that is none.
+    `pos_embd_dim` is the number of features that rotate, `base` the base of their frequencies. `extra_rope_config`
+    scales the frequencies, as transformers' ``rope_parameters`` do (linear, dynamic, yarn, longrope, llama3; also its
+    older spellings); its `rope_theta` replaces `base`, and its `rope_ratio` multiplies it. Scaling is relative to
+    `max_position_embeddings`; positions beyond it are allowed. `backbone`, the name of a model class, has no effect:
+    use `offset` and `extra_rope_config` for its effects in IPEX. Raises ValueError for an invalid configuration.
     """
 
     def __init__(
@@ -125,14 +125,14 @@ class RotaryEmbedding(nn.Module):
         seq_len: int | None = None,
         num_concats: int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Turn the first `rotary_ndims` features of every head, in a new tensor of the shape of `x`.
+        """Rotate the first `rotary_ndims` features of every head; return a new tensor of the shape of `x`.
 
         - `x`: float32, bfloat16 or float16 ``[B, L, num_head, head_dim]``, or ``[B, L, num_head * head_dim]``.
         - `position_ids`: integers ``[B or 1, L]``, or a single element, the position of the first token.
         - `offset`: distance of the features of a pair, 1 (GPT-J) or half of `rotary_ndims` (Llama).
         - `seq_len`: tokens of the whole sequence, on which some scalings depend; found from the positions when None.
-        - `num_concats`: when given, `x` is ``[B, L, (num_head + 2 * kv_heads) * head_dim]`` of queries, keys and
-          values, and the result is these three, ``[B, L, heads, head_dim]`` each, the values as they were.
+        - `num_concats`: when given, `x` is ``[B, L, (num_head + 2 * kv_heads) * head_dim]``, queries, keys and values;
+          the result is these three, ``[B, L, heads, head_dim]`` each, with the values unchanged.
 
         Raises ValueError when an argument does not fit.
         """
@@ -156,7 +156,7 @@ class RotaryEmbedding(nn.Module):
         return f"{self.max_position_embeddings}, {self.pos_embd_dim}, base={self.base}, type={self._rope_type}"
 
     def _cos_sin(self, positions: torch.Tensor, seq_len: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float32 ``[B or 1, L, pos_embd_dim / 2]`` each."""
+        """Cosines and sines of `positions`, float32 ``[B or 1, L, pos_embd_dim / 2]`` each."""
         frequencies, factor = self._frequencies
         if self._rope_type in _LENGTH_DEPENDENT and positions.numel() > 0:
             length = int(positions.max()) + 1
@@ -165,7 +165,7 @@ class RotaryEmbedding(nn.Module):
         return angles.cos() * factor, angles.sin() * factor
 
     def _frequencies_at(self, seq_len: int | None) -> tuple[torch.Tensor, float]:
-        """Frequencies, float32 ``[pos_embd_dim / 2]``, and what multiplies cos and sin."""
+        """Frequencies, float32 ``[pos_embd_dim / 2]``, and the factor of cos and sin."""
         if self._rope_type == "default":
             exponents = torch.arange(0, self.pos_embd_dim, 2, dtype=torch.float32) / self.pos_embd_dim
             return 1.0 / self._config.rope_parameters["rope_theta"] ** exponents, 1.0
@@ -219,7 +219,7 @@ def _positions(position_ids: torch.Tensor, batch: int, length: int) -> torch.Ten
 
 
 def _per_pair(name: str, table: torch.Tensor, rotary_dim: int) -> torch.Tensor:
-    """``[rows, rotary_dim / 2]`` of a table that may have every value twice, in either order."""
+    """`table` as ``[rows, rotary_dim / 2]``; it may have every value twice, as halves or as neighbours."""
     if table.shape[-1] != rotary_dim:
         return table
     first, second = table.chunk(2, dim=-1)
@@ -264,7 +264,7 @@ def _table_rows(
 def _scaling_config(
     max_position_embeddings: int, pos_embd_dim: int, base: float, scaling: dict[str, Any]
 ) -> PreTrainedConfig:
-    """What transformers' functions of rotary frequencies read."""
+    """The configuration from which transformers' functions compute rotary frequencies."""
     unknown = sorted(set(scaling) - _SCALING_KEYS)
     if unknown:
         raise ValueError(f"extra_rope_config: expected keys of {sorted(_SCALING_KEYS)}, got {unknown}")

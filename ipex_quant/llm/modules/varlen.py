@@ -1,4 +1,4 @@
-"""Attention within sequences of different lengths, whose tokens stand one after another."""
+"""Attention within sequences of different lengths that are concatenated along the tokens."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ...ops.gradient import needs_gradient
 
 
 class Options(NamedTuple):
-    """What varies between calls of attention.
+    """Options of an attention call.
 
-    A query sees tokens up to `left` before and `right` after itself, all of them where that is below 0. `softcap` 0 is
-    none, `alibi` float32 ``[H]`` or None; `dropout` is a probability, drawn from `generator`.
+    A query sees up to `left` tokens before and `right` tokens after itself; a value below 0 means all. `softcap` 0 is
+    none; `alibi` is float32 ``[H]`` or None; `dropout` is a probability, drawn from `generator`.
     """
 
     scale: float
@@ -29,11 +29,11 @@ class Options(NamedTuple):
 
     @property
     def native(self) -> bool:
-        """Whether the native ops compute it, with what `arguments` says."""
+        """Whether the native ops support these options."""
         return self.dropout == 0 and (self.right == 0 or (self.left < 0 and self.right < 0))
 
     def arguments(self) -> dict[str, Any]:
-        """What the native ops take."""
+        """Keyword arguments of the native ops."""
         window = self.left + 1 if self.left >= 0 else 0
         causal = self.right == 0
         return {"scale": self.scale, "causal": causal, "window": window, "softcap": self.softcap, "alibi": self.alibi}
@@ -49,24 +49,25 @@ def varlen_attention(
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Softmax attention of every sequence to itself; the result is written to `out`, when there is one, and returned.
+    """Attention of the queries of each sequence to its own keys; the result is written to `out` if given, and returned.
 
     - `query` ``[query tokens, H, D]``, `key` ``[key tokens, Hkv, D]``, `value` ``[key tokens, Hkv, Dv]``: of one dtype,
       float32, bfloat16 or float16; Hkv divides H. `out` is ``[query tokens, H, Dv]``.
-    - `seqlen_q`, `seqlen_k`: integers ``[sequences + 1]``, where the tokens of each sequence begin, and their number.
+    - `seqlen_q`, `seqlen_k`: integers ``[sequences + 1]``, the cumulative lengths of the sequences, from 0 on.
 
-    The further arguments, before all of which `alibi_slopes` ``[H]`` or None may stand, as in IPEX 2.8:
+    The further arguments follow; `alibi_slopes` ``[H]`` or None may come before all of them, as in IPEX 2.8:
 
     - `max_seqlen_q`, `max_seqlen_k`: no less than the longest sequence.
     - `pdropout` = 0.0: the probability at which attention weights are dropped; `gen_` = None draws them.
     - `softmax_scale` = None: multiplies the scores, ``D ** -0.5`` when None.
     - `zero_tensors` = False, `return_softmax` = False: the first changes nothing, the second can only be False.
-    - `is_causal` = True: a query sees nothing after itself; the last query of a sequence is at its last key, where IPEX
-      has the first query at the first key.
+    - `is_causal` = True: a query sees nothing after itself. The last query of a sequence is at its last key; in IPEX
+      the first query is at the first key.
     - `window_size_left` = -1, `window_size_right` = -1: how many tokens before and after itself a query sees, -1 all.
-    - `softcap` = -1.0: above 0 the bound c of ``c * tanh(score / c)``.
+    - `softcap` = -1.0: if above 0, the c of ``c * tanh(score / c)``.
 
-    A query that sees nothing gets 0. ValueError or TypeError when an argument does not fit; nothing is written then.
+    The result of a query that sees no key is 0. Raises ValueError or TypeError when an argument does not fit; nothing
+    is written then.
     """
     if args and (args[0] is None or (isinstance(args[0], torch.Tensor) and args[0].dim() > 0)):
         args, kwargs = args[1:], {"alibi_slopes": args[0], **kwargs}
@@ -74,7 +75,7 @@ def varlen_attention(
 
 
 class VarlenAttention(nn.Module):
-    """Attention within sequences of different lengths, whose tokens stand one after another."""
+    """Attention within sequences of different lengths that are concatenated along the tokens."""
 
     def forward(
         self,
@@ -137,9 +138,9 @@ def _varlen_attention(
 def attend(
     states: tuple[torch.Tensor, torch.Tensor, torch.Tensor], starts: tuple[list[int], list[int]], options: Options
 ) -> torch.Tensor:
-    """Attention within sequences: ``[L, H, D]``, ``[T, Hkv, D]`` and ``[T, Hkv, Dv]`` to ``[L, H, Dv]``.
+    """Attention within sequences: ``[L, H, Dv]`` of `states` ``[L, H, D]``, ``[T, Hkv, D]`` and ``[T, Hkv, Dv]``.
 
-    `starts` say where the queries and the tokens of each sequence begin, the last numbers where all end.
+    `starts` are the cumulative numbers of queries and of keys of the sequences, from 0 on.
     """
     query, key, value = states
     in_torch = options.dropout > 0 or needs_gradient(query, key, value, options.alibi)
@@ -154,7 +155,7 @@ def attend(
 
 
 def _attend_in_window(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> torch.Tensor:
-    """A window that the native ops do not have, as a mask."""
+    """Attention with a mask, for windows that the native ops do not support."""
     arguments = options.arguments() | {"causal": False, "window": 0}
     mask = _visible(query.shape[0], key.shape[0], options.left, options.right)
     batched = (states.transpose(0, 1)[None] for states in (query, key, value))
@@ -179,7 +180,7 @@ def _attend_in_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 
 def _distances(queries: int, keys: int) -> torch.Tensor:
-    """How far after each query each key is, ``[queries, keys]``."""
+    """Position of each key minus position of each query, ``[queries, keys]``."""
     return torch.arange(keys) - torch.arange(keys - queries, keys)[:, None]
 
 
@@ -207,7 +208,7 @@ def check_states(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
 
 
 def read_starts(name: str, starts: torch.Tensor, tokens: int, longest: int) -> list[int]:
-    """`starts` as numbers; ValueError unless they go from 0 up to `tokens`, in steps of at most `longest`."""
+    """`starts` as a list; ValueError unless they ascend from 0 to `tokens` in steps of at most `longest`."""
     if starts.dim() != 1 or starts.numel() == 0 or starts.is_floating_point():
         raise ValueError(f"{name}: expected integers [sequences + 1], got {starts.dtype} {list(starts.shape)}")
     numbers = starts.tolist()
@@ -238,6 +239,6 @@ def check_out(out: torch.Tensor | None, query: torch.Tensor, value_dim: int) -> 
 def read_options(
     scale: float, causal: bool, window: tuple[int, int], softcap: float, alibi: torch.Tensor | None
 ) -> Options:
-    """Options of arguments as IPEX has them, where -1 is no window and no cap."""
+    """`Options` from IPEX's arguments, in which -1 is no window and no soft cap."""
     left, right = (max(int(size), -1) for size in window)
     return Options(float(scale), left, 0 if causal else right, max(float(softcap), 0.0), alibi)

@@ -1,1 +1,1 @@
-"""Models on disk: low-precision checkpoints that are read, directories that are written and loaded."""
+"""Models on disk: reading low-precision checkpoints, saving and loading directories."""

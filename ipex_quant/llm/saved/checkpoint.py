@@ -1,4 +1,4 @@
-"""Giving a model the quantized layers, and the other tensors, of a low-precision checkpoint."""
+"""`apply_checkpoint`: load the quantized layers and the other tensors of a low-precision checkpoint into a model."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from .checkpoint_names import with_model_names
 def apply_checkpoint(
     model: nn.Module, checkpoint: Checkpoint | WeightsInMemory, mapping: QConfigMapping, inplace: bool
 ) -> nn.Module:
-    """Replace the layers that `checkpoint` holds quantized, one at a time, and load its other tensors.
+    """Replace layers of `model` by the quantized ones in `checkpoint`, one at a time, and load its other tensors.
 
-    `mapping` says which layers and what they compute in; the checkpoint says how they are quantized. A layer that it
-    does not hold keeps its float weight and bias, a quantized layer without a bias in it the float layer's bias. Float
-    weights may be on the meta device if the checkpoint has them. Experts that `model` stacks may be linear layers of
-    their own in the checkpoint, in any names that transformers knows. Raises ValueError for layers that `model` does
-    not have, a tensor that is missing or does not fit, and parameters that are left without values.
+    `mapping` selects the layers and their compute mode; the checkpoint says how they are quantized. A layer that it
+    does not hold keeps its float weight and bias; a layer without a bias in the checkpoint keeps the float bias. Float
+    weights may be on the meta device if the checkpoint has them. Experts that `model` stacks in one parameter may be
+    single linear layers in the checkpoint, with any names that transformers knows. Raises ValueError for layers that
+    `model` does not have, a tensor that is missing or does not fit, and parameters that are left without values.
     """
     chosen, reasons = choose_qconfigs(mapping, model, read_weights=False)
     chosen = {name: qconfig for name, qconfig in chosen.items() if not is_embedding(model.get_submodule(name))}

@@ -21,13 +21,13 @@ from ...numerics.scheme import QConfigWoq, WeightScheme
 from ...woq.rtn import rtn
 
 PARTS = {"gate_up": ("gate", "up"), "up": ("up",), "down": ("down",)}
-"""What one projection of a module is in checkpoints; without a gate there is up alone."""
+"""The parts of one projection in checkpoints; experts without a gate have `up` alone."""
 
 _EXPERT = re.compile(r"^(?P<module>.+)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj$")
 
 
 def module_of(name: str) -> str:
-    """The module that holds the expert which the linear layer `name` is a part of; `name` itself for any other."""
+    """Name of the module whose expert has the linear layer `name`; `name` itself if it is no part of an expert."""
     found = _EXPERT.match(name)
     return found["module"] if found else name
 
@@ -35,11 +35,11 @@ def module_of(name: str) -> str:
 def experts_from_checkpoint(
     checkpoint: Checkpoint | WeightsInMemory, name: str, qconfig: QConfigWoq, module: nn.Module
 ) -> WeightOnlyQuantizedExperts:
-    """What takes the place of `module`, the experts called `name`; ValueError if a part of one is not in `checkpoint`.
+    """The quantized successor of `module`, the experts called `name`, with the weights in `checkpoint`.
 
-    All experts have one scheme, and gate and up of one expert the same order of input features. Those that the
+    All experts must have one scheme, and gate and up of one expert the same order of input features. Weights that the
     checkpoint has in float are rounded to nearest in that scheme, with a warning. A module without biases in the
-    checkpoint keeps its own.
+    checkpoint keeps its own. Raises ValueError if the checkpoint lacks a part of an expert.
     """
     experts, hidden, width = experts_shape(module)
     projections = [PARTS["gate_up" if expert_layout(module).gated else "up"], PARTS["down"]]
@@ -72,7 +72,7 @@ def experts_from_checkpoint(
 
 
 def stack_float_experts(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`tensors` by name, where the float weights of experts that `model` has in float are stacked as it does.
+    """`tensors` by name, with the weights of single experts stacked as in `model`, where it has them in float.
 
     Raises ValueError for a weight that is missing or has another shape than the others.
     """
@@ -82,7 +82,7 @@ def stack_float_experts(model: nn.Module, tensors: dict[str, torch.Tensor]) -> d
         owner, _, key = name.rpartition(".")
         found = _EXPERT.match(owner)
         if found and key in ("weight", "bias") and found["module"] in quantized:
-            continue  # it is in there
+            continue  # the quantized experts have it
         if found and key == "weight" and _is_stacked_plainly(model, found["module"]):
             parts[found["module"]][found["part"], int(found["index"])] = tensor
         else:
@@ -114,7 +114,7 @@ def _is_stacked_plainly(model: nn.Module, name: str) -> bool:
 def _rounded(
     checkpoint: Checkpoint | WeightsInMemory, name: str, shape: tuple[int, int], scheme: WeightScheme
 ) -> tuple[QuantizedWeight, torch.Tensor | None]:
-    """Weight and bias of a part that `checkpoint` has in float; ValueError when it has not, or of another shape."""
+    """Rounded weight and bias of a part that `checkpoint` has in float; ValueError if missing or of another shape."""
     weight = checkpoint.tensors.get(f"{name}.weight")
     if weight is None:
         raise ValueError(f"{name}: missing in the checkpoint, which holds other experts of its module quantized")
@@ -127,7 +127,7 @@ def _rounded(
 
 
 def _above_each_other(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """One weight with the rows of all; ValueError unless they have one scheme and order of input features."""
+    """One weight with the rows of all `weights`; ValueError unless their scheme and input order are the same."""
     first, *others = weights
     if not others:
         return first

@@ -1,4 +1,4 @@
-"""Names of a checkpoint's tensors that another release of transformers, or another tool, wrote."""
+"""`with_model_names`: rename tensors of checkpoints that another release of transformers, or another tool, wrote."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .checkpoint_experts import PARTS
 def with_model_names(model: nn.Module, checkpoint: Checkpoint | WeightsInMemory) -> Checkpoint | WeightsInMemory:
     """`checkpoint` with the names that `model` has for its tensors, as transformers itself would rename them.
 
-    These may have been written by a release with other names for the same architecture, with or without the prefix of
-    the base model. The parts of one expert become ``<module>.<index>.gate_proj``, ``up_proj`` and ``down_proj``, where
-    `module` holds the experts. A checkpoint of which `model` has all quantized layers is left as it is. Raises
-    ValueError for two tensors that get one name.
+    The checkpoint may have names of another release for the same architecture, with or without the prefix of the base
+    model. The parts of one expert become ``<module>.<index>.gate_proj``, ``up_proj`` and ``down_proj``, where `module`
+    holds the experts. A checkpoint is returned unchanged if `model` has all its quantized layers and no stacked
+    experts. Raises ValueError for two tensors that get one name.
     """
     if not isinstance(model, PreTrainedModel) or isinstance(checkpoint, WeightsInMemory):
         return checkpoint
@@ -34,7 +34,7 @@ def with_model_names(model: nn.Module, checkpoint: Checkpoint | WeightsInMemory)
     keys = {*checkpoint.format.keys, checkpoint.format.bias_key, "weight", "bias"}
     tensors: dict[str, torch.Tensor] = {}
     stored: dict[str, str] = {}
-    for name in sorted(checkpoint.tensors):  # some renamings wait for a name that comes first
+    for name in sorted(checkpoint.tensors):  # some renamings depend on a name that sorts first
         owner, _, key = name.rpartition(".")
         new = f"{names.module(owner)}.{key}" if owner and key in keys else names.tensor(name)
         if new in tensors:
@@ -54,7 +54,7 @@ class _Names:
         self._prefix, self._present = f"{model.base_model_prefix}.", present
 
     def module(self, owner: str) -> str:
-        """What the module called `owner` is in the model, or a part of an expert."""
+        """Name in the model of the checkpoint's module `owner`, which may be a part of an expert."""
         source = f"{owner}.weight"
         renamed, pattern = rename_source_key(source, self._renamings, self._converters)
         if pattern is None:
@@ -69,7 +69,7 @@ class _Names:
         return owner
 
     def tensor(self, name: str) -> str:
-        """What the tensor called `name`, of a module that is no linear, is in the model."""
+        """Name in the model of the checkpoint's tensor `name`, which is not of a linear layer."""
         renamed, pattern = rename_source_key(name, self._renamings, self._converters)
         owner, _, key = (renamed if pattern is None else name).rpartition(".")
         return f"{self._with_prefix(owner)}.{key}" if owner else key

@@ -1,4 +1,4 @@
-"""Directories of quantized models: what `save` writes, `load` reads back bit-equal."""
+"""`save` and `load`: directories of quantized models, read back bit-equal."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MAX_SHARD_SIZE = "5GB"
 
 
 def save(model: PreTrainedModel, directory: str | os.PathLike, tokenizer: Any = None) -> None:
-    """Write a model that `optimize` or `convert` quantized, as it is now, and its `tokenizer` if given, to `directory`.
+    """Write a model that `optimize` or `convert` quantized, and its `tokenizer` if given, to `directory`.
 
     The files are those of `save_pretrained`: config.json and plain tensors in safetensors, several files when large.
-    A model that `directory` holds is replaced as a whole: after a kill at any moment it holds the old or the new one.
-    Other files in it stay. Raises TypeError for another kind of model, ValueError for one that is not quantized, and
-    OSError for what cannot be written.
+    A model in `directory` is replaced as a whole: after a kill at any moment it holds the old or the new one. Other
+    files in it stay. Raises TypeError for another kind of model, ValueError for one that is not quantized, and OSError
+    if a file cannot be written.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
@@ -37,18 +37,18 @@ def save(model: PreTrainedModel, directory: str | os.PathLike, tokenizer: Any = 
         raise ValueError("model: expected one that ipex_quant.llm.optimize or quantization.convert quantized")
     model.config.quantization_config = describe_model(model)
     with replaced_directory(directory, stale=("model*.safetensors*",)) as staging:
-        # The model's own names: conversions to those of the original checkpoint do not know quantized tensors.
+        # Keep the model's names: transformers' conversions to the original checkpoint ignore quantized tensors.
         model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE, save_original_format=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        for file in filter(Path.is_file, staging.iterdir()):  # safetensors makes its own private, whatever the umask is
+        for file in filter(Path.is_file, staging.iterdir()):  # safetensors makes files private, whatever the umask
             file.chmod(stat.S_IMODE(staging.stat().st_mode) & 0o666)
 
 
 def load(directory: str | os.PathLike, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load a directory that `save` or the model's `save_pretrained` wrote; no float weight is made on the way.
+    """Load a directory that `save` or the model's `save_pretrained` wrote, without making float weights.
 
-    Code that lies in the directory is run with `trust_remote_code` only. Raises ValueError for a directory without a
+    Code in the directory is run with `trust_remote_code` only. Raises ValueError for a directory without a
     quantized model's config.json, for damaged files, and for missing, additional or unfitting tensors.
     """
     directory = Path(directory)
@@ -66,7 +66,7 @@ def load(directory: str | os.PathLike, trust_remote_code: bool = False) -> PreTr
     for index in directory.glob("*.index.json"):  # transformers would read whatever it names
         indexed_files(index)
     try:
-        # Tensors of another shape are reported below, by name, like all that do not fit.
+        # Tensors of another shape are reported below, by name, like missing ones.
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         options["dtype"] = description.get("dtype")  # the saved one, whatever config.json says besides
         model, info = found.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
@@ -76,7 +76,7 @@ def load(directory: str | os.PathLike, trust_remote_code: bool = False) -> PreTr
         raise ValueError(f"{directory}: a safetensors file is damaged ({error})") from error
     except (OSError, TypeError, ValueError):
         raise
-    except Exception as error:  # configurations can be wrong in ways that transformers has no error for
+    except Exception as error:  # transformers raises errors of any kind for a wrong configuration
         raise ValueError(f"{directory}: transformers cannot make a model of it ({shown(error)})") from error
     wrong = {kind: sorted(names) for kind, names in info.items() if names}
     if wrong:
@@ -88,6 +88,6 @@ def load(directory: str | os.PathLike, trust_remote_code: bool = False) -> PreTr
 
 
 def _lacks_pooler(model: PreTrainedModel, missing: Collection[str]) -> bool:
-    """Whether all that is `missing` is the pooler of an encoder, without which its class makes one when asked."""
+    """Whether only an encoder's pooler is `missing`, and the model's class can be made without one."""
     optional = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
     return bool(missing) and optional and all(name.startswith("pooler.") for name in missing)

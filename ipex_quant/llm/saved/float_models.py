@@ -1,4 +1,4 @@
-"""Float models from directories, as what they say they are."""
+"""`load_float_model`: load a float model from a directory, of the class that its config.json names."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def load_float_model(
 ) -> PreTrainedModel:
     """The model in `directory`, of the class that `architectures` in its config.json names, in eval mode.
 
-    Code that lies in the directory is run with `trust_remote_code` only. Raises ValueError for a directory without a
-    config.json, a model that is quantized already, one that lacks weights, which transformers would make up, or has
-    them damaged, and a class that transformers does not have.
+    Code in the directory is run with `trust_remote_code` only. Raises ValueError for a directory without a config.json,
+    a model that is quantized already, missing weights (which transformers would initialize at random), damaged files,
+    and a class that transformers does not have.
     """
     directory = Path(directory)
     if not (directory / "config.json").is_file():
@@ -38,7 +38,7 @@ def load_float_model(
     found = model_class(directory, config, trust_remote_code)
     try:
         model, info = found.from_pretrained(directory, **options, output_loading_info=True)
-    except SafetensorError as error:  # which does not say where
+    except SafetensorError as error:  # its message does not name the directory
         raise ValueError(f"{directory}: {error}") from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
@@ -50,7 +50,7 @@ def load_float_model(
 
 
 def model_class(directory: Path, config: dict[str, Any], trust_remote_code: bool = False) -> Any:
-    """What loads the model that `config` names: its class, or the automatic class that finds it in `directory`.
+    """The model class that `config` names, or the transformers ``AutoModel`` class that loads it from `directory`.
 
     Raises ValueError when transformers has no such class, and when it is code in `directory` that is not trusted.
     """

@@ -1,4 +1,4 @@
-"""The quantization method ``ipex_quant`` of transformers: `config.json` entry, and loading without float weights."""
+"""The quantization method ``ipex_quant`` for transformers: its config.json entry, and loading without float weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from ..native import native_stack, use_native_stack
 from .notes import check_note, note_recipe, recipe_note
 
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Values of `device_map` that leave the choice to the library."""
+"""Values of `device_map` that let the library choose the device."""
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -53,11 +53,15 @@ _CACHE_DTYPES = _DTYPES | {"int8": torch.int8}
 class IpexQuantConfig(QuantizationConfigMixin):
     """Entry `quantization_config` of a saved model's config.json.
 
-    `modules` maps the name of each quantized module to what its class tells of it; `dtype` is the one of everything
-    else; `share_groups` lists the names of INT8 linears with one packed weight, `tied` those of embeddings, and last of
-    an output layer, with one, which the first of them saves; `native` says that everything else computes
-    natively, as after ``llm.optimize``, with caches in `kv_cache_dtype`; `recipe` notes what made the model. Raises
-    ValueError for another version, or an entry that is not what `describe` writes.
+    - `modules` maps the name of each quantized module to its description by its class.
+    - `dtype` is the dtype of all other modules.
+    - `share_groups` lists groups of names of INT8 linears that have one packed weight.
+    - `tied` lists groups of names of embeddings, and last an output layer, that have one packed weight; the first of a
+      group saves it.
+    - `native` says that attention, norms and caches are native, as after ``llm.optimize``, with `kv_cache_dtype`.
+    - `recipe` notes the recipe that made the model.
+
+    Raises ValueError for another version, or an entry that `describe_model` does not write.
     """
 
     def __init__(
@@ -105,27 +109,27 @@ class IpexQuantConfig(QuantizationConfigMixin):
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
-    """`describe`, and whether `model` uses the native stack; a dtype in its config that is IPEX's becomes a name."""
+    """`describe`, with the native stack and the recipe; a dtype in ``model.config.kv_cache_dtype`` becomes its name."""
     native, dtype = native_stack(model)
     cache_dtype = getattr(model.config, "kv_cache_dtype", None)
     if isinstance(cache_dtype, torch.dtype):
-        model.config.kv_cache_dtype = _name(cache_dtype)  # transformers cannot write it otherwise
+        model.config.kv_cache_dtype = _name(cache_dtype)  # transformers cannot write a dtype to JSON
     stack = {"native": native, "kv_cache_dtype": None if dtype is None else _name(dtype)}
     return {**describe(model), **stack, "recipe": recipe_note(model)}
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Make transformers know that `model` is quantized, so that `save_pretrained` describes it as it is by then."""
+    """Register `model` as quantized with transformers, so that `save_pretrained` writes its current description."""
     model.config.quantization_config = describe_model(model)
     model.hf_quantizer = IpexQuantizer(IpexQuantConfig(**model.config.quantization_config), pre_quantized=True)
     watch_head(model)
 
 
 class IpexQuantizer(HfQuantizer):
-    """Loads what `describe` describes: plain tensors, each packed as soon as all are read.
+    """Loads the quantized modules that `describe` describes: their plain tensors are read, then packed.
 
-    Everything else gets the dtype that `from_pretrained` was asked for, by default the saved one, and the attention
-    that it was asked for, by default the native one if the saved model had it.
+    All other modules get the dtype that `from_pretrained` was asked for (by default the saved one), and the attention
+    that it was asked for (by default the native one, if the saved model had it).
     """
 
     requires_calibration = False
@@ -155,12 +159,12 @@ class IpexQuantizer(HfQuantizer):
         parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
         asked = {part._attn_implementation for part in parts if part is not None}
         self.native_attention = asked <= {None, NATIVE_ATTENTION}
-        if config.dtype is None:  # as AutoModel leaves it for dtype=None; "auto" would ask the first tensor, a scale
+        if config.dtype is None:  # from AutoModel with dtype=None; "auto" would take the dtype of a scale
             config.dtype = self.quantization_config.torch_dtype
         return config
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> None:
-        """Every tensor is read in the dtype it was saved in; what is float is cast once the modules are packed."""
+        """Return None: tensors are read in their saved dtype, and float ones cast after the modules are packed."""
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, str]]:
         model.config.quantization_config = describe_model(model)  # modules and dtypes may have changed since
@@ -175,7 +179,7 @@ class IpexQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether adapters can be trained: gradients pass through linear layers and experts, no others."""
+        """Whether adapters can be trained: no gradient passes convolutions and recurrent layers in INT8."""
         opaque = (Int8Conv.kind, Int8Recurrent.kind, Int8RecurrentCell.kind)
         return all(entry["kind"] not in opaque for entry in self.quantization_config.modules.values())
 
@@ -184,7 +188,7 @@ class IpexQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        dtype = _DTYPES.get(dtype, dtype)  # the configuration of a model that was saved has a name
+        dtype = _DTYPES.get(dtype, dtype)  # saved configurations have its name
         return dequantize_model(model, model.dtype if dtype is None else dtype)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -199,10 +203,10 @@ class IpexQuantizer(HfQuantizer):
                 model.get_submodule(name).borrow(QuantizedEmbedding.weight_names, model.get_submodule(owner))
 
     def _fit_names(self, model: PreTrainedModel) -> dict[str, Any]:
-        """The entries by the names that `model` has; they may be those of its base model, or of one with another head.
+        """The entries by the names in `model`, which may be a base model or have another head than the saved model.
 
-        As transformers does with tensors, the prefix of the base model is added or taken off; what a head of another
-        class had is left out.
+        As transformers does with tensors, it adds or removes the prefix of the base model, and leaves out modules of
+        another head.
         """
         config = self.quantization_config
         present, prefix = {name for name, _ in named_layers(model)}, f"{model.base_model_prefix}."
@@ -241,9 +245,9 @@ class IpexQuantizer(HfQuantizer):
         return model
 
     def _cast(self, model: PreTrainedModel) -> None:
-        """Cast `model` to the dtype that was asked for, if another one than it was saved in was.
+        """Cast `model` to the dtype that was asked for, unless that is the saved dtype.
 
-        What "auto" resolves to is the dtype of its first parameter, which need not be that of most.
+        "auto" resolves to the dtype of the model's first parameter, which also counts as the saved dtype.
         """
         config, dtype = self.quantization_config, model.config.dtype
         if dtype in (config.torch_dtype, model.dtype):
@@ -254,7 +258,7 @@ class IpexQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Make the method known to transformers; once is enough, a second time does nothing."""
+    """Register the quantization method with transformers; calling it again does nothing."""
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(IpexQuantConfig)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
@@ -262,7 +266,7 @@ def register() -> None:
 
 
 def _check_entry(name: str, entry: Any) -> None:
-    """Raise ValueError unless `entry` names a kind and tells of a module what that kind has to know."""
+    """Raise ValueError unless `entry` names a kind of module and has the keys of that kind."""
     kind = entry.get("kind") if isinstance(entry, dict) else None
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"quantization_config: {name}: expected a kind of {list(KINDS)}, got {entry!r}")
@@ -272,7 +276,7 @@ def _check_entry(name: str, entry: Any) -> None:
 
 
 def _check_groups(groups: Any, modules: dict[str, Any]) -> None:
-    """Raise ValueError unless `groups` are lists of alike INT8 linears of `modules`, each in one list at most."""
+    """Raise ValueError unless `groups` are lists of INT8 linears with the same input, each in one list at most."""
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, list) for group in groups):
         raise ValueError(f"quantization_config.share_groups: expected lists of names, got {groups!r}")
     names = [name for group in groups for name in group]
@@ -287,7 +291,7 @@ def _check_groups(groups: Any, modules: dict[str, Any]) -> None:
 
 
 def _check_ties(groups: Any, modules: dict[str, Any]) -> None:
-    """Raise ValueError unless `groups` are lists of embeddings, with a linear layer last or not, of one scheme."""
+    """Raise ValueError unless `groups` are lists of embeddings of one scheme; the last may be a linear layer."""
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, list) for group in groups):
         raise ValueError(f"quantization_config.tied: expected lists of names, got {groups!r}")
     names = [name for group in groups for name in group]
@@ -304,13 +308,13 @@ def _check_ties(groups: Any, modules: dict[str, Any]) -> None:
 
 
 def _renamed(groups: list[list[str]], names: dict[str, str | None]) -> list[list[str]]:
-    """`groups` by the `names` that a model has, less what it lacks and what then is alone."""
+    """`groups` with the `names` in a model, without modules that it lacks and groups of fewer than two."""
     found = [[names[name] for name in group if names[name] is not None] for group in groups]
     return [group for group in found if len(group) > 1]
 
 
 def _name_in(present: set[str], prefix: str, name: str) -> str | None:
-    """Which of the names `present` a module has that is `name` with or without the `prefix` of the base model."""
+    """The one of the names `present` that is `name` with or without the `prefix` of the base model, or None."""
     candidates = (name, name.removeprefix(prefix), prefix + name)
     return next((each for each in candidates if each in present), None)
 
