@@ -1,1 +1,1 @@
-"""The engine behind `ipex_quant.quantization`: configurations, observed models, calibration and conversion."""
+"""The implementation of `ipex_quant.quantization`: configurations, `prepare`, calibration and `convert`."""

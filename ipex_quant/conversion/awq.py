@@ -31,22 +31,22 @@ def awq(
     inplace: bool = False,
     lm_head: bool = False,
 ) -> nn.Module:
-    """Quantize the linear layers of `model` as `quantization_config` says, those in transformer blocks with AWQ.
+    """Quantize the linear layers of `model` by `quantization_config`, using AWQ in transformer blocks.
 
-    The result has `WeightOnlyQuantizedLinear` modules, computes right away, and goes through `llm.optimize` (without a
-    `quantization_config`) and `llm.save`. All weight dtypes, group sizes and compute modes will do. Norms and linears
-    before a scaled layer take the reciprocal of its scale; where none can, the layer's range is clipped only, which the
-    log (`ipex_quant`, INFO) tells. Blocks are those of all towers that the calibration reaches: encoder and decoder,
-    vision and text. Other linears and experts in 3-D parameters are rounded to nearest, with a warning that names the
-    linears; so is the head, unless `lm_head` asks to have it clipped by what calibration saw.
+    The result has `WeightOnlyQuantizedLinear` modules and is ready for inference, `llm.optimize` (without a
+    `quantization_config`) and `llm.save`. All weight dtypes, group sizes and compute modes are supported. The norm or
+    linear before a scaled layer is multiplied by the reciprocal of its scale; where there is none, the layer's range is
+    only clipped, and the log (`ipex_quant`, INFO) says so. AWQ quantizes the blocks of all towers that the calibration
+    reaches: encoder and decoder, vision and text. Other linears and experts in 3-D parameters are rounded to nearest,
+    with a warning that names the linears. So is the head, unless `lm_head` has its range clipped by calibration.
 
     - `dataloader`, `nsamples`, `use_max_length` and `pad_max_length` are those of `gptq`.
-    - `options` say how AWQ searches.
+    - `options` sets how AWQ searches.
     - Without `inplace` the result is a copy and `model` is unchanged.
 
-    Raises TypeError for a `quantization_config` that is no mapping, ValueError for one that is not weight-only, a
+    Raises TypeError for a `quantization_config` that is no mapping, and ValueError for one that is not weight-only, a
     dataloader without usable samples, a model without transformer blocks or with none to quantize, and NaN or Inf in a
-    weight or in the input of a layer, naming it. Nothing is changed by then.
+    weight or in the input of a layer, which it names. `model` is then unchanged.
     """
     if not isinstance(quantization_config, QConfigMapping):
         raise TypeError(f"quantization_config: expected a QConfigMapping, got {type(quantization_config).__name__}")

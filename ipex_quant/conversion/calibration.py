@@ -1,4 +1,4 @@
-"""`calibrate`: run data through a prepared model, resumable and over several processes."""
+"""`calibrate`: run data through a prepared model, resumably and in several processes."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ def calibrate(
 ) -> nn.Module:
     """Run every batch of `dataloader` through `prepared`, without gradients and in eval mode, and return it.
 
-    Batches are in the forms of `Example.of_item`. With `checkpoint`, a file, the statistics are saved there,
-    atomically, after every `save_every` batches, at the end and when a batch fails; if the file exists, calibration
-    goes on after the batches it counts, to the same bits. When torch.distributed is initialised, rank r runs the
-    batches r, r + world size, ... of the same dataloader, each rank has a file of its own, and in the end all hold the
-    statistics of all batches. Raises ValueError for batches that the forward does not take, no batches at all, or the
-    checkpoint of another model, and RuntimeError when `prepared` is not or a rank failed.
+    A batch is a mapping, tuple, list or tensor, as `Example.of_item` reads it. With `checkpoint`, a file, the
+    statistics of the observers are saved atomically after every `save_every` batches, at the end and when a batch
+    fails; if the file exists, calibration resumes after the batches that it counts, with bit-equal results. If
+    torch.distributed is initialised, rank r runs the batches r, r + world size, ... of the same dataloader, each rank
+    has a file of its own, and in the end all ranks hold the statistics of all batches. Raises ValueError for a batch
+    that the forward does not accept, no batches at all, or the checkpoint of another model, and RuntimeError if
+    `prepared` is not prepared or another rank failed.
     """
     observers = observed(prepared).observers()
     if not isinstance(save_every, int) or save_every < 1:
@@ -45,7 +46,7 @@ def calibrate(
     rank, world = (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
     for observer in observers.values() if world > 1 else ():
         check_reducible(observer)
-        if rank > 0 and hasattr(observer, "reset"):  # what all ranks hold already is to count once
+        if rank > 0 and hasattr(observer, "reset"):  # statistics that all ranks already have must count once
             observer.reset()
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and world > 1:
@@ -107,7 +108,7 @@ def _check_names(model: nn.Module, given: set[str]) -> None:
     takes_any = False
     for name, parameter in inspect.signature(model.forward).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
-            # Unpack[SomeTypedDict], as transformers writes it, tells the names; otherwise all are welcome.
+            # transformers annotates **kwargs with Unpack[SomeTypedDict], which has the names; else any name will do.
             typed = next(iter(getattr(parameter.annotation, "__args__", ())), None)
             takes_any = not hasattr(typed, "__total__")
             accepted |= set(getattr(typed, "__annotations__", ()))
@@ -126,7 +127,7 @@ def _is_distributed() -> bool:
 
 
 def _raise_together(failure: Exception | None, rank: int, world: int) -> None:
-    """Raise on every rank when one failed, so that none waits for it."""
+    """Raise on every rank if any rank failed, so that no rank waits for it forever."""
     failed = torch.zeros(world, dtype=torch.int64)
     failed[rank] = failure is not None
     dist.all_reduce(failed)
@@ -137,7 +138,7 @@ def _raise_together(failure: Exception | None, rank: int, world: int) -> None:
 
 
 def _identity(model: nn.Module, observers: Mapping[str, nn.Module]) -> str:
-    """Digest of what a checkpoint must agree with: the observers, and the parameters with their values."""
+    """Digest of the observers' settings and the model's parameters, which must match those of a checkpoint."""
     described = {name: describe_observer(observer) for name, observer in observers.items()}
     parameters = tensor_digest(model.named_parameters())
     return hashlib.sha256(json.dumps([described, parameters], sort_keys=True).encode()).hexdigest()
@@ -156,7 +157,7 @@ class _Progress:
     _saved: int = 0
 
     def load(self) -> int:
-        """Take the statistics from the file, where there is one; the number of batches that they count."""
+        """Load the statistics from the file, if it exists; return the number of batches that they count."""
         if self.path is None:
             return 0
         if not self.path.parent.is_dir():
@@ -182,7 +183,7 @@ class _Progress:
         return self.batches
 
     def _take(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Give the observers the statistics `tensors`; ValueError when they are damaged."""
+        """Load the statistics `tensors` into the observers; ValueError if they do not fit."""
         left = dict(tensors)
         for name, observer in self.observers.items():
             own = {key: left.pop(f"{name}/{key}") for key in observer.state_dict() if f"{name}/{key}" in left}
@@ -191,16 +192,16 @@ class _Progress:
                 if any(value.dtype != dtypes[key] for key, value in own.items()):
                     raise ValueError(f"expected {dtypes}")
                 observer.load_state_dict(own)
-            except (RuntimeError, ValueError) as error:  # torch's own is a RuntimeError
+            except (RuntimeError, ValueError) as error:  # load_state_dict raises RuntimeError
                 raise ValueError(f"checkpoint: {self.path} is damaged: {name}: {shown(error)}") from error
         if left:
             raise ValueError(f"checkpoint: {self.path} is damaged: it has {shown(sorted(left))} beside the statistics")
 
     def count_batch(self) -> None:
-        """A batch is complete: remember its statistics, and save them when it is time."""
+        """Count a complete batch: keep a copy of the statistics, and save it after every `save_every` batches."""
         if self.path is None:
             return
-        # A copy, since a batch that fails half way leaves its traces in the observers.
+        # A copy, since a batch that fails half way has already changed the observers.
         tensors = {
             f"{name}/{key}": value.clone(memory_format=torch.contiguous_format)
             for name, observer in self.observers.items()
@@ -211,7 +212,7 @@ class _Progress:
             self.save()
 
     def save(self) -> None:
-        """Replace the file by the statistics of the complete batches, unless it holds them."""
+        """Write the statistics of the complete batches to the file, unless it already holds them."""
         if self.path is None or self.batches == self._saved:
             return
         write_whole(self.path, save(self._tensors, {"identity": self.identity, "batches": str(self.batches)}))

@@ -1,4 +1,4 @@
-"""`calibration_batches`: keyword arguments of a model from whatever a dataloader yields."""
+"""`calibration_batches`: keyword arguments of a model from the items of a dataloader."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from .example import Example
 
 MAIN_INPUT = "input_ids"
-"""What a model takes first, unless it says otherwise."""
+"""Name of a model's main input, if it has no `main_input_name`."""
 
 _SEQUENCES = ("input_ids", "inputs_embeds")
 _OF_TOKENS = {
@@ -27,14 +27,14 @@ _OF_TOKENS = {
     "special_tokens_mask",
     "token_type_ids",
 }
-"""Tensors that a batch may be cut along, since none of them belongs to features of another length."""
+"""Inputs of language models; batches with other inputs, such as features of images, are not cut in length."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """How much of a dataloader is read: `count` sequences, each cut to `max_length`, shorter ones not if `only_full`.
+    """How much of a dataloader to read: `count` sequences, each cut to `max_length` tokens.
 
-    Raises ValueError for a `count` or `max_length` below 1.
+    With `only_full`, shorter sequences are skipped. Raises ValueError for a `count` or `max_length` below 1.
     """
 
     count: int = 128
@@ -49,10 +49,10 @@ class Samples:
 
 
 def calibration_batches(model: nn.Module, dataloader: Iterable[object], samples: Samples) -> list[dict[str, Any]]:
-    """Keyword arguments for `model` from whatever a dataloader yields, as `gptq` documents it.
+    """Keyword arguments for `model` from the items of a dataloader, in the forms that `gptq` documents.
 
-    A tensor alone is the model's main input. Raises ValueError when no sample is left, TypeError for another kind of
-    item.
+    A single tensor is the model's main input. Raises ValueError if there is no usable sample, and TypeError for another
+    kind of item.
     """
     main_input = getattr(model, "main_input_name", MAIN_INPUT)
     batches: list[dict[str, Any]] = []
@@ -77,19 +77,19 @@ def calibration_batches(model: nn.Module, dataloader: Iterable[object], samples:
 
 
 def _first(batch: Mapping[str, Any], main_input: str) -> torch.Tensor:
-    """The tensor with a row a sample: tokens, else what the model takes first, else the first of floats."""
+    """The tensor with one row per sample: the tokens, or else the main input, or else the first float tensor."""
     names = [name for name in (*_SEQUENCES, main_input) if name in batch]
     floats = [name for name, value in batch.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
     return batch[(names or floats)[0]]
 
 
 def _length(batch: Mapping[str, Any]) -> int | None:
-    """Tokens of each sequence, None without tokens."""
+    """Number of tokens of each sequence; None if the batch has no tokens."""
     return next((batch[name].shape[1] for name in _SEQUENCES if name in batch), None)
 
 
 def _cut_rows(batch: dict[str, Any], rows: int, wanted: int) -> dict[str, Any]:
-    """The first `wanted` of `rows` samples; all of them when a tensor does not tell which rows belong to which."""
+    """The first `wanted` of `rows` samples; all of them if some tensor does not have one row per sample."""
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
     if rows <= wanted or (not batch.keys() <= _OF_TOKENS and any(len(tensor) != rows for tensor in tensors)):
         return batch
@@ -100,7 +100,7 @@ def _cut_rows(batch: dict[str, Any], rows: int, wanted: int) -> dict[str, Any]:
 
 
 def _cut_length(batch: dict[str, Any], length: int, max_length: int) -> dict[str, Any]:
-    """The first `max_length` positions of the tensors that have as many as the sequence, or are a decoder's."""
+    """The batch with its sequences, and tensors of a decoder, cut to the first `max_length` positions."""
 
     def cut(name: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.dim() < 2:
@@ -111,7 +111,7 @@ def _cut_length(batch: dict[str, Any], length: int, max_length: int) -> dict[str
 
 
 def _as_batch(model: nn.Module, item: object, main_input: str) -> dict[str, Any]:
-    while isinstance(item, (tuple, list)) and item:  # what else is in a tuple is labels
+    while isinstance(item, (tuple, list)) and item:  # the other elements of a tuple are labels
         item = item[0]
     if isinstance(item, torch.Tensor):
         item = {main_input: item}
@@ -132,7 +132,7 @@ def _as_batch(model: nn.Module, item: object, main_input: str) -> dict[str, Any]
 
 
 def _tensor(name: str, value: object) -> Any:
-    """`value` as a tensor, where it is a tensor or an array or list of numbers; options of a model stay as they are."""
+    """`value`, an array or list of numbers, as a tensor; None, numbers, strings and mappings are returned unchanged."""
     if value is None or isinstance(value, (bool, str, int, float, Mapping)):
         return value
     try:

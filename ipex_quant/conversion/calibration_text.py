@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     Source: TypeAlias = datasets.Dataset | datasets.IterableDataset | str | Path | Sequence[str | Path] | Iterator[str]
 
 SHUFFLE_BUFFER = 1000
-"""Documents among which the next one is drawn."""
+"""Number of documents in the buffer from which the next one is drawn at random."""
 
 TEXT_DOCUMENT_BYTES = 1 << 14
-"""A text file is cut into documents at the first blank line after so many bytes, or any line after eight times that."""
+"""Least size of a document: a text is cut at the next blank line after it, or at any line after eight times it."""
 
 _EMPTY = "source: the dataset is empty"
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -35,15 +35,18 @@ def calibration_dataloader(
     seed: int = 0,
     column: str | None = None,
 ) -> DataLoader:
-    """Batches ``{"input_ids", "attention_mask"}``, int64 ``[batch_size, sequence_length]``, of `samples` windows.
+    """A dataloader of `samples` windows of tokens from a dataset, files or documents.
 
-    `source` is a `datasets.Dataset` or `IterableDataset`, the name of one on the hub (its split "train" is streamed),
-    one or more local files: .txt, .json, .jsonl or .parquet, or an iterator of documents, which is read whole.
-    `column` holds the text; None is the only column of strings, or else "text". Documents come in an order that `seed`
-    sets, are joined by the tokenizer's end-of-sequence token and cut into windows; of datasets and files no more is
-    read than that takes. Raises ValueError for a source that is missing, empty
-    or too short for one window, RuntimeError when the hub does not deliver, ImportError without `datasets`; warns when
-    there are fewer windows than `samples`.
+    Its batches are ``{"input_ids", "attention_mask"}``, int64 ``[batch_size, sequence_length]``.
+
+    - `source` is a `datasets.Dataset` or `IterableDataset`, the name of one on the hub (its split "train" is streamed),
+      one or more local files (.txt, .json, .jsonl or .parquet), or an iterator of documents, which is read whole.
+    - `column` is the column with the text; None is the only column of strings, or else "text".
+    - `seed` sets the order of the documents, which are joined by the tokenizer's end-of-sequence token and then cut
+      into windows. Datasets and files are read only as far as needed.
+
+    Raises ValueError for a source that is missing, empty or too short for one window, RuntimeError if the hub does not
+    deliver, and ImportError without `datasets`. Warns if there are fewer windows than `samples`.
     """
     for name, value in (("samples", samples), ("sequence_length", sequence_length), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
@@ -63,12 +66,12 @@ def calibration_dataloader(
         )
     if len(windows) < samples:
         warnings.warn(f"source: the text gives {len(windows)} windows, fewer than samples={samples}", stacklevel=2)
-    # A generator of its own, since iterating draws from the global one otherwise.
+    # Without a generator of its own, iterating would draw from the global one.
     return DataLoader(windows, batch_size=batch_size, generator=torch.Generator().manual_seed(seed))
 
 
 def _documents(source: Source, column: str | None, seed: int) -> Iterator[str]:
-    """The texts of `source`, streamed, in an order that `seed` sets."""
+    """Yield the texts of `source`, shuffled by `seed`."""
     rows = _open(source)
     try:
         first = next(iter(rows), None)
@@ -107,7 +110,7 @@ def _open(source: Source) -> datasets.IterableDataset:
         return _open_files([Path(path) for path in ([source] if isinstance(source, (str, Path)) else source)])
     try:
         return datasets.load_dataset(source, split="train", streaming=True)
-    except Exception as error:  # of the network, the hub and the dataset
+    except Exception as error:  # from the network, the hub or the dataset
         raise RuntimeError(
             f"source: {source!r} is no local file, and the hub does not give its split 'train': {error}; check name "
             "and network, or load it with the package datasets and give the dataset"
@@ -155,7 +158,7 @@ def _checked_documents(documents: Iterator[str]) -> tuple[str, ...]:
 
 
 def text_documents(lines: Iterable[str]) -> Iterator[str]:
-    """Documents of a text in `lines`, cut where a paragraph ends, so that the joining token does not come too often."""
+    """Cut the text in `lines` into documents at ends of paragraphs; long ones keep end-of-sequence tokens rare."""
     kept: list[str] = []
     size = 0
     for line in lines:

@@ -1,4 +1,4 @@
-"""What a transformers model's configuration says about its quantized modules, for saving and loading it."""
+"""The description of quantized modules in a transformers model's configuration, for saving and loading."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..nn import (
 
 METHOD = "ipex_quant"
 VERSION = 1
-"""Version of the entry and of the tensors it describes."""
+"""Version of the description and of the tensors that it describes."""
 
 KINDS: dict[str, type[QuantizedModule]] = {
     module.kind: module
@@ -38,18 +38,18 @@ KINDS: dict[str, type[QuantizedModule]] = {
         QuantizedEmbedding,
     )
 }
-"""Quantized modules by the name that saved configurations have for them."""
+"""Classes of quantized modules by their names in saved configurations."""
 
 
 def is_pretrained(model: nn.Module) -> bool:
     """Whether `model` is a transformers model."""
-    # Without transformers imported no instance of its class can exist, so there is no need to import it here.
+    # If transformers was not imported, no instance of its class exists; importing it here is slow.
     library = sys.modules.get("transformers.modeling_utils")
     return library is not None and isinstance(model, library.PreTrainedModel)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """The entry `quantization_config` for the quantized modules of `model`, as they are now."""
+    """The entry `quantization_config` that describes the quantized modules of `model`."""
     modules = {
         name: {"kind": module.kind, **module.describe()}
         for name, module in model.named_modules()
@@ -61,7 +61,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def note_method(model: nn.Module) -> None:
-    """Describe a transformers model in its configuration; where the method is registered, let it know its quantizer."""
+    """Write the description of a transformers model to its configuration, and set its quantizer if registered."""
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
     model.config.quantization_config = describe(model)
@@ -70,7 +70,7 @@ def note_method(model: nn.Module) -> None:
 
 
 def share_groups(model: nn.Module) -> list[list[str]]:
-    """Names of the modules that share one packed weight, first member first; those without a sibling are left out."""
+    """Groups of names of INT8 linears that have one packed weight, in its order; groups of one are left out."""
     groups = defaultdict(dict)
     for name, module in model.named_modules():
         if isinstance(module, Int8Linear):
@@ -79,7 +79,7 @@ def share_groups(model: nn.Module) -> list[list[str]]:
 
 
 def tied_groups(model: nn.Module) -> list[list[str]]:
-    """Names of the embeddings, and last the linear layer, that hold one packed weight; the first one saves it."""
+    """Groups of names of embeddings, and last a linear layer, that hold one packed weight; the first one saves it."""
     groups = defaultdict(list)
     for kind in (QuantizedEmbedding, WeightOnlyQuantizedLinear):
         for name, module in model.named_modules():

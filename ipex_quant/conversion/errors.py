@@ -1,4 +1,4 @@
-"""Errors that name the module they are about."""
+"""`naming`: put the name of a module into error messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def naming(module: str, part: str = "") -> Iterator[None]:
-    """Put the name of a `module`, and of a `part` of it, before the message of a TypeError or ValueError."""
+    """Prefix the message of a TypeError or ValueError with the name of a `module`, and of a `part` of it."""
     try:
         yield
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""`Example`: arguments for one call of a model, from whatever a user or a dataloader gives."""
+"""`Example`: arguments for one call of a model, from a user or from a dataloader."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Example:
 
     @staticmethod
     def of(model: nn.Module, inputs: Any, kwarg_inputs: Any, needed: bool) -> Example | None:
-        """The user's example for `model`, None without one.
+        """The user's example for `model`: positional `inputs` or `kwarg_inputs`; None if both are None.
 
-        Raises ValueError when it is needed and there is none, when there are two, or when they do not fit the model's
-        forward; TypeError when `kwarg_inputs` is no mapping.
+        Raises ValueError if an example is `needed` and none given, if both are given, and if the arguments do not fit
+        the model's forward; TypeError if `kwarg_inputs` is no mapping.
         """
         if inputs is None and kwarg_inputs is None:
             if needed:
@@ -55,8 +55,8 @@ class Example:
         """The arguments for `model` in one item of a dataloader.
 
         An item is a mapping of the forward's arguments, a tuple or list of them, one tensor, or a pair of one of these
-        and something that is not for the model: the index of the last token, or a label. Raises TypeError, which names
-        the `source`, for anything else.
+        and a value that is no argument: the index of the last token, or a label. Raises TypeError, which names the
+        `source`, for anything else.
         """
         if isinstance(item, (tuple, list)) and len(item) == 2 and _is_inputs(item[0]) and _is_aside(model, *item):
             item = item[0]
@@ -82,11 +82,11 @@ class Example:
 
     @property
     def sample_count(self) -> int:
-        """Samples in it: the length of its first tensor."""
+        """The number of samples: the length of the first tensor, or 1."""
         return next((len(tensor) for tensor in self.tensors() if tensor.dim()), 1)
 
     def run(self, model: nn.Module) -> Any:
-        """Call `model` in evaluation mode, without gradients; ValueError when that fails."""
+        """Call `model` in evaluation mode, without gradients, and return its result; ValueError if the call fails."""
         try:
             with evaluating(model), torch.no_grad():
                 return model(*self.args, **self.kwargs)
@@ -111,7 +111,7 @@ def _is_inputs(value: Any) -> bool:
 
 
 def _is_aside(model: nn.Module, inputs: Any, other: Any) -> bool:
-    """Whether `other` is not for the model: beside complete arguments, or one whole number a sample beside a tensor."""
+    """Whether `other` is no argument: `inputs` is a collection, or a tensor and `other` has one integer per sample."""
     if not isinstance(inputs, torch.Tensor):
         return True
     try:

@@ -1,4 +1,4 @@
-"""Putting what a weight-only algorithm found into a prepared model."""
+"""`FoundWeights`: put the results of a weight-only algorithm into a prepared model."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .tying import untie
 
 @dataclass(frozen=True)
 class FoundWeights:
-    """What an algorithm found: quantized weights of linears, and new values of float parameters, by their names."""
+    """The results of an algorithm: quantized weights of linears, and new values of float parameters, by name."""
 
     weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
     parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def put_into(self, prepared: nn.Module) -> None:
-        """Replace the linears of a model that `prepare` marked, and its parameters, by those found; `convert` it then.
+        """Replace linears and parameters of a model that `prepare` marked, in place; then `convert` the model.
 
-        Each linear computes as its `qconfig` says. A bias of zeros is dropped, as `convert` does.
+        The `qconfig` of a linear sets its compute mode. A bias of zeros is dropped, as in `convert`.
         """
         for name, value in self.parameters.items():
             owner, _, key = name.rpartition(".")
-            old = prepared.get_parameter(name)  # replaced, since a copy's has the memory of the model's
+            old = prepared.get_parameter(name)  # replaced, not written: the model it was copied from has its memory
             setattr(prepared.get_submodule(owner), key, nn.Parameter(value.to(old.dtype), old.requires_grad))
         untie(prepared, self.weights)
         swap_modules(prepared, {name: partial(_quantized, weight) for name, weight in self.weights.items()})

@@ -52,27 +52,25 @@ def gptq(
 ) -> Path:
     """Quantize the linears and experts in the transformer blocks of `model` with GPTQ; write a checkpoint directory.
 
-    The signature is IPEX's. `save_dir`, which must not exist or be empty, is what is returned; it holds the files of
-    `checkpoints.write_gptq` and loads with `load_low_precision_checkpoint` and other GPTQ tools. Symmetric weights are
-    written in GPTQ version 1, which all tools read, asymmetric ones in version 2 (``gptq_v2``). Experts in 3-D
-    parameters are calibrated with the tokens routed to them, and written one by one, as ``<experts>.3.gate_proj``,
-    ``up_proj`` and ``down_proj``. Embeddings and all else keep their float weights, with a warning that names the
-    linears; so does the head, unless `lm_head` asks for it. The blocks are those of all towers that the calibration
-    reaches: encoder and decoder, vision and text. `model` comes back as it was.
+    The signature is IPEX's. Returns `save_dir`, which must be empty or not exist yet; it loads with
+    `load_low_precision_checkpoint` and other GPTQ tools. Symmetric weights are written in GPTQ version 1, which all
+    tools read, asymmetric ones in version 2 (``gptq_v2``). Experts in 3-D parameters are calibrated with the tokens
+    routed to them, and written one by one, as ``<experts>.3.gate_proj``, ``up_proj`` and ``down_proj``. GPTQ quantizes
+    the blocks of all towers that the calibration reaches: encoder and decoder, vision and text. All other weights stay
+    in float, with a warning that names the linears; so does the head, unless `lm_head` is set. `model` is unchanged.
 
-    - `dataloader` yields samples or batches: a mapping of whatever tensors the model takes (``input_ids``,
-      ``attention_mask``, ``inputs_embeds``, ``pixel_values``, ``input_features``, ``input_values``, ...), a tensor of
-      what it takes first (mostly ``input_ids``, ``[T]`` or ``[B, T]``), or a tuple that begins with one of these. At
-      most `nsamples` sequences are used, each cut to its first `pad_max_length` tokens; `use_max_length` skips shorter
-      ones. Batches with features of images or audio are not cut in length.
-    - `group_size` -1 is one group a row; `wbits` is 4 or 8; `percdamp` and `act_order` are GPTQ's.
-    - `layer_wise` changes nothing: the walk always holds the inputs of one block only.
-    - `compression_dtype` int32 and `compression_dim` 1 (along in_features) are all that the file format has.
-    - `scale_dtype` float16 (what most tools expect), bfloat16 or float32.
+    - `dataloader` yields samples or batches: a mapping of the model's input tensors (``input_ids``, ``attention_mask``,
+      ``inputs_embeds``, ``pixel_values``, ``input_features``, ``input_values``, ...), a tensor that is its main input
+      (mostly ``input_ids``, ``[T]`` or ``[B, T]``), or a tuple that begins with one of these. At most `nsamples`
+      sequences are used, each cut to its first `pad_max_length` tokens; `use_max_length` skips shorter ones. Batches
+      with features of images or audio are not cut in length.
+    - `group_size` -1 is one group per row; `wbits` is 4 or 8; `percdamp` and `act_order` are GPTQ's.
+    - `layer_wise` has no effect: only the inputs of one block are in memory at any time.
+    - `compression_dtype` must be int32 and `compression_dim` 1 (along in_features), as in the file format.
+    - `scale_dtype` is float16 (which most tools expect), bfloat16 or float32.
 
-    Raises ValueError for other values, for a dataloader without usable samples, and for a weight whose scales
-    `scale_dtype` cannot hold, naming it, and OSError for a `save_dir` that cannot be written, before anything is
-    computed.
+    Raises ValueError for other values, a dataloader without usable samples, and a weight whose scales `scale_dtype`
+    cannot represent, which it names; OSError for a `save_dir` that cannot be written. Both come before any computation.
     """
     dtypes = {bits: dtype for dtype, bits in BITS.items()}
     if wbits not in dtypes:
@@ -97,9 +95,9 @@ def gptq(
 
 @dataclass(frozen=True)
 class GptqRun:
-    """GPTQ with all that it needs, checked: batches of `model`, and the names of layers to quantize beside the blocks'.
+    """A GPTQ run with checked inputs; `weights` runs it.
 
-    `weights` computes; what can be refused has been refused before.
+    `also` names layers outside of the transformer blocks to quantize.
     """
 
     model: nn.Module
@@ -125,9 +123,9 @@ class GptqRun:
         return cls(model, batches, scheme, options, also)
 
     def weights(self) -> dict[str, QuantizedWeight]:
-        """The weight of every linear and expert that is quantized, by name; warns of the linears that are not."""
+        """Quantized weights of linears and experts, by name; warns of the linears that stay in float."""
         weights = quantize_blocks(self.model, self.batches, self.scheme, self.options, self.also)
-        done = {*weights, *(name.rsplit(".", 2)[0] for name in weights)}  # experts are there part by part
+        done = {*weights, *(name.rsplit(".", 2)[0] for name in weights)}  # experts are named part by part
         kinds = is_linear, holds_experts, is_whole
         layers = [name for name, module in self.model.named_modules() if any(is_kind(module) for is_kind in kinds)]
         rest = [name for name in layers if name not in done]
@@ -136,7 +134,7 @@ class GptqRun:
 
 
 def _check_weights(model: nn.Module, scheme: WeightScheme, scale_dtype: torch.dtype, also: Iterable[str]) -> None:
-    """Raise ValueError for a weight with NaN or Inf, or, of those to quantize, with scales beyond `scale_dtype`."""
+    """Raise ValueError for a weight with NaN or Inf, and for scales that `scale_dtype` cannot represent."""
     towers = tuple(f"{name}." for name in find_towers(model))
     for name, module in model.named_modules():
         if is_linear(module):
@@ -157,7 +155,7 @@ def _check_weights(model: nn.Module, scheme: WeightScheme, scale_dtype: torch.dt
 
 
 def chosen_head(model: nn.Module, lm_head: bool) -> list[str]:
-    """The output head, if `lm_head` asks for it; ValueError when there is none."""
+    """The name of the output head in a list if `lm_head`, else no name; ValueError if the model has no head."""
     head = output_head(model) if lm_head else None
     if lm_head and head is None:
         raise ValueError(
@@ -167,7 +165,7 @@ def chosen_head(model: nn.Module, lm_head: bool) -> list[str]:
 
 
 def warn_of_rest(model: nn.Module, names: Iterable[str], what: str, stacklevel: int = 3) -> None:
-    """Tell which linears, of those that `names` has in `model`, an algorithm did not quantize; but for the head."""
+    """Warn that the layers `names` of `model`, except for the head, were not quantized; `what` begins the message."""
     head = output_head(model)
     rest = patterns(model, [name for name in names if name != head])
     if rest:
@@ -175,7 +173,7 @@ def warn_of_rest(model: nn.Module, names: Iterable[str], what: str, stacklevel: 
 
 
 def _other_tensors(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> dict[str, torch.Tensor]:
-    """The state dict of `model` without what `weights` has, experts one by one, but with the biases of their parts."""
+    """The state dict of `model` without the quantized `weights`, with the biases of quantized experts one by one."""
     kept = {name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in weights}
     for name, module in model.named_modules():
         if not can_quantize_experts(module) or f"{name}.0.{PARTS[-1]}_proj" not in weights:

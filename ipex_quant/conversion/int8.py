@@ -1,4 +1,4 @@
-"""From observed layers to INT8 modules: one for each layer, one packed weight for each share group."""
+"""Replacing observed layers by INT8 modules, with one packed weight per share group."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Replacements = dict[str, Callable[[nn.Module], nn.Module]]
 
 
 def int8_replacements(model: nn.Module, observations: Observed) -> tuple[Replacements, dict[str, str]]:
-    """What makes the INT8 successor of each observed layer, by name, and why the others stay in float.
+    """For each observed layer, by name, a function that makes its INT8 module, or the reason why it stays in float.
 
-    Making the successors folds smoothing factors into norms of `model` where it can. Warns about layers without data.
+    The functions fold smoothing factors into norms of `model` where possible. Warns about layers without data.
     """
     replacements: Replacements = {}
     reasons: dict[str, str] = {}
@@ -58,7 +58,7 @@ def int8_replacements(model: nn.Module, observations: Observed) -> tuple[Replace
 
 
 def recurrent_replacements(model: nn.Module) -> Replacements:
-    """What makes the INT8 successor of each recurrent layer and cell that `prepare` marked, by name."""
+    """For each recurrent layer and cell that `prepare` marked, by name, a function that makes its INT8 module."""
     return {
         name: partial(_recurrent, name, module.qconfig)
         for name, module in model.named_modules()
@@ -68,9 +68,9 @@ def recurrent_replacements(model: nn.Module) -> Replacements:
 
 @dataclass
 class _FusedPart:
-    """Layers of a share group with the same parameters for their input: one quantization of it, one GEMM.
+    """Layers of a share group whose input is quantized alike, so that they share its quantization and one GEMM.
 
-    `producer` is the norm that may take over the smoothing factor.
+    `producer` is the norm that the smoothing factor may be folded into.
     """
 
     names: list[str]
@@ -80,7 +80,7 @@ class _FusedPart:
     _made: dict[str, Int8Linear] | None = None
 
     def successor(self, model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-        """The new module of one member; the first call makes those of all members."""
+        """The INT8 module of the layer `name`; the first call makes those of all layers of the part."""
         if self._made is None:
             modules = [model.get_submodule(each) for each in self.names]
             weights = [
@@ -88,7 +88,7 @@ class _FusedPart:
                 for name, each, parameters in zip(self.names, modules, self.parameters, strict=True)
             ]
             biases = [each.bias for each in modules]
-            # Last, since a norm must not change when a weight cannot be quantized.
+            # Fold last: the norm must not change if a weight cannot be quantized.
             activation = self.activation if self.producer is None else _folded(model, self.producer, self.activation)
             made = Int8Linear.make_group(weights, biases, activation, modules[0].weight.dtype)
             self._made = dict(zip(self.names, made, strict=True))
@@ -114,7 +114,7 @@ def _fused_parts(model: nn.Module, group: ObservedGroup, wanted: Sequence[Observ
 
 
 def _folded(model: nn.Module, norm: str, activation: StaticActivation | None) -> StaticActivation | None:
-    """What remains of `activation` where the `norm` can take over its factor."""
+    """`activation` without its smoothing factor, if it can be folded into the `norm`, else `activation`."""
     factor = None if activation is None else activation.smoothing_factor
     if factor is not None and fold_into_norm(model.get_submodule(norm), factor):
         return replace(activation, smoothing_factor=None)

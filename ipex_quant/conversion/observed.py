@@ -1,4 +1,4 @@
-"""Observing a prepared model: the layers whose activations will be quantized, in groups that share an observer."""
+"""`Observed`: the layers of a prepared model whose activations are quantized, in groups that share an observer."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ ATTRIBUTE = "_ipex_quant_observed"
 
 @dataclass
 class LayerParameters:
-    """How one layer is quantized: its input, None where it is quantized as it comes, and its weight.
+    """Quantization parameters of one layer.
 
-    The columns of the weight are multiplied by `weight_factor`, float32 ``[K]``, if there is one, and its rows then
-    have the `weight_scales`, float32 ``[N]``.
+    `activation` quantizes the input; None is dynamic quantization. The columns of the weight are multiplied by
+    `weight_factor`, float32 ``[K]``, if there is one, and then its rows quantized with `weight_scales`, float32
+    ``[N]``.
     """
 
     activation: StaticActivation | None
@@ -36,9 +37,10 @@ class LayerParameters:
 
 @dataclass
 class ObservedLayer:
-    """One layer whose activation is quantized. `parameters` are those of a loaded summary; data come first.
+    """A layer whose activation is quantized.
 
-    A summary may leave it in float, `quantized` False.
+    `parameters` come from a loaded summary, and are used if the observer has no data; `quantized` is False if the
+    summary leaves the layer in float.
     """
 
     name: str
@@ -48,7 +50,7 @@ class ObservedLayer:
 
 
 class _LastSeen:
-    """The last tensor of a group and the members that met it; it is not kept alive, and a copy has seen nothing."""
+    """Weak references to the last input of a group and the last output of its producer; a copy is empty."""
 
     def __init__(self) -> None:
         self._tensor: Any = lambda: None
@@ -56,15 +58,15 @@ class _LastSeen:
         self._produced: Any = lambda: None
 
     def produce(self, output: Any) -> None:
-        """Note what the producer of the group made."""
+        """Note the `output` of the group's producer."""
         self._produced = weakref.ref(output) if isinstance(output, torch.Tensor) else lambda: None
 
     def is_produced(self, x: torch.Tensor) -> bool:
-        """Whether `x` is the last that the producer made."""
+        """Whether `x` is the producer's last output."""
         return self._produced() is x
 
     def is_new(self, x: torch.Tensor, member: str) -> bool:
-        """Whether no other member has met `x`; for a member that has, `x` may hold other values by now."""
+        """Whether to observe `x`: no other layer got it before, or `member` gets it again, maybe with new values."""
         if self._tensor() is x and member not in self._members:
             self._members.add(member)
             return False
@@ -77,9 +79,9 @@ class _LastSeen:
 
 @dataclass
 class ObservedGroup:
-    """Layers that consume the same tensor, and the observer of that tensor; None where quantization is dynamic.
+    """Layers that consume the same tensor, and the observer of that tensor (None for dynamic quantization).
 
-    `producer` is the norm whose output that tensor is, when nothing else reads it, and as long as they read no other.
+    `producer` is the norm whose output the tensor is, if nothing else reads that output and the layers read no other.
     """
 
     layers: list[ObservedLayer]
@@ -97,12 +99,12 @@ class ObservedGroup:
 
     @property
     def has_data(self) -> bool:
-        """Whether there is what it takes to quantize one of them: statistics, or parameters of a summary."""
+        """Whether a layer of the group can be quantized: by statistics, by a summary, or dynamically."""
         loaded = any(layer.parameters is not None for layer in self.layers)
         return self.observer is None or has_data(self.observer) or loaded
 
     def reset(self) -> None:
-        """Forget statistics and parameters."""
+        """Drop statistics and parameters; make a new observer."""
         self.observer = None
         if self.kind is not QuantizationKind.DYNAMIC:
             self.observer = self.layers[0].qconfig.activation()
@@ -115,18 +117,18 @@ class ObservedGroup:
             layer.parameters = None
 
     def see(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hook before the forward of a member: the first one that meets a tensor shows it to the observer."""
+        """Forward pre-hook of a layer: the first layer that gets a tensor passes it to the observer."""
         x = input_tensor(args, kwargs)
         if x is None:
             return
         if self.producer is not None and not self._last.is_produced(x):
-            self.producer = None  # the example did not show all that the layers read
+            self.producer = None  # the layers also read tensors that the example did not show
         if self._last.is_new(x, name):
             with naming(name, "input of the layer"):
                 observe(self.observer, x.detach())
 
     def see_produced(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Hook after the forward of the producer."""
+        """Forward hook of the producer: note its output."""
         self._last.produce(output)
 
 
@@ -135,7 +137,7 @@ class Observed:
 
     def __init__(self, groups: Iterable[ObservedGroup]) -> None:
         self.groups = list(groups)
-        self.summary: dict[str, Any] | None = None  # as loaded, for what is in it beside our layers
+        self.summary: dict[str, Any] | None = None  # as loaded; its other entries are written back
         self._handles: list[Any] = []
 
     @property
@@ -144,11 +146,11 @@ class Observed:
         return [group for group in self.groups if group.observer is not None]
 
     def observers(self) -> dict[str, nn.Module]:
-        """The activation observers by name: that of the first layer of their group."""
+        """The activation observers, by the name of the first layer of their group."""
         return {group.name: group.observer for group in self.static_groups}
 
     def attach(self, model: nn.Module) -> None:
-        """Let the groups see what their layers in `model` are called with."""
+        """Register hooks on `model` that pass inputs of layers to the groups' observers."""
         for group in self.static_groups:
             for layer in group.layers:
                 hook = partial(group.see, layer.name)
@@ -168,7 +170,7 @@ class Observed:
 
 
 def observed(model: nn.Module) -> Observed:
-    """What `prepare` attached to `model`; RuntimeError when it did not."""
+    """The `Observed` that `prepare` attached to `model`; RuntimeError if it is not prepared."""
     found = vars(model).get(ATTRIBUTE)
     if found is None:
         raise RuntimeError(
@@ -179,7 +181,7 @@ def observed(model: nn.Module) -> Observed:
 
 
 def make_groups(traced: Sequence[SharedInput], qconfigs: Mapping[str, Any], model: nn.Module) -> list[ObservedGroup]:
-    """Groups of the layers in `qconfigs`: as `traced`, but each of one configuration; untraced layers are alone."""
+    """The layers in `qconfigs` in the groups `traced`, split by configuration; layers that are not traced are alone."""
     groups = []
     seen = {name for share in traced for name in share.members}
     for share in (*traced, *(SharedInput((name,)) for name in qconfigs if name not in seen)):
@@ -202,7 +204,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _check_plain(observer: Any) -> None:
-    """ValueError unless `observer` finds one range for the whole activation, to quantize it in 8 bits."""
+    """ValueError unless `observer` is per-tensor and of an 8-bit dtype."""
     dtype, qscheme = (getattr(observer, name, None) for name in ("dtype", "qscheme"))
     per_tensor = qscheme in (torch.per_tensor_affine, torch.per_tensor_symmetric)
     if not (hasattr(observer, "min_val") and per_tensor and dtype in (torch.quint8, torch.qint8)):

@@ -1,4 +1,4 @@
-"""Deciding how layers are quantized, from what was observed of their input and from their weights."""
+"""Quantization parameters of layers, from the observers of their inputs and from their weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .qconfig import QuantizationKind
 
 
 def group_parameters(model: nn.Module, group: ObservedGroup) -> list[LayerParameters | None]:
-    """How to quantize the layers of `group`: from what was observed, or else as a loaded summary says."""
+    """Parameters of the layers of `group`: from its observer, or without data those of a loaded summary."""
     if group.observer is not None and not has_data(group.observer):
         return [layer.parameters for layer in group.layers]
     modules = {layer.name: model.get_submodule(layer.name) for layer in group.layers}
@@ -33,11 +33,11 @@ def layer_parameters(
     alpha: float | None = None,
     channels: Any = None,
 ) -> list[LayerParameters]:
-    """How to quantize `modules`, layers by name that read one tensor, whose `observer` has data, as `kind` says.
+    """Parameters of the layers `modules`, by name, which read one tensor; `observer` has observed it.
 
-    The weights' observers are `qconfig`'s. With SmoothQuant, `alpha` is in place of the observer's, and `channels`,
-    an observer of the tensor's channels, in place of its own. A dynamic `kind` has no observer. Raises ValueError,
-    naming the layer, for weights or observers that cannot be used.
+    A dynamic `kind` has no observer. `qconfig` makes the observers of the weights. For SmoothQuant, `alpha` overrides
+    the observer's, and `channels`, an observer per input channel, the observer's own. Raises ValueError, naming the
+    layer, for weights or observers that cannot be used.
     """
     if kind is not QuantizationKind.SMOOTH_QUANT:
         activation = None if observer is None else _plain_activation(observer)
@@ -49,7 +49,7 @@ def layer_parameters(
 
 
 def _plain_activation(observer: Any) -> StaticActivation:
-    """Quantization of an activation that is not smoothed, as unsigned codes."""
+    """Parameters of an activation that is not smoothed, with unsigned codes."""
     scale, zero_point = observer.calculate_qparams()
     shift = 128 if getattr(observer, "act_obs", observer).dtype == torch.qint8 else 0  # makes signed codes unsigned
     return StaticActivation(float(scale), int(zero_point) + shift)
@@ -76,7 +76,10 @@ def _weight_scales(name: str, module: nn.Module, qconfig: Any) -> torch.Tensor:
 
 
 def observed_scales(name: str, observer: Any, weight: torch.Tensor) -> torch.Tensor:
-    """Scales, float32 ``[N]``, that `observer` gives the `weight` of the module `name`; ValueError for another kind."""
+    """Scales, float32 ``[N]``, that `observer` finds for the `weight` of the module `name`.
+
+    Raises ValueError unless the observer is symmetric, of dtype qint8, and per-tensor or per output channel.
+    """
     symmetric = observer.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
     with naming(name, "weight"):
         observe(observer, weight)

@@ -42,7 +42,7 @@ from .tidy import drop_dropout, fold_batch_norms, leave_fast_paths
 from .tying import share_tables, tied_modules, untie
 
 FLOAT_REASONS = "_ipex_quant_float_reasons"
-"""Attribute of a prepared or converted model: ``{module name: why it stays in float}`` of its layers."""
+"""Attribute of a prepared or converted model: ``{layer name: reason why it stays in float}``."""
 
 _PREPARED = "q_config"
 _SUMMARY_METHODS = {"save_qconf_summary": save_qconf_summary, "load_qconf_summary": load_qconf_summary}
@@ -58,24 +58,25 @@ def prepare(
 ) -> nn.Module:
     """Mark the layers of `model` that `configure` quantizes, and observe their inputs where calibration needs them.
 
-    Every rule of the mapping counts, by torch's precedence (module name, regex, type, global); None leaves a module in
-    float. Linear layers are quantized, with weight-only configurations the experts of transformers models too, with
-    static ones convolutions, with dynamic ones LSTMs, GRUs, RNNs and their cells. An ``nn.MultiheadAttention`` becomes
-    one that calls layers `q_proj`, `k_proj`, `v_proj` and `out_proj`, which rules may name, with the same state dict.
-    An embedding is quantized where a weight-only rule gives its own name or its type; ``set_object_type(nn.Embedding,
-    ...)`` counts for subclasses, but not for tables with less than half as many rows as the largest one, such as those
-    of positions.
+    All rules of the mapping apply, by torch's precedence (module name, regex, type, global); None leaves a module in
+    float. All configurations quantize linear layers; weight-only and dynamic ones also the experts of transformers
+    models, static and SmoothQuant ones convolutions, and dynamic ones LSTMs, GRUs, RNNs and their cells. An
+    ``nn.MultiheadAttention`` is split into layers `q_proj`, `k_proj`, `v_proj` and `out_proj`, which rules may name;
+    its state dict stays the same. An embedding is quantized if a weight-only rule has its own name or its type;
+    ``set_object_type(nn.Embedding, ...)`` applies to subclasses, but not to tables with less than half as many rows as
+    the largest one, such as position embeddings.
 
     Static and SmoothQuant configurations need an example, `example_inputs` (a tensor or a tuple of positional
-    arguments) or `example_kwarg_inputs`, which `model` is run on once: layers of one parent that consume the same
-    tensor will share its quantization. Then calibrate: run batches through the result, here or with `calibrate`.
-    Dynamic ones may have an example, to the same end; weight-only ones ignore it. Where activations are quantized,
-    dropout becomes identity, and with `bn_folding` a BatchNorm is folded into the layer whose output only it reads; the
-    model keeps its class. The result has the methods `save_qconf_summary` and `load_qconf_summary`.
+    arguments) or `example_kwarg_inputs`. `model` is run on it once, to find the layers of one parent that consume the
+    same tensor, which will share its quantization. Then calibrate the result: run batches through it, or call
+    `calibrate`. Dynamic configurations may have an example for the same purpose; weight-only ones ignore it. If
+    activations are quantized, dropout becomes identity, and with `bn_folding` a BatchNorm is folded into the layer
+    whose output only it reads; the model keeps its class. The result has the methods `save_qconf_summary` and
+    `load_qconf_summary`.
 
-    Without `inplace` a copy is prepared that shares the parameters' memory with `model`. Raises TypeError for another
-    kind of model or configuration, ValueError without an example where one is needed, with both, or when the model
-    cannot be called with it.
+    Without `inplace` the result is a copy that shares the parameters' memory with `model`. Raises TypeError for another
+    kind of model or configuration, and ValueError if an example is missing, if both are given, or if the model cannot
+    be called with it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Only support nn.Module prepare for quantization path, got {type(model).__name__}")
@@ -111,7 +112,10 @@ def prepare(
 def mark(
     model: nn.Module, mapping: QConfigMapping, chosen: dict[str, Any], reasons: dict[str, str], inplace: bool
 ) -> nn.Module:
-    """Note in `model`, or else in a copy, what `choose_qconfigs` found; an earlier preparation is forgotten."""
+    """Mark the layers of `model`, or without `inplace` of a copy, with the results of `choose_qconfigs`.
+
+    Removes the marks of an earlier `prepare`.
+    """
     model = model if inplace else copy_sharing_parameters(model)
     _forget(model)
     restore_forwards(model)
@@ -128,9 +132,9 @@ def mark(
 def prepare_with_summary(
     model: nn.Module, mapping: QConfigMapping, path: str | os.PathLike, example: Example | None, inplace: bool
 ) -> nn.Module:
-    """As `prepare`, with the parameters in the qconf summary at `path`, which also tells the groups without `example`.
+    """`prepare`, with parameters from the qconf summary at `path`; without `example` also with its share groups.
 
-    Raises OSError and ValueError as `load_qconf_summary`, before `model` changes in any way that matters to it.
+    Raises OSError and ValueError as `load_qconf_summary` does.
     """
     chosen, reasons = choose_qconfigs(mapping, model)
     groups = summary_groups(read_summary(path), chosen.keys())
@@ -142,7 +146,7 @@ def prepare_with_summary(
 
 
 def _to_observe(model: nn.Module, chosen: dict[str, Any]) -> dict[str, Any]:
-    """Those of `chosen` whose inputs are quantized, less recurrent layers, which see to that alone."""
+    """The layers of `chosen` whose inputs are observed: not weight-only ones, nor recurrent ones (always dynamic)."""
     return {
         name: qconfig
         for name, qconfig in chosen.items()
@@ -153,7 +157,7 @@ def _to_observe(model: nn.Module, chosen: dict[str, Any]) -> dict[str, Any]:
 def observe(
     model: nn.Module, qconfigs: dict[str, Any], example: Example | None, groups: Sequence[SharedInput] = ()
 ) -> None:
-    """Attach observers to the layers in `qconfigs`, in the groups that `example` shows, or else in `groups`."""
+    """Attach observers to the layers in `qconfigs`, in share groups traced with `example`, or else in `groups`."""
     if example is not None:
         norms = {name for name, module in model.named_modules() if is_norm(module)}
         groups = trace_groups(model, qconfigs.keys(), norms, partial(example.run, model))
@@ -165,22 +169,22 @@ def observe(
 def convert(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Replace the layers that `prepare` marked by quantized ones, one at a time.
 
-    With `inplace` each float weight is freed as its layer is replaced, unless something else refers to it; without, the
-    result is a copy and `model` stays as it is, so that no more than both exist. The result shares no memory with the
-    model that `prepare` copied: what stays in float is copied now. A `model` that is itself a linear layer is not
-    changed but its replacement returned.
+    With `inplace` each float weight is freed as its layer is replaced, unless something else refers to it. Without, the
+    result is a copy and `model` is unchanged. The result shares no memory with the model that `prepare` copied: weights
+    that stay in float are copied. If `model` is itself a layer to quantize, its replacement is returned.
 
-    Activations are quantized with what calibration, or a loaded summary, found; a layer that calibration never reached
-    stays in float, with a warning. SmoothQuant's factors are folded into the norm before a layer where nothing else
-    reads it, else into the quantization of the activation. No float weight is left to quantize at run time.
+    Activations are quantized with the parameters from calibration, or from a loaded summary; a layer that calibration
+    never reached stays in float, with a warning. SmoothQuant's factors are folded into the norm before a layer if
+    nothing else reads its output, else into the quantization of the activation. No weight is quantized at run time.
 
     The configuration of a transformers model gets the entry that `from_pretrained` and `ipex_quant.llm.load` need;
-    should the model change after that, `ipex_quant.llm.save` describes it anew; where `ipex_quant.llm` was imported,
-    its `dequantize` works. Quantized weights are untied from others; only embeddings and an output layer whose common
-    weight was quantized in one way go on holding it together. Warns of layers that stay in float for another reason
-    than the mapping, and when all do, saying why; the
-    model then is as it was before `prepare`. Raises TypeError for another kind of model, RuntimeError for one that was
-    not prepared or not calibrated, and ValueError when a weight holds NaN or Inf, naming the module.
+    `ipex_quant.llm.save` writes it again if the model has changed. If `ipex_quant.llm` was imported, the model's
+    `dequantize` works. Quantized weights are untied from float ones; embeddings and an output layer whose common weight
+    was quantized alike share one packed weight.
+
+    Warns of layers that stay in float for another reason than the mapping, and gives the reasons if all layers do; the
+    model is then as before `prepare`. Raises TypeError for another kind of model, RuntimeError for one that was not
+    prepared or not calibrated, and ValueError, naming the module, for NaN or Inf in a weight.
     """
     return _convert(model, inplace, _warn_of_nothing)
 
@@ -223,7 +227,7 @@ def _convert(model: nn.Module, inplace: bool, check: Callable[[nn.Module], None]
 
 
 def check_calibrated(observations: Observed) -> None:
-    """Raise RuntimeError when calibration has reached none of the layers that need it."""
+    """Raise RuntimeError if calibration has reached none of the layers that need it."""
     waiting = [group for group in observations.static_groups if any(layer.quantized for layer in group.layers)]
     if waiting and not any(group.has_data for group in waiting):
         names = [layer.name or "the model" for group in waiting for layer in group.layers]
@@ -235,7 +239,7 @@ def check_calibrated(observations: Observed) -> None:
 
 
 def _replacements(model: nn.Module) -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """What makes the successor of each layer to quantize, by name; reasons are noted for those that cannot be."""
+    """For each layer to quantize, by name, a function that makes its quantized module; notes reasons for the others."""
     replacements = {name: partial(_from_float, name) for name in marked_modules(model)} | recurrent_replacements(model)
     if hasattr(model, ATTRIBUTE):
         found, reasons = int8_replacements(model, observed(model))
@@ -245,7 +249,7 @@ def _replacements(model: nn.Module) -> dict[str, Callable[[nn.Module], nn.Module
 
 
 def _forget(model: nn.Module) -> None:
-    """Take off what `prepare` attached to `model`, but for the reasons."""
+    """Remove the attributes and hooks that `prepare` attached to `model`, except for the reasons."""
     if hasattr(model, ATTRIBUTE):
         observed(model).detach(model)
     for name in (_PREPARED, *_SUMMARY_METHODS):
@@ -286,7 +290,7 @@ def _why_nothing(model: nn.Module) -> str | None:
 
 
 def warn_of_float(model: nn.Module, reasons: dict[str, str]) -> None:
-    """Warn of the layers that should be quantized, of why layers stay in float: how many when they outweigh the rest.
+    """Warn of the layers in `reasons` that no rule leaves in float; only of their number if they hold most weights.
 
     Small layers with a forward of their own, such as routers, are left out.
     """

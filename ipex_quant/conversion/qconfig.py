@@ -30,10 +30,10 @@ _TORCH_DTYPES: dict[Any, WoqWeightDtype] = {torch.qint8: WoqWeightDtype.INT8, to
 
 
 class QConfigSmoothQuant(NamedTuple):
-    """How a linear layer is quantized with SmoothQuant.
+    """Configuration of SmoothQuant for linear layers.
 
-    `activation` and `weight` make its observers. With `share_weight_observers` linear layers of one parent that consume
-    the same tensor get one smoothing factor and so one quantized activation, else each its own.
+    `activation` and `weight` make the observers. With `share_weight_observers`, linear layers of one parent that
+    consume the same tensor have one smoothing factor, and so one quantized activation; else each has its own.
     """
 
     activation: Callable[[], Any]
@@ -45,7 +45,7 @@ DEFAULT_ACT_QUANT_MODE = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
 
 
 class QuantizationKind(Enum):
-    """What a configuration asks for."""
+    """Kinds of quantization configurations."""
 
     WEIGHT_ONLY = "weight-only"
     SMOOTH_QUANT = "SmoothQuant"
@@ -58,7 +58,7 @@ class QuantizationKind(Enum):
 
 
 def kind_of(qconfig: Any) -> QuantizationKind:
-    """Kind of a configuration; TypeError when it is none that this package knows."""
+    """Kind of a configuration; TypeError for a configuration that is not supported."""
     if isinstance(qconfig, QConfigWoq):
         return QuantizationKind.WEIGHT_ONLY
     if isinstance(qconfig, QConfigSmoothQuant):
@@ -76,7 +76,7 @@ def kind_of(qconfig: Any) -> QuantizationKind:
 
 
 def needs_calibration(configure: Any) -> bool:
-    """Whether a configuration, or any rule of a mapping, quantizes activations with what calibration finds."""
+    """Whether a configuration, or any rule of a mapping, needs calibration to quantize activations."""
     rules = [configure]
     if isinstance(configure, QConfigMapping):
         by_rule = configure.object_type_qconfigs, configure.module_name_regex_qconfigs, configure.module_name_qconfigs
@@ -86,12 +86,12 @@ def needs_calibration(configure: Any) -> bool:
 
 
 def default_static_qconfig() -> QConfig:
-    """IPEX's default for static quantization: histograms of activations, one range a channel of weights."""
+    """IPEX's default for static quantization: histograms of activations, per-channel scales of weights."""
     return QConfig(activation=HistogramObserver.with_args(reduce_range=False), weight=_per_channel_weight())
 
 
 def default_dynamic_qconfig() -> QConfig:
-    """Activations quantized as they come, a scale a token; one range a channel of weights."""
+    """Dynamic quantization: one scale and zero point per token of activations, per-channel scales of weights."""
     dynamic = PlaceholderObserver.with_args(dtype=torch.float, is_dynamic=True)
     return QConfig(activation=dynamic, weight=_per_channel_weight())
 
@@ -106,11 +106,11 @@ def get_smooth_quant_qconfig_mapping(
 ) -> QConfigMapping:
     """Mapping whose global configuration quantizes linear layers with SmoothQuant (Xiao et al. 2023).
 
-    `alpha` in 0..1 is how much of the difficulty moves from activations to weights. The observers, ours or torch's, are
-    factories: of whole activations (for layers that are not smoothed), of activations per input channel, of weights per
-    output channel, and per input channel. Other alphas for some modules: give ``set_module_name`` or
-    ``set_module_name_regex`` of the mapping the `global_qconfig` of another one. Raises ValueError for an `alpha`
-    outside 0..1, TypeError for one that is no number.
+    `alpha` in 0..1 is the share of the quantization difficulty that moves from activations to weights. The other
+    arguments are factories of observers, ours or torch's: of whole activations (for layers that are not smoothed), of
+    activations per input channel, of weights per output channel, and of weights per input channel. To set another alpha
+    for some modules, pass the `global_qconfig` of a second mapping to ``set_module_name`` or ``set_module_name_regex``.
+    Raises ValueError for an `alpha` outside 0..1, TypeError for one that is no number.
     """
     activation = SmoothQuantActivationObserver.with_args(
         alpha=alpha, act_observer=act_observer, act_ic_observer=act_ic_observer
@@ -133,7 +133,7 @@ def get_weight_only_quant_qconfig_mapping(
     """Mapping whose global configuration quantizes the weight of every linear layer.
 
     `group_size` input features share one scale: a power of two, or -1 for one scale per output channel.
-    `act_quant_mode` counts with ``lowp_mode=INT8`` only: another than the default warns without it. An UNDEFINED
+    `act_quant_mode` applies to ``lowp_mode=INT8`` only; without it, a mode that is not the default warns. An UNDEFINED
     `weight_qscheme` becomes SYMMETRIC for NF4, FP8 and for INT8 weights computed in INT8, which have no zero points,
     and ASYMMETRIC otherwise. Raises ValueError for a value or a combination that does not exist.
     """
@@ -182,8 +182,8 @@ def get_weight_only_quant_qconfig_mapping(
 
 
 def dynamic_experts_qconfig() -> QConfigWoq:
-    """What `default_dynamic_qconfig` means for experts: INT8 weights, a scale a channel, and activations quantized as
-    they come, a scale and a zero point a token.
+    """The equivalent of `default_dynamic_qconfig` for experts: INT8 weights with per-channel scales, and dynamic INT8
+    activations with one scale and zero point per token.
     """
     return get_weight_only_quant_qconfig_mapping(
         weight_dtype=WoqWeightDtype.INT8, lowp_mode=WoqLowpMode.INT8, act_quant_mode=WoqActQuantMode.PER_BATCH

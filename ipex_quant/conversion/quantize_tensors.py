@@ -19,7 +19,7 @@ def quantize_per_channel(
     zero_points: torch.Tensor | None = None,
     sym_quant: bool = False,
 ) -> Parameters:
-    """Quantize `t`, float ``[N, K]``, with one scale a row; see `quantize_per_block`."""
+    """Quantize `t`, float ``[N, K]``, with one scale per row; see `quantize_per_block`."""
     return quantize_per_block(t, dtype, PER_CHANNEL, scales, zero_points, sym_quant)
 
 
@@ -31,11 +31,11 @@ def quantize_per_block(
     zero_points: torch.Tensor | None = None,
     sym_quant: bool = False,
 ) -> Parameters:
-    """Quantize `t`, float ``[N, K]``, with one scale for `group_size` columns of a row.
+    """Quantize `t`, float ``[N, K]``, with one scale per `group_size` columns of a row.
 
-    Returns the codes (int8 ``[N, K]``, uint8 ``[N, ceil(K / 2)]`` with even k low, or float8), `scales` float32 and
-    `zero_points` int16 ``[N, groups]``, or None when symmetric, as NF4 and FP8 always are. Given `scales` and
-    `zero_points` are used as they are. Raises as `numerics.affine.quantize` does.
+    Returns (codes, scales, zero points). Codes are int8 ``[N, K]``, uint8 ``[N, ceil(K / 2)]`` with even k in the low
+    nibble, or float8; scales are float32 and zero points int16 ``[N, groups]``, or None if symmetric. NF4 and FP8 are
+    always symmetric. `scales` and `zero_points` are used if given. Raises as `numerics.affine.quantize` does.
     """
     symmetric = sym_quant or dtype in (WoqWeightDtype.NF4, WoqWeightDtype.FP8)
     scheme = WeightScheme(dtype, symmetric, group_size)
@@ -52,7 +52,7 @@ def dequantize_per_channel(
     dtype: WoqWeightDtype,
     weight_shape: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """Float32 ``[N, K]`` of codes with one scale a row; see `dequantize_per_block`."""
+    """Dequantize codes with one scale per row to float32 ``[N, K]``; see `dequantize_per_block`."""
     return dequantize_per_block(qt, scales, zps, dtype, PER_CHANNEL, weight_shape)
 
 
@@ -65,10 +65,10 @@ def dequantize_per_block(
     weight_shape: tuple[int, int] | None = None,
     g_idx: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Float32 ``[N, K]`` of what `quantize_per_block` returns.
+    """Dequantize the result of `quantize_per_block` to float32 ``[N, K]``.
 
-    `weight_shape` tells an odd K of two codes a byte; `g_idx`, int ``[K]``, is the group of every column (act-order).
-    Raises ValueError or TypeError when the tensors do not fit each other.
+    `weight_shape` is needed for an odd K with two codes per byte; `g_idx`, int ``[K]``, is the group of every column
+    (act-order). Raises ValueError or TypeError when the tensors do not fit each other.
     """
     rows = len(qt)
     columns = qt.shape[1] * 2 if dtype in _TWO_A_BYTE else qt.shape[1]

@@ -1,4 +1,4 @@
-"""A word of what resizing the embeddings of a transformers model does to its quantized embedding and output layer."""
+"""`watch_head`: warn when resizing the embeddings of a transformers model makes quantized layers float."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..nn import QuantizedEmbedding, QuantizedModule
 
 
 def watch_head(model: nn.Module) -> None:
-    """Let `resize_token_embeddings` of this transformers model warn of what it makes float that was quantized."""
+    """Let `resize_token_embeddings` of this transformers model warn of quantized layers that it makes float."""
     # a partial, which can be copied and pickled with the model
     model.resize_token_embeddings = functools.partial(_resize_token_embeddings, model)
 
 
 def _resize_token_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """`resize_token_embeddings` of the model's class, for which a quantized embedding becomes a float one."""
+    """`resize_token_embeddings` of the model's class, after dequantizing a quantized embedding."""
     before = [model.get_input_embeddings(), model.get_output_embeddings()]
     quantized = isinstance(before[0], QuantizedEmbedding)
     if quantized:

@@ -1,4 +1,4 @@
-"""Which layers of a model a torch `QConfigMapping` quantizes, and why it leaves the others in float."""
+"""`choose_qconfigs`: which layers of a model a torch `QConfigMapping` quantizes, and why others stay in float."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ NEVER_REACHED = "calibration never reached it"
 def choose_qconfigs(
     mapping: QConfigMapping, model: nn.Module, read_weights: bool = True
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Configuration of every layer of `model` to quantize, and why each other one stays in float, by name.
+    """Configurations of the layers of `model` to quantize, and reasons why the others stay in float, both by name.
 
-    Layers are linear ones, modules with the experts of a layer and, where activations are quantized statically,
-    convolutions, where dynamically, recurrent ones; embeddings where a rule gives their own name or their type. The
-    projections of an ``nn.MultiheadAttention`` count as the linear layers that `split_attentions` makes of them.
-    Without `read_weights` the layers' own weights do not matter.
-    Raises TypeError for a configuration of an unknown kind.
+    Layers are linear layers, modules of experts, convolutions for static quantization, recurrent layers for dynamic
+    quantization, and embeddings if a rule has their own name or their type. The projections of an
+    ``nn.MultiheadAttention`` count as the linear layers that `split_attentions` makes of them. Without `read_weights`
+    the values of the weights are not checked. Raises TypeError for a configuration of an unknown kind.
     """
     _check_rules(mapping, model)
     chosen, reasons = _choose_embeddings(mapping, model, read_weights)
@@ -68,7 +67,7 @@ def choose_qconfigs(
 def _choose_embeddings(
     mapping: QConfigMapping, model: nn.Module, read_weights: bool
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """`choose_qconfigs` of the embeddings, which no rule for what contains them or for all modules quantizes."""
+    """`choose_qconfigs` for embeddings, which neither the global rule nor a rule for a parent quantizes."""
     tables = {name: module for name, module in model.named_modules() if is_embedding(module)}
     most_rows = max((module.num_embeddings for module in tables.values()), default=0)
     chosen, reasons = {}, {}
@@ -92,7 +91,7 @@ def _choose_embeddings(
 
 
 def _excludes(mapping: QConfigMapping, name: str) -> bool:
-    """Whether a rule for what contains the module `name`, or a regex that matches it, leaves it in float."""
+    """Whether a rule for a parent of the module `name`, or a regex that matches it, leaves it in float."""
     for parent in _name_and_parents(name):
         if parent in mapping.module_name_qconfigs:
             return mapping.module_name_qconfigs[parent] is None
@@ -118,7 +117,7 @@ def _obstacle(module: nn.Module, parent: nn.Module | None, kind: QuantizationKin
 
 
 def refused_modules(reasons: dict[str, str]) -> list[str]:
-    """Names of the layers that neither a rule, nor a summary, nor calibration leaves in float, of why layers are."""
+    """Names of the layers in `reasons` that stay in float though no rule, summary or missing data is the reason."""
     chosen = _BY_RULE, BY_SUMMARY, NEVER_REACHED
     return [name for name, reason in reasons.items() if not reason.startswith(chosen)]
 
@@ -129,7 +128,7 @@ def computes_otherwise(reason: str) -> bool:
 
 
 def fit_reasons(reasons: dict[str, str], model: nn.Module) -> dict[str, str]:
-    """Of why layers stay in float, those of attention that is not split by the name of the attention."""
+    """`reasons`, with those of projections that `model` lacks under the name of their attention, which is not split."""
     present = {name for name, _ in model.named_modules(remove_duplicate=False)}
     return {name if name in present else name.rpartition(".")[0]: reason for name, reason in reasons.items()}
 
@@ -152,9 +151,9 @@ def _check_rules(mapping: QConfigMapping, model: nn.Module) -> None:
 def _find_qconfig(mapping: QConfigMapping, name: str, lineage: list[nn.Module]) -> tuple[Any, str]:
     """QConfig of the module `name` and the rule that gave it, by torch's precedence.
 
-    That is: the rule for its name or that of the nearest module containing it, the first regex that matches, the rule
-    for its type or that of the nearest module containing it, the global one. `lineage` lists the module and the ones
-    that contain it, innermost first.
+    The order is: the rule for its name or for that of its nearest parent, the first regex that matches, the rule for
+    its type or for that of its nearest parent, the global rule. `lineage` lists the module and its parents, innermost
+    first.
     """
     for prefix in _name_and_parents(name):
         if prefix in mapping.module_name_qconfigs:

@@ -1,8 +1,8 @@
-"""The qconf summary: what calibration found, as the JSON that IPEX writes and reads.
+"""The qconf summary: the parameters found by calibration, as JSON in IPEX's format.
 
 ``{parent: {"q_op_infos": {index: op}, "nonq_op_infos": ..., "layer_output_infos": ...}}`` with one op for each layer,
-in the order of execution inside its parent module. Layers are matched by the name in their op; ops that are no layers
-of ours, such as the functional ones that IPEX writes, are kept as they were read.
+in the order of execution inside its parent module. Layers are matched by the name in their op. Ops that are no layers
+to quantize here, such as the functional ones that IPEX writes, are kept as they were read.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from .qconfig import QConfigSmoothQuant
 _ROOT = " "
 _SEPARATOR = ":"
 _CODES = {"torch.quint8": 0, "torch.qint8": 128}
-"""What is added to the codes of an activation to make them unsigned, by dtype."""
+"""Offset that makes the codes of an activation unsigned, by dtype."""
 
 
 def save_qconf_summary(model: nn.Module, qconf_summary: str | os.PathLike) -> None:
-    """Write what calibration of a prepared `model` found to the file `qconf_summary`.
+    """Write the parameters that calibration of a prepared `model` found to the file `qconf_summary`.
 
-    What a loaded summary said stays as it is, but for layers that have seen data since. Raises ValueError without a
-    file name, RuntimeError when `model` is not prepared for static quantization, or nothing has been calibrated.
+    Entries of a loaded summary are written unchanged, except for layers that were calibrated since. Raises ValueError
+    without a file name, RuntimeError if `model` is not prepared for static quantization or not calibrated.
     """
     if not qconf_summary:
         raise ValueError("A configure file name should be given to save the qconf_summary")
@@ -60,11 +60,11 @@ def save_qconf_summary(model: nn.Module, qconf_summary: str | os.PathLike) -> No
 
 
 def load_qconf_summary(model: nn.Module, qconf_summary: str | os.PathLike) -> None:
-    """Give the layers of a prepared `model` the parameters of a file that `save_qconf_summary`, or IPEX, wrote.
+    """Load the parameters of a prepared `model` from a file that `save_qconf_summary`, or IPEX, wrote.
 
-    Statistics gathered before are dropped; calibrating afterwards replaces the parameters of the layers it reaches. A
-    layer whose input has the `force_dtype` torch.float32 stays in float. Raises OSError for a file that cannot be read,
-    ValueError for one that is no summary or belongs to another model, before anything changes.
+    Earlier statistics are dropped; later calibration replaces the parameters of the layers that it reaches. A layer
+    whose input has the `force_dtype` torch.float32 stays in float. Raises OSError for a file that cannot be read, and
+    ValueError for one that is no summary or belongs to another model; `model` is then unchanged.
     """
     observations = observed(model)
     document = read_summary(qconf_summary)
@@ -78,7 +78,7 @@ def load_qconf_summary(model: nn.Module, qconf_summary: str | os.PathLike) -> No
 
 
 def read_summary(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of a summary file; OSError when it cannot be read, ValueError when it is no summary."""
+    """The content of a summary file; OSError if it cannot be read, ValueError if it is no summary."""
     try:
         document = read_json(path)
         list(_module_ops(document))
@@ -88,9 +88,9 @@ def read_summary(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def summary_groups(document: Mapping[str, Any], names: Collection[str]) -> list[SharedInput]:
-    """Groups of the layers `names` of one parent that have the same input tensor, as a summary tells them.
+    """Groups of the layers `names` that have one parent and, by the summary, the same input tensor.
 
-    A layer that was called more than once is in none. Raises ValueError for an entry without an input tensor.
+    A layer that was called more than once is in no group. Raises ValueError for an entry without an input tensor.
     """
     calls = Counter(op["fqn"] for _, op in _module_ops(document))
     groups: dict[tuple[str, str], list[str]] = {}
@@ -119,7 +119,7 @@ def _module_ops(document: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, An
 
 # ------------------------------------------------------------------------------------------------------------- writing
 def _skeleton(model: nn.Module, observations: Observed) -> dict[str, Any]:
-    """A summary of the observed layers without what calibration finds."""
+    """A summary of the observed layers without parameters."""
     document: dict[str, Any] = {}
     tensors = 0
     for group in observations.static_groups:
@@ -236,7 +236,7 @@ def _read_layer(module: nn.Module, index: str, op: Mapping[str, Any]) -> tuple[b
 
 
 def _of_layer(value: Any, index: str) -> list[Any]:
-    """The list that belongs to the op `index`: a value may be a list, or lists by the op that has it first."""
+    """The list for the op `index`: `value` itself, or the entry of the op in it, or else its first entry."""
     if isinstance(value, dict):
         value = value.get(f"{index}_0") or next(iter(value.values()), None)
     if not isinstance(value, list):

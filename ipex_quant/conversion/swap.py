@@ -1,4 +1,4 @@
-"""Putting new modules in the place of old ones."""
+"""Replacing modules of a model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _HOOKS = (
 
 
 def swap_modules(model: nn.Module, replacements: dict[str, Callable[[nn.Module], nn.Module]]) -> nn.Module:
-    """Replace each named module by what its function makes of it, wherever `model` refers to that module.
+    """Replace each named module by the result of its function, under all names that `model` has for the module.
 
-    New modules take over forward hooks. An old module is let go before the next new one is made. The result is `model`,
-    or what takes its place when it is itself replaced.
+    New modules take over the forward hooks. An old module is released before the next new one is made. Returns `model`,
+    or its replacement if it is itself replaced.
     """
     if "" in replacements:
         return _successor(model, replacements[""])
@@ -52,10 +52,10 @@ def _successor(old: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Mod
 
 
 def copy_sharing_parameters(model: nn.Module) -> nn.Module:
-    """Copy of `model` with new Parameter objects over the same memory, so that modules can be replaced at no cost.
+    """Copy of `model` with new Parameter objects over the same memory, so that modules can be replaced cheaply.
 
-    Casting or replacing the copy's parameters does not change the caller's; writing into them does, until
-    `own_parameters`.
+    Casting or replacing parameters of the copy does not change `model`; writing into them does, until `own_parameters`
+    is called.
     """
     memo = {id(p): nn.Parameter(p.data, p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
     shared = copy.deepcopy(model, memo)
@@ -64,20 +64,20 @@ def copy_sharing_parameters(model: nn.Module) -> nn.Module:
 
 
 def with_split_attentions(model: nn.Module) -> nn.Module:
-    """`model`, or where it has attention that can be split, a copy with it split that shares the parameters' memory."""
+    """`model`; if it has attention modules to split, a copy with them split, which shares the parameters' memory."""
     names = {name for name, _ in named_layers(model)} - {name for name, _ in model.named_modules()}
     return split_attentions(copy_sharing_parameters(model), names) if names else model
 
 
 def own_parameters(model: nn.Module) -> None:
-    """Give a model that `copy_sharing_parameters` made memory of its own; any other is left as it is."""
+    """Copy the parameters of a model that `copy_sharing_parameters` made; any other model is left unchanged."""
     if vars(model).pop(_SHARING, False):
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
 
 
 def return_freed_memory() -> None:
-    """Hand freed memory back to the system; glibc keeps blocks of up to 32 MB for a later that does not come here."""
+    """Return freed memory to the system: glibc would keep blocks of up to 32 MB for later allocations."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

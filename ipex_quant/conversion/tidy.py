@@ -1,5 +1,4 @@
-"""What inference does not need and quantization would meet: dropout, BatchNorm after a layer that can absorb it, and
-ways around the layers."""
+"""Simplifying a model before quantization: dropout and BatchNorm are removed, and fast paths that skip layers."""
 
 from __future__ import annotations
 
@@ -20,9 +19,9 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def drop_dropout(model: nn.Module) -> None:
-    """Replace every dropout inside `model` by an identity, which says 0 when asked for its probability `p`.
+    """Replace every dropout inside `model` by an identity with the attribute ``p = 0.0``.
 
-    Split attention gets the probability 0.
+    Split attention gets the dropout probability 0.
     """
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if name and isinstance(module, _DROPOUTS):
@@ -34,10 +33,10 @@ def drop_dropout(model: nn.Module) -> None:
 
 
 def leave_fast_paths(model: nn.Module, layers: Collection[str]) -> None:
-    """Let each ``nn.TransformerEncoderLayer`` call those of its linear layers, and its attention's, that are `layers`.
+    """Disable torch's fast path of each ``nn.TransformerEncoderLayer`` that contains one of the linear `layers`.
 
-    In evaluation it would hand their weights to an op of torch instead, if its activation is one that the op knows, and
-    its ``nn.TransformerEncoder`` would make nested tensors for that op of what is padded.
+    In evaluation mode the fast path passes the layers' weights to a native op of torch instead of calling the layers,
+    and ``nn.TransformerEncoder`` makes nested tensors of padded inputs for that op.
     """
     parents = {name.rpartition(".")[0] for name in layers}
     parents |= {name.rpartition(".")[0] for name in parents if is_split_attention(model.get_submodule(name))}
@@ -50,7 +49,7 @@ def leave_fast_paths(model: nn.Module, layers: Collection[str]) -> None:
 
 
 def fold_batch_norms(model: nn.Module, layers: Collection[str], example: Example) -> None:
-    """Fold each BatchNorm in evaluation mode into the one of `layers` whose output only it reads, if there is one."""
+    """Fold each BatchNorm in evaluation mode into the one of `layers` whose output it alone reads, if there is one."""
     norms = {
         name
         for name, module in model.named_modules()
@@ -62,7 +61,7 @@ def fold_batch_norms(model: nn.Module, layers: Collection[str], example: Example
         if group.producer is None or len(group.members) > 1:
             continue
         layer, norm = model.get_submodule(group.producer), model.get_submodule(group.members[0])
-        # On three dimensions BatchNorm1d takes the second for channels, which a linear layer does not make.
+        # In 3-D inputs the channels of BatchNorm1d are dimension 1, those of a linear layer dimension 2.
         if is_convolution(layer) or (isinstance(layer, nn.Linear) and group.rank == 2):
             _replace(model, group.producer, _fused(layer, norm))
             _replace(model, group.members[0], nn.Identity().eval())

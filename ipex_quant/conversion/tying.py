@@ -1,4 +1,4 @@
-"""Ties between weights: undone in transformers' eyes where one is quantized, kept where all are in the same way."""
+"""Tied weights: untied for transformers if one is quantized, kept as one packed weight if all are quantized alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .description import is_pretrained
 
 
 def tied_modules(model: nn.Module, names: Collection[str]) -> list[list[str]]:
-    """Which of the float modules `names` have one weight parameter, in groups; the others are left out."""
+    """Groups of the float modules `names` that have the same weight parameter; groups of one are left out."""
     groups = defaultdict(list)
     for name in names:
         weight = model.get_submodule(name)._parameters.get("weight")
@@ -23,9 +23,9 @@ def tied_modules(model: nn.Module, names: Collection[str]) -> list[list[str]]:
 
 
 def share_tables(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
-    """Let the quantized embeddings of each group hold one packed weight with its linear layer, or with each other.
+    """Let the quantized embeddings of each group share one packed weight with its linear layer, or with each other.
 
-    Those whose weight was quantized otherwise keep their own.
+    Embeddings whose weight was quantized differently keep their own.
     """
     for group in groups:
         modules = [model.get_submodule(name) for name in group]
@@ -46,10 +46,10 @@ def _is_same(a: WeightOnlyQuantizedLinear, b: WeightOnlyQuantizedLinear) -> bool
 
 
 def untie(model: nn.Module, quantized: Collection[str]) -> None:
-    """Make transformers forget that parameters of the modules named `quantized` are tied to others.
+    """Remove the parameters of the modules named `quantized` from transformers' record of tied weights.
 
-    Call it while these modules still are float. The others of a tie stay tied; the configuration stays as it is, since
-    models read its `tie_word_embeddings` for more than the tie. Models that are not transformers' are left alone.
+    Call it while these modules are still float. Other parameters stay tied. The configuration is not changed, since
+    models use its `tie_word_embeddings` for other purposes too. Does nothing for a model that is not transformers'.
     """
     if not is_pretrained(model):
         return
@@ -66,7 +66,7 @@ def untie(model: nn.Module, quantized: Collection[str]) -> None:
 
 
 def _without(ties: dict[str, str], quantized: set[str]) -> dict[str, str]:
-    """Ties ``{target: source}`` between the parameters of other modules; a quantized source hands over to a target."""
+    """`ties` ``{target: source}`` without quantized modules; the first target of a quantized source replaces it."""
     kept, heirs = {}, {}
     for target, source in ties.items():
         if _owner(target) in quantized:
