@@ -1,4 +1,4 @@
-"""Finding the best candidate within an accuracy budget."""
+"""`autotune`: find the best quantization of a model within an accuracy budget."""
 
 from .report import Report
 from .tuner import TuningOptions, autotune, tune

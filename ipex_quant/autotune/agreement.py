@@ -1,4 +1,4 @@
-"""The metric without an `eval_func`: how close a model's outputs are to the float model's."""
+"""The default metric, without an `eval_func`: how close a model's outputs are to the float model's."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..nn.modes import evaluating
 
 
 def agreement(reference: nn.Module, batches: Sequence[Example]) -> Callable[[nn.Module], float]:
-    """A metric of a model: 1 less the squared error of its outputs for `batches`, relative to `reference`'s own.
+    """A metric of a model: 1 minus the squared error of its outputs for `batches`, relative to those of `reference`.
 
-    The outputs are all float tensors that the first output which has any contains (logits come first).
+    The output compared is that of `evaluation.main_output`: the logits, or the first float tensor.
     """
 
     def measure(model: nn.Module) -> float:

@@ -1,4 +1,4 @@
-"""Choosing a scheme for every group of layers under a budget of bytes."""
+"""`allocate`: choose a scheme for every group of layers within a budget of bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..numerics.scheme import WeightScheme
 
 @dataclass(frozen=True)
 class Option:
-    """What one scheme costs a group of layers: `bytes` of memory and an `error`; None leaves it in float."""
+    """The cost of one scheme for a group of layers: `bytes` of memory and an `error`; scheme None is float."""
 
     scheme: WeightScheme | None
     bytes: int
@@ -19,10 +19,10 @@ class Option:
 
 
 def allocate(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, Option] | None:
-    """An option for every group, of least total error within `budget` bytes; None when even the smallest exceed it.
+    """The options of all groups with the least total error within `budget` bytes; None if the smallest exceed it.
 
-    Every group starts with its smallest option and is improved where a byte gains most, along the convex hull of its
-    options. That is optimal but for what is left over at the end, which goes to whatever it still can improve.
+    Every group starts with its smallest option. Steps along the convex hulls of the groups' options are taken in the
+    order of error saved per byte. That is optimal except for the bytes left at the end, which are spent greedily.
     """
     chosen = {name: min(choices, key=lambda o: (o.bytes, o.error)) for name, choices in options.items()}
     rest = budget - sum(option.bytes for option in chosen.values())

@@ -1,4 +1,4 @@
-"""What a calibration dataloader yields, as arguments of the model."""
+"""`read_batches`: the items of a calibration dataloader as arguments of the model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..conversion.example import Example
 
 
 def read_batches(model: nn.Module, dataloader: Iterable[Any], samples: int) -> list[Example]:
-    """The first batches of `dataloader` that hold `samples` samples, or all of them.
+    """The first batches of `dataloader` with at least `samples` samples together, or all batches.
 
-    Items are those of `Example.of_item`. Raises ValueError without any, TypeError for another kind of item.
+    Items have the forms of `Example.of_item`. Raises ValueError without any, TypeError for another kind of item.
     """
     if not isinstance(dataloader, Iterable):
         raise TypeError(f"calib_dataloader: expected an iterable of batches, got {type(dataloader).__name__}")

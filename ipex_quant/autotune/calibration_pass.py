@@ -1,4 +1,4 @@
-"""One calibration pass that finds what every candidate needs: ranges, histograms and a sample of each layer's input."""
+"""One calibration pass for all candidates: ranges, histograms and a sample of each share group's input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..observers import SmoothQuantActivationObserver, has_data, observe
 from ..woq.towers import find_blocks
 
 SAMPLE_ROWS = 128
-"""Input vectors that are kept for each share group; of a convolution, whole inputs of a batch."""
+"""Number of input vectors kept for each share group of linear layers; of convolutions, `SAMPLE_IMAGES` inputs."""
 
 SAMPLE_IMAGES = 4
 
@@ -32,10 +32,10 @@ _CACHE_ARGUMENTS = ("past_key_value", "past_key_values", "use_cache", "layer_pas
 
 
 class RecordingObserver(SmoothQuantActivationObserver):
-    """Observes channels and the whole of an activation, and keeps some of its vectors, drawn evenly by `seed`.
+    """Observes an activation as a whole and per channel, and keeps a uniform sample of its vectors, drawn by `seed`.
 
-    Those of a smoothed layer come from half of the data, and `other_half` observes the channels of the other half: what
-    a range does to values that it was not made for, which it clips, shows only on those.
+    For a smoothed layer the sample comes from one half of the data, and `other_half` observes the channels of the other
+    half. The error of clipping shows only on values that the ranges were not found from.
     """
 
     def __init__(self, seed: int = 0, **kwargs: Any) -> None:
@@ -66,7 +66,7 @@ class RecordingObserver(SmoothQuantActivationObserver):
 
 
 class CalibrationPass:
-    """What calibration found, by the name of a share group, for each number of samples that was asked for."""
+    """Results of the pass: observers by number of samples and share group, samples of inputs, calls of blocks."""
 
     def __init__(self, model: nn.Module, example: Example, groups: Sequence[ObservedGroup]) -> None:
         self.model, self.example = model, example
@@ -76,7 +76,7 @@ class CalibrationPass:
         self.observers: dict[int, dict[str, SmoothQuantActivationObserver]] = {}
 
     def snapshot(self, samples: int) -> None:
-        """Keep the observers as they are after so many samples."""
+        """Keep copies of the observers after `samples` samples."""
         self.observers[samples] = {
             group.name: _without_sample(group.observer) for group in self.groups if has_data(group.observer)
         }
@@ -90,11 +90,11 @@ def collect(
     seed: int = 0,
     blocks: bool = False,
 ) -> CalibrationPass:
-    """Prepare a copy of `model`, which shares its parameters, and run `batches` through it, or `calib_func`.
+    """Prepare a copy of `model` that shares its parameters, and run `batches`, or `calib_func`, on it.
 
-    The copy is the `model` of the result, to convert. Sizes beyond the data are left out, but for the smallest of them,
-    which is all the data; with `calib_func`, whose samples cannot be counted, the last one stands for all. With
-    `blocks` the first call of each transformer block is kept.
+    The prepared copy is the `model` of the result. Observers are kept for each of `sampling_sizes`; of sizes beyond the
+    data only the smallest is used, for all the data. The samples of `calib_func` cannot be counted and give the last
+    size. With `blocks` the first call of each transformer block is kept. Raises ValueError if no layer is reached.
     """
     prepared = prepare(
         model, _recording_mapping(seed), batches[0].args or None, example_kwarg_inputs=batches[0].kwargs or None
@@ -131,7 +131,7 @@ def _run(
 
 @contextmanager
 def _watched_blocks(model: nn.Module, calls: dict[str, Example] | None) -> Iterator[None]:
-    """Put the first call of every transformer block into `calls`, without its cache."""
+    """Record the first call of every transformer block in `calls`, without its cache."""
     handles: dict[str, Any] = {}
 
     def keep(name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

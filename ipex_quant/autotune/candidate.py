@@ -1,4 +1,4 @@
-"""What is tried: one way to quantize a model, as plain data."""
+"""Candidates of a search: each is one way to quantize a model, as plain data."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from ..numerics.scheme import WeightScheme, WoqLowpMode, WoqWeightDtype
 
 AUTO = "auto"
-"""The alpha that stands for one found for every share group, by output error."""
+"""The alpha that means: search one for every share group, by output error."""
 
 
 @dataclass(frozen=True)
 class Int8Candidate:
-    """Static INT8: SmoothQuant with `alpha`, or plain when it is None, calibrated on `samples` samples.
+    """Static INT8, calibrated on `samples` samples: SmoothQuant with `alpha`, or no smoothing if it is None.
 
-    `float_modules` are the names of the layers that stay in float.
+    `float_modules` names the layers that stay in float.
     """
 
     alpha: float | str | None
@@ -24,7 +24,7 @@ class Int8Candidate:
     float_modules: tuple[str, ...] = ()
 
     def with_float(self, names: Iterable[str]) -> Int8Candidate:
-        """The same with other layers left in float."""
+        """This candidate with the layers `names` in float."""
         return replace(self, float_modules=tuple(sorted(names)))
 
     def to_json(self) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class Int8Candidate:
 
 @dataclass(frozen=True)
 class WeightOnlyCandidate:
-    """Weights in few bits: the scheme of every layer by name, None in float, and what finds and computes with them."""
+    """Weight-only quantization: algorithm, compute mode, and the scheme of every layer by name (None in float)."""
 
     algorithm: str
     lowp_mode: WoqLowpMode

@@ -1,4 +1,4 @@
-"""`op_type_dict`: which types of operators, and which layers by name, the user leaves in float."""
+"""`float_layers`: the layers that the argument `op_type_dict` leaves in float, by operator type or name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NEVER_QUANTIZED = {
     *("convtranspose3d", "maxpool2d", "max_pool2d", "avgpool2d", "avg_pool2d", "adaptiveavgpool2d", "interaction"),
     *("adaptive_avg_pool2d", "layernorm", "embedding", "gelu", "silu", "softmax"),
 }
-"""Operators that neural-compressor knows and that stay in float here anyway."""
+"""Operator types of neural-compressor that are never quantized here."""
 
 _DTYPES = {"fp32": False, "float32": False, "bf16": False, "bfloat16": False, "int8": True, "uint8": True}
 """Names of dtypes, and whether a layer of that dtype is quantized."""
@@ -31,9 +31,9 @@ _DTYPES = {"fp32": False, "float32": False, "bf16": False, "bfloat16": False, "i
 def float_layers(model: nn.Module, op_type_dict: Mapping[str, Any] | None) -> frozenset[str]:
     """Names of the layers of `model` that `op_type_dict` leaves in float.
 
-    Keys are neural-compressor's operator types, in any case, or names of layers, or regular expressions that match such
-    names as a whole. Values are ``{"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}``: a layer stays
-    in float when int8 is in neither list that is given. Raises TypeError or ValueError for another form, for an unknown
+    Keys are neural-compressor's operator types (case-insensitive), names of layers, or regular expressions that match
+    whole names. Values are ``{"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}``: a layer stays in
+    float if one of the given lists has no 8-bit dtype. Raises TypeError or ValueError for another form, for an unknown
     type or dtype, and for a name that no layer has.
     """
     if op_type_dict is None:

@@ -1,4 +1,4 @@
-"""How much of the metric may be lost, and what counts as a metric."""
+"""`Criterion`: how much of the metric may be lost; `measured`: a checked call of the metric."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ DEFAULT = {"relative": 0.01}
 
 @dataclass(frozen=True)
 class Criterion:
-    """The largest loss that is allowed: a difference of metrics, or with `relative` its share of the float model's.
+    """The largest allowed loss: the float model's metric minus the metric, if `relative` divided by the former.
 
-    A metric is a number of which more is better. Raises TypeError or ValueError for a tolerance that is not finite.
+    A higher metric is better. Raises TypeError or ValueError for a tolerance that is no finite number.
     """
 
     relative: bool
@@ -31,7 +31,7 @@ class Criterion:
 
     @classmethod
     def of(cls, value: Mapping[str, float] | None) -> Criterion:
-        """Read ``{"relative": 0.01}`` or ``{"absolute": 0.5}``; None is the former. TypeError or ValueError if not."""
+        """Read ``{"relative": 0.01}`` (the default for None) or ``{"absolute": 0.5}``; else TypeError or ValueError."""
         value = DEFAULT if value is None else value
         if not isinstance(value, Mapping):
             raise TypeError(f'accuracy_criterion: expected a dict as {{"relative": 0.01}}, got {value!r}')
@@ -45,11 +45,11 @@ class Criterion:
         return (baseline - metric) / abs(baseline) if self.relative else baseline - metric
 
     def met(self, loss: float) -> bool:
-        """Whether so large a loss is allowed."""
+        """Whether `loss` is allowed."""
         return loss <= self.tolerance
 
     def check_baseline(self, baseline: float) -> None:
-        """ValueError when no loss can be told relative to `baseline`."""
+        """Raise ValueError if a loss relative to `baseline` is undefined."""
         if self.relative and baseline == 0:
             raise ValueError(
                 'accuracy_criterion: the float model has the metric 0, which no loss is relative to; use "absolute"'
@@ -60,7 +60,7 @@ class Criterion:
 
 
 def measured(eval_func: Callable[[Any], float], model: torch.nn.Module) -> float:
-    """What `eval_func` says of `model`: TypeError unless it is a number, ValueError unless it is finite."""
+    """The metric of `model` by `eval_func`; TypeError unless it is a number, ValueError unless it is finite."""
     value = eval_func(model)
     if isinstance(value, bool) or not isinstance(value, Real):
         hint = "; return metric.item()" if isinstance(value, torch.Tensor) else ""

@@ -1,9 +1,10 @@
-"""How far a causal language model's predictions move when a layer's weight is quantized, estimated layer by layer.
+"""Estimate, layer by layer, how much quantizing a weight changes the predictions of a causal language model.
 
-With `g` the gradient of the log-likelihood of a token, drawn from the model's own prediction, at a layer's output, and
-`d` what quantization changes there, the Kullback-Leibler divergence grows by ``1/2 E[sum_n (g_n d_n)^2]``: the second
-order of its Taylor series, with the diagonal of the Fisher information as its Hessian. One backward pass over a few
-batches serves all layers and schemes. Without logits the error is relative, that of `sensitivity`.
+Let `g` be the gradient, at a layer's output, of the log-likelihood of a token drawn from the model's own prediction,
+and `d` the change of that output by quantization. The Kullback-Leibler divergence then grows by
+``1/2 E[sum_n (g_n d_n)^2]``: the second order of its Taylor series, with the diagonal of the Fisher information as its
+Hessian. One backward pass over a few batches serves all layers and schemes. For models without logits the estimate is
+the relative error of `sensitivity`.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ from ..nn.modes import evaluating
 from ..smoothquant.tracing import input_tensor
 
 SAMPLE_ROWS = 256
-"""Input vectors, and gradients, that are kept for each layer."""
+"""Number of input vectors, and of gradients, that are kept for each layer."""
 
 MAX_BATCHES = 8
 
 
 @dataclass
 class LayerSample:
-    """Some inputs ``[R, K]`` of a layer and the gradients ``[R, N]`` at its outputs for them, if there are any."""
+    """A sample of inputs ``[R, K]`` of a layer, and of the gradients ``[R, N]`` at its outputs, if there are any."""
 
     inputs: list[torch.Tensor] = field(default_factory=list)
     gradients: list[torch.Tensor] = field(default_factory=list)
 
     def error(self, module: nn.Module, weight: torch.Tensor) -> float:
-        """What it costs that the weight is `weight` ``[N, K]``: a divergence in nats a token, or a relative error."""
+        """The error of replacing the weight by `weight` ``[N, K]``: a divergence in nats per token, or relative."""
         inputs = torch.cat(self.inputs).float()
         exact = weight_matrix(module).float()
         change = nn.functional.linear(inputs, weight.float() - exact)
@@ -52,15 +53,15 @@ class LayerSample:
 def sample_layers(
     model: nn.Module, batches: Sequence[Example], names: Collection[str], seed: int = 0
 ) -> dict[str, LayerSample]:
-    """Samples of the linear layers `names` of `model`, from a few of `batches`; layers that none reaches are left out.
+    """Samples of the linear layers `names` of `model`, from at most `MAX_BATCHES` of `batches`, by name.
 
-    `model` comes back as it was.
+    Layers that no batch reaches are left out. `model` is unchanged afterwards.
     """
     batches = batches[:MAX_BATCHES]
     samples: dict[str, LayerSample] = {}
     rows = -(-SAMPLE_ROWS // len(batches))
     generator = torch.Generator().manual_seed(seed)
-    # A cache may be for inference only.
+    # A native KV cache takes no gradients.
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with evaluating(model), restored_forwards(model), _without_gradients(model), torch.enable_grad():
         for batch in tqdm(batches, "sampling layers"):
@@ -76,7 +77,7 @@ def sample_layers(
 def _see(
     samples: dict[str, LayerSample], rows: int, draw: int, name: str, x: torch.Tensor, output: torch.Tensor
 ) -> None:
-    """Keep some of the input vectors of a call, and in the backward pass the gradients for them."""
+    """Keep a sample of the input vectors of a call, and in the backward pass the gradients of its outputs."""
     vectors = x.detach().reshape(-1, x.shape[-1])
     chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(draw))[:rows]
     sample = samples.setdefault(name, LayerSample())
@@ -85,7 +86,7 @@ def _see(
 
 
 def _log_likelihood(logits: torch.Tensor, batch: Example, generator: torch.Generator) -> torch.Tensor:
-    """Log-likelihood of tokens drawn from what `logits` ``[..., V]`` predict, summed over all that are not masked."""
+    """Log-likelihood of tokens drawn from the prediction of `logits` ``[..., V]``, summed over unmasked positions."""
     log_probs = torch.log_softmax(logits.float(), -1).reshape(-1, logits.shape[-1])
     tokens = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
     likelihood = log_probs.gather(1, tokens)[:, 0]
@@ -112,7 +113,7 @@ def _hooks(model: nn.Module, names: Collection[str], see: Any) -> Iterator[None]
 
 @contextmanager
 def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """Parameters that need no gradients inside, as they were afterwards."""
+    """Turn off `requires_grad` of all parameters inside the context."""
     needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in needed:
         parameter.requires_grad_(False)

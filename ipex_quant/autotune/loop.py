@@ -1,4 +1,4 @@
-"""The tuning loop: measures what a search asks for, and records it."""
+"""The tuning loop: measures the candidates of a search and records their trials."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ logger = logging.getLogger("ipex_quant")
 def run_trials(
     search: Search, measure: Callable[[Any, int], Trial], record: TrialRecord, is_over: Callable[[], bool]
 ) -> list[Trial]:
-    """Measure the candidates of `search` and record their trials, until it ends, or ``is_over()`` after one of them.
+    """Measure the candidates of `search` and record their trials, until it ends or ``is_over()`` is true after a trial.
 
-    A trial that the record holds from an earlier run is not measured again.
+    A candidate that the record holds from an earlier run is not measured again.
     """
     trial = None
     with tqdm(desc="tuning", unit="trial") as progress:

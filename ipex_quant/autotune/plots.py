@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 POINT, FRONT, BEST, INK = "#5b7fb5", "#c8752d", "#2e8b57", "#3b4654"
 _SIZE = (8.6, 3.4)
 _MANY_BARS = 40
-"""From so many on, their names would cover each other."""
+"""Number of bars from which their names would overlap, so that they are left out."""
 
 
 def check_matplotlib() -> None:
@@ -28,8 +28,10 @@ def check_matplotlib() -> None:
 def scatter_plot(
     points: Sequence[tuple[float, float]], front: Sequence[tuple[float, float]], best: int | None, baseline: float
 ) -> str:
-    """Metric against megabytes of `points`, which are numbered; `front` is joined, the point number `best` ringed, and
-    the metric `baseline` of the float model a dashed line.
+    """A plot, as SVG, of the `points` (megabytes, metric), with their numbers.
+
+    A line joins the points of `front`, a ring marks the point number `best`, and a dashed line is the float model's
+    metric `baseline`.
     """
     figure, axes = _new("model, MB", "metric, more is better")
     axes.axhline(baseline, color=INK, linestyle="--", linewidth=1, label="float model")
@@ -45,7 +47,7 @@ def scatter_plot(
 
 
 def bar_plot(bars: Sequence[tuple[str, float]]) -> str:
-    """A bar on a logarithmic scale for each (name, value), in the order given, none for 0; empty when all are 0."""
+    """A plot, as SVG, with a bar on a logarithmic scale for each (name, value); an empty string if all are 0."""
     positive = [value for _, value in bars if value > 0]
     if not positive:
         return ""
@@ -74,7 +76,7 @@ def _new(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """The element alone, the same each time; its ids begin with the title, so that a page may hold several."""
+    """The ``<svg>`` element of `figure`, reproducible; ids begin with the title, so that a page may hold several."""
     from matplotlib import rc_context
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):

@@ -1,4 +1,4 @@
-"""What a search found: as a table for terminals, as JSON, and as one HTML page with its plots."""
+"""`Report`: the result of a search as a table for terminals, as JSON, as HTML with plots, or as one SVG plot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .plots import bar_plot, check_matplotlib, scatter_plot
 from .trials import Trial, read_record
 
 _WRITERS = {".html": "to_html", ".json": "to_json_text", ".svg": "to_svg"}
-"""The method that makes the content of a file, by its suffix."""
+"""Methods that make the content of a file, by its suffix."""
 
 
 _COLUMNS = ("", "candidate", "metric", "loss", "met", "MB", "bytes a weight", "predicted ms", "measured ms", "s")
@@ -25,9 +25,9 @@ _COLUMNS = ("", "candidate", "metric", "loss", "met", "MB", "bytes a weight", "p
 
 @dataclass(frozen=True)
 class Report:
-    """The trials of one search: the float model's metric, what was allowed, and for every layer its sensitivity.
+    """The result of a search: the float model's metric, the criterion, all trials, and the sensitivity of every layer.
 
-    `best` is the index of the trial that is the result, None when the search has not ended.
+    `best` is the index of the trial that is the result, None if the search has not ended.
     """
 
     baseline: float
@@ -38,7 +38,7 @@ class Report:
 
     @classmethod
     def of(cls, record: str | os.PathLike) -> Report:
-        """Read the file that `autotune` was given as `record`; OSError or ValueError when it cannot be."""
+        """Read the file that `autotune` wrote as its `record`; OSError or ValueError if it cannot be read."""
         head, sensitivity, trials = read_record(record)
         if "baseline" not in head or not trials:
             raise ValueError(f"record: {record} holds no trials yet")
@@ -53,7 +53,7 @@ class Report:
 
     @property
     def pareto_front(self) -> list[Trial]:
-        """The trials than which none is both smaller and better, smallest first."""
+        """The trials that no other trial beats in both size and metric, smallest first."""
         front: list[Trial] = []
         for trial in sorted(self.trials, key=lambda trial: (trial.model_bytes, -trial.metric)):
             if not front or trial.metric > front[-1].metric:
@@ -61,7 +61,7 @@ class Report:
         return front
 
     def table(self) -> str:
-        """A line for each trial, under a head; the result has a star, and those of the Pareto front a p."""
+        """A text table with a line for each trial; a star marks the result, a p the Pareto front."""
         label_width = max(len(trial.label) for trial in self.trials)
         head = f"    {'candidate':<{label_width}}{'metric':>12}{'loss':>10}{'met':>5}{'MB':>10}{'B/weight':>10}"
         lines = [f"{head}{'predicted ms':>14}{'measured ms':>13}{'s':>8}"]
@@ -77,7 +77,7 @@ class Report:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
+        """The report as JSON values."""
         values = {**vars(self), "trials": [asdict(trial) for trial in self.trials]}
         return {**values, "pareto_front": [trial.index for trial in self.pareto_front]}
 
@@ -94,7 +94,7 @@ class Report:
         return scatter_plot(points, front, best, self.baseline)
 
     def to_html(self) -> str:
-        """A page that needs nothing else: two plots, left out with a warning without matplotlib, and the trials."""
+        """A self-contained page with the trials and two plots; without matplotlib it warns and has no plots."""
         scatter = bars = ""
         try:
             scatter = self.to_svg()
@@ -109,7 +109,7 @@ class Report:
         )
 
     def write(self, path: str | os.PathLike) -> None:
-        """Write `path`: HTML, JSON, or only the plot of metric against size as SVG; ValueError for another suffix."""
+        """Write the report to `path`: HTML, JSON, or SVG (the plot alone); ValueError for another suffix."""
         path = checked_report_path(path)
         write_whole(path, getattr(self, _WRITERS[path.suffix])())
 

@@ -1,4 +1,4 @@
-"""Which candidate to try next: generators that yield candidates and are sent the trial of each."""
+"""Searches: generators that yield the next candidate and receive its trial."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .trials import Trial
 Search = Generator[Int8Candidate | WeightOnlyCandidate, Trial, Any]
 
 TYPE_SHARE = 0.25
-"""Share of the total error from which on layers of one type are tried together."""
+"""Share of the total error from which on all layers of one type are left in float together."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What the search knows of a layer: its `error` when quantized, its type, and how many weights it has."""
+    """A layer in a search: its type, its `error` when quantized, and its number of weights."""
 
     name: str
     type: str
@@ -26,10 +26,10 @@ class Layer:
 
 
 def search_int8(candidates: Sequence[Int8Candidate], layers_of: Callable[[Int8Candidate], Sequence[Layer]]) -> Search:
-    """First `candidates` as they are; then the best of them with the most sensitive of its `layers_of` left in float.
+    """Yield all `candidates`, then the best of them with the most sensitive of its `layers_of` left in float.
 
-    The sets of layers to leave in float grow: the 1, 2, 4, ... most sensitive ones, and in between all layers of a type
-    that makes up a good part of the error. Once a set meets the criterion, bisection looks for a smaller one, of its
+    The sets of layers in float grow: the 1, 2, 4, ... most sensitive ones, and in between all layers of a type that
+    makes at least `TYPE_SHARE` of the error. Once a set meets the criterion, bisection looks for a smaller set of its
     most sensitive layers.
     """
     trials: dict[Int8Candidate, Trial] = {}
@@ -59,11 +59,11 @@ def search_int8(candidates: Sequence[Int8Candidate], layers_of: Callable[[Int8Ca
 
 
 def search_weight_only(candidates: Sequence[Sequence[WeightOnlyCandidate]]) -> Search:
-    """The smallest size that meets the criterion by its first candidate; then the others of this and of smaller sizes.
+    """Find the smallest size whose first candidate meets the criterion; then try all candidates from this size down.
 
-    `candidates` are those of every size, smallest first. Sizes grow in steps that double until one meets the criterion,
-    and bisection finds the smallest. Then smaller sizes are tried with all their candidates until none of a size meets
-    it.
+    `candidates` are lists of candidates of one size each, smallest first. Sizes grow in doubling steps until one meets
+    the criterion; bisection finds the smallest. Then all candidates of this and of smaller sizes are tried, until none
+    of a size meets the criterion.
     """
     met: dict[WeightOnlyCandidate, bool] = {}
 
@@ -90,9 +90,10 @@ def search_weight_only(candidates: Sequence[Sequence[WeightOnlyCandidate]]) -> S
 
 
 def float_sets(layers: Sequence[Layer]) -> list[tuple[Sequence[Layer], bool]]:
-    """Sets of layers to leave in float, most sensitive first, those with fewer weights first; never all of them.
+    """Sets of `layers` to leave in float, sorted by their number of weights; never all layers.
 
-    The flag tells the sets that are the most sensitive layers of all.
+    `layers` are sorted, most sensitive first. The flag is true for a set of the most sensitive layers, false for a set
+    of one type.
     """
     most = len(layers) - 1
     sizes = [size for i in range(most.bit_length()) if (size := 1 << i) < most] + [most] * (most > 0)
@@ -107,6 +108,6 @@ def float_sets(layers: Sequence[Layer]) -> list[tuple[Sequence[Layer], bool]]:
 
 
 def best_trial(trials: Sequence[Trial], cost: Callable[[Trial], float]) -> Trial:
-    """Of those that meet the criterion one of the least `cost`, the most accurate; without any, the most accurate."""
+    """The trial of least `cost`, then least loss, among those that meet the criterion; if none does, of least loss."""
     met = [trial for trial in trials if trial.met]
     return min(met, key=lambda trial: (cost(trial), trial.loss)) if met else min(trials, key=lambda trial: trial.loss)

@@ -1,4 +1,4 @@
-"""How far each layer's output is off when it is quantized, on the sample of its input that calibration kept.
+"""The error of each layer's output when it is quantized, on the sample of its input that calibration kept.
 
 The error of a layer is ``|y - y'|^2 / |y|^2`` over the sample, with `y` its float output and `y'` the quantized one.
 """
@@ -25,14 +25,14 @@ COMBINE: Mapping[str, Callable[[Sequence[float]], float]] = {
     "mean": lambda errors: sum(errors) / len(errors),
     "max": max,
 }
-"""How the errors of layers that share their input make one, by neural-compressor's names."""
+"""Functions that combine the errors of the layers of a share group, by neural-compressor's names."""
 
 
 @torch.no_grad()
 def int8_errors(
     modules: Sequence[nn.Module], sample: torch.Tensor, parameters: Sequence[LayerParameters]
 ) -> list[float]:
-    """The error of each of `modules`, which read the same `sample`, when quantized with its `parameters`."""
+    """The errors of `modules`, which read the same `sample`, when quantized with their `parameters`."""
     errors = []
     quantized: tuple[StaticActivation | None, torch.Tensor] = (None, sample)
     for module, own in zip(modules, parameters, strict=True):
@@ -45,7 +45,7 @@ def int8_errors(
 
 @torch.no_grad()
 def block_error(block: nn.Module, call: Example, parameters: Mapping[nn.Module, LayerParameters]) -> float:
-    """The error of what a transformer `block` returns for `call` when its layers are quantized with `parameters`."""
+    """The error of a transformer `block`'s output for `call` when its layers are quantized with `parameters`."""
     exact = _first_tensor(block(*call.args, **call.kwargs))
     with ExitStack() as stack:
         for module, own in parameters.items():
@@ -65,7 +65,7 @@ def relative_error(exact: torch.Tensor, actual: torch.Tensor) -> float:
 def _simulate(
     own: LayerParameters, weight: torch.Tensor, module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor
 ) -> torch.Tensor:
-    """A forward hook: what the quantized layer would return."""
+    """Forward hook that returns the output of the quantized layer."""
     result = _output(module, _rounded(input_tensor(args, kwargs).float(), own.activation), weight)
     if module.bias is not None:
         places = 0 if is_linear(module) else len(module.kernel_size)
@@ -74,20 +74,20 @@ def _simulate(
 
 
 def _output(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What `module` computes of `x` with another weight, as it stores its own, and without a bias."""
+    """Output of `module` for `x` without its bias, with `weight`, in the module's layout, in place of its own."""
     if is_convolution(module):
         return module._conv_forward(x, weight, None)
     return nn.functional.linear(x, weight if isinstance(module, nn.Linear) else weight.t())
 
 
 def _rounded(sample: torch.Tensor, activation: StaticActivation) -> torch.Tensor:
-    """The activation that the codes stand for, in the smoothed domain."""
+    """The activation after quantization and dequantization, still multiplied by the smoothing factor."""
     codes = ((sample * activation.multiplier).round() + activation.zero_point).clamp(0, ACTIVATION_MAX)
     return (codes - activation.zero_point) * activation.scale
 
 
 def _rounded_weight(module: nn.Module, parameters: LayerParameters) -> torch.Tensor:
-    """The weight that the codes stand for, for inputs of the smoothed domain, as `module` stores its own."""
+    """The weight, for smoothed inputs, after quantization and dequantization, in the layout of `module`."""
     weight = weight_matrix(module).float() if is_linear(module) else module.weight.detach().float().flatten(1)
     if parameters.weight_factor is not None:
         weight = weight * parameters.weight_factor

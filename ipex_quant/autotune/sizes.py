@@ -1,4 +1,4 @@
-"""Bytes that a model's weights take, and the time that a decode step takes to read them."""
+"""The bytes of a model's weights, the memory bandwidth, and the time of a decode step."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ logger = logging.getLogger("ipex_quant")
 _STEPS = 12
 _PROMPT = 8
 _BUFFER = 1 << 27
-"""Bytes that the measurement of the read bandwidth reads: more than caches hold."""
+"""Bytes that the measurement of the read bandwidth reads: more than the CPU's caches hold."""
 
 
 def weight_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes and number of the weights that a decode step reads: of quantized layers and linear ones in float."""
+    """Bytes and number of the weights that a decode step reads: of quantized modules and of linear layers in float."""
     total = count = 0
     for module in model.modules():
         if isinstance(module, nn.Embedding):
@@ -38,7 +38,7 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second that torch reads from memory in one sum: the best of several rounds."""
+    """Bytes per second that torch reads from memory in one sum: the best of several rounds."""
     buffer = torch.ones(_BUFFER // 8, dtype=torch.int64)
     seconds = []
     for _ in range(5):
@@ -50,7 +50,7 @@ def read_bandwidth() -> float:
 
 @torch.inference_mode()
 def decode_step_ms(model: nn.Module) -> float | None:
-    """Milliseconds of one decode step with a short cache, the median of several; None for a model without any."""
+    """Milliseconds of one decode step with a short cache, the median of several; None if the model does not decode."""
     can_generate = getattr(model, "can_generate", None)
     if can_generate is None or not can_generate() or getattr(model.config, "is_encoder_decoder", False):
         return None
@@ -62,7 +62,7 @@ def decode_step_ms(model: nn.Module) -> float | None:
             start = time.perf_counter()
             output = model(input_ids=ids[:, -1:], past_key_values=output.past_key_values, use_cache=True)
             times.append(time.perf_counter() - start)
-    except Exception as error:  # a model that decodes in another way is tuned all the same
+    except Exception as error:  # tuning goes on without a time
         logger.debug("no decode step was timed: %r", error)
         return None
     return 1e3 * median(times)

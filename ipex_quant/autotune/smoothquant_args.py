@@ -1,4 +1,4 @@
-"""`smoothquant_args`: which values of alpha are tried, and how `auto` is searched."""
+"""The argument `smoothquant_args`: the values of alpha to try, and how `auto` is searched."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ _AUTO_KEYS = ("init_alpha", "alpha_min", "alpha_max", "alpha_step", "shared_crit
 
 
 def read_smoothquant_args(arguments: Mapping[str, Any] | None) -> tuple[tuple[float | str | None, ...], AlphaSearch]:
-    """The alphas of the candidates to try, None for no smoothing, and the search that `auto` stands for.
+    """The alphas to try (None for no smoothing), and the search that "auto" means.
 
-    `arguments` may hold `alpha`, a number in 0..1, "auto" (the default), None or a list of these, and
-    `auto_alpha_args`: `init_alpha` (0.5), `alpha_min` (0), `alpha_max` (1), `alpha_step` (0.1), `shared_criterion`
-    ("mean", or "min" or "max"), `enable_blockwise_loss` (False; or `do_blockwise`): one alpha for a transformer block,
-    by the error of what it returns, instead of one for each share group by that of its layers. `folding` is accepted:
-    factors are always folded where that costs nothing. Without arguments "auto" and None are tried. Raises TypeError or
-    ValueError for anything else.
+    `arguments` may hold:
+
+    - `alpha`: a number in 0..1, "auto" (the default), None, or a list of these.
+    - `auto_alpha_args`: `init_alpha` (0.5), `alpha_min` (0), `alpha_max` (1), `alpha_step` (0.1), `shared_criterion`
+      ("mean", "min" or "max"), and `enable_blockwise_loss` (False), also named `do_blockwise`: one alpha per
+      transformer block, by the error of the block's output, not one per share group, by the errors of its layers.
+    - `folding`: without effect; factors are always folded into a norm where possible.
+
+    Without arguments "auto" and None are tried. Raises TypeError or ValueError for anything else.
     """
     if arguments is None:
         return (AUTO, None), AlphaSearch()

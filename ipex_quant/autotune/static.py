@@ -1,4 +1,4 @@
-"""Static INT8 from the statistics of one calibration pass: parameters and errors of a candidate, and its model."""
+"""`StaticQuantizer`: static INT8 models of candidates, from the results of one calibration pass."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .trials import Trial
 
 @dataclass(frozen=True)
 class AlphaSearch:
-    """How alpha `auto` is found: the values tried, and how the members of a share group count.
+    """How alpha "auto" is found: the `alphas` to try, and the `COMBINE` function for errors of a share group.
 
-    With `by_block` a transformer block has one, found by the error of what it returns. Of equally good ones that
-    closest to `first` is taken.
+    With `by_block` there is one alpha per transformer block, found by the error of the block's output. Of equally good
+    alphas the one closest to `first` is used.
     """
 
     alphas: tuple[float, ...] = tuple(i / 10 for i in range(11))
@@ -39,7 +39,7 @@ class AlphaSearch:
 
 @dataclass(frozen=True)
 class Int8Plan:
-    """What a candidate means for a model: the parameters, error and alpha of every layer, by name."""
+    """The parameters, error and alpha of every layer for a candidate, by name."""
 
     parameters: dict[str, LayerParameters]
     errors: dict[str, float]
@@ -47,7 +47,7 @@ class Int8Plan:
 
 
 class StaticQuantizer:
-    """Makes INT8 models of a calibrated one, with every one of `alphas`; `always_float` are layers it leaves alone."""
+    """Makes static INT8 models from a calibration pass, with any of `alphas`; `always_float` layers stay in float."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class StaticQuantizer:
         return [layer.name for group in self.calibration.groups for layer in group.layers]
 
     def search(self) -> Search:
-        """The candidates to try, those of least error in total first."""
+        """The search, which tries candidates of least total error first."""
         candidates = [
             Int8Candidate(alpha, samples, tuple(sorted(self.always_float)))
             for samples in self.calibration.observers
@@ -79,7 +79,7 @@ class StaticQuantizer:
         return search_int8(candidates, self._searched_layers)
 
     def cost(self, trial: Trial) -> float:
-        """What counts before accuracy: how many layers stay in float."""
+        """The number of layers in float, which counts before accuracy."""
         return len(trial.recipe["float_modules"])
 
     def sensitivity(self, candidate: Int8Candidate) -> dict[str, dict[str, Any]]:
@@ -88,7 +88,7 @@ class StaticQuantizer:
         return {name: {"error": plan.errors[name], "alpha": plan.alphas[name]} for name in plan.errors}
 
     def plan(self, candidate: Int8Candidate) -> Int8Plan:
-        """What `candidate` means, but for the layers that it leaves in float; the answer is kept."""
+        """The plan of `candidate` for all layers, also those it leaves in float; plans are cached."""
         key = candidate.samples, candidate.alpha
         if key not in self._plans:
             alphas = self._auto_alphas(candidate.samples) if candidate.alpha == AUTO else {}
@@ -104,7 +104,7 @@ class StaticQuantizer:
         return self._plans[key]
 
     def quantized(self, candidate: Int8Candidate) -> nn.Module:
-        """A new model that computes as `candidate` says; the float weights that stay are copied."""
+        """A new model quantized by `candidate`; its float weights are copies."""
         plan = self.plan(candidate)
         in_float = set(candidate.float_modules)
         for group in observed(self.model).groups:
@@ -114,7 +114,7 @@ class StaticQuantizer:
         return convert(self.model)
 
     def result(self, model: nn.Module, candidate: Int8Candidate, inplace: bool) -> nn.Module:
-        """`model`, or a copy, as `prepare` makes it, with the parameters that `candidate` means."""
+        """`model`, or a copy, prepared, with the parameters of `candidate` loaded."""
         plan, example = self.plan(candidate), self.calibration.example
         prepared = prepare(
             model,
@@ -143,7 +143,7 @@ class StaticQuantizer:
         yield from (group for group in self.calibration.groups if group.name in reached)
 
     def _auto_alphas(self, samples: int) -> dict[str, float]:
-        """The alpha of least error for every share group, or for all of a transformer block by what that returns."""
+        """The alpha of least error for every share group, or for all groups of a transformer block together."""
         together: dict[str, list[ObservedGroup]] = {}
         for group in self._groups(samples):
             if is_smoothed(group, self.model):
@@ -151,15 +151,15 @@ class StaticQuantizer:
         found = {}
         for name, members in tqdm(together.items(), "searching alpha"):
             errors = {alpha: self._error(samples, name, members, alpha) for alpha in self.alpha_search.alphas}
-            # Of equal ones that closest to the first: extremes serve the sample rather than the data.
+            # Of equal errors, prefer the alpha closest to `first`: extreme ones overfit the sample.
             best = min(errors, key=lambda alpha: (errors[alpha], abs(alpha - self.alpha_search.first)))
             found |= {group.name: best for group in members}
         for group in self.calibration.groups:
-            group.reset()  # running blocks has shown them data
+            group.reset()  # running blocks has added data to the observers
         return found
 
     def _error(self, samples: int, name: str, members: list[ObservedGroup], alpha: float) -> float:
-        """Of the share group, or the block, called `name`."""
+        """The error of the share group, or of the block, called `name`."""
         call = self.calibration.block_calls.get(name)
         if call is None:
             return sum(self._combined(samples, group, alpha) for group in members)
@@ -175,7 +175,7 @@ class StaticQuantizer:
     def _measure(
         self, samples: int, group: ObservedGroup, alpha: float | None
     ) -> tuple[list[LayerParameters], list[float]]:
-        """The parameters of the layers of `group`, and their errors."""
+        """Parameters of the layers of `group`, and their errors."""
         whole, half = self._both_parameters(samples, group, alpha)
         modules = [self.model.get_submodule(layer.name) for layer in group.layers]
         return whole, int8_errors(modules, self.calibration.samples[group.name], half)
@@ -183,7 +183,7 @@ class StaticQuantizer:
     def _both_parameters(
         self, samples: int, group: ObservedGroup, alpha: float | None
     ) -> tuple[list[LayerParameters], list[LayerParameters]]:
-        """The parameters from all the data, and from the half of it that the sample is not of, to judge them by."""
+        """Parameters from all the data, and from the half without the sample, with which to measure errors."""
         observer = self.calibration.observers[samples][group.name]
         whole = self._parameters(observer, group, alpha)
         if alpha is None or not has_data(observer.other_half):
@@ -193,24 +193,24 @@ class StaticQuantizer:
     def _parameters(
         self, observer: RecordingObserver, group: ObservedGroup, alpha: float | None, channels: nn.Module | None = None
     ) -> list[LayerParameters]:
-        """What the layers of `group` are quantized with; `channels` are in place of the observer's own."""
+        """Parameters of the layers of `group`; `channels` overrides the observer's own."""
         kind = QuantizationKind.STATIC if alpha is None else QuantizationKind.SMOOTH_QUANT
         modules = {layer.name: self.model.get_submodule(layer.name) for layer in group.layers}
         return layer_parameters(kind, observer, modules, group.layers[0].qconfig, alpha, channels)
 
     def _block_of(self, name: str) -> str | None:
-        """The name of the transformer block whose call was kept that a layer is in."""
+        """The name of the transformer block with the layer `name`, if the block's call was kept."""
         return next((block for block in self.calibration.block_calls if name.startswith(f"{block}.")), None)
 
 
 def layer_type(name: str, module: nn.Module) -> str:
-    """What a layer has in common with others: its name in its parent, or its class where it only has a number."""
+    """The type of a layer: a linear layer's name in its parent, or its class if that name is a number."""
     own = name.rpartition(".")[2]
     return own if is_linear(module) and not own.isdecimal() else type(module).__name__
 
 
 def _mapping(alphas: Mapping[str, float | None]) -> QConfigMapping:
-    """A mapping that smooths every layer with its alpha; layers of one alpha have the same configuration."""
+    """A mapping that gives every layer its alpha; layers with one alpha have the same configuration."""
     mapping = get_smooth_quant_qconfig_mapping()
     made: dict[float | None, Any] = {None: default_static_qconfig()}
     for name, alpha in alphas.items():

@@ -1,4 +1,4 @@
-"""What was tried and what came of it, kept in a file that survives a kill."""
+"""`TrialRecord`: the trials of a search, kept in a file that survives a kill."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate that was measured.
+    """A measured candidate.
 
-    `loss` is how much worse `metric` is than the float model's, `met` whether the criterion allows that. `model_bytes`
-    counts all parameters and buffers, `bytes_per_weight` those of the quantized layers and of the linear layers left in
-    float. `predicted_ms` is how long a decode step takes at least, reading its weights, `measured_ms` what one took,
-    both None for models that do not generate; `seconds` is the duration of the trial.
+    - `loss` is how much worse `metric` is than the float model's, and `met` whether the criterion allows that.
+    - `model_bytes` counts all parameters and buffers; `bytes_per_weight` is the average over quantized layers and
+      linear layers in float.
+    - `predicted_ms` is the time to read the weights of a decode step from memory, its lower bound, and `measured_ms`
+      the time of a decode step; both are None for models that do not generate.
+    - `seconds` is the duration of the trial.
     """
 
     index: int
@@ -40,11 +42,11 @@ class Trial:
 
 
 class TrialRecord:
-    """The trials of a search, in order; with a `path` also as JSON lines there, the whole file replaced each time.
+    """The trials of a search, in order, also saved as JSON lines to `path` if given; each save replaces the file.
 
-    The first line says what the trials are of, by `identity`, and holds the float model's metric; another one the
-    sensitivity of the layers. When the file exists, its trials are there from the beginning, to be `recall`-ed. Raises
-    ValueError when it is no such file or belongs to another search.
+    The first line holds the `identity` of the search and the float model's metric, the last one the sensitivity of the
+    layers. The trials of an existing file can be recalled with `recall`. Raises ValueError if the file is no record or
+    belongs to another search.
     """
 
     def __init__(self, path: str | os.PathLike | None, identity: Mapping[str, Any]) -> None:
@@ -67,12 +69,12 @@ class TrialRecord:
         return self.head.get("baseline")
 
     def set_baseline(self, metric: float, seconds: float) -> None:
-        """Note what the float model measures."""
+        """Record the float model's metric, and the seconds to measure it."""
         self.head |= {"baseline": metric, "baseline_seconds": seconds}
         self._write()
 
     def recall(self, candidate: Mapping[str, Any]) -> Trial | None:
-        """The trial of an earlier run with the same candidate, None when there is none."""
+        """The trial of the same candidate in an earlier run; None if there is none."""
         return self._earlier.get(json.dumps(candidate))
 
     def add(self, trial: Trial) -> None:
@@ -81,14 +83,14 @@ class TrialRecord:
         self._write()
 
     def finish(self, best: Trial, sensitivity: Mapping[str, Any]) -> None:
-        """Note which trial is the result, and what is known of the layers."""
+        """Record which trial is the result, and the sensitivity of the layers."""
         self.head["best"] = best.index
         self.sensitivity = dict(sensitivity)
         self._write()
 
     @property
     def seconds(self) -> float:
-        """What the baseline and the trials took, those of earlier runs included."""
+        """Seconds of the baseline and of all trials, also those of earlier runs."""
         return self.head.get("baseline_seconds", 0.0) + sum(trial.seconds for trial in self.trials)
 
     def _resume(self, path: Path) -> None:
@@ -105,7 +107,7 @@ class TrialRecord:
     def _write(self) -> None:
         if self.path is None:
             return
-        # Trials of an earlier run that this one has not come to yet are kept, in case it is killed before.
+        # Trials of an earlier run that this run has not reached yet are kept, in case it is killed.
         done = {json.dumps(trial.recipe) for trial in self.trials}
         later = [trial for key, trial in self._earlier.items() if key not in done] if "best" not in self.head else []
         lines = [self.head, *({"type": "trial", **asdict(trial)} for trial in (*self.trials, *later))]
@@ -187,7 +189,7 @@ _TRIAL: dict[str, Callable[[Any], bool]] = {
 
 
 def _checked(line: dict[str, Any], checks: Mapping[str, Callable[[Any], bool]], partly: bool = False) -> dict[str, Any]:
-    """`line`, if its values are what `checks` say; ValueError for others, and unless `partly` for other keys."""
+    """`line`, if its values pass `checks`; ValueError if not, or, unless `partly`, if its keys differ."""
     if not partly and line.keys() != checks.keys():
         raise ValueError(f"expected {sorted(checks)}, got {shown(sorted(line))}")
     for name, check in checks.items():

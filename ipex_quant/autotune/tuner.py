@@ -1,4 +1,4 @@
-"""`autotune`: the best candidate within an accuracy budget."""
+"""`autotune`: find the best quantization of a model within an accuracy budget."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ _CANDIDATES: dict[str, Any] = {"int8": Int8Candidate, "weight_only": WeightOnlyC
 
 
 class Quantizer(Protocol):
-    """What the tuner asks of a way to quantize."""
+    """The interface of a way to quantize, as the tuner uses it."""
 
     def search(self) -> Search:
-        """Yields the candidates to try."""
+        """A generator of the candidates to try."""
 
     def quantized(self, candidate: Any) -> nn.Module:
-        """A new model that computes as `candidate` says."""
+        """A new model quantized by `candidate`."""
 
     def cost(self, trial: Trial) -> float:
-        """What counts before accuracy among the trials that meet the criterion; less is better."""
+        """A cost that counts before accuracy among the trials that meet the criterion; less is better."""
 
     def sensitivity(self, candidate: Any) -> dict[str, dict[str, Any]]:
-        """What is known of the layers, their `error` first, by name."""
+        """Notes on the layers by name, their `error` first."""
 
     def result(self, model: nn.Module, candidate: Any, inplace: bool) -> nn.Module:
-        """What `autotune` returns."""
+        """The model that `autotune` returns."""
 
 
 def autotune(
@@ -76,41 +76,40 @@ def autotune(
     seed: int = 0,
     inplace: bool = False,
 ) -> nn.Module:
-    """Find how to quantize `model` within an accuracy budget: to static INT8, or only its weights.
+    """Find the best quantization of `model` within an accuracy budget: static INT8, or weight-only.
 
-    Every trial quantizes a copy, with real kernels, and measures it. Static INT8: first candidates with all layers in
-    INT8, then the best of them with the most sensitive layers left in float, until one meets the criterion; one
-    calibration pass serves all. The result is what `prepare` makes, with the parameters loaded: ``convert`` it, or save
-    them by its ``save_qconf_summary`` for ``llm.optimize``.
+    Every trial quantizes a copy, with real kernels, and measures its metric. For static INT8 it first tries all layers
+    in INT8, then the best of these candidates with its most sensitive layers left in float, until one meets the
+    criterion; one calibration pass serves all. The result is a prepared model with the parameters loaded: ``convert``
+    it, or save the parameters with its ``save_qconf_summary`` for ``llm.optimize``.
 
     With a `quantization_config` or `max_bytes_per_weight` only weights are quantized, and the result is the quantized
-    model itself, as ``llm.optimize`` and ``llm.save`` take it. Schemes are mixed over the layers so that the estimated
-    divergence is least: within `max_bytes_per_weight`, counting all linear layers, or else in the smallest size that
-    meets the criterion.
+    model, ready for ``llm.optimize`` and ``llm.save``. Layers may get different schemes, so that the estimated
+    divergence is least: within `max_bytes_per_weight`, an average over all linear layers, or else in the smallest size
+    that meets the criterion.
 
     - `calib_dataloader` yields batches: a mapping, a tuple, a list or a tensor, or a pair of one of these and an index
       or label. Each sample is read once.
-    - `calib_func(model)` runs calibration data through the model it is given, in place of the dataloader's; for static
-      INT8 only.
-    - `eval_func(model)` returns a number of which more is better. Without it, it is 1 less the squared error of the
-      outputs for the calibration data relative to the float model's.
+    - `calib_func(model)` runs calibration data through `model` instead of the dataloader's; for static INT8 only.
+    - `eval_func(model)` returns the metric, a number; higher is better. The default metric is 1 minus the squared error
+      of the outputs for the calibration data, relative to the float model's outputs.
     - `op_type_dict`: see `constraints.float_layers`; `smoothquant_args`: see `smoothquant_args.read_smoothquant_args`.
     - `sampling_sizes` are the numbers of samples to calibrate on, [100] by default; static INT8 tries each.
     - `accuracy_criterion` is ``{"relative": 0.01}``, the default, or ``{"absolute": ...}``: the largest loss allowed.
-    - `tuning_time`: 0 ends at the first candidate that meets the criterion; seconds above it go on looking for a
-      smaller or a more accurate one until they are over, or nothing is left to try.
-    - `quantization_config`: a `WeightOnlySpace`, or a weight-only mapping: its global configuration is all there is to
-      try then, and what its rules leave in float stays there.
-    - `record` is a file for the trials, replaced at once after each. If it exists, tuning goes on after its trials.
+    - `tuning_time` in seconds: with 0, tuning ends at the first candidate that meets the criterion; otherwise it
+      continues to find a smaller or more accurate one until the time is over or all candidates are tried.
+    - `quantization_config`: a `WeightOnlySpace`, or a weight-only mapping; of a mapping only the global configuration
+      is tried, and layers that its rules leave in float stay in float.
+    - `record` is a file for the trials, replaced atomically after each. If it exists, tuning resumes after its trials.
     - `report` names files for the `Report`: .html, .json, or .svg for its plot of metric against size.
-    - `seed` draws samples of the layers' inputs. With the same seed and data, trials and result are the same.
+    - `seed` draws the samples of the layers' inputs. With the same seed and data, trials and result are the same.
 
-    `model` is unchanged unless `inplace`. Warns, naming the gap, when no candidate meets the criterion: the result is
-    then the most accurate. A list as sixth argument is `sampling_sizes`, and those after it follow, as in IPEX 2.8.
-    Raises TypeError or ValueError for bad arguments and for a metric that is no finite number, ImportError for a report
-    as .svg without matplotlib.
+    `model` is unchanged unless `inplace`. Warns, with the gap, if no candidate meets the criterion; the result is then
+    the most accurate one. As in IPEX 2.8, `sampling_sizes`, `accuracy_criterion` and `tuning_time` may be the sixth and
+    following positional arguments. Raises TypeError or ValueError for bad arguments and for a metric that is no finite
+    number, ImportError for a report as .svg without matplotlib.
     """
-    if isinstance(smoothquant_args, (list, tuple)) or isinstance(sampling_sizes, Mapping):  # as IPEX 2.8 has it
+    if isinstance(smoothquant_args, (list, tuple)) or isinstance(sampling_sizes, Mapping):  # the order of IPEX 2.8
         tuning_time = tuning_time if isinstance(accuracy_criterion, Mapping | None) else accuracy_criterion
         smoothquant_args, sampling_sizes, accuracy_criterion = None, smoothquant_args, sampling_sizes
     options = TuningOptions(
@@ -156,7 +155,7 @@ class TuningOptions:
 
     @property
     def reports(self) -> list[Path]:
-        """The files to report to; ValueError for one that cannot be."""
+        """The report files; ValueError for a file that cannot be written."""
         one = isinstance(self.report, (str, os.PathLike))
         return [checked_report_path(path) for path in ([self.report] if one else self.report)]
 
@@ -164,7 +163,7 @@ class TuningOptions:
 def tune(
     model: nn.Module, calib_dataloader: Iterable[Any], options: TuningOptions | None = None
 ) -> tuple[nn.Module, Report]:
-    """What `autotune` returns, and the report of how it was found."""
+    """The result of `autotune`, and the report of its search."""
     options = options or TuningOptions()
     _check_arguments(model, options)
     reports = options.reports
@@ -223,7 +222,7 @@ def tune(
 
 @dataclass
 class _Measure:
-    """Makes trials of candidates."""
+    """Quantizes and measures a candidate, and returns its trial."""
 
     eval_func: Callable[[nn.Module], float]
     criterion: Criterion
@@ -283,7 +282,7 @@ def _checked_sizes(sampling_sizes: Sequence[int] | None) -> tuple[int, ...]:
 def _baseline(
     model: nn.Module, eval_func: Callable[[nn.Module], float], criterion: Criterion, trials: TrialRecord
 ) -> float:
-    """The float model's metric, measured unless an earlier run has done so."""
+    """The float model's metric, measured unless the record has it from an earlier run."""
     if trials.baseline is None:
         start = time.perf_counter()
         metric = measured(eval_func, model)

@@ -1,4 +1,4 @@
-"""Weight-only quantization under a budget of bytes: the space of schemes, their estimated errors, and the models."""
+"""Weight-only quantization within a budget of bytes: the space of schemes, their estimated errors, and the models."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from .trials import Trial
 
 ALGORITHMS = ("gptq", "awq", "rtn")
 SIZE_STEP = 1.05
-"""By how much the sizes grow that are tried without a budget."""
+"""Ratio of consecutive sizes that are tried without a budget."""
 
 
 @dataclass(frozen=True)
 class WeightOnlySpace:
-    """The ways to quantize weights that `autotune` chooses from: all combinations that exist.
+    """The search space of weight-only quantization: all valid combinations of the fields.
 
-    `algorithms` are tried in the order given: "gptq", "awq" or "rtn". `lm_head` says whether the output layer may be
-    quantized, may stay in float, or both. With `mixed` layers get schemes of their own. Raises ValueError for an empty
-    field and an unknown algorithm.
+    `algorithms` ("gptq", "awq" or "rtn") are tried in the order given. `lm_head` lists whether the output layer may be
+    quantized (True), may stay in float (False), or both. With `mixed`, layers may get different schemes. Raises
+    ValueError for an empty field and an unknown algorithm.
     """
 
     weight_dtypes: Sequence[WoqWeightDtype] = (WoqWeightDtype.INT4, WoqWeightDtype.INT8)
@@ -71,9 +71,9 @@ class WeightOnlySpace:
 
     @classmethod
     def of(cls, value: Any) -> WeightOnlySpace:
-        """`value` if it is a space; the point that a weight-only mapping's global configuration is; None the default.
+        """`value` if it is a space, the default space for None, or the space of a weight-only mapping.
 
-        Raises TypeError for anything else.
+        The space of a mapping has its global configuration alone. Raises TypeError for anything else.
         """
         if value is None or isinstance(value, WeightOnlySpace):
             return value or cls()
@@ -92,7 +92,7 @@ class WeightOnlySpace:
         )
 
     def schemes(self, lowp_mode: WoqLowpMode) -> list[WeightScheme]:
-        """All that can be computed in `lowp_mode`; ValueError when there is none."""
+        """All schemes that can be computed in `lowp_mode`; ValueError if there is none."""
         found: dict[WeightScheme, None] = {}
         for dtype, group_size, qscheme in itertools.product(self.weight_dtypes, self.group_sizes, self.qschemes):
             with suppress(ValueError):  # no such combination
@@ -103,10 +103,10 @@ class WeightOnlySpace:
 
 
 class WeightOnlyQuantizer:
-    """Makes weight-only models, of schemes whose errors one pass over a few batches estimates.
+    """Makes weight-only models, with schemes chosen by errors that are estimated on a few batches.
 
-    Layers that consume the same tensor get the same scheme, so that their GEMMs can be fused. `always_float` are layers
-    that are not quantized.
+    Layers that consume the same tensor get the same scheme, so that their GEMMs can be fused. Layers in `always_float`
+    stay in float.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class WeightOnlyQuantizer:
         self._found: tuple[Any, FoundWeights] = (None, FoundWeights())
 
     def search(self) -> Search:
-        """The candidates to try; ValueError when none is within the budget."""
+        """The search; ValueError if no candidate is within the budget."""
         candidates = [
             [candidate for lowp_mode in self.space.lowp_modes for candidate in self._candidates(budget, lowp_mode)]
             for budget in self._budgets()
@@ -155,15 +155,15 @@ class WeightOnlyQuantizer:
         return search_weight_only(candidates)
 
     def cost(self, trial: Trial) -> float:
-        """What counts before accuracy: nothing within a budget, else the size."""
+        """The size in bytes per weight, which counts before accuracy; 0 if there is a budget."""
         return trial.bytes_per_weight if self.max_bytes_per_weight is None else 0.0
 
     def quantized(self, candidate: WeightOnlyCandidate) -> nn.Module:
-        """A new model that computes as `candidate` says."""
+        """A new model quantized by `candidate`."""
         return self.result(self.model, candidate, inplace=False)
 
     def result(self, model: nn.Module, candidate: WeightOnlyCandidate, inplace: bool) -> nn.Module:
-        """`model`, or a copy, quantized as `candidate` says."""
+        """`model`, or a copy, quantized by `candidate`."""
         key = candidate.algorithm, candidate.schemes
         if self._found[0] != key:
             self._found = key, find_weights(self.model, self.batches, candidate)
@@ -193,7 +193,7 @@ class WeightOnlyQuantizer:
         return Option(scheme, size, error)
 
     def _allowed(self, name: str, lowp_mode: WoqLowpMode) -> list[Option]:
-        """The options of a group that the space, the compute mode and `op_type_dict` leave."""
+        """The options of a group that the space, the compute mode and `op_type_dict` allow."""
         if name in self.always_float:
             return [option for option in self.options[name] if option.scheme is None]
         schemes: list[WeightScheme | None] = list(self.space.schemes(lowp_mode))
@@ -205,7 +205,7 @@ class WeightOnlyQuantizer:
         return [option for option in self.options[name] if option.scheme in schemes]
 
     def _budgets(self) -> list[float]:
-        """Bytes of all layers: what is asked for, else from the smallest choice to the largest uniform one in steps."""
+        """Budgets in bytes for all layers: the given one, or steps from the smallest to the largest uniform choice."""
         if self.max_bytes_per_weight is not None:
             return [self.max_bytes_per_weight * self.weights]
         budgets = [self._smallest() * self.weights]
@@ -219,7 +219,7 @@ class WeightOnlyQuantizer:
         return budgets
 
     def _uniform(self, lowp_mode: WoqLowpMode) -> Iterator[dict[str, Option]]:
-        """Every scheme for all layers, with each choice that there is for the output layer."""
+        """Choices with one scheme for all layers, and each allowed choice for the output layer."""
         for scheme in self.space.schemes(lowp_mode):
             for head_quantized in self.space.lm_head:
                 choice = {}
@@ -230,7 +230,7 @@ class WeightOnlyQuantizer:
                 yield choice
 
     def _candidates(self, budget: float, lowp_mode: WoqLowpMode) -> Iterator[WeightOnlyCandidate]:
-        """Within `budget` bytes the mixed choice and the uniform one of least estimated error, by each algorithm."""
+        """The mixed and the uniform choice of least estimated error within `budget` bytes, with each algorithm."""
         fitting = [each for each in self._uniform(lowp_mode) if sum(o.bytes for o in each.values()) <= budget]
         choices = [min(fitting, key=lambda each: sum(o.error for o in each.values()))] if fitting else []
         if self.space.mixed:
@@ -242,7 +242,7 @@ class WeightOnlyQuantizer:
                 yield WeightOnlyCandidate(algorithm, lowp_mode, schemes)
 
     def _algorithms(self) -> Sequence[str]:
-        """Those of the space; only rounding to nearest where there are no transformer blocks, by default."""
+        """The space's algorithms; if these are the default and the model has no transformer blocks, "rtn" alone."""
         if self.space.algorithms == ALGORITHMS:
             try:
                 find_blocks(self.model)
@@ -251,7 +251,7 @@ class WeightOnlyQuantizer:
         return self.space.algorithms
 
     def _smallest(self) -> float:
-        """Bytes a weight of the smallest choice."""
+        """Bytes per weight of the smallest choice."""
         smallest = [
             sum(min(option.bytes for option in self._allowed(name, lowp_mode)) for name in self.groups)
             for lowp_mode in self.space.lowp_modes
@@ -259,7 +259,7 @@ class WeightOnlyQuantizer:
         return min(smallest) / self.weights
 
     def _share_groups(self) -> dict[str, tuple[str, ...]]:
-        """Layers that consume the same tensor, by the name of the first; those that stay in float are alone."""
+        """Groups of layers that consume the same tensor, by the first name; layers that stay in float are alone."""
         with restored_forwards(self.model):
             traced = trace_groups(self.model, self.layers, (), partial(self.batches[0].run, self.model))
         together = [[name for name in group.members if name not in self.always_float] for group in traced]
@@ -269,9 +269,9 @@ class WeightOnlyQuantizer:
 
 
 def find_weights(model: nn.Module, batches: Sequence[Example], candidate: WeightOnlyCandidate) -> FoundWeights:
-    """What the algorithm of `candidate` makes of the layers in transformer blocks; nothing when it rounds to nearest.
+    """The weights that the algorithm of `candidate` finds for layers in transformer blocks; none for "rtn".
 
-    GPTQ leaves layers of a dtype that it does not know to rounding.
+    GPTQ skips layers whose dtype it does not support, which are then rounded to nearest.
     """
     schemes = {name: scheme for name, scheme in candidate.schemes if scheme is not None}
     if candidate.algorithm == "rtn":
@@ -291,7 +291,7 @@ def quantized_model(
     act_quant_mode: WoqActQuantMode,
     inplace: bool,
 ) -> nn.Module:
-    """`model`, or a copy, with the layers of `candidate` quantized: as `found`, or else rounded to nearest."""
+    """`model`, or a copy, with the layers of `candidate` quantized: the weights `found`, the others rounded."""
     mapping = QConfigMapping()
     for name, scheme in candidate.schemes:
         qconfig = None
@@ -311,7 +311,7 @@ def _qconfig(
     act_quant_mode: WoqActQuantMode,
 ) -> QConfigWoq:
     """The configuration of one layer; ValueError for a combination that does not exist."""
-    # A mapping that computes in another mode than INT8 has no mode for activations.
+    # Other compute modes than INT8 quantize no activations; a mapping with one has the mode NONE.
     quantizes = lowp_mode == WoqLowpMode.INT8 and act_quant_mode != WoqActQuantMode.NONE
     return get_weight_only_quant_qconfig_mapping(
         weight_dtype=dtype,
