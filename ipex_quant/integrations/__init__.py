@@ -1,1 +1,1 @@
-"""Ways for other packages to use this one; each is imported on its own and needs its package."""
+"""Integrations with other packages; import each one by itself, with its package installed."""

@@ -1,6 +1,6 @@
-"""lm-evaluation-harness scores models of ours: importing this registers them with it as model ``ipex_quant``.
+"""The model ``ipex_quant`` for lm-evaluation-harness; importing this module registers it.
 
-From a shell, ``python -m ipex_quant.integrations.lm_eval`` is the harness' own command, with that model known to it:
+From a shell, ``python -m ipex_quant.integrations.lm_eval`` runs the harness' own command with this model registered:
 
     python -m ipex_quant.integrations.lm_eval run --model ipex_quant \\
         --model_args pretrained=MODEL_DIR,recipe=w4a8-g128 --tasks lambada_openai
@@ -30,19 +30,20 @@ _FLOAT_MODEL_ONLY = "recipe, dtype, dataset and column are for a directory with 
 
 @register_model("ipex_quant")
 class IpexQuantLM(HFLM):
-    """A causal language model of ours for lm-evaluation-harness.
+    """A causal language model of this package for lm-evaluation-harness.
 
     - `pretrained`: a directory that `ipex_quant.llm.save` wrote, or one with a float model; or a model in memory.
-    - `recipe`: what to quantize a float model with, as ``ipex-quant quantize`` does: a name or a YAML file. Without one
-      it stays in float, computed by our native stack.
-    - `dtype`: of a float model's activations: bfloat16, float16 or float32.
-    - `dataset`, `column`: what the recipe calibrates on, as `ipex_quant.quantization.calibration_dataloader` takes it.
-    - `tokenizer`: by default the one beside the model; a model in memory that was not loaded needs one.
-    - `device`: without effect, since its default in the harness is a GPU; models of ours run on the CPU.
-    - `options`: those of the harness' own ``hf`` model that do not concern loading (``batch_size``, ``max_length``...).
+    - `recipe`: the recipe to quantize a float model with, a name or a YAML file as in ``ipex-quant quantize``. Without
+      one the model stays in float, with native ops around its linear layers.
+    - `dtype`: the dtype of a float model's activations: bfloat16, float16 or float32.
+    - `dataset`, `column`: the calibration text, as in `ipex_quant.quantization.calibration_dataloader`.
+    - `tokenizer`: by default that in the model's directory; a model in memory that was not loaded needs one.
+    - `device`: without effect (the harness' default is a GPU); models of this package run on the CPU.
+    - `options`: options of the harness' own ``hf`` model that do not concern loading (``batch_size``, ``max_length``,
+      ...).
 
-    Raises ValueError for a directory without a model, and an argument that does not go with `pretrained`; TypeError
-    for a model that is no transformers model.
+    Raises ValueError for a directory without a model, and for an argument that does not fit `pretrained`; TypeError for
+    a model that is no transformers model.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
-"""neural-compressor's users reach our algorithms: static INT8 with SmoothQuant, and weight-only INT4, INT8, NF4, FP8.
+"""Algorithms for neural-compressor: static INT8 with SmoothQuant, and weight-only INT4, INT8, NF4 and FP8.
 
-After `register()`, configurations of the two classes it returns work in ``neural_compressor.torch.quantization``: its
-``prepare``, ``convert``, ``quantize`` and ``autotune``. Values in lists make a configuration a tuning space.
+After `register()`, ``prepare``, ``convert``, ``quantize`` and ``autotune`` of ``neural_compressor.torch.quantization``
+accept configurations of the two classes that it returns. Lists of values make a configuration a tuning space.
 """
 
-# No postponed annotations: neural-compressor reads those of a configuration's arguments.
+# No postponed annotations: neural-compressor reads the annotations of a configuration's arguments.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class Configs(NamedTuple):
 
 
 def register() -> Configs:
-    """Make our algorithms known to neural-compressor, by the names above, and return their configuration classes.
+    """Register the algorithms with neural-compressor, by the names above; return their configuration classes.
 
     Raises ImportError without neural-compressor. Calling it again replaces the classes.
     """
@@ -49,13 +49,13 @@ def register() -> Configs:
         raise ImportError("expected neural-compressor; run `pip install ipex_quant[neural-compressor]`") from error
 
     class Common(TorchBaseConfig):
-        """What both configurations have in common."""
+        """Base class of both configurations."""
 
         supported_configs = ()
 
         @classmethod
         def register_supported_configs(cls) -> None:
-            """The base class wants it."""
+            """Do nothing; the base class requires this method."""
 
         @staticmethod
         def get_model_info(model: nn.Module, *_: Any) -> list:
@@ -65,7 +65,7 @@ def register() -> Configs:
     class Int8Config(Common):
         """Static INT8: `alpha` is SmoothQuant's, a number in 0..1 or "auto"; None is without smoothing.
 
-        `dtype` int8, or fp32 for a layer that is to stay in float.
+        `dtype` is int8, or fp32 for layers that stay in float.
         """
 
         name = INT8_NAME
@@ -87,9 +87,9 @@ def register() -> Configs:
             return cls(alpha=[AUTO, 0.5])
 
     class WeightOnlyConfig(Common):
-        """Weights in few bits: `weight_dtype` int4, int8, nf4 or fp8, or fp32 for a layer that is to stay in float.
+        """Weight-only: `weight_dtype` is int4, int8, nf4 or fp8, or fp32 for layers that stay in float.
 
-        `algorithm` is rtn, gptq or awq; `lowp_mode` none, fp16, bf16 or int8, what is computed with the weights.
+        `algorithm` is rtn, gptq or awq; `lowp_mode`, the compute mode, is none, fp16, bf16 or int8.
         """
 
         name = WEIGHT_ONLY_NAME
@@ -131,7 +131,7 @@ def _int8(
     example_inputs: Any = None,
     **_: Any,
 ) -> nn.Module:
-    """neural-compressor's entry of the INT8 algorithm."""
+    """Entry point of the INT8 algorithm for neural-compressor."""
     configs = _chosen(configs_mapping, INT8_NAME, "dtype")
     alphas = {name: config.alpha for name, config in configs.items()}
     if mode.value == "convert":
@@ -165,7 +165,7 @@ def _auto_int8(model: nn.Module, alphas: dict, run: Callable, example_inputs: An
 def _weight_only(
     model: nn.Module, configs_mapping: dict, mode: Any, run_fn: Any = None, run_args: Any = None, **_: Any
 ) -> nn.Module:
-    """neural-compressor's entry of the weight-only algorithms."""
+    """Entry point of the weight-only algorithms for neural-compressor."""
     configs = _chosen(configs_mapping, WEIGHT_ONLY_NAME, "weight_dtype")
     if mode.value == "prepare" or not configs:
         return model
@@ -202,7 +202,7 @@ def _calibration(run_fn: Any, run_args: Any) -> Callable[[nn.Module], Any]:
 
 
 def _batches(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Example]:
-    """What ``run(model)`` calls the model with."""
+    """The arguments of all calls of the model in ``run(model)``."""
     batches: list[Example] = []
     handle = model.register_forward_pre_hook(
         lambda _, args, kwargs: batches.append(Example(args, kwargs)), with_kwargs=True

@@ -1,4 +1,4 @@
-"""Named ways to quantize a model: the YAML files in this folder, or the user's own."""
+"""Recipes: named ways to quantize a model, as YAML files in this folder or of the user."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Following a recipe: reading what it calibrates on, and a float model to a quantized one."""
+"""`apply_recipe`: quantize a float model by a recipe; `calibration_data`: read its calibration text."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 def calibration_data(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: Source | None = None, column: str | None = None
 ) -> DataLoader | tuple[()]:
-    """As many windows of tokens as `recipe` calibrates on, none if it does not: those of `calibration_dataloader`.
+    """A `calibration_dataloader` of the windows that `recipe` calibrates on; empty if it does not calibrate.
 
-    Without a `source` the text is `data.calibration_text()`. Raises as `calibration_dataloader` does.
+    The default of `source` is `data.calibration_text()`. Raises as `calibration_dataloader` does.
     """
     if not isinstance(recipe.settings, Calibrated):
         return ()
@@ -51,10 +51,10 @@ def apply_recipe(
     calibration: Collection[Any] | DataLoader = (),
     dtype: torch.dtype = torch.bfloat16,
 ) -> nn.Module:
-    """Quantize a transformers model in place as `recipe` says and return it, ready to generate in `dtype`.
+    """Quantize a transformers model in place by `recipe` and return it, ready to generate in `dtype`.
 
-    `calibration` is what `calibration_data` returns, or other batches of arguments of `model`. GPTQ and AWQ leave the
-    output layer to round-to-nearest. Raises ValueError when the recipe calibrates and there is nothing to do it with.
+    `calibration` is the result of `calibration_data`, or other batches of arguments of `model`. With GPTQ and AWQ the
+    output layer is rounded to nearest. Raises ValueError if the recipe calibrates and `calibration` is empty.
     """
     if isinstance(recipe.settings, Calibrated) and not len(calibration):
         raise ValueError(f"recipe {recipe.name}: it needs calibration text, got none")
@@ -78,7 +78,7 @@ def apply_recipe(
 def _apply_gptq(recipe: Recipe, model: nn.Module, calibration: Collection[Any], dtype: torch.dtype) -> nn.Module:
     settings: Any = recipe.settings
     scheme = replace(settings.qconfig().scheme, group_size=_group_size(recipe, model))
-    # the scales of a GPTQ checkpoint, so that saving as one would change nothing
+    # float16 scales, as in GPTQ checkpoints
     options = GptqOptions(percdamp=settings.percdamp, act_order=settings.act_order, scale_dtype=torch.float16)
     run = GptqRun.of(model, calibration, scheme, options, Samples(settings.samples, settings.sequence_length))
     return llm.optimize(
@@ -91,7 +91,7 @@ def _apply_gptq(recipe: Recipe, model: nn.Module, calibration: Collection[Any], 
 
 
 def _group_size(recipe: Recipe, model: nn.Module) -> int:
-    """The one size of groups that a GPTQ checkpoint has, small enough for every layer."""
+    """The group size for all layers, since a GPTQ checkpoint has one: the smallest that a layer needs."""
     head = output_head(model)
     widths = [width for name, width in layer_widths(model).items() if name != head]
     settings: Any = recipe.settings
@@ -99,7 +99,7 @@ def _group_size(recipe: Recipe, model: nn.Module) -> int:
 
 
 def _left_in_float(model: nn.Module, recipe: Recipe) -> list[str]:
-    """Names of the linear layers, experts and embeddings that `recipe` wants quantized and that are not yet."""
+    """Names of the layers, experts and embeddings in float that `recipe` quantizes."""
     embeddings = nn.Embedding in recipe.settings.types()
     return [
         name

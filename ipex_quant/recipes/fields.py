@@ -1,4 +1,4 @@
-"""From the values in a recipe's YAML to those of the fields that take them, by the fields' annotations."""
+"""`parse`: check and convert values of a recipe's YAML by the annotations of the fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 
 def parse(annotation: Any, value: Any) -> Any:
-    """`value` as `annotation` says; ValueError for one that does not fit it.
+    """`value` converted to the type `annotation`; ValueError if it does not fit.
 
     Annotations are str, bool, int, float, an IntEnum (by its names in lower case), ``X | None``, ``tuple[X, ...]`` (a
     list), ``dict[X, Y]``, and ``Annotated[X, check]`` with functions that raise ValueError.

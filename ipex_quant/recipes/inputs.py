@@ -1,4 +1,4 @@
-"""What models are called with to be calibrated and compared: windows of a text, or tensors from a file."""
+"""Inputs for calibrating and comparing models: windows of a text, or tensors from a file."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .. import evaluation
 
 
 def takes_text(model: PreTrainedModel) -> bool:
-    """Whether the first thing that `model` is called with is token ids."""
+    """Whether the main input of `model` is token ids."""
     return model.main_input_name == "input_ids"
 
 
 def predicts_next_tokens(model: PreTrainedModel) -> bool:
-    """Whether `model` has a perplexity: it continues a text, with nothing beside."""
+    """Whether `model` is a causal language model, which has a perplexity."""
     return takes_text(model) and model.can_generate() and not model.config.is_encoder_decoder
 
 
 def of_model(model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """`batches` as `model` takes them: floats in its dtype, and for a decoder the tokens that its encoder reads."""
+    """`batches` for `model`: floats in its dtype, and for encoder-decoder models the tokens also for the decoder."""
     needs_target = takes_text(model) and model.config.is_encoder_decoder
     calls = []
     for batch in batches:
@@ -42,14 +42,14 @@ def text_batches(
     sequence_length: int,
     max_tokens: int | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Windows of `text` that `model` can be called with; ValueError for a model that is not called with token ids."""
+    """Windows of `text` as inputs of `model`; ValueError for a model whose main input is not token ids."""
     check_takes_text(model, tokenizer)
-    windows = evaluation.token_windows(tokenizer, text, sequence_length - 1, max_tokens)  # which share a token
+    windows = evaluation.token_windows(tokenizer, text, sequence_length - 1, max_tokens)  # neighbours share a token
     return [{"input_ids": window} for window in windows]
 
 
 def check_takes_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """ValueError for a model that is not called with token ids, or has no tokenizer."""
+    """Raise ValueError for a model whose main input is not token ids, or without a tokenizer."""
     if not takes_text(model) or tokenizer is None:
         raise ValueError(
             f"a {type(model).__name__} is not called with text: give --inputs, a safetensors file of what it is called "
@@ -58,9 +58,10 @@ def check_takes_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
 
 
 def read_inputs(path: Path) -> list[dict[str, torch.Tensor]]:
-    """One call for each sample in a safetensors file of named inputs ``[samples, ...]``.
+    """Keyword arguments for each sample in a safetensors file of named inputs ``[samples, ...]``.
 
-    Raises OSError for a file that cannot be read, ValueError for one that is none or has inputs of several lengths.
+    Raises OSError for a file that cannot be read, ValueError for one that is no safetensors file or has inputs of
+    different lengths.
     """
     try:
         tensors = load_file(path)

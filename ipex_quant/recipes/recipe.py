@@ -36,32 +36,32 @@ OBSERVERS = {
     "min_max": MinMaxObserver,
     "moving_average": MovingAverageMinMaxObserver,
 }
-"""What finds the range of an activation, by its name in a recipe."""
+"""Observers that find the range of an activation, by their names in recipes."""
 
 
 class Settings:
-    """What an algorithm needs to know; the fields of each kind are the keys of its recipes."""
+    """Settings of an algorithm; the fields of each subclass are the keys of its recipes."""
 
     def qconfig(self) -> Any:
-        """Configuration of every layer but the exceptions."""
+        """Configuration of all layers except for the exceptions."""
         raise NotImplementedError
 
     def exceptions(self) -> dict[str, Any]:
-        """Configurations of the layers whose name matches a regular expression; the first match counts."""
+        """Configurations by regular expressions of layer names; the first match applies."""
         return {}
 
     def types(self) -> dict[type[nn.Module], Any]:
-        """Configurations of modules that are quantized only where their type is given."""
+        """Configurations by type of module, for modules that are quantized only by a rule for their type."""
         return {}
 
     def exceptions_of(self, model: nn.Module) -> dict[str, Any]:
-        """Configurations of layers of `model`, by name, that depend on their shape and place."""
+        """Configurations of layers of `model`, by name, that depend on their shape and position."""
         return {}
 
 
 @dataclass(frozen=True)
 class Calibrated(Settings):
-    """Settings of an algorithm that looks at `samples` windows of `sequence_length` tokens."""
+    """Settings of an algorithm that calibrates on `samples` windows of `sequence_length` tokens."""
 
     samples: Count = 128
     sequence_length: Count = 512
@@ -69,12 +69,12 @@ class Calibrated(Settings):
 
 @dataclass(frozen=True)
 class WeightOnly(Settings):
-    """Weights in few bits, rounded to nearest; `lowp_mode` and `act_quant_mode` say what they are computed with.
+    """Weight-only quantization by rounding to nearest, computed in `lowp_mode` with `act_quant_mode`.
 
-    A layer with fewer than `min_groups` groups a row, or whose width `group_size` does not divide, has smaller groups,
-    of 32 features at least: rounding errors of narrow layers average out less. `head_dtype` is that of the output
-    layer's weight, per channel, where it is not `weight_dtype`; `embedding_dtype` that of the embeddings' tables, a
-    scale a row, which stay in float without it.
+    With `min_groups`, a layer with fewer groups per row than that, or whose width `group_size` does not divide, has
+    smaller groups, of at least 32 features: rounding errors of narrow layers average out less. `head_dtype` is the
+    dtype of the output layer's weight, per channel, if it differs from `weight_dtype`. `embedding_dtype` is the dtype
+    of embeddings, with one scale per row; without it they stay in float.
     """
 
     weight_dtype: WoqWeightDtype = WoqWeightDtype.INT8
@@ -102,7 +102,7 @@ class WeightOnly(Settings):
         return {} if self.embedding_dtype is None else {nn.Embedding: self._per_channel(self.embedding_dtype)}
 
     def group_size_for(self, width: int) -> int:
-        """Input features that share a scale in a layer with `width` of them."""
+        """The group size of a layer with `width` input features."""
         size = self.group_size
         while self.min_groups and size > SMALLEST_GROUP and (width % size or width < self.min_groups * size):
             size //= 2
@@ -119,7 +119,7 @@ class WeightOnly(Settings):
 
 @dataclass(frozen=True)
 class Gptq(WeightOnly, Calibrated):
-    """As `WeightOnly`, with the weights in transformer blocks rounded by GPTQ; `percdamp` damps the Hessian."""
+    """`WeightOnly` with GPTQ for the weights in transformer blocks; `percdamp` damps the Hessian."""
 
     samples: Count = 64
     act_order: bool = False
@@ -132,7 +132,7 @@ class Gptq(WeightOnly, Calibrated):
 
 @dataclass(frozen=True)
 class Awq(WeightOnly, Calibrated):
-    """As `WeightOnly`, with the weights in transformer blocks scaled and clipped by AWQ, as `AwqOptions` says."""
+    """`WeightOnly` with AWQ for the weights in transformer blocks; the other fields are those of `AwqOptions`."""
 
     samples: Count = 64
     alpha_steps: int = AwqOptions.alpha_steps
@@ -144,13 +144,13 @@ class Awq(WeightOnly, Calibrated):
         self.options()
 
     def options(self) -> AwqOptions:
-        """How AWQ searches."""
+        """The options of AWQ's search."""
         return AwqOptions(**{each.name: getattr(self, each.name) for each in fields(AwqOptions)})
 
 
 @dataclass(frozen=True)
 class Dynamic(Settings):
-    """INT8 weights per channel; activations are quantized as they come, each token on its own."""
+    """Per-channel INT8 weights; activations are quantized dynamically, per token."""
 
     def qconfig(self) -> Any:
         return quantization.default_dynamic_qconfig
@@ -158,7 +158,7 @@ class Dynamic(Settings):
 
 @dataclass(frozen=True)
 class Static(Calibrated):
-    """INT8 weights per channel; one of `OBSERVERS` finds a range for every activation."""
+    """Per-channel INT8 weights; activations are quantized statically, with ranges found by one of `OBSERVERS`."""
 
     observer: str = "histogram"
 
@@ -172,9 +172,9 @@ class Static(Calibrated):
 
 @dataclass(frozen=True)
 class SmoothQuant(Calibrated):
-    """As `Static`, with outliers moved from activations to weights: by `alpha`, or the first of `alphas` that matches.
+    """Static INT8 with SmoothQuant: by `alpha`, or for layers whose name matches, by the first match in `alphas`.
 
-    With `share_weight_observers` layers that read the same tensor share one smoothing factor.
+    With `share_weight_observers`, layers that read the same tensor share one smoothing factor.
     """
 
     alpha: Fraction = 0.5
@@ -204,7 +204,7 @@ ALGORITHMS: dict[str, type[Settings]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to quantize a model. `skip` holds regular expressions of the names of modules that stay in float."""
+    """A way to quantize a model. Modules whose name matches a regular expression in `skip` stay in float."""
 
     name: str
     settings: Settings
@@ -216,7 +216,7 @@ class Recipe:
 
     @property
     def cost(self) -> str | None:
-        """What the recipe was measured to cost on a real model, in a sentence; None for one of the user's own."""
+        """The measured cost of the recipe on a real model, in a sentence; None for a recipe of the user."""
         costs = json.loads((FOLDER / "costs.json").read_text(encoding="utf-8"))
         if self.name not in costs["recipes"] or self != load_recipe(self.name):
             return None
@@ -228,12 +228,12 @@ class Recipe:
 
     @property
     def note(self) -> str:
-        """Its name, and its cost where that was measured."""
+        """The name of the recipe, with its cost if measured."""
         cost = self.cost
         return self.name if cost is None else f"{self.name}: {cost}"
 
     def qconfig_mapping(self, model: nn.Module | None = None) -> QConfigMapping:
-        """The quantization configuration that `llm.optimize` and `quantization.prepare` take, for `model` if given."""
+        """The configuration for `llm.optimize` and `quantization.prepare`, with exceptions for `model` if given."""
         mapping = QConfigMapping().set_global(self.settings.qconfig())
         for kind, qconfig in self.settings.types().items():
             mapping.set_object_type(kind, qconfig)
@@ -246,7 +246,7 @@ class Recipe:
 
 
 def layer_widths(model: nn.Module) -> dict[str, int]:
-    """Input features of every linear layer of `model`, and the fewest of every module with experts, by name."""
+    """Input features of every linear layer of `model`, and the fewest of the experts of a module, by name."""
     widths = {}
     for name, module in named_layers(model):
         if is_linear(module):
@@ -257,7 +257,7 @@ def layer_widths(model: nn.Module) -> dict[str, int]:
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
-    """The packaged recipe of that name, or the one in that YAML file.
+    """The packaged recipe with a name, or the recipe in a YAML file.
 
     Raises ValueError, which names the recipe, for an unknown name, an unknown key or a value that does not fit.
     """
@@ -271,7 +271,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 
 _OWN_KEYS = ("description", "skip")
-"""Keys of every recipe, whatever its algorithm."""
+"""Keys that recipes of all algorithms have."""
 
 
 def _parsed(name: str, content: object) -> Recipe:

@@ -1,4 +1,4 @@
-"""Tuning around a recipe: what it leaves open is what `autotune` looks for."""
+"""`Tuning`: run `autotune` on the settings that a recipe leaves open."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ALGORITHMS = {"gptq": Gptq, "awq": Awq}
 
 @dataclass(frozen=True)
 class Tuning:
-    """Tunes around `recipe` with windows of `sequence_length` tokens, `samples` of them to calibrate on."""
+    """Runs `autotune` around `recipe`, calibrating on `samples` windows of `sequence_length` tokens."""
 
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ class Tuning:
     sequence_length: int = 512
 
     def calibration(self, source: Source | None = None, column: str | None = None) -> DataLoader:
-        """The windows to calibrate on, as `calibration_data` finds them."""
+        """The windows to calibrate on, from `calibration_data`."""
         settings = Static(self.samples, self.sequence_length)
         return calibration_data(replace(self.recipe, settings=settings), self.tokenizer, source, column)
 
@@ -48,9 +48,9 @@ class Tuning:
         eval_func: Callable[[nn.Module], float] | None,
         **options: Any,
     ) -> tuple[nn.Module, Report]:
-        """Tune a copy of `model`; the quantized result, and the report.
+        """Tune a copy of `model`; return the quantized model and the report.
 
-        `options` are those of `autotune`, whose metric counts without an `eval_func`.
+        `options` are those of `autotune`; without an `eval_func` its default metric is used.
         """
         arguments = {**tuning_arguments(self.recipe), **options}
         tuned, report = tune(
@@ -60,11 +60,12 @@ class Tuning:
 
 
 def tuning_arguments(recipe: Recipe) -> dict[str, Any]:
-    """What `recipe` says to `autotune`.
+    """The arguments of `autotune` for tuning around `recipe`.
 
-    Of a static one what is tried: with SmoothQuant its alpha and "auto". Of a weight-only one the dtype, beside INT8
-    for layers that need it, the compute mode, and GPTQ or AWQ if that is its algorithm; group sizes and zero points are
-    open. The modules it skips stay in float. Raises ValueError for a dynamic recipe, which has nothing to tune.
+    For SmoothQuant they try "auto" and the recipe's alpha, for other static recipes no smoothing. For weight-only
+    recipes they fix the dtype (and INT8 for layers that need it), the compute mode and the algorithm (or "rtn"); group
+    sizes and zero points are tuned. Modules that the recipe skips stay in float. Raises ValueError for a dynamic
+    recipe, which has nothing to tune.
     """
     settings = recipe.settings
     fp32 = {"weight": {"dtype": ["fp32"]}}
