@@ -1,6 +1,6 @@
 """Quantization of large language models for CPUs, with the API of Intel Extension for PyTorch.
 
-Importing this is cheap: submodules load when they are first used, native kernels with them.
+Importing this package is cheap: submodules and native kernels load when they are first used.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _version() -> str:
 
 
 def optimize_transformers(*args: Any, **kwargs: Any) -> Any:
-    """The old name of ``llm.optimize``; warns that it is."""
+    """Call ``llm.optimize``, under its old name; warns of the deprecation."""
     import warnings
 
     from . import llm
@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
         return explain
     if name == "__version__":
         return _version()
-    if name in __all__:  # the functions above are found without this: it is a submodule
+    if name in __all__:  # a submodule; the functions above are found without this
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,6 +1,6 @@
 """`ipex-quant`: quantize, autotune, generate, eval, explain and demo from a shell.
 
-Commands import what they need when they run, so that `--help` and wrong usage answer at once.
+Commands import their modules when they run, so that `--help` and usage errors are fast.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ BAD_INPUT = 2
 DTYPES = ("bfloat16", "float16", "float32")
 MESSAGE_LENGTH = 1000
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-"""What makes inputs of images and sounds, beside the tokenizer."""
+"""Files of processors that make model inputs from images and sounds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 1 for a failure, or 2 for wrong usage or bad input."""
+    """Run one command; return the exit status: 0, 1 for a failure, or 2 for wrong usage or bad input."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
@@ -187,7 +187,7 @@ def _autotune(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace, recipe: Recipe, directory: Path, text: str | None, out: Path | None) -> Report:
-    """Tune, and save the result in `out` if given; RuntimeError when no recipe is within the budget."""
+    """Tune, and save the result in `out` if given; RuntimeError if no candidate is within the budget."""
     from .recipes import inputs
     from .recipes.tune import Tuning
 
@@ -294,7 +294,7 @@ def _float_model(options: argparse.Namespace, directory: Path, dtype: str) -> Pr
 
 
 def _tokenizer(options: argparse.Namespace, directory: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in `directory`; None beside a model of images or sounds that has none."""
+    """The tokenizer in `directory`; None for a model of images or sounds without one."""
     from transformers import AutoTokenizer
 
     names = {file.name for file in _model_directory(directory).iterdir()}
@@ -304,7 +304,7 @@ def _tokenizer(options: argparse.Namespace, directory: Path) -> PreTrainedTokeni
 
 
 def _save(model: PreTrainedModel, out: Path, tokenizer: PreTrainedTokenizerBase | None, source: Path) -> None:
-    """Save a quantized model with what makes its inputs, which the float model in `source` had."""
+    """Save a quantized model with its tokenizer and the processor files of the float model in `source`."""
     ipex.llm.save(model, out, tokenizer)
     for name in PROCESSOR_FILES:
         if (source / name).is_file() and not (out / name).exists():

@@ -1,6 +1,6 @@
 """`ipex-quant demo`: quantize the embedded model in several ways, measure the results against float, and check them.
 
-The two float models run stock transformers code, all others what `llm.optimize` makes of it. A vision model and a text
+The two float models run stock transformers code, the quantized ones that of `llm.optimize`. A vision model and a text
 encoder follow: see `demo_encoders`.
 """
 
@@ -32,8 +32,8 @@ TABLE_HEAD = f"{'model':<12}{'recipe':<18}{'MB':>7}{'perplexity':>12}{'KL':>9}{'
 
 @dataclass(frozen=True)
 class Limits:
-    """What a quantized model must reach: upper limits of its size, relative to bfloat16, of its perplexity, relative to
-    float32, and of its KL divergence in nats per token; a lower limit of the top-1 agreement.
+    """Limits for a quantized model: upper ones for its size, relative to bfloat16, its perplexity, relative to float32,
+    and its KL divergence in nats per token; a lower one for its top-1 agreement.
     """
 
     size: float
@@ -44,7 +44,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Variant:
-    """How a quantized model is made, and what it must reach."""
+    """A quantized model: its recipe, KV cache dtype and limits."""
 
     recipe: str
     limits: Limits
@@ -63,14 +63,14 @@ VARIANTS = {
 """The quantized models, by their label in the table."""
 
 CACHE_SIZE = 0.6
-"""An INT8 key/value cache must take less than this share of the bfloat16 one's bytes."""
+"""Upper limit of the bytes of an INT8 KV cache, relative to a bfloat16 one."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one model.
+    """The measurements of one model.
 
-    `tokens_per_second` is its decoding speed, `cache_bytes` what the keys and values of `SEQUENCE_LENGTH` tokens take.
+    `tokens_per_second` is its decode speed, `cache_bytes` the size of the KV cache of `SEQUENCE_LENGTH` tokens.
     """
 
     label: str
@@ -85,7 +85,7 @@ class Row:
 
 
 def run() -> int:
-    """Print the table, a generated text and the outcome of every check; the exit status is 1 when a check fails."""
+    """Print the table, a generated text and the outcome of the checks; return the exit status, 1 if a check fails."""
     tokenizer = AutoTokenizer.from_pretrained(data.embedded_model_dir(), local_files_only=True)
     reference = float_model(torch.float32)
     rows: dict[str, Row] = {}
@@ -117,12 +117,12 @@ def run() -> int:
 
 
 def float_model(dtype: torch.dtype) -> nn.Module:
-    """The embedded model as it was trained, in `dtype`."""
+    """The embedded float model in `dtype`."""
     return AutoModelForCausalLM.from_pretrained(data.embedded_model_dir(), dtype=dtype, local_files_only=True).eval()
 
 
 def quantized_model(variant: Variant, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-    """The embedded model, quantized; calibration text is not in the held-out one."""
+    """The embedded model, quantized; the calibration text is not part of the held-out text."""
     recipe = load_recipe(variant.recipe)
     model = apply_recipe(recipe, float_model(torch.bfloat16), calibration_data(recipe, tokenizer))
     return llm.optimize(model, dtype=torch.bfloat16, inplace=True, kv_cache_dtype=variant.kv_cache_dtype)
@@ -152,14 +152,14 @@ def window(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 
 
 def cache_bytes(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Bytes that the keys and values of a window take, with room to grow where the cache has some."""
+    """Bytes of the KV cache of a window, with the spare slots that the cache has allocated."""
     with torch.inference_mode():
         layers = model(input_ids=window(tokenizer), use_cache=True).past_key_values.layers
     return sum(getattr(layer, "nbytes", None) or layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 def reloads_bit_equal(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether `model`, saved and loaded again, has the same state and answers with the same bits."""
+    """Whether `model`, saved and loaded again, has a bit-equal state dict and bit-equal logits."""
     tokens = window(tokenizer)
     with tempfile.TemporaryDirectory(prefix="ipex_quant_demo_") as folder, torch.inference_mode():
         llm.save(model, Path(folder) / "model")
@@ -173,7 +173,7 @@ def reloads_bit_equal(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> b
 
 
 def continuation(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
-    """`prompt` and the text of at most `new_tokens` tokens that greedy decoding adds to it."""
+    """`prompt` and its continuation by greedy decoding of at most `new_tokens` tokens."""
     inputs = tokenizer(prompt, return_tensors="pt")
     with torch.inference_mode():
         output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
@@ -189,12 +189,12 @@ def table_line(row: Row) -> str:
 
 
 def speedup(rows: dict[str, Row]) -> float:
-    """How many times as fast as stock transformers, in bfloat16, the INT4 model decodes."""
+    """Decode speed of the INT4 model relative to stock transformers in bfloat16."""
     return rows["INT4 RTN"].tokens_per_second / rows["bfloat16"].tokens_per_second
 
 
 def checks(rows: dict[str, Row], text: str) -> list[Check]:
-    """Everything that must hold for the measured rows and the generated text."""
+    """All checks of the measured rows and the generated text."""
     found = [check for label, variant in VARIANTS.items() for check in row_checks(rows, label, variant.limits)]
     gptq, rtn = (rows[label].comparison.kl_divergence for label in ("INT4 GPTQ", "INT4 RTN"))
     found.append(Check(f"INT4 GPTQ diverges less than INT4 RTN ({gptq:.4f} < {rtn:.4f})", gptq < rtn))
@@ -205,11 +205,11 @@ def checks(rows: dict[str, Row], text: str) -> list[Check]:
 
 
 def row_checks(rows: dict[str, Row], label: str, limits: Limits) -> Iterator[Check]:
-    """What must hold for one quantized model."""
+    """The checks of one quantized model."""
     row, result = rows[label], rows[label].comparison
     size = row.bytes / rows["bfloat16"].bytes
     perplexity = result.perplexity / rows["float32"].comparison.perplexity
-    # A comparison with nan is false, so that these fail for a model that does not compute numbers.
+    # Comparisons with NaN are false, so a model that returns NaN fails.
     for name, passed in (
         (f"something is quantized ({row.linears} modules)", row.linears > 0),
         (f"no linear module stays in float ({row.float_linears} do)", row.float_linears == 0),

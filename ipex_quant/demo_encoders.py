@@ -1,6 +1,6 @@
-"""What the demo shows of other models: a vision model and a text encoder in W8A8, small and of random weights.
+"""The second part of the demo: a small vision model and a small text encoder with random weights, in W8A8.
 
-Every quantized layer is compared with the sums of its codes in float64, the models with float ones.
+The output of every quantized layer is compared with the sums of its codes in float64, that of each model with float.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ BATCH_SIZE = 4
 IMAGE_SIZE = 64
 TEXT_LENGTH = 64
 LAYER_ERROR = 1e-3
-"""What a few activations that round to the other side may cost; sums that saturate, or of float inputs, cost more."""
+"""Largest relative error from activations that round differently; saturated sums or float inputs exceed it."""
 FOREIGN_OPS = tuple(
     f"aten::{name}" for name in ("convolution", "mm", "addmm", "linear", "fake_quantize", "quantize", "dequantize")
 )
-"""How the names of torch's ops begin that multiply by a weight, or that quantize."""
+"""Prefixes of the names of torch's ops that multiply by a weight, or that quantize."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one quantized model.
+    """The measurements of one quantized model.
 
-    `error` is that of its outputs, relative to float's, `layer_errors` those of every quantized layer, relative to the
-    sums of its codes. `foreign_ops` names the ops of torch among `FOREIGN_OPS` that ran.
+    `error` is the error of its outputs relative to the float model's, `layer_errors` that of each quantized layer
+    relative to the sums of its codes. `foreign_ops` names the ops among `FOREIGN_OPS` that ran.
     """
 
     label: str
@@ -68,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model must reach: upper limits of its size and its error, relative to float32, and its count of layers."""
+    """Limits for a model: upper ones for size and error, relative to float32, and its number of quantized layers."""
 
     size: float
     error: float
@@ -77,7 +77,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Check:
-    """A statement that must hold, and whether it does."""
+    """A statement, and whether it holds."""
 
     name: str
     passed: bool
@@ -87,11 +87,11 @@ LIMITS = {
     "W8A8 ConvNeXt": Limits(size=0.4, error=0.05, layers=20),
     "W8A8 BERT": Limits(size=0.8, error=0.05, layers=14),
 }
-"""By the label of the model."""
+"""Limits by the label of the model."""
 
 
 def measure_all(tokenizer: PreTrainedTokenizerBase) -> Iterator[Row]:
-    """Quantize and measure both models; the same random numbers each time, and the caller's generator left alone."""
+    """Quantize and measure both models, with a fixed seed that does not change torch's global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield vision_row()
@@ -99,7 +99,7 @@ def measure_all(tokenizer: PreTrainedTokenizerBase) -> Iterator[Row]:
 
 
 def vision_row() -> Row:
-    """A ConvNeXt, static: convolutions with and without groups, and linear layers; traced, frozen, saved and loaded."""
+    """A ConvNeXt in static INT8: plain and grouped convolutions, and linear layers; traced, frozen, saved, loaded."""
     config = ConvNextConfig(
         hidden_sizes=[16, 32, 64, 96],
         depths=[1, 1, 2, 1],
@@ -115,7 +115,7 @@ def vision_row() -> Row:
 
     def reload(folder: Path) -> nn.Module:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what transformers checks by the example's values
+            warnings.simplefilter("ignore")  # transformers' checks of values, which tracing makes constants
             traced = torch.jit.trace(quantized, held_out["pixel_values"][:1], strict=False)
         torch.jit.save(torch.jit.freeze(traced), folder / "model.pt")
         return torch.jit.load(folder / "model.pt")
@@ -124,7 +124,7 @@ def vision_row() -> Row:
 
 
 def text_row(tokenizer: PreTrainedTokenizerBase) -> Row:
-    """A BERT with SmoothQuant, in IPEX's three steps through `llm.optimize`; saved and loaded as transformers does."""
+    """A BERT with SmoothQuant, in IPEX's three steps through `llm.optimize`; saved and loaded by `llm`."""
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -158,7 +158,7 @@ def text_row(tokenizer: PreTrainedTokenizerBase) -> Row:
 
 
 def text_batches(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[Batch]:
-    """The first tokens of `text`, ``[batch, length]``."""
+    """`count` batches of the first tokens of `text`, ``[BATCH_SIZE, TEXT_LENGTH]`` each."""
     tokens = torch.tensor(tokenizer(text[: 32 * count * BATCH_SIZE * TEXT_LENGTH])["input_ids"])
     rows = tokens[: count * BATCH_SIZE * TEXT_LENGTH].view(count, BATCH_SIZE, TEXT_LENGTH)
     return [{"input_ids": row} for row in rows]
@@ -167,7 +167,7 @@ def text_batches(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> l
 def measure(
     label: str, reference: nn.Module, model: nn.Module, batch: Batch, reload: Callable[[Path], nn.Module]
 ) -> Row:
-    """Compare `model` with the float `reference`, and with what `reload` saves to a folder and loads again."""
+    """Compare `model` with the float `reference`, and with the result of `reload`, which saves and loads it."""
     with tempfile.TemporaryDirectory(prefix="ipex_quant_demo_") as folder, torch.no_grad():
         loaded = reload(Path(folder))
         same = torch.equal(output_of(loaded(*batch.values())), output_of(model(*batch.values())))
@@ -204,7 +204,7 @@ def output_of(output: object) -> torch.Tensor:
 
 
 def layer_errors(model: nn.Module, batch: Batch) -> dict[str, float]:
-    """How far each quantized layer is from the sums of its codes, by name; only of those that are called."""
+    """Relative error of each quantized layer that is called, compared with the sums of its codes, by name."""
     errors: dict[str, float] = {}
 
     def compare(name: str, layer: QuantizedModule) -> Callable[..., None]:
@@ -224,7 +224,7 @@ def layer_errors(model: nn.Module, batch: Batch) -> dict[str, float]:
 
 
 def sums_of_codes(layer: QuantizedModule, x: torch.Tensor) -> torch.Tensor:
-    """What a static W8A8 layer returns for `x`, in float64, where sums of 8-bit codes are exact."""
+    """The output of a static W8A8 layer for `x`, computed in float64, in which sums of 8-bit codes are exact."""
     activation = layer.activation
     factor = torch.ones(1) if activation.smoothing_factor is None else activation.smoothing_factor
     codes = (x.double() * factor / activation.scale).round() + activation.zero_point
@@ -236,7 +236,7 @@ def sums_of_codes(layer: QuantizedModule, x: torch.Tensor) -> torch.Tensor:
 
 
 def line(row: Row) -> str:
-    """One line of what was measured."""
+    """One line of text with the measurements."""
     return (
         f"{row.label}: {len(row.layer_errors)} layers, {row.bytes / 1e6:.2f} of {row.float_bytes / 1e6:.2f} MB, "
         f"relative error {row.error:.4f}"
@@ -244,9 +244,9 @@ def line(row: Row) -> str:
 
 
 def checks(row: Row) -> Iterator[Check]:
-    """What must hold for one model."""
+    """The checks of one model."""
     limits, size, count = LIMITS[row.label], row.bytes / row.float_bytes, len(row.layer_errors)
-    wrong = [name for name, error in row.layer_errors.items() if not error <= LAYER_ERROR]  # nan is wrong too
+    wrong = [name for name, error in row.layer_errors.items() if not error <= LAYER_ERROR]  # NaN is wrong too
     foreign, stayed = ", ".join(row.foreign_ops) or "none", ", ".join(row.float_layers) or "none"
     for name, passed in (
         (f"{count} layers compute in 8 bits, expected {limits.layers}", count == limits.layers),

@@ -1,4 +1,4 @@
-"""Measures of a causal language model: perplexity, agreement with a reference, decoding speed, size. Pure torch."""
+"""Measures of a model: perplexity, agreement with a reference, decode speed, size. Pure torch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from transformers.generation.streamers import BaseStreamer
 from .nn.modes import evaluating
 
 ROWS_AT_ONCE = 128
-"""Rows of logits that are held in float32 at a time."""
+"""Number of rows of logits in float32 at a time."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a model does on a text beside its reference.
+    """A model compared with its reference on a text.
 
     `kl_divergence` is the mean of ``KL(reference || model)`` per token in nats; `top1_agreement` is the share of tokens
     for which both models rank the same token first; `tokens` counts the predicted tokens.
@@ -112,11 +112,11 @@ def compare(
 
 @dataclass(frozen=True)
 class OutputComparison:
-    """How close a model's outputs are to its reference's.
+    """A model's outputs compared with its reference's.
 
-    `error` is the root of the squared error relative to the reference's outputs. Where these are logits over classes
-    or tokens, `kl_divergence` is the mean of ``KL(reference || model)`` in nats and `top1_agreement` the share of
-    predictions of which both rank the same first; None elsewhere. `samples` counts the calls.
+    `error` is the norm of the difference relative to the norm of the reference's outputs. For logits over classes or
+    tokens, `kl_divergence` is the mean of ``KL(reference || model)`` in nats, and `top1_agreement` the share of
+    predictions for which both models rank the same class first; else both are None. `samples` counts the calls.
     """
 
     error: float
@@ -128,10 +128,10 @@ class OutputComparison:
 def compare_outputs(
     reference: nn.Module, model: nn.Module, calls: Iterable[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]
 ) -> OutputComparison:
-    """Call both models, with the first and the second keyword arguments of every pair, and compare what they return.
+    """Call `reference` and `model` with the keyword arguments of each pair in `calls`, and compare their outputs.
 
-    That is the logits, or the first output with float tensors. Raises ValueError when there are no calls or the outputs
-    differ in shape, TypeError when there are no outputs.
+    The outputs are those of `main_output`. Raises ValueError if there are no calls or the outputs differ in shape,
+    TypeError if there is no float output.
     """
     error = power = divergence = 0.0
     same = predictions = samples = 0
@@ -174,7 +174,7 @@ def decode_speed(
 ) -> float:
     """Tokens per second of greedy `model.generate` after its first token: the best of `repeats` runs.
 
-    `model` is a transformers model that generates. The prompt's own cost (prefill) is not in it.
+    `model` is a transformers model that generates. The time of the prefill is not counted.
     """
     if new_tokens < 2:
         raise ValueError(f"new_tokens: expected at least 2, got {new_tokens}")
@@ -191,9 +191,9 @@ def decode_speed(
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, packed weights among them; memory that several share counts once.
+    """Bytes of all parameters and buffers, with packed weights; shared memory counts once.
 
-    A module that has `nbytes`, as quantized ones do, holds so many.
+    Modules with an attribute `nbytes`, such as quantized ones, count by it.
     """
     total = 0
     storages: dict[int, int] = {}
@@ -207,7 +207,7 @@ def model_bytes(model: nn.Module) -> int:
 
 
 class _TokenClock(BaseStreamer):
-    """Notes when `generate` hands over the prompt and then every new token."""
+    """Records the times at which `generate` gives the prompt and every new token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -220,7 +220,7 @@ class _TokenClock(BaseStreamer):
 
 
 def _log_probs(models: tuple[nn.Module, ...], window: torch.Tensor) -> Iterator[tuple[slice, tuple[torch.Tensor, ...]]]:
-    """Float32 log-probabilities ``[rows, vocabulary]`` of every model for a window's targets, some rows at a time."""
+    """Yield slices of a window's targets with the models' float32 log-probabilities ``[rows, vocabulary]`` for them."""
     logits = [model(input_ids=window[:, :-1]).logits[0] for model in models]
     for start in range(0, window.shape[1] - 1, ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)

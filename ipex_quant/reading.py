@@ -1,4 +1,4 @@
-"""JSON files that come from strangers: read, or refused with a short ValueError."""
+"""Reading untrusted JSON files; bad ones raise a short ValueError."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text; ValueError for what is none, or is nested too deeply."""
+    """The value of a JSON text; ValueError if it is not valid JSON or nested too deeply."""
     try:
         return json.loads(text)
-    except RecursionError:  # of its own no ValueError
+    except RecursionError:  # which is no ValueError
         raise ValueError("it is nested too deeply") from None
 
 
 def shown(value: Any) -> str:
-    """A value for an error message, cut where it is long or nested."""
+    """The repr of a value for an error message, shortened if it is long or nested."""
     return _SHORT.repr(value)
 
 

@@ -1,7 +1,7 @@
-"""Files and directories that are replaced as a whole: whatever happens, the old or the new one is there.
+"""Writing files and directories atomically: after an error or a kill, the old or the new one is there as a whole.
 
-What is not finished has a private name beside its target, ``.NAME-<16 digits><12 digits>.tmp``, and a lock while its
-writer lives. It is removed on an error; after a kill, the next writer of the same target removes it.
+Unfinished ones have a private name beside their target, ``.NAME-<16 digits><12 digits>.tmp``, and a lock while their
+writer lives. An error removes them; after a kill, the next writer of the same target does.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from typing import IO
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
-"""What the exchange of two directories fails with where the file system does not have it."""
+"""Errors of the exchange of two directories on a file system that does not support it."""
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Replace the file `path` by `content`, text in UTF-8; OSError when it cannot be written."""
+    """Replace the file `path` by `content`, text in UTF-8; OSError if it cannot be written."""
     with replaced_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def replaced_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """What is written to the file that this yields replaces `path` at the end, unless there is an exception."""
+    """Yield a file to write; it replaces `path` at the end, unless there is an exception."""
     path = Path(path)
     _sweep(path)
     with _unfinished_file(path) as (temporary, file):
@@ -45,7 +45,7 @@ def replaced_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """OSError, before any work, when a file `path` cannot be written."""
+    """Raise OSError if a file `path` cannot be written; call it before long work."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "expected a file, got a directory", str(path))
@@ -55,10 +55,10 @@ def check_writable(path: str | os.PathLike) -> None:
 
 @contextmanager
 def new_directory(path: str | os.PathLike, argument: str) -> Iterator[Path]:
-    """The empty directory that this yields becomes the directory `path` at the end, unless there is an exception.
+    """Yield an empty directory to fill; it becomes the directory `path` at the end, unless there is an exception.
 
-    ValueError, with the name of the `argument`, when `path` is there and not empty, at the beginning or at the end, or
-    while another process writes it; OSError, at the beginning, when it cannot be written.
+    Raises ValueError, with the name of the `argument`, if `path` exists and is not empty, at the beginning or at the
+    end, or while another process writes it; OSError, at the beginning, if it cannot be written.
     """
     path = Path(path)
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
@@ -79,10 +79,10 @@ def new_directory(path: str | os.PathLike, argument: str) -> Iterator[Path]:
 
 @contextmanager
 def replaced_directory(path: str | os.PathLike, stale: Collection[str] = ()) -> Iterator[Path]:
-    """The empty directory that this yields replaces the directory `path` at the end, unless there is an exception.
+    """Yield an empty directory to fill; it replaces the directory `path` at the end, unless there is an exception.
 
-    What else is in `path` stays, but for names that match one of the patterns `stale`. OSError for what is no
-    directory, or cannot be exchanged for another one, as a mount point.
+    Other files in `path` are kept, except for names that match one of the patterns `stale`. Raises OSError if `path` is
+    no directory or is a mount point, which cannot be replaced.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_dir():
@@ -107,7 +107,7 @@ def _private_name(path: Path) -> str:
 def _unfinished_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
     while True:
         temporary = path.with_name(_private_name(path))
-        # with the rights that the umask leaves, and never through a link
+        # with the permissions of the umask, and never through a link
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         if _is_mine(temporary, descriptor):
             break
@@ -121,7 +121,7 @@ def _unfinished_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
 
 @contextmanager
 def _workspace(path: Path) -> Iterator[tuple[Path, Path]]:
-    """A locked directory beside `path`, removed afterwards, and an empty one in it for what will be `path`."""
+    """Yield a locked directory beside `path`, removed afterwards, and an empty one in it that will become `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
     while True:
@@ -149,7 +149,7 @@ def _unfinished(path: Path) -> list[Path]:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what writers of `path` left that were killed."""
+    """Remove unfinished files and directories of killed writers of `path`."""
     for other in _unfinished(path):
         with suppress(OSError):  # of another user, or removed by another process by now
             descriptor = os.open(other, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -168,12 +168,12 @@ def _sweep(path: Path) -> None:
 
 
 def _is_mine(path: Path, descriptor: int) -> bool:
-    """Whether what was made at `path` is locked now, and no other writer swept it before it was."""
+    """Lock the new file or directory at `path`; False if another writer swept it before."""
     return _lock(descriptor) and path.exists()
 
 
 def _lock(descriptor: int) -> bool:
-    """Whether nobody else has the lock; where a file system has none, everybody is alone."""
+    """Take the lock; False if another process has it. True on file systems without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -185,7 +185,7 @@ def _lock(descriptor: int) -> bool:
 
 # ----------------------------------------------------------------------------------------------------------- replacing
 def _keep_others(path: Path, staging: Path, stale: Collection[str]) -> None:
-    """Put into `staging` what `path` has and it has not, as links to the same files where that can be."""
+    """Put the other files of `path` into `staging`, as hard links where possible, except for `stale` ones."""
     for other in path.iterdir():
         target = staging / other.name
         if os.path.lexists(target) or any(other.match(pattern) for pattern in stale):
@@ -205,10 +205,10 @@ def _link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def _publish(staging: Path, path: Path, old: Path) -> None:
-    """Let `staging` be `path`, and what that was be elsewhere in the workspace."""
+    """Move `staging` to `path`; a directory that was there moves to the workspace."""
     while True:
         try:
-            os.rename(staging, path)  # where there is none, or an empty one
+            os.rename(staging, path)  # if there is none, or an empty one
             return
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -221,7 +221,7 @@ def _publish(staging: Path, path: Path, old: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two directories at once; whether the system can."""
+    """Exchange two directories atomically; False if the system does not support it."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
