@@ -1,8 +1,8 @@
 """Attention against torch SDPA and the read bandwidth, all in one run: prefill and decode, float and INT8 caches.
 
 A round times each kernel once, with the machine's limits measured right before and after it (the higher counts), and
-ratios are taken within a round. The figures are medians over the rounds. Decode reads caches that together exceed the
-processor's. Its second share is of the bandwidth of reading a tensor: torch gives tensors small pages.
+ratios are taken within a round. The figures are medians over the rounds. Decode reads KV caches that together exceed
+the CPU's caches. Its second share is that of the bandwidth of reading a tensor, which torch allocates in small pages.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ipex_quant import ops
 HEADS = {"MHA": (8, 8), "GQA 4:1": (16, 4), "GQA 8:1": (32, 4)}
 CONTEXTS = (128, 512, 2048, 4096, 8192, 32768)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-ROUND_SECONDS = 20.0  # rounds stop after this long, however few
+ROUND_SECONDS = 20.0  # no new round starts after this time
 SDPA = "torch SDPA"
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values, and their INT8 form."""
+    """Keys and values, in float and in INT8."""
 
     key: torch.Tensor
     value: torch.Tensor
@@ -49,7 +49,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What is timed, and the bytes of cache that one call of it reads."""
+    """A kernel to time, and the bytes of KV cache that one call reads."""
 
     name: str
     run: Callable[[torch.Tensor, Cache], torch.Tensor]
@@ -57,7 +57,7 @@ class Kernel:
 
 
 def kernels() -> list[Kernel]:
-    """Causal attention, which for a single query sees all."""
+    """Causal attention; a single query sees all keys."""
 
     def floats(query: torch.Tensor, cache: Cache) -> torch.Tensor:
         return ops.attention(query, cache.key, cache.value, scale=query.shape[-1] ** -0.5, causal=True)
@@ -91,7 +91,7 @@ def seconds(kernel: Kernel, query: torch.Tensor, caches: list[Cache]) -> float:
 def measure(
     phase: str, heads: str, tokens: int, dim: int, dtype: torch.dtype, rounds: int, limits: Limits
 ) -> list[dict]:
-    """One record for each kernel, of one context."""
+    """One record for each kernel, for one context length."""
     query_heads, kv_heads = HEADS[heads]
     query = torch.randn(1, tokens if phase == "prefill" else 1, query_heads, dim).to(dtype).transpose(1, 2)
     first = Cache.random(kv_heads, tokens, dim, dtype)
@@ -135,7 +135,7 @@ def measure(
 
 
 def print_table(records: list[dict]) -> None:
-    """One table for each phase and number of heads, a line for each context."""
+    """Print a table for each phase and number of heads, with a line for each context length."""
     for phase, heads in dict.fromkeys((r["phase"], r["heads"]) for r in records):
         share = "GFLOP/s" if phase == "prefill" else "shares of read bandwidth | over float cache"
         print(f"\n{phase}, {heads}: ms ({share} | over SDPA)")

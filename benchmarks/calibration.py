@@ -1,4 +1,4 @@
-"""What calibration costs: forward passes of a prepared model against those of the float model, in turns, in one run.
+"""The cost of calibration: forward passes of a prepared model and of the float model, alternating, in one run.
 
 The model is two blocks of the Llama-1.1B shape with random weights. The figures are medians of the ratio over the
 rounds.

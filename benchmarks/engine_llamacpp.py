@@ -25,7 +25,7 @@ def weights(n: int, k: int, kind: gguf.GGMLQuantizationType, random: np.random.G
 
 
 def prepare(shape: Shape, weights_type: str, path: str, **_: Any) -> None:
-    """Write a Llama of random weights, all of one type, the embedding and the output layer too."""
+    """Write a Llama of random weights; all matrices, also embedding and output layer, have one type."""
     if Path(path).exists():
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def prepare(shape: Shape, weights_type: str, path: str, **_: Any) -> None:
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
-    """Dummy tokens: token ids are fed as they are, but the file has to have some."""
+    """Add a dummy vocabulary, which the file format requires; the benchmark passes token ids."""
     special = ["<unk>", "<s>", "</s>"]
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     plain = [f"t{i}" for i in range(size - len(special) - len(bytes_))]
@@ -88,12 +88,12 @@ def add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
 
 
 class Engine:
-    """A GGUF model. `generate` is greedy, whatever token comes."""
+    """A GGUF model. `generate` is greedy and does not stop at an end token."""
 
     def __init__(self, path: str, threads: int) -> None:
         self.size = os.path.getsize(path)
         sizes = {"n_ctx": CONTEXT, "n_batch": 512, "n_threads": threads, "n_threads_batch": threads}
-        self.model = llama_cpp.Llama(path, **sizes, flash_attn=True)  # faster, and what llama.cpp's own tools choose
+        self.model = llama_cpp.Llama(path, **sizes, flash_attn=True)  # faster, and the default of llama.cpp's tools
         self.vocabulary = self.model.n_vocab()
 
     def describe(self) -> dict[str, Any]:

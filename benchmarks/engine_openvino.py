@@ -16,7 +16,7 @@ QUANTIZATION = {
     "int4": {"bits": 4, "group_size": 128, "sym": True, "ratio": 1.0, "all_layers": True},
     "int8": {"bits": 8, "sym": True},
 }
-"""All matrices of a model in one type, as in the other engines."""
+"""Quantization options: all matrices of a model have one type, as in the other engines."""
 
 
 def prepare(shape: Shape, weights_type: str, path: str, **_: Any) -> None:

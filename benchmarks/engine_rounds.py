@@ -1,6 +1,6 @@
-"""How benchmarks compare engines that generate text: in rounds, each engine in a child process that stays up.
+"""Comparing engines that generate text, in rounds; each engine runs in a persistent child process.
 
-A round asks every engine once, with the machine's limits measured right before and after it (the higher counts), and
+A round runs every engine once, with the machine's limits measured right before and after it (the higher counts), and
 ratios are taken within a round. The first round warms up. The figures are medians over the others.
 """
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 BUILD = ROOT / "build" / "peers"
 SETTLE_SECONDS = 0.1
-"""Pause before each request: threads of the engine before may still be spinning."""
+"""Pause before each request: threads of the previous engine may still be spinning."""
 
 
 class EngineError(RuntimeError):
@@ -35,8 +35,8 @@ class EngineError(RuntimeError):
 class EngineSpec:
     """An engine: its name in tables, the script that runs it, and its options.
 
-    `environment` is a folder of `build/peers` that `make bench-peers` installs; None is the one that runs this. `file`
-    is what the script prepares for a shape, below `build/peers/models`.
+    `environment` is a folder of `build/peers` that `make bench-peers` installs; None is the current environment. `file`
+    is the model file that the script prepares for a shape, in `build/peers/models`.
     """
 
     name: str
@@ -46,7 +46,7 @@ class EngineSpec:
     file: str | None = None
 
     def python(self) -> str:
-        """The interpreter to run it with; raises EngineError if it is not installed."""
+        """Path of the engine's Python interpreter; raises EngineError if it is not installed."""
         if self.environment is None:
             return sys.executable
         folder = BUILD / self.environment
@@ -57,9 +57,9 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of every engine in every round.
+    """A generation that every engine runs in every round.
 
-    With `gemm`, engines that can time the linears of the model alone as well.
+    With `gemm`, engines that can also time the model's linears alone.
     """
 
     prompt: int
@@ -69,7 +69,7 @@ class Task:
 
 
 class Engine:
-    """A running child process (see engines.py); `about` is what it says of itself, `memory` that of its last answer."""
+    """A running child process (see engines.py); `about` describes it, `memory` is from its last answer."""
 
     def __init__(self, spec: EngineSpec, shape: str, options: dict[str, Any]) -> None:
         self.log = BUILD / "log" / f"{spec.name} {shape}.log".replace(" ", "_").replace(",", "")
@@ -89,7 +89,7 @@ class Engine:
         self.about["loading_peak_bytes"] = self.memory["peak"]
 
     def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
-        """What `method` of the engine returns; raises EngineError if it fails."""
+        """Call `method` of the engine and return its result; raises EngineError if it fails."""
         self.process.stdin.write(json.dumps({"method": method, "arguments": arguments}) + "\n")
         self.process.stdin.flush()
         return self._answer(900)
@@ -123,7 +123,7 @@ def _last_error(log: Path) -> str:
 def measure(
     specs: Sequence[EngineSpec], shape: str, tasks: Sequence[Task], rounds: int, threads: int, limits: Limits
 ) -> list[dict[str, Any]]:
-    """One record for each task and engine, compared with the first engine; an engine that failed has its "error"."""
+    """One record for each task and engine, compared with the first engine; that of a failed engine has an "error"."""
     engines: dict[str, Engine] = {}
     about: dict[str, dict[str, Any]] = {}
     samples: dict[tuple[Task, str], list[dict[str, float]]] = {}
@@ -170,7 +170,7 @@ def _start(spec: EngineSpec, shape: str, threads: int) -> Engine:
 
 
 def _ask(engine: Engine, task: Task, seed: int, limits: Limits) -> dict[str, float]:
-    """Seconds, and the limits around them."""
+    """Seconds of one generation, and the machine's limits measured before and after it."""
     time.sleep(SETTLE_SECONDS)
     before = limits.measure()
     beams = {"beams": task.beams} if task.beams > 1 else {}
@@ -184,7 +184,7 @@ def _ask(engine: Engine, task: Task, seed: int, limits: Limits) -> dict[str, flo
 
 
 def _summary(record: dict[str, Any], samples: list[dict[str, float]], first: list[dict[str, float]]) -> dict[str, Any]:
-    """Rates, shares of the limits, and how much faster the first engine was, from the samples of all rounds."""
+    """Rates, shares of the limits, and speed of the first engine relative to this one, from all rounds' samples."""
 
     def median(value: Any) -> float:
         return statistics.median(value(sample) for sample in samples)
@@ -210,7 +210,7 @@ def _summary(record: dict[str, Any], samples: list[dict[str, float]], first: lis
 
 
 def print_table(records: Sequence[dict[str, Any]]) -> None:
-    """One table for each shape and task, a line for each engine; what was not measured is left out."""
+    """Print a table for each shape and task, with a line for each engine, without values that were not measured."""
     columns = {
         "prefill": ("prefill_tokens_per_second", "{:.1f}"),
         "decode": ("decode_tokens_per_second", "{:.2f}"),

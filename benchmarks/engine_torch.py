@@ -1,4 +1,4 @@
-"""Ours and stock transformers as engines of the benchmarks (see engines.py)."""
+"""This package and stock transformers as engines of the benchmarks (see engines.py)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def float_model(shape: Shape | None) -> PreTrainedModel:
 
 
 def qconfig(weights: str) -> Any:
-    """The configuration of `weights`: "int4", in groups of 128 computed in INT8, or "w8a8", one range a token."""
+    """The configuration for `weights`: "int4", in groups of 128 computed in INT8, or "w8a8", dynamic per token."""
     if weights == "int4":
         return quantization.get_weight_only_quant_qconfig_mapping(
             weight_dtype=quantization.WoqWeightDtype.INT4, group_size=128, lowp_mode=quantization.WoqLowpMode.INT8
@@ -40,7 +40,7 @@ def qconfig(weights: str) -> Any:
 
 
 def build(shape: Shape | None, weights: str, stack: str, kv_cache: str | None) -> PreTrainedModel:
-    """`weights` as for `qconfig`, or "bf16"; `stack` says whose code runs around the linears: "ours" or "stock"."""
+    """A model with `weights` as in `qconfig`, or "bf16"; `stack` is the code around the linears: "ours" or "stock"."""
     model = float_model(shape)
     if stack == "ours":
         dtype = None if kv_cache is None else getattr(torch, kv_cache)
@@ -58,7 +58,7 @@ class Engine:
     def __init__(self, model: PreTrainedModel, stack: str, compiled: bool) -> None:
         self.model = model
         self.linears = Linears(model, fused=stack == "ours")
-        model.generation_config.eos_token_id = None  # so that as many tokens come as were asked for
+        model.generation_config.eos_token_id = None  # so that generation does not stop early
         model.generation_config.pad_token_id = 0
         if compiled:
             model.forward = torch.compile(model.forward)
@@ -78,7 +78,7 @@ class Engine:
         }
 
     def generate(self, prompt: int, new_tokens: int, seed: int, beams: int = 1) -> dict[str, float]:
-        """Seconds until the first token and for each of the others; with several beams, for all of them."""
+        """Seconds of the prefill and of each decode step; with several beams, of the whole generation."""
         ids = torch.tensor([prompt_ids(prompt, self.model.config.vocab_size, seed)])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with torch.inference_mode():
@@ -89,7 +89,7 @@ class Engine:
             return {"total": time.perf_counter() - start}
 
     def gemm(self, prompt: int, repeats: int = 8) -> dict[str, float]:
-        """Seconds of the linears alone, of a step with `prompt` tokens and of one with a single token."""
+        """Seconds of the linears alone: of a prefill with `prompt` tokens and of a decode step."""
         hidden = self.model.config.hidden_size
         many, one = torch.randn(1, prompt, hidden).to(DTYPE), torch.randn(1, 1, hidden).to(DTYPE)
         with torch.inference_mode():
@@ -100,9 +100,9 @@ class Engine:
 
 
 class Linears:
-    """The linears of a Llama alone, on the weights and in the order of a step.
+    """The linears of a Llama alone, called in the order of a decode step.
 
-    `fused` says that q, k and v are one call, and gate and up another, with the product of both in its epilogue.
+    With `fused`, q, k and v are one call, and gate and up another, with the gated activation in its epilogue.
     """
 
     def __init__(self, model: PreTrainedModel, fused: bool) -> None:
@@ -126,7 +126,7 @@ class Linears:
         self.output = model.lm_head
 
     def seconds(self, x: torch.Tensor) -> float:
-        """Time of one step's; the output layer gets the last token only."""
+        """Seconds of the linears of one step; the output layer gets the last token only."""
         start = time.perf_counter()
         for qkv, attention_output, gate_up, down in self.layers:
             attention_output(qkv(x))

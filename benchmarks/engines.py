@@ -1,8 +1,8 @@
-"""Engines that generate text, in child processes that stay up and answer requests: the children's side.
+"""The child processes in which engines that generate text run and answer requests.
 
-A child may run in an environment of its own, so this needs the standard library only. It is started with its options as
-JSON, its one argument, and loads its model; then each line of JSON it reads names a method of the engine and its
-arguments, and it answers with a line of JSON that holds the memory of the process, less what it had before the model.
+A child may run in an environment of its own, so this module imports the standard library only. Its one argument is its
+options as JSON. It loads its model; then each line of JSON that it reads names a method of the engine and its
+arguments, and it answers with a line of JSON: the result, and the memory of the process minus that before loading.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Shape:
 
     @property
     def linear_weights(self) -> int:
-        """Weights that every token is multiplied with: all but the embedding, the output layer included."""
+        """Number of weights in linears: all but the embedding, with the output layer."""
         attention = self.hidden * self.head_size * 2 * (self.heads + self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.intermediate) + self.hidden * self.vocabulary
 
     @property
     def layer_weights(self) -> int:
-        """Weights of the linears of one layer."""
+        """Number of weights in the linears of one layer."""
         return (self.linear_weights - self.hidden * self.vocabulary) // self.layers
 
 
@@ -53,7 +53,7 @@ SHAPES = {
     "llama-8b-4-layers": Shape(hidden=4096, layers=4, intermediate=14336, heads=32, kv_heads=8),
     "tiny": Shape(hidden=256, layers=2, intermediate=512, heads=4, kv_heads=2, vocabulary=512),
 }
-"""`tiny` is for trying the benchmark itself."""
+"""Shapes by name; `tiny` is for testing the benchmark itself."""
 
 
 def prompt_ids(tokens: int, vocabulary: int, seed: int) -> list[int]:
@@ -62,7 +62,7 @@ def prompt_ids(tokens: int, vocabulary: int, seed: int) -> list[int]:
 
 
 class TokenClock:
-    """A transformers streamer that notes when `generate` hands over the prompt and then every new token."""
+    """A transformers streamer that records the times at which `generate` gives the prompt and every new token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -75,7 +75,7 @@ class TokenClock:
 
 
 def timed_generate(generate: Callable[..., Any], new_tokens: int) -> dict[str, float]:
-    """Seconds until the first token, and for each of the others, of a greedy `generate` of transformers."""
+    """Seconds of the prefill and of each decode step of a greedy `generate` of transformers."""
     clock = TokenClock()
     start = time.perf_counter()
     generate(max_new_tokens=new_tokens, do_sample=False, streamer=clock)
@@ -86,7 +86,7 @@ def timed_generate(generate: Callable[..., Any], new_tokens: int) -> dict[str, f
 
 
 def memory() -> dict[str, int]:
-    """Resident memory of this process, and the most it was, in bytes."""
+    """Resident memory of this process and its peak, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     status = dict(line.split(":", 1) for line in lines)
     return {name: int(status[field].split()[0]) << 10 for name, field in (("resident", "VmRSS"), ("peak", "VmHWM"))}
@@ -98,7 +98,7 @@ def serve(load: Callable[..., Any], prepare: Callable[..., None] | None = None) 
     With the option ``prepare`` it only writes the files that the engine needs.
     """
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints goes to the log
+    os.dup2(2, 1)  # output of libraries goes to the log
 
     def answer(call: Callable[[], Any]) -> bool:
         try:

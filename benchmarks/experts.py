@@ -1,7 +1,7 @@
-"""Mixtures of experts against the read bandwidth of what is routed to, and against transformers' own, in one run.
+"""Mixtures of experts against the read bandwidth of the chosen experts' weights and against transformers, in one run.
 
-Every call takes the next experts, so that a decode step reads weights that no cache holds. `rounds.py` says how it is
-measured.
+Every call uses other experts, so that a decode step reads weights that are not in the CPU's caches. `rounds.py`
+documents the measurement.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ipex_quant.numerics.scheme import WoqLowpMode, WoqWeightDtype
 from ipex_quant.quantization import get_weight_only_quant_qconfig_mapping
 
 SHAPES = {"qwen3-30b-a3b": (2048, 768, 128, 8), "mixtral-8x7b": (4096, 14336, 8, 2)}
-"""Hidden size, intermediate size, experts, and experts a token."""
+"""Hidden size, intermediate size, number of experts, and experts per token."""
 
 BASELINE = "torch bf16 grouped_mm"
 TOKENS = (1, 4, 32, 512)
@@ -33,7 +33,7 @@ TOKENS = (1, 4, 32, 512)
 
 @dataclass
 class Contender:
-    """Experts under test: `run` multiplies tokens, `expert_bytes` are read for each expert that is chosen."""
+    """Experts under test: `run` computes them for tokens; `expert_bytes` are the weight bytes of one expert."""
 
     name: str
     run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -77,7 +77,7 @@ def contenders(shape: tuple[int, int, int, int]) -> list[Contender]:
 
 
 def route(contender: Contender, tokens: int, shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """Experts ``[tokens, choices]``: one token takes those that follow the last call's, many take any."""
+    """Expert indices ``[tokens, choices]``: for one token those after the last call's, for many random ones."""
     experts, choices = shape[2:]
     if tokens > 1:
         return torch.rand(tokens, experts).topk(choices).indices
@@ -86,7 +86,7 @@ def route(contender: Contender, tokens: int, shape: tuple[int, int, int, int]) -
 
 
 def seconds(contender: Contender, x: torch.Tensor, shape: tuple[int, int, int, int], calls: int) -> tuple[float, float]:
-    """Mean time of a call and the bytes of the experts that were chosen in it."""
+    """Mean seconds of a call, and mean bytes of the experts chosen in it."""
     chosen = [route(contender, len(x), shape) for _ in range(calls)]
     weights = torch.full(chosen[0].shape, 1 / shape[3], dtype=x.dtype)
     start = time.perf_counter()
@@ -97,7 +97,7 @@ def seconds(contender: Contender, x: torch.Tensor, shape: tuple[int, int, int, i
 
 
 def measure(name: str, rounds: int, limits: Limits, rows: list[int]) -> list[dict]:
-    """One record for each contender and number of tokens, medians of ratios within a round."""
+    """One record for each contender and number of tokens, with medians of ratios within a round."""
     shape = SHAPES[name]
     found = contenders(shape)
     records = []

@@ -1,7 +1,7 @@
-"""`model.generate` of ours against stock transformers: speed, memory, and the share of time outside of GEMMs.
+"""`model.generate` with this package and with stock transformers: speed, memory, and the time outside of GEMMs.
 
-`engine_rounds.py` says how they are measured. The time outside of GEMMs is that of a step less that of its linears
-alone, called in the same order on the same packed weights, in the same round.
+`engine_rounds.py` documents the measurement. The time outside of GEMMs is that of a step minus that of its linears
+alone, called in the same order with the same packed weights, in the same round.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """W8A8 linears against the limits of the machine and against torch's own kernels, all in one run.
 
-`rounds.py` says how they are measured. "w8a8" takes and returns bfloat16, activation quantization included; the kernels
-called "alone" take activations that are quantized already, and of these `torch._int_mm` returns bare int32 sums.
+`rounds.py` documents the measurement. "w8a8" takes and returns bfloat16, and includes activation quantization; kernels
+named "alone" take activations that are already quantized, and `torch._int_mm` returns int32 sums.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ KERNELS = [
 
 
 def measure_quantization(k: int, rows: list[int], rounds: int) -> list[dict]:
-    """Seconds of one activation quantization, the median over the rounds, for each number of rows."""
+    """Seconds of one activation quantization for each number of rows: medians over the rounds."""
     records = []
     kinds = {"static": quantize, "dynamic": ops.quantize_activation_per_token}
     for m in rows:
@@ -95,7 +95,7 @@ def measure_quantization(k: int, rows: list[int], rounds: int) -> list[dict]:
 
 
 def print_quantization(records: list[dict], linears: list[dict]) -> None:
-    """Each time with its share of `int8_linear`, for every shape of the weight."""
+    """Print the times, with their share of the time of `int8_linear`, for every weight shape."""
     alone = {(r["n"], r["k"], r["m"]): r["seconds"] for r in linears if r["kernel"] == "int8_linear alone"}
     print("\nactivation quantization from bfloat16, time in ms (share of int8_linear's)")
     for n, k in dict.fromkeys((n, k) for n, k, _ in alone):

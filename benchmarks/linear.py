@@ -1,6 +1,6 @@
 """Weight-only linears against the limits of the machine and against torch's own kernels, all in one run.
 
-`rounds.py` says how they are measured.
+`rounds.py` documents the measurement.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ KERNELS = [
 
 
 def measure_packing(n: int, k: int) -> list[dict]:
-    """Float bytes a second through quantizing and packing one weight."""
+    """Float bytes per second of quantizing and packing one weight."""
     records = []
     for dtype in (torch.float32, torch.bfloat16):
         weight = (torch.randn(n, k) * 0.02).to(dtype)

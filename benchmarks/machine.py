@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine's limits, measured in the same run, and its description."""
+"""The machine's limits, measured in the same run as a benchmark, and its description."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Limits:
         self.threads = threads
 
     def measure(self) -> tuple[float, float]:
-        """Bytes read a second, over half a gigabyte, and operations a second, a multiply-accumulate counting as two."""
+        """Bytes per second of reading half a gigabyte, and operations per second (a multiply-accumulate is two)."""
         bandwidth = self._library.read_bandwidth(self._buffer, READ_BYTES, self.threads)
         return bandwidth, self._library.int8_rate(self.threads)
 
     def bandwidths(self) -> tuple[float, float]:
-        """Bytes read a second, over half a gigabyte in large pages and in those that torch gives a tensor."""
+        """Bytes per second of reading half a gigabyte: in large pages, and in a tensor's pages."""
         tensor = self._library.read_bandwidth(self._tensor.data_ptr(), READ_BYTES, self.threads)
         return self._library.read_bandwidth(self._buffer, READ_BYTES, self.threads), tensor
 
@@ -44,7 +44,7 @@ class Limits:
         return torch.ones(READ_BYTES, dtype=torch.uint8)
 
     def best(self, rounds: int = 5) -> dict[str, float]:
-        """The highest of several measurements, for the head of a table: the first ones may meet a cold machine."""
+        """The highest of several measurements, for the head of a table: the first ones may be too low."""
         bandwidths, rates = zip(*(self.measure() for _ in range(rounds)), strict=True)
         return {"read_bandwidth": max(bandwidths), "int8_rate": max(rates)}
 

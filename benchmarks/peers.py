@@ -1,8 +1,8 @@
-"""Generation by ours against llama.cpp, OpenVINO and transformers, all in one run; `make bench-peers` installs them.
+"""Generation with this package, llama.cpp, OpenVINO and transformers, in one run; `make bench-peers` installs them.
 
-`engine_rounds.py` says how they are measured. All engines run the same shape of Llama with random weights, every
-matrix of it in the engine's 4-bit or 8-bit type, and as many threads. An engine that cannot be installed, or fails,
-stays in the table with the reason. Models are written once, below `build/peers/models`.
+`engine_rounds.py` documents the measurement. All engines run a Llama of the same shape with random weights, every
+matrix of it in the engine's 4-bit or 8-bit type, on the same number of threads. The table gives the reason for an
+engine that cannot be installed, or fails. Models are written once, to `build/peers/models`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Draw a result of peers.py as bars, beside it as PNG; runs in the environment that has matplotlib.
+"""Draw a bar chart of a result of peers.py, as PNG beside it; needs an environment with matplotlib.
 
 python benchmarks/peers_chart.py benchmarks/results/FILE.json
 """
@@ -19,7 +19,7 @@ OURS, THEIRS = "#1f6fb4", "#a9b4bd"
 
 
 def draw(result: dict, shape: str, path: Path) -> None:
-    """Tokens a second of every engine, best at the top, for the prompt and for new tokens."""
+    """Draw tokens per second of every engine, fastest first, for prefill and for decode."""
     machine, records = result["machine"], [r for r in result["generate"] if r["shape"] == shape]
     measured = [r for r in records if "error" not in r]
     figure, panels = plt.subplots(1, len(PHASES), figsize=(11, 0.42 * len(measured) + 1.3))

@@ -1,4 +1,4 @@
-"""A transformers Llama of random weights, made fast and without float32 copies, for engines in any environment."""
+"""A transformers Llama with random weights, made quickly and without float32 copies, for engines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PIECE = 1 << 20
 
 
 def random_llama(shape: Shape) -> LlamaForCausalLM:
-    """In bfloat16. Weights are pieces of few random numbers, no two alike: OpenVINO stores equal matrices once."""
+    """A bfloat16 Llama. Its weights are distinct pieces of few random numbers: OpenVINO stores equal matrices once."""
     config = LlamaConfig(
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,

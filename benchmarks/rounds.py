@@ -1,4 +1,4 @@
-"""How the benchmarks measure linears: in rounds, beside the machine's limits, with weights beyond the caches."""
+"""Measuring linears: in rounds, with the machine's limits, and with weights that exceed the CPU's caches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BASELINE = "torch bf16 linear"
 class Kernel:
     """A linear under test: `prepare` turns a float weight into its operand, `run` multiplies activations by it.
 
-    `stage` turns bfloat16 activations into what `run` takes, outside of the measured time.
+    `stage` converts bfloat16 activations to the form that `run` takes, outside of the measured time.
     """
 
     name: str
@@ -32,12 +32,12 @@ class Kernel:
 
 
 def torch_bf16() -> Kernel:
-    """What every kernel is compared with."""
+    """The baseline that every kernel is compared with."""
     return Kernel(BASELINE, lambda w: w.bfloat16(), torch.nn.functional.linear, lambda w: w.nbytes)
 
 
 class Rotation:
-    """Copies of one operand that together exceed the caches; each call takes the next."""
+    """Copies of one operand that together exceed the CPU's caches; each call uses the next copy."""
 
     def __init__(self, kernel: Kernel, weight: torch.Tensor) -> None:
         self.kernel = kernel
@@ -48,7 +48,7 @@ class Rotation:
         self.next = 0
 
     def seconds(self, x: object, calls: int) -> float:
-        """Mean time of `calls` calls."""
+        """Mean seconds of `calls` calls."""
         start = time.perf_counter()
         for _ in range(calls):
             self.next = (self.next + 1) % len(self.operands)
@@ -103,12 +103,12 @@ def measure(
 
 
 def call_count(rotation: Rotation, x: object) -> int:
-    """Calls that take about 30 ms, at most one for every operand."""
+    """Number of calls that take about 30 ms, at most one per operand."""
     return max(1, min(len(rotation.operands), int(0.03 / max(rotation.seconds(x, 1), 1e-6))))
 
 
 def print_table(records: list[dict]) -> None:
-    """One table for each shape of the weight, a line for each kernel."""
+    """Print a table for each weight shape, with a line for each kernel."""
     shapes = dict.fromkeys((r["n"], r["k"]) for r in records)
     rows = sorted({r["m"] for r in records})
     for n, k in shapes:
@@ -125,7 +125,7 @@ def print_table(records: list[dict]) -> None:
 
 
 def write_json(path: Path, results: dict) -> None:
-    """Write a file at once, so that an interrupted run leaves none that is cut off."""
+    """Write a JSON file atomically, so that an interrupted run leaves no partial one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(results, indent=1) + "\n")

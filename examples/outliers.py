@@ -1,4 +1,4 @@
-"""Giving a model the outlier channels that large language models have and small ones lack."""
+"""`inject_outliers`: give a model the outlier channels that large language models have and small ones lack."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ipex_quant.smoothquant.folding import fold_into_norm
 from ipex_quant.smoothquant.tracing import trace_groups
 
 FACTORS = (32.0, 64.0)
-"""Of the size that is found in large models (20 to 100; arXiv 2208.07339), and powers of two, which round nothing."""
+"""Factors of outlier channels: as in large models (20 to 100; arXiv 2208.07339), and powers of two, which are exact."""
 
 
 @torch.no_grad()
@@ -24,10 +24,10 @@ def inject_outliers(
 ) -> dict[str, torch.Tensor]:
     """Multiply some output channels of every norm of a float32 `model`, in place, without changing its function.
 
-    Where only linear layers read the output of a LayerNorm or RMSNorm, `channels` of its channels, drawn by `seed`, are
+    If only linear layers read the output of a LayerNorm or RMSNorm, `channels` of its channels, drawn by `seed`, are
     multiplied by one of `FACTORS` each, and the columns of the weights that read them divided by it. ``run()`` runs
-    `model` once to show who reads what. Returns what the channels of each norm were multiplied by, float32 ``[K]``, by
-    name. Raises ValueError when there is no such norm.
+    `model` once, to find the layers that read each norm. Returns the multipliers of the channels of each norm, float32
+    ``[K]``, by name. Raises ValueError if there is no such norm.
     """
     modules = dict(model.named_modules())
     linears, norms = ({name for name, module in modules.items() if kind(module)} for kind in (is_linear, is_norm))
@@ -37,7 +37,7 @@ def inject_outliers(
     for group in trace_groups(model, linears, norms, run):
         readers = [modules[name] for name in group.members]
         if group.producer is None or any(uses[id(reader.weight)] > 1 for reader in readers):
-            continue  # another reader, or a weight tied to another, would see the change
+            continue  # another reader of the norm, or a tied weight, would change the function
         multiplier = torch.ones(weight_matrix(readers[0]).shape[1], dtype=torch.float32)
         chosen = torch.randperm(len(multiplier), generator=generator)[:channels]
         multiplier[chosen] = torch.tensor(FACTORS, dtype=torch.float32)[

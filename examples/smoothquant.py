@@ -1,7 +1,7 @@
 """SmoothQuant from float to deployment, on the embedded model with the outliers that large language models have.
 
-Calibrates, saves what calibration found, and quantizes with `prepare` and `convert` as with `llm.optimize`. Then
-prints what each way to quantize activations costs on held-out text, and how many tokens a second each model reads.
+Calibrates, saves the qconf summary, and quantizes with `prepare` and `convert` and with `llm.optimize`. Then prints the
+perplexity of each way to quantize activations on held-out text, and the prefill speed of each model.
 """
 
 import tempfile
@@ -56,14 +56,14 @@ def main() -> None:
 
 
 def float_model(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The embedded model as it was trained, in `dtype`."""
+    """The embedded float model in `dtype`."""
     return AutoModelForCausalLM.from_pretrained(data.embedded_model_dir(), dtype=dtype, local_files_only=True).eval()
 
 
 def quantized(
     model: nn.Module, qconfig: QConfigMapping, calibration: torch.utils.data.DataLoader, summary: Path | None = None
 ) -> nn.Module:
-    """Prepare, calibrate and convert a copy of `model`; what calibration found is saved to `summary`."""
+    """Prepare, calibrate and convert a copy of `model`; save the qconf summary to `summary`."""
     example = next(iter(calibration))
     prepared = ipex.quantization.prepare(model, qconfig, example_kwarg_inputs=example)
     ipex.quantization.calibrate(prepared, calibration)
@@ -73,7 +73,7 @@ def quantized(
 
 
 def report(models: dict[str, nn.Module], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Print accuracy and speed of each model; the first one is what the others are compared with."""
+    """Print accuracy and speed of each model, compared with the first one."""
     reference = next(iter(models.values()))
     held_out = data.held_out_text()
     window = evaluation.token_windows(tokenizer, held_out, SEQUENCE_LENGTH - 1, SEQUENCE_LENGTH - 1)[0]
@@ -91,7 +91,7 @@ def report(models: dict[str, nn.Module], tokenizer: PreTrainedTokenizerBase) -> 
 
 @torch.inference_mode()
 def calls_per_second(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """The best of several rounds for each of `calls`, which take turns, so that all meet the same machine."""
+    """Calls per second of each of `calls`, the best of several rounds; they alternate, so that conditions are equal."""
     best = dict.fromkeys(calls, 0.0)
     for _ in range(SPEED_ROUNDS):
         for name, call in calls.items():

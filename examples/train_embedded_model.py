@@ -2,10 +2,10 @@
 
 Text: the language reference in pydoc_data.topics, and the docstrings and comment blocks of the standard library, read
 with ast and tokenize so that no module is imported. Some documents, chosen by a hash of their name, are held out, and
-whatever the other documents share with them is cut out of the training text.
+paragraphs that the other documents share with them are removed from the training text.
 
-The run is seeded: one machine, one Python version and one torch version give one model. Another Python carries other
-text, and another CPU or thread count rounds differently, so there the model differs a little.
+The run is seeded: the same machine, Python version and torch version give the same model. Another Python version has
+other text, and another CPU or thread count rounds differently, so that the model differs a little.
 """
 
 import argparse

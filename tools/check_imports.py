@@ -1,9 +1,9 @@
-"""Check that imports go down only, and that native code keeps torch and intrinsics where they belong.
+"""Check the layers of imports, and where native code includes torch and uses intrinsics.
 
-Python: a module of `ipex_quant` may import its own layer's package and layers below it, never one above or beside it;
-no modules import each other in a circle, no names with an underscore, and none by a string but the lazy public face.
-Native: only `csrc/ops/` includes torch headers; only `csrc/simd*.h` hold intrinsics.
-Prints one line per violation and exits 1 when there is any.
+Python: a module of `ipex_quant` may import its own package and packages of lower layers. There are no circles of
+imports, no imports of private names, and no imports by a string except in the lazy public face.
+Native: only `csrc/ops/` includes torch headers; only `csrc/simd*.h` contain intrinsics.
+Prints one line per violation and exits with 1 if there is any.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("demo",),
     ("cli",),
 )
-"""Modules and subpackages of the package, lowest layer first. Those of one layer do not import each other."""
+"""Modules and subpackages of the package, lowest layer first. Parts of one layer do not import each other."""
 
 RANK = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -45,7 +45,7 @@ LINE_COMMENT = re.compile(r"//.*")
 
 
 def main() -> int:
-    """Check the repository this file is in; the exit status is 1 when something is wrong."""
+    """Check the repository of this file; return the exit status, 1 if there is a violation."""
     root = Path(__file__).resolve().parent.parent
     violations = [*python_violations(root), *shape_violations(root), *native_violations(root)]
     print("\n".join(violations) or "check_imports: every import goes down, and none in a circle")
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def python_violations(root: Path) -> list[str]:
-    """One line per import of `root/ipex_quant` that does not go down, and per module that has no layer."""
+    """One line per import in `root/ipex_quant` that is not of a lower layer, and per module without a layer."""
     violations = []
     for path in sorted((root / PACKAGE).rglob("*.py")):
         file = path.relative_to(root)
@@ -103,7 +103,7 @@ def string_imports(tree: ast.AST) -> Iterator[int]:
 
 
 def circles(imports: dict[str, set[str]]) -> list[list[str]]:
-    """Every module that a walk along imports meets again on its own way, with the way between."""
+    """Circles of imports, each as a list of module names."""
     found, done = [], set()
 
     def walk(name: str, way: list[str]) -> None:
@@ -120,7 +120,7 @@ def circles(imports: dict[str, set[str]]) -> list[list[str]]:
 
 
 def native_violations(root: Path) -> list[str]:
-    """One line per torch include and per intrinsic in a file of `root/csrc` that must not hold one."""
+    """One line per torch include and per intrinsic in a file of `root/csrc` that must not have one."""
     violations = []
     for path in sorted(p for p in (root / "csrc").rglob("*") if p.suffix in NATIVE_SUFFIXES):
         file = path.relative_to(root)
@@ -138,7 +138,7 @@ def layer_of(root: Path, module: str) -> str | None:
     package, *names = module.split(".")
     if package != PACKAGE:
         return None
-    # `from ipex_quant import x`: x is a module of ours, or else an attribute of the public face.
+    # `from ipex_quant import x`: x is a module of the package, or else an attribute of the public face.
     is_module = names and (
         names[0] in RANK or any((root / PACKAGE / name).exists() for name in (names[0], f"{names[0]}.py"))
     )
@@ -146,7 +146,7 @@ def layer_of(root: Path, module: str) -> str | None:
 
 
 def imported_modules(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-    """Line and absolute name of everything that a module in `package` imports, at its top or inside functions."""
+    """Line and absolute name of all imports of a module in `package`, also of those inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)

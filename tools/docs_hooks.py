@@ -1,4 +1,4 @@
-"""What mkdocs fills in from the package's own data: a page has ``<!-- generated: NAME -->`` where a table belongs.
+"""Hooks of mkdocs that replace ``<!-- generated: NAME -->`` in a page by a table of the package's data.
 
 mkdocs calls `on_page_markdown` (see `hooks` in mkdocs.yml). The package is read, not imported: the environment that
 builds the site has no torch.
@@ -36,7 +36,7 @@ RESIDUALS = {
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace each mark by its table; ValueError for a name that is not in `TABLES`."""
+    """Return `markdown` with each mark replaced by its table; ValueError for a name that is not in `TABLES`."""
 
     def filled(mark: re.Match[str]) -> str:
         if mark[1] not in TABLES:
@@ -47,7 +47,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def families() -> str:
-    """A line for each decoder layer that is fused, with how it places positions, norms and its MLP."""
+    """A table of the decoder layers that are fused, with their position embedding, order of norms and MLP."""
     module = _module(next(PACKAGE.glob("llm/**/families.py")))
     rows = []
     for name, ways in module.FAMILIES.items():
@@ -58,7 +58,7 @@ def families() -> str:
 
 
 def recipes() -> str:
-    """A line for each packaged recipe, with what it was measured to cost where it was."""
+    """A table of the packaged recipes, with their measured costs."""
     costs = json.loads((PACKAGE / "recipes" / "costs.json").read_text(encoding="utf-8"))
     rows = []
     for path in sorted((PACKAGE / "recipes").glob("*.yaml")):
@@ -108,11 +108,11 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _module(path: Path) -> Any:
-    """The module in a file that imports the standard library only."""
+    """Import the module in a file, which may import only the standard library."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for their annotations
+    sys.modules[spec.name] = module  # dataclasses look up annotations there
     spec.loader.exec_module(module)
     return module

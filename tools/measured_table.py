@@ -13,7 +13,7 @@ from pathlib import Path
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 OURS = {"linear": "four", "int8": "three"}
-"""How many of the first lines are ours, by benchmark."""
+"""Number of the first lines that are kernels of this package, by benchmark."""
 SHAPE = (14336, 4096)
 ROWS = (1, 4, 8, 128, 512)
 GENERATION = {
@@ -32,11 +32,11 @@ GENERATION = {
         "peak": "peak_bytes",
     },
 }
-"""Columns by benchmark, and what they show of a record; a pair is a value and a ratio."""
+"""Columns by benchmark, with the keys of a record that they show; a pair is a value and a ratio."""
 
 
 def main() -> None:
-    """Replace what stands between the two marks in the page."""
+    """Replace the text between the two marks in the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("benchmark", choices=[*OURS, *GENERATION])
     parser.add_argument("result", type=Path)
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def section(result: dict, ours: str) -> str:
-    """Markdown of one shape: a line for each kernel, of which the first `ours` are so, a column for each row count."""
+    """Markdown of one shape: a line for each kernel, a column for each M; the first `ours` lines are this package's."""
     machine, (n, k) = result["machine"], SHAPE
     records = {(r["kernel"], r["m"]): r for r in result["linear"] if (r["n"], r["k"]) == SHAPE}
     kernels = list(dict.fromkeys(kernel for kernel, _ in records))
@@ -82,7 +82,7 @@ def section(result: dict, ours: str) -> str:
 
 
 def generation_section(result: dict, columns: dict[str, str | tuple[str, str]]) -> str:
-    """Markdown of every shape: a line for each engine, one that failed with the reason, and a sentence on beams."""
+    """Markdown of every shape: a line for each engine, or the reason why it failed, and a sentence on beams."""
     machine, lines = result["machine"], []
     for shape in dict.fromkeys(r["shape"] for r in result["generate"]):
         records = [r for r in result["generate"] if r["shape"] == shape]

@@ -1,6 +1,6 @@
-"""A plugin of mypy: an attribute that a `torch.nn.Module` has but does not declare is of any type.
+"""A plugin of mypy that gives undeclared attributes of a `torch.nn.Module` the type Any.
 
-torch declares that all of them are ``Tensor | Module``, which is false for most attributes of other people's modules.
+torch declares them as ``Tensor | Module``, which is false for most attributes of other packages' modules.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ UNDECLARED = {"torch._tensor.Tensor", MODULE}
 
 
 class TorchPlugin(Plugin):
-    """Answers for the names that only ``Module.__getattr__`` finds."""
+    """Handles attributes that only ``Module.__getattr__`` finds."""
 
     def get_attribute_hook(self, fullname: str) -> Callable[[AttributeContext], Type] | None:
         return _any_if_undeclared if fullname.startswith(f"{MODULE}.") else None
@@ -30,5 +30,5 @@ def _any_if_undeclared(context: AttributeContext) -> Type:
 
 
 def plugin(version: str) -> type[Plugin]:
-    """What mypy calls."""
+    """Entry point that mypy calls."""
     return TorchPlugin
