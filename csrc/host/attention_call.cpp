@@ -6,10 +6,11 @@
 namespace ipex_quant {
 namespace {
 
-// Which tokens make up a block decides how an int8 cache is rounded: ops/reference_attention.py has the same rules.
-constexpr int64_t kMaxRows = 96;  // of a task: what these keep fits the second-level cache
-constexpr int64_t kFewRows = 16;  // up to here packing is what costs, and its result stays in the first-level cache
-// Tasks that have all rows of a KV head divide its tokens, into kChunks unless these get too short or too long.
+// The division of tokens into blocks affects the rounding with an int8 cache: ops/reference_attention.py has the same
+// rules.
+constexpr int64_t kMaxRows = 96;  // rows of a task, whose state fits the L2 cache
+constexpr int64_t kFewRows = 16;  // up to here packing costs most, and a packed block stays in the L1 cache
+// If one task has all rows of a KV head, its tokens are divided into kChunks, unless these get too short or too long.
 constexpr int64_t kChunks = 8, kMinChunk = 512, kMaxChunk = 2048;
 
 void set_sizes(AttentionArgs& args, const std::vector<AttentionSequence>& sequences) {
@@ -47,7 +48,7 @@ AttentionCall::AttentionCall(const AttentionArgs& args, std::vector<AttentionSeq
   }
 }
 
-// Rows in blocks, the last ones first, as they see the most; where one block has all rows, their tokens in chunks.
+// Divides rows into blocks, last ones first, since they see the most tokens; a single block divides its tokens.
 void AttentionCall::divide(const AttentionSequence& s, int64_t head) {
   const int64_t rows = s.queries * args_.group, blocks = (rows + kMaxRows - 1) / kMaxRows, unit = args_.block;
   for (int64_t i = blocks - 1; i >= 0; --i) {

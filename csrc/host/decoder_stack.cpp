@@ -5,7 +5,7 @@
 namespace ipex_quant {
 namespace {
 
-// Bytes that a thread prefetches at most while it waits: they stay in the second-level cache.
+// Most bytes that a thread prefetches while it waits: they stay in the L2 cache.
 constexpr int64_t kAheadBytes = int64_t(1) << 17;
 
 int64_t bytes_of(const DecoderArgs& call, int64_t columns) { return call.rows * columns * float_size(call.type); }
@@ -65,7 +65,7 @@ void TeamLinears::bind(const void* x, const std::vector<Output>& outputs, const 
   }
 }
 
-// Ranges that all rows share are found by one thread.
+// If rows share a quantization range, the first thread stages them all.
 Tasks TeamLinears::rows_of(const TeamThread& thread) const {
   if (!ranges_cross_rows(plan_)) return thread.share(plan_.staged.rows);
   return {0, thread.begin == 0 ? plan_.staged.rows : 0};
@@ -159,7 +159,7 @@ void DecoderLayer::bind(const void* x, void* y, const Workspace& workspace, int6
   attention_tasks_.reset(new SharedTasks(attention_->attention().tasks(), threads));
 }
 
-// Rows of the input of `linears`, normed before or not.
+// Stages the input rows of `linears`, after `norm` if there is one.
 void DecoderLayer::prepare(const TeamLinears& linears, const NormArgs* norm, const TeamThread& thread) const {
   const Tasks rows = linears.rows_of(thread);
   if (norm) kernels().norm_rows(*norm, rows.begin, rows.end);
@@ -176,7 +176,7 @@ void DecoderLayer::multiply_gates(Tasks rows) const {
   kernels().gated_product(args, rows.begin * columns, rows.end * columns);
 }
 
-// Queries, keys and values of a row beside each other.
+// Copies queries, keys and values of each row next to each other.
 void DecoderLayer::join(Tasks rows) const {
   if (args_.attention.rotary.x != workspace_->joined) return;
   const int64_t size = float_size(call_.type), row = args_.attention.rotary.strides[1] * size;

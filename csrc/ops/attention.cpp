@@ -35,12 +35,12 @@ void check_sizes(const char* name, const Tensor& t, std::initializer_list<int64_
 
 int64_t element_size(ScalarType type) { return type == ScalarType::Char ? 1 : float_size(float_type("dtype", type)); }
 
-// Of [rows, heads, tokens, ...].
+// The view of a tensor [rows, heads, tokens, ...].
 TokenView view_of(const Tensor& t, int64_t size) {
   return {static_cast<const uint8_t*>(t.const_data_ptr()), t.stride(0) * size, t.stride(1) * size, t.stride(2) * size};
 }
 
-// What attention is told beside its tensors.
+// The options of attention besides its tensors.
 struct Options {
   double scale;
   bool causal;
@@ -57,7 +57,7 @@ void set_options(AttentionArgs& args, const Options& options) {
   args.scale = float(options.scale);
   args.softcap = softcap;
   args.causal = options.causal;
-  args.window = std::min(options.window, 2 * kLargest);  // beyond all tokens; more would overflow
+  args.window = std::min(options.window, 2 * kLargest);  // no token is farther away; larger ones would overflow
 }
 
 void set_heads(AttentionArgs& args, int64_t heads, int64_t kv_heads) {
@@ -67,7 +67,7 @@ void set_heads(AttentionArgs& args, int64_t heads, int64_t kv_heads) {
   args.group = heads / kv_heads;
 }
 
-// Keys and values [rows, heads, tokens, dim], and the scales [rows, heads, tokens] that bytes come with.
+// Keys and values [rows, heads, tokens, dim], and the scales [rows, heads, tokens] of int8 ones.
 struct Cache {
   Tensor key, value;
   std::optional<Tensor> key_scales, value_scales;
@@ -106,7 +106,7 @@ struct Cache {
   }
 };
 
-// What the keys of an int8 cache [rows, heads, tokens, dim] are divided by, or null.
+// The factors [heads, dim] that divide the keys of an int8 cache [rows, heads, tokens, dim], or null.
 const float* read_factors(const std::optional<Tensor>& factors, const Tensor& cache) {
   if (!factors) return nullptr;
   IPEX_QUANT_CHECK(cache.scalar_type() == ScalarType::Char, "key_factors: expected only with an int8 cache");
@@ -174,7 +174,7 @@ Tensor attention(Tensor query, Tensor key, Tensor value, double scale, bool caus
   args.query_head = query.stride(1) * size;
   args.query_token = query.stride(2) * size;
   Tensor output = empty_in_dtype_of(query, {batch, queries, heads, args.value_dim});
-  if (output.numel() == 0) return output;  // however many sequences without queries there are
+  if (output.numel() == 0) return output;  // whatever the number of sequences
   std::vector<AttentionSequence> sequences;
   for (int64_t b = 0; b < batch; ++b)
     sequences.push_back({b, static_cast<const uint8_t*>(query.const_data_ptr()) + b * query.stride(0) * size,
@@ -185,14 +185,14 @@ Tensor attention(Tensor query, Tensor key, Tensor value, double scale, bool caus
 }
 
 // -------------------------------------------------------------------------------------------------------- writes
-// Tokens on their way into a cache: [batch, heads, tokens, dim].
+// New tokens to write to a cache: [batch, heads, tokens, dim].
 struct NewTokens {
   TokenView view;
   FloatType type;
   int64_t batch, heads, tokens, dim;
 };
 
-// To a cache [rows, heads, capacity, dim] with its scales.
+// A cache [rows, heads, capacity, dim] to write to, with its scales.
 CacheWrite write_to(const char* name, const Tensor& cache, const std::optional<Tensor>& scales, const NewTokens& from) {
   check_dim(name, cache, 4);
   CacheWrite write{from.type, cache.scalar_type() == ScalarType::Char, from.dim, from.view, {}, {}, nullptr};
@@ -275,7 +275,7 @@ void write_paged_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_
   const int64_t count = key_cache.size(0) * block;
   for (const int64_t slot : places)
     IPEX_QUANT_CHECK(slot >= -1 && slot < count, "slots: expected -1 (skip) or 0..", count - 1, ", got ", slot);
-  if (tokens == 0 || heads == 0) return;  // however large their other sizes are
+  if (tokens == 0 || heads == 0) return;  // whatever the other sizes
   parallel(tokens, write_grain(1 + heads * (key.size(2) + value.size(2))), [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       const int64_t slot = places[size_t(token)];
@@ -308,7 +308,7 @@ Tensor fused_rope_attention(Tensor qkv, Tensor cos, Tensor sin, int64_t rotary_d
   return output;
 }
 
-// Queries of several sequences, one after another: [tokens, heads, dim].
+// Queries of several sequences, concatenated along the tokens: [tokens, heads, dim].
 struct RaggedQueries {
   Tensor query;
   std::vector<int64_t> starts;

@@ -1,5 +1,5 @@
-// INT8 convolutions: schema, argument checks, memory and threads. Inputs and results are channels last,
-// [batch, depth, height, width, channels] with the first or the first two of these three places left out.
+// INT8 convolutions: schema, argument checks, memory and threads. Inputs and results are channels last:
+// [batch, depth, height, width, channels], without depth in 2-D, without depth and height in 1-D.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -11,19 +11,19 @@ namespace {
 
 constexpr int64_t kLargest = int64_t(1) << 31;
 constexpr int kPlaces = 3;
-constexpr int64_t kGatherBytes = int64_t(3) << 17;  // of patches, which stay in the second-level cache with their sums
+constexpr int64_t kGatherBytes = int64_t(3) << 17;  // patches and their sums stay in the L2 cache
 constexpr int64_t kMostRows = 512;
 
-// How an op is told about the convolution: one number for each spatial dimension, and two of padding.
+// The options of a convolution: one number for each spatial dimension, two for padding.
 struct ConvOptions {
   std::vector<int64_t> kernel, stride, padding, dilation;  // padding: before every dimension, then after every one
 };
 
-// Sizes of a convolution, with dimensions of one place in front where there are fewer than three.
+// Sizes of a convolution as a 3-D one: 1-D and 2-D ones get leading dimensions of size 1.
 struct ConvShape {
   int64_t batch, channels;
   int64_t in[kPlaces], out[kPlaces], kernel[kPlaces], stride[kPlaces], dilation[kPlaces], before[kPlaces];
-  int64_t taps = 1, places = 1;  // of the kernel, and of the result of one image
+  int64_t taps = 1, places = 1;  // positions of the kernel, and of one image's result
 
   ConvShape(const Tensor& x, const ConvOptions& options) {
     check_cpu("x", x);
@@ -82,8 +82,8 @@ struct ConvShape {
     return shape;
   }
 
-  // Calls f(first, width) for every line of the kernel at the place that `row` of the result is: the number of the
-  // input's first pixel in that line, below 0 in the padding, and the place in the line where the kernel begins.
+  // Calls f(first, width) for every line of the kernel that computes `row` of the result: the index of the first pixel
+  // of the input line (-1 if the line is padding), and the position in that line where the kernel begins.
   template <class F>
   void for_each_line(int64_t row, F f) const {
     const int64_t image = row / places, place = row % places;
@@ -100,7 +100,7 @@ struct ConvShape {
     }
   }
 
-  // Calls f(tap, pixel) for every tap: the input's channels there, or null in the padding.
+  // Calls f(tap, pixel) for every tap: the channels of its input pixel, or null in the padding.
   template <class F>
   void for_each_tap(const uint8_t* x, int64_t row, F f) const {
     int64_t tap = 0;
@@ -112,7 +112,7 @@ struct ConvShape {
     });
   }
 
-  // Whether the rows of the result are those of the input, so that nothing needs to be gathered.
+  // Whether each row of the result depends on the same row of the input alone, so that no patches are gathered.
   bool is_pointwise() const {
     for (int i = 0; i < kPlaces; ++i)
       if (kernel[i] != 1 || stride[i] != 1 || before[i] != 0 || out[i] != in[i]) return false;
@@ -139,7 +139,7 @@ Output part_of(const Output& whole, int64_t row, int64_t column, int64_t n) {
   return part;
 }
 
-// A matrix product of patches, which are gathered block by block, with the weight of each group.
+// A matmul of patches, which are gathered block by block, with the weight of each group.
 struct PatchProduct {
   const ConvShape& shape;
   const PackedGroup& weights;
@@ -167,7 +167,7 @@ struct PatchProduct {
     }
   }
 
-  // Where the taps of a line of the kernel are neighbours in the input.
+  // Gathers without groups and dilation in width: the taps of a line of the kernel are contiguous in the input.
   void gather_runs(int64_t begin, int64_t end, uint8_t* patches) const {
     const int64_t line = shape.kernel[2] * shape.channels;
     for (int64_t row = begin; row < end; ++row, patches += weights.geometry.padded_k) {
@@ -218,7 +218,7 @@ struct PatchProduct {
   }
 };
 
-// [out_channels / groups] a group.
+// The number of output channels of each group.
 std::vector<int64_t> group_features(int64_t out_channels, int64_t groups) {
   IPEX_QUANT_CHECK(groups > 0 && groups < kLargest && out_channels > 0 && out_channels % groups == 0,
                    "groups: expected a divisor of the ", out_channels, " output channels, got ", groups);

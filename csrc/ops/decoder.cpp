@@ -11,7 +11,7 @@ namespace {
 using Optional = std::optional<Tensor>;
 
 // The arguments of the op, in the three groups of its schema.
-struct Weights {  // lists of those of a layer after another
+struct Weights {  // lists over all layers, one layer after another
   std::vector<Tensor> packed;
   std::vector<Optional> biases, perms;
   std::vector<Tensor> norms;
@@ -60,7 +60,7 @@ struct Input {
   int64_t rows() const { return batch * length; }
 };
 
-// Runs of `count` items of a list for each of `layers`; of an optional list none, if it is empty.
+// A list of `count` items for each of `layers`; an optional list may be empty.
 template <class T>
 class PerLayer {
  public:
@@ -94,7 +94,7 @@ struct LayerTensors {
         head_norms("head_norms", w.head_norms, layers, 2, true) {}
 };
 
-// Reads the arguments of one layer without its attention.
+// Reads the arguments of one layer, except for its attention.
 class LayerReader {
  public:
   LayerReader(const Input& input, const Structure& structure, const LayerTensors& tensors, size_t layer)
@@ -129,7 +129,7 @@ class LayerReader {
     IPEX_QUANT_CHECK(got == expected, "packed: expected ", name, " features ", expected, ", got ", got);
   }
 
-  // The next weights, which take one input of `in` features, or any number of them.
+  // Reads the next `count` weights, which share one input; `in` or `out` below 0 allow any number of features.
   LinearsArgs linears(int64_t count, int64_t in, int64_t out = -1) {
     LinearsArgs args{{}, -1, nullptr};
     for (int64_t i = 0; i < count; ++i, ++weight_) {
@@ -182,7 +182,7 @@ class LayerReader {
   int64_t weight_ = 0, group_ = 0;
 };
 
-// The bytes between the first and the last element of a tensor.
+// The range of addresses from the first to the last element of a tensor.
 std::pair<uintptr_t, uintptr_t> extent(const Tensor& t) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
   int64_t last = 0;
@@ -193,7 +193,7 @@ std::pair<uintptr_t, uintptr_t> extent(const Tensor& t) {
   return {begin, begin + uintptr_t(last + 1) * t.element_size()};
 }
 
-// Indices are checked before the caches are written, so they must not lie in one.
+// Permutations are checked before caches are written, so they must not overlap a cache.
 void check_apart(const std::vector<Optional>& perms, const PerLayer<Tensor>& cache, size_t layers) {
   std::vector<std::pair<uintptr_t, uintptr_t>> written;
   const auto any = [](const Optional& perm) { return perm.has_value(); };
@@ -201,7 +201,7 @@ void check_apart(const std::vector<Optional>& perms, const PerLayer<Tensor>& cac
   for (size_t i = 0; i < layers; ++i)
     for (int64_t j = 0; j < cache.count(); ++j) written.push_back(extent(cache.at(i, j)));
   std::sort(written.begin(), written.end());
-  uintptr_t furthest = 0;  // the end of all up to here, so that it is enough to look at the last one before a perm
+  uintptr_t furthest = 0;  // largest end so far, so that comparing a perm with the last one before it suffices
   for (auto& each : written) each.second = furthest = std::max(furthest, each.second);
   for (const Optional& perm : perms) {
     if (!perm) continue;
@@ -212,7 +212,7 @@ void check_apart(const std::vector<Optional>& perms, const PerLayer<Tensor>& cac
   }
 }
 
-// Attention of one layer, with its cache.
+// Reads the attention arguments of one layer, with its cache.
 void read_attention(DecoderLayerArgs& args, const Input& input, RopeAttentionOptions& options) {
   int64_t width = 0;
   for (const WeightArgs& weight : args.projections.weights) width += weight.geometry.n;

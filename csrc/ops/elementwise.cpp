@@ -1,5 +1,5 @@
-// Norms, rotary embeddings and gated products: schema, argument checks, memory and threads. A decoder calls these many
-// times a token with one row, where the call itself is what they cost.
+// Norms, rotary embeddings and gated activations: schema, argument checks, memory and threads. A decode step calls
+// these many times with one row, where the cost is that of the call.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -9,7 +9,7 @@
 namespace ipex_quant {
 namespace {
 
-constexpr int64_t kTaskElements = int64_t(1) << 15;  // below this a thread costs more than it gives
+constexpr int64_t kTaskElements = int64_t(1) << 15;  // fewer do not pay for a thread
 
 Tensor empty_as(const Tensor& x) { return empty_in_dtype_of(x, x.sizes().data()); }
 
@@ -26,7 +26,7 @@ void check_like_x(const char* name, const Tensor& t, const Tensor& x) {
 }
 
 // ------------------------------------------------------------------------------------------------------- norms
-// The weight and bias of a call and the arguments that they go into.
+// The weight and bias of a norm, and the kernel's arguments made of them.
 struct Norm {
   std::optional<Tensor> weight, bias;
   NormArgs args{};

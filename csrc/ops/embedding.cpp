@@ -14,7 +14,7 @@ void copy_ids(const Tensor& ids, std::vector<int64_t>& rows) {
   rows.assign(data, data + ids.numel());
 }
 
-// A checked copy: what another thread writes to the ids meanwhile cannot lead out of bounds.
+// A checked copy of the ids: writes by another thread cannot make them out of bounds.
 std::vector<int64_t> rows_of(const Tensor& ids, int64_t count) {
   check_cpu("ids", ids);
   const ScalarType type = ids.scalar_type();

@@ -1,5 +1,5 @@
-// A mixture of experts with packed weights: tokens are grouped by expert, every group is multiplied by its expert's
-// part of the weights, and the results of a token are added in the order of its experts, whatever the threads.
+// A mixture of experts with packed weights: tokens are grouped by expert, each group is multiplied by its expert's
+// weights, and the results of a token are added in the order of the experts, for any number of threads.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -13,11 +13,11 @@
 namespace ipex_quant {
 namespace {
 
-// A pair is a token and one of its experts. Pairs are worked off in chunks of whole groups, so that what lies between
-// the multiplications stays small however long the prompt is.
+// A pair is a token and one of its experts. Pairs are processed in chunks of whole groups, so that intermediate results
+// stay small for long prompts.
 constexpr int64_t kChunkPairs = 8192;
 
-// One matrix of every expert, packed as one weight: `blocks` of n rows an expert, each padded to whole tiles.
+// One matrix of every expert, packed as one weight: `blocks` of n rows per expert, each padded to whole tiles.
 struct Stack {
   WoqGeometry geometry;  // of one block
   int64_t group_size, blocks;
@@ -75,14 +75,14 @@ struct UpTask {
   int64_t first, count;
 };
 
-// Tiles that are read in one stream where the rows are few; with many rows a tile is enough, and its results are large.
+// Tiles per task: long streams for few rows, where reading weights costs most; single tiles for many rows.
 int64_t longest_run(int64_t rows) { return rows <= kDecodeRows ? 32 : 1; }
 
 int64_t gemm_bytes(const Stack& stack, const WoqPlan& plan) {
   return gemm_scratch(stack.geometry, plan.staged, plan.staged.rows);
 }
 
-// How gate and up become one: activation(gate) * up; if `clamped`,
+// The gated activation: activation(gate) * up; if `clamped`,
 //   min(gate, limit) * sigmoid(slope * min(gate, limit)) * (clamp(up, -limit, limit) + offset);
 // without a gate, activation(up).
 struct Gate {
@@ -92,7 +92,7 @@ struct Gate {
   float limit = 0.0f, slope = 1.0f, offset = 0.0f;
 };
 
-// What experts are, and what they are computed in.
+// The weights and the gate of the experts, and the type of activations.
 struct Experts {
   Stack up, down;
   Gate gate;
@@ -107,7 +107,7 @@ struct TokenRows {
   void* y;      // the same in the type of x; `sums` itself if that is float32
 };
 
-// What the experts of a token count, in any float type.
+// The routing weights of each token's experts, in any float type.
 struct Weights {
   const void* data;
   FloatType type;
@@ -123,7 +123,7 @@ struct Weights {
   }
 };
 
-// Rounds as the kernels do. What little is stored here needs no vectors of a particular ISA.
+// Rounds as the kernels do; it stores too little to need a kernel.
 void store_rounded(void* to, FloatType type, const float* from, int64_t count) {
   if (type == kFloat32) {
     std::memcpy(to, from, size_t(count) * 4);
@@ -166,7 +166,7 @@ class Mixture {
   std::vector<int32_t> token_;  // of every pair, in the order of experts
   std::vector<float> weight_;
   Group *begin_ = nullptr, *end_ = nullptr;  // the chunk
-  int64_t widest_ = 0;                       // most rows of its groups
+  int64_t widest_ = 0;                       // largest number of rows of a group in it
   bool last_ = false;
 
   void route(const int64_t* experts, const Weights& weights, int64_t choices, int64_t count) {
@@ -201,7 +201,7 @@ class Mixture {
     for (Group* g = begin_; g < end_; ++g) widest_ = std::max(widest_, g->rows);
     const Buffer hidden = make_buffer(pairs * down_.geometry.k * float_size(type_));
     {
-      // The only token, in one order of features, is the same for all of its experts.
+      // A single token without permutations is staged once for all of its experts.
       const bool shared = tokens_.count == 1 && widest_ == 1 && !up_.perms;
       const Buffer memory = stage_groups(up_, &Group::input, shared, [&](const Group& g, Buffer& rows) -> const void* {
         if (tokens_.count == 1 && g.rows == 1) return tokens_.x;
@@ -224,7 +224,7 @@ class Mixture {
     return hidden + (g.first - begin_->first) * down_.geometry.k * float_size(type_);
   }
 
-  // Stages the rows of every group of the chunk, into one block of memory. If `shared`, all use those of the first.
+  // Stages the rows of every group of the chunk in one buffer. If `shared`, all groups use those of the first.
   template <class F>
   Buffer stage_groups(const Stack& stack, WoqPlan Group::* plan, bool shared, F rows_of) {
     int64_t bytes = 64, rows = 0;
@@ -237,7 +237,7 @@ class Mixture {
       if (!shared) at += round_up(staged_bytes(g->*plan), 64);
     }
     const int64_t count = shared ? 1 : end_ - begin_;
-    const bool small = rows * stack.geometry.padded_k <= int64_t(1) << 15;  // a thread costs more than it gives
+    const bool small = rows * stack.geometry.padded_k <= int64_t(1) << 15;  // too little to pay for a thread
     parallel_tasks(count, small ? count : 1, [&](auto next) {
       const Buffer scratch = make_buffer(stage_scratch(stack.geometry, (begin_->*plan).staged));
       for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next()) {
@@ -279,7 +279,7 @@ class Mixture {
     });
   }
 
-  // Both projections of a run of columns, then their gated product; or the only one with its activation.
+  // Gate and up projection of a run of columns, then the gated activation; without a gate, up with the activation.
   void up_task(const UpTask& task, uint8_t* gate_side, uint8_t* up_side, uint8_t* hidden, uint8_t* scratch) const {
     const KernelTable& table = kernels();
     const Group& g = task.group;
@@ -311,7 +311,7 @@ class Mixture {
   // Clamped gates are computed in float32 and rounded once.
   FloatType side_type() const { return experts_.gate.clamped ? kFloat32 : type_; }
 
-  // Makes the product with silu a clamped one: silu(slope * g) * u / slope. NaN stays NaN.
+  // Clamps and scales gate and up for the kernel of silu: silu(slope * g) * u / slope. NaN stays NaN.
   void prepare_clamped(uint8_t* gate_side, uint8_t* up_side, int64_t cells) const {
     const Gate& gate = experts_.gate;
     float *g = reinterpret_cast<float*>(gate_side), *u = reinterpret_cast<float*>(up_side);
@@ -322,7 +322,7 @@ class Mixture {
     }
   }
 
-  // A task has some columns of the result: it multiplies those of every group and adds them up.
+  // A task computes some columns of the result: the down projection of every group, added up.
   void multiply_down() {
     const int64_t tiles = down_.geometry.tiles, longest = std::min(longest_run(widest_), tiles);
     int64_t scratch_bytes = 0;
@@ -335,7 +335,7 @@ class Mixture {
     });
   }
 
-  // The columns of `count` tiles: those of every group multiplied, added up, and after the last chunk rounded.
+  // Computes the columns of `count` tiles of every group, adds them up, and rounds the sums after the last chunk.
   void down_task(int64_t first, int64_t count, uint8_t* rows, uint8_t* scratch) const {
     const KernelTable& table = kernels();
     const int64_t column = first * kTileN, n = down_.geometry.n, columns = std::min(count * kTileN, n - column);

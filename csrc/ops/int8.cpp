@@ -9,7 +9,7 @@
 namespace ipex_quant {
 namespace {
 
-constexpr int64_t kTaskRows = 512;  // whose sums, 64 columns wide, leave a tile room in the second-level cache
+constexpr int64_t kTaskRows = 512;  // their sums of 64 columns and a tile fit the L2 cache
 
 Tensor new_packed(const PackedGroup& group) {
   Tensor packed = empty({group.total_bytes()}, ScalarType::Byte);
@@ -70,7 +70,7 @@ void check_zero_point(const char* name, int64_t zero_point) {
   IPEX_QUANT_CHECK(zero_point >= 0 && zero_point <= 255, name, ": expected 0..255, got ", zero_point);
 }
 
-// `length` multipliers, of which all may be one.
+// `length` multipliers, or a single one for all.
 struct Multipliers {
   std::vector<float> repeated;
   const float* data;
@@ -163,8 +163,8 @@ struct Activations {
     if (is_signed || g.padded_k != g.k) copy(is_signed ? 0x80 : 0);
   }
 
-  // Copies the rows to where they can be read by four bytes, adding 128 to signed ones; what is in the padding meets
-  // codes of zero.
+  // Copies the rows to a buffer whose rows are padded to whole words of four bytes, and adds 128 to signed values. The
+  // weight's codes are 0 in the padding.
   void copy(uint8_t flipped) {
     const Int8Geometry& g = *args.geometry;
     copied = make_buffer(rows * g.padded_k);
@@ -181,8 +181,8 @@ struct Activations {
   }
 };
 
-// One task a tile of columns, or if `together`, the same tiles of every weight in turn, which are of one size. When
-// tiles are fewer than threads can share evenly, rows are divided as well.
+// A task is a tile of columns, or if `together`, the same tile of all weights, which then have one size. If there are
+// too few tiles to share evenly among threads, rows are divided as well.
 void multiply(const PackedGroup& group, const uint8_t* tiles, const Activations& act,
               const std::vector<Output>& outputs, bool together = false) {
   const KernelTable& table = kernels();
@@ -237,7 +237,7 @@ std::vector<Tensor> int8_linear(Tensor x, Tensor scales, Tensor zero_points, Ten
   return results;
 }
 
-// The gate's result goes where that of the call will be; that of `up`, made next by the same task, multiplies it there.
+// The gate is written to the result; the same task then computes `up` and multiplies the result by it.
 Tensor int8_linear_gated(Tensor x, Tensor scales, Tensor zero_points, Tensor packed, std::optional<Tensor> bias,
                          int64_t out_features, ScalarType dtype, int64_t activation) {
   const PackedGroup group({out_features, out_features}, check_activations(x));

@@ -143,10 +143,10 @@ std::tuple<Tensor, Tensor, Tensor> woq_unpack(Tensor packed, std::optional<Tenso
   return {codes, scales, zero_points};
 }
 
-// Stages x as `plan` says, into the buffers of the plan.
+// Stages (converts or quantizes) x into the buffers of `plan`.
 void stage(const WoqGeometry& g, WoqPlan& plan, StageArgs args) {
   const int64_t scratch_bytes = stage_scratch(g, plan.staged);
-  const int64_t grain = 1 + (int64_t(1) << 13) / g.padded_k;  // below this a thread costs more than it gives
+  const int64_t grain = 1 + (int64_t(1) << 13) / g.padded_k;  // fewer do not pay for a thread
   const Buffer ranges = make_ranges(plan);
   args.ranges = reinterpret_cast<float*>(ranges.get());
   stage_rows(plan, args, [&](auto stage_some) {
@@ -155,7 +155,7 @@ void stage(const WoqGeometry& g, WoqPlan& plan, StageArgs args) {
   });
 }
 
-// One task a tile of columns. When tiles are fewer than threads can share evenly, rows are divided as well.
+// A task is a tile of columns. If there are too few tiles to share evenly among threads, rows are divided as well.
 void multiply(const std::vector<GemmArgs>& weights, bool together) {
   const KernelTable& table = kernels();
   const Staged& s = *weights[0].staged;
@@ -169,7 +169,7 @@ void multiply(const std::vector<GemmArgs>& weights, bool together) {
   const auto multiply_tasks = [&](auto next) {
     const Buffer scratch = make_buffer(gemm_scratch(*weights[0].geometry, s, (s.rows + row_parts - 1) / row_parts));
     for (Tasks tasks = next(); tasks.begin < tasks.end; tasks = next()) {
-      const int64_t part = tasks.begin % row_parts;  // where there are several, every task comes alone
+      const int64_t part = tasks.begin % row_parts;  // with several parts, every run is one task
       const int64_t begin = part * s.rows / row_parts, end = (part + 1) * s.rows / row_parts;
       const Tasks run{tasks.begin / row_parts, (tasks.end - 1) / row_parts + 1};
       for_each_weight(weights, together, run, [&](const GemmArgs& weight, Tasks own) {
@@ -183,7 +183,7 @@ void multiply(const std::vector<GemmArgs>& weights, bool together) {
     parallel_tasks(tiles * row_parts, 1, multiply_tasks);
 }
 
-// What a weight-only linear is called with, checked, and the activations staged for the kernels: once for all weights.
+// The checked arguments of weight-only linears with one input, which is staged once for all weights.
 class PreparedCall {
  public:
   PreparedCall(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<int64_t>& out_features,
@@ -207,7 +207,7 @@ class PreparedCall {
     return empty_in_dtype_of(x_, shape.data());
   }
 
-  // outputs[i] says what becomes of the matmul with weight i.
+  // outputs[i] is the destination of the matmul with weight i.
   void run(const std::vector<Output>& outputs, bool together) const {
     const WoqGeometry& g = geometries_[0];
     if (rows_ == 0) return;
@@ -271,7 +271,7 @@ std::vector<Tensor> woq_linear_group(Tensor x, std::vector<Tensor> packed, std::
   return results;
 }
 
-// The gate's result goes where that of the call will be; that of `up`, made next by the same task, multiplies it there.
+// The gate is written to the result; the same task then computes `up` and multiplies the result by it.
 Tensor woq_linear_gated(Tensor x, Tensor gate, Tensor up, std::optional<Tensor> gate_bias,
                         std::optional<Tensor> up_bias, std::optional<Tensor> perm, int64_t out_features,
                         int64_t lowp_mode, int64_t act_quant_mode, int64_t activation) {

@@ -10,14 +10,14 @@ namespace {
 // INT8 codes and zero points are shifted by 128 to be unsigned.
 uint8_t byte_offset(int32_t dtype) { return dtype == kInt8 ? 128 : 0; }
 
-// Position in group order of every padded slot, walked together with the slots: f(slot, position).
+// Calls f(slot, position) for every slot that is no padding, with its position in group order.
 template <class F>
 void for_each_slot(const WoqGeometry& g, F f) {
   for (int64_t group = 0, slot = 0; group < g.groups; slot += g.padded(group), ++group)
     for (int64_t k = 0; k < g.length(group); ++k) f(slot + k, group * g.group + k);
 }
 
-// Row `row` of the plain codes, one unsigned byte a code, in group order with zeros in the padding.
+// Reads row `row` of the plain codes as unsigned bytes, in group order, with zeros in the padding.
 void read_row(const PackArgs& args, int64_t row, uint8_t* slots, uint8_t* plain) {
   const WoqGeometry& g = *args.geometry;
   if (g.four_bit()) {

@@ -6,9 +6,9 @@
 namespace ipex_quant {
 namespace {
 
-constexpr int64_t kBlock = 64;  // of k: what a block of rows spreads over stays in the first-level cache
+constexpr int64_t kBlock = 64;  // of k: the part of the tile that a block of k fills stays in the L1 cache
 
-// Calls f(k, count) for blocks of k, then for each column; count is below 4 only at the end of an odd K.
+// Calls f(column, k, count) for each word of codes, by blocks of k; count is 4, or less at the end of K.
 template <class F>
 void for_each_word(const Int8Geometry& g, int64_t columns, F f) {
   for (int64_t block = 0; block < g.k; block += kBlock)
