@@ -13,8 +13,8 @@ NF4       yes         ``max|w|``                  none                   nearest
 FP8       yes         ``max|w| / 448``            none                   ``w * inv`` rounded to e4m3
 ========  ==========  ==========================  =====================  ===================================
 
-All of it in float32, rounding half to even. The scale of a group of zeros is eps. IPEX has eps also where a group is
-small, whose values then become 0; here only what float32 has no inverse of becomes the lowest scale that has one.
+Everything is computed in float32 and rounds half to even. A group of zeros has the scale eps. IPEX also gives eps to
+groups with a small range, whose values then become 0; here a scale is raised only where its inverse would be infinite.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .quantized_weight import QuantizedWeight
 from .scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
 
 INT4_OFFSET = 8
-"""What a symmetric INT4 code is shifted by, so that it is stored unsigned."""
+"""Offset of symmetric INT4 codes, which stores them unsigned."""
 
 _SYMMETRIC_MAX = {
     WoqWeightDtype.INT8: 127.0,
@@ -46,9 +46,9 @@ def quantize(
 ) -> QuantizedWeight:
     """Quantize `weight`, float32, bfloat16 or float16 ``[N, K]``, by rounding to nearest.
 
-    `scales` float32 and, for an asymmetric scheme, `zero_points` int16, both ``[N, groups]``, are used as they are when
-    given and found from each group's range otherwise. Raises TypeError for another dtype and ValueError for another
-    rank, NaN or Inf, or parameters that do not fit the scheme.
+    `scales` float32 and, for an asymmetric scheme, `zero_points` int16, both ``[N, groups]``, are computed from each
+    group's range unless given. Raises TypeError for another dtype and ValueError for another rank, NaN or Inf, or
+    parameters that do not fit the scheme.
     """
     grouped = _group(_check_weight(weight), scheme)
     if scales is None:
@@ -64,7 +64,7 @@ def quantize(
 
 
 def find_scales(span: torch.Tensor, steps: float) -> torch.Tensor:
-    """``span / steps`` for ranges that float32 holds, but never 0 and never so small that its inverse is infinite."""
+    """Scales ``span / steps`` of finite float32 ranges: eps for a range of 0, else at least float32's tiny."""
     info = torch.finfo(torch.float32)
     return torch.where(span > 0, (span / steps).clamp(min=info.tiny), info.eps)
 
@@ -79,7 +79,7 @@ def dequantize(qw: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch
 
 
 def code_values(qw: QuantizedWeight) -> torch.Tensor:
-    """What the codes stand for before zero point and scale, float32 ``[N, K]``; symmetric INT4 is -8..7."""
+    """Values of the codes before zero point and scale, float32 ``[N, K]``: -8..7 for symmetric INT4, levels for NF4."""
     codes = stored_codes(qw)
     if qw.scheme.dtype == WoqWeightDtype.NF4:
         return NF4_LEVELS[codes.int()]
@@ -88,12 +88,12 @@ def code_values(qw: QuantizedWeight) -> torch.Tensor:
 
 
 def stored_codes(qw: QuantizedWeight) -> torch.Tensor:
-    """Codes as they are stored, one an element, ``[N, K]``: uint8 for INT4 and NF4, else the dtype of `qw.codes`."""
+    """Stored codes, one per element, ``[N, K]``: uint8 for INT4 and NF4, else the dtype of `qw.codes`."""
     return unpack_nibbles(qw.codes, qw.shape[1]) if qw.codes.dtype == torch.uint8 else qw.codes
 
 
 def feature_groups(qw: QuantizedWeight) -> torch.Tensor:
-    """Group of every input feature, int64 ``[K]``."""
+    """Group index of every input feature, int64 ``[K]``."""
     if qw.g_idx is not None:
         return qw.g_idx.long()
     features = torch.arange(qw.shape[1])
@@ -109,7 +109,7 @@ def _check_weight(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _group(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
-    """View float32 ``[N, K]`` as ``[N, groups, size]``; a ragged last group is filled with zeros."""
+    """Reshape float32 ``[N, K]`` to ``[N, groups, size]``; a ragged last group is padded with zeros."""
     groups = scheme.group_count(weight.shape[1])
     if scheme.group_size == PER_CHANNEL:
         return weight.unsqueeze(1)
@@ -154,7 +154,7 @@ def _check_parameters(
 
 
 def _round(scaled: torch.Tensor, dtype: WoqWeightDtype, zero_points: torch.Tensor | None) -> torch.Tensor:
-    """Codes, one an element, of ``w / scale`` ``[N, groups, size]``, which is overwritten."""
+    """Round ``w / scale`` ``[N, groups, size]`` to codes, one per element; may overwrite `scaled`."""
     if dtype == WoqWeightDtype.NF4:
         midpoints = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
         return torch.bucketize(scaled, midpoints, out_int32=True).to(torch.uint8)

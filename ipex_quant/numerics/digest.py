@@ -1,4 +1,4 @@
-"""Digests of tensors, which tell whether a file belongs to a model or to data."""
+"""Digests of tensors, which tell whether a file belongs to a given model or data set."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _SAMPLES = 256
 
 
 def tensor_digest(tensors_by_name: Iterable[tuple[str, Any]]) -> str:
-    """Digest of names, shapes, dtypes and bytes of the tensors among the values, on the CPU; others are left out.
+    """Digest of names, shapes, dtypes and values of the CPU tensors in `tensors_by_name`; other values are ignored.
 
-    It has some values and the sum of all bytes, as integers: reading them takes no longer than a copy, and no sum
-    depends on the number of threads.
+    Of each tensor it hashes a sample of the values and the sum of all, taken as integers. That takes no longer than a
+    copy, and the sum does not depend on the number of threads.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors_by_name:

@@ -1,7 +1,7 @@
-"""Eight-bit quantization of activations and of the weights they meet, with torch.ao's rounding.
+"""INT8 quantization of activations and weights for W8A8, with torch.ao's rounding.
 
-Activations are unsigned with one scale and zero point a tensor, weights signed and symmetric with one scale a row. The
-weight's scale differs from that of weight-only INT8: it spreads 255 steps over the range rather than 127 over half.
+Activations are unsigned with one scale and zero point per tensor; weights are signed and symmetric with one scale per
+row. The weight scale is ``max|w| / 127.5``, where weight-only INT8 has ``max|w| / 127``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ ACTIVATION_MAX = 255
 
 @dataclass(frozen=True)
 class StaticActivation:
-    """How calibration found a linear's input to be quantized: ``clamp(round(x * multiplier) + zero_point, 0, 255)``.
+    """Static quantization of a layer's input: ``clamp(round(x * multiplier) + zero_point, 0, 255)``.
 
-    `scale` is a float32 value, `zero_point` 0..255 and `smoothing_factor` float32 ``[K]`` what SmoothQuant multiplies
-    the input channels by, or None. Raises ValueError or TypeError when they are not.
+    Calibration finds the values: `scale` above 0, `zero_point` in 0..255, and SmoothQuant's `smoothing_factor`, float32
+    ``[K]`` or None, which multiplies the input channels. Raises ValueError or TypeError for other values.
     """
 
     scale: float
@@ -48,13 +48,13 @@ class StaticActivation:
 
     @property
     def multiplier(self) -> torch.Tensor:
-        """What an input is multiplied by before it is rounded, float32 ``[K]``, or ``[1]`` without smoothing."""
+        """``smoothing_factor / scale``: float32 ``[K]``, or ``[1]`` without smoothing."""
         factor = torch.ones(1, dtype=torch.float32) if self.smoothing_factor is None else self.smoothing_factor
         return factor / torch.tensor(self.scale, dtype=torch.float32, device=factor.device)
 
 
 def same_activation(one: StaticActivation | None, other: StaticActivation | None) -> bool:
-    """Whether both quantize every input alike; None, which quantizes an input as it comes, is like None alone."""
+    """Whether scale, zero point and smoothing factor are equal; None (dynamic quantization) equals only None."""
     if one is None or other is None:
         return one is other
     if (one.scale, one.zero_point) != (other.scale, other.zero_point):
@@ -66,9 +66,9 @@ def same_activation(one: StaticActivation | None, other: StaticActivation | None
 def affine_parameters(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale, float32, and zero point, int32, of unsigned 8-bit codes for the ranges ``low..high``, elementwise.
 
-    Every range is widened to hold 0; the scale of one that holds nothing else is float32's eps, which torch gives to
-    all smaller ones too, whose values are then lost. Raises ValueError for a NaN, an Inf, a range wider than float32
-    holds, or a low above its high. Source: torch.ao's quint8 affine observers.
+    Every range is widened to include 0; the range 0..0 has the scale eps of float32. (torch.ao also raises smaller
+    scales to eps, which loses the values.) Raises ValueError for a NaN, an Inf, a range wider than float32 holds, or a
+    low above its high. Source: torch.ao's quint8 affine observers.
     """
     low, high = low.float(), high.float()
     if not (low <= high).all():
@@ -85,8 +85,8 @@ def affine_parameters(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tens
 def channel_scales(weight: torch.Tensor) -> torch.Tensor:
     """Scale of every output channel of a floating-point `weight` ``[N, ...]``: float32 ``[N]``, ``max|w| / 127.5``.
 
-    That of a channel of zeros is float32's eps, which torch gives to all smaller ones too. Raises ValueError for NaN,
-    Inf or a weight without values in a channel. Source: torch.ao's qint8 per-channel symmetric observer.
+    A channel of zeros has the scale eps of float32. (torch.ao also raises smaller scales to eps.) Raises ValueError for
+    NaN, Inf or a weight without values in a channel. Source: torch.ao's qint8 per-channel symmetric observer.
     """
     if weight.dim() < 2 or weight[:1].numel() == 0 < weight.shape[0]:
         raise ValueError(f"weight: expected shape [N, K] or [N, K, ...] with K > 0, got {list(weight.shape)}")
@@ -101,9 +101,9 @@ def channel_scales(weight: torch.Tensor) -> torch.Tensor:
 def quantize_per_channel(weight: torch.Tensor, scales: torch.Tensor | None = None) -> QuantizedWeight:
     """Quantize `weight`, float32, bfloat16 or float16 ``[N, K]``, to INT8, symmetric per output channel.
 
-    `scales`, float32 ``[N]``, are used as they are when given and are `channel_scales(weight)` otherwise. The codes are
-    bit for bit those of `torch.quantize_per_channel`, except that one beyond int32 is clamped too. Raises TypeError for
-    another dtype and ValueError for another rank, NaN or Inf, or scales that do not fit.
+    `scales`, float32 ``[N]``, default to `channel_scales(weight)`. The codes equal those of
+    `torch.quantize_per_channel`, except that values beyond int32 are clamped too. Raises TypeError for another dtype
+    and ValueError for another rank, NaN or Inf, or scales that do not fit.
     """
     scales = channel_scales(weight) if scales is None else scales
     return quantize(weight, WeightScheme(WoqWeightDtype.INT8, True, PER_CHANNEL), scales.reshape(-1, 1))

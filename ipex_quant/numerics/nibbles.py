@@ -1,4 +1,4 @@
-"""Two 4-bit codes a byte, even column in the low nibble; and the bytes of wider words."""
+"""Packing of two 4-bit codes per byte, even column in the low nibble; and integers as bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_nibbles(packed: torch.Tensor, k: int) -> torch.Tensor:
-    """Inverse of `pack_nibbles`: uint8 ``[N, ceil(k / 2)]`` to uint8 ``[N, k]``; raises as that does."""
+    """Unpack uint8 ``[N, ceil(k / 2)]`` to 4-bit codes, uint8 ``[N, k]``: the inverse of `pack_nibbles`.
+
+    Raises TypeError for another dtype and ValueError for another shape.
+    """
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed: expected dtype torch.uint8, got {packed.dtype}")
     if packed.dim() != 2 or packed.shape[1] != (k + 1) // 2:
@@ -31,8 +34,8 @@ def unpack_nibbles(packed: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def as_bytes(words: torch.Tensor) -> torch.Tensor:
-    """Bytes of integers ``[..., K]``, lowest first: uint8 ``[..., K * itemsize]``; a view where that is possible."""
+    """Bytes of integers ``[..., K]``, lowest first: uint8 ``[..., K * itemsize]``, a view where possible."""
     words = words.contiguous()
-    if words.dim() and words.stride(-1) != 1:  # torch calls a transposed [1, N] contiguous, and yet refuses to view it
+    if words.dim() and words.stride(-1) != 1:  # torch calls a transposed [1, N] contiguous, but cannot view it
         words = words.clone(memory_format=torch.contiguous_format)
     return words.view(torch.uint8)

@@ -49,7 +49,7 @@ class QuantizedStack:
                     f"{weight.scheme} {list(weight.shape)} for expert {index}"
                 )
         tensors = {name: [getattr(weight, name) for weight in weights] for name in cls.names}
-        if any(weight.g_idx is not None for weight in weights):  # an order may be the natural one by chance
+        if any(weight.g_idx is not None for weight in weights):  # an expert's order may happen to be the natural one
             tensors["g_idx"] = [feature_groups(weight).int() for weight in weights]
         stacked: dict[str, Any] = {
             name: None if each[0] is None else torch.stack(each) for name, each in tensors.items()
@@ -57,12 +57,12 @@ class QuantizedStack:
         return cls(**stacked, scheme=first.scheme, shape=(len(weights), *first.shape))
 
     def __getitem__(self, expert: int) -> QuantizedWeight:
-        """Weight of one expert, over the memory of the stack."""
+        """Weight of one expert; its tensors are views of the stack's."""
         tensors: dict[str, Any] = {
             name: None if (t := getattr(self, name)) is None else t[expert] for name in self.names
         }
         return QuantizedWeight(**tensors, scheme=self.scheme, shape=self.shape[1:])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that there are, by name."""
+        """The tensors by name, without those that are None."""
         return {name: tensor for name in self.names if (tensor := getattr(self, name)) is not None}

@@ -17,7 +17,7 @@ CODE_DTYPES = {
 """torch dtype that holds the codes of each weight dtype; INT4 and NF4 hold two codes a byte."""
 
 ZERO_POINT_RANGE = {WoqWeightDtype.INT8: (-128, 127), WoqWeightDtype.INT4: (0, 16)}
-"""Lowest and highest zero point: those of the codes, and the one above that version 1 GPTQ files can write."""
+"""Lowest and highest zero point: the range of the codes, and for INT4 also 16, which version 1 GPTQ files may hold."""
 
 
 def code_columns(dtype: WoqWeightDtype, in_features: int) -> int:
@@ -29,17 +29,17 @@ def code_columns(dtype: WoqWeightDtype, in_features: int) -> int:
 class QuantizedWeight:
     """One quantized weight ``[out_features, in_features]``: ``w = (codes - zero_points) * scales``.
 
-    - `codes`: int8 ``[N, K]`` (INT8); uint8 ``[N, ceil(K / 2)]``, even k in the low nibble and 0 in the spare one of an
-      odd K (INT4 as 0..15, NF4 as codebook index); float8_e4m3fn ``[N, K]`` (FP8).
+    - `codes`: int8 ``[N, K]`` (INT8); uint8 ``[N, ceil(K / 2)]``, even k in the low nibble and, with an odd K, 0 in the
+      last high one (INT4 as 0..15, NF4 as codebook index); float8_e4m3fn ``[N, K]`` (FP8).
     - `scales`: float32 ``[N, groups]``.
     - `zero_points`: int16 ``[N, groups]`` within `ZERO_POINT_RANGE`, or None when the scheme is symmetric; a symmetric
       INT4 code stands for ``code - 8``.
     - `g_idx`: int32 ``[K]``, the group of every input feature (act-order), or None when feature k is in group
-      ``k // group_size``. It orders features otherwise, but every group has as many of them as without it.
+      ``k // group_size``. It reorders the features; the groups keep their sizes.
     - `shape`: the logical ``(out_features, in_features)``.
 
-    Raises ValueError or TypeError when the tensors do not fit the scheme and the shape, or hold values that no weight
-    has: a scale or FP8 code that is not finite, a zero point out of range.
+    Raises ValueError or TypeError when the tensors do not fit the scheme and the shape, or hold invalid values: a scale
+    or FP8 code that is not finite, a zero point out of range.
     """
 
     codes: torch.Tensor

@@ -1,4 +1,4 @@
-"""An even draw from vectors that come in batches, of which nobody knows how many there will be."""
+"""Uniform random sampling of rows that arrive in batches, when their total number is not known."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Reservoir:
-    """At most `capacity` of the rows seen, each as likely as another, in the order they came: `rows`, None at first."""
+    """A uniform random sample of at most `capacity` of the rows added, in their order: `rows`, None at first."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -14,7 +14,7 @@ class Reservoir:
         self._keys = torch.empty(0, dtype=torch.float32)
 
     def add(self, rows: torch.Tensor, generator: torch.Generator) -> None:
-        """Give each of `rows` ``[R, ...]`` a random key, and keep those with the largest keys."""
+        """Give each of `rows` ``[R, ...]`` a random key, and keep the `capacity` rows with the largest keys."""
         keys = torch.cat([self._keys, torch.rand(len(rows), generator=generator, dtype=torch.float32)])
         kept = keys.argsort(descending=True, stable=True)[: self.capacity].sort().values
         old = len(self._keys)

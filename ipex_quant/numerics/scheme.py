@@ -1,4 +1,4 @@
-"""How a weight is quantized (`WeightScheme`) and what it is computed with (`WoqLowpMode`, `WoqActQuantMode`).
+"""How a weight is quantized (`WeightScheme`), and the precision of its matmuls (`WoqLowpMode`, `WoqActQuantMode`).
 
 The enumerations keep IPEX's names and integer values, so that code and configurations written for it stay valid.
 """
@@ -60,7 +60,7 @@ class WoqActQuantMode(IntEnum):
 
 
 PER_CHANNEL = -1
-"""`group_size` that stands for one group a row."""
+"""`group_size` of one group per row, that is, per output channel."""
 
 
 def check_group_size(group_size: int) -> None:
@@ -98,7 +98,7 @@ class WeightScheme:
 
     @property
     def qscheme(self) -> WoqWeightQScheme:
-        """`symmetric` in the words of a configuration."""
+        """`symmetric` as the enumeration that `QConfigWoq` has."""
         return WoqWeightQScheme.SYMMETRIC if self.symmetric else WoqWeightQScheme.ASYMMETRIC
 
     def __str__(self) -> str:
@@ -107,10 +107,10 @@ class WeightScheme:
 
 
 class QConfigWoq(NamedTuple):
-    """How the weight of a linear layer is quantized and what it is computed with.
+    """How the weight of a linear layer is quantized, and the precision of its matmuls.
 
-    `activation` and `weight` are placeholders, as torch's own QConfig has them; `cache_weight_for_large_batch` is kept
-    for old code, the kernels need no second copy of a weight.
+    `activation` and `weight` are placeholders for the fields of torch's QConfig; `cache_weight_for_large_batch` has no
+    effect and is kept for old code: the kernels need no second copy of a weight.
     """
 
     activation: Any
@@ -124,5 +124,5 @@ class QConfigWoq(NamedTuple):
 
     @property
     def scheme(self) -> WeightScheme:
-        """How the weight is quantized."""
+        """The `WeightScheme` of the weight."""
         return WeightScheme(self.weight_dtype, self.weight_qscheme == WoqWeightQScheme.SYMMETRIC, self.group_size)
