@@ -1,4 +1,4 @@
-"""Quantized checkpoints: one file a format, each between bytes on disk and `QuantizedWeight`."""
+"""Quantized checkpoints: one module per format converts between tensors on disk and `QuantizedWeight`."""
 
 from .checkpoint import Checkpoint, WeightsInMemory, open_checkpoint
 from .files import load_low_precision_checkpoint

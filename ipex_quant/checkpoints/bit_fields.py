@@ -16,12 +16,12 @@ FIELDS = 8
 
 
 def word_count(count: int, bits: int) -> int:
-    """int32 words that `count` fields take."""
+    """Number of int32 words that hold `count` fields of `bits`."""
     return -(-count * bits // 32)
 
 
 def unpack_fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Fields of every row: int32 ``[M, word_count(count, bits)]`` to uint8 ``[M, count]``."""
+    """Unpack the fields of every row: int32 ``[M, word_count(count, bits)]`` to uint8 ``[M, count]``."""
     stream = as_bytes(words)
     if bits == 8:
         return stream[:, :count]
@@ -38,7 +38,10 @@ def unpack_fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 
 
 def pack_fields(fields: torch.Tensor, bits: int) -> torch.Tensor:
-    """Inverse of `unpack_fields`: uint8 ``[M, count]``, values below ``2**bits``, to int32; spare bits are 0."""
+    """Pack uint8 ``[M, count]``, values below ``2**bits``, into int32 ``[M, word_count(count, bits)]``.
+
+    This is the inverse of `unpack_fields`; spare bits are 0.
+    """
     rows, count = fields.shape
     units = -(-count // FIELDS)
     fields = F.pad(fields, (0, units * FIELDS - count)).unflatten(1, (units, FIELDS))

@@ -17,20 +17,20 @@ from .tensors import require
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
-    """The quantized weights of a state dict, by module name; each is read when it is asked for.
+    """A mapping of module names to ``(weight, bias or None)``, each read from the state dict `tensors` when accessed.
 
-    As a mapping it goes from the names of the quantized modules to ``(weight, bias or None)``, with shapes as stored.
+    Weights have the shapes that the file tells.
     """
 
     tensors: Mapping[str, torch.Tensor]
     format: CheckpointFormat
     stored_names: Mapping[str, str] = field(default_factory=dict)
-    """Of modules that were renamed since: what the configuration, whose rules go by name, calls them."""
+    """Names of renamed modules in the file, which the configuration's rules match."""
 
     def quantized_weight(
         self, module_name: str, in_features: int | None = None, out_features: int | None = None
     ) -> tuple[QuantizedWeight, torch.Tensor | None] | None:
-        """Weight and bias of one module, or None when the checkpoint does not hold it quantized.
+        """Weight and bias of one module, or None when the checkpoint has no quantized weight for it.
 
         The bias is ``[out_features]`` in the file's dtype, None when the file has none. Raises ValueError or TypeError,
         with the module named, for tensors that are missing, truncated or do not fit `in_features` and `out_features`.
@@ -46,7 +46,7 @@ class Checkpoint(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
             raise type(error)(f"{module_name}.{error}") from error
 
     def holds(self, module_name: str) -> bool:
-        """Whether any tensor of the format is stored for a module, be it complete or not."""
+        """Whether any tensor of the format is stored for a module, complete or not."""
         return bool(self._parts(module_name))
 
     def check_complete(self) -> None:
@@ -75,7 +75,7 @@ class Checkpoint(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
             for key in self.format.keys:
                 if name.endswith(f".{key}"):
                     found.setdefault(name.removesuffix(f".{key}"), []).append(key)
-        # One tensor that is not the weight makes no quantized module: norms have a `scale` too.
+        # A single tensor other than the weight is no quantized module: norms have a `scale` too.
         return (module for module, keys in found.items() if len(keys) > 1 or self.format.keys[0] in keys)
 
     def __len__(self) -> int:
@@ -98,7 +98,7 @@ class Checkpoint(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
 
 @dataclass(frozen=True, eq=False)
 class WeightsInMemory(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
-    """Quantized weights by module name, read as a `Checkpoint` is that holds nothing else, biases neither."""
+    """Quantized weights by module name, with the interface of a `Checkpoint` without biases and other tensors."""
 
     weights: Mapping[str, QuantizedWeight]
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, init=False)
@@ -106,7 +106,7 @@ class WeightsInMemory(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]])
     def quantized_weight(
         self, module_name: str, in_features: int | None = None, out_features: int | None = None
     ) -> tuple[QuantizedWeight, None] | None:
-        """The weight of one module, None when there is none; ValueError when it has another shape."""
+        """``(weight, None)`` of one module, or None for a module without a weight; ValueError for another shape."""
         weight = self.weights.get(module_name)
         expected = out_features, in_features
         if weight is None:
@@ -120,7 +120,7 @@ class WeightsInMemory(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]])
         return module_name in self.weights
 
     def other_tensors(self) -> dict[str, torch.Tensor]:
-        """None: all but the weights is the model's own."""
+        """An empty dict: there are only weights."""
         return {}
 
     def __getitem__(self, module_name: str) -> tuple[QuantizedWeight, None]:
@@ -134,12 +134,12 @@ class WeightsInMemory(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]])
 
 
 def open_checkpoint(low_precision_checkpoint: object) -> Checkpoint | WeightsInMemory:
-    """The `Checkpoint` in any form that `llm.optimize(low_precision_checkpoint=...)` takes:
+    """Return the `Checkpoint` for any argument that `llm.optimize(low_precision_checkpoint=...)` takes:
 
-    - a `QuantizedWeight` of every quantized module, by its name in the model;
-    - a state dict, in the API document's form if it has its names, else taken for GPTQ version 1, with a warning;
+    - a mapping of module names to `QuantizedWeight`;
+    - a state dict, read as `IpexDefaultFormat` if it has its names, else as GPTQ version 1, with a warning;
     - ``(state_dict, config)`` with a `quantization_config`, as `load_low_precision_checkpoint` returns;
-    - ``(state_dict, keys)`` with the names of the tensors, such as ``{"weight_key": "packed_weight", ...}``.
+    - ``(state_dict, keys)`` with the names of `IpexDefaultFormat`, such as ``{"weight_key": "packed_weight", ...}``.
 
     Raises TypeError for another type, and ValueError for a tuple, configuration or state dict that is none of these or
     has parts of a module without its weight.

@@ -1,4 +1,4 @@
-"""Reading a checkpoint directory: its tensors and its quantization configuration."""
+"""Reading the tensors and the quantization configuration of a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..reading import read_json, shown
 from .registry import format_from_config
 
 CONFIG_FILES = ("config.json", "quant_config.json", "quantize_config.json")
-"""Where the quantization configuration may be, in order; in config.json it is the entry `quantization_config`."""
+"""Files that may hold the quantization configuration, first match wins; in config.json: entry `quantization_config`."""
 
 METHOD_OF_FILE = {"quant_config.json": "awq", "quantize_config.json": "gptq"}
-"""Which method's tools write a file of that name, for files that do not name it."""
+"""`quant_method` implied by a file's name, for files that do not state it."""
 
 MAIN_FILES = ("model.safetensors", "pytorch_model.bin")
-"""Files that are the whole checkpoint when there is no index, whatever lies beside them."""
+"""Files that hold the whole checkpoint when there is no index; others of the same suffix are then ignored."""
 
 
 def load_low_precision_checkpoint(
@@ -29,10 +29,10 @@ def load_low_precision_checkpoint(
 ) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Read a quantized checkpoint directory: ``(state_dict, config)`` for `llm.optimize`.
 
-    The tensors come from safetensors files, else .bin, .pt or .pth files, sharded ones by their index or all together;
-    no file may hold anything but tensors. `config` is the quantization configuration as stored, with `quant_method` and
-    whatever of `bits`, `group_size`, `desc_act`, ... the method has. Only ``world_size=1`` is supported. Raises
-    ValueError for anything missing, broken or not supported.
+    The tensors come from safetensors files, else from .bin, .pt or .pth files: those that an index names, or all. No
+    file may hold anything but tensors. `config` is the quantization configuration as stored, with `quant_method` and
+    the entries of that method (`bits`, `group_size`, ...). Only ``world_size=1`` is supported. Raises ValueError for
+    anything missing, broken or not supported.
     """
     if (rank, world_size) != (0, 1):
         raise ValueError(f"world_size: only 1 is supported yet, got rank {rank} of {world_size}")
@@ -45,7 +45,7 @@ def load_low_precision_checkpoint(
     if not directory.is_dir():
         raise ValueError(f"{directory}: expected a checkpoint directory, and there is none")
     config = read_quantization_config(directory)
-    format_from_config(config)  # says what is not supported before gigabytes are read
+    format_from_config(config)  # raises for an unsupported format before gigabytes are read
     return read_tensors(directory), config
 
 

@@ -4,12 +4,12 @@ A linear with weight ``[N, K]`` is stored as
 
 - ``qweight`` int32 ``[ceil(K * bits / 32), N]``: the codes, a bit stream along K (see `bit_fields`);
 - ``qzeros`` int32 ``[groups, ceil(N * bits / 32)]``: the zero points, a bit stream along N; version 1 stores them
-  minus one, version 2 as they are;
+  minus one, version 2 unchanged;
 - ``scales`` ``[groups, N]``;
 - ``g_idx`` int32 ``[K]``: the group of every input feature; unordered when `desc_act` is set without `static_groups`,
-  else ``k // group_size``, which some files leave out or fill with zeros;
+  else ``k // group_size``, which some files leave out or fill with zeros.
 
-and stands for ``w[n, k] = scales[g, n] * (code[k, n] - zero_point[g, n])`` with ``g = g_idx[k]``. Sources: AutoGPTQ's
+The weight is ``w[n, k] = scales[g, n] * (code[k, n] - zero_point[g, n])`` with ``g = g_idx[k]``. Sources: AutoGPTQ's
 ``QuantLinear.pack`` and GPTQModel's ``QuantizeConfig``.
 """
 
@@ -35,13 +35,13 @@ from .patterns import Pattern
 from .tensors import INDEX_DTYPES, check, check_rank, infer_group_size, integer_weight, require
 
 BITS = (4, 8, 3, 2)
-"""Widths that are read, commonest first: fewer than 32 in_features can leave several to choose from."""
+"""Supported widths, the most common first: with fewer than 32 in_features, several can fit the shapes."""
 
 VERSIONS = {"gptq": False, "gptq_v2": True}
-"""Names of the layouts that are read; the value says whether zero points are stored as they are."""
+"""Names of the supported layouts; the value says whether zero points are stored unchanged (version 2)."""
 
 INT8_OFFSET = 128
-"""Difference of a stored 8-bit code, 0..255, to an INT8 code."""
+"""Difference between a stored 8-bit code, 0..255, and an INT8 code."""
 
 _OVERRIDABLE = ("bits", "group_size", "desc_act", "static_groups")
 
@@ -52,11 +52,11 @@ _WEIGHT, _ZEROS, _SCALES, _G_IDX = "qweight", "qzeros", "scales", "g_idx"
 class GptqFormat:
     """How the modules of one GPTQ checkpoint are stored.
 
-    `bits` and `group_size` None are inferred from each module's shapes. `dynamic` holds GPTQModel's overrides a module:
-    a `Pattern` matched at the start of the name, with prefix ``-:`` to leave the module in float, with
-    ``+:`` or none to override the other fields that a module may have of its own; the first match counts. `desc_act`
-    says that only ``g_idx`` tells the groups, unless `static_groups` left them in natural order. Raises ValueError for
-    other bits.
+    `bits` and `group_size` None are inferred from each module's shapes. `dynamic` maps GPTQModel's patterns of module
+    names to overrides; the first `Pattern` that matches at the start of the name counts. Its prefix ``-:`` leaves the
+    module in float; ``+:`` or no prefix overrides `bits`, `group_size`, `desc_act` and `static_groups`. `desc_act` says
+    that ``g_idx`` is needed to know the groups, unless `static_groups` kept them in natural order. Raises ValueError
+    for other bits or invalid values.
     """
 
     bits: int | None = None
@@ -88,7 +88,7 @@ class GptqFormat:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> GptqFormat:
-        """The format that a `quantization_config` describes; raises ValueError for a layout that is not read."""
+        """The format that a `quantization_config` describes; raises ValueError for an unsupported layout."""
         layout = config.get("checkpoint_format") or config.get("format") or "gptq"
         if layout not in VERSIONS or config.get("is_marlin_format"):
             layout = "marlin" if layout in VERSIONS else layout
@@ -115,7 +115,10 @@ class GptqFormat:
     def read(
         self, module_name: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int | None, int | None]
     ) -> QuantizedWeight:
-        """The weight of one module from its `tensors`; raises as `read_gptq` does, and for a ``g_idx`` left out."""
+        """Read the weight of one module from its `tensors`.
+
+        Raises as `read_gptq` does, and ValueError for a missing ``g_idx`` that `desc_act` needs.
+        """
         settings = self._overridden(module_name)
         weight = read_gptq(tensors, settings.bits, settings.group_size, v2=settings.v2, shape=shape)
         if settings.desc_act and not settings.static_groups and weight.scales.shape[1] > 1:
@@ -147,9 +150,9 @@ def read_gptq(
 ) -> QuantizedWeight:
     """Read ``qweight``, ``qzeros``, ``scales`` and, if there, ``g_idx`` of one module.
 
-    2, 3 and 4 bits become INT4 with the codes and zero points as they are, 8 bits become INT8. `shape` is the expected
-    ``(out_features, in_features)``. `bits` None needs the in_features, from `shape` or ``g_idx``. Raises ValueError for
-    missing, truncated or inconsistent tensors, and TypeError for another dtype.
+    2, 3 and 4 bits become INT4 with the same codes and zero points, 8 bits become INT8. `shape` is the expected
+    ``(out_features, in_features)``. `bits` None is inferred and needs in_features, from `shape` or ``g_idx``. Raises
+    ValueError for missing, truncated or inconsistent tensors, and TypeError for another dtype.
     """
     qweight, qzeros, scales = require(tensors, (_WEIGHT, _ZEROS, _SCALES))
     g_idx = tensors.get(_G_IDX)
@@ -183,11 +186,11 @@ def read_gptq(
 def gptq_tensors(
     qw: QuantizedWeight, bits: int | None = None, *, v2: bool = False, scale_dtype: torch.dtype = torch.float16
 ) -> dict[str, torch.Tensor]:
-    """``qweight``, ``qzeros``, ``scales`` and ``g_idx`` of an INT4 or INT8 weight: the inverse of `read_gptq`.
+    """Return ``qweight``, ``qzeros``, ``scales`` and ``g_idx`` of an INT4 or INT8 weight: the inverse of `read_gptq`.
 
     `bits` defaults to the dtype's; 2 or 3 store an INT4 weight whose codes fit. Scales are rounded to `scale_dtype`.
     Raises ValueError for another dtype and for values the format cannot express: codes or zero points beyond `bits`,
-    zero point 0 in version 1, scales that overflow or vanish.
+    zero point 0 in version 1, scales that overflow or become 0.
     """
     if qw.scheme.dtype not in (WoqWeightDtype.INT4, WoqWeightDtype.INT8):
         raise ValueError(f"dtype: GPTQ files hold INT4 or INT8 weights, got {qw.scheme.dtype.name}")
@@ -229,10 +232,10 @@ def gptq_tensors(
 
 
 def gptq_config(scheme: WeightScheme, bits: int, *, act_order: bool, percdamp: float, lm_head: bool) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint whose weights all have `scheme`, in `bits`.
+    """Return the `quantization_config` of a checkpoint whose weights all have `scheme`, in `bits`.
 
-    Symmetric weights are written in version 1, which all tools read; asymmetric ones in version 2, since version 1 has
-    no zero point 0 and readers disagree about its others.
+    Symmetric weights are written in version 1, which all tools read; asymmetric ones in version 2, since version 1
+    cannot store zero point 0 and readers disagree about other zero points in it.
     """
     return {
         "quant_method": "gptq",
@@ -260,8 +263,8 @@ def write_gptq(
 ) -> None:
     """Write a checkpoint of `model` into the empty `directory`: the quantized `weights` and the tensors `others`.
 
-    It holds ``model.safetensors`` (sharded when large), ``config.json`` with `config`, a `quantization_config`, which
-    ``quantize_config.json`` repeats, and the generation config if there is one. Raises as `gptq_tensors` does.
+    It holds ``model.safetensors`` (sharded when large), `config` as ``quantization_config`` in ``config.json`` and
+    again as ``quantize_config.json``, and the generation config if there is one. Raises as `gptq_tensors` does.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -312,7 +315,7 @@ def _resolve_group_size(group_size: int | None, in_features: int, groups: int) -
     if group_size is None:
         return infer_group_size(in_features, groups)
     power_of_two = group_size > 0 and group_size & (group_size - 1) == 0
-    # A group as long as the row, whatever its size, is one scale per output channel.
+    # A group at least as long as a row is one scale per output channel.
     return PER_CHANNEL if group_size >= in_features and not power_of_two else group_size
 
 
@@ -321,5 +324,5 @@ def _codes(qweight: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
     if bits == 8:
         return (unpack_fields(rows, bits, in_features) ^ INT8_OFFSET).view(torch.int8)
     if bits == 4 and in_features % 2 == 0:
-        return as_bytes(rows)[:, : in_features // 2]  # the same bytes as ours
+        return as_bytes(rows)[:, : in_features // 2]  # `QuantizedWeight` has the same bytes
     return pack_nibbles(unpack_fields(rows, bits, in_features))

@@ -1,4 +1,4 @@
-"""The checkpoint form of IPEX's API document: three tensors a module under names that the user may choose.
+"""The checkpoint format of IPEX's API document: three tensors per module, under names that the user may choose.
 
 For a linear ``[N, K]`` with 4-bit codes and zero points, eight to an int32 word, first in the low bits:
 
@@ -6,8 +6,8 @@ For a linear ``[N, K]`` with 4-bit codes and zero points, eight to an int32 word
 - packed along N (`compression_dim` 0): ``[ceil(N / 8), K]``, ``[N, groups]``, ``[ceil(N / 8), groups]``, or
 - GPTQ version 1 tensors under other names: ``[ceil(K / 8), N]``, ``[groups, N]``, ``[groups, ceil(N / 8)]``.
 
-Which one it is shows in the shapes. Optional ``bias`` and ``g_idx`` as in GPTQ. Source: the `low_precision_checkpoint`
-entry of IPEX's API document, and IPEX's ``WeightOnlyLinear`` for `compression_dim`.
+The layout is inferred from the shapes. ``bias`` and ``g_idx`` are optional and as in GPTQ. Source: the
+`low_precision_checkpoint` entry of IPEX's API document, and IPEX's ``WeightOnlyLinear`` for `compression_dim`.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class IpexDefaultFormat:
     def read(
         self, module_name: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int | None, int | None]
     ) -> QuantizedWeight:
-        """The weight of one module from its `tensors`; an unknown `shape` means the first layout, without spare codes.
+        """Read the weight of one module from its `tensors`.
 
-        Raises as `read_gptq` does.
+        Where `shape` has None, the first layout is assumed, with K a multiple of 8. Raises as `read_gptq` does.
         """
         weight, packed_zp, scales = require(tensors, self.keys[:3])
         g_idx = tensors.get(self.g_idx_key)

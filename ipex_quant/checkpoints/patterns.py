@@ -1,8 +1,7 @@
-"""Regular expressions that come with a checkpoint, matched in bounded time whatever they are.
+"""Regular expressions from checkpoints, matched in bounded time.
 
-Python's own matcher tries one way after the other, which can take longer than the universe is old. `Pattern` follows
-all ways at once: it finds for every part of an expression, and every position where it can begin, at which positions
-it can end. It knows no captures, which only say how something matched.
+Python's matcher backtracks, which can take exponential time. `Pattern` follows all alternatives at once: for every part
+of an expression and every position where it can begin, it finds all positions where it can end. Captures are not kept.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MAX_LENGTH = 1000
-"""Characters of a pattern."""
+"""Most characters of a pattern."""
 
 MAX_DEPTH = 20
-"""Groups in groups."""
+"""Deepest nesting of groups."""
 
 MAX_STEPS = 100_000
-"""Parts begun in one match; patterns in use take some thousands."""
+"""Most attempts to match a part in one match; patterns in use take a few thousand."""
 
 
 @dataclass
 class _Run:
-    """One match: the text, the ends that were found by part and start, and the steps taken."""
+    """State of one match: the text, the ends found for each part and start, and the number of steps taken."""
 
     text: str
     ends: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -36,11 +35,11 @@ class _Run:
 
 
 _Matcher = Callable[[_Run, int], int]
-"""The positions, one bit each, at which a part can end that begins at a position of a text."""
+"""Maps a run and a start position to the positions where a part can end, one bit each."""
 
 _OPENINGS = re.compile(r"\((?:\?(?::|=|!|P<\w+>))?(?!\?)")
 _TOKENS = re.compile(
-    r"\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\[^0-9xuUNpP]"  # an escape, but for references
+    r"\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\[^0-9xuUNpP]"  # an escape, except references
     r"|\[\^?\]?(?:\\.|[^\]\\])*\]"  # a class
     r"|[^\\\[()|*+?{]"  # any other character
     r"|\{(?!\d*,?\d*\})",  # a brace that repeats nothing
@@ -50,9 +49,9 @@ _REPEATS = re.compile(r"(?:[*+?]|\{(?P<least>\d*)(?P<comma>,?)(?P<most>\d*)\})(?
 
 
 class Pattern:
-    """A regular expression of Python's ``re`` for `matches`; ValueError for what is none, or is not supported.
+    """A regular expression in a subset of Python's ``re`` syntax; raises ValueError for an invalid or unsupported one.
 
-    Not supported are references to groups, lookbehind, conditions, flags, and atomic and possessive parts.
+    References to groups, lookbehind, conditions, flags, and atomic and possessive parts are not supported.
     """
 
     def __init__(self, text: str) -> None:
@@ -68,7 +67,7 @@ class Pattern:
             raise self._unsupported()
 
     def matches(self, text: str) -> bool:
-        """Whether ``re.match`` finds a match, which begins where `text` does; ValueError after `MAX_STEPS`."""
+        """Whether the pattern matches at the start of `text`, as in ``re.match``; ValueError after `MAX_STEPS`."""
         return self._match(_Run(text), 0) != 0
 
     def _unsupported(self) -> ValueError:
@@ -108,7 +107,7 @@ class Pattern:
         if token is None:
             raise self._unsupported()
         self._at = token.end()
-        single = re.compile(token[0])  # at most one character, which cannot be tried in two ways
+        single = re.compile(token[0])  # matches at most one character, without backtracking
 
         def match(run: _Run, at: int) -> int:
             run.step()
@@ -124,7 +123,7 @@ class Pattern:
         self._at, self._depth = opening.end(), self._depth + 1
         inner = self._alternatives()
         self._depth -= 1
-        self._at += 1  # the closing parenthesis, which is there since it compiles
+        self._at += 1  # the closing parenthesis, present since `re` compiled the text
         if opening[0] == "(?=":
             return lambda run, at: 1 << at if inner(run, at) else 0
         if opening[0] == "(?!":
@@ -145,7 +144,7 @@ class Pattern:
             most = None if repeat["comma"] and not repeat["most"] else int(repeat["most"] or least)
 
         def match(run: _Run, at: int) -> int:
-            # Further repetitions than there are characters add nothing: one of them is empty, and can be left out.
+            # More repetitions than characters add nothing: one of them would be empty.
             enough = len(run.text) - at + 1
             new = 1 << at
             for _ in range(min(least, enough)):

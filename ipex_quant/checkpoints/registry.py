@@ -1,4 +1,4 @@
-"""The checkpoint formats: one file and one line here for each."""
+"""The supported checkpoint formats by `quant_method`; each has a module of its own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CheckpointFormat(Protocol):
     def read(
         self, module_name: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int | None, int | None]
     ) -> QuantizedWeight:
-        """The weight of one module from its `tensors` (by key).
+        """Read the weight of one module from its `tensors` (by key).
 
         `shape` is the expected ``(out_features, in_features)``. Raises ValueError or TypeError for tensors that do not
         fit it, or each other.
@@ -39,7 +39,7 @@ FORMATS: Mapping[str, Callable[[Mapping[str, object]], CheckpointFormat]] = Mapp
         "gptq": GptqFormat.from_config,
     }
 )
-"""`quant_method` of a `quantization_config` to the reader of that configuration."""
+"""Maps `quant_method` to the function that makes a format from a `quantization_config`."""
 
 
 def format_from_config(config: Mapping[str, object]) -> CheckpointFormat:

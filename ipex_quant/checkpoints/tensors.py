@@ -1,4 +1,4 @@
-"""What every integer format shares: checking the tensors of one module and making a `QuantizedWeight` of them."""
+"""Checks of one module's tensors and the making of a `QuantizedWeight`, shared by the integer formats."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def infer_group_size(in_features: int, groups: int) -> int:
 
 
 def normalize_g_idx(g_idx: torch.Tensor, group_size: int, groups: int) -> torch.Tensor | None:
-    """int32 `g_idx` for a `QuantizedWeight`: None when it only says ``k // group_size``, or is a filler of zeros.
+    """Return `g_idx` as int32 for a `QuantizedWeight`, or None when it is ``k // group_size`` or all zeros.
 
-    Raises ValueError when a group lies outside ``0..groups - 1`` or has another number of members than
-    `group_size` (the last one: the rest).
+    Raises ValueError when a group lies outside ``0..groups - 1`` or does not have `group_size` features (the last
+    group: the remaining ones).
     """
     features = torch.arange(len(g_idx), dtype=torch.int32)
     natural = features.zero_() if group_size == PER_CHANNEL else features // group_size
@@ -75,10 +75,10 @@ def integer_weight(
     scheme: WeightScheme,
     shape: tuple[int, int],
 ) -> QuantizedWeight:
-    """A `QuantizedWeight` of INT4 or INT8 `codes` in their final form, with `scales` and `zero_points` ``[N, groups]``.
+    """Make a `QuantizedWeight` of its INT4 or INT8 `codes`, with `scales` and `zero_points` ``[N, groups]``.
 
-    The zero points are dropped, and the scheme is symmetric, when all are what a symmetric code is shifted by.
-    Raises ValueError for scales that are not finite or an irregular `g_idx`.
+    When every zero point is the offset of a symmetric code, they are dropped and the scheme is symmetric. Raises
+    ValueError for scales that are not finite or an irregular `g_idx`.
     """
     if not torch.isfinite(scales).all():
         raise ValueError("scales: expected finite values, got NaN or Inf")
