@@ -1,4 +1,4 @@
-"""Native operations: weight packing, the weight-only and the W8A8 linear, what a decoder has around them, and the ISA.
+"""Native ops: weight packing, weight-only and W8A8 linears, convolutions, the other ops of a decoder, and the ISA.
 
 Importing this package loads the native library and registers its ops under ``torch.ops.ipex_quant``.
 """

@@ -1,4 +1,4 @@
-"""Attention over float or INT8 caches, and writing them."""
+"""Attention over float or INT8 KV caches, and writes to these caches."""
 
 from __future__ import annotations
 
@@ -24,23 +24,26 @@ def attention(
     rows: torch.Tensor | None = None,
     key_factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Softmax attention, ``[B, Lq, H, Dv]`` in the dtype of `query`; sums are float32.
+    """Softmax attention; returns ``[B, Lq, H, Dv]`` in the dtype of `query`, summed in float32.
 
     `query` is float32, bfloat16 or float16 ``[B, H, Lq, D]``; `key` ``[Bk, Hkv, T, D]`` and `value` ``[Bk, Hkv, T,
-    Dv]`` have its dtype, or are int8 with the float32 scales ``[Bk, Hkv, T]`` that `write_cache` makes, not negative.
-    Queries are then multiplied by the `key_factors`, float32 ``[Hkv, D]``, if there are such, and quantized as tokens
-    are, and probabilities, with the scales of the values, to 8 bits relative to the largest of a block of at most 128
-    tokens: both products are exact integers. ``H / Hkv`` heads share a KV head. All may have any strides; nothing is
-    copied if the last dimension is adjacent.
+    Dv]`` have its dtype, or are int8 with nonnegative float32 scales ``[Bk, Hkv, T]``, as `write_cache` writes them.
+    ``H / Hkv`` query heads share a KV head. Tensors may have any strides; none is copied if its last dimension is
+    contiguous.
 
-    Query i is at position ``T - Lq + i``. `causal` hides what comes after it, a `window` above 0 also all but the last
-    `window` tokens up to its own. `mask`, bool or added to the scores, broadcasts to ``[B, H, Lq, T]``. A `softcap` c
-    above 0 makes a score s ``c * tanh(s / c)``; `alibi` float32 ``[H]`` adds ``slope * (token - position)``.
-    `rows` int32 ``[B, T]`` says which row of `key` and `value` has each token of a sequence; without it Bk is B.
+    With an int8 cache, queries are multiplied by `key_factors`, float32 ``[Hkv, D]`` or None, and quantized with one
+    scale per token and head; probabilities times the value scales are quantized to 8 bits relative to the largest in a
+    block of at most 128 tokens. Both matmuls are then exact in integers.
 
-    A query that sees nothing, as all is hidden or masked by False or -inf, gets 0. A finite mask below ``-2 ** 126``
-    counts as that; where it covers all that a query sees, the query gets the mean of those values, as in torch.
-    Raises RuntimeError when an argument does not fit.
+    Query i is at position ``T - Lq + i``. `causal` hides later tokens; a `window` above 0 hides these and all but the
+    last `window` tokens up to the query's own. `mask`, bool (True is visible) or added to the scores, broadcasts to
+    ``[B, H, Lq, T]``. A `softcap` c above 0 turns a score s into ``c * tanh(s / c)``; `alibi` float32 ``[H]`` adds
+    ``slope * (token - position)``. `rows` int32 ``[B, T]`` is the row of `key` and `value` that holds each token of a
+    sequence; without it Bk is B.
+
+    A query whose tokens are all hidden or masked by False or -inf gets 0. A finite mask below ``-2 ** 126`` counts as
+    ``-2 ** 126``; a query whose visible tokens all have such a mask gets the mean of their values, as in torch. Raises
+    RuntimeError when an argument does not fit.
     """
     return native.attention.default(
         query, key, value, scale, causal, mask, window, softcap, alibi, key_scales, value_scales, rows, key_factors
@@ -56,9 +59,9 @@ def write_cache(
 ) -> None:
     """Write the keys or values `key` ``[B, Hkv, L, D]`` into `cache` ``[B, Hkv, capacity, D]`` from token `start` on.
 
-    An int8 cache gets symmetric codes with one scale for each token and head, in `scales` float32 ``[B, Hkv,
-    capacity]``, of what is written divided by the `factors`, float32 ``[Hkv, D]``, if there are such; a cache in the
-    dtype of `key` takes None. Raises RuntimeError when an argument does not fit, with nothing written.
+    An int8 cache gets symmetric codes, and `scales`, float32 ``[B, Hkv, capacity]``, one scale per token and head;
+    `factors`, float32 ``[Hkv, D]`` or None, divide `key` before. A cache in the dtype of `key` takes None for both.
+    Raises RuntimeError when an argument does not fit, with nothing written.
     """
     native.write_cache.default(key, cache, scales, start, factors)
 
@@ -82,12 +85,12 @@ def fused_rope_attention(
     alibi: torch.Tensor | None = None,
     key_factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`rotary` of queries and keys, `write_cache` from token `start` on, and causal `attention` to all up to there.
+    """Run `rotary` on queries and keys, `write_cache` from token `start` on, then causal `attention` over the cache.
 
     `qkv` is ``[B, L, (H + 2 * Hkv) * D]``: all queries, then keys, then values. The caches are ``[B, Hkv, capacity,
-    D]`` in its dtype, or int8 with scales ``[B, Hkv, capacity]``; `mask` broadcasts to ``[B, H, L, start + L]``; `cos`,
-    `sin` and what else there is are as in the ops named. Returns ``[B, L, H * D]``. Raises RuntimeError when an
-    argument does not fit, with nothing written.
+    D]`` in its dtype, or int8 with scales ``[B, Hkv, capacity]``; `mask` broadcasts to ``[B, H, L, start + L]``; the
+    other arguments are those of the three ops. Returns ``[B, L, H * D]``. Raises RuntimeError when an argument does not
+    fit, with nothing written.
     """
     rotary_dim = key_cache.shape[-1] if rotary_dim is None else rotary_dim
     return native.fused_rope_attention.default(
@@ -119,10 +122,10 @@ def write_paged_cache(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
 ) -> None:
-    """Write `key` and `value` ``[tokens, Hkv, D]`` into caches of blocks ``[blocks, Hkv, block, D]``.
+    """Write `key` and `value` ``[tokens, Hkv, D]`` into paged caches ``[blocks, Hkv, block_size, D]``.
 
-    `slots`, int32 or int64 ``[tokens]``, says where: ``block * block size + place in the block``, -1 skips a token. An
-    int8 cache has scales float32 ``[blocks, Hkv, block]``. Raises RuntimeError when an argument does not fit, with
+    `slots`, int32 or int64 ``[tokens]``, are ``block * block_size + index in the block``; -1 skips a token. An int8
+    cache has scales float32 ``[blocks, Hkv, block_size]``. Raises RuntimeError when an argument does not fit, with
     nothing written.
     """
     native.write_paged_cache.default(key, value, key_cache, value_cache, key_scales, value_scales, slots)
@@ -144,11 +147,12 @@ def paged_attention(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`attention` of the sequences of a batch to the blocks that `write_paged_cache` fills.
+    """`attention` of a batch of sequences over the blocks of a paged cache, as `write_paged_cache` fills it.
 
-    `query` ``[tokens, H, D]`` has in rows ``query_starts[b]`` to ``query_starts[b + 1]`` the queries of sequence b, its
-    last tokens. It has ``lengths[b]`` tokens, in the blocks ``block_tables[b]``, int32 ``[B, blocks]``; the
-    others are int32 or int64. Returns ``[tokens, H, Dv]``. Raises RuntimeError when an argument does not fit.
+    Rows ``query_starts[b]`` to ``query_starts[b + 1]`` of `query` ``[tokens, H, D]`` are the queries of the last tokens
+    of sequence b. The sequence has ``lengths[b]`` tokens, in the blocks ``block_tables[b]``, int32 ``[B, blocks]``;
+    `lengths` and `query_starts` are int32 or int64. Returns ``[tokens, H, Dv]``. Raises RuntimeError when an argument
+    does not fit.
     """
     return native.paged_attention.default(
         query,
@@ -180,11 +184,12 @@ def varlen_attention(
     softcap: float = 0.0,
     alibi: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`attention` within each of several sequences that lie one after another.
+    """`attention` within each of several concatenated sequences.
 
     `query` is ``[tokens, H, D]``, `key` and `value` ``[key tokens, Hkv, D]`` in its dtype. Sequence b has the rows
-    ``starts[b]`` to ``starts[b + 1]``, int32 or int64; the last query is at the position of the last key. Returns
-    ``[tokens, H, Dv]``. Raises RuntimeError when an argument does not fit.
+    ``query_starts[b]`` to ``query_starts[b + 1]`` and ``key_starts[b]`` to ``key_starts[b + 1]``, int32 or int64; its
+    last query is at the position of its last key. Returns ``[tokens, H, Dv]``. Raises RuntimeError when an argument
+    does not fit.
     """
     return native.varlen_attention.default(
         query, key, value, query_starts, key_starts, scale, causal, window, softcap, alibi

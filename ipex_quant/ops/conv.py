@@ -1,4 +1,4 @@
-"""W8A8 convolutions in one to three dimensions: packing INT8 weights, and the product with quantized activations."""
+"""W8A8 convolutions in one to three dimensions: packing INT8 weights, and convolving quantized activations."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ TILE = 64
 class PackedConv:
     """The INT8 weight ``[out, in / groups, *kernel]`` of a convolution as the kernels read it, at every ISA level.
 
-    `data` is uint8, one dimension, as ``csrc/pack/int8_layout.h`` says of the weights of a share group, which here are
-    those of `blocks`; or, where each group reads one channel, the codes, int8 ``[taps, out]``. `scales` is float32
-    ``[out]``.
+    `data` is uint8, one dimension, in the layout of a share group (``csrc/pack/int8_layout.h``) with one weight for
+    each of `blocks`; for a depthwise convolution it is the codes, int8 ``[taps, out]``. `scales` is float32 ``[out]``.
     """
 
     data: torch.Tensor
@@ -39,19 +38,19 @@ class PackedConv:
 
     @property
     def is_depthwise(self) -> bool:
-        """Whether every output channel reads a single input channel of several."""
+        """Whether every group has a single input channel, and there are several groups."""
         return self.shape[1] == 1 and self.groups > 1
 
     @property
     def blocks(self) -> int:
-        """Products that the kernels make. Several narrow groups are one, with zeros where one reads another's input."""
+        """Number of matmuls that the kernels run: one for several narrow groups, with zeros for each other's inputs."""
         out = max(self.shape[0] // self.groups, 1)
         return self.groups // max([1, *[n for n in range(2, TILE // out + 1) if self.groups % n == 0]])
 
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Where a convolution reads: one number for each spatial dimension; `before` and `after` are of the padding."""
+    """Stride, padding and dilation for each spatial dimension; `before` and `after` are the padding on each side."""
 
     stride: tuple[int, ...]
     before: tuple[int, ...]
@@ -60,10 +59,10 @@ class ConvGeometry:
 
 
 def pack_conv(weight: QuantizedWeight, kernel: Sequence[int], groups: int) -> PackedConv:
-    """Lay out `weight`, ``[out, in / groups * taps]`` with the channels of a tap `taps` apart, as a checkpoint has it.
+    """Pack `weight`, ``[out, in / groups * taps]``, which is ``[out, in / groups, *kernel]`` flattened.
 
-    `kernel` has the sizes of one to three dimensions. Raises ValueError when the weight is not INT8, symmetric and per
-    channel, or the sizes do not fit.
+    `kernel` has the sizes of one to three dimensions, whose product is `taps`. Raises ValueError when the weight is not
+    INT8, symmetric and per channel, or the sizes do not fit.
     """
     if weight.scheme != INT8_PER_CHANNEL:
         raise ValueError(f"weight: expected {INT8_PER_CHANNEL}, got {weight.scheme}; quantize it per channel")
@@ -98,14 +97,14 @@ def unpack_conv(packed: PackedConv) -> QuantizedWeight:
 
 
 def _dense_shape(packed: PackedConv) -> tuple[int, ...]:
-    """Of the codes with zeros: blocks, groups of a block and their outputs; taps, groups and their inputs."""
+    """Shape of the codes with zeros: blocks, groups per block, outputs per group, taps, groups per block, inputs."""
     out, channels, *kernel = packed.shape
     joined = packed.groups // packed.blocks
     return packed.blocks, joined, out // packed.groups, math.prod(kernel), joined, channels
 
 
 def _diagonal(dense: torch.Tensor) -> torch.Tensor:
-    """A view of the codes that are not zeros: blocks, groups of a block, their outputs; taps, inputs."""
+    """View of the codes without the zeros: blocks, groups per block, outputs per group, taps, inputs per group."""
     return dense.diagonal(0, 1, 4).movedim(-1, 1)
 
 
@@ -120,9 +119,9 @@ def int8_conv(
 ) -> torch.Tensor:
     """Convolve quantized activations: ``sum((x - zero_point) * codes) * (scale * weight_scale) + bias`` in `dtype`.
 
-    The sum is exact, what follows is float32; padding holds the zero point; `ipex_quant.ops.reference_int8` defines it.
-    `x` is uint8, contiguous and channels last, ``[batch, *places, in]``; `bias` is float32 ``[out]``. Returns
-    ``[batch, *places, out]``. `dtype` is float32, bfloat16 or float16. Raises RuntimeError when an argument does not
+    The sum is exact, the rest float32; the padding is the zero point; `ipex_quant.ops.reference_int8` defines the op.
+    `x` is uint8, contiguous and channels last, ``[batch, *spatial, in]``; `bias` is float32 ``[out]``. Returns
+    ``[batch, *spatial, out]``. `dtype` is float32, bfloat16 or float16. Raises RuntimeError when an argument does not
     fit.
     """
     where = (list(geometry.stride), [*geometry.before, *geometry.after], list(geometry.dilation))

@@ -1,7 +1,7 @@
-"""Whole decoder layers for a few tokens.
+"""Whole decoder layers for a few tokens, in one native call.
 
-The native op takes its arguments in three groups, each a class here: weights, call, structure. `decoder_layers` is the
-only place that lays them out for it.
+The native op takes its arguments in three groups, each a class here: weights, call, structure. `native_arguments` puts
+them in the op's order.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from .post_op import PostOp
 _decoder_layers = native.decoder_layers.default
 
 MAX_TOKENS: int = native.max_decode_tokens()
-"""Of all sequences of a call together: up to here weights are streamed once for all of them."""
+"""Most tokens in a call, all sequences together; the weights are read once for all of them."""
 
 
 class DecoderWeights(NamedTuple):
-    """Weights of several layers, those of a layer after another; an empty list stands for None in every place.
+    """Weights of several layers, layer after layer; an empty list stands for None in every position.
 
-    - `packed`: data of packed weights, in each layer projections, their output, MLP inputs, MLP output. Those of one
-      input have one dtype and group size. `biases` are float32, one or None for each.
-    - `perms`: one or None for each of the four inputs that they have.
+    - `packed`: data of packed weights; in each layer Q/K/V projections, output projection, MLP inputs, MLP output.
+      Weights with the same input have one dtype and group size. `biases` are float32, one or None for each.
+    - `perms`: `PackedWeight.perm` of each of the four different inputs in a layer, or None.
     - `norms`, `norm_biases`: of attention and MLP, ``[K]``, in the dtype of the input or float32.
-    - `head_norms`: of queries and keys, ``[D]``, RMS or layer norms as the others.
+    - `head_norms`: of queries and keys, ``[D]``, RMS or layer norms like the others.
     """
 
     packed: Sequence[torch.Tensor]
@@ -42,10 +42,10 @@ class DecoderWeights(NamedTuple):
 
 
 class DecoderCall(NamedTuple):
-    """What a call brings: rotation, caches and mask, as in `fused_rope_attention`.
+    """Arguments that change from call to call: rotation, caches and mask, as in `fused_rope_attention`.
 
-    `caches` are keys and values of each layer, or these and their scales, or also the factors of the keys; they are
-    written from ``starts[layer]`` on.
+    `caches` has 2, 4 or 5 tensors for each layer: keys and values, then their scales, then the key factors. They are
+    written from token ``starts[layer]`` on.
     """
 
     cos: torch.Tensor
@@ -59,13 +59,13 @@ class DecoderCall(NamedTuple):
 
 @dataclass(frozen=True)
 class DecoderStructure:
-    """What the layers of a call have in common.
+    """Settings that all layers of a call share.
 
-    - `projections`: 1 for a weight that gives queries, keys and values together, in this order; 3 for one each.
-    - `mlp_inputs`: 2 for gates and factors, 1 for both in one weight or without gates (`gated`).
-    - `activation`: RELU, GELU, NEW_GELU or SILU; with gates not RELU.
-    - `parallel`: attention and MLP both see the layer's input, normed; otherwise the MLP sees what attention left.
-    - `centered`: norms are layer norms, with `eps`, and not RMS norms.
+    - `projections`: 1 for one weight that gives queries, keys and values, in this order; 3 for one weight each.
+    - `mlp_inputs`: 2 for a gate and an up weight; 1 for both in one weight, or for up alone if not `gated`.
+    - `activation`: RELU, GELU, NEW_GELU or SILU; not RELU if `gated`.
+    - `parallel`: attention and MLP both norm the layer's input; else the MLP norms the residual sum after attention.
+    - `centered`: norms are layer norms, not RMS norms; `eps` is for both.
     - `lowp_mode`, `act_quant_mode`: those of `woq_linear`.
     - `interleaved`: that of `rotary`; `scale` and `softcap` those of `attention`.
     """
@@ -83,7 +83,7 @@ class DecoderStructure:
     scale: float = 1.0
     softcap: float = 0.0
     arguments: tuple[Any, ...] = field(init=False, repr=False, compare=False)
-    """The values as the native op takes them."""
+    """The values above as the native op takes them."""
 
     def __post_init__(self) -> None:
         values = (
@@ -96,18 +96,18 @@ class DecoderStructure:
 def native_arguments(
     x: torch.Tensor, weights: DecoderWeights, call: DecoderCall, structure: DecoderStructure
 ) -> tuple[Any, ...]:
-    """The arguments of the native op in the order of its schema."""
+    """Return the arguments of the native op in the order of its schema."""
     return (x, *weights, *call, *structure.arguments)
 
 
 def decoder_layers(
     x: torch.Tensor, weights: DecoderWeights, call: DecoderCall, structure: DecoderStructure
 ) -> torch.Tensor:
-    """Decoder layers with packed weights, one after the other, in one parallel region without a gap between them.
+    """Run decoder layers with packed weights one after another in a single parallel region; returns a tensor like `x`.
 
-    `x` is float32, bfloat16 or float16 ``[B, L, K]`` with ``B * L <= MAX_TOKENS``. Has the bits of `rms_norm` or
-    `layer_norm`, `woq_linear_group`, `fused_rope_attention`, `woq_linear`, and `woq_linear_gated` one after the other.
-    Has no gradient. Returns what `x` is. Raises RuntimeError when an argument does not fit, with nothing written.
+    `x` is float32, bfloat16 or float16 ``[B, L, K]`` with ``B * L <= MAX_TOKENS``. The bits are those of separate calls
+    of `rms_norm` or `layer_norm`, `woq_linear_group`, `fused_rope_attention`, `woq_linear` and `woq_linear_gated`. Has
+    no gradient. Raises RuntimeError when an argument does not fit, with nothing written.
     """
     return _decoder_layers(*native_arguments(x, weights, call, structure))
 

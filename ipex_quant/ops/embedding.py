@@ -1,4 +1,4 @@
-"""The lookup in a packed table."""
+"""Lookup of rows in a packed embedding table."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ def woq_embedding(
     perm: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Rows `ids` of a packed weight, dequantized: those of `ipex_quant.numerics.affine.dequantize`, bit for bit.
+    """Dequantized rows `ids` of a packed weight, with the bits of `ipex_quant.numerics.affine.dequantize`.
 
     `data` and `perm` are a PackedWeight's, whose rows have `embedding_dim` features; `ids` is int64 or int32 of any
-    shape. Only the rows that are asked for are read. Returns ``[*ids.shape, embedding_dim]`` in `dtype`, float32,
-    bfloat16 or float16, without a gradient. Raises RuntimeError when an argument does not fit the packed weight, and
-    for an id that is no row of it, with the range of those.
+    shape. Only these rows are read. Returns ``[*ids.shape, embedding_dim]`` in `dtype`, float32, bfloat16 or float16,
+    without a gradient. Raises RuntimeError when an argument does not fit the packed weight, and for an id out of range.
     """
     return _embedding(data, ids, perm, embedding_dim, dtype)
 

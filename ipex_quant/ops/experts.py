@@ -1,4 +1,4 @@
-"""Mixture of experts with packed weights: packing the stacks, and multiplying tokens by the experts they go to."""
+"""Mixture of experts with packed weights: packing the stacks, and running tokens through their experts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .woq import PackedWeight, pack_weight, unpack_weight
 _woq_experts = native.woq_experts.default
 
 HEADER_BYTES = 64
-"""In front of the tiles of a packed weight."""
+"""Size of the header in front of the tiles of a packed weight."""
 
 TILE_ROWS = 64
 """Output features of a tile (``csrc/pack/layout.h``); every expert begins with a tile of its own."""
@@ -30,12 +30,12 @@ TILE_ROWS = 64
 
 @dataclass(frozen=True)
 class ExpertGate:
-    """How the gate and the up projection of an expert become one: ``activation(gate) * up``.
+    """The activation of an expert, between its projections: ``activation(gate) * up``.
 
-    Without `gated` there is up alone, and it is ``activation(up)``, which may be RELU and RELU2 too.
+    If not `gated`, it is ``activation(up)``, and `activation` may also be RELU or RELU2.
 
-    With `clamp`, ``(limit, slope, offset)``, it is ``g * sigmoid(slope * g) * (u + offset)``, where g is the gate, at
-    most the limit, and u is up, within the limit in both directions; `activation` then is SILU, the slope positive.
+    With `clamp`, ``(limit, slope, offset)``, it is ``g * sigmoid(slope * g) * (u + offset)``, where
+    ``g = min(gate, limit)`` and ``u = clamp(up, -limit, limit)``; `activation` is then SILU and the slope positive.
     """
 
     activation: PostOp
@@ -48,9 +48,9 @@ class ExpertGate:
         return 2 if self.gated else 1
 
     def __call__(self, gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
-        """The product of two tensors of one shape and dtype, rounded as eager code does, if clamped only once.
+        """Activate tensors of one shape and dtype, rounding as eager code does; with `clamp`, rounding once.
 
-        Without a gate there is one tensor, up.
+        If not `gated`, the only tensor is up.
         """
         if self.clamp is None:
             activated = ACTIVATIONS[self.activation](gate.float()).to(gate.dtype)
@@ -63,10 +63,10 @@ class ExpertGate:
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """The stacked weights of experts as the kernels read them: one packed weight whose rows are those of all experts.
+    """The stacked weights of experts as the kernels read them: one packed weight with the rows of all experts.
 
-    An expert has `blocks` of rows (gate and up, or down alone), each filled up to whole tiles. `perm`, int32
-    ``[E, K]``, is a `PackedWeight`'s for every expert, or None. `shape` is that of the stack.
+    An expert has `blocks` blocks of rows (two for gate and up, else one), each padded to whole tiles. `perm`, int32
+    ``[E, K]`` or None, is `PackedWeight.perm` of every expert. `shape` is that of the stack.
     """
 
     data: torch.Tensor
@@ -83,7 +83,7 @@ class PackedExperts:
 
 
 def pack_experts(stack: QuantizedStack, blocks: int) -> PackedExperts:
-    """Lay a stack out for the kernels; `blocks` divides its out_features."""
+    """Pack a stack for the kernels; `blocks` divides its out_features."""
     perm, codes = None, stack.codes
     if stack.g_idx is not None:
         perm = stack.g_idx.argsort(dim=1, stable=True).to(torch.int32)
@@ -96,9 +96,9 @@ def pack_experts(stack: QuantizedStack, blocks: int) -> PackedExperts:
 
 
 def split_experts(packed: PackedExperts) -> torch.Tensor:
-    """The packed weights of single experts, as `woq_linear` takes them, in one tensor: uint8 ``[E, bytes]``.
+    """Return one packed weight per expert, as `woq_linear` takes it, in one tensor: uint8 ``[E, bytes]``.
 
-    For stacks of one block that have no `perm`.
+    The stack must have one block and no `perm`.
     """
     experts, out_features, _ = packed.shape
     header, tiles = packed.data[:HEADER_BYTES].clone(), packed.data[HEADER_BYTES:].view(experts, -1)
@@ -129,7 +129,7 @@ def _padded(rows: int) -> int:
 
 
 def _fill_tiles(tensor: torch.Tensor, blocks: int) -> torch.Tensor:
-    """``[E, blocks * n, columns]`` as rows ``[E * blocks * padded n, columns]``, zeros where there is none."""
+    """Reshape ``[E, blocks * n, columns]`` to ``[E * blocks * padded n, columns]``, padded with zeros."""
     experts, rows, columns = tensor.shape
     split = tensor.reshape(experts, blocks, rows // blocks, columns)
     if rows // blocks % TILE_ROWS:
@@ -163,13 +163,13 @@ def woq_experts(
     - `experts`: int64 ``[T, k]``, expert indices. `weights`: float ``[T, k]``.
     - `gate_up`: stack ``[E, 2 * I, H]``, the gate and then the up projection, in two blocks, or ``[E, I, H]`` in one
       if there is no gate; `down`: ``[E, H, I]``.
-    - biases are float32, of the rows of these: ``[E, 2 * I]`` or ``[E, I]``, and ``[E, H]``.
+    - `gate_up_bias`, `down_bias`: float32 ``[E, 2 * I]`` or ``[E, I]``, and ``[E, H]``.
 
-    Every expert computes what `woq_linear` does with the rows of its tokens, but for a clamped gate, whose operands are
-    not rounded. The product of the gate is rounded to the dtype of `x`, results of `down` are not: they are added in
-    float32, in the order of experts, so that the sum is the same on any number of threads. Only the weights of chosen
-    experts are read. Returns ``[T, H]`` in the dtype of `x`. `x` and `weights` have gradients. Raises RuntimeError when
-    an argument does not fit, ahead of any computation.
+    Every expert runs `woq_linear` on its tokens, except that the operands of a clamped gate are not rounded. The gate's
+    result is rounded to the dtype of `x`; the results of `down` are not rounded and are added in float32 in the order
+    of experts, so that the sum does not depend on the number of threads. Only the weights of chosen experts are read.
+    Returns ``[T, H]`` in the dtype of `x`. `x` and `weights` have gradients. Raises RuntimeError when an argument does
+    not fit, before anything is computed.
     """
     sizes = gate_up.shape[0], gate_up.shape[1] // gate.blocks
     tensors = gate_up.data, down.data, gate_up_bias, down_bias, gate_up.perm, down.perm
@@ -178,12 +178,12 @@ def woq_experts(
 
 
 def gate_arguments(gate: ExpertGate) -> tuple[int, list[float], bool]:
-    """A gate as the native op takes it."""
+    """Return `gate` as the native op takes it: activation, clamp, gated."""
     return int(gate.activation), list(gate.clamp or ()), gate.gated
 
 
 def run_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    """`woq_experts` with the other arguments as the native op takes them, for callers that have them at hand."""
+    """Run `woq_experts` with the other arguments in the form and order of the native op."""
     if experts.dtype != torch.int64:
         experts = experts.to(torch.int64)
     if needs_gradient(x, weights):
@@ -194,7 +194,7 @@ def run_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, *
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, experts, *arguments):
-        # save_for_backward refuses inference tensors, which a weight loaded under inference_mode is.
+        # save_for_backward refuses inference tensors, such as a weight loaded under inference_mode.
         ctx.arguments = x.detach(), weights.detach(), experts, *arguments
         return _woq_experts(x, experts, weights, *arguments)
 
@@ -267,7 +267,7 @@ def _(grad, x, experts, weights, *arguments):
 def _expert_weight(
     data: torch.Tensor, perm: torch.Tensor | None, expert: int, sizes: tuple[int, int, int, int]
 ) -> torch.Tensor:
-    """Real values ``[blocks * n, K]`` of one expert of a packed stack with ``(experts, blocks, n, K)``."""
+    """Real values ``[blocks * n, K]`` of one expert of a packed stack; `sizes` is ``(experts, blocks, n, K)``."""
     count, blocks, n, in_features = sizes
     rows = blocks * _padded(n)
     header, tiles = data[:HEADER_BYTES].clone(), data[HEADER_BYTES:].view(count, -1)[expert]
@@ -278,7 +278,7 @@ def _expert_weight(
 
 
 def _with_rows(header: torch.Tensor, rows: int) -> torch.Tensor:
-    """A WoqHeader (``csrc/pack/layout.h``) with another out_features, which is at byte 8."""
+    """Set out_features, at byte 8 of a WoqHeader (``csrc/pack/layout.h``), in place; returns the header."""
     header[8:16] = torch.tensor([rows]).view(torch.uint8)
     return header
 

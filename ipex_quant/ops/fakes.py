@@ -1,4 +1,4 @@
-"""Fake kernels: what an op returns, for torch.compile and for tensors without data, on the meta device."""
+"""Fake kernels: the shapes and dtypes that ops return, for torch.compile and the meta device."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a function the fake kernel of the op ``ipex_quant::name``.
 
-    torch calls it as soon as one tensor is on the meta device: where another one is not, the op raises RuntimeError, as
-    nobody would compute what it returned.
+    torch calls the fake kernel when any tensor is on the meta device. It raises RuntimeError when another tensor is
+    not, since the result would silently have no values.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,6 +33,6 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: str) -> None:
-    """RuntimeError unless `tensor` has as many dimensions as `expected` names, as in ``[B, L, K]``."""
+    """Raise RuntimeError unless `tensor` has as many dimensions as `expected` names, such as ``[B, L, K]``."""
     dims = expected.count(",") + 1
     torch._check(tensor.dim() == dims, lambda: f"{name}: expected {expected}, got {list(tensor.shape)}")

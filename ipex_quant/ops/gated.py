@@ -1,7 +1,7 @@
-"""Products of an activated gate, as gated MLPs have between their linears.
+"""Activated gate times up, as gated MLPs compute it between their linears.
 
 All take float32, bfloat16 or float16 of any shape and return that dtype; the activated gate is rounded to it before the
-product, as in eager code. None has a gradient. They raise RuntimeError when shapes or dtypes do not fit.
+multiplication, as in eager code. None has a gradient. They raise RuntimeError when shapes or dtypes do not fit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether autograd has to see a computation: the native ops have no gradient, plain torch takes their place there."""
+"""Tells whether a computation needs a gradient, which native ops do not have."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether a result of `tensors` would be part of an autograd graph."""
+    """Whether a result computed from `tensors` would be part of an autograd graph."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -54,7 +54,7 @@ class PackedInt8:
         return self.data.nbytes
 
     def member(self, index: int) -> PackedInt8:
-        """A copy of one weight alone. Raises IndexError when there is none of that index."""
+        """Return weight `index` alone, in new memory. Raises IndexError for an index out of range."""
         if not 0 <= index < len(self.out_features):
             raise IndexError(f"index: expected 0..{len(self.out_features) - 1}, got {index}")
         data = native.int8_member(self.data, self.out_features, self.in_features, index)
@@ -62,9 +62,10 @@ class PackedInt8:
 
 
 def pack_int8(weights: Sequence[QuantizedWeight]) -> PackedInt8:
-    """Lay out the weights of a share group, which all multiply the same activations, in one buffer.
+    """Pack the weights of a share group, which all multiply the same activations, into one buffer.
 
-    Raises ValueError when there is none, when one is not INT8, symmetric and per channel, or when they differ in K.
+    Raises ValueError for an empty list, for a weight that is not INT8, symmetric and per channel, and when they differ
+    in K.
     """
     if not weights:
         raise ValueError("weights: expected one or more, got none")
@@ -104,13 +105,13 @@ def int8_linear(
 ) -> list[torch.Tensor]:
     """Multiply quantized activations by all weights of a share group: one result ``[..., N_i]`` in `dtype` for each.
 
-    ``post_op(sum((x - zero_point) * codes) * (scale * weight_scale) + bias, others)``: the sum is exact, what follows
-    is float32, rounded to `dtype` before the post op; `ipex_quant.ops.reference_int8` defines it.
+    ``post_op(sum((x - zero_point) * codes) * (scale * weight_scale) + bias, others)``: the sum is exact, the rest is
+    float32 and rounded to `dtype` before the post op; `ipex_quant.ops.reference_int8` defines the op.
 
     `x` is uint8 ``[..., K]``, M rows in all, or int8, which is copied; `scales` float32 and `zero_points` int32, in the
-    range of `x`, are both ``[1]`` or ``[M]``; `bias` is float32 ``[sum of N_i]``; `others` are in `dtype` and of the
-    result's shape. `dtype` is float32, bfloat16 or float16. Raises RuntimeError when an argument does not fit, or
-    several weights come with a post op.
+    range of `x`, are both ``[1]`` or ``[M]``; `bias` is float32 ``[sum of N_i]``; `others` have `dtype` and the shape
+    of the result. `dtype` is float32, bfloat16 or float16. Raises RuntimeError when an argument does not fit, or for a
+    post op with several weights.
     """
     return native.int8_linear(
         x, scales, zero_points, packed.data, bias, list(others), packed.out_features, dtype, int(post_op)
@@ -126,7 +127,7 @@ def int8_linear_gated(
     dtype: torch.dtype,
     activation: PostOp,
 ) -> torch.Tensor:
-    """``activation(gate) * up`` of the results that `int8_linear` gives for a share group of two weights of one size.
+    """``activation(gate) * up``, where `int8_linear` gives gate and up for a share group of two weights of one size.
 
     `activation` is GELU, NEW_GELU or SILU. Has the bits of `int8_linear` with the activation, then with MUL. Returns
     ``[..., N]`` in `dtype`. Raises ValueError for another group, RuntimeError when another argument does not fit.
@@ -153,7 +154,7 @@ def _(x):
 
 
 def int8_dequantize(packed: PackedInt8, member: int, factor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """One member's weight times the smoothing `factor` of its input, ``[N, K]`` in `dtype`."""
+    """Dequantized weight `member` of a share group times the smoothing `factor` of its input, ``[N, K]`` in `dtype`."""
     return _dequantize(packed.data, factor, packed.out_features, packed.in_features, member, dtype)
 
 

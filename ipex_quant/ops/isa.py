@@ -9,7 +9,7 @@ ISA_LEVELS = ("generic", "avx2", "avx512_vnni", "avx512_bf16")
 
 
 def supported_isas() -> tuple[str, ...]:
-    """Levels that this CPU can run, lowest first: the values that ``IPEX_QUANT_ISA`` may have."""
+    """Levels that this CPU can run, lowest first; ``IPEX_QUANT_ISA`` may be any of them."""
     return ISA_LEVELS[: native.isa_supported() + 1]
 
 

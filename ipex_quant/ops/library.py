@@ -1,4 +1,4 @@
-"""The native library, as torch knows it: importing this registers its ops."""
+"""The native library: importing this module registers its ops with torch."""
 
 from __future__ import annotations
 

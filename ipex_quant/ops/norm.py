@@ -21,8 +21,8 @@ _add_layer_norm = native.add_layer_norm.default
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     """``x * rsqrt(mean(x**2) + eps) * weight``.
 
-    A `weight` in the dtype of `x` multiplies the normed values rounded to it, as in Llama; one in float32 multiplies
-    them as they are, as in Gemma (whose weight is ``1 + weight``).
+    A `weight` in the dtype of `x` multiplies the normed values after they are rounded to it, as in Llama; one in
+    float32 multiplies them before, as in Gemma (whose weight is ``1 + weight``).
     """
     return _rms_norm(x, weight, eps)
 

@@ -1,4 +1,4 @@
-"""What a linear op does to its result before it is written."""
+"""Post ops, which a linear op applies to its result before writing it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 
 class PostOp(IntEnum):
-    """What follows a product; ADD, ADD_ADD and MUL take other tensors of the result's shape and dtype."""
+    """An operation on a linear's result; ADD, ADD_ADD and MUL take other tensors of the result's shape and dtype."""
 
     NONE = 0
     RELU = 1
@@ -30,11 +30,11 @@ ACTIVATIONS: dict[PostOp, Callable[[torch.Tensor], torch.Tensor]] = {
     PostOp.SILU: F.silu,
     PostOp.RELU2: lambda x: torch.relu(x).square(),
 }
-"""The post ops that take no other tensor, in torch."""
+"""The post ops that take no other tensor, as torch functions."""
 
 
 def apply_post_op(result: torch.Tensor, post_op: PostOp, others: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-    """`post_op` in the dtype of `result`, as eager code computes it: activations in float32, then rounded."""
+    """Apply `post_op` in the dtype of `result`, as eager code does: activations in float32, then rounded."""
     if post_op in ACTIVATIONS:
         return ACTIVATIONS[post_op](result)
     if post_op == PostOp.MUL:

@@ -1,4 +1,4 @@
-"""Plain-torch definition of the native ops: what they are tested against, written to be read, not to be fast."""
+"""Plain-torch definitions of the native ops: the oracle of their tests, written to be read, not to be fast."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ MAX_FOLD = 32768
 """Longest run of 8-bit products (at most 255 * 255 each) whose sum is sure to fit int32."""
 
 MIN_RANGE = 2.0**-118
-"""Smallest activation range that is told from zero: the inverse of a smaller one overflows float32."""
+"""Smallest activation range that does not count as zero: the inverse of a smaller one overflows float32."""
 
 _COMPUTE_DTYPE = {WoqLowpMode.FP16: torch.float16, WoqLowpMode.BF16: torch.bfloat16}
 
 
 def quantize_weight(weight: torch.Tensor, scheme: WeightScheme) -> QuantizedWeight:
-    """Round-to-nearest quantization of ``[N, K]``; raises as `ipex_quant.numerics.affine.quantize` does."""
+    """Quantize ``[N, K]`` by rounding to nearest; raises as `ipex_quant.numerics.affine.quantize` does."""
     return affine.quantize(weight, scheme)
 
 
@@ -43,17 +43,17 @@ def woq_linear(
 ) -> torch.Tensor:
     """``post_op(x @ dequantize(qw).T + bias, others)``: ``[..., K]`` to ``[..., N]`` in the dtype of `x`.
 
-    Compute modes NONE, FP16 and BF16 round `x` to the compute dtype and keep the weight exact, but for the levels of
-    NF4, which BF16 rounds as well. Compute mode INT8
-    quantizes `x` as `act_quant_mode` says and sums integers. `bias` is float32 ``[N]`` and is added in float32; the sum
-    is rounded to the dtype of `x` before `post_op`. Raises ValueError when INT8 comes without an activation mode.
+    Compute modes NONE, FP16 and BF16 round `x` to the compute dtype and keep the weight exact, except that BF16 also
+    rounds the levels of NF4. Compute mode INT8 quantizes `x` as `act_quant_mode` says and sums integers. `bias` is
+    float32 ``[N]`` and is added in float32; the sum is rounded to the dtype of `x` before `post_op`. Raises ValueError
+    for INT8 without an `act_quant_mode`.
     """
     acc = woq_sums(x.reshape(-1, qw.shape[1]), qw, bias, lowp_mode, act_quant_mode)
     return apply_post_op(acc.to(x.dtype).reshape(*x.shape[:-1], qw.shape[0]), post_op, others)
 
 
 def woq_embedding(ids: torch.Tensor, qw: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Rows `ids` of ``dequantize(qw)``, ``[*ids.shape, K]`` in `dtype`; raises IndexError for one that it lacks."""
+    """Rows `ids` of ``dequantize(qw)``, ``[*ids.shape, K]`` in `dtype`; raises IndexError for an id out of range."""
     return torch.nn.functional.embedding(ids, affine.dequantize(qw, dtype))
 
 
@@ -64,7 +64,7 @@ def woq_sums(
     lowp_mode: WoqLowpMode,
     act_quant_mode: WoqActQuantMode,
 ) -> torch.Tensor:
-    """`woq_linear` of rows ``[M, K]`` before it is rounded, in float32."""
+    """`woq_linear` of rows ``[M, K]`` in float32, before it is rounded to the dtype of `x`."""
     if lowp_mode == WoqLowpMode.INT8 and act_quant_mode == WoqActQuantMode.NONE:
         raise ValueError("act_quant_mode: compute mode INT8 needs one, got NONE")
     if lowp_mode != WoqLowpMode.INT8:
@@ -86,7 +86,7 @@ def woq_experts(
     lowp_mode: WoqLowpMode = WoqLowpMode.NONE,
     act_quant_mode: WoqActQuantMode = WoqActQuantMode.NONE,
 ) -> torch.Tensor:
-    """Sum over the experts of each row of `x` ``[T, H]``, as `ipex_quant.ops.woq_experts` documents it."""
+    """Weighted sum of the experts' results for each row of `x` ``[T, H]``, as in `ipex_quant.ops.woq_experts`."""
     sums = torch.zeros(x.shape)
     for expert in experts.unique().tolist():
         token, choice = (experts == expert).nonzero(as_tuple=True)
@@ -102,12 +102,12 @@ def woq_experts(
 
 
 def group_order(qw: QuantizedWeight) -> torch.Tensor:
-    """Input features sorted by their group, int64 ``[K]``: the order in which K is walked."""
+    """Input features sorted by their group, int64 ``[K]``: the order in which kernels read K."""
     return affine.feature_groups(qw).argsort(stable=True)
 
 
 class QuantizedActivation(NamedTuple):
-    """Rows ``[M, K]`` as integers, with what they stand for: ``x = (codes - zero_points) * scales``.
+    """Quantized rows ``[M, K]``: ``x = (codes - zero_points) * scales``.
 
     All float32: `codes` ``[M, K]``, `scales` and `zero_points` ``[M, blocks]``; `block` counts the features of a block.
     """
@@ -121,7 +121,7 @@ class QuantizedActivation(NamedTuple):
 def quantize_activation(x: torch.Tensor, block: int, mode: WoqActQuantMode) -> QuantizedActivation:
     """Quantize float32 ``[M, K]`` dynamically, one scale for each block of `block` features of a row.
 
-    PER_TENSOR and PER_BATCH ignore `block` and take all of K; PER_TENSOR and PER_IC_BLOCK share ranges among the rows.
+    PER_TENSOR and PER_BATCH ignore `block` and use all of K; PER_TENSOR and PER_IC_BLOCK share ranges among the rows.
     """
     symmetric = mode >= WoqActQuantMode.PER_TENSOR_SYM
     scope = WoqActQuantMode(mode - WoqActQuantMode.PER_TENSOR_SYM) if symmetric else mode
@@ -172,7 +172,7 @@ def _byte_matmul(x: torch.Tensor, qw: QuantizedWeight, mode: WoqActQuantMode) ->
 
 
 def _integer_weight(qw: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes less their zero points, ``[N, K]`` in float32, and the scales that go with them."""
+    """Codes minus zero points, ``[N, K]`` in float32, and their scales."""
     if qw.scheme.dtype == WoqWeightDtype.NF4:
         codes = (NF4_LEVELS * 127).round()[affine.stored_codes(qw).int()]
         return codes, qw.scales * torch.tensor(1 / 127, dtype=torch.float32)

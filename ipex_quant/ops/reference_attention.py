@@ -1,4 +1,4 @@
-"""Plain-torch definition of attention and its caches: what the ops are tested against, written to be read."""
+"""Plain-torch definitions of attention and its caches: the oracle of the ops' tests, written to be read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .reference import MIN_RANGE
 from .reference_llm import rotary
 
 LOWEST_MASK = -(2.0**126)
-"""A mask that is lower, but finite, counts as this."""
+"""A finite mask below this value counts as this value."""
 
 
 def attention(
@@ -37,9 +37,9 @@ def attention(
 ) -> torch.Tensor:
     """As `ipex_quant.ops.attention`, in float64 up to the last rounding, and with dropout of the probabilities.
 
-    With an int8 cache, queries are quantized as a token is, and probabilities times the scales of the values become
-    8-bit codes by `rounding`, in blocks of `block` tokens, by default those of a call with only these sequences. The
-    gradient ignores that rounding.
+    With an int8 cache, queries are quantized like keys (`quantize_token`), and probabilities times the value scales
+    become 8-bit codes by `rounding`, in blocks of `block` tokens, by default the blocks of a call with only these
+    sequences. The gradient ignores that rounding.
     """
     dtype, (queries, tokens), group = query.dtype, (query.shape[2], key.shape[2]), query.shape[1] // key.shape[1]
     key, value = (_gathered(cache, rows).repeat_interleave(group, 1) for cache in (key, value))
@@ -75,16 +75,16 @@ def attention(
 
 
 TASK_ROWS = 96
-"""Queries of the heads that share a KV head are divided evenly into tasks of at most so many."""
+"""Most query rows of a task; the queries of all heads that share a KV head are divided evenly into tasks."""
 
 
 def block_tokens(rows: int) -> int:
-    """Tokens of a block, where a KV head has `rows` queries in the longest sequence of the call."""
+    """Number of tokens in a block, where each KV head has at most `rows` query rows in a sequence of the call."""
     return 64 if 8 < rows <= 16 else 128
 
 
 def block_numbers(queries: int, tokens: int, group: int, window: int, block: int) -> torch.Tensor:
-    """Which block of a task each token is in ``[group, queries, tokens]``, 0 too for those before the first.
+    """Block number of each token for each query, ``[group, queries, tokens]``; 0 for tokens before the first block.
 
     The blocks of a task begin at the first token that its first query sees.
     """
@@ -100,7 +100,7 @@ def block_numbers(queries: int, tokens: int, group: int, window: int, block: int
 def _rounded(
     weights: torch.Tensor, blocks: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """`weights` as multiples of 1/255 of the largest in their block."""
+    """`weights` rounded to multiples of 1/255 of the largest in their block."""
     index = blocks.expand_as(weights)
     largest = weights.new_zeros(*weights.shape[:-1], weights.shape[-1] + 1).scatter_reduce(-1, index, weights, "amax")
     step = largest.gather(-1, index) / 255
@@ -113,19 +113,19 @@ def _dequantized(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def _finite(mask: torch.Tensor) -> torch.Tensor:
-    """What float32 scores can be added to and stay finite where the mask is."""
+    """The mask in float64, with finite values raised to `LOWEST_MASK`: float32 scores plus these stay finite."""
     return torch.where(mask == -math.inf, -math.inf, mask.double().clamp(min=LOWEST_MASK))
 
 
 def _gathered(cache: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """The tokens that each sequence sees, in float64."""
+    """The keys or values of each sequence's tokens, in float64; `rows` is as in `attention`."""
     if rows is None:
         return cache.double()
     return cache.double().transpose(1, 2)[rows, torch.arange(cache.shape[2])].transpose(1, 2)
 
 
 def quantize_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 codes of `x` and float32 scales, one for each run along the last dimension."""
+    """Symmetric int8 codes of `x` and float32 scales, one for each vector along the last dimension."""
     floats = x.float()
     largest = floats.abs().amax(-1)
     inverse = torch.where(largest >= MIN_RANGE, torch.full_like(largest, 127) / largest, 0.0)
@@ -210,7 +210,7 @@ def paged_attention(
     value_scales: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """As `ipex_quant.ops.paged_attention`, a sequence at a time."""
+    """As `ipex_quant.ops.paged_attention`, one sequence at a time."""
     rows = int(query_starts.diff().max()) * query.shape[1] // key_cache.shape[1] if len(lengths) else 0
     options |= {"causal": causal, "block": block_tokens(rows)}
     results = []
@@ -236,7 +236,7 @@ def varlen_attention(
     key_starts: torch.Tensor,
     **options: Any,
 ) -> torch.Tensor:
-    """As `ipex_quant.ops.varlen_attention`, a sequence at a time."""
+    """As `ipex_quant.ops.varlen_attention`, one sequence at a time."""
     results = []
     for i in range(len(query_starts) - 1):
         parts = [query[query_starts[i] : query_starts[i + 1]]]

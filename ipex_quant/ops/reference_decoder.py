@@ -21,7 +21,7 @@ def decoder_layers(
     call: DecoderCall,
     structure: DecoderStructure,
 ) -> torch.Tensor:
-    """As `ipex_quant.ops.decoder_layers`, with `quantized` in the place of ``weights.packed``."""
+    """As `ipex_quant.ops.decoder_layers`, with `quantized` instead of ``weights.packed``."""
     count, buffers = structure.projections + structure.mlp_inputs + 2, len(call.caches) // len(call.starts)
     for i, start in enumerate(call.starts):
         layer = _Layer(quantized[i * count :], weights.biases[i * count :], structure)
@@ -39,7 +39,7 @@ def decoder_layers(
 
 
 class _Layer:
-    """Linears in the order in which they are called."""
+    """The parts of one layer; each call of `linear` uses the next weight."""
 
     def __init__(
         self, weights: Sequence[QuantizedWeight], biases: Sequence[torch.Tensor | None], structure: DecoderStructure

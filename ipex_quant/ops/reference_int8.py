@@ -1,4 +1,4 @@
-"""Plain-torch definition of the W8A8 ops: what they are tested against, written to be read, not to be fast."""
+"""Plain-torch definitions of the W8A8 ops: the oracle of their tests, written to be read, not to be fast."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def quantize_activation(x: torch.Tensor, multiplier: torch.Tensor, zero_point: i
 
 
 def quantize_activation_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes uint8 like `x`, scales float32 ``[M]`` and zero points int32 ``[M]``, one a row, whose range includes 0."""
+    """Codes uint8 like `x`; per row a scale, float32 ``[M]``, and a zero point, int32 ``[M]``; ranges include 0."""
     rows = x.float().reshape(-1, x.shape[-1])
     low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
     span = high - low
@@ -42,7 +42,7 @@ def int8_linear(
     post_op: PostOp = PostOp.NONE,
     others: Sequence[torch.Tensor] = (),
 ) -> list[torch.Tensor]:
-    """As `ipex_quant.ops.int8_linear`, with plain weights; a single one where there is a post op."""
+    """As `ipex_quant.ops.int8_linear`, with plain weights; a post op takes a single weight."""
     rows = x.reshape(-1, x.shape[-1])
     centred = rows.double() - zero_points[:, None]
     results, start = [], 0

@@ -1,4 +1,4 @@
-"""Plain-torch definition of the ops of a decoder layer around its linears: what the native ones are tested against."""
+"""Plain-torch definitions of the ops around the linears of a decoder layer: the oracle of the native ops' tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """``x * rsqrt(mean(x**2) + eps) * weight``; a weight in the dtype of `x` multiplies what was rounded to it."""
+    """``x * rsqrt(mean(x**2) + eps) * weight``; a weight in the dtype of `x` multiplies values rounded to it."""
     normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
     if weight is None:
         return normed.to(x.dtype)
@@ -46,7 +46,7 @@ def add_layer_norm(
 def rotary(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int | None = None, interleaved: bool = False
 ) -> torch.Tensor:
-    """Turn pairs of features, which are neighbours or half of `rotary_dim` apart: ``x * cos + partner * sin``."""
+    """Rotate pairs of features, which are neighbours or half of `rotary_dim` apart: ``x * cos + partner * sin``."""
     rotary_dim = x.shape[-1] if rotary_dim is None else rotary_dim
     turned, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]
     if interleaved:

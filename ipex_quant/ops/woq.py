@@ -1,4 +1,4 @@
-"""Weight-only quantized linear: quantizing and packing a weight, and multiplying by it."""
+"""Weight-only quantized linears: quantizing and packing a weight, and the matmul with it."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def quantize_weight(weight: torch.Tensor, scheme: WeightScheme) -> QuantizedWeig
 
 
 def pack_weight(qw: QuantizedWeight) -> PackedWeight:
-    """Lay a quantized weight out for the kernels; scales that are half-precision numbers are stored as such."""
+    """Pack a quantized weight for the kernels; scales are stored in half precision if that loses nothing."""
     zero_points = None if qw.zero_points is None else qw.zero_points.contiguous()
     codes, scales = qw.codes.contiguous(), qw.scales.contiguous()
-    with torch.inference_mode(False):  # torch.compile of torch 2.10 finds no gradient through what inference mode made
+    with torch.inference_mode(False):  # torch.compile of torch 2.10 finds no gradient through inference tensors
         perm = None if qw.g_idx is None else torch.argsort(qw.g_idx, stable=True).to(torch.int32)
         data = native.woq_pack(codes, scales, zero_points, perm, qw.shape[1], qw.scheme.dtype, qw.scheme.group_size)
     return PackedWeight(data, perm, qw.scheme, qw.shape)
@@ -96,9 +96,9 @@ def woq_linear(
     """``post_op(x @ weight.T + bias, others)`` of a packed weight, as `ipex_quant.ops.reference.woq_linear` defines it.
 
     `x` is float32, bfloat16 or float16 ``[..., K]``; `data` and `perm` are a PackedWeight's; `bias` is float32 ``[N]``.
-    Sums run over codes before scales, so that activations beyond about 1e35 overflow float32.
-    Returns ``[..., N]`` in the dtype of `x`. Of the arguments only `x` has a gradient, that of a product with the
-    dequantized weight. Raises RuntimeError when an argument does not fit the packed weight, or a post op needs one.
+    Codes are summed before scales are applied, so that activations beyond about 1e35 overflow float32. Returns
+    ``[..., N]`` in the dtype of `x`. Only `x` has a gradient, that of a matmul with the dequantized weight. Raises
+    RuntimeError when an argument does not fit the packed weight, and for a post op where a gradient is needed.
     """
     modes = int(lowp_mode), int(act_quant_mode)
     if needs_gradient(x, *others):
@@ -120,7 +120,7 @@ def woq_linear_group(
     lowp_mode: WoqLowpMode = WoqLowpMode.NONE,
     act_quant_mode: WoqActQuantMode = WoqActQuantMode.NONE,
 ) -> list[torch.Tensor]:
-    """`woq_linear` of several packed weights, bit for bit, which prepares `x` once and shares out the work once.
+    """`woq_linear` with several packed weights, bit for bit, which prepares `x` and divides the work only once.
 
     The weights have one in_features, dtype, group size and `perm`; `biases` has a tensor or None for each. Raises
     RuntimeError when they differ or an argument does not fit them.
@@ -145,7 +145,7 @@ def woq_linear_gated(
     lowp_mode: WoqLowpMode = WoqLowpMode.NONE,
     act_quant_mode: WoqActQuantMode = WoqActQuantMode.NONE,
 ) -> torch.Tensor:
-    """``activation(x @ gate.T + gate_bias) * (x @ up.T + up_bias)`` with packed weights: a gated MLP up to its product.
+    """``activation(x @ gate.T + gate_bias) * (x @ up.T + up_bias)`` with packed weights: a gated MLP up to `down`.
 
     `gate` and `up` are the data of packed weights of one shape, dtype, group size and `perm`; `activation` is GELU,
     NEW_GELU or SILU. Has the bits of `woq_linear` with the activation, then with MUL. Has no gradient. Raises
@@ -162,7 +162,7 @@ def woq_linear_gated(
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, data, out_features, bias, perm, lowp_mode, act_quant_mode):
-        # save_for_backward refuses inference tensors, which a weight loaded under inference_mode is.
+        # save_for_backward refuses inference tensors, such as a weight loaded under inference_mode.
         ctx.weight = data, perm, out_features, x.shape[-1]
         return native.woq_linear(x, data, bias, perm, [], out_features, lowp_mode, act_quant_mode, int(PostOp.NONE))
 
