@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 class DeferredTensor(torch.Tensor):
     """A tensor that is computed when an operation needs its values.
 
-    Code that knows the class reads what it is made of instead, and nothing is computed.
+    Code that knows a subclass can read the operands it holds instead, and nothing is computed.
     """
 
     _values: torch.Tensor | None = None
@@ -24,9 +24,9 @@ class DeferredTensor(torch.Tensor):
         raise NotImplementedError
 
     def values_of(self) -> torch.Tensor:
-        """The values, as a plain tensor."""
+        """Return the values as a plain tensor; they are computed once."""
         if self._values is None:
-            self._values = self._compute().contiguous()  # as the strides of this tensor say
+            self._values = self._compute().contiguous()  # the strides of this tensor are contiguous
         return self._values
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -41,5 +41,5 @@ class DeferredTensor(torch.Tensor):
 
 
 def values_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A plain tensor with the values of any tensor."""
+    """Return any tensor as a plain tensor."""
     return tensor.values_of() if isinstance(tensor, DeferredTensor) else tensor

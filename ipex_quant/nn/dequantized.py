@@ -1,4 +1,4 @@
-"""`DequantizedOnRead`: the float weight that a packed one stands for, made when its values are used."""
+"""`DequantizedOnRead`: a float tensor in place of a packed weight, dequantized when its values are read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_any, tree_map_only
 
 
 class PackedWeight(Protocol):
-    """What the stand-in asks of the module whose weight it stands for."""
+    """The interface that `DequantizedOnRead` needs of the module with the packed weight."""
 
     weight_shape: tuple[int, ...]
     _float: torch.Tensor
@@ -20,7 +20,7 @@ class PackedWeight(Protocol):
 
 
 def _on_values(name: str) -> Any:
-    """A method of the stand-in that torch would not dispatch, since it wants memory or finds nothing to convert."""
+    """A method that acts on the values; torch would not dispatch it, since it needs memory or nothing to convert."""
     return lambda self, *args, **kwargs: getattr(self._read(), name)(*args, **kwargs)
 
 
@@ -32,9 +32,9 @@ def refuse(*_: Any, **__: Any) -> None:
 
 
 class DequantizedOnRead(torch.Tensor):
-    """Float stand-in for the packed weight of a `QuantizedModule`: dtype and shape now, values when used.
+    """Float stand-in for the packed weight of a `QuantizedModule`, which is dequantized only when values are read.
 
-    Operations that write to the whole of it write to its values in float32, which are then quantized again.
+    An operation that writes to the whole tensor gets the values in float32, which are then quantized again.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -57,13 +57,13 @@ class DequantizedOnRead(torch.Tensor):
 
     @data.setter
     def data(self, values: torch.Tensor) -> None:
-        if values is not self and getattr(values, "_module", None) is not self._module:  # ``data += x`` has written it
+        if values is not self and getattr(values, "_module", None) is not self._module:  # ``data += x`` has written
             self._write(values.detach())
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten.detach.default:  # a copy here would lose what is written to it
+        if func is torch.ops.aten.detach.default:  # writes to a copy would be lost
             return cls(args[0]._module)
         parameters = func._schema.arguments
         given = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs

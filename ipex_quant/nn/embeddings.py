@@ -1,4 +1,4 @@
-"""Which modules are embeddings, what they multiply the rows of their table by, and which cannot be quantized."""
+"""Tells which modules are embeddings, by which factor they multiply rows, and which cannot be quantized."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .linears import weight_obstacle
 
 
 class PackedEmbedding(nn.Embedding):
-    """What quantized embeddings are to others, transformers among them, which know embeddings by their class.
+    """Base of quantized embeddings, by which other libraries (transformers) recognize them as embeddings.
 
     It has none of the parameters of an ``nn.Embedding``.
     """
@@ -28,13 +28,13 @@ class PackedEmbedding(nn.Embedding):
 
 
 class RowFactor(NamedTuple):
-    """What an embedding multiplies rows by: `value`, which is first `rounded` to their dtype or not."""
+    """Factor of an embedding's rows: `value`, rounded to their dtype before the multiplication if `rounded`."""
 
     value: float = 1.0
     rounded: bool = False
 
     def apply(self, rows: torch.Tensor) -> torch.Tensor:
-        """`rows` times the factor, in their dtype; `rows` itself where the factor is 1."""
+        """Return `rows` times the factor, in their dtype; `rows` itself if the factor is 1."""
         if self.value == 1:
             return rows
         return rows * (torch.tensor(self.value).to(rows.dtype) if self.rounded else self.value)
@@ -55,7 +55,7 @@ def is_embedding(module: nn.Module) -> bool:
 
 
 def embedding_obstacle(module: nn.Embedding, read_weights: bool = True) -> str | None:
-    """Why no quantized embedding can stand where `module` is; None when one can."""
+    """Reason why `module` cannot be replaced by a quantized embedding, or None."""
     if module.max_norm is not None:
         return "it changes its weight as it is read (max_norm)"
     if module.sparse or module.scale_grad_by_freq:
@@ -67,9 +67,9 @@ def embedding_obstacle(module: nn.Embedding, read_weights: bool = True) -> str |
 
 @torch.no_grad()
 def row_factor(module: nn.Embedding) -> RowFactor | None:
-    """What `module` multiplies the rows of its table by; None when it does anything else with them.
+    """Factor by which `module` multiplies the rows of its table; None when it does anything else with them.
 
-    A subclass with a forward of its own is tried, with a small table in its place.
+    A subclass that overrides forward is run on a small table to find out.
     """
     if type(module).forward is nn.Embedding.forward:
         return RowFactor()
@@ -84,14 +84,14 @@ def row_factor(module: nn.Embedding) -> RowFactor | None:
             return None
         narrow = table.bfloat16()
         result = _look_up(module, narrow, ids)
-    except Exception:  # whatever goes wrong in code that is not ours, the module is no plain embedding
+    except Exception:  # any failure of foreign code means that the module is no plain embedding
         return None
     factors = (RowFactor(value, rounded) for rounded in (False, True))
     return next((factor for factor in factors if torch.equal(result, factor.apply(F.embedding(ids, narrow)))), None)
 
 
 def _look_up(module: nn.Embedding, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """What the forward of `module` makes of `ids` with `table` for a weight."""
+    """Result of the forward of `module` for `ids`, with `table` as its weight."""
     probe = copy.copy(module)
     rows, columns = table.shape
     padding = None if module.padding_idx is None else 1

@@ -22,11 +22,11 @@ from .weight_only_linear import read_modes, read_scheme
 class WeightOnlyQuantizedExpertLinears(QuantizedModule):
     """``x_e @ dequantize(weight_e).T`` for the rows ``x_e`` of every expert e, with packed weights ``[E, N, K]``.
 
-    It stands where JetMoe has a module with one 3-D parameter, and is called as that: with `x` float32, bfloat16 or
-    float16 ``[T, K]``, sorted by expert, and a list of how many rows each of E experts has. The result ``[T, N]`` has
-    the dtype of `x`, or under torch.autocast autocast's; weights of experts without rows are not read. Gradients reach
-    `x`. The state dict holds the plain tensors of `QuantizedStack`. RuntimeError when it is called without weights or
-    moved off the CPU, ValueError for numbers of rows that do not fit.
+    It replaces JetMoe's module with one 3-D parameter and is called like it: with `x` float32, bfloat16 or float16
+    ``[T, K]``, sorted by expert, and the number of rows of each of E experts. The result ``[T, N]`` has the dtype of
+    `x`, or autocast's under torch.autocast; weights of experts without rows are not read. Gradients reach `x`. The
+    state dict holds the plain tensors of `QuantizedStack`. Raises RuntimeError when called without weights or moved off
+    the CPU, ValueError for numbers of rows that do not fit.
     """
 
     kind = "weight_only_expert_linears"
@@ -34,7 +34,7 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
     weight_names = ("codes", "scales", "zero_points")
 
     def __init__(self, shape: tuple[int, int, int], scheme: WeightScheme) -> None:
-        """A module without weights for ``(experts, out_features, in_features)``; `load_state_dict` brings them."""
+        """Make a module without weights for ``(experts, out_features, in_features)``; `load_state_dict` loads them."""
         super().__init__()
         self.shape = tuple(shape)
         self.scheme = scheme
@@ -86,11 +86,11 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
         return 0 if self._packed is None else self._packed.nbytes
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of `quantized_stack`, those that there are."""
+        """The tensors of `quantized_stack` by name, without those that are None."""
         return {} if self._packed is None else self.quantized_stack().tensors()
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """``[E, N, K]`` in a new tensor; RuntimeError when there are no weights."""
+        """The dequantized weights ``[E, N, K]`` in a new tensor; RuntimeError when there are none."""
         stack = self.quantized_stack()
         return torch.stack([affine.dequantize(stack[expert], dtype) for expert in range(self.shape[0])])
 
@@ -106,7 +106,7 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
 
     @classmethod
     def placeholder(cls, module: nn.Module, entry: dict[str, Any]) -> Placeholder:
-        """Tensors of the scheme in `entry` for the float `module`; ValueError when it holds no linears of experts."""
+        """Placeholder of the scheme in `entry` for the float `module`; ValueError when it holds no expert linears."""
         if not holds_expert_linears(module):
             raise ValueError(
                 f"expected one linear layer of every expert in a 3-D parameter, got a {type(module).__name__}"
@@ -123,7 +123,7 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
 
     @classmethod
     def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[WeightOnlyQuantizedExpertLinears]:
-        """One module for each; ValueError or TypeError for tensors that do not fit the scheme."""
+        """Make one module of each placeholder; ValueError or TypeError for tensors that do not fit the scheme."""
         modules = []
         for place in loaded:
             module = cls(place.shape, read_scheme(place.entry))
@@ -165,7 +165,7 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
 def holds_expert_linears(module: nn.Module) -> bool:
     """Whether `module` has one 3-D parameter ``weight``, ``[E, N, K]``, and multiplies rows sorted by expert by it.
 
-    It is tried with small weights: attributes that are its number of experts get that of the small ones meanwhile.
+    It is run with small weights; attributes that equal its number of experts are adjusted to them meanwhile.
     """
     weight = module._parameters.get("weight")
     if len(module._parameters) != 1 or weight is None or weight.dim() != 3 or module._modules:
@@ -181,5 +181,5 @@ def holds_expert_linears(module: nn.Module) -> bool:
         with torch.no_grad():
             result = type(module).forward(probe, x, [1, 0, 5])
             return torch.allclose(result, torch.cat((x[:1] @ small[0].t(), x[1:] @ small[2].t())), rtol=1e-4, atol=1e-5)
-    except Exception:  # whatever goes wrong in code that is not ours, it is none of these
+    except Exception:  # any failure of foreign code means that it is no such module
         return False

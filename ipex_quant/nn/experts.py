@@ -29,17 +29,17 @@ from .weight_only_linear import read_modes, read_scheme
 
 
 class WeightOnlyQuantizedExperts(QuantizedModule):
-    """A mixture of E experts, MLPs ``down(activation(gate(x)) * up(x))`` or ``down(activation(up(x)))``, packed.
+    """A mixture of E experts with packed weights: ``down(activation(gate(x)) * up(x))`` or ``down(activation(up(x)))``.
 
-    It stands where transformers has a module with the weights of all experts in 3-D parameters, and is called as that:
-    with `x` float32, bfloat16 or float16 ``[T, H]``, expert indices ``[T, k]`` and their weights ``[T, k]``; or, where
-    the module is `batched`, with ``[E * T, H]``, T rows for each expert in turn. The result has the shape of `x` and
-    its dtype, or under torch.autocast autocast's; only the weights of chosen experts are read. Gradients reach `x` and
-    the weights of the choice. The state dict holds plain tensors: those of `QuantizedStack` as ``gate_up_codes``,
-    ``down_scales`` and so on, gate above up (or up alone), and ``gate_up_bias`` and ``down_bias`` in float32, each
-    where there is one; saving unpacks the weights and loading packs them. `weight` is ``[E, 3 * I, H]``: gate, up and
-    the transpose of down; without a gate ``[E, 2 * I, H]``. RuntimeError when it is called without weights or moved off
-    the CPU.
+    It replaces a transformers module with the weights of all experts in 3-D parameters and is called like it: with `x`
+    float32, bfloat16 or float16 ``[T, H]``, expert indices ``[T, k]`` and routing weights ``[T, k]``; or, if `batched`,
+    with ``[E * T, H]``, T rows for each expert in turn. The result has the shape of `x` and its dtype, or autocast's
+    under torch.autocast; only the weights of chosen experts are read. Gradients reach `x` and the routing weights.
+
+    The state dict holds plain tensors: those of `QuantizedStack` as ``gate_up_codes``, ``down_scales`` and so on, gate
+    above up (or up alone), and ``gate_up_bias`` and ``down_bias`` in float32, each if there is one; saving unpacks the
+    weights and loading packs them. `weight` is ``[E, 3 * I, H]``: gate, up and the transpose of down; without a gate
+    ``[E, 2 * I, H]``. Raises RuntimeError when called without weights or moved off the CPU.
     """
 
     kind = "weight_only_experts"
@@ -51,10 +51,13 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
     )
 
     batched = False
-    """Whether it is called with rows for each expert in turn."""
+    """Whether the module is called with rows for each expert in turn."""
 
     def __init__(self, shape: tuple[int, int, int], gate: ExpertGate, scheme: WeightScheme) -> None:
-        """A module without weights for ``(experts, hidden_size, intermediate_size)``; `load_state_dict` brings them."""
+        """Make a module without weights for ``(experts, hidden_size, intermediate_size)``.
+
+        `load_state_dict` loads the weights.
+        """
         super().__init__()
         self.num_experts, self.hidden_dim, self.intermediate_dim = shape
         self.gate = gate
@@ -110,9 +113,9 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         qconfig: Any,
         biases: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     ) -> WeightOnlyQuantizedExperts:
-        """A module with `stacks`, `biases` or else those of `mod`, and its gate; computed as `qconfig` says.
+        """Make a module with `stacks` and the gate of `mod`; `qconfig` sets the compute mode.
 
-        The weights of `mod` are not read.
+        A None in `biases` means the bias of `mod`, whose weights are not read.
         """
         own = zip(biases, PROJECTIONS, strict=True)
         biases = tuple(expert_bias(mod, name) if bias is None else bias for bias, name in own)
@@ -172,7 +175,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         return sum(b.numel() * b.element_size() for b in self._buffers.values() if b is not None)
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of both stacks and the biases, those that there are."""
+        """The tensors of both stacks and the biases by name, without those that are None."""
         tensors = {}
         for projection in PROJECTIONS:
             if self._buffers[f"_{projection}_packed"] is not None:
@@ -181,7 +184,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         return tensors
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """A new tensor of `weight_shape`; RuntimeError when there are no weights."""
+        """The dequantized weights in a new tensor of `weight_shape`; RuntimeError when there are none."""
         gate_up, down = map(self.quantized_stack, PROJECTIONS)
         return torch.stack(
             [
@@ -191,7 +194,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         )
 
     def describe(self) -> dict[str, Any]:
-        """Scheme, compute mode, and which tensors there are."""
+        """Scheme, compute mode, and which optional tensors there are."""
         return {
             "weight_dtype": self.scheme.dtype.name.lower(),
             "symmetric": self.scheme.symmetric,
@@ -204,7 +207,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
 
     @classmethod
     def placeholder(cls, module: nn.Module, entry: dict[str, Any]) -> Placeholder:
-        """Tensors of the scheme in `entry` for the float `module`; ValueError when it is none that holds experts."""
+        """Placeholder of the scheme in `entry` for the float `module`; ValueError for experts it cannot replace."""
         obstacle = experts_obstacle(module) if holds_experts(module) else "it holds no experts"
         if obstacle:
             raise ValueError(f"expected experts in 3-D parameters, got a {type(module).__name__}: {obstacle}")
@@ -231,7 +234,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
 
     @classmethod
     def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[WeightOnlyQuantizedExperts]:
-        """One module for each; ValueError or TypeError for tensors that do not fit the scheme."""
+        """Make one module of each placeholder; ValueError or TypeError for tensors that do not fit the scheme."""
         modules = []
         for place in loaded:
             experts, rows, hidden = place.shape
@@ -289,7 +292,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
 
     def _expected_names(self, given: dict[str, torch.Tensor]) -> list[str]:
         needed = {"codes", "scales"} | (set() if self.scheme.symmetric else {"zero_points"})
-        present = {"g_idx": "perm", "bias": "bias"}  # those of a module with weights, else whatever is given
+        present = {"g_idx": "perm", "bias": "bias"}  # if the module has them; without weights, if given
         empty = self._gate_up_packed is None
 
         def wanted(projection: str, name: str) -> bool:
@@ -328,7 +331,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
 
 
 def _flags(entry: dict[str, Any], name: str) -> list[bool]:
-    """Value `name` of a saved configuration's entry, one for each projection; ValueError when it is none."""
+    """Value `name` of a saved configuration's entry, one bool for each projection; ValueError for another value."""
     flags = entry[name]
     if not isinstance(flags, list) or len(flags) != len(PROJECTIONS) or not all(isinstance(f, bool) for f in flags):
         raise ValueError(f"{name}: expected two of true or false, got {flags!r}")

@@ -1,4 +1,4 @@
-"""Modules that compute in another way than their class does, which can be taken back."""
+"""Fused replacements of a module's `forward`, which can be undone."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 
 
 class FusedForward:
-    """Stands in for a module's `forward`; the modules within it may not be called, nor their hooks."""
+    """Replaces a module's `forward`; submodules and their hooks may not be called."""
 
 
 def fused_forward(module: nn.Module) -> FusedForward | None:
-    """The object that stands in for the `forward` of `module`, if it is fused."""
+    """The `FusedForward` that replaces the `forward` of `module`, or None."""
     forward = vars(module).get("forward")
     return forward if isinstance(forward, FusedForward) else None
 
 
 def restore_forwards(model: nn.Module, *kinds: type[FusedForward]) -> None:
-    """Let every module of `model` that one of the `kinds` computes, by default any, be computed by its class again."""
+    """Undo the fused forwards of the given `kinds`, by default all, in every module of `model`."""
     for module in model.modules():
         if isinstance(fused_forward(module), kinds or FusedForward):
             del module.forward
@@ -27,7 +27,7 @@ def restore_forwards(model: nn.Module, *kinds: type[FusedForward]) -> None:
 
 @contextmanager
 def restored_forwards(model: nn.Module) -> Iterator[None]:
-    """Let every module of `model` be computed by its class for a while, so that all modules and hooks are called."""
+    """Undo all fused forwards of `model` within the context, so that all submodules and hooks are called."""
     fused = {module: vars(module)["forward"] for module in model.modules() if fused_forward(module)}
     restore_forwards(model)
     try:

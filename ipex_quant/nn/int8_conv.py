@@ -20,12 +20,12 @@ from .quantized_module import Placeholder, QuantizedModule, autocast, check_bias
 class Int8Conv(QuantizedModule):
     """An ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d`` whose input and weight are quantized to 8 bits.
 
-    The weight is ``[out, in / groups, *kernel_size]``, `x` float32, bfloat16 or float16 ``[N, in, *places]`` or
-    ``[in, *places]`` on the CPU; the result is in its dtype, or under torch.autocast in autocast's, and has no
-    gradient. `from_float` makes a module.
+    The weight is ``[out, in / groups, *kernel_size]``, `x` float32, bfloat16 or float16 ``[N, in, *spatial]`` or
+    ``[in, *spatial]`` on the CPU; the result has its dtype, or autocast's under torch.autocast, and no gradient.
+    `from_float` makes a module.
 
-    The state dict holds plain tensors: `codes` int8 as the weight, `scales` float32 ``[out, 1]``, `input_scale` float32
-    ``[1]``, `input_zero_point` int32 ``[1]``, and `bias` float32 where there is one.
+    The state dict holds plain tensors: `codes` int8 in the shape of the weight, `scales` float32 ``[out, 1]``,
+    `input_scale` float32 ``[1]``, `input_zero_point` int32 ``[1]``, and `bias` float32 if there is one.
     """
 
     kind = "int8_conv"
@@ -52,9 +52,8 @@ class Int8Conv(QuantizedModule):
     ) -> Int8Conv:
         """Quantize the weight of `conv`, one scale per output channel, for an input quantized as `activation` says.
 
-        `scales`, float32 ``[out]``, are those of the weight when given and found from it otherwise.
-        Raises ValueError for a convolution that `conv_obstacle` refuses, for smoothing, and for a weight with NaN or
-        Inf.
+        The `scales` of the weight, float32 ``[out]``, are computed from it unless given. Raises ValueError for a
+        convolution that `conv_obstacle` refuses, for a smoothing factor, and for a weight with NaN or Inf.
         """
         reason = conv_obstacle(conv)
         if reason:
@@ -69,7 +68,7 @@ class Int8Conv(QuantizedModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dims = len(self.kernel_size)
-        if not torch.jit.is_tracing():  # which would warn that it forgets the check
+        if not torch.jit.is_tracing():  # tracing would warn that it cannot record the check
             self._check(x, dims)
         x = autocast(x).detach()
         contiguous, batched = x.is_contiguous(), x.dim() == dims + 2
@@ -97,14 +96,14 @@ class Int8Conv(QuantizedModule):
         return ops.PackedConv(self._data, self._scales, self.weight_shape, self.groups)
 
     def _codes(self, x: torch.Tensor) -> torch.Tensor:
-        """The quantized input, channels last, as the kernel reads it."""
+        """Quantize the input; returns channels last, as the kernel reads it."""
         last = x.movedim(1, -1)
         if last.is_contiguous():
             return ops.quantize_activation(last, self._multiplier, self.activation.zero_point)
         return ops.quantize_activation(x, self._multiplier, self.activation.zero_point).movedim(1, -1).contiguous()
 
     def _paddings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Places before and after those of the input, for each dimension."""
+        """Padding before and after the input in each dimension."""
         if self.padding == "valid":
             return (0,) * len(self.kernel_size), (0,) * len(self.kernel_size)
         if self.padding != "same":
@@ -119,7 +118,7 @@ class Int8Conv(QuantizedModule):
 
     @property
     def is_depthwise(self) -> bool:
-        """Whether every output channel reads a single input channel of several."""
+        """Whether every group has a single input channel, and there are several groups."""
         return self._packed.is_depthwise
 
     @property
@@ -129,7 +128,7 @@ class Int8Conv(QuantizedModule):
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def quantized_weight(self) -> QuantizedWeight:
-        """The plain form of the weight, one row an output channel, in new tensors."""
+        """The plain form of the weight, one row per output channel, in new tensors."""
         return ops.unpack_conv(self._packed)
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
@@ -137,7 +136,7 @@ class Int8Conv(QuantizedModule):
         return ops.conv_dequantize(self._packed, dtype)
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
-        """Weight, bias and what the input is quantized with, as the state dict has them."""
+        """Weight, bias, and scale and zero point of the input, as the state dict has them."""
         qw = self.quantized_weight()
         tensors = {
             "codes": qw.codes.view(self.weight_shape),
@@ -148,12 +147,12 @@ class Int8Conv(QuantizedModule):
         return tensors if self._bias is None else tensors | {"bias": self._bias}
 
     def describe(self) -> dict[str, Any]:
-        """Whether there is a bias; the rest is the float convolution's."""
+        """Whether there is a bias; the float convolution tells the rest."""
         return {"bias": self._bias is not None}
 
     @classmethod
     def placeholder(cls, module: nn.Module, entry: dict[str, Any]) -> Placeholder:
-        """Tensors of the convolution `module`; ValueError when it is none that can be quantized."""
+        """Placeholder for the convolution `module`; ValueError for a module that cannot be quantized."""
         if not is_convolution(module) or conv_obstacle(module):
             raise ValueError(f"expected a convolution that can be quantized, got a {type(module).__name__}")
         rows, shape = module.out_channels, tuple(module.weight.shape)
@@ -165,12 +164,12 @@ class Int8Conv(QuantizedModule):
             "bias": (torch.float32, (rows,)) if flag(entry, "bias") else None,
         }
         place = Placeholder(shape, entry, tensors)
-        vars(place)["conv"] = module  # which is no child, with tensors to load
+        vars(place)["conv"] = module  # not as a child, whose tensors would be loaded
         return place
 
     @classmethod
     def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[Int8Conv]:
-        """One module for each; ValueError or TypeError for tensors that do not fit."""
+        """Make one module of each placeholder; ValueError or TypeError for tensors that do not fit."""
         modules = []
         for place in loaded:
             module, tensors = cls(place.conv), place.tensors
@@ -221,6 +220,3 @@ class Int8Conv(QuantizedModule):
         plain = state.pop("_plain")
         super().__setstate__(state)
         self._set_weight(plain, self.activation)
-
-
-# An op, since compilers cannot look into packed weights.

@@ -26,18 +26,18 @@ ACTIVATIONS = ("static", "per_token")
 class Int8Linear(QuantizedModule, PackedLinear):
     """``y = quantize(x) @ weight.T + bias`` in integers, with an INT8 weight ``[out_features, in_features]``.
 
-    `x` is float32, bfloat16 or float16 ``[..., in_features]`` on the CPU, the result ``[..., out_features]`` in its
-    dtype, or under torch.autocast in autocast's. The gradient that `x` gets is that of a product with the
-    dequantized weight. `make_group` makes modules.
+    `x` is float32, bfloat16 or float16 ``[..., in_features]`` on the CPU; the result ``[..., out_features]`` has its
+    dtype, or autocast's under torch.autocast. The gradient of `x` is that of a matmul with the dequantized weight.
+    `make_group` makes modules.
 
-    The members of a share group hold one packed weight. The first one, called with a tensor, computes the results of
-    all; the others take theirs when they are called with the same tensor, and compute it alone otherwise. A tensor that
-    changed in between is noticed by its version, which writes through ``.data`` do not count; one of inference mode has
-    none, and is compared with a copy. A copy of one member alone keeps the weight of all.
+    The modules of a share group hold one packed weight. The first one computes the results of all when it is called;
+    the others take theirs when called with the same tensor, and compute alone otherwise. A change of the tensor in
+    between shows in its version, which does not count writes through ``.data``; an inference tensor has no version and
+    is compared with a copy. A copy of one module alone keeps the weights of the whole group.
 
     The state dict holds plain tensors: `codes` int8 ``[out_features, in_features]``, `scales` float32
-    ``[out_features, 1]``, and where there are such `bias` float32, `smoothing_factor` float32 ``[in_features]``,
-    `input_scale` float32 ``[1]`` and `input_zero_point` int32 ``[1]``.
+    ``[out_features, 1]``, and, if present, `bias` float32, `smoothing_factor` float32 ``[in_features]``, `input_scale`
+    float32 ``[1]`` and `input_zero_point` int32 ``[1]``.
     """
 
     kind = "int8"
@@ -61,10 +61,10 @@ class Int8Linear(QuantizedModule, PackedLinear):
         activation: StaticActivation | None,
         dtype: torch.dtype,
     ) -> list[Int8Linear]:
-        """One module for each of `weights`, which all multiply the same tensor; a single one is a group of its own.
+        """Make one module for each of `weights`, a share group: all multiply the same tensor.
 
-        The weights are INT8, symmetric per channel, `biases` float ``[out_features]`` or None. `activation` says how
-        calibration found the input to be quantized; None quantizes every token to its own range. `dtype` is what
+        The weights are INT8, symmetric per channel, `biases` float ``[out_features]`` or None. `activation` is the
+        static quantization of the input; None quantizes every token to its own range. `dtype` is the dtype that
         `weight` reports. Raises ValueError for tensors that do not fit each other.
         """
         if len(biases) != len(weights):
@@ -78,7 +78,7 @@ class Int8Linear(QuantizedModule, PackedLinear):
 
     @property
     def activation(self) -> StaticActivation | None:
-        """How the input is quantized; None is per token."""
+        """Static quantization of the input; None means per token."""
         return self.share_group.inputs[self.member].activation
 
     @property
@@ -88,19 +88,19 @@ class Int8Linear(QuantizedModule, PackedLinear):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the module's own part of what its group holds."""
+        """Bytes of this module's part of its group's tensors."""
         return self.share_group.nbytes(self.member)
 
     def quantized_weight(self) -> QuantizedWeight:
-        """The plain form of the weight, which multiplies the smoothed input, unpacked into new tensors."""
+        """The plain form of the weight, in new tensors; it multiplies the smoothed input."""
         return ops.unpack_int8(self.share_group.packed.member(self.member))[0]
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """``[out_features, in_features]``: what the input is multiplied by, before it is smoothed."""
+        """Dequantized weight times smoothing factor, ``[out_features, in_features]``: it multiplies the plain input."""
         return ops.int8_dequantize(self.share_group.packed, self.member, self._smoothing_factor, dtype)
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
-        """Weight, bias and what the input is quantized with, in new tensors: files may not hold one under two names."""
+        """Weight, bias and input parameters in new tensors, since files may not hold one tensor under two names."""
         qw, bias = self.quantized_weight(), self._float_bias()
         tensors = self.share_group.inputs[self.member].plain_tensors() | ({} if bias is None else {"bias": bias})
         return {"codes": qw.codes, "scales": qw.scales} | {name: tensor.clone() for name, tensor in tensors.items()}
@@ -115,7 +115,7 @@ class Int8Linear(QuantizedModule, PackedLinear):
 
     @classmethod
     def placeholder(cls, module: nn.Module, entry: dict[str, Any]) -> Placeholder:
-        """Tensors of the linear layer `module`; ValueError for an entry that describes none."""
+        """Placeholder for the linear layer `module`; ValueError for an invalid `entry`."""
         if entry["activation"] not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {list(ACTIVATIONS)}, got {entry['activation']!r}")
         static, smoothed = entry["activation"] == "static", flag(entry, "smoothed")
@@ -134,7 +134,7 @@ class Int8Linear(QuantizedModule, PackedLinear):
 
     @classmethod
     def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[Int8Linear]:
-        """The members of one share group; ValueError or TypeError for tensors that do not fit each other."""
+        """Make the modules of one share group; ValueError or TypeError for tensors that do not fit each other."""
         tensors = [place.tensors for place in loaded]
         activations = [read_activation(each) for each in tensors]
         if not all(same_activation(activation, activations[0]) for activation in activations):
@@ -171,12 +171,13 @@ class Int8Linear(QuantizedModule, PackedLinear):
 
 
 class _Differentiable(torch.autograd.Function):
-    """Rounding of the input passes gradients on as they come, as if it were not there (arXiv 1308.3432)."""
+    """The straight-through gradient, which ignores the rounding of the input (arXiv 1308.3432)."""
 
     @staticmethod
     def forward(ctx, x, result, module):
         ctx.dtype = x.dtype
-        ctx.weight = module.share_group.packed, module.member, module._smoothing_factor  # the module may get another
+        # The weight itself, since the module may get another one before `backward`.
+        ctx.weight = module.share_group.packed, module.member, module._smoothing_factor
         return result.view_as(result)
 
     @staticmethod
@@ -185,7 +186,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 class QuantizedInput:
-    """How a share group quantizes its input, with the tensors that this takes."""
+    """Quantizes the input of a share group, and holds the tensors that this needs."""
 
     def __init__(self, activation: StaticActivation | None) -> None:
         self.activation = activation
@@ -195,7 +196,7 @@ class QuantizedInput:
             self.zero_point = torch.tensor([activation.zero_point], dtype=torch.int32)
 
     def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes uint8 ``[..., K]``, with scales and zero points ``[1]`` or ``[M]``."""
+        """Return codes, uint8 ``[..., K]``, scales and zero points, both ``[1]`` or ``[M]``."""
         if self.activation is None:
             return ops.quantize_activation_per_token(x)
         return ops.quantize_activation(x, self.multiplier, self.activation.zero_point), self.scale, self.zero_point
@@ -208,7 +209,7 @@ class QuantizedInput:
         )
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
-        """What a state dict holds of it."""
+        """The tensors that a state dict holds, by name."""
         if self.activation is None:
             return {}
         tensors = {"input_scale": self.scale, "input_zero_point": self.zero_point}
@@ -217,10 +218,10 @@ class QuantizedInput:
 
 
 class _Pending(NamedTuple):
-    """Results that the first member computed from `x`; None where they were taken.
+    """Results for `x` that the first module of a share group computed for all; None where they were taken.
 
-    `thread` may take them, so that none is taken twice. `before` tells whether `x` is still as it was: its version
-    then, or where it has none a copy.
+    Only `thread` may take them, so that none is taken twice. `before` tells whether `x` has changed since: its version
+    at the time, or a copy of an inference tensor.
     """
 
     x: torch.Tensor
@@ -230,10 +231,10 @@ class _Pending(NamedTuple):
 
 
 class ShareGroup:
-    """What the members of a share group hold together: packed weights, biases, and results not taken yet.
+    """The packed weights and biases of a share group, and results that its members have not taken yet.
 
-    `inputs` has one entry a member, which are the same object unless members were loaded with different activations;
-    such members compute alone. `packed` and `bias` are replaced, never written to, so that threads may go on reading.
+    `inputs` has one entry per member. All are the same object unless members were loaded with different activations;
+    then each computes alone. `packed` and `bias` are replaced, never written to, so that other threads can read on.
     """
 
     def __init__(
@@ -250,7 +251,7 @@ class ShareGroup:
             _check_smoothing(each.activation, self.packed.in_features)
 
     def output(self, member: int, x: torch.Tensor) -> torch.Tensor:
-        """The result of one member for `x`."""
+        """Return the result of one member for `x`."""
         if len(self.inputs) == 1:
             return self._multiply(self.inputs[0], x, self.packed, self.bias)[0]
         if not self.has_one_input() or _strict_export():
@@ -275,11 +276,11 @@ class ShareGroup:
     def multiply(
         self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, others: Sequence[torch.Tensor] = ()
     ) -> list[torch.Tensor]:
-        """``post_op(x @ weight.T + bias, others)`` of every member, which quantize `x` alike; has no gradient."""
+        """``post_op(x @ weight.T + bias, others)`` of every member; all must quantize `x` alike. Has no gradient."""
         return ops.int8_linear(*self.inputs[0].quantize(x), self.packed, self.bias, x.dtype, post_op, others)
 
     def multiply_gated(self, x: torch.Tensor, activation: PostOp) -> torch.Tensor:
-        """The activated result of the first of two members times that of the second."""
+        """``activation(gate) * up``, where gate and up are the results of two members."""
         return ops.int8_linear_gated(*self.inputs[0].quantize(x), self.packed, self.bias, x.dtype, activation)
 
     def bias_of(self, member: int) -> torch.Tensor | None:
@@ -287,7 +288,7 @@ class ShareGroup:
         return None if self.bias is None else self.bias.split(self.packed.out_features)[member]
 
     def set_bias(self, member: int, bias: torch.Tensor) -> None:
-        """Give one member another bias; ValueError when its shape is not ``[out_features]``."""
+        """Replace the bias of one member; ValueError when its shape is not ``[out_features]``."""
         counts = self.packed.out_features
         joined = torch.zeros(sum(counts), dtype=torch.float32) if self.bias is None else self.bias.clone()
         joined.split(counts)[member].copy_(check_bias(bias, counts[member]))
@@ -295,7 +296,7 @@ class ShareGroup:
         self._pending = None
 
     def replace(self, member: int, weight: QuantizedWeight, activation: StaticActivation | None) -> None:
-        """Give one member another weight and activation; ValueError when they do not fit."""
+        """Replace the weight and activation of one member; ValueError when they do not fit."""
         _check_smoothing(activation, self.packed.in_features)
         weights = ops.unpack_int8(self.packed)
         weights[member] = weight
@@ -305,7 +306,7 @@ class ShareGroup:
         self._pending = None
 
     def nbytes(self, member: int) -> int:
-        """Bytes of one member's part; those of all members add up to what the group holds."""
+        """Bytes of one member's part; the parts of all members add up to the group's tensors."""
         inputs = {id(each): each.nbytes for each in self.inputs}
         total = self.packed.nbytes + (0 if self.bias is None else self.bias.nbytes) + sum(inputs.values())
         counts = self.packed.out_features
@@ -322,7 +323,7 @@ class ShareGroup:
         return ops.int8_linear(*quantized_input.quantize(x), packed, bias, x.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pickles may be read by another machine or version, so they hold plain weights; results stay here.
+        # Pickles may be read by another machine or version, so they hold plain weights, and no pending results.
         return {"weights": ops.unpack_int8(self.packed), "inputs": self.inputs, "bias": self.bias}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -330,7 +331,7 @@ class ShareGroup:
         self.inputs, self.bias, self._pending = state["inputs"], state["bias"], None
 
     def process_state(self) -> dict[str, Any]:
-        """What another process of this machine gets, which shares the memory of the tensors."""
+        """State for another process of this machine, which shares the memory of the tensors."""
         return {**self.__dict__, "_pending": None}
 
 
@@ -342,24 +343,24 @@ def _thread() -> int | None:
 
 
 def _strict_export() -> bool:
-    # It can trace no version.
+    # Strict export cannot trace `_version`.
     return torch.compiler.is_dynamo_compiling() and _is_exporting()
 
 
 @torch.compiler.assume_constant_result
 def _is_exporting() -> bool:
-    # Dynamo of torch 2.10 answers this itself, and says yes to torch.compile too.
+    # Dynamo of torch 2.10 would evaluate is_exporting() itself, to True under torch.compile too.
     return torch.compiler.is_exporting()
 
 
 def _state(x: torch.Tensor) -> int | torch.Tensor:
-    # Tensors of inference mode have no version, and Dynamo cannot trace the question whether one is such.
+    # Inference tensors have no version, and Dynamo cannot trace `is_inference`.
     return x._version if torch.compiler.is_compiling() or not x.is_inference() else x.clone()
 
 
 def _is_as_before(x: torch.Tensor, before: int | torch.Tensor) -> bool:
     if torch.compiler.is_compiling():
-        # A graph cannot be traced both ways, so that one that writes to a shared input does not compile.
+        # A graph holds only one of both ways, so that a model that writes to a shared input does not compile.
         message = "Int8Linear: the input of a share group changed between its members' calls"
         torch._check(before == x._version, lambda: message)
         return True

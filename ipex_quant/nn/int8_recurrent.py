@@ -24,11 +24,11 @@ State = tuple[torch.Tensor, ...]
 
 
 class _Int8Weights(QuantizedModule):
-    """What layers and cells have in common: the weights, each in 8 bits with one scale per output channel.
+    """Base of layers and cells: INT8 weights with one scale per output channel.
 
     The state dict holds plain tensors: for each weight of torch's module, such as ``weight_ih_l0``, `codes_ih_l0` int8
     and `scales_ih_l0` float32 ``[rows, 1]``, and for each bias `bias_ih_l0` float32. Dropout between layers is not
-    applied. `weight` reports all weights in one dimension, one after another.
+    applied. `weight` is all weights, flattened and concatenated.
     """
 
     entry_names = frozenset()
@@ -50,7 +50,7 @@ class _Int8Weights(QuantizedModule):
     ) -> _Int8Weights:
         """Quantize the weights of `module`, each with the scales, float32 ``[rows]``, that `find_scales` gives for it.
 
-        Raises ValueError for a module that is none of this kind, or that overrides forward, and for NaN or Inf.
+        Raises ValueError for a module of another kind or one that overrides forward, and for NaN or Inf.
         """
         _check(cls, module)
         made, tensors = cls(module), {}
@@ -73,7 +73,7 @@ class _Int8Weights(QuantizedModule):
 
     @property
     def bias(self) -> bool:
-        """Whether there are biases, as torch's modules have it."""
+        """Whether there are biases, as in torch's modules."""
         return bool(self._biased)
 
     @property
@@ -93,7 +93,7 @@ class _Int8Weights(QuantizedModule):
         return tensors
 
     def dequantized_parameters(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Weights and biases by the names that torch's module has for them, in new tensors."""
+        """Dequantized weights and biases by their names in torch's module, in new tensors."""
         plain = self.plain_tensors()
         weights = {
             f"weight_{name}": affine.dequantize(_weight(plain, name, shape), dtype)
@@ -102,26 +102,26 @@ class _Int8Weights(QuantizedModule):
         return weights | {f"bias_{name}": plain[f"bias_{name}"].to(dtype) for name in sorted(self._biased)}
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """The real values of all weights, in one dimension."""
+        """The real values of all weights, flattened and concatenated."""
         values = self.dequantized_parameters(dtype)
         return torch.cat([values[f"weight_{name}"].flatten() for name in self._shapes])
 
     def describe(self) -> dict[str, Any]:
-        """Nothing: all is as in the float module."""
+        """An empty dict: the float module tells everything."""
         return {}
 
     @classmethod
     def placeholder(cls, module: nn.Module, entry: dict[str, Any]) -> Placeholder:
-        """Tensors of the recurrent `module`; ValueError when it is none of this kind."""
+        """Placeholder for the recurrent `module`; ValueError for a module of another kind."""
         _check(cls, module)
         made = cls(module)
         place = Placeholder(made.weight_shape, entry, made._kinds())
-        vars(place)["made"] = made  # which is no child, with tensors to load
+        vars(place)["made"] = made  # not as a child, whose tensors would be loaded
         return place
 
     @classmethod
     def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[_Int8Weights]:
-        """One module for each; ValueError or TypeError for tensors that do not fit."""
+        """Make one module of each placeholder; ValueError or TypeError for tensors that do not fit."""
         for place in loaded:
             place.made._load_weight(place.tensors)
         return [place.made for place in loaded]
@@ -150,12 +150,12 @@ class _Int8Weights(QuantizedModule):
         self._groups = groups
 
     def _multiply(self, name: str, x: torch.Tensor) -> list[torch.Tensor]:
-        """Products of float32 `x` with the weights that are named with `name`, biases added, in float32."""
+        """Multiply float32 `x` by the weights of group `name` and add biases; one float32 result per weight."""
         group = self._groups[name]
         return ops.int8_linear(*ops.quantize_activation_per_token(x), group.packed, group.bias, torch.float32)
 
     def _step(self, inputs: torch.Tensor, state: State, end: str) -> State:
-        """The next state, from the product of the input and the current one; `end` is that of the weights' names."""
+        """Next state from the input times its weight and the current state; `end` is the weights' suffix."""
         hidden = self._multiply(f"hh{end}", state[0])[0]
         new = _STEPS[self.mode](inputs, hidden, state)
         return (self._multiply(f"hr{end}", new[0])[0], *new[1:]) if f"hr{end}" in self._groups else new
@@ -180,10 +180,10 @@ class _Int8Weights(QuantizedModule):
 class Int8Recurrent(_Int8Weights):
     """An ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` whose weights, inputs and hidden states are quantized to 8 bits.
 
-    It takes and returns what torch's module does: tensors float32, bfloat16 or float16, padded, packed or of one
-    sequence, on the CPU, and gives no gradient. Gates and states are float32 within a call; results have the dtype of
-    the input, or under torch.autocast autocast's. Weights have one scale per output channel, every row of an input or
-    hidden state has its own range. `from_float` makes a module.
+    It is called like torch's module: with float32, bfloat16 or float16 tensors on the CPU, padded, packed or of one
+    sequence. It has no gradient. Gates and states are float32 within a call; results have the dtype of the input, or
+    autocast's under torch.autocast. Weights have one scale per output channel; every row of an input or hidden state is
+    quantized to its own range. `from_float` makes a module.
     """
 
     kind = "int8_recurrent"
@@ -198,7 +198,7 @@ class Int8Recurrent(_Int8Weights):
         self.proj_size, self.dropout = module.proj_size, 0.0
 
     def flatten_parameters(self) -> None:
-        """Do nothing; model code asks for it, for GPUs."""
+        """Do nothing; model code calls this for GPUs."""
 
     def forward(self, input: torch.Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         if isinstance(input, PackedSequence):
@@ -242,7 +242,7 @@ class Int8Recurrent(_Int8Weights):
         return state if self.mode == "LSTM" else state[0]
 
     def _layers(self, data: torch.Tensor, sizes: list[int], state: State) -> tuple[torch.Tensor, State]:
-        """All layers over the steps in `data`, which follow one another with ``sizes[t]`` rows each."""
+        """Run all layers over the steps of `data`, which follow one another with ``sizes[t]`` rows each."""
         dtype = autocast_dtype(data)
         ends = ("", "_reverse")[: 1 + self.bidirectional]
         x, finals = data.detach().to(dtype).float(), []
@@ -258,11 +258,11 @@ class Int8Recurrent(_Int8Weights):
         return x.to(dtype), tuple(torch.stack(each).to(dtype) for each in zip(*finals, strict=True))
 
     def _scan(self, inputs: Sequence[torch.Tensor], state: State, end: str) -> tuple[torch.Tensor, State]:
-        """One direction of one layer: its outputs, in the order of the steps, and the last state of each sequence."""
+        """Run one direction of one layer; returns outputs in the order of the steps, and each sequence's last state."""
         outputs = []
         steps = inputs[::-1] if end.endswith("_reverse") else inputs
         for step in steps:
-            rows = len(step)  # shorter sequences come last; they have ended, or from behind not begun
+            rows = len(step)  # shorter sequences come last: they have ended or, in reverse, not begun
             new = self._step(step, tuple(s[:rows] for s in state), end)
             outputs.append(new[0])
             state = tuple(torch.cat([n, s[rows:]]) for n, s in zip(new, state, strict=True))
@@ -293,7 +293,7 @@ class Int8RecurrentCell(_Int8Weights):
 
 
 def int8_recurrent_class(module: nn.Module) -> type[_Int8Weights]:
-    """The class that stands for a recurrent layer or cell."""
+    """The quantized class that replaces a recurrent layer or cell."""
     return Int8RecurrentCell if isinstance(module, nn.RNNCellBase) else Int8Recurrent
 
 

@@ -1,4 +1,4 @@
-"""Which modules are linear layers, where their weight is, and which layers cannot be quantized."""
+"""Tells which modules are linear layers, where their weight is, and which layers cannot be quantized."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def output_head(model: nn.Module) -> str | None:
-    """Name of the linear that makes logits of tokens, as transformers tells it; None for a model without one."""
+    """Name of the linear layer that computes logits (transformers' output embeddings), or None."""
     get = getattr(model, "get_output_embeddings", None)
     head = None if get is None else get()
     return next((name for name, module in model.named_modules() if module is head and is_linear(module)), None)
 
 
 class PackedLinear(nn.Linear):
-    """What quantized linear layers are to others, peft among them, which know linear layers by their class.
+    """Base of quantized linear layers, by which other libraries (peft) recognize them as linear layers.
 
     It has none of the parameters of an ``nn.Linear``.
     """
@@ -32,7 +32,7 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)
 
     def dequantize(self) -> nn.Linear:
-        """An ``nn.Linear`` with the values that `weight` and `bias` stand for, in their dtype, for inference."""
+        """Return an ``nn.Linear`` with the dequantized `weight` and the `bias`, in their dtype, for inference."""
         weight, bias = self.weight, self.bias
         layer = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype)
         tensors = {"weight": weight.clone()} | ({} if bias is None else {"bias": bias.clone()})
@@ -58,7 +58,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def obstacle(module: nn.Module) -> str | None:
-    """Why no quantized layer can stand where the linear layer `module` is; None when one can."""
+    """Reason why the linear layer `module` cannot be replaced by a quantized one, or None."""
     base: Any = next(cls for cls in (nn.Linear, *_conv1d()) if isinstance(module, cls))
     if type(module).forward is not base.forward and not _computes_linear(module):
         return f"{type(module).__name__} overrides {base.__name__}.forward"
@@ -71,7 +71,7 @@ def is_convolution(module: nn.Module) -> bool:
 
 
 def conv_obstacle(conv: nn.Module) -> str | None:
-    """Why no quantized convolution can stand where the convolution `conv` is; None when one can."""
+    """Reason why the convolution `conv` cannot be replaced by a quantized one, or None."""
     base: Any = next(cls for cls in _CONVOLUTIONS if isinstance(conv, cls))
     own: Any = type(conv)
     if own.forward is not base.forward or own._conv_forward is not base._conv_forward:
@@ -80,7 +80,7 @@ def conv_obstacle(conv: nn.Module) -> str | None:
 
 
 def weight_obstacle(module: nn.Module) -> str | None:
-    """Why the weight of the linear layer `module` cannot be quantized; None when it can."""
+    """Reason why the weight of the linear layer `module` cannot be quantized, or None."""
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is computed from other parameters"
@@ -92,10 +92,10 @@ def weight_obstacle(module: nn.Module) -> str | None:
 
 
 def holds_experts(module: nn.Module) -> bool:
-    """Whether `module`, no convolution, holds 3-D parameters: how transformers stacks the experts of a layer.
+    """Whether `module` holds 3-D parameters, as transformers stacks the experts of a layer.
 
-    A parameter of one expert counts for nothing, since embeddings of tokens and positions look like that; nor do those
-    that a list holds, of which a parametrized convolution makes its weight.
+    Convolutions do not count; nor do parameters with a single expert, since embeddings of tokens and positions look
+    like that; nor parameters in a list, from which a parametrized convolution computes its weight.
     """
     convolution = isinstance(module, (nn.modules.conv._ConvNd, nn.ModuleList))
     shapes = (parameter.shape for parameter in module.parameters(recurse=False))
@@ -103,7 +103,7 @@ def holds_experts(module: nn.Module) -> bool:
 
 
 def _computes_linear(module: nn.Module) -> bool:
-    """Whether the forward of an ``nn.Linear`` subclass, tried with a small weight, gives what ``F.linear`` does."""
+    """Whether the forward of an ``nn.Linear`` subclass, run with a small weight, returns the same as ``F.linear``."""
     own = {*module._parameters, *module._buffers, *module._modules}
     if not isinstance(module, nn.Linear) or own != {"weight", "bias"}:
         return False
@@ -120,7 +120,7 @@ def _computes_linear(module: nn.Module) -> bool:
         takes_more = len(inspect.signature(type(module).forward).parameters) != 2
         result = type(module).forward(probe, x)
         return not takes_more and torch.allclose(result, nn.functional.linear(x, weight, bias), rtol=1e-4, atol=1e-6)
-    except Exception:  # whatever goes wrong in code that is not ours, the layer is no plain linear
+    except Exception:  # any failure of foreign code means that the layer is no plain linear
         return False
 
 

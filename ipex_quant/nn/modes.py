@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put every module of `models` in evaluation mode, and back."""
+    """Put every module of `models` in evaluation mode within the context."""
     training = [module for model in models for module in model.modules() if module.training]
     for model in models:
         model.eval()

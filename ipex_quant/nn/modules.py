@@ -1,4 +1,4 @@
-"""The quantized modules where IPEX has them."""
+"""The quantized modules, in the place where IPEX has them."""
 
 from .weight_only_linear import WeightOnlyQuantizedLinear
 

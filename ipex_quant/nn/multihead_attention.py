@@ -1,4 +1,4 @@
-"""`SplitMultiheadAttention`: torch's multi-head attention with projections that are linear layers of their own."""
+"""`SplitMultiheadAttention`: torch's multi-head attention with its projections as separate linear layers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _PROJECTIONS = (*_INPUTS, "out_proj")
 class SplitMultiheadAttention(nn.MultiheadAttention):
     """An ``nn.MultiheadAttention`` that calls linear layers `q_proj`, `k_proj`, `v_proj` and `out_proj`.
 
-    It takes and returns what torch's module does, nested tensors excepted. Attributes of torch's that hold weights and
-    biases read those of the layers. `_qkv_same_embed_dim` is False, which keeps ``nn.TransformerEncoderLayer`` from
-    handing weights to an op. While no layer is quantized, the state dict has the names and shapes of the module that
-    this one was made of; tensors with such names load into float layers.
+    It is called like torch's module, but takes no nested tensors. Attributes of torch's for weights and biases return
+    those of the layers. `_qkv_same_embed_dim` is False, which keeps ``nn.TransformerEncoderLayer`` from passing weights
+    to an op. While no layer is quantized, the state dict has the names and shapes of torch's module; tensors with these
+    names load into float layers.
     """
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
@@ -41,13 +41,13 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
 
     @property
     def in_proj_weight(self) -> torch.Tensor | None:
-        """The weights of `q_proj`, `k_proj` and `v_proj` one below the other; None where their widths differ."""
+        """The weights of `q_proj`, `k_proj` and `v_proj`, concatenated; None if their input widths differ."""
         same = self.kdim == self.vdim == self.embed_dim
         return _cat([layer.weight for layer in self._inputs()]) if same else None
 
     @property
     def in_proj_bias(self) -> torch.Tensor | None:
-        """The biases of `q_proj`, `k_proj` and `v_proj` one after the other; None without any."""
+        """The biases of `q_proj`, `k_proj` and `v_proj`, concatenated; None if there are none."""
         biases = [layer.bias for layer in self._inputs()]
         given = next((bias for bias in biases if bias is not None), None)
         if given is None:
@@ -83,7 +83,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal: it is a hint about attn_mask, expected one, got None")
         batched = _check_inputs(query, key, value)
-        # The tensors themselves, not views of them, so that layers know which of them are the same.
+        # The layers get the tensors themselves, not views, so that a share group recognizes a shared input.
         projected = self.q_proj(query), self.k_proj(key), self.v_proj(value)
         q, k, v = (self._batch_first(x, batched) for x in projected)
         sizes, added = (q.shape[0], q.shape[1], k.shape[1]), 0
@@ -116,7 +116,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         return output if self.batch_first else output.transpose(0, 1), weights
 
     def joined(self) -> nn.MultiheadAttention:
-        """The module of torch's with the weights of the layers, which must be float."""
+        """Return torch's module with the weights of the layers, which must be float."""
         made = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
         _take_over(made, self)
         made._qkv_same_embed_dim = self.kdim == self.vdim == self.embed_dim
@@ -139,7 +139,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         return made
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The state dict, with the names of torch's module while all projections are float."""
+        """Return the state dict, with the names of torch's module while all projections are float."""
         tensors = super().state_dict(*args, **kwargs)
         if self.is_float:
             prefix = kwargs.get("prefix", "")
@@ -152,7 +152,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         return tensors
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # torch made `state_dict` for this module and those in it.
+        # `state_dict` may be changed: torch copies it for each module.
         for name in _INPUTS:
             if f"{prefix}{name}_weight" in state_dict:
                 state_dict[f"{prefix}{name}.weight"] = state_dict.pop(f"{prefix}{name}_weight")
@@ -164,7 +164,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _reset_parameters(self) -> None:
-        """Do nothing, for the layers have their weights; transformers asks for it while it loads a model."""
+        """Do nothing, since the layers hold the weights; transformers calls this while it loads a model."""
 
     def _inputs(self) -> list[nn.Module]:
         return [self._modules[name] for name in _INPUTS]
@@ -181,7 +181,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         sizes: tuple[int, int, int],
         dtype: torch.dtype,
     ) -> torch.Tensor | None:
-        """What is added to the scores of all heads, for batch, query length and key length `sizes`; None for nothing.
+        """Additive mask of the scores of all heads, or None; `sizes` is batch, query length and key length.
 
         Raises RuntimeError for masks of other shapes and dtypes.
         """
@@ -199,7 +199,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
 
 
 def projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
-    """Linear layers over the memory of the weights and biases of a float `attention`."""
+    """Linear layers by name that share the memory of the weights and biases of a float `attention`."""
     if attention._qkv_same_embed_dim:
         weights = attention.in_proj_weight.chunk(3)
     else:
@@ -217,7 +217,7 @@ def is_split_attention(module: nn.Module) -> bool:
 
 
 def is_whole(module: nn.Module) -> bool:
-    """Whether `module` is an ``nn.MultiheadAttention`` as torch makes it, which can be split."""
+    """Whether `module` is an ``nn.MultiheadAttention``, as torch makes it, that can be split."""
     return (
         type(module) is nn.MultiheadAttention
         and isinstance(module.out_proj, nn.Linear)
@@ -227,7 +227,7 @@ def is_whole(module: nn.Module) -> bool:
 
 
 def attention_obstacle(module: nn.Module) -> str | None:
-    """Why the projections of `module`, if it is an ``nn.MultiheadAttention``, cannot be layers; None when they can."""
+    """Reason why `module` is an ``nn.MultiheadAttention`` that cannot be split, or None."""
     if not isinstance(module, nn.MultiheadAttention) or is_split_attention(module) or is_whole(module):
         return None
     if type(module) is nn.MultiheadAttention:
@@ -236,7 +236,7 @@ def attention_obstacle(module: nn.Module) -> str | None:
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules by name; in each ``nn.MultiheadAttention`` that can be split, the layers that it would have."""
+    """Yield all modules by name, with the layers that each ``nn.MultiheadAttention`` would be split into."""
     whole = {name: module for name, module in model.named_modules() if is_whole(module)}
     for name, module in model.named_modules():
         if name.rpartition(".")[0] in whole and module is whole[name.rpartition(".")[0]].out_proj:
@@ -248,13 +248,13 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def split_attentions(model: nn.Module, layers: Collection[str]) -> nn.Module:
-    """Split each ``nn.MultiheadAttention`` of `model` that would have one of the `layers`; `model` or its successor."""
+    """Split each ``nn.MultiheadAttention`` that would have one of the `layers`; returns `model` or its replacement."""
     parents = {name.rpartition(".")[0] for name in layers if name.rpartition(".")[2] in _PROJECTIONS}
     return _replaced(model, {name: module for name, module in model.named_modules() if name in parents}, is_whole)
 
 
 def join_attentions(model: nn.Module) -> nn.Module:
-    """Undo `split_attentions` wherever no projection is quantized."""
+    """Undo `split_attentions` where no projection is quantized; returns `model` or its replacement."""
     return _replaced(model, dict(model.named_modules()), lambda each: is_split_attention(each) and each.is_float)
 
 
@@ -273,12 +273,12 @@ def _replaced(model: nn.Module, modules: dict[str, nn.Module], chosen: Any) -> n
 
 
 def _take_over(new: nn.Module, old: nn.Module) -> None:
-    """Give `new` all that `old` has but parameters and modules, its hooks among that."""
+    """Copy the attributes of `old`, hooks included, to `new`, except parameters and modules."""
     vars(new).update({name: value for name, value in vars(old).items() if name not in ("_parameters", "_modules")})
 
 
 def _cat(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """One after the other; without values where one has none, while a model is loaded."""
+    """Concatenate `tensors`; on the meta device if one of them is there, as while a model is loaded."""
     on_meta = any(tensor.device.type == "meta" for tensor in tensors)
     return torch.cat([tensor.to("meta") if on_meta else tensor for tensor in tensors])
 
@@ -292,7 +292,7 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 
 def _check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the inputs are batched; RuntimeError for such that do not go together."""
+    """Whether the inputs are batched; RuntimeError for inputs that do not fit each other."""
     tensors = query, key, value
     if any(x.is_nested for x in tensors):
         raise RuntimeError("query, key, value: expected plain tensors, got a nested one; pad it")
@@ -311,7 +311,7 @@ def _check_shape(name: str, mask: torch.Tensor, *shapes: tuple[int, ...]) -> Non
 
 
 def _additive(name: str, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`mask` as what is added to scores: where it is True, minus infinity."""
+    """Mask to add to scores in `dtype`: a bool `mask` becomes minus infinity where it is True."""
     if mask.is_floating_point():
         return mask.to(dtype)
     if mask.dtype != torch.bool:

@@ -1,4 +1,4 @@
-"""Which modules are norms, and norms whose output is multiplied by a factor."""
+"""Tells which modules are norms, and how to multiply a norm's output by a factor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _VECTORS = ("weight", "bias")
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether `module` looks like a LayerNorm or RMSNorm over the last dimension: by its name and its vectors."""
+    """Whether `module` looks like a LayerNorm or RMSNorm over the last dimension, by its class name and parameters."""
     own = {name: p for name, p in module.named_parameters(recurse=False) if p is not None}
     weight = own.get("weight")
     return (
@@ -25,9 +25,9 @@ def is_norm(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def scaled_vectors(norm: nn.Module, factor: torch.Tensor, offset: float = 0.0) -> dict[str, torch.Tensor] | None:
-    """Weight and bias with which `norm` returns `factor` times as much, float32 ``[K]``; None when there are none.
+    """Weight and bias with which the output of `norm` is multiplied by `factor`, float32 ``[K]``; None if impossible.
 
-    They have the dtype of the old ones. The norm multiplies by its weight plus `offset`, which trying it shows.
+    They have the dtype of the old ones. The norm is taken to multiply by its weight plus `offset`; a run checks this.
     """
     vectors = {name: getattr(norm, name) for name in _VECTORS if getattr(norm, name, None) is not None}
     if any(vector.shape != factor.shape for vector in vectors.values()):
@@ -40,11 +40,11 @@ def scaled_vectors(norm: nn.Module, factor: torch.Tensor, offset: float = 0.0) -
     after._parameters = {**norm._parameters, **_parameters(new)}
     width = len(factor)
     generator = torch.Generator().manual_seed(0)
-    rows = 4 if width == 3 else 3  # so that channels are in the last dimension, and only there
+    rows = 4 if width == 3 else 3  # not `width`, so that a norm over another dimension fails
     x = torch.randn(2, rows, width, generator=generator, dtype=torch.float32)
     try:
         same = torch.allclose(after.forward(x), before.forward(x) * factor, rtol=1e-4, atol=1e-6)
-    except Exception:  # whatever a forward that is not ours needs, the norm can stay as it is
+    except Exception:  # on any failure of foreign code, the norm stays unchanged
         return None
     return {name: vector.to(vectors[name].dtype) for name, vector in new.items()} if same else None
 

@@ -1,7 +1,7 @@
-"""Objects that other processes of this machine get with their packed weights, in shared memory.
+"""Sending objects to other processes of this machine, with their packed weights in shared memory.
 
-Pickles hold plain weights, since another machine or version may read them. Between processes that would lose them:
-torch hands tensors over by file descriptors, which do not outlive tensors that were only made to be pickled.
+Pickles hold plain weights, since another machine or version may read them. Between processes these would be lost: torch
+passes tensors as file descriptors, which do not outlive tensors that were made only for the pickle.
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ from .weight_only_linear import SCHEME_ENTRY, WeightOnlyQuantizedLinear, plain_p
 class QuantizedEmbedding(QuantizedModule, PackedEmbedding):
     """``y = factor * dequantize(weight)[ids]`` with a packed weight ``[num_embeddings, embedding_dim]``.
 
-    `ids` is int64 or int32 of any shape, the result ``[*ids.shape, embedding_dim]`` in the dtype that `weight` reports,
-    which ``.to(dtype)`` changes. An id out of range raises RuntimeError. The packed weight is that of `table`, a
-    weight-only linear layer: its own, or the model's output layer, to which it then is tied: what is loaded or written
-    to the one is to the other. The state dict holds the plain tensors `codes`, `scales`, `zero_points` and `g_idx` of
-    `QuantizedWeight`, each where there is one. Results have no gradient.
+    `ids` is int64 or int32 of any shape; the result ``[*ids.shape, embedding_dim]`` has the dtype of `weight`, which
+    ``.to(dtype)`` changes, and no gradient. An id out of range raises RuntimeError. The packed weight belongs to
+    `table`, a weight-only linear layer: the embedding's own or, if tied, the model's output layer; a weight loaded into
+    or written to one of the two is then the other's too. The state dict holds the plain tensors `codes`, `scales`,
+    `zero_points` and `g_idx` of `QuantizedWeight`, each if there is one.
     """
 
     kind = "embedding"
@@ -45,7 +45,7 @@ class QuantizedEmbedding(QuantizedModule, PackedEmbedding):
     def from_float(cls, mod: nn.Embedding) -> QuantizedEmbedding:
         """Quantize the embedding `mod` as its attribute `qconfig`, a `QConfigWoq`, says, by rounding to nearest.
 
-        ValueError when it does more than look up rows, or when the weight holds NaN or Inf.
+        Raises ValueError for an embedding that `embedding_obstacle` refuses, and for NaN or Inf in the weight.
         """
         reason = embedding_obstacle(mod)
         if reason:
@@ -57,7 +57,7 @@ class QuantizedEmbedding(QuantizedModule, PackedEmbedding):
         return cls(table, mod.padding_idx, row_factor(mod)).train(mod.training).to(mod.weight.dtype)
 
     def share(self, table: WeightOnlyQuantizedLinear) -> None:
-        """Look rows up in the packed weight of `table` from now on; ValueError when it has another shape."""
+        """Use the packed weight of `table` from now on; ValueError when it has another shape."""
         if table.weight_shape != self.weight_shape:
             raise ValueError(f"table: expected shape {list(self.weight_shape)}, got {list(table.weight_shape)}")
         vars(self)["table"] = table
@@ -69,7 +69,7 @@ class QuantizedEmbedding(QuantizedModule, PackedEmbedding):
         return self.factor.apply(rows)
 
     def dequantize(self) -> nn.Embedding:
-        """An embedding in float with the values that `weight` stands for, in their dtype, for inference."""
+        """Return a float embedding with the dequantized `weight`, in its dtype, for inference."""
         weight = self.weight.clone()
         kind = nn.Embedding if self.factor.value == 1 else ScaledEmbedding
         layer = kind(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta", dtype=weight.dtype)
@@ -89,26 +89,26 @@ class QuantizedEmbedding(QuantizedModule, PackedEmbedding):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weight; 0 where an output layer holds it."""
+        """Bytes of the packed weight; 0 if the output layer holds it."""
         return 0 if self.tied else self.table.nbytes
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of `quantized_weight`, those that there are."""
+        """The tensors of `quantized_weight` by name, without those that are None."""
         return {name: tensor for name, tensor in self.table.plain_tensors().items() if name in self.weight_names}
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """``[num_embeddings, embedding_dim]`` in a new tensor, not multiplied by the factor."""
+        """The dequantized weight ``[num_embeddings, embedding_dim]`` in a new tensor, without the factor."""
         return self.table.dequantized_weight(dtype)
 
     def describe(self) -> dict[str, Any]:
-        """Scheme, padding, and what rows are multiplied by."""
+        """Scheme, padding index and row factor."""
         scheme = {name: value for name, value in self.table.describe().items() if name in SCHEME_ENTRY}
         factor = {"factor": self.factor.value, "rounds_factor": self.factor.rounded}
         return {**scheme, "padding_idx": self.padding_idx, **factor}
 
     @classmethod
     def placeholder(cls, module: nn.Module, entry: dict[str, Any]) -> Placeholder:
-        """Tensors of the scheme in `entry` for the embedding `module`; ValueError for values that do not fit it."""
+        """Placeholder of the scheme in `entry` for the embedding `module`; ValueError for values that do not fit it."""
         if not is_embedding(module):
             raise ValueError(f"expected an nn.Embedding, got a {type(module).__name__}")
         shape = (module.num_embeddings, module.embedding_dim)
@@ -120,7 +120,7 @@ class QuantizedEmbedding(QuantizedModule, PackedEmbedding):
 
     @classmethod
     def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[QuantizedEmbedding]:
-        """One module for each; ValueError or TypeError for tensors that do not fit the scheme."""
+        """Make one module of each placeholder; ValueError or TypeError for tensors that do not fit the scheme."""
         modules = []
         for place in loaded:
             qw = QuantizedWeight(**place.tensors, scheme=read_scheme(place.entry), shape=place.shape)

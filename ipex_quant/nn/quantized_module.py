@@ -1,4 +1,4 @@
-"""`QuantizedModule`, the base of the modules with a packed weight, and `Placeholder`, which they are loaded into."""
+"""`QuantizedModule`, the base of modules with a packed weight, and `Placeholder`, into which saved tensors load."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .processes import share_with_processes
 class QuantizedModule(nn.Module):
     """A module that holds its weight packed for the CPU, and saves and loads it as plain tensors.
 
-    The state dict holds the tensors of `plain_tensors`; those named in `weight_names` load whole or not at all. Only
-    what `weight` and `bias` report follows ``.to(dtype)``. RuntimeError when it is moved off the CPU.
+    The state dict holds the tensors of `plain_tensors`; those in `weight_names` load all together or not at all.
+    ``.to(dtype)`` changes only the dtype that `weight` and `bias` report. Raises RuntimeError when moved off the CPU.
     """
 
     kind: ClassVar[str]
     """Name of the class in saved configurations."""
 
     entry_names: ClassVar[frozenset[str]]
-    """What `describe` tells of a module."""
+    """Keys of the dict that `describe` returns."""
 
     weight_names: ClassVar[tuple[str, ...]]
 
@@ -47,11 +47,11 @@ class QuantizedModule(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the module holds: weight, bias and what its input is quantized with."""
+        """Bytes that the module holds: weight, bias and quantization parameters of its input."""
         raise NotImplementedError
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
-        """What the state dict holds, by name; empty without a weight."""
+        """The tensors of the state dict, by name; empty without a weight."""
         raise NotImplementedError
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
@@ -59,32 +59,32 @@ class QuantizedModule(nn.Module):
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        """What a saved configuration tells of the module, as JSON has it, for `placeholder` to read."""
+        """The module's entry in a saved configuration, as JSON values, which `placeholder` reads."""
         raise NotImplementedError
 
     @classmethod
     def placeholder(cls, module: nn.Module, entry: dict[str, Any]) -> Placeholder:
-        """Where to load what `entry` describes, in the place of the float `module`; ValueError when they do not fit."""
+        """Placeholder for what `entry` describes, to replace the float `module`; ValueError when they do not fit."""
         raise NotImplementedError
 
     @classmethod
     def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[QuantizedModule]:
-        """Modules with the loaded tensors, which share what they can; ValueError or TypeError when these do not fit."""
+        """Make modules of the loaded tensors, as one share group if supported; ValueError or TypeError on a misfit."""
         raise NotImplementedError
 
     def process_state(self) -> dict[str, Any]:
-        """What another process of this machine gets, which shares the memory of the packed weight."""
+        """State for another process of this machine, which shares the memory of the packed weight."""
         return self.__dict__
 
     @property
     def weight(self) -> torch.Tensor:
         """The weight as a float tensor that is only dequantized when its values are read.
 
-        Model code asks layers for ``weight.dtype``, ``.shape`` and ``.device``; these cost nothing. What is written to
-        the whole of it, in place or as its ``data``, is quantized as the weight was, by rounding to nearest, where that
-        can be done again: in linear layers. Writing to a part of it, or to other modules', raises RuntimeError.
+        Model code asks layers for ``weight.dtype``, ``.shape`` and ``.device``; these cost nothing. Linear layers and
+        embeddings quantize values that are written to the whole tensor, in place or as its ``data``, by rounding to
+        nearest in their scheme. Writing to a part of it, or to the weight of other modules, raises RuntimeError.
         """
-        if torch.compiler.is_compiling():  # which cannot trace the stand-in, but drops values that nothing reads
+        if torch.compiler.is_compiling():  # cannot trace the stand-in, but drops values that nothing reads
             return self._traced_weight()
         return DequantizedOnRead(self)
 
@@ -98,7 +98,7 @@ class QuantizedModule(nn.Module):
         return self.dequantized_weight(self._float.dtype)
 
     def _set_values(self, weight: torch.Tensor) -> None:
-        """Take float32 values of `weight_shape`; RuntimeError where there is no way to quantize them anew."""
+        """Quantize and hold float32 values of `weight_shape`; RuntimeError for modules that cannot."""
         refuse()
 
     def _float_bias(self) -> torch.Tensor | None:
@@ -152,7 +152,7 @@ class QuantizedModule(nn.Module):
         weight_names = [name for name in self.weight_names if name in own]
         if weight_names and set(self.weight_names).isdisjoint(missing + unexpected):
             self._load(prefix, self._load_weight, own, error_msgs)
-        elif weight_names:  # not even without `strict`, of which torch tells only its caller
+        elif weight_names:  # an error without `strict` too, which torch does not pass on
             error_msgs.append(f"{prefix}codes: a weight loads whole or not at all, got {weight_names} of {expected}")
         if "bias" in own and "bias" in expected:
             self._load(prefix, self._set_bias, own["bias"], error_msgs)
@@ -166,11 +166,11 @@ class QuantizedModule(nn.Module):
 
 
 class Placeholder(nn.Module):
-    """Where transformers loads the plain tensors of one quantized module to, before there is a module.
+    """Receives the plain tensors of one quantized module from transformers, before the module is made.
 
-    `tensors` gives dtype and shape of each, or None for one that the module does not have; `entry` is what a saved
-    configuration tells of the module, `shape` that of its weight. All else that the float module in its place has can
-    be read, since initializers of its parents do so, and write to its weight and bias without effect.
+    `tensors` gives dtype and shape of each, or None for one that the module does not have; `entry` is the module's
+    entry in a saved configuration, `shape` the shape of its weight. All other attributes are those of the float module
+    that is replaced: initializers of its parents read them, and write to its weight and bias without effect.
     """
 
     float_module: nn.Module | None = None
@@ -191,11 +191,11 @@ class Placeholder(nn.Module):
         self._names = tuple(tensors)
 
     def stand_for(self, module: nn.Module) -> None:
-        """Offer what the float `module` has; while transformers loads a model, it holds no memory."""
+        """Offer the attributes of the float `module`, which has no memory while transformers loads a model."""
         vars(self)["float_module"] = module  # not as a child, whose tensors would be looked for
 
     def borrow(self, names: Sequence[str], lender: Placeholder) -> None:
-        """Have the tensors `names` of `lender`, where this module's weight is, instead of loading them."""
+        """Take the tensors `names` from `lender`, which has the same weight, instead of loading them."""
         for name in names:
             self._buffers.pop(name, None)
         vars(self)["lender"] = lender
@@ -221,12 +221,12 @@ class Placeholder(nn.Module):
 
 
 def autocast(x: torch.Tensor) -> torch.Tensor:
-    """`x` in the dtype that torch.autocast asks for where it is on, as torch's own linear layers take it."""
+    """Cast `x` to the dtype of torch.autocast where it is on, as torch's own linear layers do."""
     return x.to(autocast_dtype(x))
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    """Dtype of what `autocast` makes of `x`."""
+    """Dtype of ``autocast(x)``."""
     on = torch.is_autocast_enabled("cpu") and x.dtype in FLOAT_DTYPES
     return torch.get_autocast_dtype("cpu") if on else x.dtype
 
@@ -246,7 +246,7 @@ def flag(entry: dict[str, Any], name: str) -> bool:
 
 
 def read_activation(tensors: dict[str, torch.Tensor | None]) -> StaticActivation | None:
-    """What `input_scale`, `input_zero_point` and `smoothing_factor` stand for, None without them.
+    """Make a `StaticActivation` of `input_scale`, `input_zero_point` and `smoothing_factor`; None without a scale.
 
     Raises ValueError or TypeError when they are not float32 ``[1]``, int32 ``[1]`` and float32 ``[K]``.
     """

@@ -1,4 +1,4 @@
-"""Which modules are recurrent layers and cells, what their weights are, and which cannot be quantized."""
+"""Tells which modules are recurrent layers and cells, what their weights are, and which cannot be quantized."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def is_recurrent(module: nn.Module) -> bool:
 
 
 def grouped_names(module: nn.Module) -> list[tuple[str, ...]]:
-    """Names of the weights of a recurrent layer or cell, less ``weight_``; those of one tuple multiply one tensor."""
+    """Names of a recurrent module's weights, without ``weight_``; the weights of one tuple multiply the same tensor."""
     if isinstance(module, nn.RNNCellBase):
         return [("ih",), ("hh",)]
     ends = ("", "_reverse")[: 1 + module.bidirectional]
@@ -29,7 +29,7 @@ def grouped_names(module: nn.Module) -> list[tuple[str, ...]]:
 
 
 def recurrent_obstacle(module: nn.Module) -> str | None:
-    """Why no quantized module can stand where the recurrent `module` is, whatever its weights; None when one can."""
+    """Reason, other than its weights, why the recurrent `module` cannot be replaced by a quantized one, or None."""
     base = next(cls for cls in _CLASSES if isinstance(module, cls))
     if type(module).forward is not base.forward:
         return f"{type(module).__name__} overrides {base.__name__}.forward"
@@ -37,7 +37,7 @@ def recurrent_obstacle(module: nn.Module) -> str | None:
 
 
 def recurrent_weight_obstacle(module: nn.Module) -> str | None:
-    """Why the weights of the recurrent `module` cannot be quantized; None when they can."""
+    """Reason why the weights of the recurrent `module` cannot be quantized, or None."""
     for name in (name for names in grouped_names(module) for name in names):
         weight = module._parameters.get(f"weight_{name}")
         if weight is None:
@@ -52,6 +52,6 @@ def recurrent_weight_obstacle(module: nn.Module) -> str | None:
 
 
 def named_biases(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The biases of a recurrent layer or cell, by their names less ``bias_``."""
+    """The biases of a recurrent layer or cell, by their names without ``bias_``."""
     biases = {name.removeprefix("bias_"): p for name, p in module._parameters.items() if name.startswith("bias_")}
     return {name: bias for name, bias in biases.items() if bias is not None}

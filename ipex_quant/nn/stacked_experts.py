@@ -1,4 +1,4 @@
-"""Modules that hold the experts of a layer in 3-D parameters, as transformers does: how they are laid out."""
+"""Layout of modules that hold the experts of a layer in 3-D parameters, as transformers does."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ..ops import ExpertGate, PostOp
 PROJECTIONS = ("gate_up", "down")
 
 _FLAGS = ("num_experts", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
-"""Attributes by which transformers' ``use_experts_implementation`` tells how a class lays its experts out."""
+"""Attributes in which transformers' ``use_experts_implementation`` keeps the layout of a class."""
 
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """How a module holds its experts, and is called.
+    """The layout of a module's expert weights, and how the module is called.
 
-    - `gated`: gate and up in one parameter, ``gate_up_proj``; without, there is ``up_proj`` alone.
+    - `gated`: gate and up are in one parameter, ``gate_up_proj``; otherwise there is only ``up_proj``.
     - `transposed`: input features come before output features.
-    - `concatenated`: gate above up, else row by row in turn.
+    - `concatenated`: gate is above up; otherwise their rows alternate.
     - `batched`: called with ``[E * T, H]``, T rows for each expert in turn, instead of tokens and their experts.
     """
 
@@ -41,12 +41,12 @@ class ExpertLayout:
         return 2 if self.gated else 1
 
     def parameter(self, projection: str) -> str:
-        """Name of the parameter with the weights of a projection; its biases have ``_bias`` added."""
+        """Name of the parameter with the weights of a projection; that of its biases ends in ``_bias``."""
         return "up_proj" if projection == "gate_up" and not self.gated else f"{projection}_proj"
 
 
 def expert_layout(module: nn.Module) -> ExpertLayout | None:
-    """How `module` holds its experts, None if it does not tell; one without transformers' attributes is tried."""
+    """Layout of the experts of `module`, None if unknown; without transformers' attributes, a run finds it."""
     if all(hasattr(module, name) for name in (*_FLAGS, "_apply_gate")):
         flags = (module.has_gate, module.has_bias, module.is_transposed, module.is_concatenated)
         return ExpertLayout(*map(bool, flags))
@@ -57,7 +57,7 @@ _BATCHED = ExpertLayout(transposed=True, batched=True)
 
 
 def experts_obstacle(module: nn.Module) -> str | None:
-    """Why `WeightOnlyQuantizedExperts` cannot stand where `module`, which holds experts, is; None when it can."""
+    """Reason why `WeightOnlyQuantizedExperts` cannot replace `module`, which holds experts, or None."""
     layout = expert_layout(module)
     if layout is None:
         return f"{type(module).__name__} does not tell how its experts are laid out"
@@ -73,7 +73,7 @@ def experts_obstacle(module: nn.Module) -> str | None:
 
 
 def experts_weight_obstacle(module: nn.Module) -> str | None:
-    """Why the weights of `module`, which holds experts, cannot be quantized; None when they can."""
+    """Reason why the weights of `module`, which holds experts, cannot be quantized, or None."""
     layout = expert_layout(module)
     for weight in (getattr(module, layout.parameter(projection)) for projection in PROJECTIONS):
         if weight.dtype not in FLOAT_DTYPES:
@@ -100,7 +100,7 @@ def expert_weight(module: nn.Module, projection: str, expert: int) -> torch.Tens
 
 
 def set_expert_weights(module: nn.Module, projection: str, weights: torch.Tensor) -> None:
-    """Give a projection of `module` new data: what `expert_weight` returns is now ``weights[expert]``, of its dtype."""
+    """Replace the weights of a projection: `expert_weight` then returns ``weights[expert]``, in the dtype it had."""
     layout = expert_layout(module)
     if projection == "gate_up" and not layout.concatenated:
         weights = torch.stack(weights.chunk(2, dim=1), dim=2).flatten(1, 2)
@@ -121,7 +121,7 @@ def expert_bias(module: nn.Module, projection: str) -> torch.Tensor | None:
 
 
 def set_expert_biases(module: nn.Module, projection: str, biases: torch.Tensor | None) -> None:
-    """Give a projection of `module` the biases that `expert_bias` returns, zeros for None, if it has any."""
+    """Set the biases of a projection of `module`, if it has any, as `expert_bias` returns them; None sets zeros."""
     parameter = getattr(module, f"{projection}_proj_bias", None)
     if parameter is None:
         return
@@ -131,15 +131,16 @@ def set_expert_biases(module: nn.Module, projection: str, biases: torch.Tensor |
 
 
 def expert_gate(module: nn.Module) -> ExpertGate | None:
-    """What the gate of `module`, which holds experts, computes, found by trying it; None for one without a kernel."""
+    """The gate of `module`, which holds experts, found by running it; None for a gate without a kernel."""
     layout = expert_layout(module)
     if layout.batched:
         return _batched_gate(module)
     generator = torch.Generator("cpu").manual_seed(0)
+    # Explicit, since the defaults are those of the model while it is loaded.
     kind: dict[str, Any] = {
         "dtype": torch.float32,
         "device": "cpu",
-    }  # while a model is loaded, the defaults are its own
+    }
     x = torch.randn(5, 64, generator=generator, **kind) * torch.tensor([1e-2, 1.0, 5.0, 50.0, 1e4], **kind)[:, None]
     parts = x.chunk(layout.blocks, dim=1) if layout.concatenated else (x[:, ::2], x[:, 1::2])
     try:
@@ -148,7 +149,7 @@ def expert_gate(module: nn.Module) -> ExpertGate | None:
             result = (module._apply_gate if layout.gated else module.act_fn)(x.clone())
             known = (each for each in _gates(module, layout.gated) if _close(result, each(*parts)))
             return next(known, None)
-    except Exception:  # whatever goes wrong in code that is not ours, it is none of those known
+    except Exception:  # any failure of foreign code means an unknown gate
         return None
 
 
@@ -175,7 +176,7 @@ def _batched_gate(module: nn.Module) -> ExpertGate | None:
     """The gate of a module that multiplies ``[E * T, H]`` by ``gate_up_proj`` ``[E, H, 2 * I]`` and ``down_proj``
     ``[E, I, H]`` in batches, as Llama 4's; None for any other.
 
-    It is tried with small weights: attributes that are one of its sizes get those of the small ones meanwhile.
+    It is run with small weights; attributes that equal one of its sizes are adjusted to them meanwhile.
     """
     up, down = (module._parameters.get(f"{projection}_proj") for projection in PROJECTIONS)
     if set(module._parameters) != {"gate_up_proj", "down_proj"} or not up.dim() == down.dim() == 3:
@@ -206,7 +207,7 @@ def _batched_gate(module: nn.Module) -> ExpertGate | None:
                 expected = torch.bmm(each(gate, up), weights["down_proj"]).view(-1, rows)
                 if result.shape == expected.shape and torch.allclose(result, expected, rtol=1e-4, atol=1e-4):
                     return each
-    except Exception:  # whatever goes wrong in code that is not ours, it is none of those known
+    except Exception:  # any failure of foreign code means an unknown gate
         return None
     return None
 
@@ -228,6 +229,6 @@ def _shapes_fit(module: nn.Module, layout: ExpertLayout) -> bool:
 
 
 def _separated(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """What alternates between gate and up along `dim`: all of gate, then all of up."""
+    """Reorder `tensor`, in which gate and up alternate along `dim`: all of gate, then all of up."""
     every = torch.arange(tensor.shape[dim])
     return tensor.index_select(dim, torch.cat((every[::2], every[1::2])))

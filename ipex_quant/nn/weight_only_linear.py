@@ -27,19 +27,19 @@ from .quantized_module import Placeholder, QuantizedModule, autocast, check_bias
 from .weight_tensors import QuantDtype, QuantMethod, WoqWeightFormat, read_tensors
 
 SCHEME_ENTRY = ("weight_dtype", "symmetric", "group_size", "act_order")
-"""What saved configurations tell of how a weight is quantized."""
+"""Keys that describe a weight's scheme in saved configurations."""
 
 
 class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
     """``y = x @ dequantize(weight).T + bias`` with a packed weight ``[out_features, in_features]``.
 
-    `x` is float32, bfloat16 or float16 ``[..., in_features]`` on the CPU, the result ``[..., out_features]`` in its
-    dtype, or under torch.autocast in autocast's. Gradients reach `x` alone. What is written to `weight` as a whole is
-    quantized by rounding to nearest, in the scheme that there is. The state dict holds plain tensors:
-    `codes`, `scales`, `zero_points` and `g_idx` of `QuantizedWeight`, and `bias` in float32, each where there is one;
-    saving unpacks the weight and loading packs it. The constructor makes a module without a weight, whose scheme
-    `load_state_dict` finds from the tensors; `from_float` and `from_quantized_weight` make one with it. RuntimeError
-    when it is called without a weight or moved off the CPU.
+    `x` is float32, bfloat16 or float16 ``[..., in_features]`` on the CPU; the result ``[..., out_features]`` has its
+    dtype, or autocast's under torch.autocast. Only `x` has a gradient. Values written to the whole `weight` are
+    quantized by rounding to nearest, in the weight's scheme. The state dict holds plain tensors: `codes`, `scales`,
+    `zero_points` and `g_idx` of `QuantizedWeight`, and `bias` in float32, each if there is one; saving unpacks the
+    weight and loading packs it. The constructor makes a module without a weight, whose scheme `load_state_dict` infers
+    from the tensors; `from_float` and `from_quantized_weight` make one with a weight. Raises RuntimeError when called
+    without a weight or moved off the CPU.
     """
 
     kind = "weight_only"
@@ -84,9 +84,9 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
     ) -> nn.Module:
         """Quantize the linear layer `mod` as its attribute `qconfig`, a `QConfigWoq`, says.
 
-        `scales` and `zero_points`, ``[out_features]`` or ``[out_features, groups]``, are used as they are when given. A
-        bias of zeros is dropped. `mod` itself is returned when its qconfig is not a weight-only one. ValueError when it
-        has none, or when the weight holds NaN or Inf.
+        `scales` and `zero_points`, ``[out_features]`` or ``[out_features, groups]``, are computed from the weight
+        unless given. A bias of zeros is dropped. Returns `mod` itself when its qconfig is not a weight-only one. Raises
+        ValueError when it has none, or when the weight holds NaN or Inf.
         """
         qconfig = getattr(mod, "qconfig", None)
         if qconfig is None:
@@ -117,10 +117,10 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
         g_idx: torch.Tensor | None = None,
         weight_format: WoqWeightFormat = WoqWeightFormat.PLAIN_FORMAT,
     ) -> WeightOnlyQuantizedLinear:
-        """Replace the linear layer `mod`, whose weight is not read, by one with the quantized tensors given.
+        """Make a layer of quantized tensors to replace the linear layer `mod`, whose weight is not read.
 
-        Layouts are those of `read_tensors`. `bias` is `mod`'s own when None. The compute mode is that of
-        ``mod.qconfig`` when there is one. Raises ValueError or TypeError for tensors that do not fit.
+        Layouts are those of `read_tensors`. `bias` defaults to the bias of `mod`. The compute mode is that of
+        ``mod.qconfig`` if there is one. Raises ValueError or TypeError for tensors that do not fit.
         """
         tensors = {"qweight": qweight, "scales": scales, "zero_points": zero_points, "g_idx": g_idx}
         shape = (mod.out_features, mod.in_features)
@@ -198,7 +198,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
         return self.forward_fused(x, ops.PostOp.NONE)
 
     def forward_fused(self, x: torch.Tensor, post_op: ops.PostOp, *others: torch.Tensor) -> torch.Tensor:
-        """The layer followed by `post_op`, whose further operands `others` are ``[..., out_features]``, in one call."""
+        """Run the layer and `post_op` in one call; `others`, ``[..., out_features]``, are the post op's operands."""
         if self._packed is None:
             raise RuntimeError("WeightOnlyQuantizedLinear has no weight yet; load a state dict or use from_float")
         x, *others = map(autocast, (x, *others))
@@ -232,20 +232,20 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
         return sum(b.numel() * b.element_size() for b in (self._packed, self._bias, self._perm) if b is not None)
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of `quantized_weight` and the bias, those that there are."""
+        """The tensors of `quantized_weight` and the bias by name, without those that are None."""
         qw = None if self._packed is None else self.quantized_weight()
         tensors = {name: getattr(qw, name, None) for name in self.weight_names} | {"bias": self._bias}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """``[out_features, in_features]`` in a new tensor; RuntimeError when there is no weight."""
+        """The dequantized weight ``[out_features, in_features]`` in a new tensor; RuntimeError when there is none."""
         return affine.dequantize(self.quantized_weight(), dtype)
 
     def _set_values(self, weight: torch.Tensor) -> None:
         self._set_weight(_quantized_as(self.quantized_weight(), weight))
 
     def describe(self) -> dict[str, Any]:
-        """Scheme, compute mode, and which tensors there are."""
+        """Scheme, compute mode, and which optional tensors there are."""
         return {
             "weight_dtype": self.dtype.name.lower(),
             "symmetric": self.scheme.symmetric,
@@ -258,7 +258,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
 
     @classmethod
     def placeholder(cls, module: nn.Module, entry: dict[str, Any]) -> Placeholder:
-        """Tensors of the scheme in `entry` for the linear layer `module`; ValueError for a combination that is none."""
+        """Placeholder of the scheme in `entry` for the linear layer `module`; ValueError for an invalid entry."""
         scheme, _ = read_scheme(entry), read_modes(entry)
         shape = linear_shape(module)
         bias = (torch.float32, shape[:1]) if flag(entry, "bias") else None
@@ -266,7 +266,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
 
     @classmethod
     def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[WeightOnlyQuantizedLinear]:
-        """One module for each; ValueError or TypeError for tensors that do not fit the scheme."""
+        """Make one module of each placeholder; ValueError or TypeError for tensors that do not fit the scheme."""
         modules = []
         for place in loaded:
             tensors = place.tensors
@@ -347,7 +347,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
         )
 
     def _find_scheme(self, tensors: dict[str, torch.Tensor]) -> WeightScheme:
-        """Scheme of a plain weight: the number of groups of a row leaves only one power of two for their size."""
+        """Infer the scheme of a plain weight: only one power of two as group size gives the number of groups."""
         if tensors["codes"].dtype != CODE_DTYPES[self.dtype]:
             raise TypeError(
                 f"codes: {self.dtype.name} has {CODE_DTYPES[self.dtype]}, got {tensors['codes'].dtype}; "
@@ -376,7 +376,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
 
 
 def _quantized_as(qw: QuantizedWeight, weight: torch.Tensor) -> QuantizedWeight:
-    """`weight` by rounding to nearest, with the scheme and the groups of `qw`."""
+    """Quantize `weight` by rounding to nearest, with the scheme and the groups of `qw`."""
     if qw.g_idx is None:
         return ops.quantize_weight(weight, qw.scheme)
     order = qw.g_idx.argsort(stable=True)
@@ -389,7 +389,7 @@ def _quantized_as(qw: QuantizedWeight, weight: torch.Tensor) -> QuantizedWeight:
 def plain_places(
     scheme: WeightScheme, shape: tuple[int, int], act_order: bool
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
-    """What a `Placeholder` is told of the tensors of a `QuantizedWeight`: dtype and shape, or None."""
+    """Dtype and shape of each tensor of a `QuantizedWeight`, or None, as `Placeholder` takes them."""
     rows, columns = shape
     grid = (rows, scheme.group_count(columns))
     return {
@@ -401,12 +401,12 @@ def plain_places(
 
 
 def read_scheme(entry: dict[str, Any]) -> WeightScheme:
-    """Scheme that a saved configuration's entry tells; ValueError or TypeError for one that does not exist."""
+    """Read the scheme from a saved configuration's entry; ValueError or TypeError for an invalid one."""
     return WeightScheme(_member(WoqWeightDtype, entry["weight_dtype"]), flag(entry, "symmetric"), entry["group_size"])
 
 
 def read_modes(entry: dict[str, Any]) -> tuple[WoqLowpMode, WoqActQuantMode]:
-    """Compute modes that a saved configuration's entry tells; ValueError for some that do not go together."""
+    """Read compute and activation mode from a saved configuration's entry; ValueError for an invalid combination."""
     lowp_mode = _member(WoqLowpMode, entry["lowp_mode"])
     act_quant_mode = _member(WoqActQuantMode, entry["act_quant_mode"])
     if lowp_mode == WoqLowpMode.INT8 and act_quant_mode == WoqActQuantMode.NONE:

@@ -51,8 +51,8 @@ def read_tensors(
       ``[N, ceil(groups / 8)]`` packed as an int32 `qweight` is; without them the weight is symmetric.
     - GPTQ_FORMAT (INT4 only): the tensors of `read_gptq`, version 1, with `zero_points` for ``qzeros``.
 
-    A `group_size` of -1 with several groups is found from their number; a `g_idx` in natural order is dropped. Raises
-    ValueError or TypeError for tensors that do not fit.
+    A `group_size` of -1 with several groups is inferred from their number; a `g_idx` in natural order is dropped.
+    Raises ValueError or TypeError for tensors that do not fit.
     """
     if weight_format == WoqWeightFormat.AWQ_FORMAT:
         raise ValueError("weight_format: AWQ_FORMAT is not supported yet, expected PLAIN_FORMAT or GPTQ_FORMAT")
