@@ -23,7 +23,7 @@ ARGUMENTS = (
     *("averaging_constant", "ch_axis", "bins"),
     *("dtype", "qscheme", "reduce_range", "quant_min", "quant_max", "is_dynamic"),
 )
-"""What a description says of an observer, where it has it."""
+"""Attributes that a description of an observer holds, if it has them."""
 
 
 def observe(observer: nn.Module, x: torch.Tensor) -> None:

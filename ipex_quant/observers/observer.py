@@ -1,4 +1,4 @@
-"""`Observer`: what every observer has in common, and torch's formulas for quantization parameters."""
+"""`Observer`: the base of all observers, with torch's formulas for quantization parameters."""
 
 from __future__ import annotations
 
