@@ -19,7 +19,7 @@ _EPS = 1e-6
 def smoothing_factor(
     act_low: torch.Tensor, act_high: torch.Tensor, weight_low: torch.Tensor, weight_high: torch.Tensor, alpha: float
 ) -> torch.Tensor:
-    """What every input channel is multiplied by, float32 ``[K]``.
+    """Factor that multiplies every input channel of the activation, float32 ``[K]``.
 
     The ranges are float ``[K]``: of the activation over the calibration, and of the weight's columns over every member
     of a share group. Raises ValueError for an `alpha` outside 0..1, shapes that differ, NaN or Inf.
@@ -31,7 +31,7 @@ def smoothing_factor(
 def weight_smoothing_factor(
     act_low: torch.Tensor, act_high: torch.Tensor, weight_low: torch.Tensor, weight_high: torch.Tensor, alpha: float
 ) -> torch.Tensor:
-    """What every column of the weight is multiplied by, float32 ``[K]``; arguments and errors of `smoothing_factor`."""
+    """Factor that multiplies every weight column, float32 ``[K]``; arguments and errors of `smoothing_factor`."""
     act, weight = _largest(act_low, act_high, weight_low, weight_high, alpha)
     return torch.pow(act, alpha) / torch.pow(weight, 1 - alpha)
 

@@ -31,7 +31,7 @@ _METADATA = frozenset(
         *("__len__", "__hash__"),
     )
 )
-"""What may be asked of a tensor without reading its values."""
+"""Attributes and methods of a tensor that do not read its values."""
 
 
 @dataclass(frozen=True)
