@@ -1,1 +1,1 @@
-"""Weight-only quantization algorithms: from a float weight, and what calibration saw of its input, to codes."""
+"""Weight-only quantization algorithms: from a float weight and calibration inputs to codes."""

@@ -62,7 +62,7 @@ class InputSample:
 
     @property
     def vectors(self) -> torch.Tensor:
-        """Those drawn."""
+        """The sampled input vectors."""
         rows = self._drawn.rows
         return torch.empty(0, len(self._sum), dtype=torch.float32) if rows is None else rows
 

@@ -34,7 +34,7 @@ SchemeOf = Callable[[str], WeightScheme | None]
 
 
 class BlockQuantizer(Protocol):
-    """What `walk_blocks` asks of an algorithm."""
+    """The interface of an algorithm for `walk_blocks`."""
 
     title: str
 
