@@ -6,8 +6,8 @@ transformers, so that `from_pretrained` loads models that `save` or `save_pretra
 
 from . import attention, functional, modules, quantization, utils
 from .optimization import optimize
-from .saved.directory import load, save
 from .saved.hf_quantizer import register
+from .saving import load, save
 
 __all__ = ["functional", "load", "modules", "optimize", "quantization", "save", "utils"]
 

@@ -1,1 +1,1 @@
-"""Models on disk: reading low-precision checkpoints, saving and loading directories."""
+"""Models on disk: reading low-precision checkpoints, and how transformers finds a quantized model."""

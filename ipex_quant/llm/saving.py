@@ -12,13 +12,13 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ...checkpoints.files import indexed_files
-from ...conversion.description import METHOD
-from ...nn import QuantizedModule
-from ...reading import read_json, shown
-from ...writing import replaced_directory
-from .float_models import model_class
-from .hf_quantizer import describe_model
+from ..checkpoints.files import indexed_files
+from ..conversion.description import METHOD
+from ..nn import QuantizedModule
+from ..reading import read_json, shown
+from ..writing import replaced_directory
+from .saved.float_models import model_class
+from .saved.hf_quantizer import describe_model
 
 MAX_SHARD_SIZE = "5GB"
 

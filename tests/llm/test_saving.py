@@ -245,7 +245,7 @@ def test_the_files_hold_plain_tensors(saved):
 
 
 def test_a_large_model_is_sharded(llama, logits, tmp_path, monkeypatch):
-    monkeypatch.setattr("ipex_quant.llm.saved.directory.MAX_SHARD_SIZE", "40KB")
+    monkeypatch.setattr("ipex_quant.llm.saving.MAX_SHARD_SIZE", "40KB")
     model = optimized(llama)
     ipex.llm.save(model, tmp_path / "model")
     assert len(list((tmp_path / "model").glob("model-*-of-*.safetensors"))) > 1
@@ -258,7 +258,7 @@ def test_saving_again_replaces_the_model_and_keeps_other_files(llama, logits, tm
     ipex.llm.save(model, directory)
     (directory / "README.md").write_text("mine")
     model.model.norm.weight.fill_(2)
-    monkeypatch.setattr("ipex_quant.llm.saved.directory.MAX_SHARD_SIZE", "40KB")
+    monkeypatch.setattr("ipex_quant.llm.saving.MAX_SHARD_SIZE", "40KB")
     ipex.llm.save(model, directory)
     assert not (directory / "model.safetensors").exists()
     assert (directory / "README.md").read_text() == "mine"
