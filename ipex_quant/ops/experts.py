@@ -18,11 +18,9 @@ from .gradient import needs_gradient
 from .library import native
 from .post_op import ACTIVATIONS, PostOp
 from .woq import PackedWeight, pack_weight, unpack_weight
+from .woq_header import HEADER_BYTES, header_for
 
 _woq_experts = native.woq_experts.default
-
-HEADER_BYTES = 64
-"""Size of the header in front of the tiles of a packed weight."""
 
 TILE_ROWS = 64
 """Output features of a tile (``csrc/pack/layout.h``); every expert begins with a tile of its own."""
@@ -101,8 +99,8 @@ def split_experts(packed: PackedExperts) -> torch.Tensor:
     The stack must have one block and no `perm`.
     """
     experts, out_features, _ = packed.shape
-    header, tiles = packed.data[:HEADER_BYTES].clone(), packed.data[HEADER_BYTES:].view(experts, -1)
-    return torch.cat((_with_rows(header, out_features).expand(experts, -1), tiles), dim=1)
+    header, tiles = header_for(packed.data, out_features), packed.data[HEADER_BYTES:].view(experts, -1)
+    return torch.cat((header.expand(experts, -1), tiles), dim=1)
 
 
 def unpack_experts(packed: PackedExperts) -> QuantizedStack:
@@ -270,17 +268,10 @@ def _expert_weight(
     """Real values ``[blocks * n, K]`` of one expert of a packed stack; `sizes` is ``(experts, blocks, n, K)``."""
     count, blocks, n, in_features = sizes
     rows = blocks * _padded(n)
-    header, tiles = data[:HEADER_BYTES].clone(), data[HEADER_BYTES:].view(count, -1)[expert]
-    packed = torch.cat((_with_rows(header, rows), tiles))
+    packed = torch.cat((header_for(data, rows), data[HEADER_BYTES:].view(count, -1)[expert]))
     values = native.woq_dequantize(packed, None, rows, in_features, torch.float32)
     values = values.view(blocks, -1, in_features)[:, :n].reshape(blocks * n, in_features)
     return values if perm is None else values[:, perm[expert].argsort()]
-
-
-def _with_rows(header: torch.Tensor, rows: int) -> torch.Tensor:
-    """Set out_features, at byte 8 of a WoqHeader (``csrc/pack/layout.h``), in place; returns the header."""
-    header[8:16] = torch.tensor([rows]).view(torch.uint8)
-    return header
 
 
 @register_fake("woq_experts")

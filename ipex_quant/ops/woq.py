@@ -15,6 +15,7 @@ from .gradient import needs_gradient
 from .isa import isa_name
 from .library import native
 from .post_op import PostOp
+from .woq_header import read_header
 
 
 @dataclass(frozen=True)
@@ -191,8 +192,8 @@ def woq_dequantize(
     schema="(Tensor data, Tensor? perm, SymInt out_features, SymInt in_features, ScalarType dtype) -> Tensor",
 )
 def _dequantize(data, perm, out_features, in_features, dtype):
-    _, code, *_, group_size, _, asymmetric, _ = data[:40].view(torch.int32).tolist()  # WoqHeader, whose sizes are int64
-    scheme = WeightScheme(WoqWeightDtype(code), not asymmetric, group_size)
+    header = read_header(data)
+    scheme = WeightScheme(WoqWeightDtype(header.dtype), not header.asymmetric, header.group_size)
     return affine.dequantize(unpack_weight(PackedWeight(data, perm, scheme, (out_features, in_features))), dtype)
 
 

@@ -24,6 +24,7 @@ from ipex_quant.ops.decoder import (
     decoder_layers,
     native_arguments,
 )
+from ipex_quant.ops.woq_header import read_header
 
 from .test_attention import DTYPES, generator, normal
 from .weights import shuffle_features
@@ -113,7 +114,7 @@ def in_parts(x, weights, call, structure):  # what the lean decoder calls where 
 
     def linear(value, post_op=PostOp.NONE, *others):
         data, bias = next(linears)
-        size = int.from_bytes(bytes(data[8:16].tolist()), "little")  # out_features of the header
+        size = read_header(data).out_features
         return ops.woq_linear(value, data, size, bias, next(orders), *modes, post_op, others)
 
     def norm(value):
