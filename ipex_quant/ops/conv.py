@@ -172,13 +172,13 @@ def _result(
     torch._check(
         min(*kernel, *stride, *dilation) > 0, lambda: "kernel, stride, dilation: expected numbers from 1 on, got others"
     )
-    rooms = [
+    spans = [
         size + padding[i] + padding[dims + i] - dilation[i] * (kernel[i] - 1) - 1
         for i, size in enumerate(x.shape[1:-1])
     ]
-    for room in rooms:
-        torch._check(room >= 0, lambda: "kernel: larger than the padded input")
-    sizes = [room // step + 1 for room, step in zip(rooms, stride, strict=True)]
+    for span in spans:
+        torch._check(span >= 0, lambda: "kernel: larger than the padded input")
+    sizes = [span // step + 1 for span, step in zip(spans, stride, strict=True)]
     return x.new_empty(x.shape[0], *sizes, out_channels, dtype=dtype)
 
 

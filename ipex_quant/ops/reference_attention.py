@@ -168,14 +168,14 @@ def fused_rope_attention(
     kv_heads, dim = key_cache.shape[1], key_cache.shape[3]
     heads = qkv.shape[2] // dim - 2 * kv_heads
     states = qkv.unflatten(2, (-1, dim))
-    turned = rotary(states[:, :, : heads + kv_heads], cos, sin, rotary_dim, interleaved).transpose(1, 2)
-    write_cache(turned[:, heads:], key_cache, key_scales, start, key_factors)
+    rotated = rotary(states[:, :, : heads + kv_heads], cos, sin, rotary_dim, interleaved).transpose(1, 2)
+    write_cache(rotated[:, heads:], key_cache, key_scales, start, key_factors)
     write_cache(states[:, :, heads + kv_heads :].transpose(1, 2), value_cache, value_scales, start)
     end = start + qkv.shape[1]
     for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
         options[name] = None if scales is None else scales[:, :, :end]
     options["key_factors"] = key_factors
-    result = attention(turned[:, :heads], key_cache[:, :, :end], value_cache[:, :, :end], causal=True, **options)
+    result = attention(rotated[:, :heads], key_cache[:, :, :end], value_cache[:, :, :end], causal=True, **options)
     return result.flatten(2)
 
 

@@ -48,14 +48,14 @@ def rotary(
 ) -> torch.Tensor:
     """Rotate pairs of features, which are neighbours or half of `rotary_dim` apart: ``x * cos + partner * sin``."""
     rotary_dim = x.shape[-1] if rotary_dim is None else rotary_dim
-    turned, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]
+    rotated, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]
     if interleaved:
-        partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+        partner = torch.stack((-rotated[..., 1::2], rotated[..., ::2]), -1).flatten(-2)
     else:
-        first, second = turned.chunk(2, -1)
+        first, second = rotated.chunk(2, -1)
         partner = torch.cat((-second, first), -1)
     cos, sin = (_per_feature(table.float(), rotary_dim, interleaved)[:, :, None] for table in (cos, sin))
-    return torch.cat(((turned * cos + partner * sin).to(x.dtype), rest), -1)
+    return torch.cat(((rotated * cos + partner * sin).to(x.dtype), rest), -1)
 
 
 def _per_feature(table: torch.Tensor, rotary_dim: int, interleaved: bool) -> torch.Tensor:

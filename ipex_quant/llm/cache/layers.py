@@ -156,7 +156,7 @@ class NativeLayer(CacheLayerMixin):
         if length:
             if self._needs_factors():
                 self._find_factors(key)
-            self._make_room(length)
+            self._ensure_capacity(length)
             self._write(key, value)
             self.commit(length)
         return self.stored(length)
@@ -183,7 +183,7 @@ class NativeLayer(CacheLayerMixin):
         """
         if not self._count or self._rows is not None or self._needs_factors():
             return None
-        self._make_room(length)
+        self._ensure_capacity(length)
         first = self._visible_from(0)
         buffers = tuple(x[:, :, first:] for x in self._buffers) if first else self._buffers
         return buffers if self._factors is None else (*buffers, self._factors), self._count - first
@@ -277,7 +277,7 @@ class NativeLayer(CacheLayerMixin):
     def _capacity(self) -> int:
         return self._buffers[0].shape[2]
 
-    def _make_room(self, length: int) -> None:
+    def _ensure_capacity(self, length: int) -> None:
         slots = length if self._rows is None else self._batch * length
         if self._used + slots > self._capacity and self._first:
             self._drop()

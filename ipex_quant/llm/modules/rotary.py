@@ -175,13 +175,13 @@ class RotaryEmbedding(nn.Module):
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int, interleaved: bool) -> torch.Tensor:
     if not needs_gradient(x, cos, sin):
         return ops.rotary(x, cos, sin, rotary_dim, interleaved)
-    turned, rest = x.split((rotary_dim, x.shape[-1] - rotary_dim), dim=-1)
+    rotated, rest = x.split((rotary_dim, x.shape[-1] - rotary_dim), dim=-1)
     if interleaved:
-        partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
+        partner = torch.stack((-rotated[..., 1::2], rotated[..., ::2]), dim=-1).flatten(-2)
     else:
-        partner = torch.cat((-turned[..., rotary_dim // 2 :], turned[..., : rotary_dim // 2]), dim=-1)
+        partner = torch.cat((-rotated[..., rotary_dim // 2 :], rotated[..., : rotary_dim // 2]), dim=-1)
     cos, sin = (_per_feature(table, rotary_dim, interleaved)[:, :, None] for table in (cos, sin))
-    return torch.cat(((turned * cos + partner * sin).to(x.dtype), rest), dim=-1)
+    return torch.cat(((rotated * cos + partner * sin).to(x.dtype), rest), dim=-1)
 
 
 def _per_feature(table: torch.Tensor, rotary_dim: int, interleaved: bool) -> torch.Tensor:
