@@ -94,12 +94,12 @@ format: $(ENV_STAMP)  ## rewrite the sources in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.cpp %.h,$(NATIVE_SOURCES)) $(NATIVE_TESTS)
 
-$(SANITIZE)/team_tsan: tests/native/team_tsan.cpp csrc/team.h
+$(SANITIZE)/team_tsan: tests/native/team_tsan.cpp csrc/host/team.h
 	mkdir -p $(@D)
 	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Werror -fsanitize=thread -Icsrc $< -o $@ -pthread
 
 # The instrumented copy comes first on PYTHONPATH; its sitecustomize takes the editable install's import hook out.
-sanitize: $(ENV_STAMP) $(SANITIZE)/team_tsan  ## run csrc/team.h under the thread sanitizer, the tests of the native ops under the others
+sanitize: $(ENV_STAMP) $(SANITIZE)/team_tsan  ## run csrc/host/team.h under the thread sanitizer, the tests of the native ops under the others
 	$(SANITIZE)/team_tsan
 	rm -rf $(SANITIZE)/site
 	$(PIP) install --quiet --no-build-isolation --no-deps --target $(SANITIZE)/site \

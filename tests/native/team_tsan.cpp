@@ -1,5 +1,5 @@
 // Teams of threads under the thread sanitizer: what one writes, others read after a barrier, and a task is run by one
-// thread alone. All data are plain, so that an order that csrc/team.h does not establish is a race. Threads are started
+// thread alone. All data are plain, so that an order that csrc/host/team.h does not establish is a race. Threads are started
 // directly: the sanitizer does not see how OpenMP's own barriers order memory.
 #include <cstdio>
 #include <cstdlib>
@@ -7,12 +7,12 @@
 #include <thread>
 #include <vector>
 
-#include "team.h"
+#include "host/team.h"
 
 namespace {
 
 using ipex_quant::Barrier;
-using ipex_quant::Member;
+using ipex_quant::TeamThread;
 using ipex_quant::SharedTasks;
 using ipex_quant::Tasks;
 
@@ -29,7 +29,7 @@ template <class F>
 void run_team(int64_t threads, int64_t members, F f) {
   std::vector<std::thread> team;
   for (int64_t i = 0; i < threads; ++i)
-    team.emplace_back([=] { f(Member{i * members / threads, (i + 1) * members / threads, members}); });
+    team.emplace_back([=] { f(TeamThread{i * members / threads, (i + 1) * members / threads, members}); });
   for (std::thread& thread : team) thread.join();
 }
 
@@ -38,7 +38,7 @@ void check_barrier(int64_t threads, int64_t members) {
   Barrier barrier;
   constexpr int64_t kColumns = 24;
   std::vector<int64_t> rows[2] = {std::vector<int64_t>(kColumns, 1), std::vector<int64_t>(kColumns)};
-  run_team(threads, members, [&](const Member& member) {
+  run_team(threads, members, [&](const TeamThread& member) {
     int64_t idle = 0;
     for (int64_t round = 0; round < kRounds; ++round) {
       int64_t sum = 0;
@@ -60,7 +60,7 @@ void check_tasks(int64_t threads) {
   std::vector<int64_t> runs(kTasks);
   std::deque<SharedTasks> rounds;
   for (int64_t round = 0; round < kRounds; ++round) rounds.emplace_back(kTasks, threads);
-  run_team(threads, threads, [&](const Member& member) {
+  run_team(threads, threads, [&](const TeamThread& member) {
     for (int64_t round = 0; round < kRounds; ++round) {
       if (round % threads == member.begin) std::this_thread::yield();  // the others take over from this one
       SharedTasks& shared = rounds[size_t(round)];

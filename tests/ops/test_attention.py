@@ -116,7 +116,7 @@ def test_bounds_of_an_int8_cache_are_tight(dtype: torch.dtype, queries: int, tok
 
 
 def test_blocks_of_probabilities() -> None:
-    """By hand, as csrc/attention_call.cpp divides tokens."""
+    """By hand, as csrc/host/attention_call.cpp divides tokens."""
     assert [reference.block_tokens(rows) for rows in (1, 8, 9, 16, 17, 500)] == [128, 128, 64, 64, 128, 128]
     numbers = reference.block_numbers(1, 200, 2, 0, 64)
     assert numbers.shape == (2, 1, 200)
