@@ -1,6 +1,6 @@
 // Teams of threads under the thread sanitizer: what one writes, others read after a barrier, and a task is run by one
-// thread alone. All data are plain, so that an order that csrc/host/team.h does not establish is a race. Threads are started
-// directly: the sanitizer does not see how OpenMP's own barriers order memory.
+// thread alone. All data are plain, so that an order that csrc/host/team.h does not establish is a race. Threads are
+// started directly: the sanitizer does not see how OpenMP's own barriers order memory.
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
@@ -12,9 +12,9 @@
 namespace {
 
 using ipex_quant::Barrier;
-using ipex_quant::TeamThread;
 using ipex_quant::SharedTasks;
 using ipex_quant::Tasks;
+using ipex_quant::TeamThread;
 
 constexpr int64_t kRounds = 300, kTasks = 97;
 
