@@ -55,7 +55,7 @@ class MovingAverageMinMaxObserver(Observer):
 class PerChannelMinMaxObserver(Observer):
     """Minimum and maximum per index of the axis `ch_axis`; `min_val` and `max_val` are ``[channels]``, at first empty.
 
-    ValueError when a tensor has another number of channels than those before it, or no such axis.
+    ValueError when a tensor has another number of channels than earlier ones, or no such axis.
     """
 
     QSCHEMES = PER_CHANNEL
@@ -71,7 +71,7 @@ class PerChannelMinMaxObserver(Observer):
         self.ch_axis = ch_axis
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Clear the statistics."""
         self.register_buffer("min_val", torch.empty(0, dtype=torch.float32))
         self.register_buffer("max_val", torch.empty(0, dtype=torch.float32))
 
@@ -97,7 +97,7 @@ class PerChannelMinMaxObserver(Observer):
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Combine the statistics of all ranks of `group`; ValueError on all of them when their channels differ."""
         own = self.min_val.numel()
-        # The largest number and the negated smallest one, not counting ranks that saw nothing.
+        # Largest and negated smallest number of channels over the ranks that saw data.
         largest, smallest = reduce_max(torch.tensor([own, -own if own else -(2**31)]), group).tolist()
         if largest == 0:
             return
@@ -115,7 +115,7 @@ class PerChannelMinMaxObserver(Observer):
         return {"ch_axis": self.ch_axis}
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # A state of any number of channels loads, since a new observer does not know its own yet.
+        # A new observer has no channels yet: the state sets their number.
         if prefix + "min_val" in state_dict:
             self._set_channels(state_dict[prefix + "min_val"].numel())
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -32,11 +32,11 @@ class ObserverFactory(functools.partial):
 class Observer(nn.Module):
     """Collects the range of the tensors it sees; base of the observers.
 
-    Buffers `min_val` and `max_val` are float32, whatever the module is cast to. `quant_min` and `quant_max` default to
-    the range of `dtype` (torch.quint8 or torch.qint8), halved by `reduce_range`. Scales are at
-    least `eps`; torch's default, float32's, would turn small values into 0, so that by default only a range that holds
-    nothing but 0 gets that scale. `is_dynamic` is only recorded. Raises
-    ValueError for another dtype, a `qscheme` that the class does not know, or a range that does not fit.
+    Buffers `min_val` and `max_val` stay float32 when the module is cast. `quant_min` and `quant_max` default to the
+    range of `dtype` (torch.quint8 or torch.qint8); `reduce_range` halves them. `eps` is the least scale. By default
+    only an all-zero range gets float32's eps as its scale, because torch's default, eps for all, rounds small values
+    to 0. `is_dynamic` is only recorded. Raises ValueError for another dtype, for a `qscheme` that the class does not
+    support, and unless ``quant_min <= 0 < quant_max`` with at most 256 levels.
     """
 
     QSCHEMES = PER_TENSOR
@@ -87,11 +87,11 @@ class Observer(nn.Module):
 
     @property
     def has_data(self) -> bool:
-        """Whether any value has been seen."""
+        """Whether the observer has seen any value."""
         return self.min_val.numel() > 0 and bool(torch.isfinite(self.min_val).all())
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Clear the statistics."""
         self.register_buffer("min_val", torch.tensor(torch.inf, dtype=torch.float32))
         self.register_buffer("max_val", torch.tensor(-torch.inf, dtype=torch.float32))
 
@@ -102,19 +102,19 @@ class Observer(nn.Module):
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale float32 and zero point int32, ``[1]`` or ``[channels]``, as torch computes them from the range.
 
-        RuntimeError when nothing has been seen.
+        RuntimeError when the observer has seen no value.
         """
         self._require_data()
         return self._affine(self.min_val.reshape(-1), self.max_val.reshape(-1))
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Combine the statistics of all ranks of `group`, so that each holds those of all the data."""
+        """Combine the statistics of all ranks of `group`, so that each rank holds those of all the data."""
         # Adding zero turns the -0.0 of the negation into 0.0.
         self.min_val = -reduce_max(-self.min_val, group) + 0.0
         self.max_val = reduce_max(self.max_val, group)
 
     def describe(self) -> dict[str, Any]:
-        """What the summary file says of the observer: its class and arguments, as JSON values."""
+        """The observer's entry in the summary file: its class and arguments, as JSON values."""
         return {
             "name": type(self).__name__,
             **self._own_arguments(),
@@ -159,7 +159,7 @@ class Observer(nn.Module):
         self.max_val = torch.maximum(self.max_val, high.float() + 0.0)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # What inference mode made cannot be written to outside of it.
+        # Outside of inference mode, torch cannot write to buffers made in it, but to their clones.
         self._buffers.update({name: buffer.clone() for name, buffer in self.named_buffers(recurse=False)})
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -9,20 +9,20 @@ from dataclasses import dataclass
 import torch
 
 COARSE = 0.75 ** torch.arange(16, dtype=torch.float32)
-"""Shares of the full range that the first round of the search tries: heavy tails need ranges down to a hundredth."""
+"""Shares of the full range that the first search round tries; heavy tails need shares near a hundredth."""
 
 REFINEMENTS = (0.12, 0.04, 0.012)
-"""Half widths of the neighbourhoods, relative to the best range so far, that the later rounds try."""
+"""Half widths of the later search rounds, relative to the best range so far."""
 
 Affine = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Values as a density between `edges` and a number of them at each end, all float64.
+    """A piecewise constant density of values, plus `low_count` values at `low` and `high_count` values at `high`.
 
-    `slopes` ``[E]`` is how much the density falls at each of the ascending `edges` ``[E]``: the integral of a function
-    against the density is the sum of its antiderivative at the edges times these.
+    The density falls by `slopes`, float64 ``[E]``, at the ascending `edges`, float64 ``[E]``. A function's integral
+    over the density is therefore the sum of its antiderivative at the edges, times `slopes`.
     """
 
     edges: torch.Tensor
@@ -34,11 +34,11 @@ class Histogram:
 
     @classmethod
     def of(cls, indices: torch.Tensor, counts: torch.Tensor, exponent: int, low: float, high: float) -> Histogram:
-        """Make it of the ascending bins `indices` with `counts`, which `low` and `high` bound exactly.
+        """Make a histogram from the ascending bins `indices` and their `counts`; `low` and `high` are the exact bounds.
 
-        The values of a bin are taken to be spread evenly over it, those of the first and the last bin to be `low` and
-        `high`: that is exact where a bound is a frequent value (of a clamp, a ReLU or a constant), and elsewhere these
-        bins hold few.
+        The values of the first bin count as `low`, those of the last as `high`, and other bins spread theirs evenly.
+        This is exact for a bound that is a frequent value (of a clamp, a ReLU or a constant); otherwise the outer bins
+        hold few values.
         """
         counts_at = counts.tolist()
         inner = slice(1, -1)
@@ -54,7 +54,7 @@ class Histogram:
         """Sum of squared errors, float64 ``[C]``, of rounding to ``scale * n`` with integers n in lowest..highest."""
         scale, lowest, highest = (value.double()[:, None] for value in (scale, lowest, highest))
         level, rest = _nearest(self.edges, scale, lowest, highest)
-        # The antiderivative of the squared error from 0 on: scale^3 / 12 for each whole step and the rest's own share.
+        # Antiderivative of the squared error, from 0: scale^3 / 12 for each whole step, rest^3 / 3 for the rest.
         spread = (level @ self.slopes) * (scale[:, 0] ** 3 / 12) + (rest * rest * rest) @ self.slopes / 3
         ends = torch.tensor([self.low, self.high], dtype=torch.float64)
         counts = torch.tensor([self.low_count, self.high_count], dtype=torch.float64)
@@ -62,10 +62,10 @@ class Histogram:
 
 
 def best_range(histogram: Histogram, affine: Affine, quant_range: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Low and high, float32 ``[1]``, between the histogram's own, with the least squared error.
+    """Find the low and high, float32 ``[1]``, of least squared error, within the histogram's range extended to 0.
 
-    `affine` turns ranges into scales and zero points, `quant_range` is the smallest and the largest code. The whole
-    range is among those that are tried, so that no result is worse.
+    `affine` turns ranges into scales and zero points; `quant_range` is the smallest and the largest code. The search
+    includes the whole range, so that its result is never worse.
     """
     low, high = (
         torch.tensor([end], dtype=torch.float32) for end in (min(histogram.low, 0.0), max(histogram.high, 0.0))
@@ -84,6 +84,6 @@ def best_range(histogram: Histogram, affine: Affine, quant_range: tuple[int, int
 def _nearest(
     x: torch.Tensor, scale: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For values `x` ``[E]`` the level ``[C, E]`` that each rounds to, and the error."""
+    """Level that each value of `x` ``[E]`` rounds to, and the rounding error, both ``[C, E]``."""
     level = (x / scale).round_().clamp_(lowest, highest)
     return level, torch.addcmul(x, level, scale, value=-1.0)

@@ -18,13 +18,13 @@ ObserverMaker = Callable[[], nn.Module]
 
 
 class _Pair(nn.Module):
-    """An observer of a whole tensor or of output channels, and one of input channels, with the smoothing's alpha.
+    """Holds a plain observer (of the whole tensor or its output channels), one of the input channels, and `alpha`.
 
-    `smooth_quant_enabled` says whether the layer is smoothed, so that the input channels are what counts.
+    `smooth_quant_enabled` selects the observer of the input channels; otherwise the plain one observes.
     """
 
     plain: str
-    """Attribute that holds the observer for layers that are not smoothed."""
+    """Attribute that holds the observer for layers without smoothing."""
 
     def __init__(self, alpha: float, smooth_quant_enabled: bool) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class _Pair(nn.Module):
 
     @property
     def active(self) -> nn.Module:
-        """The observer that counts: of input channels when the layer is smoothed, else the plain one."""
+        """The observer in use: `ic_obs` when the layer is smoothed, else the plain one."""
         return self.ic_obs if self.smooth_quant_enabled else getattr(self, self.plain)
 
     @property
@@ -54,17 +54,17 @@ class _Pair(nn.Module):
         return self.active.max_val
 
     def reset(self) -> None:
-        """Forget what was seen, where the observers can."""
+        """Clear the statistics of every observer that has a `reset`."""
         for observer in self.children():
             if hasattr(observer, "reset"):
                 observer.reset()
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero point of the layer without smoothing; a smoothed one's depend on its other operand as well."""
+        """Scale and zero point without smoothing; with it, they depend on the other operand as well."""
         return getattr(self, self.plain).calculate_qparams()
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Combine the statistics of all ranks of `group`; TypeError when the active observer's cannot be."""
+        """Combine the statistics of all ranks of `group`; TypeError when the active observer has no reduction."""
         reduce_observer(self.active, group)
 
     def _describe(self, **observers: nn.Module) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class SmoothQuantActivationObserver(_Pair):
         return x
 
     def describe(self) -> dict[str, Any]:
-        """What the summary file says of the pair."""
+        """The pair's entry in the summary file."""
         return self._describe(act_observer=self.act_obs, act_ic_observer=self.ic_obs)
 
 
@@ -142,7 +142,7 @@ class SmoothQuantWeightObserver(_Pair):
         return weight
 
     def describe(self) -> dict[str, Any]:
-        """What the summary file says of the pair."""
+        """The pair's entry in the summary file."""
         return self._describe(wei_observer=self.oc_obs, wei_ic_observer=self.ic_obs)
 
 
