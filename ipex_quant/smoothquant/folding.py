@@ -1,4 +1,4 @@
-"""Folding a smoothing factor into the norm whose output it multiplies, so that it costs nothing."""
+"""Folds a smoothing factor into the norm whose output it multiplies, which makes the factor free at run time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..nn.norms import scaled_vectors
 
 
 def fold_into_norm(norm: nn.Module, factor: torch.Tensor) -> bool:
-    """Scale the vectors of `norm` so that its output is multiplied by `factor`, float32 ``[K]``; False if it cannot.
+    """Multiply the output of `norm` by `factor`, float32 ``[K]``, through its weight and bias; False if impossible.
 
-    It cannot when the vectors are not float32, where folding would round the factor, when hooks see or change the
-    output, and when the norm does more with its weight than multiply (Gemma's adds one), which trying it shows. The
-    parameters are replaced, not written to.
+    It is impossible for vectors that are not float32 (folding would round the factor), for a norm with forward hooks
+    (they see the output), and for a norm that does more than multiply by its weight (Gemma's adds one), as a trial run
+    shows. New parameters replace the old ones, which keep their values.
     """
     if norm._forward_hooks or any(vector.dtype != torch.float32 for vector in norm.parameters(recurse=False)):
         return False

@@ -2,8 +2,8 @@
 
 With ``X`` the largest absolute value of each input channel over the calibration and ``W`` that of each column of the
 weight, both plus 1e-6, the activation is multiplied by ``W^(1-alpha) / X^alpha`` and the weight by the reciprocal
-(arXiv 2211.10438, equation 4). Everything is float32 and rounded as IPEX 2.8 rounds it, which finds the weight's factor
-by powers of its own rather than by dividing 1 by the activation's.
+(arXiv 2211.10438, equation 4). Everything is float32 and rounded as in IPEX 2.8, which computes the weight's factor
+from powers instead of dividing 1 by the activation's factor.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def weight_smoothing_factor(
 def bounded_factors(
     act_low: torch.Tensor, act_high: torch.Tensor, weight_low: torch.Tensor, weight_high: torch.Tensor, alpha: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`smoothing_factor` and `weight_smoothing_factor`, with a bound for channels that calibration saw nothing of.
+    """`smoothing_factor` and `weight_smoothing_factor`, bounded for channels that calibration only saw as 0.
 
-    The formula takes a channel that was always 0 for one of values up to 1e-6, and magnifies it so that any other value
-    is clipped. Here such a channel gets the factor of one that reaches the largest value of the whole activation, or
-    more where its column of the weight would else exceed those that were seen, whose codes would become coarser. Other
-    channels keep their bits. Arguments, shapes and errors are those of `smoothing_factor`.
+    The formula treats such a channel as if it reached 1e-6, and magnifies it so much that other values are clipped.
+    The bound is the factor of a channel that reaches the activation's largest value. It is raised where the scaled
+    weight column would else exceed the columns of the other channels and make their codes coarser. The other channels
+    keep their factors bit for bit. Arguments, shapes and errors are those of `smoothing_factor`.
     """
     ranges = act_low, act_high, weight_low, weight_high
     for_act, for_weight = smoothing_factor(*ranges, alpha), weight_smoothing_factor(*ranges, alpha)
@@ -60,10 +60,10 @@ def bounded_factors(
 
 
 def smooth_activation(act_low: torch.Tensor, act_high: torch.Tensor, s_act: torch.Tensor) -> StaticActivation:
-    """Quantization of an activation with per-channel ranges, float ``[K]``, once multiplied by `s_act` float32 ``[K]``.
+    """Quantization of an activation times `s_act`, float32 ``[K]``, from its unscaled channel ranges, float ``[K]``.
 
-    Where others vary, room is left for the opposite of a value that calibration saw a channel always have, since that
-    says little of its sign. Raises ValueError as `affine_parameters` does, or when the shapes differ.
+    A channel that was constant in calibration gets a range for both signs, unless all channels were: its sign may
+    differ later. Raises ValueError as `affine_parameters` does, or when the shapes differ.
     """
     if not act_low.shape == act_high.shape == s_act.shape:
         raise ValueError(
@@ -81,7 +81,7 @@ def smooth_activation(act_low: torch.Tensor, act_high: torch.Tensor, s_act: torc
 def _largest(
     act_low: torch.Tensor, act_high: torch.Tensor, weight_low: torch.Tensor, weight_high: torch.Tensor, alpha: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest absolute values of the activation's and the weight's channels, off zero."""
+    """Largest absolute value of every channel of the activation and the weight, plus 1e-6, float32 ``[K]``."""
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha}")
     if not act_low.shape == act_high.shape == weight_low.shape == weight_high.shape:

@@ -1,4 +1,4 @@
-"""Which modules consume the same tensor, and which tensors only one group of modules reads: found by one run."""
+"""Finds, in one run, the modules that consume the same tensor, and the tensors that only one such group reads."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _METADATA = frozenset(
 
 @dataclass(frozen=True)
 class SharedInput:
-    """Modules with one parent that consume the same tensor of `rank` dimensions, in call order; often only one.
+    """One or more modules with the same parent that consume the same tensor of `rank` dimensions, in call order.
 
-    `producer` is the module whose output that tensor is, when nothing but the members reads it.
+    `producer` is the module that outputs the tensor if only the members read it; else None.
     """
 
     members: tuple[str, ...]
@@ -48,18 +48,18 @@ class SharedInput:
 
 @dataclass
 class _Tensor:
-    """A tensor that was met, kept so that its identity stays its own while the run lasts."""
+    """A tensor of the run; the reference to it keeps Python from reusing its id."""
 
     value: torch.Tensor
     producer: str | None = None
     consumers: list[str] = field(default_factory=list)
     versions: set[int] = field(default_factory=set)
-    private: bool = True  # nothing but consumers has read it
+    private: bool = True  # only consumers have read it
 
     @property
     def is_kept(self) -> bool:
-        """Whether anything else refers to it."""
-        return sys.getrefcount(self.value) > 2  # of `self`, and of the call
+        """Whether anything but this record refers to the tensor."""
+        return sys.getrefcount(self.value) > 2  # the references of `self` and of this call
 
 
 def input_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -73,8 +73,8 @@ def trace_groups(
 ) -> list[SharedInput]:
     """Groups of the modules named `consumers`, in the order of their calls, while ``run()`` runs `model`.
 
-    Modules that `run` does not reach are left out. One that is called more than once is alone in its group, and so is
-    one whose tensor has been written to since its sibling read it. `producers` are the modules whose outputs are
+    Modules that `run` does not reach are left out. A module that is called more than once is alone in its group; so are
+    the consumers of a tensor that was written to between their calls. `producers` names the modules whose outputs are
     watched.
     """
     recorder = _Recorder({id(p): name for name in producers for p in model.get_submodule(name).parameters()})
@@ -92,7 +92,7 @@ def trace_groups(
         with recorder, _Operators(recorder):
             output = run()
         recorder.mark_kept()
-        del output  # until here what is in it counted as kept
+        del output  # alive until here, so that its tensors count as kept
     finally:
         for handle in handles:
             handle.remove()
@@ -117,15 +117,15 @@ def _groups(tensors: Sequence[_Tensor], exposed: Collection[str]) -> Iterator[Sh
 
 
 class _Recorder(TorchFunctionMode):
-    """Sees every call of a watched module, and every torch function that is given a tensor one of them produced."""
+    """Records the calls of watched modules, and the tensors that torch functions outside of consumers read."""
 
     def __init__(self, parameters: dict[int, str]) -> None:
         super().__init__()
         self.tensors: dict[int, _Tensor] = {}
-        self.exposed: set[str] = set()  # producers whose parameters something else reads
-        self._parameters = parameters  # name of the producer by the id of its parameter
-        self._producing = 0  # calls of producers that have begun and not ended
-        self._inside = 0  # calls of consumers that have begun and not ended: what these do with their input is theirs
+        self.exposed: set[str] = set()  # producers whose parameters other code reads
+        self._parameters = parameters  # names of producers by the ids of their parameters
+        self._producing = 0  # calls of producers in progress
+        self._inside = 0  # calls of consumers in progress; functions inside them may read anything
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside += 1
@@ -156,7 +156,10 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def read(self, arguments: Any) -> None:
-        """A function is given `arguments`."""
+        """Mark the tensors that code outside of consumers reads as not private.
+
+        Producers whose parameters are read outside of any producer become exposed.
+        """
         if self._inside:
             return
         leaves = tree_leaves(arguments)
@@ -165,7 +168,7 @@ class _Recorder(TorchFunctionMode):
             self.exposed.update(self._parameters[id(leaf)] for leaf in leaves if id(leaf) in self._parameters)
 
     def mark_kept(self) -> None:
-        """A tensor that something else holds, be it an attribute or the result of the run, may be read later."""
+        """Mark tensors as not private if an attribute or the run's result refers to them: code may read them later."""
         for tensor in self.tensors.values():
             if tensor.is_kept:
                 tensor.private = False
@@ -177,7 +180,7 @@ class _Recorder(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
-    """Tells the recorder of every operator, those that compiled code calls included; torch functions miss them."""
+    """Passes the arguments of every operator to the recorder; compiled code calls operators without torch functions."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
