@@ -1,9 +1,9 @@
-"""Finding the module before a share group whose output channels can take the reciprocal of the group's scale.
+"""Finds the module before a share group whose output channels can absorb the reciprocal of the group's scale.
 
-Structure decides, not names: a module can if multiplying its output channels by powers of two, which rounds nothing,
-multiplies the group's input channels by the same, and dividing these again leaves all that the block returns as it was,
-to the last bit. Between a norm and q/k/v nothing happens; between v and o the attention mixes positions only, and
-repeats heads; between up and down there is a product, or a ReLU.
+Runs of the block decide, not names. Multiplying the module's output channels by powers of two, which round nothing,
+must multiply the group's input channels by the same powers; dividing the group's input by them must restore the block's
+outputs bit for bit. A norm passes this test for q/k/v, which read its output; v for o, since attention only mixes
+positions and repeats heads; up for down, with a product or a ReLU between them.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch.utils._pytree import tree_leaves
 from ..nn.linears import is_linear, linear_shape
 
 _EXPONENTS = torch.arange(1.0, 8.0)
-"""Of two, one for each digit that a channel's number may have. Without 0, which is what a channel shows that does not
-depend on the module, and negative ones, which would round the smallest float16 numbers."""
+"""Exponents of the powers of two that encode the digits of channel numbers. 0 is left out: it marks a channel that does
+not depend on the module. Negative exponents are left out: they would round the smallest float16 numbers."""
 
 
 @dataclass(frozen=True)
 class Absorber:
-    """The module `name` of a block; its channel ``sources[k]`` multiplies channel k of a share group, none if -1.
+    """The module `name` of a block, whose `width` output channels can absorb the scale of a share group.
 
-    `width` is the number of its channels.
+    Output channel ``sources[k]``, int64 ``[K]``, scales the group's input channel k; -1 if that input is always 0.
     """
 
     name: str
@@ -39,9 +39,9 @@ class Absorber:
 def find_absorber(
     block: nn.Module, run: Callable[[], object], members: Sequence[str], candidates: Collection[str]
 ) -> Absorber | None:
-    """The first of `candidates`, names of norms and linears, that can divide what the linears `members` read.
+    """Find the first norm or linear of `candidates` that can absorb the scale of the share group `members`, or None.
 
-    ``run()`` runs `block` once and returns what it does. None when there is no such module.
+    Names are those within `block`. ``run()`` runs `block` once and returns its outputs.
     """
     probe = _Probe(block, run, members)
     before = probe.observe()
@@ -75,7 +75,7 @@ class _Probe:
         return linear_shape(module)[0] if is_linear(module) else len(module.weight)
 
     def channel_ranges(self, name: str) -> Iterator[range]:
-        """Channels that may reach the group's inputs, each as often: all, or the last ones of a fused linear."""
+        """Output channels to try as sources, in a number that divides K: all, or the last ones of a fused linear."""
         width, inputs = self.width(name), self._in_features
         counts = (width,) if width <= inputs else (inputs, (width - inputs) // 2)  # gate/up, q/k/v
         yield from (range(width - count, width) for count in counts if count and inputs % count == 0)
@@ -107,9 +107,10 @@ class _Probe:
         return None if total is None else _Observation(total, outputs)
 
     def sources(self, name: str, channels: range, before: _Observation) -> torch.Tensor | None:
-        """Channel of a module that multiplies each input channel of the group, -1 for none; None if any does more.
+        """Output channel of a module that scales each input channel of the group; -1 for inputs that are always 0.
 
-        Each channel is multiplied by a power of two that tells its number, digit by digit.
+        None unless exactly one of `channels` scales every other input, or if all inputs are 0. Each run multiplies the
+        output channels by powers of two that encode one digit of their numbers.
         """
         base, count = len(_EXPONENTS), len(channels)
         numbers = torch.arange(count)
@@ -130,7 +131,7 @@ class _Probe:
         return None if (found >= count).any() or not reached.any() else found + channels.start
 
     def can_be_undone(self, name: str, sources: torch.Tensor, before: _Observation) -> bool:
-        """Whether the members alone see it when channels of the module are multiplied."""
+        """Whether dividing the members' input undoes a scaling of the source channels in all outputs of the block."""
         used = sources[sources >= 0].unique()
         generator = torch.Generator().manual_seed(0)
         factor = torch.ones(self.width(name), dtype=torch.float32)

@@ -1,9 +1,9 @@
-"""AWQ: scale up the input channels that large activations meet, so that rounding the weight costs them less.
+"""AWQ: scale up the weight's input channels with large activations, so that rounding changes the outputs less.
 
 Source: Lin, Tang, Tang, Yang, Dang, Gan, Han, "AWQ: Activation-aware Weight Quantization for LLM Compression and
-Acceleration", arXiv 2306.00978. A weight is multiplied by `scale` ``[K]`` along its input channels, and its input is
-divided by it. ``scale = mean|x| ^ alpha``, with the alpha that changes the outputs least; then the values of every
-group are cut to where the outputs change least.
+Acceleration", arXiv 2306.00978. The weight is multiplied by `scale` ``[K]`` along its input channels, and the input is
+divided by `scale`. ``scale = mean|x| ^ alpha``, with the alpha that changes the outputs least. Then each group of the
+weight is clipped at the bound that changes the outputs least.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ..numerics.reservoir import Reservoir
 from ..numerics.scheme import PER_CHANNEL, WeightScheme
 
 _LEAST_MAGNITUDE = 1e-4
-"""Of a channel, relative to the largest one, so that no scale comes near 0."""
+"""Least magnitude of a channel, relative to the largest one; it keeps scales away from 0."""
 
 
 @dataclass(frozen=True)
 class AwqOptions:
-    """How AWQ searches.
+    """Options of the AWQ search.
 
-    - `alpha_steps`: alphas 1/steps, 2/steps, ... 1 are tried, besides no scaling at all; 0 leaves scaling out.
-    - `clip_steps`: values are cut to as many fractions of a group's largest, evenly down to `lowest_clip`; 0 leaves
-      clipping out.
-    - `tokens`: input vectors, drawn at random over the whole calibration, that outputs are compared on.
+    - `alpha_steps`: the search tries no scaling and the alphas 1/steps, 2/steps, ... 1; 0 turns scaling off.
+    - `clip_steps`: the search tries no clipping and this many bounds, evenly spaced fractions of a group's largest
+      magnitude down to `lowest_clip`; 0 turns clipping off.
+    - `tokens`: number of input vectors, drawn at random from the whole calibration, for comparing outputs.
 
     Raises ValueError for a negative number of steps, a `lowest_clip` outside 0..1, and no tokens.
     """
@@ -51,7 +51,7 @@ class AwqOptions:
 class InputSample:
     """The mean magnitude of every input channel of a linear layer, and some of its input vectors.
 
-    `count` vectors were seen; `vectors` are at most `capacity` of them, float32 ``[T, K]``, each as likely as another.
+    `count` is the number of vectors seen; `vectors`, float32 ``[T, K]``, is a uniform sample of at most `capacity`.
     """
 
     def __init__(self, in_features: int, capacity: int) -> None:
@@ -72,7 +72,7 @@ class InputSample:
         return (self._sum / max(self.count, 1)).float()
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Take in a batch of inputs ``[..., K]``; raises ValueError when K is another, or for NaN or Inf."""
+        """Take in a batch of inputs ``[..., K]``; raises ValueError for another K, NaN or Inf."""
         if inputs.dim() == 0 or inputs.shape[-1] != len(self._sum):
             raise ValueError(f"inputs: expected shape [..., {len(self._sum)}], got {list(inputs.shape)}")
         vectors = inputs.detach().reshape(-1, inputs.shape[-1]).float()
@@ -88,7 +88,7 @@ class InputSample:
 class ScaleSearch:
     """The best `scale`, float32 ``[K]``, and its `alpha`, 0 for a scale of ones.
 
-    `error` is the sum of squares by which quantization changes the outputs, `plain_error` the same without a scale.
+    `error` is the sum of squared output errors with that scale, `plain_error` without a scale.
     """
 
     scale: torch.Tensor
@@ -104,10 +104,10 @@ def search_scale(
     magnitude: torch.Tensor,
     alpha_steps: int = 20,
 ) -> ScaleSearch:
-    """Find the scale with which quantizing the `weights` ``[N, K]`` of a share group changes their outputs least.
+    """Find the scale of a share group for which quantizing its `weights` ``[N, K]`` changes their outputs least.
 
-    `inputs` ``[T, K]`` is what outputs are compared on, `magnitude` ``[K]`` the mean of ``|x|``. Channels whose
-    magnitude is 0 keep the scale 1. Raises as `numerics.affine.quantize` does.
+    The outputs are those for `inputs` ``[T, K]``. `magnitude` ``[K]`` is the mean of ``|x|``; channels of magnitude 0
+    keep the scale 1. Raises as `numerics.affine.quantize` does.
     """
     matrices = [weight.detach().float() for weight in weights]
 
@@ -140,23 +140,22 @@ def scale_of(magnitude: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def clipped(weight: torch.Tensor, scheme: WeightScheme, inputs: torch.Tensor, options: AwqOptions) -> torch.Tensor:
-    """`weight` ``[N, K]``, float32, with the values of each group cut to the fraction of the largest with which the
-    outputs change least, given the groups before it.
+    """Clip each group of `weight` ``[N, K]`` at the bound that changes the outputs least; the result is float32.
 
-    `inputs` ``[T, K]`` is what outputs are compared on. The paper looks at every group's part of the outputs alone; but
-    parts add up, so that what one group changes another can make up for.
+    The outputs are those for `inputs` ``[T, K]``. The paper compares each group's share of the outputs alone; here a
+    group can also compensate for the output change that the groups before it cause.
     """
     weight = weight.detach().float()
     size = weight.shape[1] if scheme.group_size == PER_CHANNEL else scheme.group_size
     fractions = torch.linspace(1, options.lowest_clip, options.clip_steps + 1, dtype=torch.float32).tolist()
     rows = torch.arange(len(weight))
-    total = torch.zeros(len(weight), len(inputs), dtype=torch.float32)  # by what groups so far change the outputs
+    total = torch.zeros(len(weight), len(inputs), dtype=torch.float32)  # output change that earlier groups cause
     groups = []
     for group, samples in zip(weight.split(size, 1), inputs.split(size, 1), strict=True):
         largest = group.abs().amax(1, keepdim=True)
         cuts = torch.stack([group.clamp(-largest * fraction, largest * fraction) for fraction in fractions])
         changes = torch.stack([group - dequantize(quantize(cut, scheme)) for cut in cuts])
-        errors = ((changes @ (samples.t() @ samples) + 2 * (total @ samples)) * changes).sum(-1)  # less that of `total`
+        errors = ((changes @ (samples.t() @ samples) + 2 * (total @ samples)) * changes).sum(-1)  # less `total`'s own
         best = errors.argmin(0)
         groups.append(cuts[best, rows])
         total += changes[best, rows] @ samples.t()

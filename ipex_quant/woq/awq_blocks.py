@@ -24,16 +24,16 @@ from .layer_walk import SchemeOf, Walk, calibrate, find_stages, set_weight, walk
 logger = logging.getLogger("ipex_quant")
 
 _NORM_OFFSETS = (0.0, 1.0)
-"""What norms add to their weight: nothing, or, as Gemma's, one."""
+"""Constants that norms add to their weight: 0, or 1 as in Gemma."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """What was done to the linears `members` of one share group, by their names in the model.
+    """The scaling of one share group, the linears `members`; names are those in the model.
 
-    Their weights were multiplied by `scale`, float32 ``[K]``, along the input channels before they were quantized, and
-    the output channels of `absorber` by `factor`, float32 ``[M]``; both None when nothing can absorb the scale, or none
-    is better. `search` holds the errors.
+    `scale`, float32 ``[K]``, multiplied the input channels of their weights before quantization; `factor`, float32
+    ``[M]``, multiplied the output channels of `absorber`. All three are None for a group that is not scaled, `search`
+    too if no module can absorb a scale; else `search` holds the errors.
     """
 
     members: tuple[str, ...]
@@ -61,9 +61,9 @@ def awq_blocks(
 ) -> AwqResult:
     """AWQ for every linear in the transformer blocks of `model` and those of `also`, as `walk_blocks` takes them.
 
-    The reciprocal of a share group's scale goes into the norm before it, or into the output channels of a linear that
-    is quantized already, which changes nothing but the scales of its rows. A group that neither reaches is only
-    clipped. Raises as `walk_blocks` does, and ValueError for inputs that are NaN or Inf, naming the linear.
+    A share group's reciprocal scale goes into the norm before it, or into the row scales and the bias of a linear that
+    is already quantized. A group without such a module is only clipped. Raises as `walk_blocks` does, and ValueError
+    for inputs that are NaN or Inf, naming the linear.
     """
     blocks = _AwqBlocks(model, options or AwqOptions())
     weights = walk_blocks(model, batches, scheme, blocks, also=also)
@@ -118,7 +118,7 @@ class _Group:
         self.weights = [weight_matrix(self.block.get_submodule(name)).float() for name in members]
 
     def quantize(self, schemes: Mapping[str, WeightScheme], found: dict[str, QuantizedWeight]) -> None:
-        """Put the weights of the members into `found`, where those of a linear that absorbs the scale change."""
+        """Put the quantized weights of the members into `found`, and update that of a linear that absorbs the scale."""
         scaling = self._scaling([schemes[name] for name in self.members], found)
         self.owner.scalings.append(scaling)
         inputs, weights = self.sample.vectors, self.weights
@@ -158,7 +158,7 @@ class _Group:
         return find_absorber(self.block, lambda: self.walk.run(self.index, batch), self.members, candidates)
 
     def _divide_linear(self, name: str, factor: torch.Tensor, found: dict[str, QuantizedWeight]) -> None:
-        """Multiply the rows of a weight that is quantized, which its scales do without rounding the codes anew."""
+        """Multiply the output channels of a quantized linear through its row scales and bias; its codes stay."""
         linear = self.block.get_submodule(name)
         found[name] = replace(found[name], scales=found[name].scales * factor.unsqueeze(1))
         set_weight(linear, dequantize(found[name]))
@@ -166,7 +166,7 @@ class _Group:
             self._set_parameter(name, "bias", (linear.bias.float() * factor).to(linear.bias.dtype))
 
     def _multiply_norm(self, name: str, factor: torch.Tensor) -> torch.Tensor | None:
-        """Multiply a norm's output; the result is by what, given that its vectors are rounded to their dtype."""
+        """Multiply a norm's output by `factor`; return the factor as the norm's dtype rounds it, None if impossible."""
         norm = self.block.get_submodule(name)
         for offset in _NORM_OFFSETS:
             vectors = scaled_vectors(norm, factor, offset)
@@ -186,7 +186,7 @@ class _Group:
 
 
 def _mean_by_source(magnitude: torch.Tensor, absorber: Absorber) -> torch.Tensor:
-    """`magnitude` averaged over the channels that one channel of the absorber reaches; 0 for those that none does."""
+    """Mean of `magnitude` over the input channels with the same source channel; 0 for channels without a source."""
     used = absorber.sources >= 0
     sources = absorber.sources[used]
     sums = torch.zeros(absorber.width, dtype=torch.float32).index_add_(0, sources, magnitude[used])

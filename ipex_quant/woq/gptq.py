@@ -1,8 +1,8 @@
-"""GPTQ: quantize input feature by input feature and let the later ones make up for the error of the earlier ones.
+"""GPTQ: quantize one input feature after another; later features compensate for the errors of earlier ones.
 
 Source: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers", arXiv 2210.17323. Scales and zero points are those of `numerics.affine`, so that for a diagonal Hessian,
-where no feature can make up for another, the result is exactly round to nearest.
+Transformers", arXiv 2210.17323. `numerics.affine` defines the scales and zero points. With a diagonal Hessian no
+feature can compensate for another, and the result is exactly round to nearest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
 from .rtn import round_scales
 
 MAX_DAMPING = 10.0
-"""`percdamp` beyond which a Hessian that still cannot be inverted is given up."""
+"""Largest `percdamp` to accept, and to try on a Hessian that cannot be inverted."""
 
 BITS = {WoqWeightDtype.INT4: 4, WoqWeightDtype.INT8: 8}
 """The dtypes that GPTQ quantizes to, and their bits."""
@@ -30,16 +30,16 @@ _CODES = {WoqWeightDtype.INT4: (0, 15, INT4_OFFSET), WoqWeightDtype.INT8: (-128,
 
 @dataclass(frozen=True)
 class GptqOptions:
-    """How GPTQ runs.
+    """Options of GPTQ.
 
-    - `percdamp`: what is added to the Hessian's diagonal, as a fraction of its mean.
-    - `act_order`: quantize the features with the largest inputs first. Groups are then made in that order, which needs
-      a `g_idx`, unless `static_groups` is set.
-    - `static_groups`: scales and zero points from the original weight, before any error is passed on.
-    - `block_size`: features after which the accumulated error is passed on to all later ones.
-    - `scale_dtype`: scales are rounded to it before anything is quantized with them.
+    - `percdamp`: value added to the Hessian's diagonal, as a fraction of the diagonal's mean.
+    - `act_order`: quantize the features with the largest inputs first. Groups follow that order, which needs a `g_idx`,
+      unless `static_groups` is set.
+    - `static_groups`: compute scales and zero points from the original weight, before any error compensation.
+    - `block_size`: number of features after which their errors are applied to all later blocks.
+    - `scale_dtype`: dtype that scales are rounded to before they quantize the weight.
 
-    Raises ValueError for a negative `percdamp` or a `block_size` below 1.
+    Raises ValueError for a `percdamp` outside 0..10 or a `block_size` below 1.
     """
 
     percdamp: float = 0.01
@@ -63,7 +63,7 @@ class HessianAccumulator:
         self.count = 0
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Take in a batch of inputs ``[..., K]``; raises ValueError when K is another."""
+        """Take in a batch of inputs ``[..., K]``; raises ValueError for another K."""
         if inputs.dim() == 0 or inputs.shape[-1] != len(self.hessian):
             raise ValueError(f"inputs: expected shape [..., {len(self.hessian)}], got {list(inputs.shape)}")
         vectors = inputs.detach().reshape(-1, len(self.hessian)).float()
@@ -113,7 +113,7 @@ def quantize_weight(
 
 
 class _Grid:
-    """The codes found so far, and the scale and zero point of the group that the current feature is in."""
+    """The codes of the features quantized so far, and the scale and zero point of the current feature's group."""
 
     def __init__(self, scheme: WeightScheme, static: QuantizedWeight, options: GptqOptions) -> None:
         self.scheme, self.shape = scheme, static.shape
@@ -121,12 +121,12 @@ class _Grid:
         self.scale_dtype = options.scale_dtype
         self.scales = round_scales(static.scales, options.scale_dtype)
         self.zero_points = None if static.zero_points is None else static.zero_points.clone()
-        # A row that is one group has no earlier group whose error could reach it.
+        # With one group per row, no earlier group passes an error on.
         self.fixed = options.static_groups or self.scales.shape[1] == 1
         self.codes: list[torch.Tensor] = []
 
     def enter(self, position: int, feature: int, columns: torch.Tensor) -> None:
-        """Make the group of `feature`, the `position`-th to be quantized, the current one."""
+        """Select the group of `feature`, the `position`-th in the order of quantization, as the current one."""
         group = (feature if self.fixed else position) // self.group_size
         if not self.fixed and position % self.group_size == 0:
             members = columns[position : position + self.group_size].t()
@@ -141,13 +141,13 @@ class _Grid:
         self.range = (lowest, highest)
 
     def snap(self, column: torch.Tensor) -> torch.Tensor:
-        """`column` ``[N]`` on the grid of the current group; its codes are kept."""
+        """Round `column` ``[N]`` to the grid of the current group, and append its codes."""
         codes = (column * self.inverse).round_().add_(self.zero).clamp_(*self.range)
         self.codes.append(codes.to(torch.int16))
         return (codes - self.zero) * self.scale
 
     def quantized_weight(self, features: torch.Tensor) -> QuantizedWeight:
-        """All codes, in the order of the input features instead of that of `features`."""
+        """The quantized weight, its codes in input feature order; `features` is the order of quantization."""
         codes = torch.stack(self.codes)[features.argsort()].t()
         if self.scheme.dtype == WoqWeightDtype.INT4:
             codes = pack_nibbles(codes.to(torch.uint8))
@@ -161,7 +161,7 @@ class _Grid:
 
 
 def _inverse_factor(hessian: torch.Tensor, percdamp: float) -> torch.Tensor:
-    """Upper triangular U with ``U^T U`` the inverse of the damped `hessian`, which is overwritten.
+    """Upper triangular U with ``U^T U`` the inverse of the damped `hessian`; writes to the diagonal of `hessian`.
 
     ``H = R R^T`` with R upper triangular (a Cholesky factorization in reversed order) gives ``U = R^-1``, without
     forming the inverse of H.

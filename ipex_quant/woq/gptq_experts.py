@@ -30,18 +30,18 @@ PARTS = ("gate", "up", "down")
 
 
 def can_quantize_experts(module: nn.Module) -> bool:
-    """Whether `module` holds experts in 3-D parameters of which is known what they compute."""
+    """Whether `module` holds experts in 3-D parameters in a form that this package can compute."""
     return holds_experts(module) and experts_obstacle(module) is None
 
 
 def quantize_experts(
     walk: Walk, index: int, name: str, scheme: WeightScheme, options: GptqOptions
 ) -> tuple[dict[str, QuantizedWeight], list[str]]:
-    """GPTQ of the experts that block `index` calls `name`; down sees what quantized gate and up make of its tokens.
+    """Quantize the experts `name` of block `index` by GPTQ; return their weights, and the names of idle experts.
 
-    The weights are by ``<name>.<expert>.gate_proj``, ``up_proj`` and ``down_proj``; gate and up have one order of input
-    features. An expert that no token is routed to is rounded to nearest, and its name is in the list. The module gets
-    the quantized weights in new memory.
+    The keys are ``<name>.<expert>.gate_proj``, ``up_proj`` and ``down_proj``. Gate and up share one order of input
+    features; their quantized outputs calibrate down. An idle expert, which no token is routed to, is rounded to
+    nearest. The module gets the dequantized weights in new memory.
     """
     module = walk.blocks[index].get_submodule(name)
     gate, bias, (count, _, width) = expert_gate(module), expert_bias(module, "gate_up"), experts_shape(module)
@@ -69,7 +69,7 @@ def quantize_experts(
 
 
 def _calls(walk: Walk, index: int, module: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What `module` of block `index` is called with, a batch: the tokens that no mask hides and their experts."""
+    """For each call of `module` in block `index`: the tokens that no mask hides, and the experts that each goes to."""
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
     batched, count = expert_layout(module).batched, experts_shape(module)[0]
 
@@ -92,7 +92,7 @@ def _calls(walk: Walk, index: int, module: nn.Module) -> list[tuple[torch.Tensor
                 ]
     finally:
         handle.remove()
-    if batched:  # rows of zeros are tokens that go elsewhere
+    if batched:  # a row of zeros is a token of other experts
         calls = [tuple(tensor[(call[0] != 0).any(dim=1)] for tensor in call) for call in calls]
     return calls
 

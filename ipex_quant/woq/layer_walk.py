@@ -1,8 +1,8 @@
-"""Quantize the linears of a transformer block by block, each seeing the quantized ones before it (true sequential).
+"""Quantizes a transformer block by block; calibration of a linear runs on quantized layers before it (true sequential).
 
-The model itself is run up to the block in question, with the blocks before it replaced by what they returned last time.
-So a block gets exactly the arguments that its model gives it, whatever they are, and only one block's inputs are held
-(and one output of every tower before its own).
+For each block, the model runs up to that block, and the blocks before it replay recorded outputs. The block thus gets
+exactly the arguments that its model gives it. Only one recording per tower is held: of its latest block, or of the
+module that holds the tower.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class BlockQuantizer(Protocol):
     title: str
 
     def __call__(self, walk: Walk, index: int, schemes: Mapping[str, WeightScheme]) -> dict[str, QuantizedWeight]:
-        """Quantize the linears of block `index` by name within it, and give them the quantized weights.
+        """Quantize the linears of block `index`, give them the quantized weights, return these by name in the block.
 
-        Those that no batch reaches are left out; so they have no part in what the block returns.
+        The result leaves out linears that no batch reaches; they do not affect the block's outputs.
         """
 
 
@@ -54,12 +54,12 @@ def walk_blocks(
     scale_dtype: torch.dtype = torch.float32,
     also: Sequence[str] = (),
 ) -> dict[str, QuantizedWeight]:
-    """Quantize every linear in the transformer blocks of `model` with `quantize_block`; the result is by module name.
+    """Quantize the linears in the transformer blocks of `model` with `quantize_block`; return weights by module name.
 
-    `batches` are keyword arguments of the model. The blocks of all towers (encoder and decoder, vision and text) are
-    taken in the order in which the model runs them, with linears outside of them that `also` names; all others are not
-    touched, nor are blocks that no batch runs. A linear of a block that no batch reaches is rounded to nearest, with a
-    warning. The model comes back as it was. Raises ValueError without batches or blocks.
+    `batches` are keyword arguments of the model. The walk visits the blocks of all towers (encoder and decoder, vision
+    and text), and the linears outside of them that `also` names, in the order in which the model runs them. It skips
+    blocks that no batch runs. In a visited block, a linear that no batch reaches is rounded to nearest, with a warning.
+    The model is restored. Raises ValueError without batches or blocks, RuntimeError when no batch runs a block.
     """
     title = quantize_block.title
     if not batches:
@@ -92,9 +92,9 @@ class _Stop(Exception):  # noqa: N818 - no error, it ends a forward pass whose r
 
 
 class Walk:
-    """Runs single blocks of a model on every batch; a context manager, since it replaces forwards meanwhile.
+    """Runs single blocks of a model on every batch; replaces forwards, and restores them at the exit of its context.
 
-    `blocks` are those of all towers and the modules `also`, in the order in which the model runs them.
+    `blocks` holds the blocks of all towers and the modules `also` that run, in the order in which the model runs them.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Walk:
             if tower in self._last and tower_of[in_towers[-1]] != tower
         }
         self._kept: dict[nn.Parameter, torch.Tensor] = {}  # quantized parameters of a tower that has a holder
-        self._outputs: dict[str, dict[int, list[object]]] = {}  # of a tower, a batch: its last block's or its holder's
+        self._outputs: dict[str, dict[int, list[object]]] = {}  # by tower and batch, of its latest block or its holder
         self._batch = 0
         self._played: Counter[nn.Module] = Counter()
         self._stacks = {tower: ExitStack() for tower in self._towers}
@@ -137,7 +137,7 @@ class Walk:
             stack.close()
 
     def full_name(self, index: int, name: str) -> str:
-        """Name in the model of what is called `name` in block `index`; the block itself is ''."""
+        """Name in the model of the module `name` of block `index`; '' is the block itself."""
         return f"{self.names[index]}.{name}" if name else self.names[index]
 
     def reached(self, index: int) -> list[int]:
@@ -145,11 +145,11 @@ class Walk:
         return [batch for batch, calls in enumerate(self._counts) if self.names[index] in calls]
 
     def run(self, index: int, batch_index: int) -> list[object]:
-        """What the calls of block `index` return for one batch; a call that a hook stops returns nothing."""
+        """Outputs of every call of block `index` for one batch; a call that a hook stops has none."""
         return self._run(self.names[index], batch_index)
 
     def masks(self, index: int, batch_index: int) -> list[torch.Tensor]:
-        """2-D masks, as bools, of the positions that block `index` may get for one batch."""
+        """The 2-D masks of one batch, as bools, that may fit the inputs of block `index`."""
         batch = self.batches[batch_index]
         masks = [batch.get("attention_mask")]
         if self.blocks[index] in self._decoder:
@@ -160,7 +160,7 @@ class Walk:
 
     @contextmanager
     def changing(self, index: int) -> Iterator[None]:
-        """Give the parameters of block `index` the values back that they have by now."""
+        """Restore the current values of the parameters of block `index` at the exit of the context."""
         before = {parameter: parameter.data for parameter in self.blocks[index].parameters()}
         try:
             yield
@@ -171,7 +171,7 @@ class Walk:
                 parameter.data = data
 
     def advance(self, index: int) -> None:
-        """Keep the outputs of block `index`, and replay them from now on."""
+        """Record the outputs of block `index`, and replay them in later runs; does nothing for the last block."""
         if index + 1 == len(self.blocks):
             return
         tower = self._towers[index]
@@ -180,9 +180,9 @@ class Walk:
         self._replay(tower, self.blocks[index])
 
     def leave(self, index: int) -> None:
-        """After the last block of a tower, replay what holds it instead of its blocks.
+        """After the last block of a tower, replay the outputs of the tower's holder instead of its blocks.
 
-        The rest of the model may read more than the last block's output: a norm's, or those of blocks in between.
+        The rest of the model may read more than the last block's output: that of a norm, or of earlier blocks.
         """
         tower = self._towers[index]
         name = self._holders.get(tower)
@@ -199,7 +199,7 @@ class Walk:
         self._replay(tower, self.model.get_submodule(name))
 
     def _run(self, name: str, batch_index: int) -> list[object]:
-        """What the calls of a module return for one batch, but none that a hook stops."""
+        """Outputs of every call of a module for one batch; a call that a hook stops has none."""
         outputs: list[object] = []
         self._batch = batch_index
         self._played.clear()
@@ -229,7 +229,7 @@ class Walk:
 
 
 def _copied(output: object) -> object:
-    """`output` with tensors and containers of its own, since who gets it may write to them."""
+    """A copy of `output`, its tensors and containers, since its reader may write to them."""
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, copy.copy(output))
 
 
@@ -260,9 +260,9 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Iter
 
 @dataclass
 class Stage:
-    """Linears that do not depend on each other: `groups` of linears that share an input.
+    """Linears that do not depend on each other, in `groups` that share an input.
 
-    `once` says that the first linear of the only group is called once, so that a forward pass may stop there.
+    `once`: the stage is one group whose linears are called once each, so that a forward pass may stop at the first.
     """
 
     groups: list[list[str]] = field(default_factory=list)
@@ -270,15 +270,15 @@ class Stage:
 
 
 def set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
-    """Give the parameter new data: the old ones come back when the block is done."""
+    """Write `weight` to new memory of the parameter, since `Walk.changing` restores the old memory."""
     linear.weight.data = torch.empty_like(linear.weight.data)
     weight_matrix(linear).copy_(weight)
 
 
 def _calls(walk: Walk, index: int, names: Sequence[str]) -> list[tuple[str, int]]:
-    """Linears of a block in the order of their calls, each with a number for its input tensor.
+    """Linears of a block in the order of their calls, each with the id of its input tensor.
 
-    One batch tells, unless it leaves linears out (experts that no token chose).
+    Further batches run only for linears that no earlier batch called (experts that no token chose).
     """
     block = walk.blocks[index]
     calls: list[tuple[str, int]] = []
@@ -323,7 +323,7 @@ def _stages(block: nn.Module, calls: Sequence[tuple[str, int]]) -> list[Stage]:
 
 
 class Statistics(Protocol):
-    """What an algorithm gathers about the inputs of a share group: `count` vectors so far."""
+    """Statistics of the inputs of a share group; `count` is the number of input vectors so far."""
 
     count: int
 
@@ -335,9 +335,10 @@ StatisticsT = TypeVar("StatisticsT", bound=Statistics)
 
 
 def calibrate(walk: Walk, index: int, stage: Stage, make: Callable[[int], StatisticsT]) -> list[StatisticsT]:
-    """What every share group of a stage gets as input, over all batches; ``make(K)`` makes what gathers it.
+    """Collect the input statistics of every share group of a stage over all batches; ``make(K)`` makes an empty one.
 
-    Positions that a 2-D `attention_mask` (`decoder_attention_mask` in a decoder after an encoder) masks are left out.
+    They leave out positions that a 2-D `attention_mask` masks (`decoder_attention_mask` in the decoder of an encoder-
+    decoder model). A ValueError from the statistics is raised with the name of the linear.
     """
     block = walk.blocks[index]
     firsts = {members[0]: block.get_submodule(members[0]) for members in stage.groups}

@@ -44,7 +44,7 @@ def count_calls(
     batches: Sequence[Mapping[str, torch.Tensor]],
     run: Callable[[Mapping[str, torch.Tensor]], object],
 ) -> list[Calls]:
-    """How often ``run(batch)`` calls each of `modules`, a batch; one pass does for all batches of the same shapes."""
+    """Count the calls of each of `modules` in ``run(batch)``, a result per batch; equal shapes share one run."""
     known: dict[tuple[object, ...], Calls] = {}
     counts: list[Calls] = []
     for batch in batches:
@@ -71,7 +71,7 @@ def _calls_of_one_run(modules: Mapping[str, nn.Module], run: Callable[[], object
 
 
 def merged_order(sequences: Iterable[Iterable[str]]) -> list[str]:
-    """All names of `sequences`, each of which keeps its order where no earlier one has another."""
+    """Merge `sequences` of names into one order; where two disagree, the earlier sequence decides."""
     order: list[str] = []
     for sequence in sequences:
         place = len(order)
@@ -84,10 +84,10 @@ def merged_order(sequences: Iterable[Iterable[str]]) -> list[str]:
 
 
 def holder(tower: str, order: Sequence[str], counts: Sequence[Calls]) -> str | None:
-    """Outermost module whose output tells all that the rest of the model gets to know of `tower`; None without one.
+    """Outermost module that contains `tower` and whose outputs can replace it in later runs; None without one.
 
-    `order` lists the blocks of all towers as they run. Such a module has no block that runs after those of the tower,
-    and is called by every batch that runs one of them.
+    The module contains no block that runs after the tower's blocks, and every batch that runs one of these calls it.
+    `order` lists the blocks of all towers in the order in which they run.
     """
     own = [name for name in order if name.startswith(f"{tower}.")]
     later = order[order.index(own[-1]) + 1 :]
@@ -106,7 +106,7 @@ def patterns(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def pattern(model: nn.Module, name: str) -> str:
-    """`name` with the index in every ``nn.ModuleList`` replaced by a star: what blocks and experts have in common."""
+    """`name` with the index in every ``nn.ModuleList`` replaced by a star: one pattern for all blocks or experts."""
     parts = name.split(".")
     parents = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
     return ".".join("*" if isinstance(p, nn.ModuleList) else part for p, part in zip(parents, parts, strict=True))
