@@ -34,7 +34,7 @@ def run_python(*arguments: str, level: str | None, **options) -> subprocess.Comp
     if level is not None:
         variables["IPEX_QUANT_ISA"] = level
     command = [sys.executable, *(["-S"] if sys.flags.no_site else []), *arguments]
-    return subprocess.run(command, env=variables, text=True, timeout=300, **options)
+    return subprocess.run(command, env=variables, text=True, timeout=1800, **options)
 
 
 def run_worker(kind: str, path: Path, level: str | None = None) -> tuple[Results, str]:
