@@ -50,7 +50,7 @@ class GptqOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.percdamp <= MAX_DAMPING:
-            raise ValueError(f"percdamp: expected a fraction from 0 to {MAX_DAMPING:g}, usually 0.01, got {self.percdamp}")
+            raise ValueError(f"percdamp: expected 0 to {MAX_DAMPING:g}, usually 0.01, got {self.percdamp}")
         if self.block_size < 1:
             raise ValueError(f"block_size: expected at least 1, got {self.block_size}")
 

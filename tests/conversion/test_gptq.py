@@ -230,7 +230,7 @@ def test_a_failure_leaves_nothing_behind(model, samples, tmp_path, monkeypatch):
     [
         ({"wbits": 3}, r"wbits: expected one of \[4, 8\], got 3"),
         ({"group_size": 24}, "group_size: expected -1"),
-        ({"percdamp": -1}, "percdamp: expected a fraction"),
+        ({"percdamp": -1}, "percdamp: expected 0 to 10"),
         ({"compression_dtype": torch.int8}, r"compression_dtype: GPTQ files hold torch\.int32 words, got torch\.int8"),
         ({"compression_dim": 0}, "compression_dim: .* expected 1, got 0"),
         ({"scale_dtype": torch.float64}, r"scale_dtype: expected one of .* got torch\.float64"),
