@@ -55,9 +55,9 @@ def main() -> int:
 def python_violations(root: Path) -> list[str]:
     """One line per import in `root/ipex_quant` that is not of a lower layer, and per module without a layer."""
     violations = []
-    for path in sorted((root / PACKAGE).rglob("*.py")):
+    for name, path in modules_of(root).items():
         file = path.relative_to(root)
-        own = layer_of(root, ".".join(file.with_suffix("").parts).removesuffix(".__init__"))
+        own = layer_of(root, name)
         if own not in RANK:
             violations.append(f"{file}: {own} has no layer; add it to LAYERS in tools/check_imports.py")
             continue
@@ -71,8 +71,9 @@ def python_violations(root: Path) -> list[str]:
 def shape_violations(root: Path) -> list[str]:
     """One line per circle of imports, and per import of a private name or by a string, in `root/ipex_quant`."""
     violations = []
-    imports: dict[str, set[str]] = {name: set() for name in modules_of(root)}
-    for name, path in modules_of(root).items():
+    modules = modules_of(root)
+    imports: dict[str, set[str]] = {name: set() for name in modules}
+    for name, path in modules.items():
         file = path.relative_to(root)
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for line, module in imported_modules(tree, file.parts[:-1]):

@@ -32,11 +32,7 @@ class FoundWeights:
             old = prepared.get_parameter(name)  # replaced, not written: the model it was copied from has its memory
             setattr(prepared.get_submodule(owner), key, nn.Parameter(value.to(old.dtype), old.requires_grad))
         untie(prepared, self.weights)
-        swap_modules(prepared, {name: partial(_quantized, weight) for name, weight in self.weights.items()})
-
-
-def _quantized(weight: QuantizedWeight, linear: nn.Module) -> nn.Module:
-    qconfig = linear.qconfig
-    bias = linear.bias if linear.bias is not None and linear.bias.any() else None
-    new = WeightOnlyQuantizedLinear.from_quantized_weight(weight, bias, qconfig.lowp_mode, qconfig.act_quant_mode)
-    return new.to(linear.weight.dtype).train(linear.training)
+        replacements = {
+            name: partial(WeightOnlyQuantizedLinear.replacing, qw=weight) for name, weight in self.weights.items()
+        }
+        swap_modules(prepared, replacements)

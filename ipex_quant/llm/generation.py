@@ -101,15 +101,17 @@ class CacheHook:
             _replace_layers(cache.cross_attention_cache, dtype, shared, spare=False)
         elif isinstance(cache, DynamicCache):
             _replace_layers(cache, dtype, shared)
-        if dtype not in (None, model.dtype) and isinstance(cache, (DynamicCache, StaticCache)):
+        if dtype is None or not isinstance(cache, (DynamicCache, StaticCache)):
+            return
+        kept = cache.offloading or isinstance(cache, StaticCache)
+        if kept and dtype != model.dtype and not _holds_something(cache):
             kind = "an offloaded" if cache.offloading else "a static"
-            if (cache.offloading or isinstance(cache, StaticCache)) and not _holds_something(cache):
-                warnings.warn(
-                    f"kv_cache_dtype: {kind} cache keeps keys and values in the model's dtype, not in "
-                    f"{str(dtype).removeprefix('torch.')}; leave out cache_implementation and past_key_values, or set "
-                    "kv_cache_dtype to None",
-                    stacklevel=2,
-                )
+            warnings.warn(
+                f"kv_cache_dtype: {kind} cache keeps keys and values in the model's dtype, not in "
+                f"{str(dtype).removeprefix('torch.')}; leave out cache_implementation and past_key_values, or set "
+                "kv_cache_dtype to None",
+                stacklevel=2,
+            )
 
 
 def _differentiable(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> Iterator[bool]:
@@ -190,9 +192,8 @@ def _prefill(
         return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
     prompts = {name: _every(value, copies, name) for name, value in model_kwargs.items()}
     outputs = prefill(input_ids[::copies], generation_config, prompts, *args, **kwargs)
-    made = getattr(
-        outputs, "past_key_values", None
-    )  # may be a new cache: Phi-3 drops the old one when it changes to its long factors
+    # It may be a new cache: Phi-3 drops the old one when it changes to its long factors.
+    made = getattr(outputs, "past_key_values", None)
     (cache if made is None else made).batch_repeat_interleave(copies)
     return type(outputs)(**{name: _repeated(value, copies) for name, value in outputs.items()})
 

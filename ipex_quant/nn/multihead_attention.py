@@ -42,8 +42,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
     @property
     def in_proj_weight(self) -> torch.Tensor | None:
         """The weights of `q_proj`, `k_proj` and `v_proj`, concatenated; None if their input widths differ."""
-        same = self.kdim == self.vdim == self.embed_dim
-        return _cat([layer.weight for layer in self._inputs()]) if same else None
+        return _cat([layer.weight for layer in self._inputs()]) if self._same_widths else None
 
     @property
     def in_proj_bias(self) -> torch.Tensor | None:
@@ -119,7 +118,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         """Return torch's module with the weights of the layers, which must be float."""
         made = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
         _take_over(made, self)
-        made._qkv_same_embed_dim = self.kdim == self.vdim == self.embed_dim
+        made._qkv_same_embed_dim = self._same_widths
         parameters: dict[str, Any] = dict.fromkeys(("in_proj_weight", *(f"{name}_weight" for name in _INPUTS)))
         if made._qkv_same_embed_dim:
             parameters["in_proj_weight"] = self.in_proj_weight
@@ -145,7 +144,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
             prefix = kwargs.get("prefix", "")
             for kind in ("weight", "bias"):
                 parts = [tensors.pop(f"{prefix}{name}.{kind}", None) for name in _INPUTS]
-                if kind == "weight" and not self.kdim == self.vdim == self.embed_dim:
+                if kind == "weight" and not self._same_widths:
                     tensors |= {f"{prefix}{name}_weight": part for name, part in zip(_INPUTS, parts, strict=True)}
                 elif parts[0] is not None:
                     tensors[f"{prefix}in_proj_{kind}"] = torch.cat(parts)
@@ -165,6 +164,10 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
 
     def _reset_parameters(self) -> None:
         """Do nothing, since the layers hold the weights; transformers calls this while it loads a model."""
+
+    @property
+    def _same_widths(self) -> bool:
+        return self.kdim == self.vdim == self.embed_dim
 
     def _inputs(self) -> list[nn.Module]:
         return [self._modules[name] for name in _INPUTS]

@@ -11,7 +11,6 @@ from torch import nn
 
 from .. import ops
 from ..numerics.quantized_weight import QuantizedWeight
-from ..numerics.scheme import WeightScheme, WoqWeightQScheme
 from .embeddings import PackedEmbedding, RowFactor, ScaledEmbedding, embedding_obstacle, is_embedding, row_factor
 from .quantized_module import Placeholder, QuantizedModule, flag
 from .weight_only_linear import SCHEME_ENTRY, WeightOnlyQuantizedLinear, plain_places, read_scheme
@@ -50,10 +49,7 @@ class QuantizedEmbedding(QuantizedModule, PackedEmbedding):
         reason = embedding_obstacle(mod)
         if reason:
             raise ValueError(f"{type(mod).__name__}: {reason}")
-        qconfig = mod.qconfig
-        symmetric = qconfig.weight_qscheme == WoqWeightQScheme.SYMMETRIC
-        scheme = WeightScheme(qconfig.weight_dtype, symmetric, qconfig.group_size)
-        table = WeightOnlyQuantizedLinear.from_quantized_weight(ops.quantize_weight(mod.weight, scheme))
+        table = WeightOnlyQuantizedLinear.from_quantized_weight(ops.quantize_weight(mod.weight, mod.qconfig.scheme))
         return cls(table, mod.padding_idx, row_factor(mod)).train(mod.training).to(mod.weight.dtype)
 
     def share(self, table: WeightOnlyQuantizedLinear) -> None:

@@ -101,8 +101,16 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
             rows = len(weight)
             zero_points = None if zero_points is None else zero_points.reshape(rows, -1).to(torch.int16)
             qw = affine.quantize(weight, scheme, scales.reshape(rows, -1).float(), zero_points)
-        bias = mod.bias if mod.bias is not None and mod.bias.any() else None
-        return cls._like(mod, qw, bias).to(weight.dtype)
+        return cls.replacing(mod, qw)
+
+    @classmethod
+    def replacing(cls, linear: nn.Module, qw: QuantizedWeight) -> WeightOnlyQuantizedLinear:
+        """Make a layer with the weight `qw` to replace the linear layer `linear`, whose weight gives the float dtype.
+
+        The compute mode is that of ``linear.qconfig`` if there is one. A bias of zeros is dropped.
+        """
+        bias = linear.bias if linear.bias is not None and linear.bias.any() else None
+        return cls._like(linear, qw, bias).to(linear.weight.dtype)
 
     @classmethod
     def from_float_and_qweight(

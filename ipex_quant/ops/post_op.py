@@ -32,6 +32,9 @@ ACTIVATIONS: dict[PostOp, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 """The post ops that take no other tensor, as torch functions."""
 
+GATES = (PostOp.GELU, PostOp.NEW_GELU, PostOp.SILU)
+"""The activations that native ops apply to a gate."""
+
 
 def apply_post_op(result: torch.Tensor, post_op: PostOp, others: Sequence[torch.Tensor] = ()) -> torch.Tensor:
     """Apply `post_op` in the dtype of `result`, as eager code does: activations in float32, then rounded."""

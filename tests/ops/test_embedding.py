@@ -13,16 +13,8 @@ from ipex_quant.numerics.quantized_weight import QuantizedWeight
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
 from ipex_quant.ops import reference
 
-from .weights import shuffle_features
+from .weights import KINDS, shuffle_features
 
-KINDS = [
-    (WoqWeightDtype.INT8, True),
-    (WoqWeightDtype.INT8, False),
-    (WoqWeightDtype.INT4, True),
-    (WoqWeightDtype.INT4, False),
-    (WoqWeightDtype.NF4, True),
-    (WoqWeightDtype.FP8, True),
-]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -15,10 +15,10 @@ from ... import ops
 from ...nn import Int8Linear, WeightOnlyQuantizedLinear
 from ...nn.linears import is_linear, obstacle
 from ...ops import PostOp
-from ...ops.post_op import ACTIVATIONS, apply_post_op
+from ...ops.post_op import ACTIVATIONS, GATES, apply_post_op
 
-_MLP_ACTIVATIONS = (PostOp.RELU, PostOp.GELU, PostOp.NEW_GELU, PostOp.SILU)
-"""The activations that `LinearGroup.gated` and the native decoder know."""
+MLP_ACTIVATIONS = (PostOp.RELU, *GATES)
+"""The activations that fused MLPs compute as post ops."""
 
 _woq_linear = torch.ops.ipex_quant.woq_linear.default
 _woq_linear_group = torch.ops.ipex_quant.woq_linear_group.default
@@ -29,7 +29,7 @@ def activation_post_op(activation: Callable[[torch.Tensor], torch.Tensor]) -> Po
     """The post op equal to `activation`, found by comparing their values; None when there is none."""
     x = torch.linspace(-12, 12, 1001, dtype=torch.float32)
     y = activation(x)
-    for post_op in _MLP_ACTIVATIONS:
+    for post_op in MLP_ACTIVATIONS:
         if torch.allclose(y, ACTIVATIONS[post_op](x), rtol=1e-5, atol=1e-5):
             return post_op
     return None
@@ -108,10 +108,10 @@ class LinearGroup:
     def gated(self, x: torch.Tensor, activation: PostOp) -> torch.Tensor:
         """``activation(first(x)) * second(x)`` of the two modules."""
         gate, up = self(x)
+        if activation not in GATES:
+            return ACTIVATIONS[activation](gate) * up
         if activation == PostOp.SILU:
             return ops.silu_mul(gate, up)
-        if activation == PostOp.RELU:
-            return torch.relu(gate) * up
         return ops.gelu_mul(gate, up, activation == PostOp.NEW_GELU)
 
 
@@ -132,7 +132,7 @@ class Int8Group(LinearGroup):
 
     def gated(self, x: torch.Tensor, activation: PostOp) -> torch.Tensor:
         group = self.modules[0].share_group
-        if activation == PostOp.RELU or not self.in_order or not group.has_one_input():
+        if activation not in GATES or not self.in_order or not group.has_one_input():
             return super().gated(x, activation)
         return group.multiply_gated(x, activation)
 
@@ -155,7 +155,7 @@ class WeightOnlyGroup(LinearGroup):
 
     def gated(self, x: torch.Tensor, activation: PostOp) -> torch.Tensor:
         data, biases, perms = self._tensors()
-        if activation == PostOp.RELU or not self._one_order(perms):
+        if activation not in GATES or not self._one_order(perms):
             return super().gated(x, activation)
         return _woq_linear_gated(x, *data, *biases, perms[0], self.out_features[0], *self.modes, int(activation))
 

@@ -8,16 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...ops import PostOp
 from ...ops.decoder import MAX_TOKENS, DecoderCall, DecoderStructure, DecoderWeights, decoder_layers
+from ...ops.post_op import GATES
 from .attention import FusedAttention, Slots
 from .call import LayerCall
 from .families import Residual, Rope
-from .linears import LinearGroup, WeightOnlyCall, WeightOnlyGroup
+from .linears import MLP_ACTIVATIONS, LinearGroup, WeightOnlyCall, WeightOnlyGroup
 from .norms import LayerNorm, Norm
 from .parts import LayerParts
-
-_GATES = (PostOp.GELU, PostOp.NEW_GELU, PostOp.SILU)
 
 
 def layer_step(parts: LayerParts) -> LayerStep | None:
@@ -35,7 +33,7 @@ def layer_step(parts: LayerParts) -> LayerStep | None:
     if not isinstance(getattr(mlp, "inputs", None), LinearGroup):
         return None
     groups = [_linears(group) for group in (attention.project, attention.output, mlp.inputs, mlp.output)]
-    if not all(groups) or mlp.post_op not in (_GATES if mlp.gated else (PostOp.RELU, *_GATES)):
+    if not all(groups) or mlp.post_op not in (GATES if mlp.gated else MLP_ACTIVATIONS):
         return None
     modes = {linear.options[1:] for linear in chain(*groups)}
     if len(modes) != 1:
