@@ -126,7 +126,7 @@ struct Activation {
 
   Activation(double scale_, int64_t zero_point_) : scale(float(scale_)), zero_point(int32_t(zero_point_)) {
     IPEX_QUANT_CHECK(std::isfinite(scale), "scale: expected a finite float32, got ", scale_);
-    IPEX_QUANT_CHECK(zero_point_ >= 0 && zero_point_ <= 255, "zero_point: expected 0..255, got ", zero_point_);
+    check_zero_point("zero_point", zero_point_);
   }
 };
 

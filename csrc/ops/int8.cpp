@@ -66,10 +66,6 @@ Tensor int8_member(Tensor packed, std::vector<int64_t> out_features, int64_t in_
 }
 
 // ------------------------------------------------------------------------------------------------- activations
-void check_zero_point(const char* name, int64_t zero_point) {
-  IPEX_QUANT_CHECK(zero_point >= 0 && zero_point <= 255, name, ": expected 0..255, got ", zero_point);
-}
-
 // `length` multipliers, or a single one for all.
 struct Multipliers {
   std::vector<float> repeated;

@@ -75,6 +75,10 @@ struct PackedGroup {
   }
 };
 
+inline void check_zero_point(const char* name, int64_t zero_point) {
+  IPEX_QUANT_CHECK(zero_point >= 0 && zero_point <= 255, name, ": expected 0..255, got ", zero_point);
+}
+
 inline int64_t sum_of(const std::vector<int64_t>& values) {
   int64_t sum = 0;
   for (const int64_t value : values) sum += value;

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from outliers import inject_outliers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import ipex_quant as ipex
 from ipex_quant import data, evaluation
@@ -142,11 +142,6 @@ def test_a_weight_that_is_not_finite_is_named(model, samples):
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj: weight: expected finite values"):
         awq(model, samples, INT4)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(data.embedded_model_dir(), local_files_only=True)
 
 
 def _embedded(dtype=torch.float32):

@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoTokenizer, BatchEncoding, LlamaConfig, LlamaForCausalLM
+from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM
 
-from ipex_quant.data import embedded_model_dir, held_out_text
+from ipex_quant.data import embedded_model_dir
 from ipex_quant.observers import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
 from ipex_quant.quantization import calibrate, calibration_dataloader
 
@@ -27,16 +27,6 @@ Model, batches, statistics = worker.Model, worker.batches, worker.statistics
 def _observed_models():
     with worker.observed_models():
         yield
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(embedded_model_dir())
-
-
-@pytest.fixture(scope="module")
-def documents():
-    return [text for text in held_out_text().split("\n\n")[:400] if text.strip()]
 
 
 def run_worker(mode: str, directory: Path, rank: int = 0, world: int = 1) -> subprocess.Popen:

@@ -8,21 +8,9 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from ipex_quant.conversion.calibration_text import text_documents
-from ipex_quant.data import embedded_model_dir, held_out_text
 from ipex_quant.quantization import calibration_dataloader
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(embedded_model_dir())
-
-
-@pytest.fixture(scope="module")
-def documents():
-    return [text for text in held_out_text().split("\n\n")[:400] if text.strip()]
 
 
 def write(directory: Path, suffix: str, documents: list[str]) -> Path:

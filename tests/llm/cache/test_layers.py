@@ -222,17 +222,22 @@ def test_deferred_tensor_is_computed_once_and_only_when_needed():
     assert "[1, 2, 3, 8]" in repr(keys).replace("(", "[").replace(")", "]")
 
 
+def write_where_reserve_says(layer, other, seed):
+    """A token of a fused call, which `other` is updated with: both hold the same then."""
+    key, value = states(2, 1, seed=seed)
+    (keys, values), start = layer.reserve(1)
+    keys[:, :, start : start + 1], values[:, :, start : start + 1] = key, value
+    layer.commit(1)
+    assert_same((keys[:, :, : start + 1], values[:, :, : start + 1]), other.update(key, value))
+
+
 def test_fused_calls_write_where_reserve_says():
     layer, other = NativeLayer(), NativeLayer()
     assert layer.reserve(1) is None
     for x in (layer, other):
         x.update(*states(2, 70))
     for seed in range(100):
-        key, value = states(2, 1, seed=seed)
-        (keys, values), start = layer.reserve(1)
-        keys[:, :, start : start + 1], values[:, :, start : start + 1] = key, value
-        layer.commit(1)
-        assert_same((keys[:, :, : start + 1], values[:, :, : start + 1]), other.update(key, value))
+        write_where_reserve_says(layer, other, seed)
     layer.batch_repeat_interleave(2)
     assert layer.reserve(1) is None
 
@@ -242,11 +247,7 @@ def test_fused_calls_see_the_window_only():
     for x in (layer, other):
         x.update(*states(2, 20))
     for seed in range(100):
-        key, value = states(2, 1, seed=seed)
-        (keys, values), start = layer.reserve(1)
-        keys[:, :, start : start + 1], values[:, :, start : start + 1] = key, value
-        layer.commit(1)
-        assert_same((keys[:, :, : start + 1], values[:, :, : start + 1]), other.update(key, value))
+        write_where_reserve_says(layer, other, seed)
     assert layer.get_mask_sizes(1) == other.get_mask_sizes(1)
     assert layer.reserve(8) is None
 

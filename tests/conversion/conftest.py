@@ -1,0 +1,14 @@
+import pytest
+from transformers import AutoTokenizer
+
+from ipex_quant.data import embedded_model_dir, held_out_text
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(embedded_model_dir())
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return [text for text in held_out_text().split("\n\n")[:400] if text.strip()]
