@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from . import autotune, llm, nn, ops, quantization
     from .llm.explain import explain
 
+_SUBMODULES = ("autotune", "llm", "nn", "ops", "quantization")
+
+_HOMES = {
+    "explain": "llm.explain",
+}
+"""The module of each name that loads when it is first used."""
+
 __all__ = ["autotune", "explain", "llm", "nn", "ops", "optimize_transformers", "quantization", "show_config"]
 
 __version__: str
@@ -50,14 +57,12 @@ def optimize_transformers(*args: Any, **kwargs: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "explain":
-        from .llm.explain import explain
-
-        return explain
     if name == "__version__":
         return _version()
-    if name in __all__:  # a submodule; the functions above are found without this
+    if name in _SUBMODULES:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

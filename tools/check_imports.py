@@ -17,18 +17,18 @@ from pathlib import Path
 PACKAGE = "ipex_quant"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("numerics", "data", "reading", "writing", "_C"),
+    ("numerics", "data", "reading", "writing", "cpu", "_C"),
     ("ops", "checkpoints"),
-    ("nn",),
+    ("nn", "optim"),
     ("observers", "smoothquant", "woq", "evaluation"),
     ("conversion",),
-    ("llm", "autotune"),
-    ("quantization",),  # the faces: this one, which IPEX names, and `ipex_quant/__init__.py`
+    ("llm", "autotune", "frontend", "bert"),
+    ("quantization", "settings", "verbosity"),  # the faces: these, which IPEX names, and `ipex_quant/__init__.py`
     (PACKAGE,),
-    ("recipes",),
+    ("recipes", "alias"),
     ("demo_encoders", "integrations"),
     ("demo",),
-    ("cli",),
+    ("cli", "run"),
 )
 """Modules and subpackages of the package, lowest layer first. Parts of one layer do not import each other."""
 
