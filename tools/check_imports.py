@@ -17,7 +17,7 @@ from pathlib import Path
 PACKAGE = "ipex_quant"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("numerics", "data", "reading", "writing", "cpu", "_C"),
+    ("numerics", "data", "errors", "reading", "writing", "cpu", "_C"),
     ("ops", "checkpoints"),
     ("nn", "optim"),
     ("observers", "smoothquant", "woq", "evaluation"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -65,6 +66,40 @@ def normalize_g_idx(g_idx: torch.Tensor, group_size: int, groups: int) -> torch.
         group = int((counts != regular).nonzero()[0])
         raise ValueError(f"g_idx: expected {regular[group]} features in group {group}, got {counts[group]}")
     return g_idx.int()
+
+
+def is_shard(g_idx: torch.Tensor, scales: torch.Tensor, group_size: int) -> bool:
+    """Whether `scales` ``[N, groups]`` are of more groups than the input features of `g_idx` fill."""
+    return group_size != PER_CHANNEL and scales.shape[1] > -(-g_idx.numel() // group_size)
+
+
+def shard_weight(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    g_idx: torch.Tensor,
+    dtype: WoqWeightDtype,
+    shape: tuple[int, int],
+) -> QuantizedWeight:
+    """Make a weight of a part of the input features, `g_idx` ``[K]``, of one with all groups' parameters.
+
+    Its groups are parts of the given ones, as large as one size for all allows: the largest power of two that divides
+    the number of features in each. Raises ValueError or TypeError for tensors that do not fit.
+    """
+    columns, groups = shape[1], scales.shape[1]
+    check("g_idx", g_idx, INDEX_DTYPES, (columns,))
+    if columns and (g_idx.min() < 0 or g_idx.max() >= groups):
+        raise ValueError(f"g_idx: expected groups 0..{groups - 1}, got {int(g_idx.min())}..{int(g_idx.max())}")
+    common = math.gcd(*g_idx.bincount().tolist())
+    size = common & -common
+    order = g_idx.argsort(stable=True)
+    parts = g_idx[order][::size].long()
+    part_of = torch.empty(columns, dtype=torch.int32)
+    part_of[order] = torch.arange(columns, dtype=torch.int32) // size
+    zero_points = None if zero_points is None else zero_points[:, parts].contiguous()
+    scheme = WeightScheme(dtype, zero_points is None, size)
+    order_of_parts = normalize_g_idx(part_of, size, len(parts))
+    return QuantizedWeight(codes, scales[:, parts].contiguous(), zero_points, order_of_parts, scheme, shape)
 
 
 def integer_weight(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import ArgumentError, ArgumentTypeError
 from ..nn.modes import evaluating
 
 
@@ -29,18 +30,18 @@ class Example:
         """
         if inputs is None and kwarg_inputs is None:
             if needed:
-                raise ValueError(
+                raise ArgumentError(
                     "IPEX quantization.prepare: example_inputs and example_kwarg_inputs cannot be none at same time "
                     "for static quantization."
                 )
             return None
         if inputs is not None and kwarg_inputs is not None:
-            raise ValueError(
+            raise ArgumentError(
                 "IPEX quantization.prepare: example_inputs and example_kwarg_inputs cannot be set at same time."
             )
         if kwarg_inputs is not None:
             if not isinstance(kwarg_inputs, Mapping):
-                raise TypeError(
+                raise ArgumentTypeError(
                     "IPEX quantization.prepare: example_kwarg_inputs must be type of Dict., got "
                     f"{type(kwarg_inputs).__name__}"
                 )

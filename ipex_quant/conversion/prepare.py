@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torch.ao.quantization import QConfig, QConfigMapping
 
+from ..errors import ArgumentTypeError, OrderError
 from ..nn import (
     QuantizedEmbedding,
     QuantizedModule,
@@ -37,7 +38,7 @@ from .qconfig import QConfigSmoothQuant, QuantizationKind, kind_of
 from .resizing import watch_head
 from .rules import choose_qconfigs, computes_otherwise, fit_reasons, refused_modules
 from .summary import load_qconf_summary, read_summary, save_qconf_summary, summary_groups
-from .swap import copy_sharing_parameters, own_parameters, swap_modules
+from .swap import copy_on_write, swap_modules
 from .tidy import drop_dropout, fold_batch_norms, leave_fast_paths
 from .tying import share_tables, tied_modules, untie
 
@@ -74,17 +75,18 @@ def prepare(
     whose output only it reads; the model keeps its class. The result has the methods `save_qconf_summary` and
     `load_qconf_summary`.
 
-    Without `inplace` the result is a copy that shares the parameters' memory with `model`. Raises TypeError for another
+    Without `inplace` the result is a copy, whose parameters share the memory of `model` until one of the two is
+    written to. Raises TypeError for another
     kind of model or configuration, and ValueError if an example is missing, if both are given, or if the model cannot
     be called with it.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"Only support nn.Module prepare for quantization path, got {type(model).__name__}")
+        raise ArgumentTypeError(f"Only support nn.Module prepare for quantization path, got {type(model).__name__}")
     if isinstance(configure, (QConfig, QConfigSmoothQuant, QConfigWoq)):
         warnings.warn("QConfig are deprecated. Please use QConfigMapping instead", DeprecationWarning, stacklevel=2)
         configure = QConfigMapping().set_global(configure)
     if not isinstance(configure, QConfigMapping):
-        raise TypeError(
+        raise ArgumentTypeError(
             "IPEX quantization: prepare configure should be an instance of QConfigMapping or QConfig, "
             f"but got {type(configure)}"
         )
@@ -116,7 +118,7 @@ def mark(
 
     Removes the marks of an earlier `prepare`.
     """
-    model = model if inplace else copy_sharing_parameters(model)
+    model = model if inplace else copy_on_write(model)
     _forget(model)
     restore_forwards(model)
     model = split_attentions(model, chosen)
@@ -170,8 +172,7 @@ def convert(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Replace the layers that `prepare` marked by quantized ones, one at a time.
 
     With `inplace` each float weight is freed as its layer is replaced, unless something else refers to it. Without, the
-    result is a copy and `model` is unchanged. The result shares no memory with the model that `prepare` copied: weights
-    that stay in float are copied. If `model` is itself a layer to quantize, its replacement is returned.
+    result is a copy and `model` is unchanged. If `model` is itself a layer to quantize, its replacement is returned.
 
     Activations are quantized with the parameters from calibration, or from a loaded summary; a layer that calibration
     never reached stays in float, with a warning. SmoothQuant's factors are folded into the norm before a layer if
@@ -196,12 +197,12 @@ def convert_some(model: nn.Module, inplace: bool = False) -> nn.Module:
 
 def _convert(model: nn.Module, inplace: bool, check: Callable[[nn.Module], None]) -> nn.Module:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"Only support nn.Module convert for quantization path, got {type(model).__name__}")
+        raise ArgumentTypeError(f"Only support nn.Module convert for quantization path, got {type(model).__name__}")
     if not hasattr(model, _PREPARED):
-        raise RuntimeError("Please do prepare the model before doing convert")
+        raise OrderError("Please do prepare the model before doing convert")
     if hasattr(model, ATTRIBUTE):
         check_calibrated(observed(model))
-    model = model if inplace else copy_sharing_parameters(model)
+    model = model if inplace else copy_on_write(model)
     replacements = _replacements(model)
     _forget(model)
     if not replacements:
@@ -210,7 +211,6 @@ def _convert(model: nn.Module, inplace: bool, check: Callable[[nn.Module], None]
     untie(model, replacements)
     model = swap_modules(model, replacements)
     share_tables(model, ties)
-    own_parameters(model)
     model = join_attentions(model)
     reasons = fit_reasons(getattr(model, FLOAT_REASONS, {}), model)
     setattr(model, FLOAT_REASONS, reasons)

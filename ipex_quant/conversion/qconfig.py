@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.ao.quantization import PlaceholderObserver, QConfig, QConfigMapping
 
+from ..errors import ArgumentError
 from ..numerics.scheme import (
     PER_CHANNEL,
     QConfigWoq,
@@ -146,14 +147,14 @@ def get_weight_only_quant_qconfig_mapping(
         )
         weight_dtype = named
     if weight_dtype not in WoqWeightDtype.__members__.values():
-        raise ValueError(
+        raise ArgumentError(
             f"Invalid weight data type for weight only quantization: {weight_dtype}; "
             f"expected one of {[each.name for each in WoqWeightDtype]}"
         )
     try:
         check_group_size(group_size)
     except ValueError:
-        raise ValueError(f"Group size must be -1 or a positive power of 2, but got {group_size}") from None
+        raise ArgumentError(f"Group size must be -1 or a positive power of 2, but got {group_size}") from None
     choices = {"lowp_mode": lowp_mode, "act_quant_mode": act_quant_mode, "weight_qscheme": weight_qscheme}
     for (name, value), enum in zip(choices.items(), (WoqLowpMode, WoqActQuantMode, WoqWeightQScheme), strict=True):
         if value not in enum.__members__.values():

@@ -51,9 +51,10 @@ def dequantize_per_channel(
     zps: torch.Tensor | None,
     dtype: WoqWeightDtype,
     weight_shape: tuple[int, int] | None = None,
+    dequant_nf4_via_int8: bool = False,
 ) -> torch.Tensor:
     """Dequantize codes with one scale per row to float32 ``[N, K]``; see `dequantize_per_block`."""
-    return dequantize_per_block(qt, scales, zps, dtype, PER_CHANNEL, weight_shape)
+    return dequantize_per_block(qt, scales, zps, dtype, PER_CHANNEL, weight_shape, None, dequant_nf4_via_int8)
 
 
 def dequantize_per_block(
@@ -64,11 +65,13 @@ def dequantize_per_block(
     group_size: int,
     weight_shape: tuple[int, int] | None = None,
     g_idx: torch.Tensor | None = None,
+    dequant_nf4_via_int8: bool = False,
 ) -> torch.Tensor:
     """Dequantize the result of `quantize_per_block` to float32 ``[N, K]``.
 
     `weight_shape` is needed for an odd K with two codes per byte; `g_idx`, int ``[K]``, is the group of every column
-    (act-order). Raises ValueError or TypeError when the tensors do not fit each other.
+    (act-order). `dequant_nf4_via_int8` rounds the levels of NF4 to multiples of 1/127, as INT8 compute does. Raises
+    ValueError or TypeError when the tensors do not fit each other.
     """
     rows = len(qt)
     columns = qt.shape[1] * 2 if dtype in _TWO_A_BYTE else qt.shape[1]
@@ -76,7 +79,11 @@ def dequantize_per_block(
     scheme = WeightScheme(dtype, zps is None, group_size)
     g_idx = None if g_idx is None else g_idx.to(torch.int32)
     scales = _grid("scales", scales, rows).float()
-    return affine.dequantize(QuantizedWeight(qt, scales, _zero_points(zps, rows), g_idx, scheme, shape))
+    qw = QuantizedWeight(qt, scales, _zero_points(zps, rows), g_idx, scheme, shape)
+    if dequant_nf4_via_int8 and dtype == WoqWeightDtype.NF4:
+        levels = (affine.code_values(qw) * 127).round() / 127
+        return levels * qw.scales[:, affine.feature_groups(qw)]
+    return affine.dequantize(qw)
 
 
 def _zero_points(zero_points: torch.Tensor | None, rows: int) -> torch.Tensor | None:

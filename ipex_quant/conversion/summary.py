@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import ArgumentError
 from ..nn.linears import is_linear, weight_matrix
 from ..numerics.int8 import StaticActivation
 from ..observers import describe_observer, has_data
@@ -40,7 +41,7 @@ def save_qconf_summary(model: nn.Module, qconf_summary: str | os.PathLike) -> No
     without a file name, RuntimeError if `model` is not prepared for static quantization or not calibrated.
     """
     if not qconf_summary:
-        raise ValueError("A configure file name should be given to save the qconf_summary")
+        raise ArgumentError("A configure file name should be given to save the qconf_summary")
     observations = observed(model)
     if not observations.observers():
         raise RuntimeError("save_qconf_summary: dynamic quantization has nothing to save; convert needs no calibration")

@@ -7,13 +7,13 @@ import ctypes
 from collections import defaultdict
 from collections.abc import Callable
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
 from ..nn.multihead_attention import named_layers, split_attentions
 
 _MANY_LAYERS = 16
-_SHARING = "_ipex_quant_sharing"
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -51,29 +51,30 @@ def _successor(old: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Mod
     return new
 
 
-def copy_sharing_parameters(model: nn.Module) -> nn.Module:
-    """Copy of `model` with new Parameter objects over the same memory, so that modules can be replaced cheaply.
+def copy_on_write(model: nn.Module) -> nn.Module:
+    """Copy of `model` whose parameters share its memory until one of the two is written to.
 
-    Casting or replacing parameters of the copy does not change `model`; writing into them does, until `own_parameters`
-    is called.
+    Parameters whose memory torch did not allocate, such as those mapped from a file, are copied at once.
     """
-    memo = {id(p): nn.Parameter(p.data, p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
-    shared = copy.deepcopy(model, memo)
-    setattr(shared, _SHARING, True)
-    return shared
+    memo = {
+        id(p): nn.Parameter(_lazy_clone(p.detach()), p.requires_grad)
+        for p in model.parameters()
+        if type(p) is nn.Parameter
+    }
+    return copy.deepcopy(model, memo)
+
+
+def _lazy_clone(tensor: torch.Tensor) -> torch.Tensor:
+    try:
+        return torch._lazy_clone(tensor)
+    except RuntimeError:  # memory of another allocator
+        return tensor.clone()
 
 
 def with_split_attentions(model: nn.Module) -> nn.Module:
-    """`model`; if it has attention modules to split, a copy with them split, which shares the parameters' memory."""
+    """`model`; if it has attention modules to split, a copy on write with them split."""
     names = {name for name, _ in named_layers(model)} - {name for name, _ in model.named_modules()}
-    return split_attentions(copy_sharing_parameters(model), names) if names else model
-
-
-def own_parameters(model: nn.Module) -> None:
-    """Copy the parameters of a model that `copy_sharing_parameters` made; any other model is left unchanged."""
-    if vars(model).pop(_SHARING, False):
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
+    return split_attentions(copy_on_write(model), names) if names else model
 
 
 def return_freed_memory() -> None:

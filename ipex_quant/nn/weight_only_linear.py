@@ -23,6 +23,7 @@ from ..numerics.scheme import (
     WoqWeightQScheme,
 )
 from .linears import PackedLinear, linear_shape, weight_matrix
+from .op_context import OpContext
 from .quantized_module import Placeholder, QuantizedModule, autocast, check_bias, flag
 from .weight_tensors import QuantDtype, QuantMethod, WoqWeightFormat, read_tensors
 
@@ -286,6 +287,10 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
     @property
     def group_size(self) -> int:
         return PER_CHANNEL if self.scheme is None else self.scheme.group_size
+
+    @property
+    def _op_context(self) -> OpContext:
+        return OpContext(self.quantized_weight(), self.bias)
 
     @property
     def _weight_qscheme(self) -> WoqWeightQScheme:

@@ -7,7 +7,7 @@ from enum import IntEnum
 import torch
 
 from ..checkpoints import read_gptq
-from ..checkpoints.tensors import INDEX_DTYPES, check, infer_group_size, normalize_g_idx
+from ..checkpoints.tensors import INDEX_DTYPES, check, infer_group_size, is_shard, normalize_g_idx, shard_weight
 from ..numerics.nibbles import as_bytes, unpack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight, code_columns
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
@@ -35,6 +35,7 @@ class QuantDtype(IntEnum):
 
 
 _GPTQ_NAMES = {"zero_points": "qzeros"}
+_CODES_A_WORD = 8
 
 
 def read_tensors(
@@ -48,7 +49,8 @@ def read_tensors(
 
     - PLAIN_FORMAT: `qweight` as `QuantizedWeight.codes` or, for 4-bit codes, int32 ``[N, ceil(K / 8)]`` with the lowest
       k in the lowest bits; `scales` float ``[N]`` or ``[N, groups]``; `zero_points` likewise, or int32
-      ``[N, ceil(groups / 8)]`` packed as an int32 `qweight` is; without them the weight is symmetric.
+      ``[N, ceil(groups / 8)]`` packed as an int32 `qweight` is; without them the weight is symmetric. With a `g_idx`
+      the weight may be a part of the input features, whose `scales` and `zero_points` are those of all groups.
     - GPTQ_FORMAT (INT4 only): the tensors of `read_gptq`, version 1, with `zero_points` for ``qzeros``.
 
     A `group_size` of -1 with several groups is inferred from their number; a `g_idx` in natural order is dropped.
@@ -61,10 +63,13 @@ def read_tensors(
             raise ValueError(f"dtype: GPTQ_FORMAT holds INT4 codes, got {dtype.name}")
         return _read_gptq(tensors, shape, group_size)
     codes, scales, zero_points = _plain_tensors(tensors, dtype, shape)
+    g_idx = tensors.get("g_idx")
+    if g_idx is not None and is_shard(g_idx, scales, group_size):
+        return shard_weight(codes, scales, zero_points, g_idx, dtype, shape)
     groups = scales.shape[1]
     size = infer_group_size(shape[1], groups) if group_size == PER_CHANNEL else group_size
     scheme = WeightScheme(dtype, zero_points is None, size)
-    return QuantizedWeight(codes, scales, zero_points, _g_idx(tensors.get("g_idx"), scheme, shape[1]), scheme, shape)
+    return QuantizedWeight(codes, scales, zero_points, _g_idx(g_idx, scheme, shape[1]), scheme, shape)
 
 
 def _read_gptq(tensors: dict[str, torch.Tensor | None], shape: tuple[int, int], group_size: int) -> QuantizedWeight:
@@ -86,7 +91,8 @@ def _plain_tensors(
         codes = as_bytes(_rows("qweight", codes, rows))[:, : code_columns(dtype, shape[1])]
     if zero_points is not None:
         zero_points = _rows("zero_points", zero_points, rows)
-        if packed and zero_points.dtype == torch.int32:
+        words = -(-scales.shape[1] // _CODES_A_WORD)
+        if zero_points.dtype == torch.int32 and (packed or zero_points.shape[1] == words < scales.shape[1]):
             zero_points = _nibbles("zero_points", zero_points, scales.shape[1])
         zero_points = zero_points.round() if zero_points.is_floating_point() else zero_points
         zero_points = zero_points.to(torch.int16)

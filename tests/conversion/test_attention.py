@@ -116,13 +116,14 @@ def test_a_prepared_model_computes_and_is_saved_as_the_float_one(block, x, inpla
     assert type(block.attention) is (SplitMultiheadAttention if inplace else nn.MultiheadAttention)
 
 
-def test_a_copy_shares_the_memory_of_weights_until_it_is_converted(block, x):
-    prepared = prepare(block, get_weight_only_quant_qconfig_mapping())
-    assert prepared.attention.q_proj.weight.data_ptr() == block.attention.in_proj_weight.data_ptr()
+def test_a_projection_that_stays_in_float_has_a_weight_of_its_own(block, x):
     mapping = get_weight_only_quant_qconfig_mapping().set_module_name("attention.q_proj", None)
     converted = convert(prepare(block, mapping))
     assert type(converted.attention.q_proj) is nn.Linear
-    assert converted.attention.q_proj.weight.data_ptr() != block.attention.in_proj_weight.data_ptr()
+    with torch.no_grad():
+        converted.attention.q_proj.weight += 1
+        assert not torch.equal(converted.attention.q_proj.weight, block.attention.in_proj_weight[:32])
+        converted.attention.q_proj.weight -= 1
     assert type(converted.attention.k_proj) is WeightOnlyQuantizedLinear
     assert error(converted(x), block(x)) < 0.01
 

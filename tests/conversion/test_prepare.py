@@ -73,18 +73,40 @@ def test_the_float_model_is_unchanged_unless_inplace(model, mapping):
     assert torch.equal(prepared(TOKENS), before(TOKENS))
 
 
-def test_what_stays_in_float_is_copied(model, mapping):
-    converted = convert(prepare(model, mapping), inplace=True)
-    assert converted.embedding.weight.data_ptr() != model.embedding.weight.data_ptr()
-    assert converted.norm.weight.data_ptr() != model.norm.weight.data_ptr()
+def is_shared(tensor):
+    return torch._C._is_cow_tensor(tensor)
 
 
-def test_a_prepared_copy_shares_memory_but_no_parameters(model, mapping):
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_a_copy_shares_memory_until_one_is_written_to(model, mapping, changed):
     prepared = prepare(model, mapping)
-    assert prepared.head.weight.data_ptr() == model.head.weight.data_ptr()
+    converted = convert(prepared)
+    models = (model, prepared, converted)
+    assert all(is_shared(each.embedding.weight) and is_shared(each.norm.weight) for each in models)
+    expected = model(TOKENS)
+    assert all(is_shared(each.embedding.weight) for each in models)
+    with torch.no_grad():
+        models[changed].embedding.weight.zero_()
+    for each in {*range(3)} - {changed}:
+        assert models[each].embedding.weight.any()
+    if changed != 1:
+        assert torch.equal(prepared(TOKENS), expected)
+
+
+def test_a_prepared_copy_has_parameters_of_its_own(model, mapping):
+    prepared = prepare(model, mapping)
     assert prepared.head.weight is prepared.embedding.weight
     prepared.to(torch.bfloat16)
     assert model.head.weight.dtype == torch.float32
+
+
+def test_weights_in_mapped_memory_are_copied(model, mapping, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    model.load_state_dict(torch.load(tmp_path / "weights.pt", mmap=True), assign=True)
+    model.head.weight = model.embedding.weight
+    prepared = prepare(model, mapping)
+    assert prepared.embedding.weight.data_ptr() != model.embedding.weight.data_ptr()
+    assert torch.equal(prepared(TOKENS), model(TOKENS))
 
 
 def test_inplace_changes_the_model_itself(model, mapping):

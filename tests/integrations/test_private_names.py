@@ -21,6 +21,7 @@ USED = {
     "neural_compressor.common.base_config.BaseConfig._post_init": "self",
     "torch._C._disabled_torch_function_impl": None,
     "torch._check": "cond message",
+    "torch._lazy_clone": None,
     "torch.Tensor._make_wrapper_subclass": None,
     "torch.nn.Conv2d._conv_forward": "self input weight bias",
     "torch.nn.Module._apply": "self fn recurse",

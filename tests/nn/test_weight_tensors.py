@@ -67,6 +67,27 @@ def test_plain_int32_words(columns):
     assert_same(read_tensors(tensors, WoqWeightDtype.INT4, (N, columns), GROUP), qw)
 
 
+def test_plain_codes_with_zero_points_in_words(weight):
+    qw = int4(weight, group_size=4)
+    tensors = {"qweight": qw.codes, "scales": qw.scales, "zero_points": words(qw.zero_points)}
+    assert_same(read_tensors(tensors, WoqWeightDtype.INT4, (N, K), 4), qw)
+
+
+@pytest.mark.parametrize(
+    "g_idx",
+    [torch.arange(K // GROUP).repeat(GROUP), torch.randperm(K, generator=torch.Generator().manual_seed(0)) // GROUP],
+)
+def test_a_part_of_the_input_features_refers_to_all_groups(weight, g_idx):
+    whole = int4(weight)
+    values = affine.stored_codes(whole).float() - whole.zero_points[:, g_idx]
+    expected = values * whole.scales[:, g_idx]
+    for part in (slice(0, 24), slice(24, 64)):
+        codes = whole.codes[:, part.start // 2 : part.stop // 2]
+        tensors = {"qweight": codes, "scales": whole.scales, "zero_points": whole.zero_points, "g_idx": g_idx[part]}
+        read = read_tensors(tensors, WoqWeightDtype.INT4, (N, part.stop - part.start), GROUP)
+        assert torch.equal(affine.dequantize(read), expected[:, part])
+
+
 def test_group_size_follows_from_the_scales(weight):
     qw = int4(weight)
     tensors = {"qweight": qw.codes, "scales": qw.scales, "zero_points": qw.zero_points}

@@ -12,7 +12,7 @@ from torch.ao.quantization import QConfigMapping
 from ...checkpoints import Checkpoint, WeightsInMemory
 from ...conversion.prepare import FLOAT_REASONS, check_any_quantized, warn_of_float
 from ...conversion.rules import choose_qconfigs, fit_reasons
-from ...conversion.swap import copy_sharing_parameters, own_parameters, swap_modules
+from ...conversion.swap import copy_on_write, swap_modules
 from ...conversion.tidy import leave_fast_paths
 from ...conversion.tying import untie
 from ...nn import WeightOnlyQuantizedLinear
@@ -47,7 +47,7 @@ def apply_checkpoint(
     replacements = {
         name: partial(_from_checkpoint, checkpoint, name, qconfig) for name, qconfig in chosen.items() if name in stored
     }
-    model = model if inplace else copy_sharing_parameters(model)
+    model = model if inplace else copy_on_write(model)
     restore_forwards(model)
     model = split_attentions(model, stored)
     reasons = fit_reasons(reasons, model)
@@ -58,7 +58,6 @@ def apply_checkpoint(
     leave_fast_paths(model, stored)
     check_any_quantized(model)
     warn_of_float(model, reasons)
-    own_parameters(model)
     _load_others(model, stack_float_experts(model, checkpoint.other_tensors()))
     return model
 
