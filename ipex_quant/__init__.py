@@ -10,16 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import autotune, llm, nn, ops, quantization
+    from .alias import install_as_ipex
     from .llm.explain import explain
 
 _SUBMODULES = ("autotune", "llm", "nn", "ops", "quantization")
 
 _HOMES = {
     "explain": "llm.explain",
+    "install_as_ipex": "alias",
 }
 """The module of each name that loads when it is first used."""
 
-__all__ = ["autotune", "explain", "llm", "nn", "ops", "optimize_transformers", "quantization", "show_config"]
+__all__ = [
+    "autotune",
+    "explain",
+    "install_as_ipex",
+    "llm",
+    "nn",
+    "ops",
+    "optimize_transformers",
+    "quantization",
+    "show_config",
+]
 
 __version__: str
 """The installed version."""

@@ -1,0 +1,48 @@
+"""The name ``intel_extension_for_pytorch`` for this package, in processes that ask for it.
+
+`install_as_ipex` lets scripts that were written for Intel Extension for PyTorch (IPEX) run unchanged; ``python -m
+ipex_quant.run script.py`` calls it for them. Until it is called, nothing in a process is different.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from .finder import IPEX, AliasFinder
+
+__all__ = ["IPEX", "install_as_ipex", "uninstall_as_ipex"]
+
+
+def install_as_ipex() -> None:
+    """Let ``import intel_extension_for_pytorch`` mean this package, in this process.
+
+    IPEX's public modules then lead to this package's, under IPEX's paths; what IPEX had and this package has not raises
+    an AttributeError or ImportError that says what to use instead. What IPEX changed in torch when it was imported
+    changes when the name is first imported: `torch.compile` knows the backend "ipex", `torch.jit.trace` works under
+    autocast, and ``torch.xpu.optimize`` is there.
+
+    Calling it again changes nothing. Processes that this one starts do not inherit it, except below ``ipex_quant.run``.
+
+    Raises:
+        RuntimeError: IPEX itself was imported before.
+    """
+    if _installed() is not None:
+        return
+    if IPEX in sys.modules:
+        raise RuntimeError(f"{IPEX} was imported already: call install_as_ipex before the first import of it")
+    sys.meta_path.insert(0, AliasFinder())
+
+
+def uninstall_as_ipex() -> None:
+    """Take back what `install_as_ipex` and imports of the name changed; objects that were imported go on working."""
+    finder = _installed()
+    if finder is None:
+        return
+    sys.meta_path.remove(finder)
+    for name in [name for name in sys.modules if name == IPEX or name.startswith(f"{IPEX}.")]:
+        del sys.modules[name]
+    finder.close()
+
+
+def _installed() -> AliasFinder | None:
+    return next((finder for finder in sys.meta_path if isinstance(finder, AliasFinder)), None)
