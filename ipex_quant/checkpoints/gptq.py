@@ -32,7 +32,7 @@ from ..numerics.scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeight
 from ..reading import shown
 from .bit_fields import pack_fields, unpack_fields, word_count
 from .patterns import Pattern
-from .tensors import INDEX_DTYPES, check, check_rank, infer_group_size, integer_weight, require
+from .tensors import INDEX_DTYPES, check, check_rank, integer_weight, require, resolve_group_size
 
 BITS = (4, 8, 3, 2)
 """Supported widths, the most common first: with fewer than 32 in_features, several can fit the shapes."""
@@ -166,7 +166,7 @@ def read_gptq(
     scheme = WeightScheme(
         WoqWeightDtype.INT8 if bits == 8 else WoqWeightDtype.INT4,
         symmetric=False,
-        group_size=_resolve_group_size(group_size, in_features, groups),
+        group_size=resolve_group_size(group_size, in_features, groups),
     )
 
     check(_WEIGHT, qweight, (torch.int32,), (word_count(in_features, bits), out_features))
@@ -309,14 +309,6 @@ def _infer_bits(qweight: torch.Tensor, in_features: int) -> int:
     raise ValueError(
         f"{_WEIGHT}: expected one of the shapes {expected} for in_features {in_features}, got {list(qweight.shape)}"
     )
-
-
-def _resolve_group_size(group_size: int | None, in_features: int, groups: int) -> int:
-    if group_size is None:
-        return infer_group_size(in_features, groups)
-    power_of_two = group_size > 0 and group_size & (group_size - 1) == 0
-    # A group at least as long as a row is one scale per output channel.
-    return PER_CHANNEL if group_size >= in_features and not power_of_two else group_size
 
 
 def _codes(qweight: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:

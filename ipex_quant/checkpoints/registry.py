@@ -10,6 +10,7 @@ import torch
 
 from ..numerics.quantized_weight import QuantizedWeight
 from ..reading import shown
+from .awq import AwqFormat
 from .gptq import GptqFormat
 
 
@@ -36,6 +37,7 @@ class CheckpointFormat(Protocol):
 
 FORMATS: Mapping[str, Callable[[Mapping[str, object]], CheckpointFormat]] = MappingProxyType(
     {
+        "awq": AwqFormat.from_config,
         "gptq": GptqFormat.from_config,
     }
 )

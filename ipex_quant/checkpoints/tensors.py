@@ -49,6 +49,17 @@ def infer_group_size(in_features: int, groups: int) -> int:
     return group_size
 
 
+def resolve_group_size(group_size: int | None, in_features: int, groups: int) -> int:
+    """The `group_size` that a configuration gives, or None for the inferred one, as a `WeightScheme` has it.
+
+    A group at least as long as a row is one scale per output channel.
+    """
+    if group_size is None:
+        return infer_group_size(in_features, groups)
+    power_of_two = group_size > 0 and group_size & (group_size - 1) == 0
+    return PER_CHANNEL if group_size >= in_features and not power_of_two else group_size
+
+
 def normalize_g_idx(g_idx: torch.Tensor, group_size: int, groups: int) -> torch.Tensor | None:
     """Return `g_idx` as int32 for a `QuantizedWeight`, or None when it is ``k // group_size`` or all zeros.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
@@ -169,13 +170,20 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
     ) -> WeightOnlyQuantizedLinear:
         """Make a layer of an INT4 checkpoint's tensors, in the layout of `quant_method`.
 
-        `qconfig` (a `QConfigWoq` or a mapping with a global one) sets the compute mode; None is BF16. Raises ValueError
-        or TypeError for tensors that do not fit the shape or each other.
+        `qconfig` (a `QConfigWoq` or a mapping with a global one) sets the compute mode; None is BF16. AWQ tensors tell
+        their shape, which counts, with a warning, if `in_features` or `out_features` are other numbers, as in IPEX.
+        Raises ValueError or TypeError for tensors that do not fit the shape or each other.
         """
         formats = {QuantMethod.GPTQ_GEMM: WoqWeightFormat.GPTQ_FORMAT, QuantMethod.AWQ_GEMM: WoqWeightFormat.AWQ_FORMAT}
         tensors = {"qweight": qweight, "scales": scales, "zero_points": zero_points, "g_idx": g_idx}
         weight_format = formats[QuantMethod(quant_method)]
-        qw = read_tensors(tensors, WoqWeightDtype.INT4, (out_features, in_features), group_size, weight_format)
+        shape = (out_features, in_features)
+        if weight_format == WoqWeightFormat.AWQ_FORMAT and scales.dim() == qweight.dim() == 2:
+            stored = (scales.shape[1], qweight.shape[0])
+            if stored != shape:
+                warnings.warn(f"expected tensors of a weight {shape}, they hold one of {stored}", stacklevel=2)
+            shape = stored
+        qw = read_tensors(tensors, WoqWeightDtype.INT4, shape, group_size, weight_format)
         module = cls.from_quantized_weight(qw, bias, WoqLowpMode.BF16)
         module._set_compute(getattr(qconfig, "global_qconfig", qconfig))
         return module

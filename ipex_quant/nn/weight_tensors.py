@@ -6,7 +6,7 @@ from enum import IntEnum
 
 import torch
 
-from ..checkpoints import read_gptq
+from ..checkpoints import read_awq, read_gptq
 from ..checkpoints.tensors import INDEX_DTYPES, check, infer_group_size, is_shard, normalize_g_idx, shard_weight
 from ..numerics.nibbles import as_bytes, unpack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight, code_columns
@@ -34,7 +34,7 @@ class QuantDtype(IntEnum):
     INT4 = 0
 
 
-_GPTQ_NAMES = {"zero_points": "qzeros"}
+_FILE_NAMES = {"zero_points": "qzeros"}
 _CODES_A_WORD = 8
 
 
@@ -52,16 +52,15 @@ def read_tensors(
       ``[N, ceil(groups / 8)]`` packed as an int32 `qweight` is; without them the weight is symmetric. With a `g_idx`
       the weight may be a part of the input features, whose `scales` and `zero_points` are those of all groups.
     - GPTQ_FORMAT (INT4 only): the tensors of `read_gptq`, version 1, with `zero_points` for ``qzeros``.
+    - AWQ_FORMAT (INT4 only): the tensors of `read_awq`, with `zero_points` for ``qzeros``.
 
     A `group_size` of -1 with several groups is inferred from their number; a `g_idx` in natural order is dropped.
     Raises ValueError or TypeError for tensors that do not fit.
     """
-    if weight_format == WoqWeightFormat.AWQ_FORMAT:
-        raise ValueError("weight_format: AWQ_FORMAT is not supported yet, expected PLAIN_FORMAT or GPTQ_FORMAT")
-    if weight_format == WoqWeightFormat.GPTQ_FORMAT:
+    if weight_format != WoqWeightFormat.PLAIN_FORMAT:
         if dtype != WoqWeightDtype.INT4:
-            raise ValueError(f"dtype: GPTQ_FORMAT holds INT4 codes, got {dtype.name}")
-        return _read_gptq(tensors, shape, group_size)
+            raise ValueError(f"dtype: {weight_format.name} holds INT4 codes, got {dtype.name}")
+        return _read_packed(tensors, shape, group_size, weight_format)
     codes, scales, zero_points = _plain_tensors(tensors, dtype, shape)
     g_idx = tensors.get("g_idx")
     if g_idx is not None and is_shard(g_idx, scales, group_size):
@@ -72,12 +71,17 @@ def read_tensors(
     return QuantizedWeight(codes, scales, zero_points, _g_idx(g_idx, scheme, shape[1]), scheme, shape)
 
 
-def _read_gptq(tensors: dict[str, torch.Tensor | None], shape: tuple[int, int], group_size: int) -> QuantizedWeight:
-    named = {_GPTQ_NAMES.get(name, name): tensor for name, tensor in tensors.items() if tensor is not None}
+def _read_packed(
+    tensors: dict[str, torch.Tensor | None], shape: tuple[int, int], group_size: int, weight_format: WoqWeightFormat
+) -> QuantizedWeight:
+    named = {_FILE_NAMES.get(name, name): tensor for name, tensor in tensors.items() if tensor is not None}
+    size = None if group_size == PER_CHANNEL else group_size
     try:
-        return read_gptq(named, 4, None if group_size == PER_CHANNEL else group_size, shape=shape)
+        if weight_format == WoqWeightFormat.AWQ_FORMAT:
+            return read_awq(named, size, shape=shape)
+        return read_gptq(named, 4, size, shape=shape)
     except (ValueError, TypeError) as error:
-        raise type(error)(str(error).replace(_GPTQ_NAMES["zero_points"], "zero_points")) from error
+        raise type(error)(str(error).replace(_FILE_NAMES["zero_points"], "zero_points")) from error
 
 
 def _plain_tensors(

@@ -471,8 +471,12 @@ class TestConstructors:
         )
         assert layer.lowp_mode == WoqLowpMode.INT8
         assert layer.act_quant_mode == WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
-        with pytest.raises(ValueError, match="AWQ_FORMAT is not supported yet"):
-            WeightOnlyQuantizedLinear.from_int4_weight(qweight, scales, qzeros, 64, 16, QuantMethod.AWQ_GEMM)
+
+    def test_from_weight_takes_the_shape_of_awq_tensors(self):
+        tensors = torch.full((64, 2), 0x33333333, dtype=torch.int32), torch.ones(1, 16), torch.zeros(1, 2).int()
+        with pytest.warns(UserWarning, match=r"expected tensors of a weight \(8, 66\), they hold one of \(16, 64\)"):
+            layer = WeightOnlyQuantizedLinear.from_weight(*tensors, 66, 8, quant_method=QuantMethod.AWQ_GEMM)
+        assert torch.equal(affine.dequantize(layer.quantized_weight()), torch.full((16, 64), 3.0))
 
     def test_a_bias_of_another_length_raises(self):
         with pytest.raises(ValueError, match=r"bias: expected shape \[24\], got \[23\]"):

@@ -158,11 +158,24 @@ def test_damaged_plain_tensors_raise(weight, change, message):
         read_tensors(tensors, WoqWeightDtype.INT4, (N, K), GROUP)
 
 
-def test_formats_that_are_not_there_say_so(weight):
-    with pytest.raises(ValueError, match="AWQ_FORMAT is not supported yet"):
-        read_tensors(gptq(int4(weight)), WoqWeightDtype.INT4, (N, K), GROUP, WoqWeightFormat.AWQ_FORMAT)
-    with pytest.raises(ValueError, match="GPTQ_FORMAT holds INT4 codes"):
-        read_tensors(gptq(int4(weight)), WoqWeightDtype.INT8, (N, K), GROUP, WoqWeightFormat.GPTQ_FORMAT)
+def test_awq_tensors(weight):
+    qw = int4(weight)
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+    in_nibbles = (unpack_nibbles(qw.codes, K).t(), qw.zero_points.t().to(torch.uint8))
+    packed = [words(each.unflatten(1, (-1, 8))[..., order].flatten(1).contiguous()) for each in in_nibbles]
+    tensors = {"qweight": packed[0], "scales": qw.scales.t(), "zero_points": packed[1], "g_idx": None}
+    read = read_tensors(tensors, WoqWeightDtype.INT4, (N, K), GROUP, WoqWeightFormat.AWQ_FORMAT)
+    assert torch.equal(affine.dequantize(read), affine.dequantize(qw))
+    with pytest.raises(ValueError, match="zero_points: expected shape"):
+        read_tensors(
+            tensors | {"zero_points": packed[1][1:]}, WoqWeightDtype.INT4, (N, K), GROUP, WoqWeightFormat.AWQ_FORMAT
+        )
+
+
+@pytest.mark.parametrize("weight_format", [WoqWeightFormat.GPTQ_FORMAT, WoqWeightFormat.AWQ_FORMAT])
+def test_checkpoint_formats_hold_int4(weight, weight_format):
+    with pytest.raises(ValueError, match=f"{weight_format.name} holds INT4 codes"):
+        read_tensors(gptq(int4(weight)), WoqWeightDtype.INT8, (N, K), GROUP, weight_format)
 
 
 @pytest.mark.parametrize("columns", [1, 3, 8])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 
-from ...checkpoints import Checkpoint, WeightsInMemory
+from ...checkpoints import AwqFormat, Checkpoint, WeightsInMemory
 from ...conversion.prepare import FLOAT_REASONS, check_any_quantized, warn_of_float
 from ...conversion.rules import choose_qconfigs, fit_reasons
 from ...conversion.swap import copy_on_write, swap_modules
@@ -58,7 +58,9 @@ def apply_checkpoint(
     leave_fast_paths(model, stored)
     check_any_quantized(model)
     warn_of_float(model, reasons)
-    _load_others(model, stack_float_experts(model, checkpoint.other_tensors()))
+    others = stack_float_experts(model, checkpoint.other_tensors())
+    _check_scaled_activations(model, checkpoint, others)
+    _load_others(model, others)
     return model
 
 
@@ -85,6 +87,21 @@ def _from_checkpoint(
     bias = module.bias if bias is None else bias
     new = WeightOnlyQuantizedLinear.from_quantized_weight(weight, bias, qconfig.lowp_mode, qconfig.act_quant_mode)
     return new.to(module.weight.dtype)
+
+
+def _check_scaled_activations(
+    model: nn.Module, checkpoint: Checkpoint | WeightsInMemory, others: dict[str, torch.Tensor]
+) -> None:
+    """Raise ValueError for scales of activation functions, which AWQ stores where no norm or linear can absorb them."""
+    if isinstance(checkpoint, WeightsInMemory) or not isinstance(checkpoint.format, AwqFormat):
+        return
+    names = {name for name, _ in model.named_parameters()}
+    scaled = [name for name in others if name.endswith(".scales") and name not in names]
+    if scaled:
+        raise ValueError(
+            f"low_precision_checkpoint: it divides the outputs of {len(scaled)} activation functions by scales (first "
+            f"{scaled[0]}), which is not supported; quantize the model with ipex_quant.quantization.awq instead"
+        )
 
 
 def _load_others(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

@@ -3,9 +3,11 @@ import torch
 import transformers
 
 import ipex_quant as ipex
-from ipex_quant.checkpoints import gptq_tensors
+from ipex_quant.checkpoints import gptq_tensors, read_gptq
+from ipex_quant.checkpoints.gptq import GptqFormat
 from ipex_quant.nn import WeightOnlyQuantizedLinear
 from ipex_quant.numerics import affine
+from ipex_quant.numerics.nibbles import unpack_nibbles
 from ipex_quant.numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
 from ipex_quant.quantization import get_weight_only_quant_qconfig_mapping
 
@@ -25,6 +27,18 @@ def checkpoint_of(model, layers=("model.layers",)):
             qw = affine.quantize(state.pop(f"{name}.weight") * 0.5, SCHEME)  # not what the float model has
             state |= {f"{name}.{key}": value for key, value in gptq_tensors(qw, v2=False).items()}
     return state
+
+
+def awq_tensors(qw):
+    """``qweight``, ``qzeros`` and ``scales`` of an INT4 weight in AWQ's order of outputs."""
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+
+    def packed(fields):
+        words = (fields.long().unflatten(1, (-1, 8))[..., order] << torch.arange(0, 32, 4)).sum(-1)
+        return torch.where(words >= 2**31, words - 2**32, words).int()
+
+    codes, zeros = unpack_nibbles(qw.codes, qw.shape[1]).t(), qw.zero_points.t()
+    return {"qweight": packed(codes), "qzeros": packed(zeros), "scales": qw.scales.t().contiguous()}
 
 
 def applied(model, state, config=CONFIG, **options):
@@ -167,3 +181,16 @@ def test_tensors_without_a_place_warn(llama, state):
 def test_excluding_everything_raises(llama, state):
     with pytest.raises(ValueError, match="none of the 15 linear layers can be quantized"):
         applied(llama, state, quantization_config=mapping().set_global(None))
+
+
+def test_awq(llama, state, logits):
+    same = {}
+    for name in [name.removesuffix(".qweight") for name in state if name.endswith(".qweight")]:
+        tensors = {key: state[f"{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")}
+        stored = awq_tensors(read_gptq(tensors, 4, 32))
+        same |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
+    others = {name: t for name, t in state.items() if name.rpartition(".")[2] not in (*GptqFormat.keys, "g_idx")}
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    assert torch.equal(logits(applied(llama, same | others, awq)), logits(applied(llama, state)))
+    with pytest.raises(ValueError, match=r"outputs of 1 activation functions by scales .first model.layers.0.mlp.act"):
+        applied(llama, same | others | {"model.layers.0.mlp.act.scales": torch.ones(8)}, awq)
