@@ -1,5 +1,7 @@
 """Fused modules for large language models, as in ``ipex.llm.modules``."""
 
+from typing import Any
+
 from .kv_attention import IndirectAccessKVCacheAttention
 from .linear import (
     Linear2SiluMul,
@@ -36,3 +38,12 @@ __all__ = [
     "RotaryEmbedding",
     "VarlenAttention",
 ]
+
+_LOWER_CASE = tuple(name[0].lower() + name[1:] for name in __all__ if name.startswith("Linear"))
+"""The linear fusions as IPEX's tutorials spell them: linearSilu, linear2SiluMul and so on."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LOWER_CASE:
+        return globals()[name[0].upper() + name[1:]]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,6 +24,14 @@ def test_linear_and_activation(name):
     torch.testing.assert_close(result, functions[name](linear_module(input)))
 
 
+@pytest.mark.parametrize("name", ["Silu", "SiluMul", "Relu", "Gelu", "NewGelu", "Mul", "Add", "AddAdd"])
+def test_names_that_the_tutorials_spell_in_lower_case(name):
+    assert getattr(modules, f"linear{name}") is getattr(modules, f"Linear{name}")
+    assert modules.linear2SiluMul is modules.Linear2SiluMul
+    with pytest.raises(AttributeError, match="no attribute 'linearCube'"):
+        modules.linearCube  # noqa: B018
+
+
 def test_linear_silu_mul():
     linear_module = torch.nn.Linear(N, N)
     ipex_fusion = modules.LinearSiluMul(linear_module)
