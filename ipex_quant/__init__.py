@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import autotune, llm, nn, ops, quantization
     from .alias import install_as_ipex
+    from .frontend.optimization import optimize
     from .llm.explain import explain
 
 _SUBMODULES = ("autotune", "llm", "nn", "ops", "quantization")
@@ -18,6 +19,7 @@ _SUBMODULES = ("autotune", "llm", "nn", "ops", "quantization")
 _HOMES = {
     "explain": "llm.explain",
     "install_as_ipex": "alias",
+    "optimize": "frontend.optimization",
 }
 """The module of each name that loads when it is first used."""
 
@@ -28,6 +30,7 @@ __all__ = [
     "llm",
     "nn",
     "ops",
+    "optimize",
     "optimize_transformers",
     "quantization",
     "show_config",

@@ -20,6 +20,8 @@ class Example:
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    source: str | None = None
+    """What errors call it; by default the name of an argument of `prepare`."""
 
     @staticmethod
     def of(model: nn.Module, inputs: Any, kwarg_inputs: Any, needed: bool) -> Example | None:
@@ -96,7 +98,7 @@ class Example:
 
     @property
     def _source(self) -> str:
-        return "example_kwarg_inputs" if self.kwargs else "example_inputs"
+        return self.source or ("example_kwarg_inputs" if self.kwargs else "example_inputs")
 
     def _check(self, model: nn.Module) -> None:
         signature = inspect.signature(model.forward)

@@ -54,17 +54,24 @@ def fold_batch_norms(model: nn.Module, layers: Collection[str], example: Example
         name
         for name, module in model.named_modules()
         if isinstance(module, _BATCH_NORMS) and not module.training and module.running_mean is not None
+        if not (module._forward_hooks or module._forward_pre_hooks)
     }
     if not norms:
         return
     for group in trace_groups(model, norms, layers, partial(example.run, model)):
         if group.producer is None or len(group.members) > 1:
             continue
-        layer, norm = model.get_submodule(group.producer), model.get_submodule(group.members[0])
+        layer = model.get_submodule(group.producer)
         # In 3-D inputs the channels of BatchNorm1d are dimension 1, those of a linear layer dimension 2.
         if is_convolution(layer) or (isinstance(layer, nn.Linear) and group.rank == 2):
-            _replace(model, group.producer, _fused(layer, norm))
-            _replace(model, group.members[0], nn.Identity().eval())
+            fold_batch_norm(model, group.producer, group.members[0], nn.Identity())
+
+
+def fold_batch_norm(model: nn.Module, layer: str, norm: str, successor: nn.Module) -> None:
+    """Fold the BatchNorm named `norm` into the named `layer`, and put `successor` in its place."""
+    fused = _fused(model.get_submodule(layer), model.get_submodule(norm))
+    _replace(model, layer, fused)
+    _replace(model, norm, successor.eval())
 
 
 def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module:

@@ -1,0 +1,1 @@
+"""What `ipex_quant.optimize` does to a model and an optimizer."""

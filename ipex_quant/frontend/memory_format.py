@@ -1,0 +1,40 @@
+"""Convolutions whose weights, and with them their results, are channels last."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_FORMATS: dict[type[nn.Module], torch.memory_format] = {
+    nn.Conv2d: torch.channels_last,
+    nn.ConvTranspose2d: torch.channels_last,
+    nn.Conv3d: torch.channels_last_3d,
+    nn.ConvTranspose3d: torch.channels_last_3d,
+}
+
+
+def use_channels_last(model: nn.Module) -> None:
+    """Lay out the weights of all convolutions of `model` channels last, in place: torch's then return such tensors."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d):
+            module.weight.data = to_channels_last_1d(module.weight.data)
+        for kind, memory_format in _FORMATS.items():
+            if isinstance(module, kind):
+                module.weight.data = module.weight.data.contiguous(memory_format=memory_format)
+
+
+def to_channels_last_1d(x: torch.Tensor | nn.Module) -> torch.Tensor | nn.Module:
+    """`x` ``[N, C, L]`` with strides of ``[N, L, C]``; of a module, the weights of its ``nn.Conv1d``, in place."""
+    if isinstance(x, nn.Module):
+        for module in x.modules():
+            if isinstance(module, nn.Conv1d):
+                module.weight.data = to_channels_last_1d(module.weight.data)
+        return x
+    if x.dim() != 3:
+        raise ValueError(f"x: expected [N, C, L], got {list(x.shape)}")
+    return x.unsqueeze(2).contiguous(memory_format=torch.channels_last).squeeze(2)
+
+
+def is_contiguous_channels_last_1d(x: torch.Tensor) -> bool:
+    """Whether `x` ``[N, C, L]`` has the strides of ``[N, L, C]``."""
+    return x.dim() == 3 and x.transpose(1, 2).is_contiguous()

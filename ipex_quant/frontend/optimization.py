@@ -1,0 +1,123 @@
+"""`optimize`: make any torch model faster on CPUs, for inference or training."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..conversion.example import Example
+from ..errors import ArgumentError
+from ..nn.fused_forward import restore_forwards
+from ..numerics.scheme import FLOAT_DTYPES
+from .casting import cast_for_inference
+from .dropout import replace_dropout_with_identity as drop_dropout
+from .folding import fold
+from .memory_format import use_channels_last
+from .options import Options
+
+
+def optimize(
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    optimizer: Optimizer | None = None,
+    level: str = "O1",
+    inplace: bool = False,
+    conv_bn_folding: bool | None = None,
+    linear_bn_folding: bool | None = None,
+    weights_prepack: bool | None = None,
+    replace_dropout_with_identity: bool | None = None,
+    optimize_lstm: bool | None = None,
+    split_master_weight_for_bf16: bool | None = None,
+    fuse_update_step: bool | None = None,
+    auto_kernel_selection: bool | None = None,
+    sample_input: Any = None,
+    graph_mode: bool | None = None,
+    concat_linear: bool | None = None,
+) -> Any:
+    """Optimize `model` for inference or, in training mode and with its `optimizer`, for training.
+
+    Returns the model, or with an optimizer both. `level` "O1" makes the optimizations below, "O0" none; each of them is
+    also a flag, which counts if it is not None. Modules keep their class and their names, except dropouts and folded
+    BatchNorms, and may be copied, saved, loaded, traced, compiled, differentiated and optimized again.
+
+    For inference:
+
+    - `conv_bn_folding`, `linear_bn_folding`: a BatchNorm is folded into the layer before it, if nothing else reads that
+      layer's output.
+    - `replace_dropout_with_identity`: dropouts become ``nn.Identity``.
+    - `dtype` bfloat16 or float16: parameters of convolutions, linear layers, embeddings, LSTMs and attention are cast.
+      Call such a model with inputs of that dtype, or under ``torch.autocast``.
+
+    Without `inplace`, the result is a copy. A model that cannot be copied is changed in place, with a warning. A
+    ScriptModule is returned as it is. `sample_input`, a tensor, a tuple of positional or a dict of keyword arguments,
+    is run where shapes or what reads a tensor must be known.
+
+    Raises RuntimeError for an unknown `level`; ValueError for another `dtype`, a `sample_input` that does not fit, a
+    model in training mode without an optimizer, and an optimizer with a model in evaluation mode (these two are
+    AssertionErrors too); TypeError if `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        return model if optimizer is None else (model, optimizer)
+    if model.training and optimizer is None:
+        raise ArgumentError("optimizer: the optimizer should be given for training mode; call model.eval() to infer")
+    if not model.training and optimizer is not None:
+        raise ArgumentError("optimizer: expected None for a model in evaluation mode; call model.train() to train")
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype: expected torch.float32, torch.bfloat16, torch.float16 or None, got {dtype}")
+    options = Options.of(
+        level,
+        conv_bn_folding=conv_bn_folding,
+        linear_bn_folding=linear_bn_folding,
+        weights_prepack=weights_prepack,
+        replace_dropout_with_identity=replace_dropout_with_identity,
+        optimize_lstm=optimize_lstm,
+        split_master_weight_for_bf16=split_master_weight_for_bf16,
+        fuse_update_step=fuse_update_step,
+        auto_kernel_selection=auto_kernel_selection,
+        graph_mode=graph_mode,
+        concat_linear=concat_linear,
+    )
+    if not inplace:
+        model, optimizer = _copied(model, optimizer)
+    restore_forwards(model)
+    if optimizer is not None:
+        raise NotImplementedError("training")
+    _optimize_inference(model, dtype, options, _example(sample_input))
+    return model
+
+
+def _optimize_inference(model: nn.Module, dtype: torch.dtype | None, options: Options, example: Example | None) -> None:
+    if options.conv_bn_folding or options.linear_bn_folding:
+        fold(model, options.conv_bn_folding, options.linear_bn_folding, example)
+    if options.replace_dropout_with_identity:
+        drop_dropout(model)
+    if options.channels_last and example is None:
+        use_channels_last(model)
+    if dtype in (torch.bfloat16, torch.float16):
+        cast_for_inference(model, dtype)
+
+
+def _copied(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:
+    """Copies that belong together; the originals, with a warning, if they cannot be copied."""
+    try:
+        return copy.deepcopy((model, optimizer))
+    except Exception as error:  # foreign code
+        warnings.warn(f"the model cannot be copied, and is optimized in place: {error}", stacklevel=3)
+        return model, optimizer
+
+
+def _example(sample_input: Any) -> Example | None:
+    if sample_input is None:
+        return None
+    if isinstance(sample_input, Mapping):
+        return Example(kwargs=sample_input, source="sample_input")
+    args = tuple(sample_input) if isinstance(sample_input, (tuple, list)) else (sample_input,)
+    return Example(args, source="sample_input")

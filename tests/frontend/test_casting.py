@@ -1,0 +1,62 @@
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import ipex_quant as ipex
+from ipex_quant.frontend.casting import cast_for_inference
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.norm, self.head = nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 7, bias=False)
+        self.conv, self.bn = nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)
+        self.lstm, self.gru = nn.LSTM(4, 4), nn.GRU(4, 4)
+        self.head.weight = self.embedding.weight
+        self.own = nn.Parameter(torch.ones(4))
+
+
+def test_layers_are_cast_and_norms_and_own_parameters_are_not():
+    model = Net().eval()
+    cast_for_inference(model, torch.bfloat16)
+    cast = {name.split(".")[0] for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    kept = {name.split(".")[0] for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert cast == {"embedding", "conv", "lstm"}
+    assert kept == {"norm", "bn", "gru", "own"}
+    assert model.head.weight is model.embedding.weight
+
+
+def test_a_module_that_shares_a_parameter_with_one_that_is_not_cast_stays_whole():
+    model = nn.Module()
+    model.shared = nn.Parameter(torch.rand(3, 3))
+    model.first, model.second = nn.Linear(3, 3), nn.Linear(3, 3)
+    model.first.weight = model.shared
+    model.second.bias = model.first.bias
+    model.third = nn.Linear(3, 3)
+    cast_for_inference(model, torch.float16)
+    assert {p.dtype for p in (*model.first.parameters(), *model.second.parameters())} == {torch.float32}
+    assert {p.dtype for p in model.third.parameters()} == {torch.float16}
+
+
+def test_another_dtype_stays_with_one_warning(caplog):
+    model = nn.Linear(3, 4).double().eval()
+    with caplog.at_level(logging.WARNING, "ipex_quant"):
+        optimized = ipex.optimize(model, dtype=torch.bfloat16)
+    assert caplog.messages == [
+        "[NotSupported]Can't convert model's parameters dtype from torch.float64 to torch.bfloat16"
+    ]
+    assert optimized.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_transformer_encoder_layers_of_torch(dtype):
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        expected = model(x)
+        optimized = ipex.optimize(model, dtype=dtype)
+        torch.testing.assert_close(optimized(x.to(dtype)).float(), expected, rtol=0.05, atol=0.05)
+        with torch.autocast("cpu", dtype):
+            torch.testing.assert_close(optimized(x).float(), expected, rtol=0.05, atol=0.05)
