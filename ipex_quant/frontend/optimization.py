@@ -13,13 +13,14 @@ from torch.optim import Optimizer
 
 from ..conversion.example import Example
 from ..errors import ArgumentError
-from ..nn.fused_forward import restore_forwards
+from ..nn.prepacked import restore_prepacked
 from ..numerics.scheme import FLOAT_DTYPES
 from .casting import cast_for_inference
 from .dropout import replace_dropout_with_identity as drop_dropout
 from .folding import fold
 from .memory_format import use_channels_last
 from .options import Options
+from .prepacking import prepack_lstms, prepack_weights
 
 
 def optimize(
@@ -87,7 +88,7 @@ def optimize(
     )
     if not inplace:
         model, optimizer = _copied(model, optimizer)
-    restore_forwards(model)
+    restore_prepacked(model)
     if optimizer is not None:
         raise NotImplementedError("training")
     _optimize_inference(model, dtype, options, _example(sample_input))
@@ -103,6 +104,10 @@ def _optimize_inference(model: nn.Module, dtype: torch.dtype | None, options: Op
         use_channels_last(model)
     if dtype in (torch.bfloat16, torch.float16):
         cast_for_inference(model, dtype)
+    if options.weights_prepack:
+        prepack_weights(model)
+    if options.optimize_lstm:
+        prepack_lstms(model)
 
 
 def _copied(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:

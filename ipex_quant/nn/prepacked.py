@@ -1,0 +1,164 @@
+"""Float layers that compute with a copy of their weight in the layout that oneDNN multiplies with."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..numerics.scheme import FLOAT_DTYPES
+from ..ops.gradient import needs_gradient
+from .fused_forward import FusedForward, restore_forwards
+from .quantized_module import autocast_dtype
+
+_reorder = torch.ops.mkldnn._reorder_linear_weight.default
+_linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
+
+
+_SLOW = frozenset(
+    dtype
+    for dtype, is_fast in (
+        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+    )
+    if not is_fast
+)
+"""The dtypes that oneDNN, for want of instructions of this CPU, leaves to kernels that take several times as long."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which to multiply tensors of `dtype` on this CPU: itself, or float32."""
+    return torch.float32 if dtype in _SLOW else dtype
+
+
+class Derived:
+    """Something made of parameters, which is made again after one of them was replaced, or changed in place.
+
+    Writes through the ``data`` attribute of a parameter are not noticed, since torch does not count them. What is made
+    is neither saved nor copied.
+    """
+
+    def __init__(self) -> None:
+        self._made: tuple[Any, tuple[Any, ...], Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_made": None}
+
+    def holds(self, sources: Sequence[torch.Tensor], key: Any) -> bool:
+        """Whether what was made last is of `sources`, as they are now, and of `key`."""
+        return self._made is not None and self._made[0] == (_versions(sources), key)
+
+    def of(self, sources: Sequence[torch.Tensor], key: Any, make: Callable[[], Any]) -> Any:
+        """``make()``, which reads `sources` and `key` alone, or what it made last."""
+        state, made = (_versions(sources), key), self._made
+        if made is None or made[0] != state or None in state[0]:
+            with torch.inference_mode(False), torch.no_grad():
+                # With references to the old values their addresses cannot be used again.
+                made = self._made = (state, tuple(source.detach() for source in sources), make())
+        return made[2]
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, int, torch.dtype] | None, ...]:
+    """What changes with each tensor; None for one of inference mode, whose changes torch does not count."""
+    return tuple(None if x.is_inference() else (x.data_ptr(), x._version, x.dtype) for x in tensors)
+
+
+class Prepacked(FusedForward):
+    """Replaces the `forward` of a layer by one that computes in `compute_dtype`, with a packed copy of its weight.
+
+    The layer keeps its parameters; the copy is `Derived` of them when it is first needed. Operators of torch run
+    instead where a gradient is needed, in `torch.compile`, `torch.jit` and `torch.func`, and for tensor subclasses.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._weight = Derived()
+
+    @staticmethod
+    def suits(module: nn.Module) -> bool:
+        """Whether oneDNN computes the layer `module`."""
+        return True
+
+    def __call__(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        module = self.module
+        weight, bias = module.weight, module.bias
+        dtype = autocast_dtype(input)
+        computed = compute_dtype(dtype)
+        plainly = self._is_observed(input, weight, bias) or input.numel() == 0 or not self._fits(input)
+        if args or kwargs or not agree(input, weight) or (plainly and computed == dtype):
+            return type(module).forward(module, input, *args, **kwargs)
+        compute = self._compute_plainly if plainly else self._compute
+        return compute(input.to(computed), weight, None if bias is None else bias.to(computed)).to(dtype)
+
+    def stock_module(self) -> nn.Module:
+        """The layer without this forward, for `torch.jit.script`."""
+        module = copy.copy(self.module)
+        restore_prepacked(module)
+        return module
+
+    @staticmethod
+    def _is_observed(input: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
+        """Whether anything wants to see operators of torch."""
+        return (
+            needs_gradient(input, *parameters)
+            or type(input) is not torch.Tensor
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch._C._are_functorch_transforms_active()
+        )
+
+    def _compute_plainly(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The result by torch's own operator, in the dtype of `input`."""
+        with torch.autocast("cpu", enabled=False):
+            return self._operate(input, weight.to(input.dtype), bias)
+
+    @abstractmethod
+    def _fits(self, input: torch.Tensor) -> bool:
+        """Whether the stock forward takes an input of this shape."""
+
+    @abstractmethod
+    def _operate(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The result by torch's own operator for arguments of one dtype."""
+
+    @abstractmethod
+    def _compute(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The result in the dtype of `input` and `bias`, with a packed copy of `weight` where that is faster."""
+
+
+class PrepackedLinear(Prepacked):
+    """The forward of an ``nn.Linear``."""
+
+    def _fits(self, input: torch.Tensor) -> bool:
+        return input.dim() > 0 and input.shape[-1] == self.module.in_features
+
+    def _operate(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(input, weight, bias)
+
+    def _compute(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        packed = self._weight.of([weight], input.dtype, lambda: _reorder(weight.to(input.dtype)))
+        return _linear_pointwise(input, packed, bias, "none", [], "")
+
+
+def agree(input: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a layer of torch takes this input, or else raises the error for it."""
+    by_autocast = torch.is_autocast_enabled("cpu") and {input.dtype, weight.dtype} <= set(FLOAT_DTYPES)
+    return input.device.type == weight.device.type == "cpu" and (input.dtype == weight.dtype or by_autocast)
+
+
+def prepack(module: nn.Module, forward: type[Prepacked]) -> None:
+    """Let `module` compute by a `forward`, until `restore_prepacked`."""
+    new = forward(module)
+    module.forward = new
+    vars(module)["__prepare_scriptable__"] = new.stock_module  # a hook of torch.jit.script
+
+
+def restore_prepacked(model: nn.Module) -> None:
+    """Undo `prepack` in every module of `model`."""
+    restore_forwards(model, Prepacked)
+    for module in model.modules():
+        vars(module).pop("__prepare_scriptable__", None)
