@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Collection, Iterator
 
 import torch
@@ -36,26 +35,29 @@ def cast_for_inference(model: nn.Module, dtype: torch.dtype) -> None:
     A module that shares a parameter with one of another class keeps all of its own. Parameters of another dtype stay,
     and a logged warning names it.
     """
-    refused: Counter[torch.dtype] = Counter()
-    for param in dict.fromkeys(castable_parameters(model, CAST_FOR_INFERENCE)):
+    refused: dict[torch.dtype, None] = {}
+    for _, _, param in list(castable_parameters(model, CAST_FOR_INFERENCE)):
         if param.dtype == torch.float32:
             param.data = param.data.to(dtype)
         elif param.dtype != dtype:
-            refused[param.dtype] += 1
+            refused[param.dtype] = None
     for other in refused:
         logger.warning("[NotSupported]Can't convert model's parameters dtype from %s to %s", other, dtype)
 
 
-def castable_parameters(model: nn.Module, kinds: Collection[type[nn.Module]]) -> Iterator[nn.Parameter]:
-    """The parameters of modules of these `kinds` that do not, directly or not, share one with a module of another."""
-    owners: dict[nn.Parameter, list[nn.Module]] = {}
-    for module in model.modules():
-        for param in module.parameters(recurse=False):
-            owners.setdefault(param, []).append(module)
-    kept = {module for modules in owners.values() for module in modules if type(module) not in kinds}
+def castable_parameters(
+    model: nn.Module, kinds: Collection[type[nn.Module]]
+) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Module, name and parameter of all parameters that only modules of these `kinds` use, as often as they do.
+
+    A module that shares a parameter with one of another kind keeps all of its own: its parameters have one dtype.
+    """
+    owned = [(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
+    kept = {m for m, _, _ in owned if type(m) not in kinds}
     while True:
-        more = {module for modules in owners.values() if not kept.isdisjoint(modules) for module in modules} - kept
+        kept_parameters = {p for m, _, p in owned if m in kept}
+        more = {m for m, _, p in owned if p in kept_parameters} - kept
         if not more:
             break
         kept |= more
-    yield from (param for param, modules in owners.items() if kept.isdisjoint(modules))
+    yield from (entry for entry in owned if entry[0] not in kept)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ..conversion.example import Example
 from ..conversion.tidy import fold_batch_norm, fold_batch_norms
+from .parts import traced_parts
 
-_CONVOLUTIONS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
+_CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -46,8 +48,7 @@ def fold(model: nn.Module, convolutions: bool, linears: bool, example: Example |
     norms = {module for module in model.modules() if type(module) in _BATCH_NORMS and _is_plain(module)}
     if not layers or not any(norm.running_mean is not None for norm in norms):
         return
-    with _unchanged(model):
-        graphs = list(_graphs(model))
+    graphs = traced_parts(model, _BATCH_NORMS)
     if example is not None and [prefix for prefix, _ in graphs] != [""]:
         fold_batch_norms(model, layers, example)
         return
@@ -88,28 +89,3 @@ def _pairs(model: nn.Module, graphs: list[tuple[str, fx.Graph]]) -> list[tuple[s
                 found.append((prefix + str(source.target), name))
     once = {module for module, count in calls.items() if count == 1} - exposed
     return [pair for pair in found if once.issuperset(model.get_submodule(name) for name in pair)]
-
-
-def _graphs(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, fx.Graph]]:
-    """The graph of `module`, or, where fx cannot trace it, those of its largest parts, with the prefixes of names."""
-    try:
-        yield prefix, fx.Tracer().trace(module)
-    except Exception:  # whatever foreign code does with a value that it cannot know
-        for name, child in module.named_children():
-            if any(type(part) in _BATCH_NORMS for part in child.modules() if part is not child):
-                yield from _graphs(child, f"{prefix}{name}.")
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what code that runs within the context does to attributes of `model` and of its parts."""
-    before: dict[nn.Module, dict[str, Any]] = {
-        module: {name: value.copy() if type(value) is dict else value for name, value in vars(module).items()}
-        for module in model.modules()
-    }
-    try:
-        yield
-    finally:
-        for module, attributes in before.items():
-            module.__dict__.clear()
-            module.__dict__.update(attributes)

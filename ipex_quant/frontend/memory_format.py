@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,14 +19,17 @@ def use_channels_last(model: nn.Module) -> None:
     """Lay out the weights of all convolutions of `model` channels last, in place: torch's then return such tensors."""
     for module in model.modules():
         if isinstance(module, nn.Conv1d):
-            module.weight.data = to_channels_last_1d(module.weight.data)
+            to_channels_last_1d(module)
         for kind, memory_format in _FORMATS.items():
             if isinstance(module, kind):
                 module.weight.data = module.weight.data.contiguous(memory_format=memory_format)
 
 
-def to_channels_last_1d(x: torch.Tensor | nn.Module) -> torch.Tensor | nn.Module:
-    """`x` ``[N, C, L]`` with strides of ``[N, L, C]``; of a module, the weights of its ``nn.Conv1d``, in place."""
+def to_channels_last_1d(x: Any) -> Any:
+    """Tensor `x` ``[N, C, L]`` with strides of ``[N, L, C]``; of a module, the weights of its ``nn.Conv1d``, in place.
+
+    Raises ValueError for a tensor of another rank.
+    """
     if isinstance(x, nn.Module):
         for module in x.modules():
             if isinstance(module, nn.Conv1d):

@@ -13,11 +13,15 @@ from torch.optim import Optimizer
 
 from ..conversion.example import Example
 from ..errors import ArgumentError
+from ..nn.fused_forward import restore_forwards
 from ..nn.prepacked import restore_prepacked
 from ..numerics.scheme import FLOAT_DTYPES
 from .casting import cast_for_inference
+from .concat_linear import concat_linears
 from .dropout import replace_dropout_with_identity as drop_dropout
 from .folding import fold
+from .graph_mode import CompiledForward, use_graphs
+from .kernel_selection import select_kernels
 from .memory_format import use_channels_last
 from .options import Options
 from .prepacking import prepack_lstms, prepack_weights
@@ -43,21 +47,31 @@ def optimize(
 ) -> Any:
     """Optimize `model` for inference or, in training mode and with its `optimizer`, for training.
 
-    Returns the model, or with an optimizer both. `level` "O1" makes the optimizations below, "O0" none; each of them is
-    also a flag, which counts if it is not None. Modules keep their class and their names, except dropouts and folded
-    BatchNorms, and may be copied, saved, loaded, traced, compiled, differentiated and optimized again.
+    Returns the model, or with an optimizer both. `level` "O1" makes the optimizations that are True below, "O0" none;
+    an option that is not None counts instead. Modules keep their class, names and parameters, except that dropouts and
+    folded BatchNorms become an ``nn.Identity``; they may be copied, saved, loaded, traced, scripted, compiled,
+    differentiated, and optimized again.
 
     For inference:
 
-    - `conv_bn_folding`, `linear_bn_folding`: a BatchNorm is folded into the layer before it, if nothing else reads that
-      layer's output.
-    - `replace_dropout_with_identity`: dropouts become ``nn.Identity``.
     - `dtype` bfloat16 or float16: parameters of convolutions, linear layers, embeddings, LSTMs and attention are cast.
       Call such a model with inputs of that dtype, or under ``torch.autocast``.
+    - `conv_bn_folding`, `linear_bn_folding` (True): a BatchNorm is folded into the layer before it, if nothing else
+      reads that layer's output.
+    - `replace_dropout_with_identity` (True).
+    - `weights_prepack` (True): linear layers and convolutions compute with copies of their weights in oneDNN's layout,
+      which are made in the first calls and follow changes of the parameters (`ipex_quant.nn.prepacked`). On CPUs that
+      multiply no bfloat16 or float16 they compute in float32. It costs the memory of these copies.
+    - `optimize_lstm` (True): LSTMs do the same on such CPUs; elsewhere torch's are oneDNN's.
+    - `concat_linear` (False): linear layers with one parent that read one tensor are one matrix product.
+    - `auto_kernel_selection` (False): layers for which prepacking is slower in a run of `sample_input` do without.
+    - `graph_mode` (False): the model runs as graphs that ``torch.compile`` makes, or, with a warning, as it is.
+
+    At "O1", weights of convolutions are laid out channels last, unless there is a `sample_input`.
 
     Without `inplace`, the result is a copy. A model that cannot be copied is changed in place, with a warning. A
     ScriptModule is returned as it is. `sample_input`, a tensor, a tuple of positional or a dict of keyword arguments,
-    is run where shapes or what reads a tensor must be known.
+    is run where shapes, or what reads a tensor, must be known.
 
     Raises RuntimeError for an unknown `level`; ValueError for another `dtype`, a `sample_input` that does not fit, a
     model in training mode without an optimizer, and an optimizer with a model in evaluation mode (these two are
@@ -89,6 +103,7 @@ def optimize(
     if not inplace:
         model, optimizer = _copied(model, optimizer)
     restore_prepacked(model)
+    restore_forwards(model, CompiledForward)
     if optimizer is not None:
         raise NotImplementedError("training")
     _optimize_inference(model, dtype, options, _example(sample_input))
@@ -108,6 +123,12 @@ def _optimize_inference(model: nn.Module, dtype: torch.dtype | None, options: Op
         prepack_weights(model)
     if options.optimize_lstm:
         prepack_lstms(model)
+    if options.concat_linear:
+        concat_linears(model, example)
+    if options.auto_kernel_selection and example is not None:
+        select_kernels(model, example)
+    if options.graph_mode:
+        use_graphs(model)
 
 
 def _copied(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from ..nn.prepacked import Prepacked, PrepackedLinear, prepack
+from ..nn.prepacked import PrepackedLinear, prepack
 from ..nn.prepacked_conv import PrepackedConv, PrepackedConvTranspose
 from ..nn.prepacked_lstm import PrepackedLSTM
 from ..numerics.scheme import FLOAT_DTYPES
 
-FORWARDS: dict[type[nn.Module], type[Prepacked]] = {
+FORWARDS: dict[type[nn.Module], Any] = {
     nn.Linear: PrepackedLinear,
     nn.Conv1d: PrepackedConv,
     nn.Conv2d: PrepackedConv,
@@ -26,14 +28,14 @@ def prepack_weights(model: nn.Module) -> None:
     for module in model.modules():
         forward = FORWARDS.get(type(module))
         if forward is not None and forward.suits(module) and _is_plain(module, "weight"):
-            prepack(module, forward)
+            prepack(forward(module))
 
 
 def prepack_lstms(model: nn.Module) -> None:
     """Prepack every ``nn.LSTM`` of `model`, in place."""
     for module in model.modules():
         if type(module) is nn.LSTM and _is_plain(module, *module._flat_weights_names):
-            prepack(module, PrepackedLSTM)
+            prepack(PrepackedLSTM(module))
 
 
 def _is_plain(module: nn.Module, *names: str) -> bool:

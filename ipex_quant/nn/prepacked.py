@@ -92,8 +92,7 @@ class Prepacked(FusedForward):
         plainly = self._is_observed(input, weight, bias) or input.numel() == 0 or not self._fits(input)
         if args or kwargs or not agree(input, weight) or (plainly and computed == dtype):
             return type(module).forward(module, input, *args, **kwargs)
-        compute = self._compute_plainly if plainly else self._compute
-        return compute(input.to(computed), weight, None if bias is None else bias.to(computed)).to(dtype)
+        return (self._compute_plainly if plainly else self._compute)(input, weight, bias, computed).to(dtype)
 
     def stock_module(self) -> nn.Module:
         """The layer without this forward, for `torch.jit.script`."""
@@ -112,10 +111,12 @@ class Prepacked(FusedForward):
             or torch._C._are_functorch_transforms_active()
         )
 
-    def _compute_plainly(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The result by torch's own operator, in the dtype of `input`."""
+    def _compute_plainly(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The result in `dtype` by torch's own operator."""
         with torch.autocast("cpu", enabled=False):
-            return self._operate(input, weight.to(input.dtype), bias)
+            return self._operate(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @abstractmethod
     def _fits(self, input: torch.Tensor) -> bool:
@@ -126,8 +127,10 @@ class Prepacked(FusedForward):
         """The result by torch's own operator for arguments of one dtype."""
 
     @abstractmethod
-    def _compute(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The result in the dtype of `input` and `bias`, with a packed copy of `weight` where that is faster."""
+    def _compute(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The result in `dtype`, with a packed copy of `weight` where that is faster."""
 
 
 class PrepackedLinear(Prepacked):
@@ -139,9 +142,21 @@ class PrepackedLinear(Prepacked):
     def _operate(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(input, weight, bias)
 
-    def _compute(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        packed = self._weight.of([weight], input.dtype, lambda: _reorder(weight.to(input.dtype)))
-        return _linear_pointwise(input, packed, bias, "none", [], "")
+    def _compute(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        packed = self._weight.of([weight], dtype, lambda: pack_linear(weight.to(dtype)))
+        return multiply_packed(input.to(dtype), packed, None if bias is None else bias.to(dtype))
+
+
+def multiply_packed(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``F.linear`` with a weight of `pack_linear`; all in one dtype."""
+    return _linear_pointwise(input, packed, bias, "none", [], "")
+
+
+def pack_linear(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` ``[N, K]`` in oneDNN's layout, as an opaque tensor."""
+    return _reorder(weight)
 
 
 def agree(input: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -150,11 +165,10 @@ def agree(input: torch.Tensor, weight: torch.Tensor) -> bool:
     return input.device.type == weight.device.type == "cpu" and (input.dtype == weight.dtype or by_autocast)
 
 
-def prepack(module: nn.Module, forward: type[Prepacked]) -> None:
-    """Let `module` compute by a `forward`, until `restore_prepacked`."""
-    new = forward(module)
-    module.forward = new
-    vars(module)["__prepare_scriptable__"] = new.stock_module  # a hook of torch.jit.script
+def prepack(forward: Prepacked) -> None:
+    """Let the module of `forward` compute by it, until `restore_prepacked`."""
+    forward.module.forward = forward
+    vars(forward.module)["__prepare_scriptable__"] = forward.stock_module  # a hook of torch.jit.script
 
 
 def restore_prepacked(model: nn.Module) -> None:

@@ -35,13 +35,15 @@ class PrepackedConv(Prepacked):
     def _operate(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return self.module._conv_forward(input, weight, bias)
 
-    def _compute(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        key, seen = (input.dtype, *self._geometry(input.shape)), input.shape == self._shape
+    def _compute(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        key, seen = (dtype, *self._geometry(input.shape)), input.shape == self._shape
         self._shape = input.shape
         if not seen and not self._weight.holds([weight], key):
-            return self._compute_plainly(input, weight, bias)
-        packed = self._weight.of([weight], key, lambda: self._pack(weight.to(input.dtype), *key[1:]))
-        return self._convolve(input, packed, bias)
+            return self._compute_plainly(input, weight, bias, dtype)
+        packed = self._weight.of([weight], key, lambda: self._pack(weight.to(dtype), *key[1:]))
+        return self._convolve(input.to(dtype), packed, None if bias is None else bias.to(dtype))
 
     def _geometry(self, shape: torch.Size) -> tuple[Any, ...]:
         """Arguments of oneDNN's reordering of a weight."""

@@ -16,7 +16,7 @@ LOW = (torch.bfloat16, torch.float16)
 def linear():
     torch.manual_seed(0)
     layer = nn.Linear(24, 10).eval()
-    prepack(layer, PrepackedLinear)
+    prepack(PrepackedLinear(layer))
     return layer
 
 
@@ -37,7 +37,7 @@ def test_a_linear_layer_computes_what_it_did(shape, bias, dtype):
     layer, x = nn.Linear(17, 9, bias), torch.randn(shape)
     expected = layer(x)
     layer.to(dtype)
-    prepack(layer, PrepackedLinear)
+    prepack(PrepackedLinear(layer))
     with torch.no_grad():
         for given in (x.to(dtype), x.to(dtype).expand(2, *shape).transpose(0, -2) if len(shape) > 2 else x.to(dtype)):
             actual = layer(given)
@@ -108,7 +108,7 @@ def test_a_change_of_the_parameters_is_noticed(linear, change):
 def test_parameters_of_inference_mode():
     with torch.inference_mode():
         layer, x = nn.Linear(24, 10), torch.randn(30, 24)
-        prepack(layer, PrepackedLinear)
+        prepack(PrepackedLinear(layer))
         for factor in (1, 2):
             layer.weight.mul_(factor)
             close(layer(x), F.linear(x, layer.weight, layer.bias))

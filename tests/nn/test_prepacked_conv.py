@@ -17,7 +17,7 @@ def check(layer, forward, x, dtype=torch.float32):
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     with torch.no_grad():
         expected = layer(x)
-        prepack(layer.to(dtype), forward)
+        prepack(forward(layer.to(dtype)))
         results = [layer(x.to(dtype))]
         assert not is_packed(layer)
         results += [layer(x.to(dtype)), layer(x[:1].to(dtype)), layer(x.to(dtype))]
@@ -77,7 +77,7 @@ def test_lower_precision_and_autocast(layer, forward, dtype):
 
 def test_shapes_that_alternate_are_not_packed_again_and_again():
     layer, made = nn.Conv2d(4, 6, 3), []
-    prepack(layer, PrepackedConv)
+    prepack(PrepackedConv(layer))
     pack = layer.forward._pack
     layer.forward._pack = lambda *args: made.append(args[-1]) or pack(*args)
     with torch.no_grad():
@@ -91,8 +91,8 @@ def test_unbatched_inputs_and_output_sizes_and_errors():
     x = torch.randn(4, 9, 9)
     with torch.no_grad():
         expected = conv(x), up(x.unsqueeze(0), output_size=[20, 20])
-        prepack(conv, PrepackedConv)
-        prepack(up, PrepackedConvTranspose)
+        prepack(PrepackedConv(conv))
+        prepack(PrepackedConvTranspose(up))
         assert torch.equal(conv(x), expected[0])
         assert torch.equal(up(x.unsqueeze(0), output_size=[20, 20]), expected[1])
         for bad in (torch.randn(2, 5, 9, 9), torch.randn(2, 4, 2, 2), torch.randn(9), torch.randn(2, 4, 9, 9).double()):
@@ -106,7 +106,7 @@ def test_gradients():
     layer(x).sum().backward()
     expected = x.grad, layer.weight.grad
     x.grad = layer.weight.grad = None
-    prepack(layer, PrepackedConv)
+    prepack(PrepackedConv(layer))
     for _ in range(2):
         result = layer(x)
     result.sum().backward()

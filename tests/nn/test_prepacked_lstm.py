@@ -21,7 +21,7 @@ def test_results_are_those_in_float32(options, dtype):
     torch.manual_seed(0)
     stock, x = nn.LSTM(6, 8, **options).eval(), torch.randn(4, 3, 6)
     lstm = copy.deepcopy(stock).to(dtype)
-    prepack(lstm, PrepackedLSTM)
+    prepack(PrepackedLSTM(lstm))
     expected, (h, c) = stock(x)
     for enabled in (True, False):
         with torch.set_grad_enabled(enabled):
@@ -40,7 +40,7 @@ def test_changes_sequences_and_copies(dtype):
     torch.manual_seed(0)
     stock, x = nn.LSTM(6, 8).eval(), torch.randn(4, 3, 6)
     lstm = copy.deepcopy(stock).to(dtype)
-    prepack(lstm, PrepackedLSTM)
+    prepack(PrepackedLSTM(lstm))
     with torch.no_grad():
         lstm(x.to(dtype))
         for model in (stock, lstm):
@@ -62,7 +62,7 @@ def test_changes_sequences_and_copies(dtype):
 
 def test_errors_are_those_of_torch():
     lstm = nn.LSTM(6, 8).bfloat16()
-    prepack(lstm, PrepackedLSTM)
+    prepack(PrepackedLSTM(lstm))
     with pytest.raises((RuntimeError, ValueError)):
         lstm(torch.randn(4, 3, 6))
     with pytest.raises(RuntimeError):
