@@ -50,10 +50,11 @@ def castable_parameters(
 ) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """Module, name and parameter of all parameters that only modules of these `kinds` use, as often as they do.
 
-    A module that shares a parameter with one of another kind keeps all of its own: its parameters have one dtype.
+    A module that shares a parameter with one of another kind keeps all of its own: its parameters have one dtype. This
+    does not count for a module that shares nothing but the bias of a part of it, as heads of transformers models do.
     """
     owned = [(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
-    kept = {m for m, _, _ in owned if type(m) not in kinds}
+    kept = {m for m, _, p in owned if type(m) not in kinds and not _is_bias_of_part(m, p)}
     while True:
         kept_parameters = {p for m, _, p in owned if m in kept}
         more = {m for m, _, p in owned if p in kept_parameters} - kept
@@ -61,3 +62,7 @@ def castable_parameters(
             break
         kept |= more
     yield from (entry for entry in owned if entry[0] not in kept)
+
+
+def _is_bias_of_part(module: nn.Module, param: nn.Parameter) -> bool:
+    return any(getattr(child, "bias", None) is param for child in module.children())

@@ -3,6 +3,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM
 
 import ipex_quant as ipex
 from ipex_quant.frontend.casting import cast_for_inference
@@ -38,6 +39,18 @@ def test_a_module_that_shares_a_parameter_with_one_that_is_not_cast_stays_whole(
     cast_for_inference(model, torch.float16)
     assert {p.dtype for p in (*model.first.parameters(), *model.second.parameters())} == {torch.float32}
     assert {p.dtype for p in model.third.parameters()} == {torch.float16}
+
+
+def test_a_head_that_holds_the_bias_of_its_last_layer_is_cast():
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50)
+    model = BertForMaskedLM(config).eval()
+    head = model.cls.predictions
+    assert head.bias is head.decoder.bias
+    cast_for_inference(model, torch.bfloat16)
+    assert head.decoder.weight.dtype == head.bias.dtype == torch.bfloat16
+    assert head.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    with torch.no_grad():
+        assert model(torch.ones(1, 3, dtype=torch.long)).logits.dtype == torch.bfloat16
 
 
 def test_another_dtype_stays_with_one_warning(caplog):
