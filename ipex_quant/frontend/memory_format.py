@@ -15,6 +15,20 @@ _FORMATS: dict[type[nn.Module], torch.memory_format] = {
 }
 
 
+class _Setting:
+    automatic = True
+
+
+def auto_channels_last() -> bool:
+    """Whether `ipex_quant.optimize` lays out the weights of convolutions channels last."""
+    return _Setting.automatic
+
+
+def set_auto_channels_last(automatic: bool) -> None:
+    """Change what `auto_channels_last` returns, for the process."""
+    _Setting.automatic = automatic
+
+
 def use_channels_last(model: nn.Module) -> None:
     """Lay out the weights of all convolutions of `model` channels last, in place: torch's then return such tensors."""
     for module in model.modules():
@@ -37,7 +51,8 @@ def to_channels_last_1d(x: Any) -> Any:
         return x
     if x.dim() != 3:
         raise ValueError(f"x: expected [N, C, L], got {list(x.shape)}")
-    return x.unsqueeze(2).contiguous(memory_format=torch.channels_last).squeeze(2)
+    _, channels, length = x.shape  # of which those that are 1 would leave strides that do not tell the layout
+    return x.transpose(1, 2).contiguous().as_strided(x.shape, (channels * length, 1, channels))
 
 
 def is_contiguous_channels_last_1d(x: torch.Tensor) -> bool:

@@ -22,7 +22,7 @@ from .dropout import replace_dropout_with_identity as drop_dropout
 from .folding import fold
 from .graph_mode import CompiledForward, use_graphs
 from .kernel_selection import select_kernels
-from .memory_format import use_channels_last
+from .memory_format import auto_channels_last, use_channels_last
 from .options import Options
 from .prepacking import prepack_lstms, prepack_weights
 
@@ -55,7 +55,7 @@ def optimize(
     For inference:
 
     - `dtype` bfloat16 or float16: parameters of convolutions, linear layers, embeddings, LSTMs and attention are cast.
-      Call such a model with inputs of that dtype, or under ``torch.autocast``.
+      Call such a model under ``torch.autocast``, or with inputs of that dtype; prepacked layers take float32 ones too.
     - `conv_bn_folding`, `linear_bn_folding` (True): a BatchNorm is folded into the layer before it, if nothing else
       reads that layer's output.
     - `replace_dropout_with_identity` (True).
@@ -67,7 +67,7 @@ def optimize(
     - `auto_kernel_selection` (False): layers for which prepacking is slower in a run of `sample_input` do without.
     - `graph_mode` (False): the model runs as graphs that ``torch.compile`` makes, or, with a warning, as it is.
 
-    At "O1", weights of convolutions are laid out channels last, unless there is a `sample_input`.
+    At "O1", weights of convolutions are laid out channels last, if `auto_channels_last` is on.
 
     Without `inplace`, the result is a copy. A model that cannot be copied is changed in place, with a warning. A
     ScriptModule is returned as it is. `sample_input`, a tensor, a tuple of positional or a dict of keyword arguments,
@@ -100,14 +100,31 @@ def optimize(
         graph_mode=graph_mode,
         concat_linear=concat_linear,
     )
+    with torch.inference_mode(False):  # tensors of inference mode can be neither loaded into nor trained
+        return _optimize(model, optimizer, dtype, options, inplace, _example(sample_input))
+
+
+def _optimize(
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    dtype: torch.dtype | None,
+    options: Options,
+    inplace: bool,
+    example: Example | None,
+) -> Any:
     if not inplace:
         model, optimizer = _copied(model, optimizer)
     restore_prepacked(model)
     restore_forwards(model, CompiledForward)
-    if optimizer is not None:
+    if options.channels_last and auto_channels_last():
+        use_channels_last(model)
+    if optimizer is None:
+        _optimize_inference(model, dtype, options, example)
+    else:
         raise NotImplementedError("training")
-    _optimize_inference(model, dtype, options, _example(sample_input))
-    return model
+    if options.graph_mode:
+        use_graphs(model)
+    return model if optimizer is None else (model, optimizer)
 
 
 def _optimize_inference(model: nn.Module, dtype: torch.dtype | None, options: Options, example: Example | None) -> None:
@@ -115,8 +132,6 @@ def _optimize_inference(model: nn.Module, dtype: torch.dtype | None, options: Op
         fold(model, options.conv_bn_folding, options.linear_bn_folding, example)
     if options.replace_dropout_with_identity:
         drop_dropout(model)
-    if options.channels_last and example is None:
-        use_channels_last(model)
     if dtype in (torch.bfloat16, torch.float16):
         cast_for_inference(model, dtype)
     if options.weights_prepack:
@@ -127,8 +142,6 @@ def _optimize_inference(model: nn.Module, dtype: torch.dtype | None, options: Op
         concat_linears(model, example)
     if options.auto_kernel_selection and example is not None:
         select_kernels(model, example)
-    if options.graph_mode:
-        use_graphs(model)
 
 
 def _copied(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:
@@ -136,7 +149,7 @@ def _copied(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, O
     try:
         return copy.deepcopy((model, optimizer))
     except Exception as error:  # foreign code
-        warnings.warn(f"the model cannot be copied, and is optimized in place: {error}", stacklevel=3)
+        warnings.warn(f"the model cannot be copied, and is optimized in place: {error}", stacklevel=4)
         return model, optimizer
 
 

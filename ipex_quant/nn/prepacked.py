@@ -14,7 +14,6 @@ from torch import nn
 from ..numerics.scheme import FLOAT_DTYPES
 from ..ops.gradient import needs_gradient
 from .fused_forward import FusedForward, restore_forwards
-from .quantized_module import autocast_dtype
 
 _reorder = torch.ops.mkldnn._reorder_linear_weight.default
 _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
@@ -69,30 +68,19 @@ def _versions(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, int, torch.dt
 
 
 class Prepacked(FusedForward):
-    """Replaces the `forward` of a layer by one that computes in `compute_dtype`, with a packed copy of its weight.
+    """Replaces the `forward` of a layer by one that computes in `compute_dtype`, with `Derived` weights.
 
-    The layer keeps its parameters; the copy is `Derived` of them when it is first needed. Operators of torch run
-    instead where a gradient is needed, in `torch.compile`, `torch.jit` and `torch.func`, and for tensor subclasses.
+    The layer keeps its parameters. Operators of torch run instead where a gradient is needed, in `torch.compile`,
+    `torch.jit` and `torch.func`, and for subclasses of tensors.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._weight = Derived()
 
     @staticmethod
     def suits(module: nn.Module) -> bool:
         """Whether oneDNN computes the layer `module`."""
         return True
-
-    def __call__(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        module = self.module
-        weight, bias = module.weight, module.bias
-        dtype = autocast_dtype(input)
-        computed = compute_dtype(dtype)
-        plainly = self._is_observed(input, weight, bias) or input.numel() == 0 or not self._fits(input)
-        if args or kwargs or not agree(input, weight) or (plainly and computed == dtype):
-            return type(module).forward(module, input, *args, **kwargs)
-        return (self._compute_plainly if plainly else self._compute)(input, weight, bias, computed).to(dtype)
 
     def stock_module(self) -> nn.Module:
         """The layer without this forward, for `torch.jit.script`."""
@@ -110,6 +98,27 @@ class Prepacked(FusedForward):
             or torch.jit.is_tracing()
             or torch._C._are_functorch_transforms_active()
         )
+
+
+class PrepackedLayer(Prepacked):
+    """The forward of a layer with a `weight`, of which it has a packed copy, and a `bias`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._weight = Derived()
+
+    def __call__(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        module = self.module
+        weight, bias = module.weight, module.bias
+        dtype = result_dtype(input, weight)
+        if args or kwargs or dtype is None:
+            return type(module).forward(module, input, *args, **kwargs)
+        computed = compute_dtype(dtype)
+        if self._is_observed(input, weight, bias) or input.numel() == 0 or not self._fits(input):
+            if input.dtype == computed == dtype:
+                return type(module).forward(module, input)
+            return self._compute_plainly(input, weight, bias, computed).to(dtype)
+        return self._compute(input, weight, bias, computed).to(dtype)
 
     def _compute_plainly(
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
@@ -133,7 +142,7 @@ class Prepacked(FusedForward):
         """The result in `dtype`, with a packed copy of `weight` where that is faster."""
 
 
-class PrepackedLinear(Prepacked):
+class PrepackedLinear(PrepackedLayer):
     """The forward of an ``nn.Linear``."""
 
     def _fits(self, input: torch.Tensor) -> bool:
@@ -159,10 +168,17 @@ def pack_linear(weight: torch.Tensor) -> torch.Tensor:
     return _reorder(weight)
 
 
-def agree(input: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a layer of torch takes this input, or else raises the error for it."""
-    by_autocast = torch.is_autocast_enabled("cpu") and {input.dtype, weight.dtype} <= set(FLOAT_DTYPES)
-    return input.device.type == weight.device.type == "cpu" and (input.dtype == weight.dtype or by_autocast)
+def result_dtype(input: torch.Tensor, weight: torch.Tensor) -> torch.dtype | None:
+    """The dtype of a layer's result; None where a layer of torch raises an error.
+
+    Without autocast, a layer in a lower precision takes float32 as well, and computes as under autocast.
+    """
+    given = {input.dtype, weight.dtype}
+    if {input.device.type, weight.device.type} != {"cpu"} or not given <= set(FLOAT_DTYPES):
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu")
+    return weight.dtype if input.dtype in (weight.dtype, torch.float32) else None
 
 
 def prepack(forward: Prepacked) -> None:

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .prepacked import Prepacked
+from .prepacked import PrepackedLayer
 
 _pointwise = torch.ops.mkldnn._convolution_pointwise.default
 _transpose_pointwise = torch.ops.mkldnn._convolution_transpose_pointwise.default
 
 
-class PrepackedConv(Prepacked):
+class PrepackedConv(PrepackedLayer):
     """The forward of an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``; its results are channels last.
 
     The layout of the weight depends on the input's shape, and oneDNN is slow with the one for another shape. So a

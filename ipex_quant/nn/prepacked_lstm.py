@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .prepacked import Derived, Prepacked, agree, compute_dtype
-from .quantized_module import autocast_dtype
+from .prepacked import Derived, Prepacked, compute_dtype, result_dtype
 
 
 class PrepackedLSTM(Prepacked):
@@ -25,9 +24,9 @@ class PrepackedLSTM(Prepacked):
     def __call__(self, input: Any, hx: tuple[torch.Tensor, torch.Tensor] | None = None) -> Any:
         values = input.data if isinstance(input, PackedSequence) else input
         weights = [getattr(self.module, name) for name in self.module._flat_weights_names]
-        dtype = autocast_dtype(values)
-        computed = compute_dtype(dtype)
-        if computed == dtype or not agree(values, weights[0]):
+        dtype = result_dtype(values, weights[0])
+        computed = None if dtype is None else compute_dtype(dtype)
+        if dtype is None or values.dtype == computed == dtype:
             return type(self.module).forward(self.module, input, hx)
         if self._is_observed(values, *weights, *(hx or ())):
             cast = [weight.to(computed) for weight in weights]
@@ -38,9 +37,6 @@ class PrepackedLSTM(Prepacked):
             state = None if hx is None else tuple(x.to(computed) for x in hx)
             output, state = self._with_weights(cast)(input.to(computed), state)
         return output.to(dtype), tuple(x.to(dtype) for x in state)
-
-    def _fits(self, input: torch.Tensor) -> bool:
-        return True
 
     def _with_weights(self, weights: list[torch.Tensor]) -> nn.Module:
         """The LSTM with other weights, for one call."""

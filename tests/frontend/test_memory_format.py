@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 import ipex_quant as ipex
+from ipex_quant.frontend import memory_format
 from ipex_quant.frontend.memory_format import is_contiguous_channels_last_1d, to_channels_last_1d
 
 CASES = [
@@ -14,7 +15,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "shape", "channels_last"), CASES)
-def test_weights_and_results_are_channels_last_without_an_example(kind, shape, channels_last):
+def test_weights_and_results_are_channels_last(kind, shape, channels_last):
     model, x = kind(4, 6, 3).eval(), torch.randn(shape)
     optimized = ipex.optimize(model, weights_prepack=False)
     assert channels_last(optimized.weight)
@@ -22,8 +23,15 @@ def test_weights_and_results_are_channels_last_without_an_example(kind, shape, c
         result = optimized(x)
     assert channels_last(result)
     torch.testing.assert_close(result, model(x))
-    for other in (ipex.optimize(model, sample_input=x), ipex.optimize(model, level="O0")):
-        assert other.weight.is_contiguous()
+    assert channels_last(ipex.optimize(model, sample_input=x).weight)
+    assert ipex.optimize(model, level="O0").weight.is_contiguous()
+
+
+def test_the_setting_turns_it_off(monkeypatch):
+    assert memory_format.auto_channels_last()
+    monkeypatch.setattr(memory_format._Setting, "automatic", True)  # restores it in the end
+    memory_format.set_auto_channels_last(False)
+    assert ipex.optimize(nn.Conv2d(3, 4, 3).eval()).weight.is_contiguous()
 
 
 def test_channels_last_1d():
@@ -33,6 +41,7 @@ def test_channels_last_1d():
     assert y.stride() == (15, 1, 3)
     assert is_contiguous_channels_last_1d(y)
     assert not is_contiguous_channels_last_1d(x)
+    assert to_channels_last_1d(torch.randn(4, 1, 3)).stride() == (3, 1, 1)
     model = nn.Sequential(nn.Conv1d(3, 4, 5), nn.Linear(3, 3))
     assert to_channels_last_1d(model) is model
     assert is_contiguous_channels_last_1d(model[0].weight)

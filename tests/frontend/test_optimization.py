@@ -76,6 +76,13 @@ def test_optimizing_again_changes_nothing(model):
             close(model(X), expected)
 
 
+def test_parameters_are_ordinary_tensors_also_when_made_in_inference_mode(model):
+    with torch.inference_mode():
+        optimized = ipex.optimize(model, torch.bfloat16)
+        optimized(X.bfloat16())
+    assert not any(parameter.is_inference() for parameter in optimized.parameters())
+
+
 def test_a_state_dict_loads_after_optimizing_and_into_the_plain_model(model):
     donor = Net().eval()
     donor.load_state_dict({name: value + 0.01 for name, value in model.state_dict().items()})

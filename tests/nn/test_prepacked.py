@@ -154,6 +154,17 @@ def test_autocast(linear, of, dtype):
         torch.testing.assert_close(actual.float(), expected, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("dtype", LOW)
+def test_a_layer_in_lower_precision_takes_float32(linear, dtype):
+    x = torch.randn(30, 24)
+    expected = F.linear(x, linear.weight, linear.bias)
+    linear.to(dtype)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            close(linear(x), expected)
+            assert linear(x).dtype == dtype
+
+
 def test_arguments_that_do_not_fit_are_refused_as_before(linear):
     for x in (
         torch.randn(30, 23),

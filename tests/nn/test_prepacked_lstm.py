@@ -64,6 +64,6 @@ def test_errors_are_those_of_torch():
     lstm = nn.LSTM(6, 8).bfloat16()
     prepack(PrepackedLSTM(lstm))
     with pytest.raises((RuntimeError, ValueError)):
-        lstm(torch.randn(4, 3, 6))
+        lstm(torch.randn(4, 3, 6).double())
     with pytest.raises(RuntimeError):
         lstm(torch.randn(4, 3, 5).bfloat16())
