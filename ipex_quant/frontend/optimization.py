@@ -16,6 +16,7 @@ from ..errors import ArgumentError
 from ..nn.fused_forward import restore_forwards
 from ..nn.prepacked import restore_prepacked
 from ..numerics.scheme import FLOAT_DTYPES
+from .activations import activate_in_place
 from .casting import cast_for_inference
 from .concat_linear import concat_linears
 from .dropout import replace_dropout_with_identity as drop_dropout
@@ -61,7 +62,8 @@ def optimize(
     - `replace_dropout_with_identity` (True).
     - `weights_prepack` (True): linear layers and convolutions compute with copies of their weights in oneDNN's layout,
       which are made in the first calls and follow changes of the parameters (`ipex_quant.nn.prepacked`). On CPUs that
-      multiply no bfloat16 or float16 they compute in float32. It costs the memory of these copies.
+      multiply no bfloat16 or float16 they compute in float32. It costs the memory of these copies. An activation module
+      that alone reads a layer's results writes over them.
     - `optimize_lstm` (True): LSTMs do the same on such CPUs; elsewhere torch's are oneDNN's.
     - `concat_linear` (False): linear layers with one parent that read one tensor are one matrix product.
     - `auto_kernel_selection` (False): layers for which prepacking is slower in a run of `sample_input` do without.
@@ -142,6 +144,8 @@ def _optimize_inference(model: nn.Module, dtype: torch.dtype | None, options: Op
         concat_linears(model, example)
     if options.auto_kernel_selection and example is not None:
         select_kernels(model, example)
+    if options.weights_prepack:
+        activate_in_place(model, example)
 
 
 def _copied(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:

@@ -6,6 +6,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +107,10 @@ class PrepackedLayer(Prepacked):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self._weight = Derived()
+        self._result: ref[torch.Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_result": None}
 
     def __call__(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         module = self.module
@@ -118,7 +123,13 @@ class PrepackedLayer(Prepacked):
             if input.dtype == computed == dtype:
                 return type(module).forward(module, input)
             return self._compute_plainly(input, weight, bias, computed).to(dtype)
-        return self._compute(input, weight, bias, computed).to(dtype)
+        result = self._compute(input, weight, bias, computed).to(dtype)
+        self._result = ref(result)
+        return result
+
+    def gives_away(self, x: torch.Tensor) -> bool:
+        """Whether `x` is the last result, made without a gradient, and no hook of the layer has seen it."""
+        return self._result is not None and self._result() is x and not self.module._forward_hooks
 
     def _compute_plainly(
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
@@ -166,6 +177,25 @@ def multiply_packed(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tenso
 def pack_linear(weight: torch.Tensor) -> torch.Tensor:
     """`weight` ``[N, K]`` in oneDNN's layout, as an opaque tensor."""
     return _reorder(weight)
+
+
+class InPlaceActivation(Prepacked):
+    """The forward of an activation that alone reads the results of `layer`: it writes over them.
+
+    `operate` is the activation in place. Anything but such a result is left as it is.
+    """
+
+    def __init__(
+        self, module: nn.Module, layer: PrepackedLayer, operate: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        super().__init__(module)
+        self.layer = layer
+        self.operate = operate
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and self.layer.gives_away(input):
+            return self.operate(input)
+        return type(self.module).forward(self.module, input)
 
 
 def result_dtype(input: torch.Tensor, weight: torch.Tensor) -> torch.dtype | None:

@@ -4,11 +4,11 @@ from torch import nn
 
 import ipex_quant as ipex
 from ipex_quant.frontend import kernel_selection
-from ipex_quant.nn.prepacked import Prepacked
+from ipex_quant.nn.prepacked import PrepackedLayer
 
 
 def prepacked(model):
-    return [name for name, module in model.named_modules() if isinstance(vars(module).get("forward"), Prepacked)]
+    return [name for name, module in model.named_modules() if isinstance(vars(module).get("forward"), PrepackedLayer)]
 
 
 @pytest.fixture
@@ -16,11 +16,11 @@ def model():
     return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
 
 
-@pytest.mark.parametrize(("slow", "kept"), [(Prepacked, []), (object, ["0", "2"])])
+@pytest.mark.parametrize(("slow", "kept"), [(PrepackedLayer, []), (object, ["0", "2"])])
 def test_the_faster_forward_is_kept(monkeypatch, model, slow, kept):
     def seconds(forward, args, kwargs):
         forward(*args, **kwargs)
-        return 1.0 + (isinstance(forward, Prepacked) == (slow is Prepacked))
+        return 1.0 + (isinstance(forward, PrepackedLayer) == (slow is PrepackedLayer))
 
     monkeypatch.setattr(kernel_selection, "_seconds", seconds)
     x = torch.randn(3, 8)
