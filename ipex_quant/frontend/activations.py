@@ -19,10 +19,11 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 def activate_in_place(model: nn.Module, example: Example | None) -> None:
     """Let each activation of `model` that alone reads the results of a prepacked layer write over them."""
     activations = {name: operate for name, module in model.named_modules() if (operate := _in_place(module))}
-    layers = {name for name, module in model.named_modules() if isinstance(fused_forward(module), PrepackedLayer)}
+    forwards = {name: fused_forward(module) for name, module in model.named_modules()}
+    layers = {name: forward for name, forward in forwards.items() if isinstance(forward, PrepackedLayer)}
     for pair in sole_readers(model, layers, activations, example):
-        layer = fused_forward(model.get_submodule(pair.producer))
-        prepack(InPlaceActivation(model.get_submodule(pair.reader), layer, activations[pair.reader]))
+        activation = model.get_submodule(pair.reader)
+        prepack(InPlaceActivation(activation, layers[pair.producer], activations[pair.reader]))
 
 
 def _in_place(module: nn.Module) -> Activation | None:
@@ -32,14 +33,22 @@ def _in_place(module: nn.Module) -> Activation | None:
     if type(module) is nn.ReLU and not module.inplace:
         return torch.relu_
     if type(module) is nn.SiLU and not module.inplace:
-        return torch._C._nn.silu_
+        return _silu_
     if type(module) is nn.GELU:
-        return partial(torch._C._nn.gelu_, approximate=module.approximate)
+        return partial(_gelu_, approximate=module.approximate)
     if type(module).__module__ == "transformers.activations":
         act = getattr(module, "act", None)
         if act is nn.functional.gelu:
-            return torch._C._nn.gelu_
+            return _gelu_
         if isinstance(act, partial) and act.func is nn.functional.gelu:
-            return partial(torch._C._nn.gelu_, *act.args, **act.keywords)
-        return torch._C._nn.silu_ if type(module).__name__ == "SiLUActivation" else None
+            return partial(_gelu_, *act.args, **act.keywords)
+        return _silu_ if type(module).__name__ == "SiLUActivation" else None
     return None
+
+
+def _gelu_(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+    return torch.ops.aten.gelu_.default(x, approximate=approximate)
+
+
+def _silu_(x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.silu(x, inplace=True)

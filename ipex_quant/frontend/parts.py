@@ -37,9 +37,9 @@ def sole_readers(
     graphs = traced_parts(model, {type(model.get_submodule(name)) for name in readers})
     if example is not None and [prefix for prefix, _ in graphs] != [""]:
         groups = trace_groups(model, readers, producers, partial(example.run, model))
-        found = (Pair(g.producer, g.members[0], g.rank) for g in groups if g.producer and len(g.members) == 1)
+        found = [Pair(g.producer, g.members[0], g.rank) for g in groups if g.producer and len(g.members) == 1]
     else:
-        found = iter(_pairs(model, graphs))
+        found = _pairs(model, graphs)
     return [pair for pair in found if pair.producer in producers and pair.reader in readers]
 
 
@@ -75,8 +75,9 @@ def _pairs(model: nn.Module, graphs: Sequence[tuple[str, fx.Graph]]) -> list[Pai
 def _source(node: fx.Node) -> fx.Node | None:
     """The module call whose output the module call `node` alone reads, and reads alone; None if there is none."""
     source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-    alone = isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1
-    return source if alone else None
+    if isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1:
+        return source
+    return None
 
 
 def _graphs(module: nn.Module, kinds: Collection[type[nn.Module]], prefix: str) -> Iterator[tuple[str, fx.Graph]]:
