@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--shapes", type=int, help="only the first SHAPES shapes of each model")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="where to write the records")
+    parser.add_argument("--json", type=Path, help="where to write the records; others that the file has stay")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -169,7 +170,9 @@ def main() -> None:
                     flush=True,
                 )
     if args.json:
-        write_json(args.json, {"machine": machine, "inference": records})
+        old = json.loads(args.json.read_text())["inference"] if args.json.exists() else []
+        merged = {tuple(r[key] for key in ("model", "dtype", "batch", "size")): r for r in (*old, *records)}
+        write_json(args.json, {"machine": machine, "inference": list(merged.values())})
 
 
 if __name__ == "__main__":
