@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..conversion.example import Example
 from ..errors import ArgumentError
 from ..nn.fused_forward import restore_forwards
-from ..nn.prepacked import restore_prepacked
+from ..nn.prepacked import compute_dtype, restore_prepacked
 from ..numerics.scheme import FLOAT_DTYPES
 from .activations import activate_in_place
 from .casting import cast_for_inference
@@ -26,6 +26,7 @@ from .kernel_selection import select_kernels
 from .memory_format import auto_channels_last, use_channels_last
 from .options import Options
 from .prepacking import prepack_lstms, prepack_weights
+from .training import prepare_training
 
 
 def optimize(
@@ -123,7 +124,7 @@ def _optimize(
     if optimizer is None:
         _optimize_inference(model, dtype, options, example)
     else:
-        raise NotImplementedError("training")
+        model, optimizer = _optimize_training(model, optimizer, dtype, options)
     if options.graph_mode:
         use_graphs(model)
     return model if optimizer is None else (model, optimizer)
@@ -146,6 +147,17 @@ def _optimize_inference(model: nn.Module, dtype: torch.dtype | None, options: Op
         select_kernels(model, example)
     if options.weights_prepack:
         activate_in_place(model, example)
+
+
+def _optimize_training(
+    model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None, options: Options
+) -> tuple[nn.Module, Optimizer]:
+    model, optimizer = prepare_training(
+        model, optimizer, dtype, options.split_master_weight_for_bf16, options.fuse_update_step
+    )
+    if options.weights_prepack and dtype is not None and compute_dtype(dtype) != dtype:
+        prepack_weights(model)  # for the dtype: weights that change with every step are not worth packing
+    return model, optimizer
 
 
 def _copied(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:
