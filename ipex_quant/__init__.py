@@ -9,15 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import autotune, llm, nn, ops, quantization
+    from . import autotune, cpu, llm, nn, ops, quantization
     from .alias import install_as_ipex
+    from .bert import fast_bert
     from .frontend.optimization import optimize
     from .llm.explain import explain
 
-_SUBMODULES = ("autotune", "llm", "nn", "ops", "quantization")
+_SUBMODULES = ("autotune", "cpu", "llm", "nn", "ops", "quantization")
 
 _HOMES = {
     "explain": "llm.explain",
+    "fast_bert": "bert",
     "install_as_ipex": "alias",
     "optimize": "frontend.optimization",
 }
@@ -25,7 +27,9 @@ _HOMES = {
 
 __all__ = [
     "autotune",
+    "cpu",
     "explain",
+    "fast_bert",
     "install_as_ipex",
     "llm",
     "nn",

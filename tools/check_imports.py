@@ -17,12 +17,13 @@ from pathlib import Path
 PACKAGE = "ipex_quant"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("numerics", "data", "errors", "reading", "writing", "cpu", "_C"),
+    ("numerics", "data", "errors", "reading", "writing", "_C"),
     ("ops", "checkpoints"),
-    ("nn", "optim"),
+    ("nn", "optim", "cpu"),
     ("observers", "smoothquant", "woq", "evaluation"),
     ("conversion",),
-    ("llm", "autotune", "frontend", "bert"),
+    ("llm", "autotune", "frontend"),
+    ("bert",),
     ("quantization", "settings", "verbosity"),  # the faces: these, which IPEX names, and `ipex_quant/__init__.py`
     ("alias",),
     (PACKAGE,),

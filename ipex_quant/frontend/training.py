@@ -1,10 +1,31 @@
-"""A model and its optimizer, prepared for training; lower precision and fused updates are not here yet."""
+"""A model and its optimizer, prepared for training in bfloat16 or float16 and for fused updates."""
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+
+from ..optim import FullMaster, Master, SplitMaster, attach_master, masters_of, plain_class, prepare_optimizer
+from .casting import castable_parameters
+
+CAST_FOR_TRAINING = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+    nn.EmbeddingBag,
+)
+"""Modules whose parameters are cast, not their subclasses, which may compute otherwise."""
+
+SPLIT_OPTIMIZERS = (SGD, Adam, AdamW, Adagrad)
+FUSED_OPTIMIZERS = (SGD, Adam, AdamW, Adagrad)
 
 
 def prepare_training(
@@ -14,7 +35,52 @@ def prepare_training(
     split_master_weight: bool = True,
     fuse_update_step: bool = True,
 ) -> tuple[nn.Module, Optimizer]:
-    """Return `model` and `optimizer` as they are; NotImplementedError for `dtype` bfloat16 and float16."""
+    """Make `model` train in `dtype` with `optimizer`; return both, changed in place, so copy them together before.
+
+    `dtype` is bfloat16 or float16 for modules of `CAST_FOR_TRAINING`, else their parameters stay. Cast parameters have
+    float32 masters, which the model's state dict holds and the optimizer updates: with `split_master_weight`, and
+    bfloat16, the lower 16 bits beside each parameter, else a copy. `fuse_update_step` updates in one pass over memory,
+    by torch's fused implementation. An optimizer for which one of these does not exist works without, and a UserWarning
+    names it.
+    """
+    split = split_master_weight and dtype == torch.bfloat16
+    if split and plain_class(optimizer) not in SPLIT_OPTIMIZERS:
+        warnings.warn(
+            f"{plain_class(optimizer).__name__} cannot update split master weights: float32 copies are kept instead",
+            stacklevel=5,
+        )
+        split = False
     if dtype in (torch.bfloat16, torch.float16):
-        raise NotImplementedError(f"training in {dtype} is not supported yet")
+        cast_parameters(model, dtype, split)
+    masters: dict[torch.Tensor, Master] = {m.param: m for part in model.modules() for m in masters_of(part).values()}
+    if masters:
+        prepare_optimizer(optimizer, masters)
+    if fuse_update_step:
+        fuse_updates(optimizer, any(getattr(module, "sparse", False) for module in model.modules()))
     return model, optimizer
+
+
+def fuse_updates(optimizer: Optimizer, sparse: bool) -> None:
+    """Let `optimizer` use torch's fused update, which exists for some classes and for gradients that are not `sparse`.
+
+    Groups that say how to update, by ``foreach``, ``fused`` or ``differentiable``, stay as they are.
+    """
+    if sparse or plain_class(optimizer) not in FUSED_OPTIMIZERS:
+        reason = "sparse gradients" if sparse else plain_class(optimizer).__name__
+        warnings.warn(
+            f"fuse_update_step: torch has no fused update for {reason}; the step stays as it is", stacklevel=6
+        )
+        return
+    for group in optimizer.param_groups:
+        if not (group.get("foreach") or group.get("differentiable") or group.get("fused") is not None):
+            group["fused"] = True
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype, split: bool) -> None:
+    """Cast the float32 parameters that can be to `dtype`, and attach masters, to their modules."""
+    new: dict[nn.Parameter, Master] = {}
+    for module, name, param in list(castable_parameters(model, CAST_FOR_TRAINING)):
+        if param.dtype == torch.float32 and param not in new:
+            new[param] = SplitMaster(param) if split else FullMaster(param, dtype)
+        if param in new:
+            attach_master(module, name, new[param])

@@ -3,6 +3,7 @@
 Importing this package loads the native library and registers its ops under ``torch.ops.ipex_quant``.
 """
 
+from .affinity import bind_team, set_team_affinity, team_affinity
 from .attention import (
     attention,
     fused_rope_attention,
@@ -66,6 +67,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "bind_team",
     "conv_dequantize",
     "decoder_layers",
     "fused_rope_attention",
@@ -90,10 +92,12 @@ __all__ = [
     "rms_norm",
     "rotary",
     "run_experts",
+    "set_team_affinity",
     "silu_mul",
     "silu_mul_halves",
     "split_experts",
     "supported_isas",
+    "team_affinity",
     "unpack_conv",
     "unpack_experts",
     "unpack_int8",

@@ -32,8 +32,6 @@ def step(model, optimizer, dtype=torch.float32):
 @pytest.mark.parametrize("level", ["O0", "O1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_follows_the_plain_model(model, dtype, level, inplace):
-    if dtype == torch.bfloat16:
-        pytest.importorskip("ipex_quant.optim.masters")
     plain = copy.deepcopy(model)
     plain_optimizer = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -57,7 +55,6 @@ def test_training_follows_the_plain_model(model, dtype, level, inplace):
 
 
 def test_optimizing_again(model):
-    pytest.importorskip("ipex_quant.optim.masters")
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     losses = []
     for _ in range(3):
@@ -71,7 +68,6 @@ def test_optimizing_again(model):
 
 @pytest.mark.parametrize("slow", [frozenset(), frozenset((torch.bfloat16,))])
 def test_layers_compute_in_another_dtype_only_on_cpus_that_need_it(monkeypatch, model, slow):
-    pytest.importorskip("ipex_quant.optim.masters")
     monkeypatch.setattr(prepacked, "_SLOW", slow)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     optimized, _ = ipex.optimize(model, torch.bfloat16, optimizer)

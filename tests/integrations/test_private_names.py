@@ -21,6 +21,9 @@ USED = {
     "neural_compressor.common.base_config.BaseConfig._post_init": "self",
     "torch._C._disabled_torch_function_impl": None,
     "torch._check": "cond message",
+    "torch._C._are_functorch_transforms_active": None,
+    "torch._assert": "condition message",
+    "torch._dynamo": None,
     "torch._lazy_clone": None,
     "torch.Tensor._make_wrapper_subclass": None,
     "torch.nn.Conv2d._conv_forward": "self input weight bias",
@@ -29,6 +32,7 @@ USED = {
         "self state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs"
     ),
     "torch.nn.Module._save_to_state_dict": "self destination prefix keep_vars",
+    "torch.nn.Module()._backward_hooks": None,
     "torch.nn.Module()._buffers": None,
     "torch.nn.Module()._forward_hooks": None,
     "torch.nn.Module()._forward_hooks_always_called": None,
@@ -40,7 +44,16 @@ USED = {
     "torch.nn.Module()._parameters": None,
     "torch.nn.modules.conv._ConvNd": None,
     "torch.nn.modules.dropout._DropoutNd": None,
+    "torch.nn.LSTM._update_flat_weights": "self",
     "torch.ops.aten.add.Tensor._schema.arguments": None,
+    "torch.ops.mkldnn._convolution_pointwise": None,
+    "torch.ops.mkldnn._convolution_transpose_pointwise": None,
+    "torch.ops.mkldnn._is_mkldnn_bf16_supported": None,
+    "torch.ops.mkldnn._is_mkldnn_fp16_supported": None,
+    "torch.ops.mkldnn._linear_pointwise": None,
+    "torch.ops.mkldnn._reorder_convolution_transpose_weight": None,
+    "torch.ops.mkldnn._reorder_convolution_weight": None,
+    "torch.ops.mkldnn._reorder_linear_weight": None,
     "torch.Tensor()._version": None,
     "torch.utils._python_dispatch.TorchDispatchMode.__torch_dispatch__": "self func types args kwargs",
     "torch.utils._pytree.tree_any": "pred tree is_leaf",
@@ -72,9 +85,12 @@ USED = {
 IN_SOURCE = {
     # attributes that transformers sets on objects of any class: the module whose code has the name
     "_apply_gate": "transformers.integrations.moe",
+    "_flat_weights_names": "torch.nn.modules.rnn",
+    "_gradient_checkpointing_func": "transformers.modeling_utils",
     "_is_hf_initialized": "transformers.core_model_loading",
 }
-OWN = {"_down_bias", "_gate_up_bias", "_gate_up_packed"}  # buffers that are registered under a composed name
+# Buffers that are registered under a composed name, and what named tuples document.
+OWN = {"_down_bias", "_gate_up_bias", "_gate_up_packed", "_fields"}
 ROOT = Path(ipex_quant.__file__).parent
 OTHERS = ("argparse", "lm_eval", "neural_compressor", "torch", "transformers")
 

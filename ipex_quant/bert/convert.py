@@ -1,0 +1,108 @@
+"""`fast_bert`."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertLayer, BertModel
+
+from ..frontend.training import prepare_training
+from ..nn.fused_forward import fused_forward, restore_forwards
+from .layer import FastLayer
+from .linears import FastLinear, fuse_linears
+from .model import FastBert, fuse_bert
+
+DTYPES = (torch.float32, torch.bfloat16)
+OWN = (FastBert, FastLayer, FastLinear)
+
+
+def fast_bert(
+    model: nn.Module,
+    dtype: torch.dtype = torch.float32,
+    optimizer: Optimizer | None = None,
+    unpad: bool = False,
+    seed: int | str | None = None,
+) -> Any:
+    """A copy of a BERT model that computes faster; with an `optimizer`, the copy and a copy of the optimizer for it.
+
+    - `model`: transformers' ``BertModel``, or a module with one as ``.bert``. Its state dict keeps its names.
+    - `dtype`: float32 or bfloat16, of all parameters. With an `optimizer`, bfloat16 is that of linear layers and
+      embeddings, whose float32 values the optimizer updates and the state dict holds, as `ipex_quant.optimize` does.
+    - `unpad`: compute only the tokens that an ``attention_mask [B, L]`` does not hide. All hidden states of the others
+      are 0, where stock BERT has values without a meaning.
+    - `seed`: an integer, or its digits, for a generator of the dropout in ``.bert``, which otherwise is torch's.
+
+    Call it after weights were loaded and before DistributedDataParallel. A decoder, or another model, computes as
+    before, and a UserWarning says so. Raises ValueError for another `dtype` or `seed`; TypeError when ``.bert`` has
+    embeddings, an encoder or layers of another class than transformers' own; RuntimeError when the model has been
+    optimized by this package in another way.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: fast_bert computes in torch.float32 or torch.bfloat16, got {dtype}")
+    number = read_seed(seed)
+    bert = find_bert(model)
+    if bert is None:
+        warnings.warn(
+            f"fast_bert: {type(model).__name__} is no BertModel of transformers and has none as .bert; "
+            "it is returned as it is",
+            stacklevel=2,
+        )
+        return model if optimizer is None else (model, optimizer)
+    check_parts(model, bert)
+    model, optimizer = copy.deepcopy((model, optimizer))
+    restore_forwards(model, *OWN)
+    cast(model, optimizer, dtype)
+    fuse_linears(model)
+    bert = find_bert(model)
+    if bert.config.is_decoder or bert.config.add_cross_attention:
+        warnings.warn("fast_bert: a decoder, or one with cross-attention, keeps transformers' code", stacklevel=2)
+    else:
+        fuse_bert(bert, unpad, number)
+    return model if optimizer is None else (model, optimizer)
+
+
+def find_bert(model: Any) -> BertModel | None:
+    """`model` or its ``.bert``, whichever is a ``BertModel``."""
+    return next((each for each in (model, getattr(model, "bert", None)) if isinstance(each, BertModel)), None)
+
+
+def check_parts(model: nn.Module, bert: BertModel) -> None:
+    """TypeError unless `bert` computes as transformers wrote it; RuntimeError if `model` was optimized before."""
+    for name, module in model.named_modules():
+        fused = fused_forward(module)
+        if type(module).__module__.startswith("ipex_quant.") or (fused and not isinstance(fused, OWN)):
+            raise RuntimeError(
+                f"fast_bert: {name or 'the model'} was optimized by ipex_quant before; give it the original model"
+            )
+    check_part("the model", bert, BertModel)
+    check_part("embeddings", bert.embeddings, BertEmbeddings)
+    check_part("encoder", bert.encoder, BertEncoder)
+    for index, layer in enumerate(bert.encoder.layer):
+        check_part(f"encoder.layer.{index}", layer, BertLayer)
+
+
+def check_part(name: str, part: nn.Module, expected: type[nn.Module]) -> None:
+    """TypeError unless `part`, called `name`, has the `forward` of the `expected` class."""
+    if not isinstance(part, expected) or type(part).forward is not expected.forward:
+        raise TypeError(f"{name}: fast_bert expected transformers' {expected.__name__}, got {type(part).__name__}")
+
+
+def read_seed(seed: int | str | None) -> int | None:
+    """`seed` as a number; ValueError if it is none."""
+    try:
+        return None if seed is None else int(seed)
+    except ValueError:
+        raise ValueError(f"seed: expected an integer, got {seed!r}") from None
+
+
+def cast(model: nn.Module, optimizer: Optimizer | None, dtype: torch.dtype) -> None:
+    """Give `model`, and the parameters that `optimizer` updates, the `dtype`, as `fast_bert` says."""
+    if optimizer is None or dtype == torch.float32:
+        model.to(dtype)
+    if optimizer is not None:
+        prepare_training(model, optimizer, dtype, split_master_weight=True, fuse_update_step=True)

@@ -1,0 +1,140 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ipex_quant.cpu import launch
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What torch's launcher is called with for a command line."""
+    calls = []
+    monkeypatch.setattr(launch.run_cpu, "main", calls.append)
+    monkeypatch.setattr(launch, "numa_nodes", lambda: {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]})
+    monkeypatch.setattr(launch, "node_processors", lambda node: {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}[node])
+    monkeypatch.setattr(launch, "one_a_core", lambda cores: [core for core in sorted(cores) if core % 2 == 0])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+
+    def call(line):
+        assert launch.main([*line.split(), "script.py", "--batch", "2"]) == 0
+        return calls.pop()
+
+    return call
+
+
+def test_the_program_runs_in_pythons_or_as_it_is(launched):
+    assert launched("").program_args[-4:] == ["-u", "script.py", "--batch", "2"]
+    assert launched("-m").program_args[-5:] == ["-u", "-m", "script.py", "--batch", "2"]
+    assert launched("--no-python").program_args[3:] == ["script.py", "--batch", "2"]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", {"core_list": None, "ninstances": -1, "ncores_per_instance": -1, "rank": -1, "log_path": ""}),
+        ("--ninstances 4 --instance-idx 1", {"ninstances": 4, "rank": 1}),
+        ("--ninstances 4 --rank 1 --ncores_per_instance 2", {"rank": 1, "ncores_per_instance": 2}),
+        ("--ninstances 0 --ncores-per-instance 0", {"ninstances": -1, "ncores_per_instance": -1}),
+        ("--latency-mode", {"latency_mode": True, "core_list": None}),
+        ("--throughput_mode", {"throughput_mode": True}),
+        ("--use-logical-cores", {"use_logical_core": True}),
+        ("--use-logical-core", {"use_logical_core": True}),
+        ("--memory-allocator jemalloc", {"enable_jemalloc": True, "enable_tcmalloc": False}),
+        ("--memory_allocator tcmalloc", {"enable_tcmalloc": True}),
+        ("--memory-allocator default", {"use_default_allocator": True}),
+        ("--use_default_allocator", {"use_default_allocator": True}),
+        ("--memory-allocator auto", {"enable_tcmalloc": False, "enable_jemalloc": False}),
+        ("--omp-runtime default", {"disable_iomp": True}),
+        ("--omp-runtime intel", {"disable_iomp": False}),
+        ("--multi-task-manager none", {"disable_numactl": True, "disable_taskset": True}),
+        ("--multi-task-manager taskset", {"disable_numactl": True, "disable_taskset": False}),
+        ("--multi-task-manager numactl", {"disable_numactl": False, "disable_taskset": True}),
+        ("--log-dir logs --log-file-prefix mine", {"log_path": "logs", "log_file_prefix": "mine"}),
+        ("--cores-list 0-3,6", {"core_list": "0,1,2,3,6", "ncores_per_instance": 5}),
+        ("--cores-list 0-4 --ninstances 2", {"core_list": "0,1,2,3", "ncores_per_instance": 2}),
+        ("--cores-list 0-4 --ncores-per-instance 2", {"core_list": "0,1,2,3,4", "ncores_per_instance": 2}),
+        ("--nodes-list 1", {"core_list": "4,6", "ncores_per_instance": 2}),
+        ("--nodes-list 0-1 --use-logical-cores", {"core_list": "0,1,2,3,4,5,6,7", "ncores_per_instance": 8}),
+        ("--nodes-list 0,1 --throughput-mode", {"core_list": "0,2,4,6", "ncores_per_instance": 2}),
+        ("--nodes-list 0 --latency-mode", {"core_list": "0,2", "ncores_per_instance": 2}),
+        ("--bind-numa-node --ncores-per-instance 3", {"skip_cross_node_cores": True}),
+        ("--strategy close --use-e-cores", {"core_list": None}),
+        ("--core-list 0,1 --ncores-per-instance 1", {"core_list": "0,1", "ncores_per_instance": 1}),
+    ],
+)
+def test_options_are_translated(launched, line, expected):
+    options = vars(launched(line))
+    assert {name: options[name] for name in expected} == expected
+
+
+def test_only_what_the_process_may_use(launched, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 4})
+    options = launched("")
+    assert (options.core_list, options.ncores_per_instance) == ("2,4", 2)
+    options = launched("--ninstances 1 --ncores-per-instance 1")
+    assert (options.core_list, options.ncores_per_instance) == ("2", 1)
+    options = launched("--use-logical-cores --ncores-per-instance 1")
+    assert (options.core_list, options.ncores_per_instance) == ("2,3,4", 1)
+
+
+def test_benchmark_configures_jemalloc(launched, monkeypatch):
+    monkeypatch.setenv("MALLOC_CONF", "mine")
+    launched("--benchmark")
+    assert os.environ["MALLOC_CONF"] == "mine"
+    monkeypatch.delenv("MALLOC_CONF")
+    launched("--benchmark")
+    assert "dirty_decay_ms:-1" in os.environ["MALLOC_CONF"]
+
+
+@pytest.mark.parametrize("line", ["--strategy scatter", "--bind-numa-node", "--bind-numa-node --ninstances 2"])
+def test_what_torch_cannot_do_is_warned_of(launched, caplog, line):
+    launched(line)
+    assert line.split()[0] in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--nprocs-per-node 2", "--nprocs-per-node is not supported: for distributed training, launch with torchrun"),
+        ("--logical-cores-for-ccl", "launch with torchrun"),
+        ("--auto-ipex", r"--auto-ipex is not supported: call ipex.optimize(model) in the program"),
+        ("--dtype bfloat16", "call ipex.optimize(model, dtype=...) in the program"),
+        ("--cores-list 0-3 --nodes-list 0", "expected one of them"),
+        ("--cores-list 7-9", "cores [8, 9] do not exist, or this process may not use them"),
+        ("--cores-list 0-1 --ninstances 3", "at most 2 cores in all instances, got --ninstances 3"),
+        ("--cores-list 0-1 --ninstances 2 --ncores-per-instance 2", "at most 2 cores"),
+        ("--cores-list all", "invalid literal"),
+        ("--memory-allocator malloc", "invalid choice"),
+    ],
+)
+def test_wrong_command_lines(launched, capsys, line, message):
+    with pytest.raises(SystemExit) as exit:
+        launched(line)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_program_runs_on_its_cores(tmp_path):
+    core = max(os.sched_getaffinity(0))
+    script = tmp_path / "script.sh"
+    script.write_text(
+        '#!/bin/sh\necho "threads=$OMP_NUM_THREADS $1"; grep Cpus_allowed_list /proc/self/status; exit 7\n'
+    )
+    script.chmod(0o755)
+    command = [
+        sys.executable,
+        "-m",
+        "ipex_quant.cpu.launch",
+        "--cores-list",
+        str(core),
+        "--no-python",
+        str(script),
+        "--x",
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert "threads=1 --x" in result.stdout
+    assert f"Cpus_allowed_list:\t{core}\n" in result.stdout
+    assert result.returncode == 7
