@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     if as_module:
         runpy.run_module(target[0], run_name="__main__", alter_sys=True)
         return
-    if not sys.flags.safe_path:
+    if not getattr(sys.flags, "safe_path", False):  # from Python 3.11 on
         sys.path[0] = str(Path(target[0]).resolve().parent)
     runpy.run_path(target[0], run_name="__main__")
 

@@ -102,7 +102,7 @@ class PreparedOptimizer(Optimizer):
     def _plain_update(self, closure: Closure | None) -> Any:
         step = self._plain.step
         if getattr(step, "hooked", False):  # hooks are for the step as a whole
-            step = step.__wrapped__
+            step = step.__wrapped__  # type: ignore[attr-defined]
         return step(self, closure)
 
     @contextmanager

@@ -110,7 +110,7 @@ class _PerThread(threading.local):
 
 
 def _checked(core_ids: Sequence[int]) -> list[int]:
-    if not isinstance(core_ids, Sequence) or isinstance(core_ids, str) or not all(isinstance(c, int) for c in core_ids):
+    if not isinstance(core_ids, Sequence) or not all(isinstance(c, int) for c in core_ids):
         raise TypeError(f"core_ids: expected a list or range of int, got {core_ids!r}")
     cores = list(core_ids)
     if any(core < 0 for core in cores) or len(set(cores)) < len(cores):

@@ -130,8 +130,9 @@ class MultiStreamModule(_Streams):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result for the whole batch, or the list of the streams' results."""
         hint = self.input_split_hint
-        arguments = {**dict(enumerate(args)), **kwargs}
-        parts = split({**dict(enumerate(hint.args)), **hint.kwargs}, arguments, len(self._streams), "arguments")
+        arguments: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        hints: dict[Any, Hint] = {**dict(enumerate(hint.args)), **hint.kwargs}
+        parts = split(hints, arguments, len(self._streams), "arguments")
         results = self._run(([part.pop(i) for i in range(len(args))], part) for part in parts)
         if not self.concat_output:
             return results
