@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import time
 from pathlib import Path
 
 import torch
 from machine import Limits, describe
-from rounds import Kernel, measure, print_table, torch_bf16, write_json
+from rounds import Kernel, mean_seconds, measure, print_table, torch_bf16, write_json
 from tqdm import tqdm
 
 from ipex_quant import ops
@@ -84,12 +83,7 @@ def measure_quantization(k: int, rows: list[int], rounds: int) -> list[dict]:
     for m in rows:
         x = torch.randn(m, k).bfloat16()
         for kind, run in kinds.items():
-            times = []
-            for _ in range(rounds + 1):
-                start = time.perf_counter()
-                for _ in range(10):
-                    run(x)
-                times.append((time.perf_counter() - start) / 10)
+            times = [mean_seconds(functools.partial(run, x), 10) for _ in range(rounds + 1)]
             records.append({"k": k, "m": m, "kind": kind, "seconds": statistics.median(times[1:])})
     return records
 

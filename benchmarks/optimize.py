@@ -11,13 +11,12 @@ import argparse
 import copy
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from machine import describe
-from rounds import write_json
+from rounds import mean_seconds, write_json
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 from transformers import BertConfig, BertModel
@@ -109,25 +108,17 @@ CASES = {
 """Models by name: how they are made, and the batch sizes with lengths, or heights and widths, of inputs."""
 
 
-def seconds(call: Call, calls: int) -> float:
-    """Mean seconds of `calls` calls."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - start) / calls
-
-
 def measure(name: str, dtype: str, shape: tuple[int, int], rounds: int) -> dict:
     """One record; rounds last about half a second or one call."""
     stock, optimized = CASES[name][0](DTYPES[dtype], *shape)
     with torch.inference_mode():
         for _ in range(2):  # the second packs weights
             optimized()
-        calls = max(1, int(0.5 / seconds(optimized, 1)))
+        calls = max(1, int(0.5 / mean_seconds(optimized, 1)))
         samples = []
         for number in range(rounds):
             pair = [(stock, 1 if DTYPES[dtype] != torch.float32 else calls), (optimized, calls)]
-            times = [seconds(*each) for each in (pair if number % 2 else pair[::-1])]
+            times = [mean_seconds(*each) for each in (pair if number % 2 else pair[::-1])]
             samples.append(times if number % 2 else times[::-1])
     ratios = [a / b for a, b in samples]
     return {

@@ -36,6 +36,14 @@ def torch_bf16() -> Kernel:
     return Kernel(BASELINE, lambda w: w.bfloat16(), torch.nn.functional.linear, lambda w: w.nbytes)
 
 
+def mean_seconds(call: Callable[[], object], calls: int) -> float:
+    """Mean seconds of `calls` calls, one after the other."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
 class Rotation:
     """Copies of one operand that together exceed the CPU's caches; each call uses the next copy."""
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from machine import describe
-from rounds import write_json
+from rounds import mean_seconds, write_json
 from torch import nn
 from transformers import BertConfig, BertModel
 
@@ -98,20 +98,13 @@ def measure(model: nn.Module, x: torch.Tensor, streams: int, rounds: int) -> dic
     for run in runs.values():
         for _ in range(3):
             run(x)
-    calls = max(1, int(CALL_SECONDS / seconds(model, x, 1)))
-    samples = [{name: seconds(run, x, calls) for name, run in runs.items()} for _ in range(rounds)]
+    calls = max(1, int(CALL_SECONDS / mean_seconds(partial(model, x), 1)))
+    samples = [{name: mean_seconds(partial(run, x), calls) for name, run in runs.items()} for _ in range(rounds)]
     return {
         "one_stream_seconds": statistics.median(sample["one"] for sample in samples),
         "streams_seconds": statistics.median(sample["streams"] for sample in samples),
         "speedup": statistics.median(sample["one"] / sample["streams"] for sample in samples),
     }
-
-
-def seconds(run: nn.Module, x: torch.Tensor, calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        run(x)
-    return (time.perf_counter() - start) / calls
 
 
 def main() -> None:

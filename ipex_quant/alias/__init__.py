@@ -16,10 +16,9 @@ __all__ = ["IPEX", "install_as_ipex", "uninstall_as_ipex"]
 def install_as_ipex() -> None:
     """Let ``import intel_extension_for_pytorch`` mean this package, in this process.
 
-    IPEX's public modules then lead to this package's, under IPEX's paths; what IPEX had and this package has not raises
-    an AttributeError or ImportError that says what to use instead. What IPEX changed in torch when it was imported
-    changes when the name is first imported: `torch.compile` knows the backend "ipex", `torch.jit.trace` works under
-    autocast, and ``torch.xpu.optimize`` is there.
+    IPEX's public modules then lead to this package's, under IPEX's paths; a name that this package has not raises
+    AttributeError or ImportError. Torch stays as it is: unlike IPEX, this adds no backend "ipex" to `torch.compile` and
+    no ``torch.xpu.optimize``.
 
     Calling it again changes nothing. Processes that this one starts do not inherit it, except below ``ipex_quant.run``.
 
@@ -34,14 +33,13 @@ def install_as_ipex() -> None:
 
 
 def uninstall_as_ipex() -> None:
-    """Take back what `install_as_ipex` and imports of the name changed; objects that were imported go on working."""
+    """Take back what `install_as_ipex` did; objects that were imported by the name go on working."""
     finder = _installed()
     if finder is None:
         return
     sys.meta_path.remove(finder)
     for name in [name for name in sys.modules if name == IPEX or name.startswith(f"{IPEX}.")]:
         del sys.modules[name]
-    finder.close()
 
 
 def _installed() -> AliasFinder | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Sequence
-from contextlib import ExitStack
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -19,10 +18,7 @@ OURS = __name__.partition(".")[0]
 
 
 class AliasFinder(MetaPathFinder, Loader):
-    """Finds IPEX's modules, and makes an `AliasModule` of each; importing the package itself applies the effects."""
-
-    def __init__(self) -> None:
-        self.effects = ExitStack()
+    """Finds IPEX's modules, and makes an `AliasModule` of each."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -43,16 +39,7 @@ class AliasFinder(MetaPathFinder, Loader):
         return AliasModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Apply the effects of importing IPEX, once."""
-        if module.__name__ == IPEX:
-            from .effects import apply
-
-            self.effects.close()
-            self.effects = apply()
-
-    def close(self) -> None:
-        """Take the effects back."""
-        self.effects.close()
+        """Nothing: an `AliasModule` is complete when it is made."""
 
 
 class AliasModule(ModuleType):

@@ -109,8 +109,8 @@ def shard_weight(
     part_of[order] = torch.arange(columns, dtype=torch.int32) // size
     zero_points = None if zero_points is None else zero_points[:, parts].contiguous()
     scheme = WeightScheme(dtype, zero_points is None, size)
-    order_of_parts = normalize_g_idx(part_of, size, len(parts))
-    return QuantizedWeight(codes, scales[:, parts].contiguous(), zero_points, order_of_parts, scheme, shape)
+    normalized = normalize_g_idx(part_of, size, len(parts))
+    return QuantizedWeight(codes, scales[:, parts].contiguous(), zero_points, normalized, scheme, shape)
 
 
 def integer_weight(

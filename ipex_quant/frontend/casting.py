@@ -1,4 +1,4 @@
-"""Casting the parameters of a model for inference in bfloat16 or float16."""
+"""Casting the parameters of a model to bfloat16 or float16: which, and for inference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 logger = logging.getLogger("ipex_quant")
 
-CAST_FOR_INFERENCE: frozenset[type[nn.Module]] = frozenset(
+CAST_FOR_TRAINING: frozenset[type[nn.Module]] = frozenset(
     (
         nn.Linear,
         nn.Conv1d,
@@ -21,12 +21,18 @@ CAST_FOR_INFERENCE: frozenset[type[nn.Module]] = frozenset(
         nn.ConvTranspose3d,
         nn.Embedding,
         nn.EmbeddingBag,
+    )
+)
+"""Modules whose parameters are cast, not their subclasses, which may compute otherwise. Norms take either dtype."""
+
+CAST_FOR_INFERENCE = CAST_FOR_TRAINING | frozenset(
+    (
         nn.LSTM,
         nn.MultiheadAttention,
         nn.modules.linear.NonDynamicallyQuantizableLinear,  # the last layer of a MultiheadAttention
     )
 )
-"""Modules whose parameters are cast, not their subclasses, which may compute otherwise. Norms take either dtype."""
+"""Modules whose parameters are cast for inference, not their subclasses."""
 
 
 def cast_for_inference(model: nn.Module, dtype: torch.dtype) -> None:

@@ -31,9 +31,8 @@ def set_auto_channels_last(automatic: bool) -> None:
 
 def use_channels_last(model: nn.Module) -> None:
     """Lay out the weights of all convolutions of `model` channels last, in place: torch's then return such tensors."""
+    to_channels_last_1d(model)
     for module in model.modules():
-        if isinstance(module, nn.Conv1d):
-            to_channels_last_1d(module)
         for kind, memory_format in _FORMATS.items():
             if isinstance(module, kind):
                 module.weight.data = module.weight.data.contiguous(memory_format=memory_format)

@@ -9,23 +9,10 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from ..optim import FullMaster, Master, SplitMaster, attach_master, masters_of, plain_class, prepare_optimizer
-from .casting import castable_parameters
+from .casting import CAST_FOR_TRAINING, castable_parameters
 
-CAST_FOR_TRAINING = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Embedding,
-    nn.EmbeddingBag,
-)
-"""Modules whose parameters are cast, not their subclasses, which may compute otherwise."""
-
-SPLIT_OPTIMIZERS = (SGD, Adam, AdamW, Adagrad)
-FUSED_OPTIMIZERS = (SGD, Adam, AdamW, Adagrad)
+KNOWN_OPTIMIZERS = (SGD, Adam, AdamW, Adagrad)
+"""Those that update split master weights, and that torch has a fused update for."""
 
 
 def prepare_training(
@@ -44,7 +31,7 @@ def prepare_training(
     names it.
     """
     split = split_master_weight and dtype == torch.bfloat16
-    if split and plain_class(optimizer) not in SPLIT_OPTIMIZERS:
+    if split and plain_class(optimizer) not in KNOWN_OPTIMIZERS:
         warnings.warn(
             f"{plain_class(optimizer).__name__} cannot update split master weights: float32 copies are kept instead",
             stacklevel=5,
@@ -65,7 +52,7 @@ def fuse_updates(optimizer: Optimizer, sparse: bool) -> None:
 
     Groups that say how to update, by ``foreach``, ``fused`` or ``differentiable``, stay as they are.
     """
-    if sparse or plain_class(optimizer) not in FUSED_OPTIMIZERS:
+    if sparse or plain_class(optimizer) not in KNOWN_OPTIMIZERS:
         reason = "sparse gradients" if sparse else plain_class(optimizer).__name__
         warnings.warn(
             f"fuse_update_step: torch has no fused update for {reason}; the step stays as it is", stacklevel=6

@@ -51,11 +51,11 @@ class Derived:
 
     def holds(self, sources: Sequence[torch.Tensor], key: Any) -> bool:
         """Whether what was made last is of `sources`, as they are now, and of `key`."""
-        return self._made is not None and self._made[0] == (_versions(sources), key)
+        return self._made is not None and self._made[0] == (versions(sources), key)
 
     def of(self, sources: Sequence[torch.Tensor], key: Any, make: Callable[[], Any]) -> Any:
         """``make()``, which reads `sources` and `key` alone, or what it made last."""
-        state, made = (_versions(sources), key), self._made
+        state, made = (versions(sources), key), self._made
         if made is None or made[0] != state or None in state[0]:
             with torch.inference_mode(False), torch.no_grad():
                 # With references to the old values their addresses cannot be used again.
@@ -63,7 +63,7 @@ class Derived:
         return made[2]
 
 
-def _versions(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, int, torch.dtype] | None, ...]:
+def versions(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, int, torch.dtype] | None, ...]:
     """What changes with each tensor; None for one of inference mode, whose changes torch does not count."""
     return tuple(None if x.is_inference() else (x.data_ptr(), x._version, x.dtype) for x in tensors)
 

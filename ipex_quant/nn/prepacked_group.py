@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .prepacked import Derived, PrepackedLinear, multiply_packed, pack_linear
+from .prepacked import Derived, PrepackedLinear, multiply_packed, pack_linear, versions
 
 
 class LinearGroup:
@@ -57,15 +57,11 @@ class _Results:
 
     def __init__(self, input: torch.Tensor, dtype: torch.dtype, outputs: dict[int, torch.Tensor]) -> None:
         self._input = input  # kept, so that no other tensor becomes the same object
-        self._key = (_version(input), dtype)
+        self._key = (versions([input]), dtype)
         self.outputs = outputs
 
     def is_of(self, input: torch.Tensor, dtype: torch.dtype) -> bool:
-        return input is self._input and self._key == (_version(input), dtype)
-
-
-def _version(x: torch.Tensor) -> int | None:
-    return None if x.is_inference() else x._version
+        return input is self._input and self._key == (versions([input]), dtype)
 
 
 def _join(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from ...numerics.scheme import FLOAT_DTYPES
 
 
 def bgmv_shrink(
