@@ -1,4 +1,4 @@
-"""What docs/migration.md says is raised or warned where IPEX asserts, or says nothing."""
+"""What docs/migrating-from-ipex.md says is raised or warned where IPEX asserts, or says nothing."""
 
 import pytest
 import torch
