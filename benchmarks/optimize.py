@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from machine import describe
-from rounds import mean_seconds, write_json
+from rounds import mean_seconds, merge_json
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 from transformers import BertConfig, BertModel
@@ -161,9 +160,7 @@ def main() -> None:
                     flush=True,
                 )
     if args.json:
-        old = json.loads(args.json.read_text())["inference"] if args.json.exists() else []
-        merged = {tuple(r[key] for key in ("model", "dtype", "batch", "size")): r for r in (*old, *records)}
-        write_json(args.json, {"machine": machine, "inference": list(merged.values())})
+        merge_json(args.json, machine, "inference", records, ("model", "dtype", "batch", "size"))
 
 
 if __name__ == "__main__":

@@ -138,3 +138,10 @@ def write_json(path: Path, results: dict) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(results, indent=1) + "\n")
     temporary.replace(path)
+
+
+def merge_json(path: Path, machine: dict, name: str, records: list[dict], keys: Sequence[str]) -> None:
+    """Write `records` under `name`, in the place of those that the file has with the same values of `keys`."""
+    old = json.loads(path.read_text())[name] if path.exists() else []
+    merged = {tuple(r[key] for key in keys): r for r in (*old, *records)}
+    write_json(path, {"machine": machine, name: list(merged.values())})
