@@ -1,19 +1,26 @@
 """Quantized checkpoints: one module per format converts between tensors on disk and `QuantizedWeight`."""
 
 from .awq import AwqFormat, read_awq
-from .checkpoint import Checkpoint, WeightsInMemory, open_checkpoint
+from .checkpoint import Checkpoint, WeightsInMemory, open_checkpoint, open_directory, split_name
+from .file_tensors import FileTensor, Stored
 from .files import load_low_precision_checkpoint
+from .format import Int8Input
 from .gptq import gptq_config, gptq_tensors, read_gptq, write_gptq
 
 __all__ = [
     "AwqFormat",
     "Checkpoint",
+    "FileTensor",
+    "Int8Input",
+    "Stored",
     "WeightsInMemory",
     "gptq_config",
     "gptq_tensors",
     "load_low_precision_checkpoint",
     "open_checkpoint",
+    "open_directory",
     "read_awq",
     "read_gptq",
+    "split_name",
     "write_gptq",
 ]

@@ -24,6 +24,7 @@ from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES, WeightScheme, WoqWeightDtype
 from ..reading import shown
 from .bit_fields import unpack_fields
+from .format import CheckpointFormat, made_by_gptqmodel
 from .tensors import INDEX_DTYPES, check, check_rank, integer_weight, require, resolve_group_size
 
 BITS = 4
@@ -42,16 +43,16 @@ _OLD_NAMES = {"bits": "w_bit", "group_size": "q_group_size"}
 
 
 @dataclass(frozen=True)
-class AwqFormat:
+class AwqFormat(CheckpointFormat):
     """How the modules of one AWQ checkpoint are stored; a `group_size` of None is inferred from each module's shapes.
 
     Raises ValueError for a `group_size` that is no integer.
     """
 
     group_size: int | None = None
+    halves: bool = False
 
     keys = (_WEIGHT, _ZEROS, _SCALES)
-    bias_key = "bias"
 
     def __post_init__(self) -> None:
         if self.group_size is not None and not isinstance(self.group_size, int):
@@ -66,7 +67,7 @@ class AwqFormat:
         bits, group_size = (config.get(name, config.get(old)) for name, old in _OLD_NAMES.items())
         if bits not in (None, BITS):
             raise ValueError(f"bits: expected {BITS} for AWQ, got {shown(bits)}")
-        return cls(group_size)
+        return cls(group_size, made_by_gptqmodel(config))
 
     def read(
         self, module_name: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int | None, int | None]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
 import torch
 
 from ..numerics.quantized_weight import QuantizedWeight
+from .file_tensors import Stored
+from .files import open_tensors, read_quantization_config
+from .format import CheckpointFormat, Int8Input
 from .gptq import GptqFormat
 from .ipex_default import IpexDefaultFormat
-from .registry import CheckpointFormat, format_from_config
+from .registry import format_from_config
 from .tensors import require
 
 
@@ -22,10 +28,15 @@ class Checkpoint(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
     Weights have the shapes that the file tells.
     """
 
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, Stored]
     format: CheckpointFormat
     stored_names: Mapping[str, str] = field(default_factory=dict)
     """Names of renamed modules in the file, which the configuration's rules match."""
+
+    @property
+    def halves(self) -> bool:
+        """Whether `gate_proj` and `up_proj` of an expert are the halves of its parameter, whose rows may alternate."""
+        return self.format.halves
 
     def quantized_weight(
         self, module_name: str, in_features: int | None = None, out_features: int | None = None
@@ -35,33 +46,36 @@ class Checkpoint(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
         The bias is ``[out_features]`` in the file's dtype, None when the file has none. Raises ValueError or TypeError,
         with the module named, for tensors that are missing, truncated or do not fit `in_features` and `out_features`.
         """
-        parts = self._parts(module_name)
-        if not parts:
+        if not self.holds(module_name):
             return None
-        try:
-            stored_name = self.stored_names.get(module_name, module_name)
-            weight = self.format.read(stored_name, parts, (out_features, in_features))
+        parts = self._parts(module_name)
+        with _naming(module_name):
+            weight = self.format.read(self._stored_name(module_name), parts, (out_features, in_features))
             return weight, self._bias(module_name, weight.shape[0])
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{module_name}.{error}") from error
+
+    def int8_input(self, module_name: str) -> Int8Input | None:
+        """How a module quantizes its input to 8 bits, or None if it does not; raises as `quantized_weight` does."""
+        with _naming(module_name):
+            return self.format.int8_input(self._stored_name(module_name), self._parts(module_name))
 
     def holds(self, module_name: str) -> bool:
-        """Whether any tensor of the format is stored for a module, complete or not."""
-        return bool(self._parts(module_name))
+        """Whether any tensor of the format, other than a float weight, is stored for a module, complete or not."""
+        return bool(self._names.get(module_name, {}).keys() - {"weight"})
 
     def check_complete(self) -> None:
         """Raise ValueError, with the module and the tensor named, for a quantized module without its weight."""
-        for module_name in self:
+        for module_name, names in self._modules.items():
             try:
-                require(self._parts(module_name), self.format.keys[:1])
+                require(names, self.format.keys[:1])
             except ValueError as error:
                 raise ValueError(f"{module_name}.{error}; get a complete checkpoint") from error
 
-    def other_tensors(self) -> dict[str, torch.Tensor]:
+    def other_tensors(self) -> dict[str, Stored]:
         """Every tensor that is no part of a quantized module: embeddings, norms, linears left in float."""
-        own = {*self.format.keys, self.format.bias_key}
-        taken = {f"{name}.{key}" for name in self for key in own}
-        return {name: tensor for name, tensor in self.tensors.items() if name not in taken}
+        taken = {name for names in self._modules.values() for name in names.values()}
+        taken |= {f"{module}.{self.format.bias_key}" for module in self._modules}
+        unused = self.format.unused
+        return {name: t for name, t in self.tensors.items() if name not in taken and not name.endswith(unused)}
 
     def __getitem__(self, module_name: str) -> tuple[QuantizedWeight, torch.Tensor | None]:
         found = self.quantized_weight(module_name)
@@ -70,30 +84,57 @@ class Checkpoint(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
         return found
 
     def __iter__(self) -> Iterator[str]:
-        found: dict[str, list[str]] = {}
-        for name in self.tensors:
-            for key in self.format.keys:
-                if name.endswith(f".{key}"):
-                    found.setdefault(name.removesuffix(f".{key}"), []).append(key)
-        # A single tensor other than the weight is no quantized module: norms have a `scale` too.
-        return (module for module, keys in found.items() if len(keys) > 1 or self.format.keys[0] in keys)
+        return iter(self._modules)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._modules)
 
-    def _find(self, module_name: str, key: str) -> torch.Tensor | None:
-        return self.tensors.get(f"{module_name}.{key}")
+    @cached_property
+    def _modules(self) -> dict[str, dict[str, str]]:
+        """`_names` of the quantized modules."""
+        return {module: names for module, names in self._names.items() if self.format.quantizes(names.keys())}
+
+    @cached_property
+    def _names(self) -> dict[str, dict[str, str]]:
+        """Names of the tensors of each module, by their keys in the format."""
+        found: dict[str, dict[str, str]] = {}
+        for name in self.tensors:
+            module, key = split_name(name, self.format.keys)
+            if key:
+                found.setdefault(module, {})[key] = name
+        return found
 
     def _parts(self, module_name: str) -> dict[str, torch.Tensor]:
-        found = {key: self._find(module_name, key) for key in self.format.keys}
-        return {key: tensor for key, tensor in found.items() if tensor is not None}
+        names = self._names.get(module_name, {})
+        return {key: self.tensors[name][...] for key, name in names.items() if name in self.tensors}
+
+    def _stored_name(self, module_name: str) -> str:
+        return self.stored_names.get(module_name, module_name)
 
     def _bias(self, module_name: str, out_features: int) -> torch.Tensor | None:
         key = self.format.bias_key
-        bias = self._find(module_name, key)
+        stored = self.tensors.get(f"{module_name}.{key}")
+        bias = None if stored is None else stored[...]
         if bias is not None and (tuple(bias.shape) != (out_features,) or not bias.is_floating_point()):
             raise ValueError(f"{key}: expected floats of shape {[out_features]}, got {bias.dtype} {list(bias.shape)}")
         return bias
+
+
+def split_name(name: str, keys: Collection[str]) -> tuple[str, str]:
+    """Module and key of a tensor's `name`: the longest of `keys`, which may have dots, that ends it; else key ""."""
+    for dots in range(max(key.count(".") for key in keys), -1, -1):
+        module, *parts = name.rsplit(".", dots + 1)
+        if len(parts) > dots and ".".join(parts) in keys:
+            return module, ".".join(parts)
+    return name, ""
+
+
+@contextmanager
+def _naming(module_name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{module_name}.{error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +142,8 @@ class WeightsInMemory(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]])
     """Quantized weights by module name, with the interface of a `Checkpoint` without biases and other tensors."""
 
     weights: Mapping[str, QuantizedWeight]
-    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, init=False)
+    tensors: Mapping[str, Stored] = field(default_factory=dict, init=False)
+    halves: bool = field(default=False, init=False)
 
     def quantized_weight(
         self, module_name: str, in_features: int | None = None, out_features: int | None = None
@@ -115,11 +157,14 @@ class WeightsInMemory(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]])
             raise ValueError(f"{module_name}: expected a weight of shape {list(expected)}, got {list(weight.shape)}")
         return weight, None
 
+    def int8_input(self, module_name: str) -> None:
+        """None: no module quantizes its input."""
+
     def holds(self, module_name: str) -> bool:
         """Whether there is a weight for a module."""
         return module_name in self.weights
 
-    def other_tensors(self) -> dict[str, torch.Tensor]:
+    def other_tensors(self) -> dict[str, Stored]:
         """An empty dict: there are only weights."""
         return {}
 
@@ -165,7 +210,20 @@ def open_checkpoint(low_precision_checkpoint: object) -> Checkpoint | WeightsInM
         raise TypeError(f"checkpoint config: should be a dict, got {type(config).__name__}")
     by_method = "quant_method" in config
     form = format_from_config(config) if by_method else IpexDefaultFormat.from_config(config)
-    return _checked(Checkpoint(state_dict, form))
+    return _checked(_presented(state_dict, form))
+
+
+def open_directory(directory: Path) -> Checkpoint:
+    """The checkpoint in a directory; tensors of safetensors files are read when they are needed.
+
+    Raises ValueError as `read_quantization_config`, `open_tensors` and `open_checkpoint` do.
+    """
+    form = format_from_config(read_quantization_config(directory))
+    return _checked(_presented(open_tensors(directory), form))
+
+
+def _presented(tensors: Mapping[str, Stored], form: CheckpointFormat) -> Checkpoint:
+    return Checkpoint(form.presented(tensors), form)
 
 
 def _in_memory(values: Mapping[str, object]) -> WeightsInMemory:

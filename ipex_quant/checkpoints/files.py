@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
 import torch
 
 from ..reading import read_json, shown
+from .file_tensors import Stored, file_tensors
 from .registry import format_from_config
+
+T = TypeVar("T")
 
 CONFIG_FILES = ("config.json", "quant_config.json", "quantize_config.json")
 """Files that may hold the quantization configuration, first match wins; in config.json: entry `quantization_config`."""
@@ -80,6 +83,15 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     raise ValueError(f"{directory}: no checkpoint file; looked for {', '.join('*' + suffix for suffix in _READERS)}")
 
 
+def open_tensors(directory: Path) -> dict[str, Stored]:
+    """All tensors of a checkpoint directory by name; those of safetensors files are read when they are indexed.
+
+    Raises ValueError for anything missing or broken, as `file_tensors` does.
+    """
+    files = _files(directory, ".safetensors")
+    return _merged(files, file_tensors) if files else dict(read_tensors(directory))
+
+
 def _files(directory: Path, suffix: str) -> list[Path]:
     indexes = sorted(directory.glob(f"*{suffix}.index.json"))
     if len(indexes) > 1:
@@ -105,8 +117,8 @@ def indexed_files(index: Path) -> list[Path]:
     return files
 
 
-def _merged(files: Iterable[Path], read_file: Callable[[Path], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    merged: dict[str, torch.Tensor] = {}
+def _merged(files: Iterable[Path], read_file: Callable[[Path], Mapping[str, T]]) -> dict[str, T]:
+    merged: dict[str, T] = {}
     for file in files:
         tensors = read_file(file)
         twice = merged.keys() & tensors.keys()

@@ -31,6 +31,7 @@ from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
 from ..reading import shown
 from .bit_fields import pack_fields, unpack_fields, word_count
+from .format import CheckpointFormat, made_by_gptqmodel
 from .patterns import Pattern
 from .tensors import INDEX_DTYPES, check, check_rank, integer_weight, require, resolve_group_size
 
@@ -49,7 +50,7 @@ _WEIGHT, _ZEROS, _SCALES, _G_IDX = "qweight", "qzeros", "scales", "g_idx"
 
 
 @dataclass(frozen=True)
-class GptqFormat:
+class GptqFormat(CheckpointFormat):
     """How the modules of one GPTQ checkpoint are stored.
 
     `bits` and `group_size` None are inferred from each module's shapes. `dynamic` maps GPTQModel's patterns of module
@@ -65,10 +66,10 @@ class GptqFormat:
     dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     desc_act: bool = False
     static_groups: bool = False
+    halves: bool = False
     _patterns: dict[str, Pattern] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     keys = (_WEIGHT, _ZEROS, _SCALES, _G_IDX)
-    bias_key = "bias"
 
     def __post_init__(self) -> None:
         if self.bits is not None and self.bits not in BITS:
@@ -110,6 +111,7 @@ class GptqFormat:
         if flags["static_groups"] is None:
             flags["static_groups"] = meta.get("static_groups")  # where GPTQModel records it
         flags = {name: value for name, value in flags.items() if value is not None}
+        flags["halves"] = made_by_gptqmodel(config)
         return cls(config.get("bits"), config.get("group_size"), VERSIONS[layout], dynamic, **flags)
 
     def read(

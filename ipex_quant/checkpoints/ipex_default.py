@@ -22,6 +22,7 @@ from ..numerics.nibbles import pack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES, WeightScheme, WoqWeightDtype
 from .bit_fields import unpack_fields, word_count
+from .format import CheckpointFormat
 from .gptq import read_gptq
 from .tensors import INDEX_DTYPES, check, check_rank, infer_group_size, integer_weight, require
 
@@ -29,7 +30,7 @@ BITS = 4
 
 
 @dataclass(frozen=True)
-class IpexDefaultFormat:
+class IpexDefaultFormat(CheckpointFormat):
     """The names of one module's tensors; the defaults are the API document's."""
 
     weight_key: str = "packed_weight"

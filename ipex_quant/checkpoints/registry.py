@@ -4,36 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Protocol
 
-import torch
-
-from ..numerics.quantized_weight import QuantizedWeight
 from ..reading import shown
 from .awq import AwqFormat
+from .format import CheckpointFormat
 from .gptq import GptqFormat
-
-
-class CheckpointFormat(Protocol):
-    """How one format names and stores the tensors of a module."""
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Names of one module's tensors; the first is the weight."""
-
-    @property
-    def bias_key(self) -> str:
-        """Name of one module's bias."""
-
-    def read(
-        self, module_name: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int | None, int | None]
-    ) -> QuantizedWeight:
-        """Read the weight of one module from its `tensors` (by key).
-
-        `shape` is the expected ``(out_features, in_features)``. Raises ValueError or TypeError for tensors that do not
-        fit it, or each other.
-        """
-
 
 FORMATS: Mapping[str, Callable[[Mapping[str, object]], CheckpointFormat]] = MappingProxyType(
     {

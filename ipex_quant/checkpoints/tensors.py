@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 
@@ -11,11 +12,13 @@ from ..numerics.affine import INT4_OFFSET
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
 
+T = TypeVar("T")
+
 INDEX_DTYPES = (torch.int32, torch.int64)
 SYMMETRIC_ZERO_POINT = {WoqWeightDtype.INT8: 0, WoqWeightDtype.INT4: INT4_OFFSET}
 
 
-def require(tensors: Mapping[str, torch.Tensor], keys: Iterable[str]) -> list[torch.Tensor]:
+def require(tensors: Mapping[str, T], keys: Iterable[str]) -> list[T]:
     """The tensors named `keys`; raises ValueError for one that is missing."""
     missing = [key for key in keys if key not in tensors]
     if missing:

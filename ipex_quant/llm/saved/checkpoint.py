@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from functools import partial
 
-import torch
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 
-from ...checkpoints import AwqFormat, Checkpoint, WeightsInMemory
+from ...checkpoints import AwqFormat, Checkpoint, Stored, WeightsInMemory
 from ...conversion.prepare import FLOAT_REASONS, check_any_quantized, warn_of_float
 from ...conversion.rules import choose_qconfigs, fit_reasons
 from ...conversion.swap import copy_on_write, swap_modules
@@ -90,7 +90,7 @@ def _from_checkpoint(
 
 
 def _check_scaled_activations(
-    model: nn.Module, checkpoint: Checkpoint | WeightsInMemory, others: dict[str, torch.Tensor]
+    model: nn.Module, checkpoint: Checkpoint | WeightsInMemory, others: Mapping[str, Stored]
 ) -> None:
     """Raise ValueError for scales of activation functions, which AWQ stores where no norm or linear can absorb them."""
     if isinstance(checkpoint, WeightsInMemory) or not isinstance(checkpoint.format, AwqFormat):
@@ -104,7 +104,7 @@ def _check_scaled_activations(
         )
 
 
-def _load_others(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def _load_others(model: nn.Module, tensors: Mapping[str, Stored]) -> None:
     places = {name: None for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     unknown = []
     for name, tensor in tensors.items():
@@ -117,10 +117,10 @@ def _load_others(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         if old.shape != tensor.shape:
             raise ValueError(f"{name}: expected shape {list(old.shape)}, the checkpoint has {list(tensor.shape)}")
         if old.device.type == "meta":
-            new = tensor.to(old.dtype, copy=True)
+            new = tensor[...].to(old.dtype, copy=True)
             setattr(owner, key, nn.Parameter(new, False) if key in owner._parameters else new)
         else:
-            old.data.copy_(tensor)
+            old.data.copy_(tensor[...])
     if unknown:
         warnings.warn(
             f"the model has no place for {len(unknown)} tensors of the checkpoint: {unknown[:5]}", stacklevel=4

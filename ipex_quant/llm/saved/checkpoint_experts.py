@@ -6,12 +6,12 @@ import dataclasses
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from ...checkpoints import Checkpoint, WeightsInMemory
+from ...checkpoints import Checkpoint, Stored, WeightsInMemory
 from ...nn import WeightOnlyQuantizedExperts
 from ...nn.linears import holds_experts
 from ...nn.stacked_experts import expert_layout, experts_obstacle, experts_shape
@@ -62,21 +62,25 @@ def experts_from_checkpoint(
         )
     stacks, biases = [], []
     for parts in projections:
+        alternating = len(parts) == 2 and checkpoint.halves and not expert_layout(module).concatenated
         rows = [[found[f"{name}.{expert}.{part}_proj"] for part in parts] for expert in range(experts)]
         try:
-            stacks.append(QuantizedStack.of([_above_each_other([weight for weight, _ in row]) for row in rows]))
+            weights = [_above_each_other([weight for weight, _ in row]) for row in rows]
+            stacks.append(QuantizedStack.of([_separated(weight) for weight in weights] if alternating else weights))
         except ValueError as error:
             raise ValueError(f"{name}: {'_'.join(parts)}: {error}") from error
-        biases.append(_stacked_biases([[bias for _, bias in row] for row in rows], [sizes[part][0] for part in parts]))
+        bias = _stacked_biases([[bias for _, bias in row] for row in rows], [sizes[part][0] for part in parts])
+        biases.append(bias[:, _gate_then_up(bias.shape[1])] if alternating and bias is not None else bias)
     return WeightOnlyQuantizedExperts.in_place_of(module, tuple(stacks), qconfig, tuple(biases))
 
 
-def stack_float_experts(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def stack_float_experts(model: nn.Module, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """`tensors` by name, with the weights of single experts stacked as in `model`, where it has them in float.
 
     Raises ValueError for a weight that is missing or has another shape than the others.
     """
-    result, parts = {}, defaultdict(dict)
+    result: dict[str, Stored] = {}
+    parts: dict[str, dict[tuple[str, int], Stored]] = defaultdict(dict)
     quantized = {name for name, module in model.named_modules() if isinstance(module, WeightOnlyQuantizedExperts)}
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(".")
@@ -95,7 +99,7 @@ def stack_float_experts(model: nn.Module, tensors: dict[str, torch.Tensor]) -> d
         if own.keys() != expected:
             raise ValueError(f"{name}: expected the weights of {count} experts, not of {sorted(own.keys() ^ expected)}")
         for parameter, names in projections.items():
-            rows = [torch.cat([own[part, expert] for part in names]) for expert in range(count)]
+            rows = [torch.cat([own[part, expert][...] for part in names]) for expert in range(count)]
             result[f"{name}.{parameter}"] = torch.stack(rows)
     return result
 
@@ -115,12 +119,14 @@ def _rounded(
     checkpoint: Checkpoint | WeightsInMemory, name: str, shape: tuple[int, int], scheme: WeightScheme
 ) -> tuple[QuantizedWeight, torch.Tensor | None]:
     """Rounded weight and bias of a part that `checkpoint` has in float; ValueError if missing or of another shape."""
-    weight = checkpoint.tensors.get(f"{name}.weight")
-    if weight is None:
+    stored = checkpoint.tensors.get(f"{name}.weight")
+    if stored is None:
         raise ValueError(f"{name}: missing in the checkpoint, which holds other experts of its module quantized")
+    weight = stored[...]
     if tuple(weight.shape) != shape or not weight.is_floating_point():
         raise ValueError(f"{name}.weight: expected floats {list(shape)}, got {weight.dtype} {list(weight.shape)}")
-    bias = checkpoint.tensors.get(f"{name}.bias")
+    stored_bias = checkpoint.tensors.get(f"{name}.bias")
+    bias = None if stored_bias is None else stored_bias[...]
     if bias is not None and tuple(bias.shape) != shape[:1]:
         raise ValueError(f"{name}.bias: expected shape [{shape[0]}], got {list(bias.shape)}")
     return rtn(weight, scheme), bias
@@ -137,6 +143,17 @@ def _above_each_other(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     tensors = {name: tensor.flatten(0, 1) for name, tensor in together.tensors().items() if name != "g_idx"}
     shape = (len(weights) * first.shape[0], first.shape[1])
     return dataclasses.replace(first, **tensors, shape=shape)
+
+
+def _separated(weight: QuantizedWeight) -> QuantizedWeight:
+    """`weight` of an expert, in which rows of gate and up alternate, with those of gate first."""
+    order = _gate_then_up(weight.shape[0])
+    zero_points = None if weight.zero_points is None else weight.zero_points[order]
+    return dataclasses.replace(weight, codes=weight.codes[order], scales=weight.scales[order], zero_points=zero_points)
+
+
+def _gate_then_up(rows: int) -> torch.Tensor:
+    return torch.cat((torch.arange(0, rows, 2), torch.arange(1, rows, 2)))
 
 
 def _stacked_biases(biases: list[list[torch.Tensor | None]], sizes: list[int]) -> torch.Tensor | None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ...checkpoints import Checkpoint, WeightsInMemory
+from ...checkpoints import Checkpoint, Stored, WeightsInMemory, split_name
 from ...nn.linears import holds_experts
 from .checkpoint_experts import PARTS
 
@@ -32,15 +31,16 @@ def with_model_names(model: nn.Module, checkpoint: Checkpoint | WeightsInMemory)
         return checkpoint
     names = _Names(model, present)
     keys = {*checkpoint.format.keys, checkpoint.format.bias_key, "weight", "bias"}
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Stored] = {}
     stored: dict[str, str] = {}
     for name in sorted(checkpoint.tensors):  # some renamings depend on a name that sorts first
-        owner, _, key = name.rpartition(".")
-        new = f"{names.module(owner)}.{key}" if owner and key in keys else names.tensor(name)
+        owner, key = split_name(name, keys)
+        new = f"{names.module(owner)}.{key}" if key else names.tensor(name)
         if new in tensors:
             raise ValueError(f"low_precision_checkpoint: {name} is a second tensor for {new}")
         tensors[new] = checkpoint.tensors[name]
-        stored[new.rpartition(".")[0]] = owner
+        if key:
+            stored[new.removesuffix(f".{key}")] = owner
     return dataclasses.replace(checkpoint, tensors=tensors, stored_names=stored)
 
 

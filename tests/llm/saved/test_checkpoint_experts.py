@@ -295,3 +295,41 @@ def test_biases_of_experts_come_along():
     assert torch.equal(module._gate_up_bias[2, 96:], bias)
     assert module._gate_up_bias.count_nonzero() == 96
     assert module._down_bias is None
+
+
+def gpt_oss_checkpoint(model, halves):
+    """GPTQ tensors of the experts of `model`, a gpt-oss, whose parameters alternate rows of gate and up.
+
+    With `halves`, "gate_proj" is the first half of these rows and "up_proj" the second, as GPTQModel writes them.
+    """
+    state = {}
+    for layer, block in enumerate(model.model.layers):
+        module = block.mlp.experts
+        for expert in range(module.num_experts):
+            both, bias = module.gate_up_proj[expert].t(), module.gate_up_proj_bias[expert]
+            half = len(both) // 2
+            gate, up = (slice(0, half), slice(half, None)) if halves else (slice(0, None, 2), slice(1, None, 2))
+            parts = {"gate": (both[gate], bias[gate]), "up": (both[up], bias[up])}
+            parts["down"] = module.down_proj[expert].t(), module.down_proj_bias[expert]
+            for part, (weight, own_bias) in parts.items():
+                name = f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj"
+                tensors = gptq_tensors(affine.quantize(weight, SCHEME), v2=True)
+                state |= {f"{name}.{key}": value for key, value in tensors.items()} | {f"{name}.bias": own_bias.clone()}
+    return state
+
+
+@pytest.mark.parametrize(("quantizer", "halves"), [(["gptqmodel:7.7.0"], True), (["ipex_quant"], False), (None, False)])
+def test_halves_of_alternating_rows_are_told_by_the_quantizer(quantizer, halves):
+    options = {**SIZES, "intermediate_size": 32, "num_local_experts": 4, "head_dim": 16}
+    source = random_model(transformers.GptOssForCausalLM, options, 1)
+    config = {"meta": {"quantizer": quantizer}}
+    quantized = applied(source, gpt_oss_checkpoint(source, halves), config=config)
+    for layer, module in enumerate(experts_of(quantized).values()):
+        own = source.model.layers[layer].mlp.experts
+        for expert in range(4):
+            expected = affine.dequantize(affine.quantize(own.gate_up_proj[expert].t(), SCHEME))
+            gate, up = affine.dequantize(module.quantized_stack("gate_up")[expert]).chunk(2)
+            torch.testing.assert_close(gate, expected[::2], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(up, expected[1::2], rtol=1e-3, atol=1e-4)
+        biases = module._gate_up_bias.view(4, 2, -1).transpose(1, 2).flatten(1)
+        assert torch.equal(biases, own.gate_up_proj_bias)

@@ -1,0 +1,142 @@
+"""`FileTensor`: a tensor in a safetensors file, which is read when it is indexed.
+
+A file is an 8-byte little-endian length, a JSON header of that length with `dtype`, `shape` and `data_offsets` of every
+tensor, and the bytes of the tensors one after the other. Source: the safetensors format description.
+
+Tensors are read, not mapped: pages of a mapped file count as memory of the process, and a file that gets shorter would
+end it. Nothing is allocated before the header is known to fit the file.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import torch
+
+from ..reading import parse_json, shown
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+}
+"""torch dtypes by their names in safetensors files."""
+
+MAX_HEADER = 100_000_000
+"""Most bytes of a header, as in the safetensors library."""
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor of `shape` at the byte `offset` of a file: ``t[...]`` reads all of it, ``t[i]`` entry i of the first
+    dimension.
+
+    Raises ValueError, with the file named, when the file has become shorter, and OSError when it cannot be read.
+    """
+
+    path: Path
+    dtype: torch.dtype
+    shape: torch.Size
+    offset: int
+
+    def __getitem__(self, index: int | EllipsisType) -> torch.Tensor:
+        if index is Ellipsis:
+            return self._read(self.shape, 0)
+        entry = self.shape[1:]
+        if not 0 <= index < self.shape[0]:
+            raise IndexError(f"expected an index below {self.shape[0]}, got {index}")
+        return self._read(entry, index * entry.numel() * self.dtype.itemsize)
+
+    def dim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    def _read(self, shape: torch.Size, start: int) -> torch.Tensor:
+        data = torch.empty(shape.numel() * self.dtype.itemsize, dtype=torch.uint8)
+        rest = memoryview(data.numpy())
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset + start)
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise ValueError(f"{self.path}: it has become shorter; download it again")
+                rest = rest[count:]
+        return data.view(self.dtype).view(shape)
+
+
+Stored = torch.Tensor | FileTensor
+"""A tensor, or one that is read when it is indexed: ``t[...]`` is the tensor in both cases."""
+
+
+def file_tensors(path: Path) -> dict[str, FileTensor]:
+    """The tensors of a safetensors file by name.
+
+    Raises ValueError, with the file named, for a header that is truncated, not JSON, or does not fit the file: unknown
+    dtypes, shapes that are no sizes, tensors that overlap, leave gaps or lie outside.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            raise ValueError(f"{path}: truncated or no safetensors file (a header of {length} bytes in {size})")
+        text = file.read(length)
+    try:
+        header = parse_json(text.decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: truncated or no safetensors file (its header is no JSON: {error})") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: no safetensors file (its header is a {type(header).__name__})")
+    start = 8 + length
+    ends: list[tuple[int, int, str]] = []
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            dtype, shape, begin, end = _entry(path, name, entry)
+            ends.append((begin, end, name))
+            tensors[name] = FileTensor(path, dtype, shape, start + begin)
+    at = 0
+    for begin, end, name in sorted(ends):
+        if begin != at:
+            raise ValueError(
+                f"{path}: {name}: expected to begin at byte {at}, got {begin}: tensors with gaps, or overlap"
+            )
+        at = end
+    if at != size - start:
+        raise ValueError(f"{path}: truncated or damaged: its header tells of {at} bytes, it has {size - start}")
+    return tensors
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, torch.Size, int, int]:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{path}: {name}: expected an object, got {shown(entry)}")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{path}: {name}: dtype: expected one of {list(DTYPES)}, got {shown(dtype)}")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"{path}: {name}: expected sizes, got shape {shown(shape)} and data_offsets {shown(offsets)}")
+    begin, end = offsets
+    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != expected:
+        raise ValueError(f"{path}: {name}: {dtype} {shape} takes {expected} bytes, its data_offsets are {offsets}")
+    return DTYPES[dtype], torch.Size(shape), begin, end
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) is int and 0 <= each < 1 << 63 for each in value)
