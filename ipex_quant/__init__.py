@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _SUBMODULES = ("autotune", "cpu", "llm", "nn", "ops", "quantization")
 
 _HOMES = {
+    "_set_optimized_model_for_generation": "llm.trace_graph",
     "explain": "llm.explain",
     "fast_bert": "bert",
     "install_as_ipex": "alias",

@@ -87,7 +87,11 @@ def test_explain(names, capsys):
 
 
 def test_every_page_with_code_is_run():
-    assert {page.name for page in DOCS.rglob("*.md") if blocks_of(page)} == {"index.md", "explain.md", "migrating-from-ipex.md"}
+    assert {page.name for page in DOCS.rglob("*.md") if blocks_of(page)} == {
+        "index.md",
+        "explain.md",
+        "migrating-from-ipex.md",
+    }
     assert run(DOCS / "migrating-from-ipex.md", {})[0]["ipex"] is ipex
 
 

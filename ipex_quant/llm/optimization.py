@@ -22,9 +22,11 @@ from ..nn import QuantizedModule
 from ..numerics.scheme import FLOAT_DTYPES, WoqWeightDtype
 from .cache.layers import NativeLayer
 from .casting import cast_float
+from .convention import accept_tuples
 from .native import use_native_stack
 from .saved.checkpoint import apply_checkpoint
 from .saved.hf_quantizer import attach
+from .trace_graph import TraceGraph
 
 logger = logging.getLogger("ipex_quant")
 
@@ -46,8 +48,9 @@ def optimize(
     """Quantize the linear layers of a transformers model of any architecture, and compute the rest natively in `dtype`.
 
     Attention, norms and KV caches become native in any model, whole decoder layers where their family is known;
-    `generate` and `forward` are called as before. Stock code runs in training mode, where gradients are needed (call
-    the model under ``torch.inference_mode()``), and in layers in which a module is replaced or gets a hook.
+    `generate` and `forward` are called as before, or by IPEX's convention (`accept_tuples`). Stock code runs in
+    training mode, where gradients are needed (call the model under ``torch.inference_mode()``), and in layers in which
+    a module is replaced or gets a hook.
     `ipex_quant.quantization.prepare` and the like restore stock layers first.
 
     - `dtype` is float32, bfloat16 or float16.
@@ -61,7 +64,8 @@ def optimize(
       is replaced.
     - `sample_inputs`, keyword (a dict) or positional (a tuple) arguments of `model`, are run once to find the layers
       that share an input, where activations are quantized; the default is transformers' dummy inputs.
-    - `deployment_mode` and `cache_weight_for_large_batch` exist for IPEX's signature; nothing is traced or cached.
+    - With `deployment_mode` the result has a `trace_graph`, which is the model itself until it is saved: `TraceGraph`.
+    - `cache_weight_for_large_batch` exists for IPEX's signature; nothing is cached.
     - `kv_cache_dtype` is the dtype of stored keys and values: torch.int8 (one scale per token and head), a float dtype,
       or None for ``model.config.kv_cache_dtype``, or else the model's dtype.
 
@@ -105,6 +109,9 @@ def optimize(
         logger.info("ipex.llm.optimize is prepared for the calibration of the static quantization")
     else:
         use_native_stack(model, kv_cache_dtype)
+        if deployment_mode and isinstance(model, PreTrainedModel):
+            model.trace_graph = TraceGraph(model)
+    accept_tuples(model)
     return_freed_memory()
     if _quantized(model) and isinstance(model, PreTrainedModel):
         attach(model)

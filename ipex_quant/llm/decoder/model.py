@@ -93,7 +93,7 @@ class FusedModel(FusedForward):
     def _suits(self, use_cache: bool | None, others: Mapping[str, Any]) -> bool:
         """Whether the call is inference with a cache, asks only for hidden states, and has no argument to ignore."""
         model, config = self.model, self.model.config
-        if model.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if model.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
             return False
         if not (config.use_cache if use_cache is None else use_cache):
             return False
