@@ -4,12 +4,12 @@ Importing this package registers a quantization method and an attention implemen
 transformers, so that `from_pretrained` loads models that `save` or `save_pretrained` wrote.
 """
 
-from . import attention, functional, modules, quantization, utils
+from . import attention, functional, generation, modules, quantization, utils
 from .optimization import optimize
 from .saved.hf_quantizer import register
 from .saving import load, save
 
-__all__ = ["functional", "load", "modules", "optimize", "quantization", "save", "utils"]
+__all__ = ["functional", "generation", "load", "modules", "optimize", "quantization", "save", "utils"]
 
 attention.register()
 register()

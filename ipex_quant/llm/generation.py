@@ -24,6 +24,18 @@ from transformers.utils import ModelOutput
 
 from .attention import NAME, is_attention, is_native
 from .cache.layers import NativeLayer, SlidingLayer
+from .search import hf_beam_sample, hf_beam_search, hf_greedy_search, hf_sample
+
+__all__ = [
+    "CacheHook",
+    "TokenClock",
+    "config_cache_dtype",
+    "hf_beam_sample",
+    "hf_beam_search",
+    "hf_greedy_search",
+    "hf_sample",
+    "use_native_cache",
+]
 
 
 def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None = None) -> list[str]:
