@@ -14,6 +14,7 @@ from .linear import (
     LinearSilu,
     LinearSiluMul,
 )
+from .mamba import MambaMixer
 from .moe import GatedMLPMOE
 from .norm import FastLayerNorm, RMSNorm
 from .paged import PagedAttention
@@ -33,6 +34,7 @@ __all__ = [
     "LinearRelu",
     "LinearSilu",
     "LinearSiluMul",
+    "MambaMixer",
     "PagedAttention",
     "RMSNorm",
     "RotaryEmbedding",
