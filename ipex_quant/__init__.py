@@ -14,19 +14,27 @@ if TYPE_CHECKING:
     from .bert import fast_bert
     from .frontend.optimization import optimize
     from .llm.explain import explain
+    from .verbosity import VERBOSE_OFF, VERBOSE_ON, VERBOSE_ON_CREATION, verbose
 
 _SUBMODULES = ("autotune", "cpu", "llm", "nn", "ops", "quantization")
 
 _HOMES = {
     "_set_optimized_model_for_generation": "llm.trace_graph",
+    "VERBOSE_OFF": "verbosity",
+    "VERBOSE_ON": "verbosity",
+    "VERBOSE_ON_CREATION": "verbosity",
     "explain": "llm.explain",
     "fast_bert": "bert",
     "install_as_ipex": "alias",
     "optimize": "frontend.optimization",
+    "verbose": "verbosity",
 }
 """The module of each name that loads when it is first used."""
 
 __all__ = [
+    "VERBOSE_OFF",
+    "VERBOSE_ON",
+    "VERBOSE_ON_CREATION",
     "autotune",
     "cpu",
     "explain",
@@ -39,6 +47,7 @@ __all__ = [
     "optimize_transformers",
     "quantization",
     "show_config",
+    "verbose",
 ]
 
 __version__: str

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
 from .binding import bind
 
@@ -27,7 +28,7 @@ class Stream:
     def submit(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
     ) -> Future[Any]:
-        """Let the thread call `function` in the caller's grad mode, inference mode, autocast state and context."""
+        """Let the thread call `function` in the caller's torch state, dispatch modes and context."""
         if self._process != os.getpid():
             self._start()
         return self._executor.submit(contextvars.copy_context().run, _CallerState().call, function, args, kwargs or {})
@@ -51,6 +52,7 @@ class _CallerState:
         self.autocast = torch.is_autocast_enabled("cpu")
         self.autocast_dtype = torch.get_autocast_dtype("cpu")
         self.autocast_cache = torch.is_autocast_cache_enabled()
+        self.modes = [mode for mode in _get_current_dispatch_mode_stack() if not mode.is_infra_mode()]
 
     def call(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call `function` in this state, which stays: every call of a stream sets its own."""
@@ -59,4 +61,11 @@ class _CallerState:
         torch.set_autocast_dtype("cpu", self.autocast_dtype)
         torch.set_autocast_cache_enabled(self.autocast_cache)
         with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad):
-            return function(*args, **kwargs)
+            # Not entered, which a mode may do but once, and which counts in flags of the process.
+            for mode in self.modes:
+                _push_mode(mode)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                for _ in self.modes:
+                    _pop_mode()
