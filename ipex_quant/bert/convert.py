@@ -11,14 +11,16 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertLayer, BertModel
 
+from ..frontend.activations import activate_in_place
+from ..frontend.prepacking import prepack_weights
 from ..frontend.training import prepare_training
 from ..nn.fused_forward import fused_forward, restore_forwards
+from ..nn.prepacked import Prepacked, compute_dtype, restore_prepacked
 from .layer import FastLayer
-from .linears import FastLinear, fuse_linears
 from .model import FastBert, fuse_bert
 
 DTYPES = (torch.float32, torch.bfloat16)
-OWN = (FastBert, FastLayer, FastLinear)
+OWN = (FastBert, FastLayer)
 
 
 def fast_bert(
@@ -56,8 +58,13 @@ def fast_bert(
     check_parts(model, bert)
     model, optimizer = copy.deepcopy((model, optimizer))
     restore_forwards(model, *OWN)
+    restore_prepacked(model)
     cast(model, optimizer, dtype)
-    fuse_linears(model)
+    if optimizer is None:
+        prepack_weights(model)
+        activate_in_place(model, None)
+    elif compute_dtype(dtype) != dtype:
+        prepack_weights(model)  # for the dtype: weights that change with every step are not worth packing
     bert = find_bert(model)
     if bert.config.is_decoder or bert.config.add_cross_attention:
         warnings.warn("fast_bert: a decoder, or one with cross-attention, keeps transformers' code", stacklevel=2)
@@ -73,9 +80,10 @@ def find_bert(model: Any) -> BertModel | None:
 
 def check_parts(model: nn.Module, bert: BertModel) -> None:
     """TypeError unless `bert` computes as transformers wrote it; RuntimeError if `model` was optimized before."""
+    own = (*OWN, Prepacked) if isinstance(fused_forward(bert), FastBert) else ()
     for name, module in model.named_modules():
         fused = fused_forward(module)
-        if type(module).__module__.startswith("ipex_quant.") or (fused and not isinstance(fused, OWN)):
+        if type(module).__module__.startswith("ipex_quant.") or (fused and not isinstance(fused, own)):
             raise RuntimeError(
                 f"fast_bert: {name or 'the model'} was optimized by ipex_quant before; give it the original model"
             )

@@ -15,6 +15,7 @@ from torch import nn
 from ..numerics.scheme import FLOAT_DTYPES
 from ..ops.gradient import needs_gradient
 from .fused_forward import FusedForward, restore_forwards
+from .widened_linear import widened_linear
 
 _reorder = torch.ops.mkldnn._reorder_linear_weight.default
 _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
@@ -89,12 +90,16 @@ class Prepacked(FusedForward):
         restore_prepacked(module)
         return module
 
-    @staticmethod
-    def _is_observed(input: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
+    @classmethod
+    def _is_observed(cls, input: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
         """Whether anything wants to see operators of torch."""
+        return needs_gradient(input, *parameters) or cls._is_transformed(input)
+
+    @staticmethod
+    def _is_transformed(input: torch.Tensor) -> bool:
+        """Whether operators of torch are not just computed."""
         return (
-            needs_gradient(input, *parameters)
-            or type(input) is not torch.Tensor
+            type(input) is not torch.Tensor
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or torch._C._are_functorch_transforms_active()
@@ -161,6 +166,13 @@ class PrepackedLinear(PrepackedLayer):
 
     def _operate(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(input, weight, bias)
+
+    def _compute_plainly(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        if dtype != torch.float32 or self._is_transformed(input):
+            return super()._compute_plainly(input, weight, bias, dtype)
+        return widened_linear(input, weight, bias)
 
     def _compute(
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
