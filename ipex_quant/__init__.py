@@ -9,14 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import autotune, cpu, llm, nn, ops, quantization
+    from . import autotune, cpu, llm, nn, ops, optim, quantization
     from .alias import install_as_ipex
     from .bert import fast_bert
     from .frontend.optimization import optimize
     from .llm.explain import explain
     from .verbosity import VERBOSE_OFF, VERBOSE_ON, VERBOSE_ON_CREATION, verbose
 
-_SUBMODULES = ("autotune", "cpu", "llm", "nn", "ops", "quantization")
+_SUBMODULES = ("autotune", "cpu", "llm", "nn", "ops", "optim", "quantization")
 
 _HOMES = {
     "_set_optimized_model_for_generation": "llm.trace_graph",
@@ -43,6 +43,7 @@ __all__ = [
     "llm",
     "nn",
     "ops",
+    "optim",
     "optimize",
     "optimize_transformers",
     "quantization",

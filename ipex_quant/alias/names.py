@@ -11,6 +11,8 @@ MODULES: dict[str, str] = {
     "llm.functional.fusions": "ipex_quant.llm.functional",
     "nn.modules.weight_only_quantization": "ipex_quant.nn",
     "nn.utils": "",
+    "optim._lamb": "ipex_quant.optim",
+    "optim._lars": "ipex_quant.optim",
     "quantization._qconfig": "ipex_quant.quantization",
     "quantization._quantize": "ipex_quant.quantization",
     "quantization._quantize_utils": "ipex_quant.quantization",

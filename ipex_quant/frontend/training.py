@@ -6,13 +6,10 @@ import warnings
 
 import torch
 from torch import nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
-from ..optim import FullMaster, Master, SplitMaster, attach_master, masters_of, plain_class, prepare_optimizer
+from ..optim import RULES, FullMaster, Master, SplitMaster, attach_master, masters_of, plain_class, prepare_optimizer
 from .casting import CAST_FOR_TRAINING, castable_parameters
-
-KNOWN_OPTIMIZERS = (SGD, Adam, AdamW, Adagrad)
-"""Those that update split master weights, and that torch has a fused update for."""
 
 
 def prepare_training(
@@ -31,7 +28,7 @@ def prepare_training(
     names it.
     """
     split = split_master_weight and dtype == torch.bfloat16
-    if split and plain_class(optimizer) not in KNOWN_OPTIMIZERS:
+    if split and plain_class(optimizer) not in RULES:
         warnings.warn(
             f"{plain_class(optimizer).__name__} cannot update split master weights: float32 copies are kept instead",
             stacklevel=5,
@@ -52,7 +49,7 @@ def fuse_updates(optimizer: Optimizer, sparse: bool) -> None:
 
     Groups that say how to update, by ``foreach``, ``fused`` or ``differentiable``, stay as they are.
     """
-    if sparse or plain_class(optimizer) not in KNOWN_OPTIMIZERS:
+    if sparse or plain_class(optimizer) not in RULES:
         reason = "sparse gradients" if sparse else plain_class(optimizer).__name__
         warnings.warn(
             f"fuse_update_step: torch has no fused update for {reason}; the step stays as it is", stacklevel=6

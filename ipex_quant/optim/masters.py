@@ -7,16 +7,20 @@ optimizer refer to the same master: modules save and load its value, the optimiz
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import nn
 
-from .halves import join_float32, split_float32
+from .halves import join_float32, join_into, split_float32, split_from
+from .layout import aligned
 
 _MASTERS = "_float32_masters"  # attribute of modules
+
+Parts = tuple[torch.Tensor, ...]
+"""The same elements of the tensors that hold a master, flat."""
 
 
 class Master(ABC):
@@ -33,6 +37,20 @@ class Master(ABC):
     @abstractmethod
     def assign(self, value: torch.Tensor) -> None:
         """Change the master to float32 `value` and the parameter with it, both in place."""
+
+    @abstractmethod
+    def tensors(self) -> Parts:
+        """The tensors that hold the value, in the order of the parameter's memory."""
+
+    @staticmethod
+    @abstractmethod
+    def read(parts: Sequence[Parts], scratch: torch.Tensor) -> list[torch.Tensor]:
+        """The float32 values of `parts` of `tensors`, shared with them or in flat float32 `scratch` of their size."""
+
+    @staticmethod
+    @abstractmethod
+    def write(parts: Sequence[Parts], values: Sequence[torch.Tensor], scratch: torch.Tensor) -> None:
+        """Store what `read` gave, after it was changed; overwrites `scratch`."""
 
     def value_in(self, state_dict: Mapping[str, Any]) -> torch.Tensor:
         """The value for one more entry of `state_dict`: the same tensor under all names of a tied weight."""
@@ -62,6 +80,18 @@ class SplitMaster(Master):
             self.param.copy_(high)
         self.low.copy_(low)
 
+    def tensors(self) -> Parts:
+        self.low = aligned(self.low, self.param)
+        return self.param.detach(), self.low
+
+    @staticmethod
+    def read(parts: Sequence[Parts], scratch: torch.Tensor) -> list[torch.Tensor]:
+        return join_into(*map(list, zip(*parts, strict=True)), scratch)
+
+    @staticmethod
+    def write(parts: Sequence[Parts], values: Sequence[torch.Tensor], scratch: torch.Tensor) -> None:
+        split_from(scratch, *map(list, zip(*parts, strict=True)))
+
 
 class FullMaster(Master):
     """A float32 tensor `full` beside the parameter, which becomes `dtype`."""
@@ -79,6 +109,46 @@ class FullMaster(Master):
             self.full.copy_(value)
         with torch.no_grad():
             self.param.copy_(self.full)
+
+    def tensors(self) -> Parts:
+        self.full = aligned(self.full, self.param)
+        return self.param.detach(), self.full
+
+    @staticmethod
+    def read(parts: Sequence[Parts], scratch: torch.Tensor) -> list[torch.Tensor]:
+        return [full for _, full in parts]
+
+    @staticmethod
+    def write(parts: Sequence[Parts], values: Sequence[torch.Tensor], scratch: torch.Tensor) -> None:
+        torch._foreach_copy_([param for param, _ in parts], list(values))
+
+
+class OwnMaster(Master):
+    """The parameter itself, which has no other value: float32, float64, or rounded by each update."""
+
+    def value(self) -> torch.Tensor:
+        return self.param.detach()
+
+    def assign(self, value: torch.Tensor) -> None:
+        with torch.no_grad():
+            self.param.copy_(value)
+
+    def tensors(self) -> Parts:
+        return (self.param.detach(),)
+
+    @staticmethod
+    def read(parts: Sequence[Parts], scratch: torch.Tensor) -> list[torch.Tensor]:
+        params = [param for (param,) in parts]
+        if params[0].dtype == scratch.dtype:
+            return params
+        values = list(scratch.split([param.numel() for param in params]))
+        torch._foreach_copy_(values, params)
+        return values
+
+    @staticmethod
+    def write(parts: Sequence[Parts], values: Sequence[torch.Tensor], scratch: torch.Tensor) -> None:
+        if parts[0][0].dtype != scratch.dtype:
+            torch._foreach_copy_([param for (param,) in parts], list(values))
 
 
 def masters_of(module: nn.Module) -> dict[str, Master]:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from .fusing import RULES
 from .masters import Master
+from .rules import Rule, can_update
 
 Closure = Callable[[], Any]
 
@@ -32,11 +34,21 @@ class PreparedOptimizer(Optimizer):
     _masters: dict[torch.Tensor, Master]
 
     def _run(self, closure: Closure | None = None) -> Any:
-        """The plain optimizer's step on the masters."""
+        """The plain optimizer's step on the masters; in groups that say ``fused``, by the `Rule` of its class."""
         with self._scaled_gradients() as factor:
             if factor is None:
                 return None
-            return self._plain_step(closure, factor)
+            rule = RULES.get(self._plain)
+            if rule is None or not any(group.get("fused") for group in self.param_groups):
+                return self._plain_step(closure, factor)
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            with self._without(self._update_masters(rule, factor)) as rest:
+                if rest:
+                    self._plain_step(None, factor)
+            return loss
 
     step = Optimizer.profile_hook_step(_run)
     step.hooked = True  # type: ignore[attr-defined]  # how torch knows a step that calls the hooks
@@ -67,6 +79,28 @@ class PreparedOptimizer(Optimizer):
             yield None if given.get("found_inf") else 1.0 if scale is None else 1.0 / float(scale)
         finally:
             vars(self).update(given)  # the scaler deletes them
+
+    def _update_masters(self, rule: Rule, factor: float) -> set[torch.Tensor]:
+        """Update what `rule` can; returns the parameters."""
+        done: set[torch.Tensor] = set()
+        for group in self.param_groups:
+            if group.get("fused"):
+                masters = [self._masters[p] for p in group["params"] if p in self._masters and can_update(p)]
+                rule.update(self, group, masters, factor)
+                done.update(master.param for master in masters)
+        return done
+
+    @contextmanager
+    def _without(self, params: set[torch.Tensor]) -> Iterator[bool]:
+        """The optimizer without some of its parameters; whether there is a gradient left."""
+        groups = [(group, group["params"]) for group in self.param_groups]
+        try:
+            for group, every in groups:
+                group["params"] = [p for p in every if p not in params]
+            yield any(p.grad is not None for group, _ in groups for p in group["params"])
+        finally:
+            for group, every in groups:
+                group["params"] = every
 
     def _plain_step(self, closure: Closure | None, factor: float) -> Any:
         masters = {p: self._masters[p] for group in self.param_groups for p in group["params"] if p in self._masters}
