@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     DynamicCache,
     EncoderDecoderCache,
@@ -46,6 +47,7 @@ def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None 
     - In `generate`, the beams or returned sequences of a prompt share its prefill and its keys and values.
     - `generate_batch` runs with torch's attention and transformers' paged cache, since it supports no other.
     - With ``model.config.token_latency = True``, `generate` returns (output, seconds per token), as IPEX does.
+    - A model whose own code knows no such caches keeps its own tuples of tensors, and `generate` makes none for it.
     - Calls with gradients or under autocast, caches that already hold tokens, and cache layers of another kind (linear
       attention, convolutions) keep transformers' caches.
 
@@ -56,8 +58,13 @@ def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     NativeLayer(kv_cache_dtype)  # checks it
+    takes = takes_caches(model)
     if kv_cache_dtype is not None and "past_key_values" not in inspect.signature(model.forward).parameters:
         warnings.warn(f"kv_cache_dtype: a {type(model).__name__} has no cache of keys and values", stacklevel=2)
+    elif kv_cache_dtype is not None and not takes:
+        warnings.warn(f"kv_cache_dtype: the code of {type(model).__name__} keeps caches of its own", stacklevel=2)
+    if not takes:
+        model._supports_default_dynamic_cache = _no
     hooks = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, CacheHook)]
     if hooks:
         hooks[0].dtype = kv_cache_dtype
@@ -69,6 +76,31 @@ def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None 
             model._prefill = functools.partial(_prefill, model)
             model.generate_batch = functools.partial(_generate_batch, model)
     return [name for name, module in model.named_modules() if is_attention(module) and not is_native(module)]
+
+
+_CACHE_NAMES = {"DynamicCache", "get_seq_length", "get_usable_length", "get_mask_sizes", "create_causal_mask"}
+
+
+def takes_caches(model: nn.Module) -> bool:
+    """Whether the code of `model` or of a module in it uses transformers' caches, as the names in it tell.
+
+    Models of before these caches (ChatGLM, Baichuan, QWen 1, Yuan) take and return tensors in tuples.
+    """
+    if type(model).__module__.startswith("transformers."):
+        return True
+    return any(map(_uses_caches, {cls for module in model.modules() for cls in type(module).__mro__}))
+
+
+def _uses_caches(cls: type) -> bool:
+    functions = [value for value in vars(cls).values() if inspect.isfunction(value)]
+    names = {name for function in functions for name in (*function.__code__.co_names, *function.__code__.co_varnames)}
+    if cls.__module__.startswith("transformers."):
+        return cls.__module__.startswith("transformers.models.") and bool(names & {"past_key_values", "cache_params"})
+    return bool(names & _CACHE_NAMES) or {"update", "layer_idx"} <= names
+
+
+def _no() -> bool:
+    return False
 
 
 def _generate_batch(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from .decoder.families import FAMILIES
 from .decoder.layer import FusedLayer, fuse_decoder
 from .decoder.model import FusedModel, fuse_model
 from .decoder.norms import fuse_norms, norm_of
+from .decoder.own_mlp import OwnMlp, fuse_mlps, mlp_of, own_modules
 from .generation import CacheHook, use_native_cache
 
 logger = logging.getLogger("ipex_quant")
@@ -36,13 +37,13 @@ class Part:
 
 
 def parts_of(model: nn.Module) -> list[Part]:
-    """The decoder layers, norms and attention modules of `model`, and which of them compute natively."""
-    layers = (module for module in model.modules() if isinstance(fused_forward(module), FusedLayer))
-    fused = {id(inner) for layer in layers for inner in layer.modules()}
+    """The decoder layers, norms, attention modules and other MLPs of `model`, and which of them compute natively."""
+    alone = {id(module) for module in own_modules(model).values()}
     tests = {
         "decoder layers": (lambda module: type(module).__name__ in FAMILIES, fused_forward),
         "norms": (lambda module: not isinstance(module, nn.LayerNorm) and norm_of(module), fused_forward),
-        "attention modules": (is_attention, lambda module: is_native(module) or id(module) in fused),
+        "attention modules": (is_attention, lambda module: is_native(module) or id(module) not in alone),
+        "MLPs": (lambda module: id(module) in alone and (_is_own_mlp(module) or mlp_of(module)), _is_own_mlp),
     }
     parts = []
     for sort, (belongs, native) in tests.items():
@@ -54,7 +55,7 @@ def parts_of(model: nn.Module) -> list[Part]:
 
 
 def use_native_stack(model: nn.Module, kv_cache_dtype: torch.dtype | None = None, attention: bool = True) -> None:
-    """Let decoder layers, norms, attention and KV caches of `model` compute natively where they can, in place.
+    """Let decoder layers, norms, MLPs, attention and KV caches of `model` compute natively where they can, in place.
 
     `kv_cache_dtype` is that of `use_native_cache`. Without `attention` the model keeps its own attention and its stock
     decoder layers, since fused ones always use the native attention. Modules that stay stock are logged, and `explain`
@@ -63,6 +64,7 @@ def use_native_stack(model: nn.Module, kv_cache_dtype: torch.dtype | None = None
     if attention:
         fuse_decoder(model)
     fuse_norms(model)
+    fuse_mlps(model)
     if attention:
         fuse_model(model)
     if isinstance(model, PreTrainedModel):
@@ -93,4 +95,8 @@ def native_stack(model: nn.Module) -> tuple[bool, torch.dtype | None]:
 
 def attends_natively(model: nn.Module) -> bool:
     """Whether any decoder layer or attention module of `model` uses the native attention now."""
-    return any(part.native for part in parts_of(model) if part.sort != "norms")
+    return any(part.native for part in parts_of(model) if part.sort in ("decoder layers", "attention modules"))
+
+
+def _is_own_mlp(module: nn.Module) -> bool:
+    return isinstance(fused_forward(module), OwnMlp)

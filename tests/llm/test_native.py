@@ -98,7 +98,7 @@ def test_a_copy_and_a_pickled_model_are_native_on_their_own(llama):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         layers = [module for module in other.modules() if isinstance(fused_forward(module), FusedLayer)]
         assert len(layers) == 2
-        assert layers[0].forward.layer is layers[0]
+        assert layers[0].forward.module is layers[0]
         assert torch.equal(generated(other), expected)
 
 

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from transformers.utils import output_capturing
 
-from ...nn.fused_forward import FusedForward, fused_forward, restore_forwards
+from ...nn.fused_forward import fused_forward, restore_forwards
 from .attention import UnsuitableError, part
 from .call import CallReader
 from .families import FAMILIES, Family
 from .parts import LayerParts
 from .step import layer_step
+from .watched_forward import WatchedForward, has_hooks
 
 logger = logging.getLogger("ipex_quant")
 
@@ -77,31 +78,17 @@ def _is_replaced(module: nn.Module) -> bool:
     return replaced or type(module).forward.__module__.partition(".")[0] not in ("transformers", "torch")
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether `module` has hooks, besides the idle ones that transformers installs."""
-    return _are_hooks(module._forward_hooks) or _are_hooks(module._forward_pre_hooks)
-
-
-def _are_hooks(hooks: dict[int, Any]) -> bool:
-    """Whether there are `hooks` besides those that transformers installs to capture outputs, which mostly are idle."""
-    return any(getattr(hook, "__module__", "") != output_capturing.__name__ for hook in hooks.values())
-
-
 def _collects_attentions() -> bool:
     """Whether transformers captures attention weights now; no argument tells every layer of it."""
     collected = output_capturing._active_collector.get()
     return bool(collected) and any("attentions" in name for name in collected)
 
 
-class FusedLayer(FusedForward):
+class FusedLayer(WatchedForward):
     """Replaces the `forward` of a decoder layer, with the same arguments and results."""
 
     def __init__(self, layer: nn.Module, family: Family) -> None:
-        self.layer = layer
-        self.children = [parent._modules for parent in layer.modules() if parent._modules]
-        self.expected_children = [dict(children) for children in self.children]
-        hooks = [each for module in layer.modules() for each in (module._forward_hooks, module._forward_pre_hooks)]
-        self.no_hooks = [each for each in hooks[2:] if not each]  # those of the layer itself are called in any case
+        super().__init__(layer)
         self.names = list(inspect.signature(type(layer).forward).parameters)[2:]  # after self and the hidden states
         self.read = CallReader(family)
         self.returns = family.returns
@@ -114,7 +101,7 @@ class FusedLayer(FusedForward):
         if args:
             given.update(zip(self.names, args, strict=False))
         call = self.read(given)
-        if call is None or self._needs_stock(hidden_states):
+        if call is None or self.needs_stock(hidden_states):
             return self.call_stock(hidden_states, **given)
         result = self.step(hidden_states, call) if self.step else None
         if result is None:
@@ -122,31 +109,14 @@ class FusedLayer(FusedForward):
         return (result, *[getattr(call, name) for name in self.returns]) if self.returns else result
 
     def call_stock(self, hidden_states: torch.Tensor, **given: Any) -> Any:
-        return type(self.layer).forward(self.layer, hidden_states, **given)
+        return type(self.module).forward(self.module, hidden_states, **given)
 
-    def _needs_stock(self, hidden_states: torch.Tensor) -> bool:
-        if self.layer.training or torch.is_autocast_enabled("cpu"):
-            return True
-        if self.is_changed() or (not torch.compiler.is_compiling() and _collects_attentions()):
+    def needs_stock(self, hidden_states: torch.Tensor) -> bool:
+        if not torch.compiler.is_compiling() and _collects_attentions():
             return True
         if self.clamps_float16 and hidden_states.dtype == torch.float16:
             return True
         weight = self.any_norm.module._parameters["weight"]
         if weight is not None and weight.dtype != hidden_states.dtype:  # the model has mixed dtypes
             return True
-        if not torch.is_grad_enabled():
-            return False
-        return hidden_states.requires_grad or any(parameter.requires_grad for parameter in self.layer.parameters())
-
-    def is_changed(self) -> bool:
-        """Whether a module in the layer was replaced, by an adapter for instance, or has new hooks."""
-        if torch.compiler.is_compiling():  # its guards compare all this at every call, and ignore hooks
-            found = zip(self.children, self._expected_ids(), strict=True)
-            return any(id(children.get(name)) != expected for children, ids in found for name, expected in ids)
-        if self.children != self.expected_children:
-            return True
-        return any(self.no_hooks) and any(map(_are_hooks, self.no_hooks))
-
-    @torch.compiler.assume_constant_result
-    def _expected_ids(self) -> tuple[tuple[tuple[str, int], ...], ...]:
-        return tuple(tuple((name, id(child)) for name, child in each.items()) for each in self.expected_children)
+        return super().needs_stock(hidden_states)

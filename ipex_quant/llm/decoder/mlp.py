@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import nn
 
@@ -11,22 +13,34 @@ from .attention import part
 from .families import Mlp
 from .linears import activation_post_op, linear_call, linear_calls
 
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
 
 class FusedMlp:
-    """The linear layers of an MLP and the activation between them, in few native calls."""
+    """The linear layers of an MLP and the activation between them, in few native calls.
 
-    def __init__(self, module: nn.Module, names: Mlp) -> None:
-        inputs = [part(module, name) for name in names.inputs]
-        self.activation = part(module, names.activation)
-        self.post_op = activation_post_op(self.activation)
-        self.output = linear_call(part(module, names.output))
+    `inputs` are gate and up, one linear with both, or the only one before the `activation`, which is of the gate.
+    """
+
+    def __init__(
+        self, inputs: Sequence[nn.Module], output: nn.Module, activation: Activation | PostOp, gated: bool
+    ) -> None:
+        self.activation = activation
+        self.post_op = activation if isinstance(activation, PostOp) else activation_post_op(activation)
+        self.output = linear_call(output)
         self.first = linear_call(inputs[0])
         self.inputs = linear_calls(inputs)
-        self.gated = names.gated
-        if not names.gated:
+        self.gated = gated
+        if not gated:
             self.intermediate = self._activated
         else:
             self.intermediate = self._gated if len(inputs) == 2 else self._gated_halves
+
+    @classmethod
+    def named(cls, module: nn.Module, names: Mlp) -> FusedMlp:
+        """The parts of `module` that have `names`."""
+        inputs = [part(module, name) for name in names.inputs]
+        return cls(inputs, part(module, names.output), part(module, names.activation), names.gated)
 
     def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
         return self.output(self.intermediate(x), post_op, *others)

@@ -13,8 +13,9 @@ from transformers.utils import output_capturing
 from ...nn.fused_forward import FusedForward, restore_forwards
 from ...ops.decoder import MAX_TOKENS
 from .call import LayerCall
-from .layer import FusedLayer, has_hooks
+from .layer import FusedLayer
 from .step import LayerStep
+from .watched_forward import has_hooks
 
 MODELS = (
     "CohereModel",

@@ -61,7 +61,10 @@ class Scale:
 
 
 def norm_of(module: nn.Module) -> Norm | None:
-    """The native form of a norm; None when there is none. Norm classes that torch lacks are told by their results."""
+    """The native form of a norm; None when there is none. Norm classes that torch lacks are told by their results.
+
+    What such a class adds to mean squares may be any attribute of it.
+    """
     if isinstance(module, nn.LayerNorm):
         return LayerNorm(module, module.eps) if _plain(module) else None
     if isinstance(module, nn.ModuleList):
@@ -69,20 +72,21 @@ def norm_of(module: nn.Module) -> Norm | None:
         eps = alike.pop() if len(alike) == 1 else False
         return HeadNorm(module, eps) if eps else None
     weight = module._parameters.get("weight")
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if weight is None or weight.dim() not in (1, 2) or weight.device.type != "cpu" or not isinstance(eps, float):
+    if weight is None or weight.dim() not in (1, 2) or weight.device.type != "cpu":
         return None
     if len(module._parameters) != 1 or module._modules:
         return None
     probe, size = copy.copy(module), weight.numel()
     probe.__dict__ |= {"_parameters": {"weight": torch.linspace(0.5, 2, size, dtype=torch.float32).view(weight.shape)}}
     x = torch.linspace(-3, 2, 4 * size, dtype=torch.float32).view(4, *weight.shape)
+    x = torch.cat((x, x * 1e-3, x * 1e-4))  # small numbers tell what is added to their squares
     try:
         with torch.no_grad():
             expected = type(module).forward(probe, x)
-            for kind in (Norm, OffsetNorm, LayerNorm) if weight.dim() == 1 else (HeadNorm,):
-                if torch.allclose(kind(probe, eps)(x), expected, rtol=1e-4, atol=1e-4):
-                    return kind(module, eps)
+            for eps in dict.fromkeys(value for value in vars(module).values() if type(value) is float):
+                for kind in (Norm, OffsetNorm, LayerNorm) if weight.dim() == 1 else (HeadNorm,):
+                    if torch.allclose(kind(probe, eps)(x), expected, rtol=1e-4, atol=1e-4):
+                        return kind(module, eps)
     except Exception:  # its forward takes other arguments
         pass
     return None
@@ -101,13 +105,13 @@ class FusedNorm(FusedForward):
     def __init__(self, norm: Norm) -> None:
         self.norm = norm
 
-    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         module = self.norm.module
-        differentiable = needs_gradient(x, module.weight)
-        mixed = x.dtype != module.weight.dtype
-        if args or kwargs or mixed or differentiable or torch.is_autocast_enabled("cpu"):
-            return type(module).forward(module, x, *args, **kwargs)
-        return self.norm(x)
+        if len(args) == 1 and not kwargs and not torch.is_autocast_enabled("cpu"):
+            (x,) = args
+            if x.dtype == module.weight.dtype and not needs_gradient(x, module.weight):
+                return self.norm(x)
+        return type(module).forward(module, *args, **kwargs)
 
 
 def fuse_norms(model: nn.Module) -> list[str]:

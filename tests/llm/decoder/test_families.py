@@ -218,7 +218,7 @@ def steps(model, padding, cache=None):
 @pytest.fixture
 def _no_stock_layers(monkeypatch):
     def fail(layer, *args, **kwargs):
-        pytest.fail(f"{layer.layer} ran stock code")
+        pytest.fail(f"{layer.module} ran stock code")
 
     monkeypatch.setattr(FusedLayer, "call_stock", fail)
 
@@ -336,7 +336,7 @@ def test_copies_have_weights_of_their_own(copied, recipe):
     expected = steps(model, 0)
 
     copy_of_it = copied(model)
-    assert copy_of_it.model.layers[0].forward.layer is copy_of_it.model.layers[0]
+    assert copy_of_it.model.layers[0].forward.module is copy_of_it.model.layers[0]
     for module in model.modules():
         if isinstance(module, QuantizedModule):
             module.load_state_dict({name: 0 * tensor for name, tensor in module.state_dict().items()})

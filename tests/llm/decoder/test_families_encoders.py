@@ -100,7 +100,7 @@ def steps(model, name):
 @pytest.fixture(autouse=True)
 def _no_stock_layers(monkeypatch):
     def fail(layer, *args, **kwargs):
-        pytest.fail(f"{layer.layer} ran stock code")
+        pytest.fail(f"{layer.module} ran stock code")
 
     monkeypatch.setattr(FusedLayer, "call_stock", fail)
 

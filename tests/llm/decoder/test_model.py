@@ -224,7 +224,7 @@ def test_copies_and_pickles_work(calls):
         got = generate(other)
         assert calls == [2] * 5
         assert all(map(torch.equal, got.logits, expected.logits))
-        assert other.model.forward.plan.layers[0].layer is other.model.layers[0]
+        assert other.model.forward.plan.layers[0].module is other.model.layers[0]
 
 
 def test_tables_of_angles_are_not_those_of_another_call():
