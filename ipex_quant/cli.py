@@ -28,6 +28,7 @@ FAILED = 1
 BAD_INPUT = 2
 DTYPES = ("bfloat16", "float16", "float32")
 MESSAGE_LENGTH = 1000
+MODEL_HELP = "result of `ipex-quant quantize`, a checkpoint that another tool quantized, or a float model"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """Files of processors that make model inputs from images and sounds."""
 
@@ -108,13 +109,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", type=Path, metavar="DIR", help="new directory for the tuned model")
 
-    sub = command("generate", _generate, "Continue a prompt with a quantized model.")
-    sub.add_argument("directory", type=Path, metavar="DIR", help="result of `ipex-quant quantize`")
+    sub = command("generate", _generate, "Continue a prompt with a model.")
+    sub.add_argument("directory", type=Path, metavar="DIR", help=MODEL_HELP)
     sub.add_argument("--prompt", required=True)
     sub.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
 
     sub = command("eval", _eval, "Compare a quantized model with its float model on a text or other inputs.")
-    sub.add_argument("directory", type=Path, metavar="DIR", help="result of `ipex-quant quantize`")
+    sub.add_argument("directory", type=Path, metavar="DIR", help=MODEL_HELP)
     sub.add_argument("--reference", type=Path, required=True, metavar="FLOAT_DIR", help="the float model")
     either = sub.add_mutually_exclusive_group(required=True)
     either.add_argument("--text", type=Path, metavar="FILE")
@@ -122,8 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--sequence-length", type=_positive, default=512, metavar="N")
     sub.add_argument("--max-tokens", type=_positive, metavar="N", help="predict at most N tokens of the text")
 
-    sub = command("explain", _explain, "Show how each module of a quantized model is computed.")
-    sub.add_argument("directory", type=Path, metavar="DIR", help="result of `ipex-quant quantize`")
+    sub = command("explain", _explain, "Show how each module of a model is computed.")
+    sub.add_argument("directory", type=Path, metavar="DIR", help=MODEL_HELP)
 
     command("demo", _demo, "Quantize the embedded model in several ways and check the results.")
     return parser
@@ -228,7 +229,7 @@ def _generate(options: argparse.Namespace) -> int:
     from .demo import continuation
     from .recipes import inputs
 
-    model, tokenizer = _quantized_model(options), _tokenizer(options, options.directory)
+    model, tokenizer = _any_model(options), _tokenizer(options, options.directory)
     inputs.check_takes_text(model, tokenizer)
     if not model.can_generate():
         raise ValueError(f"{options.directory}: a {type(model).__name__} does not generate text")
@@ -242,7 +243,7 @@ def _eval(options: argparse.Namespace) -> int:
 
     text = None if options.text is None else options.text.read_text(encoding="utf-8")
     calls = None if options.inputs is None else inputs.read_inputs(options.inputs)
-    model, tokenizer = _quantized_model(options), _tokenizer(options, options.directory)
+    model, tokenizer = _any_model(options), _tokenizer(options, options.directory)
     reference = _float_model(options, options.reference, "float32")
     if type(reference).__name__ != type(model).__name__:
         raise ValueError(f"--reference: expected a {type(model).__name__}, got a {type(reference).__name__}")
@@ -268,7 +269,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    ipex.explain(_quantized_model(options))
+    ipex.explain(_any_model(options))
     return 0
 
 
@@ -281,8 +282,8 @@ def _demo(options: argparse.Namespace) -> int:
     return demo.run()
 
 
-def _quantized_model(options: argparse.Namespace) -> PreTrainedModel:
-    return ipex.llm.load(_model_directory(options.directory), options.trust_remote_code)
+def _any_model(options: argparse.Namespace) -> PreTrainedModel:
+    return ipex.llm.from_pretrained(options.directory, trust_remote_code=options.trust_remote_code)
 
 
 def _float_model(options: argparse.Namespace, directory: Path, dtype: str) -> PreTrainedModel:

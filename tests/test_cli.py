@@ -155,7 +155,6 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
         ("quantize {float} --recipe w8a8-static --out {tmp}/out --dataset {tmp}/short.csv", "expected files of one"),
         ("quantize {float} --recipe w8a8-static --out {tmp}/out --dataset {tmp}/bad.jsonl", "cannot read"),
         ("generate {tmp}/none --prompt x", "with a config.json"),
-        ("generate {float} --prompt x", ""),
         ("explain {tmp}/none", "with a config.json"),
     ],
 )

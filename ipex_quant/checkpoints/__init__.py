@@ -3,7 +3,7 @@
 from .awq import AwqFormat, read_awq
 from .checkpoint import Checkpoint, WeightsInMemory, open_checkpoint, open_directory, split_name
 from .file_tensors import FileTensor, Stored
-from .files import load_low_precision_checkpoint
+from .files import find_quantization_config, load_low_precision_checkpoint
 from .format import Int8Input
 from .gptq import gptq_config, gptq_tensors, read_gptq, write_gptq
 
@@ -14,6 +14,7 @@ __all__ = [
     "Int8Input",
     "Stored",
     "WeightsInMemory",
+    "find_quantization_config",
     "gptq_config",
     "gptq_tensors",
     "load_low_precision_checkpoint",

@@ -54,12 +54,23 @@ def load_low_precision_checkpoint(
 
 def read_quantization_config(directory: Path) -> dict[str, object]:
     """The quantization configuration of a checkpoint directory; raises ValueError naming the files looked for."""
+    config = find_quantization_config(directory)
+    if config is None:
+        raise ValueError(
+            f"{directory}: no quantization configuration; looked for config.json with an entry quantization_config, "
+            + ", ".join(CONFIG_FILES[1:])
+        )
+    return config
+
+
+def find_quantization_config(directory: Path) -> dict[str, object] | None:
+    """The quantization configuration of a model directory, None if it has none; ValueError for one that is broken."""
     for name in CONFIG_FILES:
         if not (directory / name).is_file():
             continue
         config: Any = read_json(directory / name)
         if name == "config.json":
-            config = config.get("quantization_config")
+            config = _entry(config)
         if config is None:
             continue
         if not isinstance(config, dict):
@@ -68,10 +79,17 @@ def read_quantization_config(directory: Path) -> dict[str, object]:
             )
         method = METHOD_OF_FILE.get(name)
         return config if "quant_method" in config or method is None else config | {"quant_method": method}
-    raise ValueError(
-        f"{directory}: no quantization configuration; looked for config.json with an entry quantization_config, "
-        + ", ".join(CONFIG_FILES[1:])
-    )
+    return None
+
+
+def _entry(config: dict[str, Any]) -> Any:
+    """The quantization configuration in a model's `config`, which may be that of its text model."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key in ("quantization_config", "compression_config"):  # the second is compressed-tensors' old name
+            if part.get(key) is not None:
+                return part[key]
+    return None
 
 
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:

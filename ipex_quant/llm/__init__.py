@@ -5,11 +5,24 @@ transformers, so that `from_pretrained` loads models that `save` or `save_pretra
 """
 
 from . import attention, functional, generation, modules, quantization, utils
+from .loading import from_pretrained, load
 from .optimization import optimize
+from .saved import streaming
 from .saved.hf_quantizer import register
-from .saving import load, save
+from .saving import save
 
-__all__ = ["functional", "generation", "load", "modules", "optimize", "quantization", "save", "utils"]
+__all__ = [
+    "from_pretrained",
+    "functional",
+    "generation",
+    "load",
+    "modules",
+    "optimize",
+    "quantization",
+    "save",
+    "utils",
+]
 
 attention.register()
 register()
+streaming.register()

@@ -107,12 +107,25 @@ def optimize(
     cast_float(model, dtype)
     if static and qconfig_summary_file is None:
         logger.info("ipex.llm.optimize is prepared for the calibration of the static quantization")
-    else:
-        use_native_stack(model, kv_cache_dtype)
-        if deployment_mode and isinstance(model, PreTrainedModel):
-            model.trace_graph = TraceGraph(model)
+        accept_tuples(model)
+        return_freed_memory()
+        return attached(model)
+    model = completed(model, kv_cache_dtype)
+    if deployment_mode and isinstance(model, PreTrainedModel):
+        model.trace_graph = TraceGraph(model)
+    return model
+
+
+def completed(model: nn.Module, kv_cache_dtype: torch.dtype | None) -> nn.Module:
+    """`model`, whose layers are quantized as wanted, with all else native, and ready to be saved."""
+    use_native_stack(model, kv_cache_dtype)
     accept_tuples(model)
     return_freed_memory()
+    return attached(model)
+
+
+def attached(model: nn.Module) -> nn.Module:
+    """`model`, registered as quantized with transformers if it is one of its models and quantized."""
     if _quantized(model) and isinstance(model, PreTrainedModel):
         attach(model)
     return model

@@ -1,19 +1,20 @@
-"""`save` and `load`: directories of quantized models, read back bit-equal."""
+"""`save` and `load_saved`: directories of quantized models, read back bit-equal."""
 
 from __future__ import annotations
 
 import inspect
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..checkpoints.files import indexed_files
-from ..conversion.description import METHOD
 from ..nn import QuantizedModule
 from ..reading import read_json, shown
 from ..writing import replaced_directory
@@ -45,39 +46,24 @@ def save(model: PreTrainedModel, directory: str | os.PathLike, tokenizer: Any = 
             file.chmod(stat.S_IMODE(staging.stat().st_mode) & 0o666)
 
 
-def load(directory: str | os.PathLike, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_saved(directory: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a directory that `save` or the model's `save_pretrained` wrote, without making float weights.
 
-    Code in the directory is run with `trust_remote_code` only. Raises ValueError for a directory without a
-    quantized model's config.json, for damaged files, and for missing, additional or unfitting tensors.
+    `dtype` is the saved one if None. Raises ValueError for damaged files, and for missing, additional or unfitting
+    tensors.
     """
-    directory = Path(directory)
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory}: expected a directory with a config.json")
     config = read_json(directory / "config.json")
-    description = config.get("quantization_config") or {}
-    method = description.get("quant_method") if isinstance(description, dict) else None
-    if method != METHOD:
-        raise ValueError(
-            f"{directory}: expected quant_method {METHOD!r} in config.json, got {shown(method)}; load other models "
-            "with transformers and llm.optimize"
-        )
     found = model_class(directory, config, trust_remote_code)
     for index in directory.glob("*.index.json"):  # transformers would read whatever it names
         indexed_files(index)
-    try:
+    with transformers_errors(directory):
         # Tensors of another shape are reported below, by name, like missing ones.
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        options["dtype"] = description.get("dtype")  # the saved one, whatever config.json says besides
+        # The saved dtype, whatever config.json says besides.
+        options["dtype"] = config["quantization_config"].get("dtype") if dtype is None else dtype
         model, info = found.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
         if _lacks_pooler(model, info["missing_keys"]):
             model, info = found.from_pretrained(directory, add_pooling_layer=False, **options)
-    except SafetensorError as error:
-        raise ValueError(f"{directory}: a safetensors file is damaged ({error})") from error
-    except (OSError, TypeError, ValueError):
-        raise
-    except Exception as error:  # transformers raises errors of any kind for a wrong configuration
-        raise ValueError(f"{directory}: transformers cannot make a model of it ({shown(error)})") from error
     wrong = {kind: sorted(names) for kind, names in info.items() if names}
     if wrong:
         raise ValueError(f"{directory}: the tensors do not fit the model: {wrong}")
@@ -85,6 +71,19 @@ def load(directory: str | os.PathLike, trust_remote_code: bool = False) -> PreTr
         if not parameter.is_floating_point():
             raise ValueError(f"{directory}: {name}: expected a float dtype, got {parameter.dtype}")
     return model
+
+
+@contextmanager
+def transformers_errors(directory: Path) -> Iterator[None]:
+    """Turn the errors of any kind that transformers raises for wrong files into a ValueError that names `directory`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{directory}: a safetensors file is damaged ({error})") from error
+    except (OSError, TypeError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{directory}: transformers cannot make a model of it ({shown(error)})") from error
 
 
 def _lacks_pooler(model: PreTrainedModel, missing: Collection[str]) -> bool:

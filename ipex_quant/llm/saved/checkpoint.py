@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
@@ -36,6 +37,47 @@ def apply_checkpoint(
     single linear layers in the checkpoint, with any names that transformers knows. Raises ValueError for layers that
     `model` does not have, a tensor that is missing or does not fit, and parameters that are left without values.
     """
+    plan = plan_of(model, checkpoint, mapping)
+    model = model if inplace else copy_on_write(model)
+    restore_forwards(model)
+    model = split_attentions(model, plan.layers)
+    untie(model, plan.replacements)
+    swap_modules(model, plan.replacements)
+    plan.finish(model)
+    _load_others(model, stack_float_experts(model, plan.checkpoint.other_tensors()))
+    return model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers of a model get the weights of a checkpoint, and how.
+
+    - `checkpoint` has the model's names.
+    - `replacements` maps names of layers to functions that make their successors of the old ones.
+    - `reasons` says why other layers stay in float, `left` that the checkpoint does not hold them.
+    """
+
+    checkpoint: Checkpoint | WeightsInMemory
+    replacements: Mapping[str, Callable[[nn.Module], nn.Module]]
+    reasons: dict[str, str]
+    left: dict[str, str]
+
+    @property
+    def layers(self) -> set[str]:
+        """Names of the layers that are replaced."""
+        return set(self.replacements)
+
+    def finish(self, model: nn.Module) -> None:
+        """Note why layers of `model` stay in float, once the others are replaced; ValueError if all do."""
+        setattr(model, FLOAT_REASONS, fit_reasons(self.reasons | self.left, model))
+        leave_fast_paths(model, self.layers)
+        check_any_quantized(model)
+        warn_of_float(model, self.reasons)
+        _check_scaled_activations(model, self.checkpoint)
+
+
+def plan_of(model: nn.Module, checkpoint: Checkpoint | WeightsInMemory, mapping: QConfigMapping) -> Plan:
+    """The `Plan` for `model`, whose weights are not read; raises ValueError as `apply_checkpoint` does."""
     chosen, reasons = choose_qconfigs(mapping, model, read_weights=False)
     chosen = {name: qconfig for name, qconfig in chosen.items() if not is_embedding(model.get_submodule(name))}
     if not all(isinstance(qconfig, QConfigWoq) for qconfig in chosen.values()):
@@ -47,21 +89,8 @@ def apply_checkpoint(
     replacements = {
         name: partial(_from_checkpoint, checkpoint, name, qconfig) for name, qconfig in chosen.items() if name in stored
     }
-    model = model if inplace else copy_on_write(model)
-    restore_forwards(model)
-    model = split_attentions(model, stored)
-    reasons = fit_reasons(reasons, model)
-    untie(model, replacements)
-    swap_modules(model, replacements)
-    left = fit_reasons({name: "it is not quantized in the checkpoint" for name in chosen if name not in stored}, model)
-    setattr(model, FLOAT_REASONS, reasons | left)
-    leave_fast_paths(model, stored)
-    check_any_quantized(model)
-    warn_of_float(model, reasons)
-    others = stack_float_experts(model, checkpoint.other_tensors())
-    _check_scaled_activations(model, checkpoint, others)
-    _load_others(model, others)
-    return model
+    left = {name: "it is not quantized in the checkpoint" for name in chosen if name not in stored}
+    return Plan(checkpoint, replacements, fit_reasons(reasons, model), left)
 
 
 def _check_stored(stored: set[str], chosen: dict[str, QConfigWoq], reasons: dict[str, str], model: nn.Module) -> None:
@@ -85,18 +114,18 @@ def _from_checkpoint(
         return module  # the checkpoint's own rules leave it in float
     weight, bias = found
     bias = module.bias if bias is None else bias
+    if bias is not None and bias.device.type == "meta":
+        raise ValueError(f"{name}.bias: missing, the checkpoint has only the weight; get a complete one")
     new = WeightOnlyQuantizedLinear.from_quantized_weight(weight, bias, qconfig.lowp_mode, qconfig.act_quant_mode)
     return new.to(module.weight.dtype)
 
 
-def _check_scaled_activations(
-    model: nn.Module, checkpoint: Checkpoint | WeightsInMemory, others: Mapping[str, Stored]
-) -> None:
+def _check_scaled_activations(model: nn.Module, checkpoint: Checkpoint | WeightsInMemory) -> None:
     """Raise ValueError for scales of activation functions, which AWQ stores where no norm or linear can absorb them."""
     if isinstance(checkpoint, WeightsInMemory) or not isinstance(checkpoint.format, AwqFormat):
         return
     names = {name for name, _ in model.named_parameters()}
-    scaled = [name for name in others if name.endswith(".scales") and name not in names]
+    scaled = [name for name in checkpoint.other_tensors() if name.endswith(".scales") and name not in names]
     if scaled:
         raise ValueError(
             f"low_precision_checkpoint: it divides the outputs of {len(scaled)} activation functions by scales (first "

@@ -34,6 +34,9 @@ def load_float_model(
         raise ValueError(f"{directory}: expected a float model, got one that is quantized already, by {shown(method)}")
     for index in directory.glob("*.index.json"):  # transformers would read whatever it names
         indexed_files(index)
+    if not any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        found = [file.name for file in sorted(directory.iterdir()) if file.suffix in (".gguf", ".pt", ".pth")]
+        raise ValueError(f"{directory}: expected weights in *.safetensors or *.bin files, found {found or 'none'}")
     options = {"dtype": dtype, "local_files_only": True, "trust_remote_code": trust_remote_code}
     found = model_class(directory, config, trust_remote_code)
     try:

@@ -1,0 +1,123 @@
+"""`from_pretrained` and `load`: a model from a directory, whatever it holds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.ao.quantization import QConfigMapping
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from ..checkpoints import find_quantization_config, open_directory
+from ..conversion.description import METHOD
+from ..conversion.qconfig import get_weight_only_quant_qconfig_mapping
+from ..numerics.scheme import FLOAT_DTYPES, WoqWeightDtype
+from ..reading import read_json, shown
+from .cache.layers import NativeLayer
+from .optimization import completed, optimize
+from .saved.float_models import load_float_model, model_class
+from .saved.streaming import CheckpointSource
+from .saving import load_saved, transformers_errors
+
+
+def from_pretrained(
+    directory: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    quantization_config: QConfigMapping | None = None,
+    *,
+    kv_cache_dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model in `directory`, quantized or not, optimized for inference as by `optimize`.
+
+    - A float model is quantized as `quantization_config` says, if given.
+    - Of a checkpoint that another tool quantized, every weight keeps its codes, scales and zero points; each is read
+      and packed in turn, and never made in float. `quantization_config` only sets the layers' compute mode, by default
+      that of the activations' dtype. The formats are in docs/checkpoints.md.
+    - A model that `save` wrote comes back as it was, and takes no `quantization_config`.
+
+    `dtype`, of activations and float weights, is float32, bfloat16 or float16; None is the dtype that the directory
+    states. `kv_cache_dtype` is that of `optimize`. Code in the directory is run with `trust_remote_code` only. Raises
+    ValueError for a directory without a model, formats and options that are not supported, files that are damaged,
+    and weights that are missing or do not fit the model.
+    """
+    path = model_directory(directory)
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    NativeLayer(kv_cache_dtype)  # raises for a bad dtype before anything is read
+    quantization = find_quantization_config(path)
+    if quantization is None:
+        model = load_float_model(path, _dtype(path, dtype), trust_remote_code)
+        return optimize(
+            model,
+            dtype=model.dtype,
+            inplace=True,
+            quantization_config=quantization_config,
+            kv_cache_dtype=kv_cache_dtype,
+        )
+    if quantization.get("quant_method") == METHOD:
+        if quantization_config is not None:
+            raise ValueError(f"quantization_config: the model in {path} is quantized already; leave it out")
+        model = load_saved(path, dtype, trust_remote_code)
+        return model if kv_cache_dtype is None else completed(model, kv_cache_dtype)
+    mapping = quantization_config or get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4)
+    model = _load_checkpoint(path, _dtype(path, dtype), mapping, trust_remote_code)
+    return completed(model, kv_cache_dtype)
+
+
+def load(directory: str | os.PathLike, trust_remote_code: bool = False) -> PreTrainedModel:
+    """`from_pretrained` of a model that is quantized already; raises ValueError for one that is not, too."""
+    path = model_directory(directory)
+    if find_quantization_config(path) is None:
+        raise ValueError(f"{path}: expected a quantized model; llm.from_pretrained loads float models, too")
+    return from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def model_directory(directory: str | os.PathLike) -> Path:
+    """The path of a directory with a config.json; ValueError if there is none."""
+    path = Path(directory)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path}: expected a directory with a config.json")
+    return path
+
+
+def _dtype(path: Path, dtype: torch.dtype | None) -> torch.dtype:
+    """`dtype`, or the one that config.json states, or bfloat16."""
+    if dtype is not None:
+        return dtype
+    config = read_json(path / "config.json")
+    text = config.get("text_config")
+    parts = [config, text] if isinstance(text, dict) else [config]
+    stated = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
+    names = {f"{each}".removeprefix("torch."): each for each in FLOAT_DTYPES}
+    return next((names[name] for name in stated if isinstance(name, str) and name in names), torch.bfloat16)
+
+
+def _load_checkpoint(
+    path: Path, dtype: torch.dtype, mapping: QConfigMapping, trust_remote_code: bool
+) -> PreTrainedModel:
+    checkpoint = open_directory(path)
+    found = model_class(path, read_json(path / "config.json"), trust_remote_code)
+    with transformers_errors(path):
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+        for part in (config, config.get_text_config(decoder=True)):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
+        options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        if (path / "generation_config.json").is_file():
+            options["generation_config"] = GenerationConfig.from_pretrained(path, local_files_only=True)
+        model, info = found.from_pretrained(
+            None,
+            config=config,
+            state_dict=checkpoint.other_tensors(),
+            quantization_config=CheckpointSource(checkpoint, mapping),
+            dtype=dtype,
+            **options,
+        )
+    config.name_or_path = str(path)
+    wrong = {kind: sorted(names, key=str)[:5] for kind, names in info.items() if names and kind != "unexpected_keys"}
+    if wrong:
+        raise ValueError(f"{path}: the tensors do not fit a {type(model).__name__}: {shown(wrong)}")
+    return model.eval()
