@@ -27,6 +27,8 @@ class Example:
     def of(model: nn.Module, inputs: Any, kwarg_inputs: Any, needed: bool) -> Example | None:
         """The user's example for `model`: positional `inputs` or `kwarg_inputs`; None if both are None.
 
+        A mapping as `inputs` is the arguments by name, unless its names do not fit and the forward takes one argument.
+
         Raises ValueError if an example is `needed` and none given, if both are given, and if the arguments do not fit
         the model's forward; TypeError if `kwarg_inputs` is no mapping.
         """
@@ -48,6 +50,8 @@ class Example:
                     f"{type(kwarg_inputs).__name__}"
                 )
             example = Example(kwargs=dict(kwarg_inputs))
+        elif isinstance(inputs, Mapping) and (_takes(model, **inputs) or not _takes(model, inputs)):
+            example = Example(kwargs=dict(inputs), source="example_inputs")
         else:
             example = Example(tuple(inputs) if isinstance(inputs, (list, tuple)) else (inputs,))
         example._check(model)
@@ -113,14 +117,26 @@ def _is_inputs(value: Any) -> bool:
     return isinstance(value, (Mapping, tuple, list, torch.Tensor))
 
 
-def _is_aside(model: nn.Module, inputs: Any, other: Any) -> bool:
-    """Whether `other` is no argument: `inputs` is a collection, or a tensor and `other` has one integer per sample."""
-    if not isinstance(inputs, torch.Tensor):
-        return True
+def _takes(model: nn.Module, *args: Any, **kwargs: Any) -> bool:
+    """Whether the forward of `model` has parameters for these arguments."""
     try:
-        inspect.signature(model.forward).bind(inputs)
+        inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError:
         return False
+    return True
+
+
+def _is_aside(model: nn.Module, inputs: Any, other: Any) -> bool:
+    """Whether `other` is no argument.
+
+    It is none if `inputs` is a collection, if the model takes one argument, or if it has one integer per sample.
+    """
+    if not isinstance(inputs, torch.Tensor):
+        return True
+    if not _takes(model, inputs):
+        return False
+    if not _takes(model, inputs, other):
+        return True
     if isinstance(other, torch.Tensor):
         whole = not other.is_floating_point() and not other.is_complex()
         return whole and other.dim() <= 1 < inputs.dim() and other.numel() in (1, len(inputs))

@@ -32,6 +32,7 @@ class Two(nn.Module):
         (One(), (X, torch.ones(3)), (2, set())),
         (One(), (X, torch.ones(3, 4).long()), (2, set())),
         (Two(), (X, LENGTHS), (2, set())),
+        (nn.Linear(4, 4), (X, torch.ones(3)), (1, set())),
         (Two(), ((X, LENGTHS), torch.tensor(3)), (2, set())),
     ],
 )
@@ -71,6 +72,17 @@ def test_the_users_example():
     with pytest.raises(ValueError, match=r"example_inputs: missing a required argument: 'lengths'.*forward takes x"):
         Example.of(Two(), X, None, needed=True)
     assert Example.of(Two(), (X, LENGTHS), None, needed=True).args == (X, LENGTHS)
+
+
+def test_an_example_that_is_a_mapping():
+    class Sum(nn.Module):
+        def forward(self, batch):
+            return sum(batch.values())
+
+    assert Example.of(Two(), {"x": X, "lengths": LENGTHS}, None, needed=True).kwargs.keys() == {"x", "lengths"}
+    assert Example.of(Sum(), {"x": X, "y": X}, None, needed=True).args == ({"x": X, "y": X},)
+    with pytest.raises(ValueError, match=r"example_inputs: got an unexpected keyword argument 'y'"):
+        Example.of(Two(), {"x": X, "y": X, "lengths": X}, None, needed=True)
 
 
 def test_running_it_leaves_modes_and_gradients_alone():
