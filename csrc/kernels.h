@@ -75,6 +75,25 @@ inline int64_t gemm_scratch(const WoqGeometry& g, const Staged& s, int64_t rows)
   return kTileN * 4 * (kFloatFold + rows);
 }
 
+// A linear with a float weight [n, k] as torch keeps it; bias [n] or null. Both are of the type of the output, which
+// has no bias of its own.
+struct FloatLinearArgs {
+  const float* x;  // [rows, staged_float_k(k)], as stage_float_rows leaves it
+  int64_t rows, k;
+  const void *weight, *bias;
+  Output output;
+};
+
+struct FloatStageArgs {
+  const void* x;  // [rows, k]
+  FloatType type;
+  int64_t k;
+  float* staged;
+};
+
+constexpr int64_t kFloatStep = 32;  // elements of k that the kernel takes together
+inline int64_t staged_float_k(int64_t k) { return (k + kFloatStep - 1) / kFloatStep * kFloatStep; }
+
 struct QuantizeArgs {
   const void* weight;  // [n, k]
   FloatType type;
@@ -182,6 +201,8 @@ struct KernelTable {
   void (*stage_rows)(const StageArgs&, int64_t begin, int64_t end, uint8_t* scratch);
   // One tile of columns for rows [begin, end).
   void (*gemm_tile)(const GemmArgs&, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch);
+  void (*stage_float_rows)(const FloatStageArgs&, int64_t begin, int64_t end);
+  void (*float_tile)(const FloatLinearArgs&, int64_t tile);  // kTileN columns, all rows
   // False when a value is NaN or infinite.
   bool (*quantize_rows)(const QuantizeArgs&, int64_t begin, int64_t end, uint8_t* scratch);
   void (*quantize_activation)(const QuantizeActivationArgs&, int64_t begin, int64_t end);

@@ -3,6 +3,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/embedding.h"
+#include "kernels/float_linear.h"
 #include "kernels/gated.h"
 #include "kernels/int8_depthwise.h"
 #include "kernels/int8_linear.h"
@@ -45,9 +46,9 @@ constexpr bool kHasBf16Dot = false;
 #endif
 
 constexpr KernelTable make_table() {
-  return {kHasBf16Dot,       stage_ranges,   stage_rows,      gemm_tile,        quantize_rows, quantize_activation,
-          int8_tile,         depthwise_row,  norm_rows,       rotate_positions, gated_product, gather_rows,
-          attention_scratch, attention_task, attention_merge, quantize_token};
+  return {kHasBf16Dot,   stage_ranges,        stage_rows,        gemm_tile,      stage_float_rows, float_tile,
+          quantize_rows, quantize_activation, int8_tile,         depthwise_row,  norm_rows,        rotate_positions,
+          gated_product, gather_rows,         attention_scratch, attention_task, attention_merge,  quantize_token};
 }
 
 }  // namespace IPEX_QUANT_ISA_NS

@@ -15,6 +15,7 @@ from ..nn.fused_forward import fused_forward, restore_forwards
 from .attention import NAME, is_attention, is_native, use_native_attention
 from .decoder.families import FAMILIES
 from .decoder.layer import FusedLayer, fuse_decoder
+from .decoder.linears import fuse_linears
 from .decoder.model import FusedModel, fuse_model
 from .decoder.norms import fuse_norms, norm_of
 from .decoder.own_mlp import OwnMlp, fuse_mlps, mlp_of, own_modules
@@ -55,7 +56,7 @@ def parts_of(model: nn.Module) -> list[Part]:
 
 
 def use_native_stack(model: nn.Module, kv_cache_dtype: torch.dtype | None = None, attention: bool = True) -> None:
-    """Let decoder layers, norms, MLPs, attention and KV caches of `model` compute natively where they can, in place.
+    """Let decoder layers, norms, MLPs, linears, attention and caches of `model` compute natively where they can.
 
     `kv_cache_dtype` is that of `use_native_cache`. Without `attention` the model keeps its own attention and its stock
     decoder layers, since fused ones always use the native attention. Modules that stay stock are logged, and `explain`
@@ -65,6 +66,7 @@ def use_native_stack(model: nn.Module, kv_cache_dtype: torch.dtype | None = None
         fuse_decoder(model)
     fuse_norms(model)
     fuse_mlps(model)
+    fuse_linears(model)
     if attention:
         fuse_model(model)
     if isinstance(model, PreTrainedModel):

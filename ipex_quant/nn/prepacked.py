@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..numerics.scheme import FLOAT_DTYPES
+from ..ops.float_linear import float_linear, has_few_rows, is_native
 from ..ops.gradient import needs_gradient
 from .fused_forward import FusedForward, restore_forwards
 from .widened_linear import widened_linear
@@ -159,7 +160,7 @@ class PrepackedLayer(Prepacked):
 
 
 class PrepackedLinear(PrepackedLayer):
-    """The forward of an ``nn.Linear``."""
+    """The forward of an ``nn.Linear``, which reads its own weight, not the copy, where the input has few rows."""
 
     def _fits(self, input: torch.Tensor) -> bool:
         return input.dim() > 0 and input.shape[-1] == self.module.in_features
@@ -175,6 +176,15 @@ class PrepackedLinear(PrepackedLayer):
         return widened_linear(input, weight, bias)
 
     def _compute(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        if has_few_rows(input, weight):
+            x = input.to(weight.dtype)
+            if is_native(x, weight):
+                return float_linear(x, weight, None if bias is None else bias.to(weight.dtype))
+        return self._multiply(input, weight, bias, dtype)
+
+    def _multiply(
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
         packed = self._weight.of([weight], dtype, lambda: pack_linear(weight.to(dtype)))

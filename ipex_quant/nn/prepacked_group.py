@@ -82,9 +82,9 @@ class GroupedLinear(PrepackedLinear):
         self.group = group
         self.index = index
 
-    def _compute(
+    def _multiply(
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
         if self.group.is_together:
             return self.group.result(self.index, input, dtype)
-        return super()._compute(input, weight, bias, dtype)
+        return super()._multiply(input, weight, bias, dtype)

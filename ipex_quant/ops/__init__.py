@@ -1,4 +1,4 @@
-"""Native ops: weight packing, weight-only and W8A8 linears, convolutions, the other ops of a decoder, and the ISA.
+"""Native ops: weight packing, weight-only, W8A8 and float linears, convolutions, the other ops of a decoder, and the ISA.
 
 Importing this package loads the native library and registers its ops under ``torch.ops.ipex_quant``.
 """
@@ -25,6 +25,7 @@ from .experts import (
     unpack_experts,
     woq_experts,
 )
+from .float_linear import float_linear
 from .gated import gelu_mul, gelu_mul_halves, silu_mul, silu_mul_halves
 from .int8 import (
     PackedInt8,
@@ -70,6 +71,7 @@ __all__ = [
     "bind_team",
     "conv_dequantize",
     "decoder_layers",
+    "float_linear",
     "fused_rope_attention",
     "gate_arguments",
     "gelu_mul",

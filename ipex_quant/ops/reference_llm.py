@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+
+from .post_op import PostOp, apply_post_op
+
+
+def float_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    post_op: PostOp = PostOp.NONE,
+    others: Sequence[torch.Tensor] = (),
+) -> torch.Tensor:
+    """``x @ weight.T + bias`` summed in float32 and rounded to the dtype of `x`, then `post_op`."""
+    bias = None if bias is None else bias.float()
+    return apply_post_op(F.linear(x.float(), weight.float(), bias).to(x.dtype), post_op, others)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ipex_quant import ops
 from ipex_quant.nn import prepacked
 from ipex_quant.nn.prepacked import Derived, PrepackedLinear, compute_dtype, prepack, restore_prepacked
 
@@ -45,6 +46,23 @@ def test_a_linear_layer_computes_what_it_did(shape, bias, dtype):
     with torch.inference_mode():
         close(layer(input=x.to(dtype)), expected)
     assert layer.extra_repr() == nn.Linear(17, 9, bias).extra_repr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+def test_few_rows_need_no_copy_of_the_weight(linear, dtype):
+    linear.to(dtype)
+    for shape in ((24,), (1, 24), (2, 2, 24)):
+        x = torch.randn(shape).to(dtype)
+        with torch.no_grad():
+            for given in (x, x.float()):
+                assert torch.equal(linear(given), ops.float_linear(x, linear.weight, linear.bias))
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                assert torch.equal(linear(x.float()), ops.float_linear(x, linear.weight, linear.bias))
+            linear.weight.data.mul_(2)  # which no version counts
+    assert not packs(linear)
+    with torch.no_grad():
+        linear(torch.randn(50, 24).to(dtype))
+    assert packs(linear)
 
 
 def test_transposed_inputs(linear):

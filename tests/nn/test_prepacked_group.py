@@ -51,14 +51,23 @@ def products(block):
 
 def test_one_product_serves_all_members(block):
     counts = products(block)
-    for shape in ((4, 12), (2, 3, 12), (12,)):
+    for shape in ((10, 12), (2, 30, 12), (2, 1, 5, 12)):
         check(block, torch.randn(shape))
     assert counts == [3, 3, 3]
     assert block.q.forward.group._last is None
 
 
+def test_few_rows_are_multiplied_by_the_weights_themselves(block):
+    counts = products(block)
+    for shape in ((12,), (1, 12), (4, 1, 12)):
+        check(block, torch.randn(shape))
+    check(block, torch.randn(2, 12), torch.randn(3, 12))
+    assert not counts
+    assert block.q.forward.group.is_together
+
+
 def test_changes_of_parameters_and_inputs_are_noticed(block):
-    x = torch.randn(4, 12)
+    x = torch.randn(10, 12)
     check(block, x)
     block.v.bias.add_(1)
     block.k.weight = nn.Parameter(block.k.weight * 2, False)
@@ -73,13 +82,13 @@ def test_changes_of_parameters_and_inputs_are_noticed(block):
 def test_members_that_read_another_tensor_are_computed_alone_afterwards(block):
     counts = products(block)
     for _ in range(2):
-        check(block, torch.randn(4, 12), torch.randn(3, 12))
+        check(block, torch.randn(10, 12), torch.randn(9, 12))
     assert len(counts) == 2
     assert not block.q.forward.group.is_together
 
 
 def test_copies_are_groups_of_their_own(block):
-    x = torch.randn(4, 12)
+    x = torch.randn(10, 12)
     check(block, x)
     block.q(x)
     other = copy.deepcopy(block)
@@ -91,13 +100,13 @@ def test_copies_are_groups_of_their_own(block):
 
 
 def test_threads(block):
-    x = torch.randn(4, 12)
+    x = torch.randn(10, 12)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda each: check(block, each), [x, x.clone()] * 20))
 
 
 def test_gradients_and_lower_precision(block):
-    x = torch.randn(4, 12)
+    x = torch.randn(10, 12)
     block.requires_grad_(True)
     sum(part.sum() for part in block(x)).backward()
     assert torch.allclose(block.k.weight.grad, x.sum(0).expand(6, 12))

@@ -44,6 +44,7 @@ CALLS = {
         *(QKV, [BYTES] * 4, [], [], [QKV[0, 0]] * 2, [], [], NONE, NONE, 0, [HEADS, HEADS], [0], None, None),
         *DecoderStructure(projections=1, mlp_inputs=1).arguments,
     ),
+    "float_linear": (X, X, X[:, 0], [], 0),
     "woq_pack": (X.to(torch.int8), X[:, :1], None, None, 8, 1, -1),
     "woq_unpack": (BYTES, INDEX[0], 1, 1, 1, -1, False),
     "woq_dequantize": (BYTES, INDEX[0], 1, 1, torch.float32),
@@ -98,6 +99,7 @@ def test_every_op_of_several_tensors_is_among_them() -> None:
     ("call", "message"),
     [
         (lambda: ops.attention(*to_meta((HEADS[0], HEADS, HEADS)), scale=1.0), r"query: expected \[B, H, Lq, D\]"),
+        (lambda: _ops.float_linear(*to_meta((X, X[:, :4])), None, [], 0), r"x: expected \[..., K\]"),
         (lambda: ops.rms_norm(*to_meta((X, X[0, :4])), 1e-6), r"weight: expected \[8\]"),
         (lambda: ops.rotary(*to_meta((X, HEADS[0], HEADS[0]))), r"x: expected \[B, L, H, D\]"),
         (lambda: _ops.gated_product(*to_meta((X, X[:1])), 4), "y: expected the shape of x"),

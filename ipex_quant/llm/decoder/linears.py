@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ... import ops
 from ...nn import Int8Linear, WeightOnlyQuantizedLinear
+from ...nn.fused_forward import FusedForward, fused_forward, restore_forwards
 from ...nn.linears import is_linear, obstacle
 from ...ops import PostOp
 from ...ops.post_op import ACTIVATIONS, GATES, apply_post_op
@@ -67,11 +67,11 @@ class LinearCall:
 
 
 class FloatCall(LinearCall):
-    """An ``nn.Linear``."""
+    """An ``nn.Linear``, whose op has the post op in its epilogue where x has few rows."""
 
     def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
         parameters = self.module._parameters
-        return apply_post_op(F.linear(x, parameters["weight"], parameters["bias"]), post_op, others)
+        return ops.float_linear(x, parameters["weight"], parameters["bias"], post_op, others)
 
 
 class WeightOnlyCall(LinearCall):
@@ -206,4 +206,35 @@ def _plain(module: nn.Module) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    return "forward" in module.__dict__ and not is_fused(module)
+
+
+class FusedLinear(FusedForward):
+    """Replaces the `forward` of an ``nn.Linear`` by `ops.float_linear`, which is native where x has few rows."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.module = module
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        return ops.float_linear(input, self.module.weight, self.module.bias)
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether the `forward` of `module` is a `FusedLinear`."""
+    return isinstance(fused_forward(module), FusedLinear)
+
+
+def fuse_linears(model: nn.Module) -> list[str]:
+    """Let every ``nn.Linear`` of `model` compute by `ops.float_linear`; return their names.
+
+    Subclasses and modules with a `forward` of their own stay as they are. `restore_forwards` undoes it.
+    """
+    restore_forwards(model, FusedLinear)
+    names = []
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and "forward" not in vars(module):
+            module.forward = FusedLinear(module)
+            names.append(name)
+    return names

@@ -8,20 +8,20 @@ from torch import nn
 
 from ...nn import Int8Linear, WeightOnlyQuantizedLinear
 from ...nn.quantized_module import autocast, autocast_dtype
-from ...ops import PostOp
+from ...ops import PostOp, float_linear
 from ...ops.gradient import needs_gradient
 from ...ops.post_op import apply_post_op
-from ..decoder.linears import Int8Group, WeightOnlyGroup, linear_calls
+from ..decoder.linears import Int8Group, WeightOnlyGroup, is_fused, linear_calls
 from .gated import silu_mul
 
 
 class FusedLinear(nn.Module):
     """Base of the fusions of one linear layer: ``post_op(linear(x), *others)``.
 
-    `linear` is an ``nn.Linear`` or another module that is called with one tensor. `WeightOnlyQuantizedLinear` and
-    `Int8Linear` run the post op within their kernel if `others` have the result's shape and dtype. For other modules,
-    if a gradient is needed, or if the layer has hooks, the post op runs in torch, and `others` broadcast. Raises
-    TypeError when `linear` is no module.
+    `linear` is an ``nn.Linear`` or another module that is called with one tensor. `WeightOnlyQuantizedLinear`,
+    `Int8Linear` and, where x has few rows, ``nn.Linear`` run the post op within their kernel if `others` have the
+    result's shape and dtype. For other modules, if a gradient is needed, or if the layer has hooks, the post op runs in
+    torch, and `others` broadcast. Raises TypeError when `linear` is no module.
     """
 
     def __init__(self, linear: nn.Module) -> None:
@@ -82,7 +82,7 @@ class LinearSiluMul(FusedLinear):
     """``silu(linear(x)) * y``."""
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        gate = self.linear(x)
+        gate = fused_linear(self.linear, x, PostOp.NONE)
         return silu_mul(gate, y) if _alike(y, gate) else F.silu(gate) * y
 
 
@@ -102,7 +102,7 @@ class Linear2SiluMul(nn.Module):
         linears = linear_calls((self.linear_s, self.linear_m))
         if isinstance(linears, (Int8Group, WeightOnlyGroup)) and not needs_gradient(x):
             return linears.gated(autocast(x), PostOp.SILU)
-        gate, up = self.linear_s(x), self.linear_m(x)
+        gate, up = (fused_linear(linear, x, PostOp.NONE) for linear in (self.linear_s, self.linear_m))
         return silu_mul(gate, up) if _alike(up, gate) else F.silu(gate) * up
 
 
@@ -114,11 +114,13 @@ def fused_linear(linear: nn.Module, x: torch.Tensor, post_op: PostOp, *others: t
         return apply_post_op(linear(x), post_op, others)
     if isinstance(linear, WeightOnlyQuantizedLinear):
         return linear.forward_fused(x, post_op, *others)
-    return linear.share_group.multiply(autocast(x), post_op, others)[0]
+    if isinstance(linear, Int8Linear):
+        return linear.share_group.multiply(autocast(x), post_op, others)[0]
+    return float_linear(x, linear.weight, linear.bias, post_op, others)
 
 
 def _fuses(linear: nn.Module) -> bool:
-    """Whether a native call can replace calling `linear`.
+    """Whether an op can replace calling `linear`.
 
     It would run no hooks, and would quantize again the activation that the linears of a share group quantize once.
     """
@@ -126,7 +128,8 @@ def _fuses(linear: nn.Module) -> bool:
         return False
     if isinstance(linear, Int8Linear):
         return len(linear.share_group.inputs) == 1
-    return isinstance(linear, WeightOnlyQuantizedLinear)
+    plain = type(linear) is nn.Linear and ("forward" not in vars(linear) or is_fused(linear))
+    return plain or isinstance(linear, WeightOnlyQuantizedLinear)
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:

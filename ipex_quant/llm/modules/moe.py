@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ... import ops
@@ -109,14 +108,14 @@ class GatedMLPMOE(nn.Module):
         return result.to(tokens.dtype)
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        hidden = F.linear(x, self.W13[expert])
+        hidden = ops.float_linear(x, self.W13[expert])
         if self.W3 is not None:
-            hidden = silu_mul(hidden, F.linear(x, self.W3[expert]))
+            hidden = silu_mul(hidden, ops.float_linear(x, self.W3[expert]))
         elif needs_gradient(hidden):
             hidden = silu_mul(*hidden.chunk(2, dim=-1))
         else:
             hidden = ops.silu_mul_halves(hidden)
-        return F.linear(hidden, self.W2[expert])
+        return ops.float_linear(hidden, self.W2[expert])
 
 
 def _scores(router_logits: torch.Tensor, scoring_func: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ from ipex_quant.nn import Int8Linear, WeightOnlyQuantizedLinear
 from ipex_quant.numerics import affine
 from ipex_quant.numerics.int8 import quantize_per_channel
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
+from ipex_quant.ops import float_linear
 
 IN, OUT = 70, 24
 FUSIONS = {
@@ -67,6 +68,19 @@ class TestFusions:
         fused = fusion(linear)(x, *others)
         assert fused.dtype == dtype
         torch.testing.assert_close(fused, function(linear(x), *others), **EXACT[dtype])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 50])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_float_linears_are_computed_by_the_op(fusion, rows, calls):
+    linear, x = nn.Linear(IN, OUT).requires_grad_(False), torch.randn(rows, IN)
+    others = operands(FUSIONS[fusion], (rows, OUT))
+    fused = fusion(linear)(x, *others)
+    assert calls == []
+    torch.testing.assert_close(fused, FUSIONS[fusion](float_linear(x, linear.weight, linear.bias), *others))
+    torch.testing.assert_close(
+        modules.Linear2SiluMul(linear, linear)(x), F.silu(linear(x)) * linear(x), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["weight_only", "int8"])
