@@ -117,6 +117,8 @@ sanitize: $(ENV_STAMP) $(SANITIZE)/team_tsan  ## run csrc/host/team.h under the 
 bench: build  ## measure the linear kernels against limits and peers, and what calibration costs
 	$(BIN)/python benchmarks/linear.py
 	$(BIN)/python benchmarks/int8.py
+	$(BIN)/python benchmarks/float_linear.py
+	$(BIN)/python benchmarks/float_decode.py
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/calibration.py

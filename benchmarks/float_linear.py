@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ipex_quant.nn.prepacked import multiply_packed, pack_linear
 
-SHAPES = [(4096, 4096), (2048, 5632), (5632, 2048), (768, 3072), (3072, 768), (768, 768)]
+SHAPES = [(4096, 4096), (2048, 5632), (768, 3072), (3072, 768)]
 ROWS = (1, 2, 4, 8)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OURS, TORCH, PACKED = "float_linear", "torch linear", "oneDNN, prepacked"

@@ -1,4 +1,4 @@
-"""Native ops: weight packing, weight-only, W8A8 and float linears, convolutions, the other ops of a decoder, and the ISA.
+"""Native ops: weight packing, weight-only, W8A8 and float linears, convolutions, the rest of a decoder, and the ISA.
 
 Importing this package loads the native library and registers its ops under ``torch.ops.ipex_quant``.
 """

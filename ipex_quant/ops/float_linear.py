@@ -48,7 +48,8 @@ def is_native(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | Non
     graphs serve any number of rows, or subclasses of tensors and `torch.func`, which see torch's operators only.
     """
     return (
-        not torch.compiler.is_exporting()  # first, since a graph would keep the number of rows as a condition
+        not torch.jit.is_tracing()  # these first, since a graph would keep the number of rows as a condition
+        and not torch.compiler.is_exporting()
         and has_few_rows(x, weight)
         and x.dtype == weight.dtype
         and type(x) is torch.Tensor
@@ -58,7 +59,6 @@ def is_native(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | Non
         and weight.is_contiguous()
         and not needs_gradient(x, weight, *others)
         and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != x.dtype)
-        and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
     )
 
