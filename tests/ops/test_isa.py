@@ -117,6 +117,24 @@ def test_packed_bytes_and_integer_results_do_not_depend_on_the_level(results, le
     check([name for name in exact if not torch.equal(generic[name], other[name])], len(exact))
 
 
+FLOAT_LINEARS = """
+import hashlib, itertools, torch
+import ipex_quant.ops
+torch.manual_seed(0)
+digest = hashlib.sha256()
+shapes = itertools.product((1, 2, 3, 4, 5, 8, 9), (1, 17, 130), (1, 33, 768, 1365, 4200))
+for (rows, n, k), dtype in itertools.product(shapes, (torch.float32, torch.bfloat16, torch.float16)):
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((rows, k), (n, k), (n,)))
+    digest.update(torch.ops.ipex_quant.float_linear(x, weight, bias, [], 1).view(torch.uint8).numpy())
+print(digest.hexdigest())
+"""
+
+
+def test_float_linears_have_the_same_bits_at_every_level() -> None:
+    digests = {run_python("-c", FLOAT_LINEARS, level=level, check=True, capture_output=True).stdout for level in LEVELS}
+    assert len(digests) == 1
+
+
 @pytest.mark.parametrize("level", LEVELS[:-1])  # the highest one runs them anyway
 def test_ops_pass_their_tests(level: str) -> None:
     tests = [
