@@ -113,4 +113,4 @@ def cast(model: nn.Module, optimizer: Optimizer | None, dtype: torch.dtype) -> N
     if optimizer is None or dtype == torch.float32:
         model.to(dtype)
     if optimizer is not None:
-        prepare_training(model, optimizer, dtype, split_master_weight=True, fuse_update_step=True)
+        prepare_training(model, optimizer, dtype, stacklevel=4)

@@ -153,7 +153,7 @@ def _optimize_training(
     model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None, options: Options
 ) -> tuple[nn.Module, Optimizer]:
     model, optimizer = prepare_training(
-        model, optimizer, dtype, options.split_master_weight_for_bf16, options.fuse_update_step
+        model, optimizer, dtype, options.split_master_weight_for_bf16, options.fuse_update_step, stacklevel=5
     )
     if options.weights_prepack and dtype is not None and compute_dtype(dtype) != dtype:
         prepack_weights(model)  # for the dtype: weights that change with every step are not worth packing

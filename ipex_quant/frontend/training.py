@@ -18,20 +18,22 @@ def prepare_training(
     dtype: torch.dtype | None = None,
     split_master_weight: bool = True,
     fuse_update_step: bool = True,
+    *,
+    stacklevel: int = 2,
 ) -> tuple[nn.Module, Optimizer]:
     """Make `model` train in `dtype` with `optimizer`; return both, changed in place, so copy them together before.
 
     `dtype` is bfloat16 or float16 for modules of `CAST_FOR_TRAINING`, else their parameters stay. Cast parameters have
     float32 masters, which the model's state dict holds and the optimizer updates: with `split_master_weight`, and
     bfloat16, the lower 16 bits beside each parameter, else a copy. `fuse_update_step` updates in one pass over memory,
-    by torch's fused implementation. An optimizer for which one of these does not exist works without, and a UserWarning
-    names it.
+    by torch's fused kernels. An optimizer for which one of these does not exist works without, and a UserWarning, at
+    `stacklevel` as in ``warnings.warn``, names it.
     """
     split = split_master_weight and dtype == torch.bfloat16
     if split and plain_class(optimizer) not in RULES:
         warnings.warn(
             f"{plain_class(optimizer).__name__} cannot update split master weights: float32 copies are kept instead",
-            stacklevel=5,
+            stacklevel=stacklevel,
         )
         split = False
     if dtype in (torch.bfloat16, torch.float16):
@@ -40,22 +42,27 @@ def prepare_training(
     if masters:
         prepare_optimizer(optimizer, masters)
     if fuse_update_step:
-        fuse_updates(optimizer, any(getattr(module, "sparse", False) for module in model.modules()))
+        if reason := why_not_fused(model, optimizer):
+            message = f"fuse_update_step: there is no fused update for {reason}; the step stays as it is"
+            warnings.warn(message, stacklevel=stacklevel)
+        else:
+            fuse_updates(optimizer)
     return model, optimizer
 
 
-def fuse_updates(optimizer: Optimizer, sparse: bool) -> None:
-    """Let `optimizer` use torch's fused update, which exists for some classes and for gradients that are not `sparse`.
+def why_not_fused(model: nn.Module, optimizer: Optimizer) -> str | None:
+    """What `optimizer` has no fused update for: its class, or sparse gradients of `model`; None if it has one."""
+    if plain_class(optimizer) not in RULES:
+        return plain_class(optimizer).__name__
+    return "sparse gradients" if any(getattr(module, "sparse", False) for module in model.modules()) else None
+
+
+def fuse_updates(optimizer: Optimizer) -> None:
+    """Let `optimizer` use the fused update in its groups and later ones.
 
     Groups that say how to update, by ``foreach``, ``fused`` or ``differentiable``, stay as they are.
     """
-    if sparse or plain_class(optimizer) not in RULES:
-        reason = "sparse gradients" if sparse else plain_class(optimizer).__name__
-        warnings.warn(
-            f"fuse_update_step: torch has no fused update for {reason}; the step stays as it is", stacklevel=6
-        )
-        return
-    for group in optimizer.param_groups:
+    for group in (optimizer.defaults, *optimizer.param_groups):
         if not (group.get("foreach") or group.get("differentiable") or group.get("fused") is not None):
             group["fused"] = True
 

@@ -64,7 +64,8 @@ class Lamb(LayerwiseOptimizer):
         _check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas: expected two numbers from 0 to less than 1, got {betas}")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused})
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, settings | {"fused": fused or None})  # False says no more than None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
