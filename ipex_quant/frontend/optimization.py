@@ -70,6 +70,14 @@ def optimize(
     - `auto_kernel_selection` (False): layers for which prepacking is slower in a run of `sample_input` do without.
     - `graph_mode` (False): the model runs as graphs that ``torch.compile`` makes, or, with a warning, as it is.
 
+    For training:
+
+    - `dtype` bfloat16 or float16: parameters of convolutions, linear layers and embeddings are cast. Their float32
+      values are what the optimizer updates and the state dict holds.
+    - `split_master_weight_for_bf16` (True): such a value is the bfloat16 parameter and the 16 bits that it lacks, for
+      SGD, Adam, AdamW, Adagrad, Lamb and Lars; for other optimizers, with a warning, a copy.
+    - `fuse_update_step` (True): these optimizers update in one pass over memory; others, with a warning, as they do.
+
     At "O1", weights of convolutions are laid out channels last, if `auto_channels_last` is on.
 
     Without `inplace`, the result is a copy. A model that cannot be copied is changed in place, with a warning. A

@@ -86,11 +86,11 @@ class SplitMaster(Master):
 
     @staticmethod
     def read(parts: Sequence[Parts], scratch: torch.Tensor) -> list[torch.Tensor]:
-        return join_into(*map(list, zip(*parts, strict=True)), scratch)
+        return join_into([high for high, _ in parts], [low for _, low in parts], scratch)
 
     @staticmethod
     def write(parts: Sequence[Parts], values: Sequence[torch.Tensor], scratch: torch.Tensor) -> None:
-        split_from(scratch, *map(list, zip(*parts, strict=True)))
+        split_from(scratch, [high for high, _ in parts], [low for _, low in parts])
 
 
 class FullMaster(Master):

@@ -123,3 +123,10 @@ def test_steps(small_model, dtype, batch):
     model.load_state_dict(fast.state_dict())
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         assert model(**batch).loss.item() == pytest.approx(fast(**batch).loss.item(), rel=0.02)
+
+
+def test_an_optimizer_without_fused_update_is_named_where_it_was_given(small_model):
+    model = small_model().train()
+    with pytest.warns(UserWarning, match="RMSprop") as caught:
+        ipex.fast_bert(model, torch.bfloat16, torch.optim.RMSprop(model.parameters()))
+    assert {each.filename for each in caught} == {__file__}

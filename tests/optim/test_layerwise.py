@@ -91,7 +91,7 @@ def test_as_an_optimizer(kind):
 
     losses = []
     for _ in range(3):
-        losses.append(float(optimizer.step(closure)))
+        losses.append(optimizer.step(closure).item())
         scheduler.step()
     assert losses == sorted(losses, reverse=True)
     assert losses[0] > losses[-1]
