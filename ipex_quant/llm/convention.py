@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import ArgumentTypeError
 from .cache.past import Past, TupleCache, check_tuples, fill, is_past, stored_tokens, traced_cache
-from .generation import CacheHook
+from .generation import CacheHook, takes_caches
 
 ORDER = ("attention_mask", "position_ids")
 """The tensors that follow the first argument, in the order that all of IPEX's conventions keep around the past."""
@@ -36,10 +36,13 @@ def accept_tuples(model: nn.Module) -> None:
 
 
 def takes_tuples(model: nn.Module) -> bool:
-    """Whether `model` is one that `accept_tuples` changes: a decoder-only transformers model that generates."""
+    """Whether `model` is one that `accept_tuples` changes: a decoder-only transformers model that generates.
+
+    Its code must use transformers' caches; models whose own code takes tuples keep those.
+    """
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or not model.can_generate():
         return False
-    return "past_key_values" in inspect.signature(model.forward).parameters
+    return "past_key_values" in inspect.signature(model.forward).parameters and takes_caches(model)
 
 
 def _read_tuples(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

@@ -35,6 +35,7 @@ __all__ = [
     "hf_beam_search",
     "hf_greedy_search",
     "hf_sample",
+    "takes_caches",
     "use_native_cache",
 ]
 

@@ -18,6 +18,7 @@ from .decoder.layer import FusedLayer, fuse_decoder
 from .decoder.linears import fuse_linears
 from .decoder.model import FusedModel, fuse_model
 from .decoder.norms import fuse_norms, norm_of
+from .decoder.own_attention import fuse_attention, is_own_attention
 from .decoder.own_mlp import OwnMlp, fuse_mlps, mlp_of, own_modules
 from .generation import CacheHook, use_native_cache
 
@@ -43,7 +44,10 @@ def parts_of(model: nn.Module) -> list[Part]:
     tests = {
         "decoder layers": (lambda module: type(module).__name__ in FAMILIES, fused_forward),
         "norms": (lambda module: not isinstance(module, nn.LayerNorm) and norm_of(module), fused_forward),
-        "attention modules": (is_attention, lambda module: is_native(module) or id(module) not in alone),
+        "attention modules": (
+            lambda module: is_attention(module) or is_own_attention(module),
+            lambda module: id(module) not in alone or fused_forward(module) or _uses_interface(module),
+        ),
         "MLPs": (lambda module: id(module) in alone and (_is_own_mlp(module) or mlp_of(module)), _is_own_mlp),
     }
     parts = []
@@ -68,6 +72,7 @@ def use_native_stack(model: nn.Module, kv_cache_dtype: torch.dtype | None = None
     fuse_mlps(model)
     fuse_linears(model)
     if attention:
+        fuse_attention(model)
         fuse_model(model)
     if isinstance(model, PreTrainedModel):
         if attention:
@@ -102,3 +107,7 @@ def attends_natively(model: nn.Module) -> bool:
 
 def _is_own_mlp(module: nn.Module) -> bool:
     return isinstance(fused_forward(module), OwnMlp)
+
+
+def _uses_interface(module: nn.Module) -> bool:
+    return is_attention(module) and is_native(module)

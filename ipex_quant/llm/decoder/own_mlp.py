@@ -74,7 +74,7 @@ def _tried(
     module: nn.Module, linears: dict[str, nn.Module], inputs: list[str], output: str, x: torch.Tensor
 ) -> FusedMlp | None:
     """The MLP with these `inputs` and `output`, if the module's own code computes one of `x`."""
-    probe, stand_ins = with_stand_ins(module, linears)
+    probe, stand_ins = with_stand_ins(module, linears, 4.0)
     try:
         with torch.no_grad():
             result = type(module).forward(probe, x)

@@ -19,17 +19,17 @@ from .watched_forward import has_hooks
 class StandIn(nn.Module):
     """Stands in for a linear layer: returns random numbers, and keeps its `inputs` and `results`, call by call."""
 
-    def __init__(self, linear: nn.Module, generator: torch.Generator) -> None:
+    def __init__(self, linear: nn.Module, scale: float, generator: torch.Generator) -> None:
         super().__init__()
         self.in_features, self.out_features = features(linear)
-        self.generator = generator
+        self.scale, self.generator = scale, generator
         self.inputs: list[torch.Tensor] = []
         self.results: list[torch.Tensor] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shape = (*x.shape[:-1], self.out_features)
         self.inputs.append(x)
-        self.results.append(4 * torch.randn(shape, generator=self.generator, dtype=torch.float32))
+        self.results.append(self.scale * torch.randn(shape, generator=self.generator, dtype=torch.float32))
         return self.results[-1]
 
 
@@ -53,10 +53,10 @@ def others_have_hooks(module: nn.Module, linears: Mapping[str, nn.Module]) -> bo
     return any(has_hooks(part) for part in module.modules() if id(part) not in known)
 
 
-def with_stand_ins(module: nn.Module, linears: Mapping[str, nn.Module]) -> tuple[Any, dict[str, StandIn]]:
+def with_stand_ins(module: nn.Module, linears: Mapping[str, nn.Module], scale: float) -> tuple[Any, dict[str, StandIn]]:
     """A shallow copy of `module` with stand-ins for `linears`, and these by name."""
     generator = torch.Generator().manual_seed(0)
-    stand_ins = {name: StandIn(linear, generator) for name, linear in linears.items()}
+    stand_ins = {name: StandIn(linear, scale, generator) for name, linear in linears.items()}
     probe = copy.copy(module)
     probe.__dict__ |= {"_modules": module._modules | stand_ins}
     return probe, stand_ins

@@ -40,6 +40,7 @@ MODELS = {
     "qwen": (QWen, ""),
 }
 TOKENS = torch.tensor([[5, 9, 17, 33, 4, 8], [7, 3, 90, 12, 61, 25]])
+NATIVE = "glm2", "baichuan7", "baichuan13"  # attention of others holds more, or is of no known convention
 LINEARS = {"glm1": 9, "glm2": 9, "baichuan7": 11, "baichuan13": 11, "yuan": 15, "qwen": 11}
 
 
@@ -194,7 +195,20 @@ def test_explain_tells_what_is_native(name, model):
     parts = {part.sort: (len(part.native), len(part.stock)) for part in explanation.stack}
     norms = {"glm1": None, "yuan": (7, 0)}  # torch's own norms are not counted
     assert parts.pop("norms", None) == norms.get(name, (5, 0))
-    assert parts == {"MLPs": (2, 0)}
+    assert parts == {"attention modules": (2, 0) if name in NATIVE else (0, 2), "MLPs": (2, 0)}
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("name", NATIVE)
+def test_no_code_of_an_attention_that_is_native_runs(name, monkeypatch, padding):
+    model = build(name)
+    expected = decode(model, padding=padding)[0]
+    optimized = ipex.llm.optimize(model)
+    kinds = {type(module) for each, module in model.named_modules() if each.endswith(("attn", "attention"))}
+    for kind in kinds:
+        monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: pytest.fail("it ran"))
+    assert kinds
+    assert torch.equal(decode(optimized, padding=padding)[0], expected)
 
 
 def test_what_the_own_caches_cannot_be_warns():
