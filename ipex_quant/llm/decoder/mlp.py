@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ class FusedMlp:
     def __init__(
         self, inputs: Sequence[nn.Module], output: nn.Module, activation: Activation | PostOp, gated: bool
     ) -> None:
-        self.activation = activation
+        self.activation: Any = activation  # called only where it is no post op
         self.post_op = activation if isinstance(activation, PostOp) else activation_post_op(activation)
         self.output = linear_call(output)
         self.first = linear_call(inputs[0])

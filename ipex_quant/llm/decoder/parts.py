@@ -20,10 +20,8 @@ class LayerParts:
         self.first_norm, self.second_norm = self.norms[0], self.norms[1] if len(self.norms) > 1 else None
         self.after = self.norms[2:]
         self.attention = FusedAttention(part(layer, family.attention.module), family.attention)
-        if family.mlp is None:
-            self.mlp = StockMlp(layer.mlp)
-        else:
-            self.mlp = FusedMlp.named(part(layer, family.mlp.module), family.mlp)
+        mlp = family.mlp
+        self.mlp = StockMlp(layer.mlp) if mlp is None else FusedMlp.named(part(layer, mlp.module), mlp)
         self.cross = self.cross_norm = None
         if family.cross is not None:
             self.cross = CrossAttention(part(layer, family.cross.module), family.cross)

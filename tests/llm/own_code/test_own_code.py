@@ -139,6 +139,18 @@ def test_several_tokens_after_a_past_are_those_of_one_call(model):
         assert torch.equal(*later)
 
 
+def test_a_single_layer_is_optimized(model):
+    calls, layer = [], model.layers[0]
+    handle = layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    decode(model, steps=2)
+    handle.remove()
+    optimized = ipex.llm.optimize(layer, quantization_config=woq())
+    assert not any(type(module) is nn.Linear for module in optimized.modules())
+    for args, kwargs in calls:
+        expected, found = layer(*args, **kwargs)[0], optimized(*args, **kwargs)[0]
+        assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 def test_smoothquant(name, model):
     mapping = get_smooth_quant_qconfig_mapping(alpha=0.5)
     prepared = prepare(model, mapping, example_inputs=(TOKENS,))
