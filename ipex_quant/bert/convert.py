@@ -16,11 +16,12 @@ from ..frontend.prepacking import prepack_weights
 from ..frontend.training import prepare_training
 from ..nn.fused_forward import fused_forward, restore_forwards
 from ..nn.prepacked import Prepacked, compute_dtype, restore_prepacked
+from .dropout import FastDropout
 from .layer import FastLayer
 from .model import FastBert, fuse_bert
 
 DTYPES = (torch.float32, torch.bfloat16)
-OWN = (FastBert, FastLayer)
+OWN = (FastBert, FastLayer, FastDropout)
 
 
 def fast_bert(

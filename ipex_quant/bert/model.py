@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertModel
 from transformers.utils.output_capturing import capture_outputs
@@ -15,6 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..llm.decoder.layer import has_hooks
 from ..nn.fused_forward import FusedForward
 from ..numerics.scheme import FLOAT_DTYPES
+from .dropout import FastDropout
 from .layer import FastLayer, norm_of_sum, uncalled_modules
 from .tokens import Tokens, read_tokens
 
@@ -23,6 +25,10 @@ def fuse_bert(bert: BertModel, unpad: bool, seed: int | None) -> None:
     """Let `bert`, an encoder, compute as `FastBert` says; `restore_forwards` undoes it."""
     for layer in bert.encoder.layer:
         layer.forward = FastLayer(layer)
+    for module in (bert.embeddings, *bert.encoder.layer):
+        for dropout in module.modules():
+            if type(dropout) is nn.Dropout and not dropout.inplace:
+                dropout.forward = FastDropout(dropout)
     bert.forward = FastBert(bert, unpad, seed)
 
 
@@ -70,7 +76,7 @@ class FastBert(FusedForward):
     def _forward(self, inputs: Inputs, tokens: Tokens, options: dict[str, Any]) -> Any:
         return_dict = options.pop("return_dict", self.model.config.return_dict)
         with torch.autocast("cpu", enabled=False):
-            outputs = _compute(self.model, inputs, tokens, **options)
+            outputs = _compute(self.model, inputs, tokens, **options, return_dict=True)
         if outputs.hidden_states is not None:
             outputs.hidden_states = tuple(
                 tokens.pad(states) if states is not None and states.dim() == 2 else states
@@ -138,8 +144,11 @@ def _compute(
 
 def embed(module: BertEmbeddings, inputs: Inputs, tokens: Tokens) -> torch.Tensor:
     """What `module` computes of `inputs`, as rows ``[T, K]``."""
-    words = module.word_embeddings(tokens.pack(inputs.ids)) if inputs.embeds is None else tokens.pack(inputs.embeds)
+    if inputs.embeds is None:
+        words = module.word_embeddings(tokens.pack(inputs.ids))
+    else:
+        words = tokens.pack(inputs.embeds).to(module.word_embeddings.weight.dtype)
     types = words.new_zeros(1, dtype=torch.long) if inputs.token_types is None else tokens.pack(inputs.token_types)
     positions = module.position_ids[:, : tokens.length] if inputs.positions is None else inputs.positions
-    places = module.position_embeddings(tokens.pack(positions.view(-1, tokens.length)))
+    places = module.position_embeddings(tokens.pack(positions if positions.dim() == 2 else positions[None]))
     return module.dropout(norm_of_sum(module.LayerNorm, words + module.token_type_embeddings(types), places))

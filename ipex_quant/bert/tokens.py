@@ -13,7 +13,8 @@ import torch
 class Tokens:
     """The T tokens of a batch ``[batch, length]`` that are computed, as rows ``[T, ...]``, sequence after sequence.
 
-    `rows`, int64 ``[T]``, are their places in the flattened batch; None is all of it. Either `mask`, bool or added to
+    `rows`, int64 ``[T]``, are their places in the flattened batch; None is all of it, in which `hidden`, bool ``[batch,
+    length]``, may mark tokens whose results do not count. Either `mask`, bool or added to
     the scores, broadcasts to ``[batch, H, length, length]``, and all tokens are computed; or the queries of sequence b
     are the rows ``starts[b]`` to ``starts[b + 1]``, and its keys the rows ``key_starts[b]`` to ``key_starts[b + 1]`` of
     those in `keys`, int64; None is all. Starts are int64 ``[batch + 1]``.
@@ -26,6 +27,7 @@ class Tokens:
     rows: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """The rows ``[T, ...]`` of the computed tokens of `x` ``[batch or 1, length, ...]``."""
@@ -37,10 +39,11 @@ class Tokens:
         return x.flatten(0, 1).index_select(0, self.rows)
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` ``[T, K]`` as ``[batch, length, K]``, with 0 for tokens that are not computed."""
+        """`x` ``[T, K]`` as ``[batch, length, K]``, with 0 for tokens that are not computed, or `hidden`."""
         if self.rows is not None:
             x = x.new_zeros(self.batch * self.length, *x.shape[1:]).index_copy(0, self.rows, x)
-        return x.unflatten(0, (self.batch, self.length))
+        x = x.unflatten(0, (self.batch, self.length))
+        return x if self.hidden is None else x.masked_fill(self.hidden[..., None], 0)
 
     def select_keys(self, x: torch.Tensor) -> torch.Tensor:
         """The rows of `x` ``[T, ...]`` that any token sees."""
@@ -85,7 +88,7 @@ def read_tokens(shape: Sequence[int], mask: torch.Tensor | None, unpad: bool) ->
         )
     real = mask.bool()
     if torch.compiler.is_compiling():  # traced code cannot depend on values
-        return Tokens(batch, length, whole, whole, mask=real[:, None, None])
+        return Tokens(batch, length, whole, whole, mask=real[:, None, None], hidden=~real if unpad else None)
     if not torch.jit.is_tracing() and bool(real.all()):
         return Tokens(batch, length, whole, whole)
     seen = real.flatten().nonzero().squeeze(1)

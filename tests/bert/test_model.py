@@ -6,6 +6,7 @@ import torch
 import transformers
 
 import ipex_quant as ipex
+from ipex_quant.nn.prepacked import restore_prepacked
 
 HEADS = {
     "BertModel": "last_hidden_state",
@@ -191,3 +192,61 @@ def test_float64_is_stock(small_model, batch):
     model = small_model().double()
     fast = ipex.fast_bert(small_model(), unpad=True).double()
     torch.testing.assert_close(outputs_of(fast, **batch)[0], outputs_of(model, **batch)[0])
+
+
+@pytest.mark.parametrize("unpad", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_batches_without_a_token(small_model, unpad, grad):
+    fast = ipex.fast_bert(small_model("BertForMaskedLM"), unpad=unpad)
+    for shape in ((0, 9), (3, 0), (0, 0)):
+        ids = torch.zeros(shape, dtype=torch.long)
+        for mask in (None, torch.ones_like(ids)):
+            with torch.set_grad_enabled(grad):
+                assert fast(ids, attention_mask=mask).logits.shape == (*shape, 99)
+    hidden = torch.zeros(3, 9, dtype=torch.long)
+    with torch.set_grad_enabled(grad):
+        logits = fast(hidden, attention_mask=hidden).logits
+    assert logits.isfinite().all()
+    if grad:
+        logits.sum().backward()
+        assert all(p.grad.isfinite().all() for p in fast.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("embeds", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_embeddings_in_another_dtype(small_model, packed, dtype, autocast, embeds):
+    """The model's dtype is that of its computation."""
+    model = small_model()
+    fast = ipex.fast_bert(model, dtype=dtype)
+    if not packed:
+        restore_prepacked(fast)
+    given = torch.randn(4, 9, 32).to(embeds)
+    expected = outputs_of(model, inputs_embeds=given.float())[0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = outputs_of(fast, inputs_embeds=given)[0]
+    assert found.dtype == dtype
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("unpad", [False, True])
+def test_compiled(small_model, unpad, grad, batch):
+    fast = ipex.fast_bert(small_model(), unpad=unpad)
+    with torch.set_grad_enabled(grad):
+        expected = fast(**batch)[0]
+        found = torch.compile(fast, backend="aot_eager", fullgraph=True)(**batch)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+@torch.no_grad()
+def test_traced(small_model, batch):
+    fast = ipex.fast_bert(small_model(return_dict=False), unpad=True)
+    ids, mask, types = batch.values()
+    traced = torch.jit.trace(fast, (ids, mask, types), check_trace=False)
+    for rows in (slice(0, 4), slice(1, 3)):
+        args = ids[rows], mask[rows], types[rows]
+        torch.testing.assert_close(traced(*args)[0], fast(*args)[0])

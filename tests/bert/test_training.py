@@ -1,9 +1,11 @@
 import copy
+import pickle
 
 import pytest
 import torch
 
 import ipex_quant as ipex
+from ipex_quant.nn import prepacked
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -100,9 +102,50 @@ def test_dropout_rates(small_model, batch):
     assert sum(shares) / 40 == pytest.approx(0.25, abs=0.02)
 
 
+def labels_of(kind, batch):
+    """`batch` with labels for a model of class `kind`."""
+    labelled, sequences = with_labels(batch), torch.tensor([0, 1, 1, 0])
+    tokens = labelled.pop("labels")
+    return labelled | {
+        "BertForMaskedLM": {"labels": tokens},
+        "BertForPreTraining": {"labels": tokens, "next_sentence_label": sequences},
+        "BertForTokenClassification": {"labels": torch.where(tokens < 0, tokens, tokens % 2)},
+        "BertForSequenceClassification": {"labels": sequences},
+        "BertForQuestionAnswering": {"start_positions": sequences, "end_positions": sequences + 1},
+    }.get(kind, {"labels": sequences})
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "BertForMaskedLM",
+        "BertForPreTraining",
+        "BertForTokenClassification",
+        "BertForSequenceClassification",
+        "BertForQuestionAnswering",
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_steps(small_model, dtype, batch):
-    """Losses of a few steps are those of stock code."""
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_heads(small_model, multiplies, dtype, kind, batch, monkeypatch):
+    """Gradients with an optimizer, in bfloat16 without autocast, on CPUs that multiply it and on others."""
+    monkeypatch.setattr(prepacked, "_SLOW", frozenset() if multiplies else frozenset((torch.bfloat16,)))
+    batch["attention_mask"][:, 0] = 1  # where poolers look
+    batch = labels_of(kind, batch)
+    model = small_model(kind, **NO_DROPOUT).train()
+    fast, _ = ipex.fast_bert(model, dtype=dtype, optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    expected = gradients(model, batch)
+    errors = relative_errors(gradients(fast, batch), expected)
+    largest = max(float(g.norm()) for g in expected.values())
+    for name, error in errors.items():
+        if float(expected[name].norm()) > 1e-3 * largest:
+            assert error < (1e-4 if dtype == torch.float32 else 0.1), (name, error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_steps(small_model, autocast, dtype, batch):
+    """Losses of a few steps are those of stock code, which computes in bfloat16 under autocast alone."""
     batch = with_labels(batch)
     model = small_model("BertForMaskedLM", **NO_DROPOUT).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -112,7 +155,7 @@ def test_steps(small_model, dtype, batch):
         losses.append([])
         for _ in range(5):
             steps.zero_grad()
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32 and (autocast or each is model)):
                 loss = each(**batch).loss
             loss.backward()
             steps.step()
@@ -130,3 +173,19 @@ def test_an_optimizer_without_fused_update_is_named_where_it_was_given(small_mod
     with pytest.warns(UserWarning, match="RMSprop") as caught:
         ipex.fast_bert(model, torch.bfloat16, torch.optim.RMSprop(model.parameters()))
     assert {each.filename for each in caught} == {__file__}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_trains_on(small_model, copied, batch):
+    batch = with_labels(batch)
+    model = small_model("BertForMaskedLM", **NO_DROPOUT).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    pairs = [ipex.fast_bert(model, dtype=torch.bfloat16, optimizer=optimizer, unpad=True)]
+    for number in range(2):
+        for fast, steps in pairs:
+            steps.zero_grad()
+            fast(**batch).loss.backward()
+            steps.step()
+        if number == 0:
+            pairs.append(copied(pairs[0]))
+    torch.testing.assert_close(pairs[0][0].state_dict(), pairs[1][0].state_dict(), rtol=0, atol=0)
