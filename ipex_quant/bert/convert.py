@@ -35,7 +35,8 @@ def fast_bert(
 
     - `model`: transformers' ``BertModel``, or a module with one as ``.bert``. Its state dict keeps its names.
     - `dtype`: float32 or bfloat16, of all parameters. With an `optimizer`, bfloat16 is that of linear layers and
-      embeddings, whose float32 values the optimizer updates and the state dict holds, as `ipex_quant.optimize` does.
+      embeddings, whose float32 values the optimizer updates and the state dict holds, as `ipex_quant.optimize` does;
+      train it under autocast or without. Without one, linear layers have packed copies of their weights, as there.
     - `unpad`: compute only the tokens that an ``attention_mask [B, L]`` does not hide. All hidden states of the others
       are 0, where stock BERT has values without a meaning.
     - `seed`: an integer, or its digits, for a generator of the dropout in ``.bert``, which otherwise is torch's.
