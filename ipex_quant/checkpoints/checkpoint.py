@@ -65,8 +65,10 @@ class Checkpoint(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
     def check_complete(self) -> None:
         """Raise ValueError, with the module and the tensor named, for a quantized module without its weight."""
         for module_name, names in self._modules.items():
+            if any(key in names for key in self.format.weight_keys):
+                continue
             try:
-                require(names, self.format.keys[:1])
+                require(names, self.format.weight_keys[:1])
             except ValueError as error:
                 raise ValueError(f"{module_name}.{error}; get a complete checkpoint") from error
 
@@ -258,7 +260,7 @@ def _format_of(state_dict: Mapping[str, torch.Tensor]) -> CheckpointFormat:
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
     if len(checkpoint) == 0:
         raise ValueError(
-            f"low_precision_checkpoint: no tensor is named '<module>.{checkpoint.format.keys[0]}': the format "
+            f"low_precision_checkpoint: no tensor is named '<module>.{checkpoint.format.weight_keys[0]}': the format "
             f"and the config do not match, or it is not quantized; the first names are {sorted(checkpoint.tensors)[:5]}"
         )
     checkpoint.check_complete()

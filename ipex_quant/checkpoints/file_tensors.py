@@ -81,8 +81,33 @@ class FileTensor:
         return data.view(self.dtype).view(shape)
 
 
-Stored = torch.Tensor | FileTensor
-"""A tensor, or one that is read when it is indexed: ``t[...]`` is the tensor in both cases."""
+@dataclass(frozen=True)
+class ExpertRows:
+    """Some rows of one expert of a stack, which are read by ``rows[...]``."""
+
+    stack: Stored
+    expert: int
+    rows: slice
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stack.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        count = len(range(*self.rows.indices(self.stack.shape[1])))
+        return torch.Size((count, *self.stack.shape[2:]))
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, index: int | EllipsisType) -> torch.Tensor:
+        rows = self.stack[self.expert][self.rows].contiguous()
+        return rows if index is Ellipsis else rows[index]
+
+
+Stored = torch.Tensor | FileTensor | ExpertRows
+"""A tensor, or one that is read when it is indexed: ``t[...]`` is the tensor in all cases."""
 
 
 def file_tensors(path: Path) -> dict[str, FileTensor]:

@@ -36,7 +36,12 @@ class CheckpointFormat(ABC):
     @property
     @abstractmethod
     def keys(self) -> tuple[str, ...]:
-        """Names of one module's tensors, which may have dots; the first is the weight."""
+        """Names of one module's tensors, which may have dots."""
+
+    @property
+    def weight_keys(self) -> tuple[str, ...]:
+        """The `keys` of which a quantized module must have one."""
+        return self.keys[:1]
 
     def presented(self, tensors: Mapping[str, Stored]) -> Mapping[str, Stored]:
         """The tensors of a file under the names that `keys` expects: of each linear layer, and of each expert's."""
@@ -47,7 +52,7 @@ class CheckpointFormat(ABC):
 
         A single tensor other than the weight makes no quantized module: norms have a `scale` too.
         """
-        return len(stored) > 1 or self.keys[0] in stored
+        return len(stored) > 1 or not set(self.weight_keys).isdisjoint(stored)
 
     @abstractmethod
     def read(

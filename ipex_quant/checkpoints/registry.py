@@ -6,14 +6,27 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from ..reading import shown
+from .auto_round import AutoRoundFormat
 from .awq import AwqFormat
+from .bitsandbytes import BitsAndBytesFormat
+from .compressed_tensors import CompressedTensorsFormat
 from .format import CheckpointFormat
+from .fp8 import Fp8Format
 from .gptq import GptqFormat
+from .mxfp4 import Mxfp4Format
+from .torchao import TorchaoFormat
 
 FORMATS: Mapping[str, Callable[[Mapping[str, object]], CheckpointFormat]] = MappingProxyType(
     {
+        "auto-round": AutoRoundFormat.from_config,
         "awq": AwqFormat.from_config,
+        "bitsandbytes": BitsAndBytesFormat.from_config,
+        "compressed-tensors": CompressedTensorsFormat.from_config,
+        "fp8": Fp8Format.from_config,
         "gptq": GptqFormat.from_config,
+        "intel/auto-round": AutoRoundFormat.from_config,
+        "mxfp4": Mxfp4Format.from_config,
+        "torchao": TorchaoFormat.from_config,
     }
 )
 """Maps `quant_method` to the function that makes a format from a `quantization_config`."""

@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 
 from ..numerics.affine import INT4_OFFSET
+from ..numerics.codebooks import E2M1_DOUBLED
+from ..numerics.nibbles import pack_nibbles, unpack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
 
@@ -142,3 +144,63 @@ def integer_weight(
         WeightScheme(scheme.dtype, symmetric, scheme.group_size),
         shape,
     )
+
+
+def spread_blocks(scales: torch.Tensor, rows: int, block: tuple[int, int] | None) -> torch.Tensor:
+    """Float32 scales ``[rows, groups]`` of ``[1, groups]``, ``[rows, groups]``, or one row for `block` ``[0]`` rows."""
+    scales = scales.float()
+    if len(scales) == rows:
+        return scales.contiguous()
+    return scales.repeat_interleave(rows if len(scales) == 1 or block is None else block[0], dim=0)[:rows].contiguous()
+
+
+def group_of(group: int, columns: int) -> int:
+    """The `group_size` of a `WeightScheme` for groups of `group` columns: per channel if one holds all."""
+    return PER_CHANNEL if group >= columns else group
+
+
+def fp8_weight(codes: torch.Tensor, scales: torch.Tensor, group: int) -> QuantizedWeight:
+    """Weight of float8 e4m3 `codes` ``[N, K]`` and float32 `scales` ``[N, groups]``; ValueError for NaN or Inf."""
+    scheme = WeightScheme(WoqWeightDtype.FP8, True, group_of(group, codes.shape[1]))
+    return QuantizedWeight(
+        codes.contiguous(), scales.contiguous(), None, None, scheme, (codes.shape[0], codes.shape[1])
+    )
+
+
+def small_integer_weight(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    group: int,
+    g_idx: torch.Tensor | None = None,
+) -> QuantizedWeight:
+    """Weight ``(codes - zero_points) * scales`` of int8 `codes` ``[N, K]``, as INT4 if all are in -8..7, else as INT8.
+
+    `scales` are floats ``[N, groups]``, `zero_points` int8 of that shape, or None. Raises as `integer_weight` does.
+    """
+    shape = (codes.shape[0], codes.shape[1])
+    zero_points = torch.zeros_like(scales, dtype=torch.int16) if zero_points is None else zero_points.to(torch.int16)
+    size = group_of(group, shape[1])
+    both = (codes, zero_points)
+    if all(each.numel() == 0 or (each.min() >= -INT4_OFFSET and each.max() < INT4_OFFSET) for each in both):
+        packed = pack_nibbles((codes + INT4_OFFSET).view(torch.uint8))
+        scheme = WeightScheme(WoqWeightDtype.INT4, False, size)
+        return integer_weight(packed, scales, zero_points + INT4_OFFSET, g_idx, scheme, shape)
+    return integer_weight(codes, scales, zero_points, g_idx, WeightScheme(WoqWeightDtype.INT8, False, size), shape)
+
+
+def e8m0_scales(exponents: torch.Tensor) -> torch.Tensor:
+    """Powers of two, float32, of uint8 exponents plus 127; ValueError for 255, which is NaN."""
+    if exponents.numel() and exponents.max() == 255:
+        raise ValueError("scales: expected exponents below 255, which is NaN")
+    return torch.ldexp(torch.ones((), dtype=torch.float32), exponents.int() - 127)
+
+
+def e2m1_weight(packed: torch.Tensor, scales: torch.Tensor, group: int, shape: tuple[int, int]) -> QuantizedWeight:
+    """Weight of 4-bit floats, uint8 ``[N, K / 2]`` with the first of two in the low bits, as INT8 of twice the values.
+
+    `scales` are float32 ``[N, K / group]``.
+    """
+    codes = E2M1_DOUBLED[unpack_nibbles(packed.contiguous(), shape[1]).int()]
+    scheme = WeightScheme(WoqWeightDtype.INT8, True, group)
+    return QuantizedWeight(codes, (scales / 2).contiguous(), None, None, scheme, shape)

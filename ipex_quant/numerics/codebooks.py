@@ -18,3 +18,6 @@ NF4_LEVELS = torch.tensor(
 
 FP8_MAX = 448.0
 """Largest finite float8 e4m3fn value (OCP 8-bit floating point specification)."""
+
+E2M1_DOUBLED = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8, device="cpu")
+"""Twice the values of the 4-bit floats E2M1, int8, by code (OCP Microscaling Formats 1.0, FP4)."""

@@ -16,7 +16,7 @@ from ...conversion.rules import choose_qconfigs, fit_reasons
 from ...conversion.swap import copy_on_write, swap_modules
 from ...conversion.tidy import leave_fast_paths
 from ...conversion.tying import untie
-from ...nn import WeightOnlyQuantizedLinear
+from ...nn import Int8Linear, WeightOnlyQuantizedLinear
 from ...nn.embeddings import is_embedding
 from ...nn.fused_forward import restore_forwards
 from ...nn.linears import is_linear, weight_matrix
@@ -116,6 +116,10 @@ def _from_checkpoint(
     bias = module.bias if bias is None else bias
     if bias is not None and bias.device.type == "meta":
         raise ValueError(f"{name}.bias: missing, the checkpoint has only the weight; get a complete one")
+    int8_input = checkpoint.int8_input(name)
+    if int8_input is not None:
+        (new,) = Int8Linear.make_group([weight], [bias], int8_input.static, module.weight.dtype)
+        return new
     new = WeightOnlyQuantizedLinear.from_quantized_weight(weight, bias, qconfig.lowp_mode, qconfig.act_quant_mode)
     return new.to(module.weight.dtype)
 
