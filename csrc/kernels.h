@@ -188,6 +188,55 @@ struct GatherArgs {
 inline int64_t gather_slots(const WoqGeometry& g) { return g.padded_full + 64; }
 inline int64_t gather_scratch(const WoqGeometry& g) { return gather_slots(g) + 4 * g.k; }
 
+// Floats with any strides, in elements, or none if `data` is null. Kernels write to what they are said to, and only
+// that.
+struct StridedFloats {
+  void* data;
+  FloatType type;
+  int64_t strides[4];
+};
+
+constexpr int64_t kScanChannels = 64, kScanPositions = 32;  // of a task, and of what it computes at a time
+
+// y[l] = bias + sum of weight[w] * input[l - (width - 1) + w], whose inputs before the first are in the state: the last
+// `columns` ones in order or, with starts, input i of a sequence in column i % columns, x beginning with starts[batch].
+struct ConvolveArgs {
+  StridedFloats x;             // [batch, 1, channels, length]
+  StridedFloats weight, bias;  // [1, 1, channels, width] and [1, 1, channels, 1]; bias or none
+  StridedFloats state;         // [batch, 1, channels, columns] or none, which is zeros; written if `update`
+  StridedFloats y;             // contiguous; written
+  const int64_t* starts;       // or null
+  bool silu, update;
+  int64_t channels, length, width, columns;
+};
+
+inline int64_t scan_floats(int64_t count) { return count + 64; }  // and what whole vectors overrun, at any ISA level
+inline int64_t convolve_scratch(const ConvolveArgs& args) {
+  const int64_t row = scan_floats(args.width + kScanPositions) + args.width + 1 + kScanPositions;
+  return 4 * (kScanChannels * row + scan_floats(scan_floats(0)));
+}
+
+// h = exp(delta * a) * h + delta * b * u from one position to the next; y = (c . h + d * u) * silu(z).
+struct ScanArgs {
+  StridedFloats u, delta, z;    // [batch, heads, features, length]; z or none
+  StridedFloats a;              // [1, heads, features, states]
+  StridedFloats b, c;           // [batch, groups, states, length]
+  StridedFloats d, delta_bias;  // [1, heads, features, 1], or none
+  StridedFloats state;          // [batch, heads, features, states]; written
+  StridedFloats y;              // contiguous; written
+  bool softplus;
+  int64_t heads, features, length, states, groups;
+
+  int64_t channels() const { return heads * features; }
+  int64_t group_channels() const { return channels() / groups; }
+};
+
+inline int64_t scan_scratch(const ScanArgs& args, int64_t channels) {
+  const int64_t positions = args.length < kScanPositions ? args.length : kScanPositions, states = args.states + 16;
+  return 4 * (5 * scan_floats(channels * positions) + 2 * scan_floats(channels * states) +
+              2 * scan_floats(positions * states) + scan_floats(positions) + scan_floats(states));
+}
+
 // attention_plan.h
 struct AttentionArgs;
 struct AttentionTask;
@@ -218,6 +267,9 @@ struct KernelTable {
   void (*attention_task)(const AttentionArgs&, const AttentionTask&, uint8_t* scratch);
   void (*attention_merge)(const AttentionArgs&, const AttentionMerge&, uint8_t* scratch);
   void (*quantize_token)(const WriteCacheArgs&);
+  // Channels [begin, end) of a sequence, at most kScanChannels; those of a scan are of one group.
+  void (*convolve_channels)(const ConvolveArgs&, int64_t batch, int64_t begin, int64_t end, uint8_t* scratch);
+  void (*scan_channels)(const ScanArgs&, int64_t batch, int64_t begin, int64_t end, uint8_t* scratch);
 };
 
 enum IsaLevel : int32_t { kGeneric, kAvx2, kAvx512Vnni, kAvx512Bf16, kIsaLevels };

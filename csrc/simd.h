@@ -13,6 +13,7 @@
 //   *_quads           runs of four lanes: transpose_quads makes rows columns within those of four vectors, spread_quads
 //                     gives all lanes of a quad its lane I, quad i of sum_quads is the sum of those of vector i,
 //                     columns_of_quads puts lane 0 of every quad first, then lane 1
+//   load_e5m2         kLanes float8 numbers, which are the upper bytes of half precision ones
 //   load_quads        the first byte of each of four rows to the first lane, the second bytes to the second
 //   dot_bf16          with IPEX_QUANT_BF16_DOT: adds two bf16 products to every float lane
 //   interleave_bf16   with it: (a, b) pairs of bf16, two vectors of them; store_bf16_operand rounds, denormals to zero

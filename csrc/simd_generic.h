@@ -131,6 +131,9 @@ inline vf load_half(const void* p) {
   const vi h = load_u16(p);
   IPEX_QUANT_EACH(vf, half_to_float(h.v[i]));
 }
+inline vf load_e5m2(const void* p) {
+  IPEX_QUANT_EACH(vf, half_to_float(uint32_t(static_cast<const uint8_t*>(p)[i]) << 8));
+}
 inline void store_half(void* p, vf x) {
   vi h;
   for (int i = 0; i < kLanes; ++i) h.v[i] = float_to_half(x.v[i]);

@@ -79,8 +79,8 @@ void AttentionCall::run(int64_t i, uint8_t* scratch) {
 void CacheWrite::store(int64_t batch, int64_t head, int64_t token, int64_t row, int64_t place) const {
   const uint8_t* x = from.at(batch, head, token);
   uint8_t* to = const_cast<uint8_t*>(cache.at(row, head, place));
-  if (bytes)
-    kernels().quantize_token({type, dim, x, factors ? factors + head * dim : nullptr, to,
+  if (stored != CacheType::kFloat)
+    kernels().quantize_token({type, stored, dim, x, factors ? factors + head * dim : nullptr, to,
                               reinterpret_cast<float*>(const_cast<uint8_t*>(scales.at(row, head, place)))});
   else
     std::memcpy(to, x, size_t(dim * float_size(type)));
@@ -119,12 +119,12 @@ RopeAttention::RopeAttention(const RopeAttentionArgs& args, Buffer rotated)
   rotary.y = rotated_.get();
   const int64_t size = float_size(rotary.type), head = rotary.dim * size, token = rotary.heads * head;
   const int64_t query_heads = attention.kv_heads * attention.group;
-  keys_ = {rotary.type,          attention.bytes,
+  keys_ = {rotary.type,          attention.cache,
            rotary.dim,           {rotated_.get() + query_heads * head, rotary.length * token, head, token},
            attention.key,        attention.key_scales,
            attention.key_factors};
   values_ = {rotary.type,
-             attention.bytes,
+             attention.cache,
              rotary.dim,
              {static_cast<const uint8_t*>(rotary.x) + rotary.heads * rotary.strides[2] * size, rotary.strides[0] * size,
               rotary.strides[2] * size, rotary.strides[1] * size},

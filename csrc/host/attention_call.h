@@ -40,11 +40,11 @@ class AttentionCall {
 // Tokens on their way into a cache.
 struct CacheWrite {
   FloatType type;
-  bool bytes;  // stored as codes and scales
+  CacheType stored;
   int64_t dim;
   TokenView from;           // [batch, heads, tokens]
-  TokenView cache, scales;  // written
-  const float* factors;     // [heads, dim] by which bytes are divided, or null
+  TokenView cache, scales;  // written, but for the scales of float8
+  const float* factors;     // [heads, dim] by which int8 ones are divided, or null
 
   // One token of one head, to a row and a place of the cache.
   void store(int64_t batch, int64_t head, int64_t token, int64_t row, int64_t place) const;

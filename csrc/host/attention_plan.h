@@ -17,6 +17,9 @@ struct TokenView {
   const uint8_t* at(int64_t r, int64_t h, int64_t t) const { return data + r * row + h * head + t * token; }
 };
 
+// What keys and values are: of the type of the query, codes with scales, or float8 (e5m2), the upper half of a float16.
+enum class CacheType : int32_t { kFloat, kInt8, kFloat8 };
+
 enum class MaskType : int32_t { kNone, kBool, kFloat };
 
 struct AttentionMask {
@@ -36,11 +39,12 @@ struct AttentionSequence {
 };
 
 struct AttentionArgs {
-  FloatType type;  // of query and output, and of key and value unless they are bytes
-  bool bytes;
+  FloatType type;  // of query and output
+  CacheType cache;
   int64_t kv_heads, group;  // query heads of each KV head
   int64_t key_dim, value_dim;
   float scale, softcap;
+  float value_factor;  // multiplies the result; 1 unless values are float8
   bool causal;
   int64_t window;
   const float* alibi;               // [heads]
@@ -82,11 +86,12 @@ struct AttentionMerge {
 
 struct WriteCacheArgs {
   FloatType type;
+  CacheType cache;  // of bytes
   int64_t dim;
   const uint8_t* x;
-  const float* factors;  // [dim] by which x is divided, or null
+  const float* factors;  // [dim] by which x is divided before it becomes int8, or null
   uint8_t* codes;
-  float* scale;
+  float* scale;  // written with int8 codes, read and divided by before x becomes float8
 };
 
 }  // namespace ipex_quant

@@ -149,7 +149,7 @@ class AttentionRun {
   void stream_rows(Span span) {
     constexpr Source kFrom = Source(S);
     constexpr int kVectors = kStreamSums / Rows;
-    const int64_t element = Path::kElements == 4 ? 1 : float_size(args_.type);
+    constexpr int64_t element = element_bytes(kFrom);
     const RowsAhead values(value_rows_ + span.begin, span.end - span.begin, args_.value_dim * element);
     RowsAhead keys(key_ahead_, block_, args_.key_dim * element);
     if constexpr (Rows > 2)
@@ -202,9 +202,9 @@ class AttentionRun {
       query_scale_[r] = 1.0f;
       if constexpr (Path::kElements == 4) {
         const float* factors = args_.key_factors ? args_.key_factors + task_.head * args_.key_dim : nullptr;
-        query_scale_[r] =
-            quantize_query({args_.type, args_.key_dim, x, factors, reinterpret_cast<uint8_t*>(to), nullptr},
-                           query_words_, query_offset_ + r);
+        query_scale_[r] = quantize_query(
+            {args_.type, args_.cache, args_.key_dim, x, factors, reinterpret_cast<uint8_t*>(to), nullptr}, query_words_,
+            query_offset_ + r);
       } else if constexpr (Path::kElements == 2) {
         std::memset(to, 0, size_t(query_words_) * sizeof(float));
         std::memcpy(to, x, size_t(2 * args_.key_dim));
@@ -278,6 +278,8 @@ class AttentionRun {
   void with_source(F f) const {
     if constexpr (Path::kElements > 1)
       f(Index<int(kSource)>{});
+    else if (args_.cache == CacheType::kFloat8)
+      f(Index<int(Source::kFloat8)>{});
     else if (args_.type == kFloat32)
       f(Index<int(Source::kFloat32)>{});
     else if (args_.type == kBFloat16)
@@ -412,11 +414,7 @@ class AttentionRun {
     const int64_t distance = start_ - (sequence_.tokens - sequence_.queries + query);
     for (int64_t t = span.begin; t < span.end; t += kLanes) {
       vf x = mul_f(load_f(s + t), scale);
-      if (args_.softcap > 0.0f) {  // tanh(u) = 1 - 2 / (exp(2u) + 1)
-        const vf u = div_f(x, set1_f(args_.softcap)), one = set1_f(1.0f);
-        const vf tanh = sub_f(one, div_f(set1_f(2.0f), add_f(exp_f(add_f(u, u)), one)));
-        x = mul_f(tanh, set1_f(args_.softcap));
-      }
+      if (args_.softcap > 0.0f) x = mul_f(tanh_f(div_f(x, set1_f(args_.softcap))), set1_f(args_.softcap));
       if (args_.alibi) {
         const vi steps = add_i(load_i(kLaneNumbers), set1_i(int32_t(distance + t)));
         x = fma_f(cvt_f(steps), set1_f(args_.alibi[head]), x);
@@ -528,7 +526,7 @@ inline void store_row(const AttentionArgs& args, const AttentionTask& task, int6
   const int64_t heads = args.kv_heads * args.group;
   const int64_t at = (query * heads + task.head * args.group + in_group) * args.value_dim;
   uint8_t* to = task.sequence->output;
-  const vf inverse = set1_f(total == 0.0f ? 0.0f : 1.0f / total);
+  const vf inverse = set1_f(total == 0.0f ? 0.0f : args.value_factor / total);
   for (int64_t d = 0; d < args.value_dim; d += kLanes) {
     const vf x = mul_f(load_f(sums + d), inverse);
     if (args.value_dim - d >= kLanes)
@@ -546,9 +544,9 @@ void AttentionRun<Path>::store_output() {
 // Calls f with the path of a call, as a null pointer.
 template <class F>
 inline auto with_path(const AttentionArgs& args, F f) {
-  if (args.bytes) return f(static_cast<BytePath*>(nullptr));
+  if (args.cache == CacheType::kInt8) return f(static_cast<BytePath*>(nullptr));
 #if defined(IPEX_QUANT_BF16_DOT)
-  if (args.type == kBFloat16) return f(static_cast<PairPath*>(nullptr));
+  if (args.cache == CacheType::kFloat && args.type == kBFloat16) return f(static_cast<PairPath*>(nullptr));
 #endif
   return f(static_cast<FloatPath*>(nullptr));
 }

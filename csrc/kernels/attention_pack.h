@@ -8,15 +8,19 @@
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
 
-enum class Source { kFloat32, kBFloat16, kHalf, kPairs, kQuads };
+enum class Source { kFloat32, kBFloat16, kHalf, kFloat8, kPairs, kQuads };
 constexpr int64_t word_elements(Source s) { return s == Source::kPairs ? 2 : s == Source::kQuads ? 4 : 1; }
-constexpr int64_t word_bytes(Source s) { return s == Source::kBFloat16 || s == Source::kHalf ? 2 : 4; }
+constexpr int64_t word_bytes(Source s) {
+  return s == Source::kFloat8 ? 1 : s == Source::kBFloat16 || s == Source::kHalf ? 2 : 4;
+}
+constexpr int64_t element_bytes(Source s) { return word_bytes(s) / word_elements(s); }
 constexpr int64_t words(Source s, int64_t elements) { return (elements + word_elements(s) - 1) / word_elements(s); }
 
 template <Source S>
 inline vi load_words(const uint8_t* p) {
   if constexpr (S == Source::kBFloat16) return as_i(load_bf16(p));
   if constexpr (S == Source::kHalf) return as_i(load_half(p));
+  if constexpr (S == Source::kFloat8) return as_i(load_e5m2(p));
   return load_i(p);
 }
 
@@ -31,7 +35,7 @@ inline vi load_words_tail(const uint8_t* p, int64_t bytes) {
 // Keys of kLanes rows to [words][stride] words. Bytes become unsigned by adding 128.
 template <Source S>
 inline void pack_key_lanes(const uint8_t* const* rows, int64_t dim, int64_t stride, float* packed) {
-  const int64_t count = words(S, dim), bytes = dim * word_bytes(S) / word_elements(S);
+  const int64_t count = words(S, dim), bytes = dim * element_bytes(S);
   for (int64_t word = 0; word < count; word += kLanes) {
     const int64_t at = word * word_bytes(S), left = bytes - at;
     vi x[kLanes];
@@ -54,7 +58,7 @@ inline void pack_key_lanes(const uint8_t* const* rows, int64_t dim, int64_t stri
 template <Source S>
 inline void pack_value_rows(const uint8_t* const* rows, int64_t dim, float* packed) {
   constexpr int64_t kElements = S == Source::kPairs ? 2 * kLanes : kLanes;
-  constexpr int64_t kSize = S == Source::kQuads ? 1 : S == Source::kFloat32 ? 4 : 2;
+  constexpr int64_t kSize = element_bytes(S);
   constexpr int kRows = int(word_elements(S));
   const int64_t columns = (dim + 15) / 16 * 16;
   uint8_t buffer[kRows][kElements * kSize];
@@ -130,7 +134,30 @@ inline float quantize_bytes(const WriteCacheArgs& args) {
   return range / 127.0f + reduce_add(not_finite);
 }
 
-inline void quantize_token(const WriteCacheArgs& args) { *args.scale = quantize_bytes<false>(args); }
+// x / scale in float8 (e5m2), to nearest even, beyond its range infinite: torch's rounding, and so nothing is rounded
+// twice.
+inline void store_float8(const WriteCacheArgs& args) {
+  const vf scale = set1_f(*args.scale);
+  for_each_run(args.dim, [&](int64_t d, int64_t count) IPEX_QUANT_INLINE {
+    const vf x = div_f(load_run(args.x, args.type, d, count), scale);
+    const vi bits = as_i(x), magnitude = and_i(bits, set1_i(0x7FFFFFFF));
+    const vi odd = and_i(srl_i<21>(magnitude), set1_i(1));
+    const vi rounded = srl_i<21>(add_i(magnitude, add_i(odd, set1_i(0xFFFFF))));
+    const vi normal = min_i(sub_i(rounded, set1_i(112 << 2)), set1_i(0x7C));
+    const vf units = mul_f(as_f(magnitude), set1_f(0x1p16f));  // of numbers below 2^-14, which have a fixed point
+    const vi small = round_i(min_f(units, set1_f(4.0f)));
+    const vi above_small = max_i(sub_i(magnitude, set1_i(0x387FFFFF)), zero_i());
+    const vi above_infinity = max_i(sub_i(magnitude, set1_i(0x7F800000)), zero_i());
+    const vf finite = if_zero(above_small, as_f(small), as_f(normal));
+    const vi code = as_i(if_zero(above_infinity, finite, as_f(set1_i(0x7F))));
+    store_codes(args.codes + d, or_i(code, and_i(srl_i<24>(bits), set1_i(0x80))), count);
+  });
+}
+
+inline void quantize_token(const WriteCacheArgs& args) {
+  if (args.cache == CacheType::kFloat8) return store_float8(args);
+  *args.scale = quantize_bytes<false>(args);
+}
 
 // A query, multiplied by the factors, as symmetric bytes in `words` words. The sum of its products with keys that were
 // made unsigned starts at `offset`. Returns the scale.

@@ -144,7 +144,7 @@ inline void stream_quad_scores(const uint8_t* const* keys, RowsAhead ahead, Span
 template <Source S, int Vectors>
 IPEX_QUANT_INLINE inline void load_values(const uint8_t* const* rows, RowsAhead& ahead, int64_t column,
                                           vi (&words)[Vectors]) {
-  constexpr int64_t kSize = S == Source::kQuads ? 1 : S == Source::kFloat32 ? 4 : 2;
+  constexpr int64_t kSize = element_bytes(S);
   ahead.ask<lines(word_elements(S) * Vectors * kLanes * kSize)>();
   if constexpr (S == Source::kPairs) {
 #if defined(IPEX_QUANT_BF16_DOT)

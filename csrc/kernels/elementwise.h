@@ -72,6 +72,19 @@ inline vf exp_f(vf x) {
 
 inline vf silu(vf x) { return div_f(x, add_f(set1_f(1.0f), exp_f(sub_f(zero_f(), x)))); }
 
+// Relative error below 2e-7: where x is small x + x^3 * p(x^2), with a minimax polynomial, else 1 - 2 / (exp(2x) + 1).
+inline vf tanh_f(vf x) {
+  const vi sign = and_i(as_i(x), set1_i(int32_t(0x80000000)));
+  const vf a = as_f(and_i(as_i(x), set1_i(0x7FFFFFFF))), square = mul_f(x, x), one = set1_f(1.0f);
+  constexpr float kPowers[] = {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f};
+  vf p = set1_f(-5.70498872745e-3f);
+  for (const float c : kPowers) p = fma_f(p, square, set1_f(c));
+  const vf small = fma_f(mul_f(square, x), p, x);
+  const vf large = sub_f(one, div_f(set1_f(2.0f), add_f(exp_f(add_f(a, a)), one)));
+  const vi above = max_i(sub_i(as_i(a), as_i(set1_f(0.625f))), zero_i());  // 0 up to there
+  return if_zero(above, small, as_f(or_i(as_i(large), sign)));
+}
+
 inline vf gelu_tanh(vf x) {  // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u))
   const vf cubic = mul_f(mul_f(x, x), mul_f(x, set1_f(0.044715f)));
   const vf u = mul_f(add_f(x, cubic), set1_f(0.7978845608f));

@@ -12,6 +12,7 @@
 #include "kernels/quantize_weight.h"
 #include "kernels/rope.h"
 #include "kernels/stage.h"
+#include "kernels/state_space.h"
 #include "kernels/woq_decode.h"
 #include "kernels/woq_prefill.h"
 
@@ -46,9 +47,10 @@ constexpr bool kHasBf16Dot = false;
 #endif
 
 constexpr KernelTable make_table() {
-  return {kHasBf16Dot,   stage_ranges,        stage_rows,        gemm_tile,      stage_float_rows, float_tile,
-          quantize_rows, quantize_activation, int8_tile,         depthwise_row,  norm_rows,        rotate_positions,
-          gated_product, gather_rows,         attention_scratch, attention_task, attention_merge,  quantize_token};
+  return {kHasBf16Dot,    stage_ranges,     stage_rows,          gemm_tile,         stage_float_rows,
+          float_tile,     quantize_rows,    quantize_activation, int8_tile,         depthwise_row,
+          norm_rows,      rotate_positions, gated_product,       gather_rows,       attention_scratch,
+          attention_task, attention_merge,  quantize_token,      convolve_channels, scan_channels};
 }
 
 }  // namespace IPEX_QUANT_ISA_NS

@@ -33,7 +33,26 @@ void check_sizes(const char* name, const Tensor& t, std::initializer_list<int64_
   fail(name, ": expected shape [", expected.str(), "], got ", shape_of(t));
 }
 
-int64_t element_size(ScalarType type) { return type == ScalarType::Char ? 1 : float_size(float_type("dtype", type)); }
+// Of a cache for tensors of `type`, which is that of `what`.
+CacheType cache_type(const char* name, const Tensor& cache, ScalarType type, const char* what) {
+  const ScalarType stored = cache.scalar_type();
+  IPEX_QUANT_CHECK(stored == type || stored == ScalarType::Char || stored == ScalarType::Float8_e5m2, name,
+                   ": expected the dtype of ", what, ", int8 or float8_e5m2, got ",
+                   torch::headeronly::toString(stored));
+  return stored == ScalarType::Char          ? CacheType::kInt8
+         : stored == ScalarType::Float8_e5m2 ? CacheType::kFloat8
+                                             : CacheType::kFloat;
+}
+int64_t element_size(CacheType cache, FloatType type) { return cache == CacheType::kFloat ? float_size(type) : 1; }
+
+// The scale of all of a float8 cache, [1], or one.
+TokenView float8_scale(const char* name, const std::optional<Tensor>& scale) {
+  static constexpr float kOne = 1.0f;
+  if (!scale) return {reinterpret_cast<const uint8_t*>(&kOne), 0, 0, 0};
+  check_tensor(name, *scale, ScalarType::Float, 1);
+  IPEX_QUANT_CHECK(scale->size(0) == 1, name, ": expected one scale of a float8 cache, got ", shape_of(*scale));
+  return {static_cast<const uint8_t*>(scale->const_data_ptr()), 0, 0, 0};
+}
 
 // The view of a tensor [rows, heads, tokens, ...].
 TokenView view_of(const Tensor& t, int64_t size) {
@@ -55,6 +74,7 @@ void set_options(AttentionArgs& args, const Options& options) {
                    "softcap: expected 0 (none) or a positive float32, got ", options.softcap);
   IPEX_QUANT_CHECK(options.window >= 0, "window: expected 0 (none) or a number of tokens, got ", options.window);
   args.scale = float(options.scale);
+  args.value_factor = 1.0f;
   args.softcap = softcap;
   args.causal = options.causal;
   args.window = std::min(options.window, 2 * kLargest);  // no token is farther away; larger ones would overflow
@@ -67,7 +87,7 @@ void set_heads(AttentionArgs& args, int64_t heads, int64_t kv_heads) {
   args.group = heads / kv_heads;
 }
 
-// Keys and values [rows, heads, tokens, dim], and the scales [rows, heads, tokens] of int8 ones.
+// Keys and values [rows, heads, tokens, dim], and the scales [rows, heads, tokens] of int8 ones or [1] of float8 ones.
 struct Cache {
   Tensor key, value;
   std::optional<Tensor> key_scales, value_scales;
@@ -75,8 +95,7 @@ struct Cache {
   void describe(AttentionArgs& args, ScalarType type) {
     check_dim("key", key, 4);
     check_dim("value", value, 4);
-    IPEX_QUANT_CHECK(key.scalar_type() == type || key.scalar_type() == ScalarType::Char,
-                     "key: expected the dtype of query or int8, got ", torch::headeronly::toString(key.scalar_type()));
+    args.cache = cache_type("key", key, type, "query");
     check_dtype("value", value, key.scalar_type());
     for (int64_t i = 0; i < 3; ++i)
       IPEX_QUANT_CHECK(value.size(i) == key.size(i), "value: expected the shape of key but for the last dimension, ",
@@ -84,16 +103,24 @@ struct Cache {
     IPEX_QUANT_CHECK(value.size(3) > 0 && value.size(3) < kLargest, "value: expected a head size, got ",
                      shape_of(value));
     IPEX_QUANT_CHECK(key.size(2) < kLargest, "key: too many tokens, ", shape_of(key));
-    args.bytes = key.scalar_type() == ScalarType::Char;
     key = with_unit_stride(key);
     value = with_unit_stride(value);
-    const int64_t size = element_size(key.scalar_type());
+    const int64_t size = element_size(args.cache, float_type("query", type));
     args.key = view_of(key, size);
     args.value = view_of(value, size);
     args.value_dim = value.size(3);
-    IPEX_QUANT_CHECK(args.bytes == bool(key_scales) && args.bytes == bool(value_scales),
-                     "key_scales, value_scales: expected with int8 keys and values, and only there");
-    if (!args.bytes) return;
+    if (args.cache == CacheType::kFloat8) {
+      args.key_scales = float8_scale("key_scales", key_scales);
+      args.value_scales = float8_scale("value_scales", value_scales);
+      args.scale *= *reinterpret_cast<const float*>(args.key_scales.data);
+      args.value_factor = *reinterpret_cast<const float*>(args.value_scales.data);
+      IPEX_QUANT_CHECK(std::isfinite(args.scale), "key_scales: expected a finite product with scale, got ", args.scale);
+      return;
+    }
+    const bool scaled = args.cache == CacheType::kInt8;
+    IPEX_QUANT_CHECK(scaled == bool(key_scales) && scaled == bool(value_scales),
+                     "key_scales, value_scales: expected with int8 or float8 keys and values, and only there");
+    if (!scaled) return;
     args.key_scales = scales_view("key_scales", *key_scales);
     args.value_scales = scales_view("value_scales", *value_scales);
   }
@@ -189,20 +216,24 @@ Tensor attention(Tensor query, Tensor key, Tensor value, double scale, bool caus
 struct NewTokens {
   TokenView view;
   FloatType type;
+  ScalarType dtype;
   int64_t batch, heads, tokens, dim;
 };
 
 // A cache [rows, heads, capacity, dim] to write to, with its scales.
 CacheWrite write_to(const char* name, const Tensor& cache, const std::optional<Tensor>& scales, const NewTokens& from) {
   check_dim(name, cache, 4);
-  CacheWrite write{from.type, cache.scalar_type() == ScalarType::Char, from.dim, from.view, {}, {}, nullptr};
-  IPEX_QUANT_CHECK(write.bytes || float_type(name, cache.scalar_type()) == from.type, name,
-                   ": expected the dtype of what is written or int8, got ",
-                   torch::headeronly::toString(cache.scalar_type()));
+  const CacheType stored = cache_type(name, cache, from.dtype, "what is written");
+  CacheWrite write{from.type, stored, from.dim, from.view, {}, {}, nullptr};
   check_sizes(name, cache, {cache.size(0), from.heads, cache.size(2), from.dim});
   IPEX_QUANT_CHECK(cache.stride(3) == 1 || from.dim <= 1, name, ": expected adjacent elements of a token");
-  IPEX_QUANT_CHECK(write.bytes == bool(scales), name, ": expected scales with an int8 cache, and only there");
-  write.cache = view_of(cache, element_size(cache.scalar_type()));
+  write.cache = view_of(cache, element_size(stored, from.type));
+  if (stored == CacheType::kFloat8) {
+    write.scales = float8_scale("scales", scales);
+    return write;
+  }
+  IPEX_QUANT_CHECK((stored == CacheType::kInt8) == bool(scales), name,
+                   ": expected scales with an int8 or float8 cache, and only there");
   if (!scales) return write;
   check_cpu("scales", *scales);
   check_dtype("scales", *scales, ScalarType::Float);
@@ -222,7 +253,8 @@ void write_cache(Tensor key, Tensor cache, std::optional<Tensor> scales, int64_t
   check_dim("key", key, 4);
   const FloatType type = float_type("key", key.scalar_type());
   key = with_unit_stride(key);
-  const NewTokens from{view_of(key, float_size(type)), type, key.size(0), key.size(1), key.size(2), key.size(3)};
+  const NewTokens from{
+      view_of(key, float_size(type)), type, key.scalar_type(), key.size(0), key.size(1), key.size(2), key.size(3)};
   CacheWrite write = write_to("cache", cache, scales, from);
   write.factors = read_factors(factors, cache);
   IPEX_QUANT_CHECK(cache.size(0) == from.batch, "cache: expected the batch size of key, ", from.batch, ", got ",
@@ -263,7 +295,7 @@ void write_paged_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_
   check_sizes("value", value, {tokens, heads, value.size(2)});
   const auto tokens_of = [&](const Tensor& t) {
     const TokenView view{static_cast<const uint8_t*>(t.const_data_ptr()), 0, t.stride(1) * size, t.stride(0) * size};
-    return NewTokens{view, type, 1, heads, tokens, t.size(2)};
+    return NewTokens{view, type, t.scalar_type(), 1, heads, tokens, t.size(2)};
   };
   const CacheWrite keys = write_to("key_cache", key_cache, key_scales, tokens_of(key));
   const CacheWrite values = write_to("value_cache", value_cache, value_scales, tokens_of(value));
@@ -449,7 +481,7 @@ RopeAttentionArgs rope_attention_args(const QkvInput& qkv, RopeAttentionOptions&
   set_heads(attention, heads, kv_heads);
   attention.key_dim = dim;
   attention.alibi = optional_vector("alibi", o.alibi, heads);
-  const NewTokens tokens{{}, type, batch, kv_heads, length, dim};
+  const NewTokens tokens{{}, type, qkv.dtype, batch, kv_heads, length, dim};
   write_to("key_cache", o.key_cache, o.key_scales, tokens);
   write_to("value_cache", o.value_cache, o.value_scales, tokens);
   IPEX_QUANT_CHECK(o.key_cache.size(0) == batch, "key_cache: expected the batch size of qkv, ", batch, ", got ",

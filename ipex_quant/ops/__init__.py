@@ -38,6 +38,7 @@ from .int8 import (
     unpack_int8,
 )
 from .isa import ISA_LEVELS, isa_name, supported_isas
+from .mamba import causal_conv1d, causal_conv1d_update, selective_scan
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .post_op import PostOp
 from .rope import rotary
@@ -69,6 +70,8 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "bind_team",
+    "causal_conv1d",
+    "causal_conv1d_update",
     "conv_dequantize",
     "decoder_layers",
     "float_linear",
@@ -94,6 +97,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "run_experts",
+    "selective_scan",
     "set_team_affinity",
     "silu_mul",
     "silu_mul_halves",

@@ -1,4 +1,4 @@
-"""Attention over float or INT8 KV caches, and writes to these caches."""
+"""Attention over float, INT8 or FP8 KV caches, and writes to these caches."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def attention(
     """Softmax attention; returns ``[B, Lq, H, Dv]`` in the dtype of `query`, summed in float32.
 
     `query` is float32, bfloat16 or float16 ``[B, H, Lq, D]``; `key` ``[Bk, Hkv, T, D]`` and `value` ``[Bk, Hkv, T,
-    Dv]`` have its dtype, or are int8 with nonnegative float32 scales ``[Bk, Hkv, T]``, as `write_cache` writes them.
-    ``H / Hkv`` query heads share a KV head. Tensors may have any strides; none is copied if its last dimension is
-    contiguous.
+    Dv]`` have its dtype, or are int8 with nonnegative float32 scales ``[Bk, Hkv, T]``, as `write_cache` writes them, or
+    float8_e5m2, which `key_scales` and `value_scales`, float32 ``[1]``, multiply if they are given. ``H / Hkv`` query
+    heads share a KV head. Tensors may have any strides; none is copied if its last dimension is contiguous.
 
     With an int8 cache, queries are multiplied by `key_factors`, float32 ``[Hkv, D]`` or None, and quantized with one
     scale per token and head; probabilities times the value scales are quantized to 8 bits relative to the largest in a
@@ -60,7 +60,8 @@ def write_cache(
     """Write the keys or values `key` ``[B, Hkv, L, D]`` into `cache` ``[B, Hkv, capacity, D]`` from token `start` on.
 
     An int8 cache gets symmetric codes, and `scales`, float32 ``[B, Hkv, capacity]``, one scale per token and head;
-    `factors`, float32 ``[Hkv, D]`` or None, divide `key` before. A cache in the dtype of `key` takes None for both.
+    `factors`, float32 ``[Hkv, D]`` or None, divide `key` before. A float8_e5m2 cache holds `key` divided by `scales`,
+    float32 ``[1]``, which is read, or None. A cache in the dtype of `key` takes None for both.
     Raises RuntimeError when an argument does not fit, with nothing written.
     """
     native.write_cache.default(key, cache, scales, start, factors)
@@ -88,9 +89,9 @@ def fused_rope_attention(
     """Run `rotary` on queries and keys, `write_cache` from token `start` on, then causal `attention` over the cache.
 
     `qkv` is ``[B, L, (H + 2 * Hkv) * D]``: all queries, then keys, then values. The caches are ``[B, Hkv, capacity,
-    D]`` in its dtype, or int8 with scales ``[B, Hkv, capacity]``; `mask` broadcasts to ``[B, H, L, start + L]``; the
-    other arguments are those of the three ops. Returns ``[B, L, H * D]``. Raises RuntimeError when an argument does not
-    fit, with nothing written.
+    D]`` in its dtype, int8 with scales ``[B, Hkv, capacity]``, or float8_e5m2 with scales ``[1]`` or None; `mask`
+    broadcasts to ``[B, H, L, start + L]``; the other arguments are those of the three ops. Returns ``[B, L, H * D]``.
+    Raises RuntimeError when an argument does not fit, with nothing written.
     """
     rotary_dim = key_cache.shape[-1] if rotary_dim is None else rotary_dim
     return native.fused_rope_attention.default(
@@ -125,8 +126,8 @@ def write_paged_cache(
     """Write `key` and `value` ``[tokens, Hkv, D]`` into paged caches ``[blocks, Hkv, block_size, D]``.
 
     `slots`, int32 or int64 ``[tokens]``, are ``block * block_size + index in the block``; -1 skips a token. An int8
-    cache has scales float32 ``[blocks, Hkv, block_size]``. Raises RuntimeError when an argument does not fit, with
-    nothing written.
+    cache has scales float32 ``[blocks, Hkv, block_size]``, a float8_e5m2 one ``[1]`` or None. Raises RuntimeError when
+    an argument does not fit, with nothing written.
     """
     native.write_paged_cache.default(key, value, key_cache, value_cache, key_scales, value_scales, slots)
 

@@ -37,11 +37,14 @@ def attention(
 ) -> torch.Tensor:
     """As `ipex_quant.ops.attention`, in float64 up to the last rounding, and with dropout of the probabilities.
 
-    With an int8 cache, queries are quantized like keys (`quantize_token`), and probabilities times the value scales
-    become 8-bit codes by `rounding`, in blocks of `block` tokens, by default the blocks of a call with only these
-    sequences. The gradient ignores that rounding.
+    A float8 cache is multiplied by its scales, if there are any. With an int8 cache, queries are quantized like keys
+    (`quantize_token`), and probabilities times the value scales become 8-bit codes by `rounding`, in blocks of `block`
+    tokens, by default the blocks of a call with only these sequences. The gradient ignores that rounding.
     """
     dtype, (queries, tokens), group = query.dtype, (query.shape[2], key.shape[2]), query.shape[1] // key.shape[1]
+    if key.dtype == torch.float8_e5m2:
+        key, value = _restored(key, key_scales), _restored(value, value_scales)
+        key_scales = value_scales = None
     key, value = (_gathered(cache, rows).repeat_interleave(group, 1) for cache in (key, value))
     if key_factors is not None:
         query = query.float() * key_factors.repeat_interleave(group, 0)[:, None]
@@ -112,6 +115,10 @@ def _dequantized(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return codes.double() * scales[..., None].double()
 
 
+def _restored(cache: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    return cache.double() if scale is None else cache.double() * scale.double()
+
+
 def _finite(mask: torch.Tensor) -> torch.Tensor:
     """The mask in float64, with finite values raised to `LOWEST_MASK`: float32 scores plus these stay finite."""
     return torch.where(mask == -math.inf, -math.inf, mask.double().clamp(min=LOWEST_MASK))
@@ -141,7 +148,9 @@ def write_cache(
 ) -> None:
     """As `ipex_quant.ops.write_cache`."""
     place = slice(start, start + key.shape[2])
-    if scales is None:
+    if cache.dtype == torch.float8_e5m2:
+        cache[:, :, place] = (key.float() if scales is None else key.float() / scales).to(cache.dtype)
+    elif scales is None:
         cache[:, :, place] = key
     else:
         cache[:, :, place], scales[:, :, place] = quantize_token(
@@ -173,7 +182,7 @@ def fused_rope_attention(
     write_cache(states[:, :, heads + kv_heads :].transpose(1, 2), value_cache, value_scales, start)
     end = start + qkv.shape[1]
     for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
-        options[name] = None if scales is None else scales[:, :, :end]
+        options[name] = scales if scales is None or scales.dim() == 1 else scales[:, :, :end]
     options["key_factors"] = key_factors
     result = attention(rotated[:, :heads], key_cache[:, :, :end], value_cache[:, :, :end], causal=True, **options)
     return result.flatten(2)
@@ -194,7 +203,8 @@ def write_paged_cache(
             if slot >= 0:
                 block, place = divmod(slot, cache.shape[2])
                 row = states[None, token, :, None]
-                write_cache(row, cache[block : block + 1], None if scales is None else scales[block : block + 1], place)
+                own = scales if scales is None or scales.dim() == 1 else scales[block : block + 1]
+                write_cache(row, cache[block : block + 1], own, place)
 
 
 def paged_attention(
@@ -218,7 +228,7 @@ def paged_attention(
         queries = query[query_starts[i] : query_starts[i + 1]]
         key, value = (_of_blocks(cache, blocks, length) for cache in (key_cache, value_cache))
         for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
-            options[name] = None if scales is None else _of_blocks(scales, blocks, length)
+            options[name] = scales if scales is None or scales.dim() == 1 else _of_blocks(scales, blocks, length)
         results.append(attention(queries.transpose(0, 1)[None], key, value, **options)[0])
     return torch.cat(results)
 

@@ -257,6 +257,17 @@ def test_what_is_masked_by_the_lowest_float_alone_gets_the_mean(lowest: float, c
     torch.testing.assert_close(result, torch_result.transpose(1, 2), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0])
+def test_a_soft_cap_costs_no_precision_in_float32(softcap: float) -> None:
+    """Scores of unit variance lie on both sides of where tanh changes its formula."""
+    query, key, value = case(2, 2, 2, 40, 200, (64, 64), torch.float32)
+    options = {"scale": 0.125, "softcap": softcap}
+    error = ops.attention(query, key, value, **options).double() - reference.attention(
+        query.double(), key, value, **options
+    )
+    assert error.abs().max() < 6e-7
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -65,6 +65,9 @@ CALLS = {
     "add_layer_norm": (X, X, X[0], X[0], 1e-6),
     "rotary": (HEADS, HEADS[0], HEADS[0], 8, False),
     "gated_product": (X, X, 4),
+    "causal_conv1d": (HEADS[0], X, X[0], HEADS[0], False),
+    "causal_conv1d_update": (HEADS[0], HEADS[0], X, X[0], SIZES, False),
+    "selective_scan": (HEADS, HEADS, HEADS[0], HEADS, HEADS, X, HEADS, X, False, HEADS),
 }
 
 

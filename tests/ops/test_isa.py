@@ -141,6 +141,7 @@ def test_ops_pass_their_tests(level: str) -> None:
         str(Path(__file__).with_name(f"test_{name}.py"))
         for name in (
             "attention",
+            "attention_float8",
             "attention_fused",
             "attention_ragged",
             "conv",
@@ -150,6 +151,7 @@ def test_ops_pass_their_tests(level: str) -> None:
             "float_linear",
             "gated",
             "int8",
+            "mamba",
             "norm",
             "rope",
             "woq_group",

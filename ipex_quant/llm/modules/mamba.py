@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from ... import ops
 from ...numerics.scheme import FLOAT_DTYPES
-from ...ops import reference_mamba as in_torch
+from ...ops import reference_mamba as with_gradients
+from ...ops.gradient import needs_gradient
 
 ACTIVATIONS = (None, "silu", "swish")
 """What may follow a convolution; the last two are one function."""
@@ -41,7 +43,9 @@ class MambaMixer:
         silu = _check_convolution(x, weight, bias, activation)
         shape = (*x.shape[:2], weight.shape[1] - 1)
         _check(shape, "[B, D, W - 1]", initial_states=initial_states, final_states_out=final_states_out)
-        result = in_torch.causal_conv1d(x, weight, bias, initial_states, silu)
+        graph = needs_gradient(x, weight, bias, initial_states)
+        run = with_gradients.causal_conv1d if graph else ops.causal_conv1d
+        result = run(x, weight, bias, initial_states, silu)
         if not return_final_states:
             return result, None
         before = x.new_zeros(shape) if initial_states is None else initial_states
@@ -78,8 +82,9 @@ class MambaMixer:
                 f"cache_seqlens: expected int32 or int64 [{tokens.shape[0]}], got {cache_seqlens.dtype} "
                 f"{list(cache_seqlens.shape)}"
             )
+        starts = None if cache_seqlens is None else cache_seqlens.long().contiguous()
         with torch.no_grad():
-            result = in_torch.causal_conv1d_update(tokens, conv_state, weight, bias, cache_seqlens, silu)
+            result = ops.causal_conv1d_update(tokens, conv_state, weight, bias, starts, silu)
         return result[..., 0] if x.dim() == 2 else result
 
     @classmethod
@@ -113,14 +118,15 @@ class MambaMixer:
         _check(state.shape[1:], f"[{heads}D, N]", A=A)
         _check(state.shape[1:-1], f"[{heads}D]", D=D, dt_bias=dt_bias)
         if not heads:
-            state, x, dt, z = (None if each is None else each[:, None] for each in (state, x, dt, z))
-            A, D, dt_bias = (None if each is None else each[None] for each in (A, D, dt_bias))
+            state, x, dt, A = state[:, None], x[:, None], dt[:, None], A[None]
+            z, D, dt_bias = _unsqueezed(1, z), _unsqueezed(0, D), _unsqueezed(0, dt_bias)
         B, C = (each[:, None] if each.dim() == 2 else each for each in (B, C))
         _check_groups(state.shape[1], (state.shape[0], None, state.shape[3]), "[B, N] or [B, G, N]", B=B, C=C)
+        if B.shape[1] != C.shape[1]:
+            B, C = (_for_each_head(each, state.shape[1]) for each in (B, C))
+        u, delta, b, c = (each[..., None] for each in (x, dt, B, C))
         with torch.no_grad():
-            u, delta, gate, b, c = (None if each is None else each[..., None] for each in (x, dt, z, B, C))
-            result, last = in_torch.selective_scan(u, delta, A, b, c, D, gate, dt_bias, dt_softplus, state)
-            state.copy_(last)
+            result = ops.selective_scan(u, delta, A, b, c, D, _unsqueezed(-1, z), dt_bias, dt_softplus, state)
         return result[..., 0] if heads else result[:, 0, :, 0]
 
     @classmethod
@@ -154,12 +160,18 @@ class MambaMixer:
         _check((channels,), "[D]", D=D, delta_bias=delta_bias)
         B, C = (_grouped(each, batch, length) for each in (B, C))
         _check_groups(channels, (batch, None, A.shape[1], length), "[D, N], [B, N, L] or [B, G, N, L]", B=B, C=C)
+        if B.shape[1] != C.shape[1]:
+            B, C = (_for_each_head(each, channels) for each in (B, C))
         # Each channel is a head, of which several may share a group.
-        u, delta, z = (None if each is None else each[:, :, None] for each in (u, delta, z))
-        A, D, delta_bias = (None if each is None else each[:, None] for each in (A, D, delta_bias))
-        state = torch.zeros(batch, channels, 1, A.shape[2])
-        result, last = in_torch.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state)
-        return (result[:, :, 0], last[:, :, 0]) if return_last_state else result[:, :, 0]
+        u, delta, z = u[:, :, None], delta[:, :, None], _unsqueezed(2, z)
+        A, D, delta_bias = A[:, None], _unsqueezed(1, D), _unsqueezed(1, delta_bias)
+        state = torch.zeros(batch, channels, 1, A.shape[2], device=A.device)
+        arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, state)
+        if needs_gradient(u, delta, A, B, C, D, z, delta_bias):
+            result, state = with_gradients.selective_scan(*arguments)
+        else:
+            result = ops.selective_scan(*arguments)
+        return (result[:, :, 0], state[:, :, 0]) if return_last_state else result[:, :, 0]
 
 
 def _check(sizes: Sequence[int | None], shape: str, **tensors: torch.Tensor | None) -> None:
@@ -203,3 +215,15 @@ def _grouped(factors: torch.Tensor, batch: int, length: int) -> torch.Tensor:
     if factors.dim() == 2:
         return factors[None, ..., None].expand(batch, -1, -1, length)
     return factors[:, None] if factors.dim() == 3 else factors
+
+
+def _for_each_head(factors: torch.Tensor, heads: int) -> torch.Tensor:
+    """`B` or `C`, ``[B, G, ...]``, with as many groups as `heads`."""
+    groups = factors.shape[1]
+    return (
+        factors.expand(-1, heads, *factors.shape[2:]) if groups == 1 else factors.repeat_interleave(heads // groups, 1)
+    )
+
+
+def _unsqueezed(dim: int, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.unsqueeze(dim)

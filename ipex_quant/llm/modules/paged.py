@@ -54,14 +54,8 @@ class PagedAttention:
             )
         slots = slot_mapping.long()
         _check_range("slot_mapping", slots, -1, blocks * block_size - 1)
-        key, value = key.detach(), value.detach()
-        if cache.key.dtype == key.dtype:
-            ops.write_paged_cache(key, value, *cache, slots)
-            return
-        used = slots >= 0
-        slots = slots[used]
-        for states, target, scale in ((key, cache.key, k_scale), (value, cache.value, v_scale)):
-            target[slots // block_size, :, slots % block_size] = (states[used].float() / scale).to(target.dtype)
+        scales = _scales(cache, (k_scale, v_scale))
+        ops.write_paged_cache(key.detach(), value.detach(), *cache, slots, **scales)
 
     reshape_and_cache_flash = reshape_and_cache
 
@@ -261,12 +255,21 @@ def _attend(
             f"query: expected heads that the {kv_heads} KV heads of the cache divide, got {query.shape[1]}"
         )
     query = query.detach()
-    if options.native and cache.key.dtype == query.dtype:
-        result = ops.paged_attention(query, *cache, *tables, torch.tensor(starts), **options.arguments())
+    if options.native:
+        arguments = options.arguments() | _scales(cache, scales)
+        result = ops.paged_attention(query, *cache, *tables, torch.tensor(starts), **arguments)
     else:
         keys, values = (_tokens(each, tables, query.dtype, scale) for each, scale in zip(cache, scales, strict=True))
         result = attend((query, keys, values), (starts, [0, *accumulate(tables.lengths.tolist())]), options)
     return out.copy_(result)
+
+
+def _scales(cache: _Cache, scales: tuple[float, float]) -> dict[str, torch.Tensor]:
+    """Arguments of the native ops: the scales of keys and values in an FP8 cache."""
+    if cache.key.dtype != torch.float8_e5m2:
+        return {}
+    key, value = (torch.tensor([float(scale)]) for scale in scales)
+    return {"key_scales": key, "value_scales": value}
 
 
 def _tokens(cache: torch.Tensor, tables: _Tables, dtype: torch.dtype, scale: float) -> torch.Tensor:

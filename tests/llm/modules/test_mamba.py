@@ -265,6 +265,13 @@ class TestScan:
         y, y_size, *_ = scanned(u, delta, a, fixed.expand(2, 4, 5).unsqueeze(-1).expand(2, 4, 5, 6), c, *rest)
         close(got, y, y_size)
 
+    def test_groups_of_their_own(self):
+        u, delta, a, b, _, *rest = scan_inputs(2, 6, 5, 7, groups=2)
+        c = torch.randn(2, 3, 5, 7)
+        got = MambaMixer.selective_scan_fn(u, delta, a, b, c, *rest)
+        y, y_size, *_ = scanned(u, delta, a, b, c, *rest)
+        close(got, y, y_size)
+
     def test_strides_of_their_own(self):
         u, delta, a, b, c, d, z, bias = scan_inputs(2, 6, 5, 7, groups=2)
         expected = MambaMixer.selective_scan_fn(u, delta, a, b, c, d, z, bias)

@@ -305,6 +305,24 @@ class TestSeveralQueries:
 
 
 class TestFp8:
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("name", ["auto", "fp8", "fp8_e5m2"])
+    @pytest.mark.parametrize("given", [{}, {"window_size": 3}, {"softcap": 1.5}])
+    def test_is_read_as_it_was_written(self, dense, dtype, name, given):
+        scales = {"k_scale": 0.5, "v_scale": 2.0}
+        setup = Setup(dtype, torch.float8_e5m2, kv_cache_dtype=name, **scales)
+        for part, scale in (("key", 0.5), ("value", 2.0)):
+            setattr(setup, part, (getattr(setup, part).float() / scale).to(torch.float8_e5m2).float() * scale)
+        meant = {"left": 2} if "window_size" in given else given
+        expected = setup.expected(dense, setup.query, [1] * len(LENGTHS), **meant)
+        torch.testing.assert_close(setup.single(**scales, **given), expected, **TOLERANCE[dtype])
+
+    def test_is_read_natively(self, monkeypatch):
+        setup = Setup(cache_dtype=torch.float8_e5m2)
+        monkeypatch.setattr(ops, "varlen_attention", None)
+        setup.single(k_scale=2.0)
+        setup.several(torch.randn(len(LENGTHS), H, D), [1] * len(LENGTHS), kv_cache_dtype="fp8")
+
     def test_has_windows_and_several_queries(self, dense):
         setup = Setup(cache_dtype=torch.float8_e5m2)
         setup.key, setup.value = (states.to(torch.float8_e5m2).float() for states in (setup.key, setup.value))
