@@ -88,6 +88,40 @@ def test_what_is_raised(call, error, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: llm.optimize(model(), cache_weight_for_large_batch=True),
+        lambda: llm.optimize(model(), low_precision_checkpoint=3),
+        lambda: llm.optimize(model(), low_precision_checkpoint=(1, 2, 3)),
+        lambda: llm.optimize(model(), low_precision_checkpoint=({}, 3)),
+        lambda: llm.optimize(model(), low_precision_checkpoint=({}, {"quant_method": "nobody's"})),
+        lambda: llm.utils.load_low_precision_checkpoint("nowhere"),
+        lambda: llm.utils.load_low_precision_checkpoint("."),
+        lambda: llm.utils.shard_low_precision_checkpoint({}, {}, 0, 2, "gptq", 12, False, 4),
+        lambda: llm.quantization.IPEXWeightOnlyQuantizedLinear.from_weight(X, X, X, 8, 2, quant_method=7),
+        lambda: quantization.get_weight_only_quant_qconfig_mapping(group_size=3),
+        lambda: quantization.get_weight_only_quant_qconfig_mapping(weight_dtype=9),
+        lambda: quantization.get_weight_only_quant_qconfig_mapping(
+            weight_dtype=WoqWeightDtype.NF4, weight_qscheme=WoqWeightQScheme.ASYMMETRIC
+        ),
+        lambda: quantization.prepare("model", STATIC),
+        lambda: quantization.prepare(nn.Linear(8, 8), "static"),
+        lambda: quantization.prepare(nn.Linear(8, 8), STATIC),
+        lambda: quantization.prepare(nn.Linear(8, 8), STATIC, X, example_kwarg_inputs={"input": X}),
+        lambda: quantization.prepare(nn.Linear(8, 8), STATIC, example_kwarg_inputs=X),
+        lambda: quantization.convert("model"),
+        lambda: quantization.convert(nn.Linear(8, 8)),
+        lambda: prepared().save_qconf_summary(None),
+    ],
+)
+def test_what_ipex_asserts_is_an_assertion_error_too(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError) as found:
+        call()
+    assert isinstance(found.value, (ValueError, TypeError, RuntimeError))
+
+
 @pytest.mark.parametrize("dtype", [WoqWeightDtype.NF4, WoqWeightDtype.FP8])
 def test_combinations_that_do_not_exist(dtype):
     with pytest.raises(ValueError, match="Asymmetric quantization"):

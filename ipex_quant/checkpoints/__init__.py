@@ -6,6 +6,7 @@ from .file_tensors import FileTensor, Stored
 from .files import find_quantization_config, load_low_precision_checkpoint
 from .format import Int8Input
 from .gptq import gptq_config, gptq_tensors, read_gptq, write_gptq
+from .sharding import shard_low_precision_checkpoint
 
 __all__ = [
     "AwqFormat",
@@ -22,6 +23,7 @@ __all__ = [
     "open_directory",
     "read_awq",
     "read_gptq",
+    "shard_low_precision_checkpoint",
     "split_name",
     "write_gptq",
 ]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import ArgumentError, ArgumentTypeError
 from ..numerics.quantized_weight import QuantizedWeight
 from .file_tensors import Stored
 from .files import open_tensors, read_quantization_config
@@ -197,19 +198,19 @@ def open_checkpoint(low_precision_checkpoint: object) -> Checkpoint | WeightsInM
         state_dict = _state_dict(low_precision_checkpoint)
         return _checked(Checkpoint(state_dict, _format_of(state_dict)))
     if not isinstance(low_precision_checkpoint, (tuple, list)):
-        raise TypeError(
+        raise ArgumentTypeError(
             "low_precision_checkpoint should be a state_dict or a tuple (state_dict, config), "
             f"got {type(low_precision_checkpoint).__name__}"
         )
     if len(low_precision_checkpoint) != 2:
-        raise ValueError(
+        raise ArgumentError(
             "Invalid low_precision_checkpoint: a tuple should be (state_dict, config), "
             f"got {len(low_precision_checkpoint)} elements"
         )
     state_dict, config = low_precision_checkpoint
     state_dict = _state_dict(state_dict)
     if not isinstance(config, Mapping):
-        raise TypeError(f"checkpoint config: should be a dict, got {type(config).__name__}")
+        raise ArgumentTypeError(f"checkpoint config: should be a dict, got {type(config).__name__}")
     by_method = "quant_method" in config
     form = format_from_config(config) if by_method else IpexDefaultFormat.from_config(config)
     return _checked(_presented(state_dict, form))
@@ -239,7 +240,7 @@ def _in_memory(values: Mapping[str, object]) -> WeightsInMemory:
 
 def _state_dict(state_dict: object) -> Mapping[str, torch.Tensor]:
     if not isinstance(state_dict, Mapping):
-        raise TypeError(f"low_precision_checkpoint should be a state_dict, got {type(state_dict).__name__}")
+        raise ArgumentTypeError(f"low_precision_checkpoint should be a state_dict, got {type(state_dict).__name__}")
     for name, tensor in state_dict.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"state_dict: expected tensors only, got {type(tensor).__name__} for {name!r}")
@@ -259,7 +260,7 @@ def _format_of(state_dict: Mapping[str, torch.Tensor]) -> CheckpointFormat:
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
     if len(checkpoint) == 0:
-        raise ValueError(
+        raise ArgumentError(
             f"low_precision_checkpoint: no tensor is named '<module>.{checkpoint.format.weight_keys[0]}': the format "
             f"and the config do not match, or it is not quantized; the first names are {sorted(checkpoint.tensors)[:5]}"
         )

@@ -11,9 +11,11 @@ import safetensors
 import safetensors.torch
 import torch
 
+from ..errors import ArgumentError
 from ..reading import read_json, shown
 from .file_tensors import Stored, file_tensors
 from .registry import format_from_config
+from .sharding import shard_low_precision_checkpoint
 
 T = TypeVar("T")
 
@@ -34,22 +36,38 @@ def load_low_precision_checkpoint(
 
     The tensors come from safetensors files, else from .bin, .pt or .pth files: those that an index names, or all. No
     file may hold anything but tensors. `config` is the quantization configuration as stored, with `quant_method` and
-    the entries of that method (`bits`, `group_size`, ...). Only ``world_size=1`` is supported. Raises ValueError for
-    anything missing, broken or not supported.
+    the entries of that method (`bits`, `group_size`, ...). With a `world_size` the tensors are the shards of one
+    `rank`, in grains of a group: see `shard_low_precision_checkpoint`. Raises ValueError for anything missing, broken
+    or not supported.
     """
-    if (rank, world_size) != (0, 1):
-        raise ValueError(f"world_size: only 1 is supported yet, got rank {rank} of {world_size}")
+    if not 0 <= rank < world_size:
+        raise ArgumentError(f"rank: expected one of 0..{world_size - 1}, got {rank} of {world_size}")
     directory = Path(pathname)
     if directory.is_file():
-        raise ValueError(
+        raise ArgumentError(
             f"pathname: expected a checkpoint directory, got the file {directory}; give the directory that it and its "
             "configuration are in"
         )
     if not directory.is_dir():
-        raise ValueError(f"{directory}: expected a checkpoint directory, and there is none")
+        raise ArgumentError(f"{directory}: expected a checkpoint directory, and there is none")
     config = read_quantization_config(directory)
     format_from_config(config)  # raises for an unsupported format before gigabytes are read
-    return read_tensors(directory), config
+    tensors = read_tensors(directory)
+    return (tensors if world_size == 1 else _shard(directory, tensors, config, rank, world_size)), config
+
+
+def _shard(
+    directory: Path, tensors: dict[str, torch.Tensor], config: Mapping[str, Any], rank: int, world_size: int
+) -> dict[str, torch.Tensor]:
+    if not (directory / "config.json").is_file():
+        raise ArgumentError(f"{directory}: Cannot find config.json, which tells the heads to split by")
+    group_size = config.get("group_size", config.get("q_group_size", -1))
+    options = config["quant_method"], group_size if group_size > 0 else 64
+    bits = config.get("bits", config.get("w_bit", 4))
+    model_config = read_json(directory / "config.json")
+    return shard_low_precision_checkpoint(
+        tensors, model_config, rank, world_size, *options, bool(config.get("desc_act")), bits
+    )
 
 
 def read_quantization_config(directory: Path) -> dict[str, object]:
@@ -74,7 +92,7 @@ def find_quantization_config(directory: Path) -> dict[str, object] | None:
         if config is None:
             continue
         if not isinstance(config, dict):
-            raise ValueError(
+            raise ArgumentError(
                 f"{directory / name}: expected a JSON object as configuration, got {type(config).__name__}"
             )
         method = METHOD_OF_FILE.get(name)
@@ -98,7 +116,7 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
         files = _files(directory, suffix)
         if files:
             return _merged(files, read_file)
-    raise ValueError(f"{directory}: no checkpoint file; looked for {', '.join('*' + suffix for suffix in _READERS)}")
+    raise ArgumentError(f"{directory}: no checkpoint file; looked for {', '.join('*' + suffix for suffix in _READERS)}")
 
 
 def open_tensors(directory: Path) -> dict[str, Stored]:
@@ -113,7 +131,7 @@ def open_tensors(directory: Path) -> dict[str, Stored]:
 def _files(directory: Path, suffix: str) -> list[Path]:
     indexes = sorted(directory.glob(f"*{suffix}.index.json"))
     if len(indexes) > 1:
-        raise ValueError(f"{directory}: expected one index, found {', '.join(index.name for index in indexes)}")
+        raise ArgumentError(f"{directory}: expected one index, found {', '.join(index.name for index in indexes)}")
     if not indexes:
         files = sorted(directory.glob(f"*{suffix}"))
         return [file for file in files if file.name in MAIN_FILES] or files
@@ -124,13 +142,13 @@ def indexed_files(index: Path) -> list[Path]:
     """The files that an index of a sharded checkpoint names; ValueError unless they are beside it."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise ValueError(f"{index}: expected an entry weight_map of tensor names to file names")
+        raise ArgumentError(f"{index}: expected an entry weight_map of tensor names to file names")
     files = []
     for name in sorted(set(shards.values())):
         if Path(name).name != name or "\0" in name:
-            raise ValueError(f"{index}: expected file names beside the index, got {shown(name)}")
+            raise ArgumentError(f"{index}: expected file names beside the index, got {shown(name)}")
         if not (index.parent / name).is_file():
-            raise ValueError(f"{index.parent / name}: missing, though {index.name} names it; download it again")
+            raise ArgumentError(f"{index.parent / name}: missing, though {index.name} names it; download it again")
         files.append(index.parent / name)
     return files
 
@@ -141,7 +159,7 @@ def _merged(files: Iterable[Path], read_file: Callable[[Path], Mapping[str, T]])
         tensors = read_file(file)
         twice = merged.keys() & tensors.keys()
         if twice:
-            raise ValueError(f"{file}: tensor {min(twice)!r} is in another file of the checkpoint too")
+            raise ArgumentError(f"{file}: tensor {min(twice)!r} is in another file of the checkpoint too")
         merged |= tensors
     return merged
 
@@ -150,18 +168,18 @@ def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load_file(file)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file}: truncated or no safetensors file ({error})") from error
+        raise ArgumentError(f"{file}: truncated or no safetensors file ({error})") from error
 
 
 def _read_torch(file: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a broken pickle can raise anything
-        raise ValueError(f"{file}: truncated, or holds other things than tensors ({error})") from error
+        raise ArgumentError(f"{file}: truncated, or holds other things than tensors ({error})") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{file}: expected a dict of tensors")
+        raise ArgumentError(f"{file}: expected a dict of tensors")
     if not all(isinstance(name, str) for name in tensors):
-        raise ValueError(f"{file}: expected names of tensors, got {shown(next(iter(tensors)))}")
+        raise ArgumentError(f"{file}: expected names of tensors, got {shown(next(iter(tensors)))}")
     return tensors
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from ..errors import ArgumentError
 from ..reading import shown
 from .auto_round import AutoRoundFormat
 from .awq import AwqFormat
@@ -36,7 +37,7 @@ def format_from_config(config: Mapping[str, object]) -> CheckpointFormat:
     """The format that `config` describes; raises ValueError when its `quant_method` is not supported."""
     method = config.get("quant_method")
     if not isinstance(method, str) or method not in FORMATS:
-        raise ValueError(
+        raise ArgumentError(
             f"quant_method: expected one of {sorted(FORMATS)}, got {shown(method)}; convert the checkpoint"
         )
     return FORMATS[method](config)

@@ -204,7 +204,7 @@ def _resolve_qscheme(
     if qscheme == WoqWeightQScheme.UNDEFINED:
         return WoqWeightQScheme.SYMMETRIC if symmetric_only else WoqWeightQScheme.ASYMMETRIC
     if qscheme == WoqWeightQScheme.ASYMMETRIC and symmetric_only:
-        raise ValueError(
+        raise ArgumentError(
             f"Asymmetric quantization of weight is not supported when weight_dtype is {weight_dtype.name} "
             f"and lowp_mode is {lowp_mode.name}; use WoqWeightQScheme.SYMMETRIC or UNDEFINED"
         )

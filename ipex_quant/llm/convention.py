@@ -47,11 +47,9 @@ def takes_tuples(model: nn.Module) -> bool:
 
 def _read_tuples(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """The arguments of a call by IPEX's convention as transformers takes them; None for any other call."""
-    past = kwargs.get("past_key_values")
-    if not is_past(past):
-        past = next(filter(is_past, args), None)
-        if past is None:
-            return None
+    past = next((value for value in (kwargs.get("past_key_values"), *args) if is_past(value)), None)
+    if past is None:
+        return None
     kwargs = {**by_name(args), **kwargs, "past_key_values": _cache(model, past)}
     if torch.jit.is_tracing() or getattr(model.config, "torchscript", False):
         kwargs.setdefault("return_dict", False)

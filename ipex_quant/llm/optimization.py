@@ -18,6 +18,7 @@ from ..conversion.example import Example
 from ..conversion.prepare import convert_some, prepare, prepare_with_summary
 from ..conversion.qconfig import get_weight_only_quant_qconfig_mapping, needs_calibration
 from ..conversion.swap import return_freed_memory
+from ..errors import ArgumentError
 from ..nn import QuantizedModule
 from ..numerics.scheme import FLOAT_DTYPES, WoqWeightDtype
 from .cache.layers import NativeLayer
@@ -163,5 +164,5 @@ def _check(model: nn.Module, dtype: torch.dtype, device: str, quantize: bool, ca
         raise RuntimeError(f"Device [{device}] is not supported in ipex_quant, options are [cpu]")
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
-    if cache_weights and not quantize:
-        raise ValueError("cache_weight_for_large_batch is only valid with a weight-only quantization_config")
+    if cache_weights and not quantize and dtype != torch.bfloat16:
+        raise ArgumentError(f"cache_weight_for_large_batch is only valid for WOQ or BF16 cases, got {dtype}")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..errors import ArgumentError
 from ..numerics import affine
 from ..numerics.nibbles import pack_nibbles
 from ..numerics.quantized_weight import CODE_DTYPES, QuantizedWeight, code_columns
@@ -205,7 +206,8 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
         **kwargs: Any,
     ) -> WeightOnlyQuantizedLinear:
         """`from_int4_weight` with IPEX's other order of arguments; further keywords are ignored, as IPEX does."""
-        QuantDtype(dtype)
+        if quant_method not in [*QuantMethod] or dtype not in [*QuantDtype]:
+            raise ArgumentError(f"from_weight supports 4bits with AWQ or GPTQ, got {quant_method} and {dtype}")
         shape = (in_features, out_features)
         return cls.from_int4_weight(
             qweight, scales, zero_points, *shape, quant_method, qconfig, bias, group_size, g_idx
