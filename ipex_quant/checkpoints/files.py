@@ -74,7 +74,7 @@ def read_quantization_config(directory: Path) -> dict[str, object]:
     """The quantization configuration of a checkpoint directory; raises ValueError naming the files looked for."""
     config = find_quantization_config(directory)
     if config is None:
-        raise ValueError(
+        raise ArgumentError(
             f"{directory}: no quantization configuration; looked for config.json with an entry quantization_config, "
             + ", ".join(CONFIG_FILES[1:])
         )
