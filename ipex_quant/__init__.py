@@ -14,19 +14,41 @@ if TYPE_CHECKING:
     from .bert import fast_bert
     from .frontend.optimization import optimize
     from .llm.explain import explain
+    from .settings import (
+        FP32MathMode,
+        OnDevice,
+        disable_auto_channels_last,
+        enable_auto_channels_last,
+        enable_onednn_fusion,
+        get_fp32_math_mode,
+        set_fp32_math_mode,
+        set_logging_level,
+    )
+    from .settings import (
+        compile as compile,  # not in __all__: `import *` would hide Python's
+    )
     from .verbosity import VERBOSE_OFF, VERBOSE_ON, VERBOSE_ON_CREATION, verbose
 
 _SUBMODULES = ("autotune", "cpu", "llm", "nn", "ops", "optim", "quantization")
 
 _HOMES = {
+    "FP32MathMode": "settings",
+    "OnDevice": "settings",
     "_set_optimized_model_for_generation": "llm.trace_graph",
     "VERBOSE_OFF": "verbosity",
     "VERBOSE_ON": "verbosity",
     "VERBOSE_ON_CREATION": "verbosity",
+    "compile": "settings",
+    "disable_auto_channels_last": "settings",
+    "enable_auto_channels_last": "settings",
+    "enable_onednn_fusion": "settings",
     "explain": "llm.explain",
     "fast_bert": "bert",
+    "get_fp32_math_mode": "settings",
     "install_as_ipex": "alias",
     "optimize": "frontend.optimization",
+    "set_fp32_math_mode": "settings",
+    "set_logging_level": "settings",
     "verbose": "verbosity",
 }
 """The module of each name that loads when it is first used."""
@@ -35,10 +57,16 @@ __all__ = [
     "VERBOSE_OFF",
     "VERBOSE_ON",
     "VERBOSE_ON_CREATION",
+    "FP32MathMode",
+    "OnDevice",
     "autotune",
     "cpu",
+    "disable_auto_channels_last",
+    "enable_auto_channels_last",
+    "enable_onednn_fusion",
     "explain",
     "fast_bert",
+    "get_fp32_math_mode",
     "install_as_ipex",
     "llm",
     "nn",
@@ -47,6 +75,8 @@ __all__ = [
     "optimize",
     "optimize_transformers",
     "quantization",
+    "set_fp32_math_mode",
+    "set_logging_level",
     "show_config",
     "verbose",
 ]
@@ -97,4 +127,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_HOMES})

@@ -17,8 +17,14 @@ def install_as_ipex() -> None:
     """Let ``import intel_extension_for_pytorch`` mean this package, in this process.
 
     IPEX's public modules then lead to this package's, under IPEX's paths; a name that this package has not raises
-    AttributeError or ImportError. Torch stays as it is: unlike IPEX, this adds no backend "ipex" to `torch.compile` and
-    no ``torch.xpu.optimize``.
+    AttributeError or ImportError. As with IPEX, its first import changes torch, until `uninstall_as_ipex`:
+
+    - `torch.compile` has a backend "ipex", which is inductor, and without a C++ compiler runs the model as it is, with
+      a warning;
+    - `torch.jit.trace` works under autocast (its cache of cast weights is off meanwhile);
+    - ``torch.xpu.optimize`` is `optimize` without what is for CPUs, and a RuntimeError where torch finds no XPU;
+    - modules that `quantization.convert` made for dynamic INT8 are instances of ``torch.nn.quantized.dynamic.Linear``;
+    - the logger "IPEX" has the messages of the logger "ipex_quant", which passes them to no other one.
 
     Calling it again changes nothing. Processes that this one starts do not inherit it, except below ``ipex_quant.run``.
 
@@ -38,6 +44,7 @@ def uninstall_as_ipex() -> None:
     if finder is None:
         return
     sys.meta_path.remove(finder)
+    finder.undo_effects()
     for name in [name for name in sys.modules if name == IPEX or name.startswith(f"{IPEX}.")]:
         del sys.modules[name]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -18,7 +19,10 @@ OURS = __name__.partition(".")[0]
 
 
 class AliasFinder(MetaPathFinder, Loader):
-    """Finds IPEX's modules, and makes an `AliasModule` of each."""
+    """Finds IPEX's modules, and makes an `AliasModule` of each; the first one comes with the `effects` on torch."""
+
+    def __init__(self) -> None:
+        self._effects: ExitStack | None = None
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -39,7 +43,20 @@ class AliasFinder(MetaPathFinder, Loader):
         return AliasModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing: an `AliasModule` is complete when it is made."""
+        """An `AliasModule` is complete when it is made; the effects on torch come with the package's."""
+        if module.__name__ == IPEX and self._effects is None:
+            from .effects import effects  # loads torch
+
+            with ExitStack() as stack:
+                for effect in effects():
+                    stack.enter_context(effect)
+                self._effects = stack.pop_all()
+
+    def undo_effects(self) -> None:
+        """Take the effects on torch back."""
+        if self._effects is not None:
+            self._effects.close()
+            self._effects = None
 
 
 class AliasModule(ModuleType):

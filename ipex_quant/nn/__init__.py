@@ -1,6 +1,6 @@
 """Quantized modules."""
 
-from . import modules
+from . import functional, modules
 from .expert_linears import WeightOnlyQuantizedExpertLinears
 from .experts import WeightOnlyQuantizedExperts
 from .int8_conv import Int8Conv
@@ -27,5 +27,6 @@ __all__ = [
     "WeightOnlyQuantizedExperts",
     "WeightOnlyQuantizedLinear",
     "WoqWeightFormat",
+    "functional",
     "modules",
 ]

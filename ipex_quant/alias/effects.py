@@ -1,0 +1,112 @@
+"""What importing IPEX did to torch, and scripts rely on: done for the alias, and taken back."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch.ao.nn.quantized.dynamic import Linear
+
+from ..frontend.optimization import optimize
+from ..nn import Int8Linear
+from ..settings import compile
+
+
+def effects() -> list[AbstractContextManager[None]]:
+    """A context manager for each effect."""
+    return [_compile_backend(), _uncached_tracing(), _xpu_optimize(), _dynamic_linear(), _ipex_logger()]
+
+
+@contextmanager
+def _compile_backend() -> Iterator[None]:
+    """The name "ipex" for `torch.compile`: `ipex_quant.settings.compile`."""
+    from torch._dynamo.backends import registry  # takes as long as torch
+
+    registry.register_backend(compile, name="ipex")
+    yield
+    registry._BACKENDS.pop("ipex", None)
+    registry._COMPILER_FNS.pop("ipex", None)
+
+
+@contextmanager
+def _uncached_tracing() -> Iterator[None]:
+    """`torch.jit.trace` under autocast: its cache of cast weights would put tensors with gradients into the graph."""
+    trace = torch.jit.trace
+
+    @functools.wraps(trace)
+    def trace_without_cache(*args: Any, **kwargs: Any) -> Any:
+        enabled = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return trace(*args, **kwargs)
+        finally:
+            torch.set_autocast_cache_enabled(enabled)
+
+    torch.jit.trace = trace_without_cache
+    yield
+    if torch.jit.trace is trace_without_cache:
+        torch.jit.trace = trace
+
+
+@contextmanager
+def _xpu_optimize() -> Iterator[None]:
+    """``torch.xpu.optimize``: `ipex_quant.optimize` for models on an XPU; what is for CPUs alone is left out."""
+
+    @functools.wraps(optimize)
+    def optimize_for_xpu(*args: Any, **kwargs: Any) -> Any:
+        if not torch.xpu.is_available():
+            raise RuntimeError("torch.xpu.optimize: torch finds no XPU; use ipex.optimize on CPUs")
+        call = inspect.signature(optimize).bind(*args, **kwargs)
+        for name in ("weights_prepack", "optimize_lstm", "fuse_update_step", "split_master_weight_for_bf16"):
+            call.arguments.setdefault(name, False)
+        return optimize(*call.args, **call.kwargs)
+
+    torch.xpu.optimize = optimize_for_xpu  # type: ignore[attr-defined]
+    yield
+    del torch.xpu.optimize  # type: ignore[attr-defined]
+
+
+class _AlsoOurs(type):
+    """A class that dynamic `Int8Linear` modules are instances of, while the alias is installed.
+
+    The metaclass of torch's dynamic linear layer, which does not let others register with it.
+    """
+
+    installed = False
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        if type.__instancecheck__(cls, instance):
+            return True
+        return _AlsoOurs.installed and isinstance(instance, Int8Linear) and instance.activation is None
+
+
+@contextmanager
+def _dynamic_linear() -> Iterator[None]:
+    """`isinstance` of ``torch.nn.quantized.dynamic.Linear``: scripts look for what was quantized by it."""
+    if type(Linear) is type:
+        Linear.__class__ = _AlsoOurs  # cannot become `type` again, but does what that does when not installed
+    _AlsoOurs.installed = True
+    yield
+    _AlsoOurs.installed = False
+
+
+def _pass_to_ipex(record: logging.LogRecord) -> bool:
+    """Filter of a logger: gives `record` to the logger "IPEX", by whose name scripts look for it, and to no other."""
+    target = logging.getLogger("IPEX")
+    if record.levelno >= target.level:
+        target.handle(logging.makeLogRecord({**record.__dict__, "name": target.name}))
+    return False
+
+
+@contextmanager
+def _ipex_logger() -> Iterator[None]:
+    """Messages of this package are those of the logger "IPEX"."""
+    logger = logging.getLogger("ipex_quant")
+    logger.addFilter(_pass_to_ipex)
+    yield
+    logger.removeFilter(_pass_to_ipex)
