@@ -92,7 +92,7 @@ class Pass:
     def gradients(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
         """The gradients of a chunk in the dtype of values; they are for reading, until the next chunk."""
         given = [piece.grad for piece in pieces]
-        if self._factor == 1.0 and given[0].dtype == self._dtype:
+        if self._factor == 1.0 and all(grad.dtype == self._dtype for grad in given):
             return given
         if self._gradients is None:
             self._gradients = torch.empty(self._room, dtype=self._dtype)

@@ -9,7 +9,7 @@ class Layout:
     """The order of the elements of `x` in memory; `dense` if nothing lies between them."""
 
     def __init__(self, x: torch.Tensor) -> None:
-        self._order = sorted(range(x.dim()), key=x.stride, reverse=True)
+        self._order = sorted(range(x.dim()), key=lambda dim: x.stride(dim), reverse=True)
         self.dense = self.holds(x)
 
     def holds(self, x: torch.Tensor) -> bool:

@@ -140,7 +140,7 @@ def trust(item: Item, group: Settings, factor: float) -> float:
     weight, gradient_norm = map(math.sqrt, squares)
     if not (weight and gradient_norm):
         return 1.0
-    return group["eeta"] * weight / (gradient_norm + group["weight_decay"] * weight + group["epsilon"])
+    return float(group["eeta"] * weight / (gradient_norm + group["weight_decay"] * weight + group["epsilon"]))
 
 
 def fused_sgd(
@@ -192,7 +192,7 @@ def counted_state(
     optimizer: Optimizer, param: torch.Tensor, names: Iterable[str], initial: float = 0.0
 ) -> dict[str, torch.Tensor]:
     """The state of `param` with one more step; made, with arrays of `names` that are `initial`, if there is none."""
-    state = optimizer.state[param]
+    state: dict[str, torch.Tensor] = optimizer.state[param]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32)
         state.update((name, torch.full_like(param, initial, dtype=value_dtype(param))) for name in names)
