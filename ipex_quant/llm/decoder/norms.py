@@ -74,7 +74,8 @@ def norm_of(module: nn.Module) -> Norm | None:
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() not in (1, 2) or weight.device.type != "cpu":
         return None
-    if len(module._parameters) != 1 or module._modules:
+    candidates = dict.fromkeys(value for value in vars(module).values() if type(value) is float)
+    if len(module._parameters) != 1 or module._modules or not candidates or isinstance(module, nn.Embedding):
         return None
     probe, size = copy.copy(module), weight.numel()
     probe.__dict__ |= {"_parameters": {"weight": torch.linspace(0.5, 2, size, dtype=torch.float32).view(weight.shape)}}
@@ -83,7 +84,7 @@ def norm_of(module: nn.Module) -> Norm | None:
     try:
         with torch.no_grad():
             expected = type(module).forward(probe, x)
-            for eps in dict.fromkeys(value for value in vars(module).values() if type(value) is float):
+            for eps in candidates:
                 for kind in (Norm, OffsetNorm, LayerNorm) if weight.dim() == 1 else (HeadNorm,):
                     if torch.allclose(kind(probe, eps)(x), expected, rtol=1e-4, atol=1e-4):
                         return kind(module, eps)

@@ -116,8 +116,8 @@ def test_the_attention_that_is_asked_for_runs(saved, logits, tmp_path, implement
     for load in (transformers.AutoModelForCausalLM, type(native)):
         loaded = load.from_pretrained(saved, attn_implementation=implementation)
         assert loaded.config._attn_implementation == implementation
-        layers, norms, attention = parts_of(loaded)
-        assert (layers.native, norms.stock, attention.native) == ((), (), ())
+        layers, norms, attention, mlps = parts_of(loaded)
+        assert (layers.native, norms.stock, attention.native, mlps.stock) == ((), (), (), ())
         assert native_stack(loaded) == (True, torch.int8)
         torch.testing.assert_close(logits(loaded), logits(native), rtol=0.1, atol=0.2)
     if implementation == "eager":
