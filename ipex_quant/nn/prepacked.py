@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..numerics.scheme import FLOAT_DTYPES
-from ..ops.float_linear import float_linear, has_few_rows, is_native
+from ..ops.float_linear import float_linear, has_few_rows
 from ..ops.gradient import needs_gradient
 from .fused_forward import FusedForward, restore_forwards
 from .widened_linear import widened_linear
@@ -178,10 +178,11 @@ class PrepackedLinear(PrepackedLayer):
     def _compute(
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        if has_few_rows(input, weight):
-            x = input.to(weight.dtype)
-            if is_native(x, weight):
-                return float_linear(x, weight, None if bias is None else bias.to(weight.dtype))
+        own = weight.dtype
+        if has_few_rows(input, weight) and not (
+            torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != own
+        ):
+            return float_linear(input.to(own), weight, None if bias is None else bias.to(own))
         return self._multiply(input, weight, bias, dtype)
 
     def _multiply(

@@ -12,8 +12,11 @@ from .gradient import needs_gradient
 from .library import native
 from .post_op import PostOp, apply_post_op
 
-MAX_ROWS = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}
-"""The most rows of x for which reading the weight, not arithmetic, takes the time of the native op."""
+MAX_ROWS = 8
+"""The most rows of x of which the native op makes use; `benchmarks/float_linear.py` compares it with torch's."""
+
+_FEWEST = {torch.float32: 1, torch.bfloat16: 0, torch.float16: 0}
+"""The numbers of rows up to which torch is as fast."""
 
 _float_linear = native.float_linear.default
 
@@ -38,20 +41,22 @@ def float_linear(
 
 def has_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether x has at most `MAX_ROWS` rows, and any."""
-    return 0 < x.numel() <= MAX_ROWS.get(weight.dtype, 0) * weight.shape[-1]
+    return 0 < x.numel() <= MAX_ROWS * weight.shape[-1]
 
 
 def is_native(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether `float_linear` is native for x and weight: few rows of float32, bfloat16 or float16 on the CPU.
+    """Whether `float_linear` is native for x and weight: few rows of bfloat16 or float16, or two and more of float32.
 
-    No gradient may be needed, nor a cast by autocast; nor does it suit `torch.export` and `torch.jit.trace`, whose
-    graphs serve any number of rows, or subclasses of tensors and `torch.func`, which see torch's operators only.
+    Torch reads as fast for one row of float32. No gradient may be needed, nor a cast by autocast; nor does the op suit
+    `torch.export` and `torch.jit.trace`, whose graphs serve any number of rows, or subclasses of tensors and
+    `torch.func`, which see torch's operators only.
     """
     return (
         not torch.jit.is_tracing()  # these first, since a graph would keep the number of rows as a condition
         and not torch.compiler.is_exporting()
         and has_few_rows(x, weight)
         and x.dtype == weight.dtype
+        and x.numel() > _FEWEST.get(x.dtype, MAX_ROWS) * weight.shape[-1]
         and type(x) is torch.Tensor
         and type(weight) in (torch.Tensor, torch.nn.Parameter)
         and weight.dim() == 2
