@@ -33,7 +33,16 @@ from ..reading import shown
 from .bit_fields import pack_fields, unpack_fields, word_count
 from .format import CheckpointFormat, made_by_gptqmodel
 from .patterns import Pattern
-from .tensors import INDEX_DTYPES, check, check_rank, integer_weight, require, resolve_group_size
+from .tensors import (
+    INDEX_DTYPES,
+    check,
+    check_rank,
+    integer_weight,
+    is_shard,
+    require,
+    resolve_group_size,
+    shard_weight,
+)
 
 BITS = (4, 8, 3, 2)
 """Supported widths, the most common first: with fewer than 32 in_features, several can fit the shapes."""
@@ -152,6 +161,7 @@ def read_gptq(
 ) -> QuantizedWeight:
     """Read ``qweight``, ``qzeros``, ``scales`` and, if there, ``g_idx`` of one module.
 
+    ``g_idx`` may be of a shard, a part of the input features with the scales and zero points of all groups.
     2, 3 and 4 bits become INT4 with the same codes and zero points, 8 bits become INT8. `shape` is the expected
     ``(out_features, in_features)``. `bits` None is inferred and needs in_features, from `shape` or ``g_idx``. Raises
     ValueError for missing, truncated or inconsistent tensors, and TypeError for another dtype.
@@ -172,7 +182,9 @@ def read_gptq(
     )
 
     check(_WEIGHT, qweight, (torch.int32,), (word_count(in_features, bits), out_features))
-    check(_SCALES, scales, FLOAT_DTYPES, (scheme.group_count(in_features), out_features))
+    all_groups = g_idx is not None and group_size is not None and qzeros.shape[:1] == (groups,)
+    shard = all_groups and is_shard(g_idx, scales.t(), group_size)
+    check(_SCALES, scales, FLOAT_DTYPES, (groups if shard else scheme.group_count(in_features), out_features))
     check(_ZEROS, qzeros, (torch.int32,), (groups, word_count(out_features, bits)))
     if g_idx is not None:
         check(_G_IDX, g_idx, INDEX_DTYPES, (in_features,))
@@ -180,9 +192,10 @@ def read_gptq(
     zero_points = unpack_fields(qzeros, bits, out_features).t().to(torch.int16) + (0 if v2 else 1)
     if bits == 8:
         zero_points -= INT8_OFFSET
-    return integer_weight(
-        _codes(qweight, bits, in_features), scales.t(), zero_points, g_idx, scheme, (out_features, in_features)
-    )
+    codes, weight_shape = _codes(qweight, bits, in_features), (out_features, in_features)
+    if shard:
+        return shard_weight(codes, scales.t().float(), zero_points, g_idx, scheme.dtype, weight_shape)
+    return integer_weight(codes, scales.t(), zero_points, g_idx, scheme, weight_shape)
 
 
 def gptq_tensors(
