@@ -57,12 +57,25 @@ def untie(model: nn.Module, quantized: Collection[str]) -> None:
     for prefix, part in list(model.named_modules()):
         if is_pretrained(part):
             start = f"{prefix}." if prefix else ""
-            ties = part.get_expanded_tied_weights_keys()
+            ties = _ties(part)
             kept = _without(ties, {name.removeprefix(start) for name in quantized if name.startswith(start)})
             if kept != ties:
                 part._tied_weights_keys = kept
-                part.all_tied_weights_keys = _without(part.all_tied_weights_keys, quantized)
-    model.all_tied_weights_keys = _without(model.all_tied_weights_keys, quantized)
+                part.all_tied_weights_keys = _without(_all_ties(part), quantized)
+    model.all_tied_weights_keys = _without(_all_ties(model), quantized)
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """The tied weights of `model` itself, ``{target: source}``; none that older code lists as names alone."""
+    listed = isinstance(model._tied_weights_keys, (list, tuple))
+    ties: dict[str, str] = {} if listed else model.get_expanded_tied_weights_keys()
+    return ties
+
+
+def _all_ties(model: nn.Module) -> dict[str, str]:
+    """Those of `model` with all its parts; code that never calls transformers' `post_init` has no record of them."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return ties
 
 
 def _without(ties: dict[str, str], quantized: set[str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ class OwnModel(PreTrainedModel, GenerationMixin):
     """Embeds tokens, calls `run_layers` and the head; subclasses make `embedding`, `layers`, `norm` and `head`."""
 
     config_class = OwnConfig
+    ends_its_init = True
 
     def __init__(self, config, layer, norm, bias=False):
         super().__init__(config)
@@ -31,7 +32,8 @@ class OwnModel(PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(layer(config, index) for index in range(config.layers))
         self.norm = norm(config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=bias)
-        self.post_init()
+        if self.ends_its_init:
+            self.post_init()
 
     def _init_weights(self, module):
         if hasattr(module, "init_buffers"):

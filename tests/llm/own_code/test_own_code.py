@@ -223,6 +223,15 @@ def test_no_code_of_an_attention_that_is_native_runs(name, monkeypatch, padding)
     assert torch.equal(decode(optimized, padding=padding)[0], expected)
 
 
+def test_older_code_may_never_call_post_init(monkeypatch):
+    monkeypatch.setattr(Glm, "ends_its_init", False)
+    monkeypatch.setattr(Glm, "_tied_weights_keys", ["head.weight"])
+    model = build("glm2")
+    assert not hasattr(model, "all_tied_weights_keys")
+    optimized = ipex.llm.optimize(model, quantization_config=woq())
+    check_decoding(optimized, dequantized(model, optimized))
+
+
 def test_what_the_own_caches_cannot_be_warns():
     with pytest.warns(UserWarning, match="kv_cache_dtype: the code of Glm keeps caches of its own"):
         ipex.llm.optimize(build("glm2"), kv_cache_dtype=torch.int8)
