@@ -8,8 +8,9 @@
 ``auto_round:auto_awq``                   AWQ's "gemm"
 ========================================  =================================================
 
-`extra_config` maps names of modules, or patterns of them, to other `bits` and `group_size`. Source: auto-round's
-``inference/backend.py``.
+Floats (`data_type` "mx_fp", "nv_fp", "fp") have the tensors of compressed-tensors. `extra_config` maps names of
+modules, or patterns of them, to other `bits` and `group_size`. Source: auto-round's ``inference/backend.py`` and
+``export/export_to_autoround``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from ..numerics.quantized_weight import QuantizedWeight
 from ..reading import shown
 from .awq import read_awq
+from .compressed_tensors import CompressedTensorsFormat, WeightArgs
 from .format import CheckpointFormat
 from .gptq import GptqFormat, read_gptq
 from .patterns import Pattern
@@ -34,6 +36,14 @@ PACKINGS = {
     "auto_round:auto_awq": "awq",
 }
 """Layouts by `packing_format`."""
+
+FLOATS = {
+    ("mx_fp", 4): ("group", 32),
+    ("mx_fp", 8): ("group", 32),
+    ("nv_fp", 4): ("tensor_group", 16),
+    ("fp", 8): ("channel", None),
+}
+"""Strategy and group size of compressed-tensors by `data_type` and `bits`."""
 
 FLOAT_BITS = 16
 """`bits` of a module that is left in float."""
@@ -52,25 +62,23 @@ class AutoRoundFormat(CheckpointFormat):
     extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     _patterns: dict[str, Pattern] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    keys = GptqFormat.keys
+    keys = ("qweight", "qzeros", "scales", "g_idx")
 
     def __post_init__(self) -> None:
         if self.packing not in PACKINGS:
             raise ValueError(f"packing_format: expected one of {list(PACKINGS)}, got {shown(self.packing)}")
-        for name, settings in self.extra.items():
-            if not isinstance(settings, Mapping):
-                raise ValueError(f"extra_config: expected settings of {shown(name)}, got {shown(settings)}")
+        for name in self.extra:
             self._patterns[name] = Pattern(name)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> AutoRoundFormat:
-        """The format that a `quantization_config` describes; raises ValueError for other data types than integers."""
-        _check_data_type("data_type", config)
-        extra = config.get("extra_config") or {}
-        if not isinstance(extra, Mapping):
-            raise ValueError(f"extra_config: expected names of modules with settings, got {shown(extra)}")
+    def from_config(cls, config: Mapping[str, Any]) -> AutoRoundFormat | CompressedTensorsFormat:
+        """The format that a `quantization_config` describes; raises ValueError for an unknown `data_type`."""
+        if config.get("data_type", "int") != "int":
+            return _floats(config)
         packing = config.get("packing_format") or "auto_round:auto_gptq"
-        return cls(packing if isinstance(packing, str) else "", config.get("bits"), config.get("group_size"), extra)
+        return cls(
+            packing if isinstance(packing, str) else "", config.get("bits"), config.get("group_size"), _extra(config)
+        )
 
     def read(
         self, module_name: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int | None, int | None]
@@ -94,7 +102,31 @@ class AutoRoundFormat(CheckpointFormat):
         return self.extra.get(next(matches, ""), {})
 
 
+def _extra(config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    extra = config.get("extra_config") or {}
+    if not isinstance(extra, Mapping):
+        raise ValueError(f"extra_config: expected names of modules with settings, got {shown(extra)}")
+    for name, settings in extra.items():
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"extra_config: expected settings of {shown(name)}, got {shown(settings)}")
+    return extra
+
+
 def _check_data_type(name: str, settings: Mapping[str, Any]) -> None:
     data_type = settings.get("data_type", "int")
     if data_type != "int" and settings.get("bits") != FLOAT_BITS:
-        raise ValueError(f"{name}: expected 'int', got {shown(data_type)}; export the model as compressed-tensors")
+        raise ValueError(f"{name}: expected 'int' as other modules have, got {shown(data_type)}")
+
+
+def _floats(config: Mapping[str, Any]) -> CompressedTensorsFormat:
+    """The format of a checkpoint whose weights are floats of 4 or 8 bits, all of one kind."""
+    stated = config.get("data_type"), config.get("bits")
+    kind = next((kind for kind in FLOATS if kind == stated), None)
+    if kind is None:
+        raise ValueError(f"data_type, bits: expected 'int' or one of {list(FLOATS)}, got {shown(stated)}")
+    extra = _extra(config)
+    others = [name for name, own in extra.items() if own.get("bits", kind[1]) not in (kind[1], FLOAT_BITS)]
+    if others:
+        raise ValueError(f"extra_config: expected {kind[1]} bits for all modules, got others for {shown(others)}")
+    strategy, group_size = FLOATS[kind]
+    return CompressedTensorsFormat(((("Linear",), WeightArgs(kind[1], "float", strategy, group_size, None, None)),))

@@ -2,8 +2,8 @@
 
 4 bits: `weight` uint8 ``[N * K / 2, 1]`` holds the codes in rows, the first of two in the high bits; `absmax` has a
 factor of each `blocksize` codes, and `quant_map` the 16 values. With double quantization `absmax` is uint8, and the
-factor ``nested_quant_map[absmax] * nested_absmax[block] + nested_offset``. The JSON text in `quant_state` has the
-sizes. The values of NF4 are those here; those of FP4 are exact in float8 times 1/192.
+factor ``nested_quant_map[absmax] * nested_absmax[block] + nested_offset``. `quant_state` is a JSON text with the sizes.
+The values of NF4 are those here; those of FP4 are exact in float8 times 1/192.
 
 INT8: `weight` int8 ``[N, K]`` and `SCB` ``[N]``, ``w = weight * SCB / 127``. Its activations are not quantized here.
 Source: bitsandbytes' ``QuantState.from_dict`` and ``Linear8bitLt``.

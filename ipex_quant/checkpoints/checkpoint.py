@@ -59,6 +59,19 @@ class Checkpoint(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
         with _naming(module_name):
             return self.format.int8_input(self._stored_name(module_name), self._parts(module_name))
 
+    def input_factor(self, module_name: str, in_features: int) -> torch.Tensor | None:
+        """Factors ``[in_features]`` of a module's input, or None; ValueError for those of another shape."""
+        stored = self.tensors.get(f"{module_name}.{self.format.factor_key}")
+        if not self.format.factor_key or stored is None:
+            return None
+        factor = stored[...]
+        if tuple(factor.shape) != (in_features,) or not factor.is_floating_point() or not factor.isfinite().all():
+            raise ValueError(
+                f"{module_name}.{self.format.factor_key}: expected {in_features} finite floats, got {factor.dtype} "
+                f"{list(factor.shape)}"
+            )
+        return factor
+
     def holds(self, module_name: str) -> bool:
         """Whether any tensor of the format, other than a float weight, is stored for a module, complete or not."""
         return bool(self._names.get(module_name, {}).keys() - {"weight"})
@@ -162,6 +175,9 @@ class WeightsInMemory(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]])
 
     def int8_input(self, module_name: str) -> None:
         """None: no module quantizes its input."""
+
+    def input_factor(self, module_name: str, in_features: int) -> None:
+        """None: no module's input has factors."""
 
     def holds(self, module_name: str) -> bool:
         """Whether there is a weight for a module."""

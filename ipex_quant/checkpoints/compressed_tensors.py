@@ -288,7 +288,7 @@ def _grid(scales: torch.Tensor, rows: int, columns: int, args: WeightArgs) -> to
     if args.strategy == "block":
         check(_SCALE, scales, FLOAT_DTYPES, (-(-rows // args.block[0]), groups))
         return spread_blocks(scales, rows, args.block)
-    if args.strategy == "tensor":
+    if args.strategy == "tensor" or (scales.numel() == 1 and groups == 1):
         check(_SCALE, scales.reshape(-1), FLOAT_DTYPES, (1,))
         return scales.float().reshape(1, 1).expand(rows, 1).contiguous()
     scales = scales[:, None] if scales.dim() == 1 else scales

@@ -30,6 +30,9 @@ class CheckpointFormat(ABC):
     unused: tuple[str, ...] = ()
     """Ends of the names of tensors that change nothing here, such as scales of key and value caches."""
 
+    factor_key: str = ""
+    """Name of the factors of a module's input, "" if the format has none."""
+
     halves: bool = False
     """Whether `gate_proj` and `up_proj` of an expert are the halves of its parameter, whose rows may alternate."""
 

@@ -4,8 +4,8 @@ A linear with weight ``[N, K]`` is stored as `weight` float8 e4m3 ``[N, K]`` and
 
 - ``[ceil(N / rows), ceil(K / columns)]``, a factor of each block of `weight_block_size` ``[rows, columns]``, or a
   single factor of the whole weight: ``w = weight * weight_scale_inv``;
-- GPTQModel's, which `weight_scale_semantics` "inverse" tells: a true inverse, ``w = weight / weight_scale_inv``,
-  ``[N]`` or of the whole weight or of blocks.
+- GPTQModel's, which `weight_scale_semantics` "inverse" tells: ``w = weight / weight_scale_inv``, a true inverse, of
+  each row ``[N]``, of the whole weight or of blocks.
 
 The scale of a block becomes that of each of its rows, so that nothing is rounded. Activations are not quantized.
 Sources: transformers' ``finegrained_fp8`` integration, GPTQModel's ``FP8Config``.

@@ -31,7 +31,9 @@ from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
 from ..reading import shown
 from .bit_fields import pack_fields, unpack_fields, word_count
+from .file_tensors import Stored
 from .format import CheckpointFormat, made_by_gptqmodel
+from .neural_compressor import FACTOR, is_nf4, read_nf4, without_wrappers
 from .patterns import Pattern
 from .tensors import (
     INDEX_DTYPES,
@@ -78,7 +80,8 @@ class GptqFormat(CheckpointFormat):
     halves: bool = False
     _patterns: dict[str, Pattern] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    keys = (_WEIGHT, _ZEROS, _SCALES, _G_IDX)
+    keys = (_WEIGHT, _ZEROS, _SCALES, _G_IDX, FACTOR, "scale_bf16_to_fp8")
+    factor_key = FACTOR
 
     def __post_init__(self) -> None:
         if self.bits is not None and self.bits not in BITS:
@@ -123,6 +126,10 @@ class GptqFormat(CheckpointFormat):
         flags["halves"] = made_by_gptqmodel(config)
         return cls(config.get("bits"), config.get("group_size"), VERSIONS[layout], dynamic, **flags)
 
+    def presented(self, tensors: Mapping[str, Stored]) -> Mapping[str, Stored]:
+        """`tensors`, without the names of neural-compressor's wrappers."""
+        return without_wrappers(tensors)
+
     def read(
         self, module_name: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int | None, int | None]
     ) -> QuantizedWeight:
@@ -131,6 +138,8 @@ class GptqFormat(CheckpointFormat):
         Raises as `read_gptq` does, and ValueError for a missing ``g_idx`` that `desc_act` needs.
         """
         settings = self._overridden(module_name)
+        if is_nf4(tensors):
+            return read_nf4(tensors, settings.group_size, shape)
         weight = read_gptq(tensors, settings.bits, settings.group_size, v2=settings.v2, shape=shape)
         if settings.desc_act and not settings.static_groups and weight.scales.shape[1] > 1:
             g_idx = tensors.get(_G_IDX)

@@ -30,21 +30,22 @@ def swap_modules(model: nn.Module, replacements: dict[str, Callable[[nn.Module],
     or its replacement if it is itself replaced.
     """
     if "" in replacements:
-        return _successor(model, replacements[""])
+        return successor(model, replacements[""])
     progress = tqdm(replacements.items(), desc="quantizing", unit="layer", disable=len(replacements) < _MANY_LAYERS)
     names = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[id(module)].append(name)
     for name, make in progress:
         same = names[id(model.get_submodule(name))]
-        new = _successor(model.get_submodule(name), make)
+        new = successor(model.get_submodule(name), make)
         for each in same:
             model.set_submodule(each, new)
     return_freed_memory()
     return model
 
 
-def _successor(old: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def successor(old: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """What `make` returns for `old`, with the hooks of `old`."""
     new = make(old)
     for hooks in _HOOKS:
         setattr(new, hooks, getattr(old, hooks))

@@ -171,3 +171,59 @@ def test_arguments_and_directories_are_checked(directory, tmp_path):
     change_config(directory, lambda config: config.pop("quantization_config"))
     with pytest.raises(ValueError, match=r"expected weights in \*\.safetensors .*\['model\.gguf'\]"):
         ipex.llm.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("way", ["directory", "checkpoint"])
+def test_factors_of_inputs_multiply_them_and_are_not_lost(directory, llama, logits, way):
+    expected = ipex.llm.from_pretrained(directory)
+    factor = torch.rand(64) + 0.5
+
+    def wrap(tensors):
+        for key in ("qweight", "qzeros", "scales", "g_idx"):
+            tensors[f"{NAME}.linear.{key}"] = tensors.pop(f"{NAME}.{key}")
+        tensors[f"{NAME}.input_scale"] = factor
+
+    change_tensors(directory, wrap)
+    if way == "directory":
+        model = ipex.llm.from_pretrained(directory)
+    else:
+        checkpoint = ipex.llm.utils.load_low_precision_checkpoint(directory)
+        model = ipex.llm.optimize(llama, low_precision_checkpoint=checkpoint)
+        assert not llama.model.layers[1].mlp.up_proj._forward_pre_hooks
+    before = expected.model.layers[1].mlp.up_proj
+    weight = before.dequantized_weight(torch.float32)
+    assert not torch.equal(logits(model), logits(expected))
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(model.model.layers[1].mlp.up_proj(x), x * factor @ weight.T, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        scaled = torch.nn.Linear(64, len(weight), bias=False)
+        scaled.weight.copy_(weight * factor)
+    expected.model.layers[1].mlp.up_proj = scaled
+    torch.testing.assert_close(logits(model), logits(expected), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"1 layers multiply their input by factors .*up_proj"):
+        ipex.llm.save(model, directory / "saved")
+
+
+def test_w8a8_layers_are_int8(llama, tmp_path, logits):
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    activations = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+    gptq_directory(llama, tmp_path, config)
+
+    def requantize(tensors):
+        for name in [name for name in tensors if name.endswith((".qweight", ".qzeros", ".scales", ".g_idx"))]:
+            del tensors[name]
+        for name, module in llama.model.layers.named_modules(prefix="model.layers"):
+            if isinstance(module, torch.nn.Linear):
+                scales = module.weight.abs().amax(1, keepdim=True) / 127
+                tensors[f"{name}.weight"] = (module.weight / scales).round().to(torch.int8)
+                tensors[f"{name}.weight_scale"] = scales
+
+    with torch.no_grad():
+        change_tensors(tmp_path, requantize)
+    model = ipex.llm.from_pretrained(tmp_path)
+    assert isinstance(model.model.layers[0].mlp.down_proj, ipex.nn.Int8Linear)
+    assert model.model.layers[0].mlp.down_proj.activation is None
+    error = (logits(model) - logits(llama)).norm() / logits(llama).norm()
+    assert error < 0.05

@@ -19,9 +19,11 @@ from ...conversion.tying import untie
 from ...nn import Int8Linear, WeightOnlyQuantizedLinear
 from ...nn.embeddings import is_embedding
 from ...nn.fused_forward import restore_forwards
+from ...nn.input_factor import InputFactor
 from ...nn.linears import is_linear, weight_matrix
 from ...nn.multihead_attention import split_attentions
 from ...numerics.scheme import QConfigWoq
+from ...ops.int8 import INT8_PER_CHANNEL
 from .checkpoint_experts import experts_from_checkpoint, module_of, stack_float_experts
 from .checkpoint_names import with_model_names
 
@@ -116,11 +118,14 @@ def _from_checkpoint(
     bias = module.bias if bias is None else bias
     if bias is not None and bias.device.type == "meta":
         raise ValueError(f"{name}.bias: missing, the checkpoint has only the weight; get a complete one")
-    int8_input = checkpoint.int8_input(name)
+    int8_input = checkpoint.int8_input(name) if weight.scheme == INT8_PER_CHANNEL else None
     if int8_input is not None:
         (new,) = Int8Linear.make_group([weight], [bias], int8_input.static, module.weight.dtype)
         return new
     new = WeightOnlyQuantizedLinear.from_quantized_weight(weight, bias, qconfig.lowp_mode, qconfig.act_quant_mode)
+    factor = checkpoint.input_factor(name, in_features)
+    if factor is not None:
+        module.register_forward_pre_hook(InputFactor(factor))  # a successor takes over the hooks
     return new.to(module.weight.dtype)
 
 

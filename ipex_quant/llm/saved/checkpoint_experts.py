@@ -51,6 +51,8 @@ def experts_from_checkpoint(
         for part in parts
     }
     found = {each: checkpoint.quantized_weight(each, shape[1], shape[0]) for each, shape in shapes.items()}
+    if any(checkpoint.input_factor(each, shape[1]) is not None for each, shape in shapes.items()):
+        raise ValueError(f"{name}: factors of the input of single experts are not supported")
     scheme = next(each[0].scheme for each in found.values() if each is not None)
     rounded = [each for each, weight in found.items() if weight is None]
     found |= {each: _rounded(checkpoint, each, shapes[each], scheme) for each in rounded}

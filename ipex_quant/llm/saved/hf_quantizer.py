@@ -29,6 +29,7 @@ from ...nn import (
     QuantizedEmbedding,
     WeightOnlyQuantizedLinear,
 )
+from ...nn.input_factor import scaled_layers
 from ...nn.multihead_attention import named_layers, split_attentions
 from ...nn.weight_only_linear import SCHEME_ENTRY
 from ...numerics.scheme import FLOAT_DTYPES
@@ -167,6 +168,12 @@ class IpexQuantizer(HfQuantizer):
         """Return None: tensors are read in their saved dtype, and float ones cast after the modules are packed."""
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        scaled = scaled_layers(model)
+        if scaled:
+            raise ValueError(
+                f"{len(scaled)} layers multiply their input by factors of the checkpoint they are from, which cannot "
+                f"be saved: {scaled[:3]}; keep that checkpoint"
+            )
         model.config.quantization_config = describe_model(model)  # modules and dtypes may have changed since
         followers = [name for group in tied_groups(model) for name in group[1:]]
         if not followers:

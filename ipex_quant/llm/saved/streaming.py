@@ -23,7 +23,7 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...checkpoints import Checkpoint
-from ...conversion.swap import return_freed_memory
+from ...conversion.swap import return_freed_memory, successor
 from ...conversion.tying import untie
 from ...nn.multihead_attention import split_attentions
 from .checkpoint import Plan, plan_of
@@ -68,7 +68,7 @@ class CheckpointLoader(HfQuantizer):
         replacements = self._plan.replacements
         progress = tqdm(replacements.items(), desc="packing", unit="layer", disable=len(replacements) < _MANY_LAYERS)
         for name, make in progress:
-            model.set_submodule(name, make(self._empty.pop(name)).eval())
+            model.set_submodule(name, successor(self._empty.pop(name), make).eval())
             return_freed_memory()
         self._plan.finish(model)
         return model
