@@ -3,9 +3,10 @@
 from .awq import AwqFormat, read_awq
 from .checkpoint import Checkpoint, WeightsInMemory, open_checkpoint, open_directory, split_name
 from .file_tensors import FileTensor, Stored
-from .files import find_quantization_config, load_low_precision_checkpoint
+from .files import find_quantization_config, load_low_precision_checkpoint, open_tensors
 from .format import Int8Input
 from .gptq import gptq_config, gptq_tensors, read_gptq, write_gptq
+from .registry import checkpoint_methods
 from .sharding import shard_low_precision_checkpoint
 
 __all__ = [
@@ -15,12 +16,14 @@ __all__ = [
     "Int8Input",
     "Stored",
     "WeightsInMemory",
+    "checkpoint_methods",
     "find_quantization_config",
     "gptq_config",
     "gptq_tensors",
     "load_low_precision_checkpoint",
     "open_checkpoint",
     "open_directory",
+    "open_tensors",
     "read_awq",
     "read_gptq",
     "shard_low_precision_checkpoint",

@@ -81,7 +81,8 @@ class WeightArgs:
             raise ValueError(f"weights.type: expected 'int' or 'float', got {shown(self.kind)}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"weights.strategy: expected one of {list(STRATEGIES)}, got {shown(self.strategy)}")
-        if self.strategy in ("group", "tensor_group") and type(self.group_size) is not int:
+        size = self.group_size
+        if self.strategy in ("group", "tensor_group") and (type(size) is not int or size <= 0):
             raise ValueError(f"weights.group_size: expected a size, got {shown(self.group_size)}")
         if self.strategy == "block" and (
             self.block is None or len(self.block) != 2 or not all(type(n) is int and n > 0 for n in self.block)
@@ -94,7 +95,9 @@ class WeightArgs:
         weights = group.get("weights")
         if not isinstance(weights, Mapping):
             raise ValueError(f"config_groups: expected weights with a scheme, got {shown(weights)}")
-        strategy = weights.get("strategy") or ("channel" if weights.get("group_size") is None else "group")
+        strategy = weights.get("strategy") or (
+            "channel" if weights.get("group_size") in (None, PER_CHANNEL) else "group"
+        )
         block, activations = weights.get("block_structure"), group.get("input_activations")
         return cls(
             weights.get("num_bits", 8),
@@ -107,9 +110,11 @@ class WeightArgs:
 
     def group(self, columns: int) -> int:
         """Columns that share a scale in a row of `columns`."""
-        if self.strategy == "block":
+        if self.strategy == "block" and self.block is not None:
             return self.block[1]
-        return self.group_size if self.strategy in ("group", "tensor_group") else columns
+        if self.strategy in ("group", "tensor_group") and self.group_size is not None:
+            return self.group_size
+        return columns
 
 
 @dataclass(frozen=True)
@@ -285,7 +290,7 @@ def _read_fp4(
 def _grid(scales: torch.Tensor, rows: int, columns: int, args: WeightArgs) -> torch.Tensor:
     """Float32 scales ``[rows, groups]`` of those that are stored for the strategy; ValueError for another shape."""
     groups = -(-columns // args.group(columns))
-    if args.strategy == "block":
+    if args.strategy == "block" and args.block is not None:
         check(_SCALE, scales, FLOAT_DTYPES, (-(-rows // args.block[0]), groups))
         return spread_blocks(scales, rows, args.block)
     if args.strategy == "tensor" or (scales.numel() == 1 and groups == 1):

@@ -57,7 +57,7 @@ class FileTensor:
     offset: int
 
     def __getitem__(self, index: int | EllipsisType) -> torch.Tensor:
-        if index is Ellipsis:
+        if not isinstance(index, int):
             return self._read(self.shape, 0)
         entry = self.shape[1:]
         if not 0 <= index < self.shape[0]:
@@ -69,8 +69,8 @@ class FileTensor:
         return len(self.shape)
 
     def _read(self, shape: torch.Size, start: int) -> torch.Tensor:
-        data = torch.empty(shape.numel() * self.dtype.itemsize, dtype=torch.uint8)
-        rest = memoryview(data.numpy())
+        data = torch.empty(shape.numel() * self.dtype.itemsize, dtype=torch.uint8, device="cpu")
+        rest = data.numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset + start)
             while rest:
@@ -103,7 +103,7 @@ class ExpertRows:
 
     def __getitem__(self, index: int | EllipsisType) -> torch.Tensor:
         rows = self.stack[self.expert][self.rows].contiguous()
-        return rows if index is Ellipsis else rows[index]
+        return rows[index] if isinstance(index, int) else rows
 
 
 Stored = torch.Tensor | FileTensor | ExpertRows
@@ -151,11 +151,13 @@ def file_tensors(path: Path) -> dict[str, FileTensor]:
 def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, torch.Size, int, int]:
     if not isinstance(entry, dict):
         raise ValueError(f"{path}: {name}: expected an object, got {shown(entry)}")
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype = entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{path}: {name}: dtype: expected one of {list(DTYPES)}, got {shown(dtype)}")
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"{path}: {name}: expected sizes, got shape {shown(shape)} and data_offsets {shown(offsets)}")
+    shape, offsets = _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2:
+        stored = entry.get("shape"), entry.get("data_offsets")
+        raise ValueError(f"{path}: {name}: expected sizes, got shape {shown(stored[0])}, offsets {shown(stored[1])}")
     begin, end = offsets
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != expected:
@@ -163,5 +165,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, torch.Size, 
     return DTYPES[dtype], torch.Size(shape), begin, end
 
 
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(each) is int and 0 <= each < 1 << 63 for each in value)
+def _sizes(value: Any) -> list[int] | None:
+    """`value` if it is a list of sizes, else None."""
+    sizes = isinstance(value, list) and all(type(each) is int and 0 <= each < 1 << 63 for each in value)
+    return value if sizes else None

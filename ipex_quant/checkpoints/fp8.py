@@ -57,7 +57,8 @@ class Fp8Format(CheckpointFormat):
         block = config.get("weight_block_size")
         if block is not None and not isinstance(block, (list, tuple)):
             raise ValueError(f"weight_block_size: expected two sizes, got {shown(block)}")
-        return cls(None if block is None else tuple(block), semantics == "inverse", made_by_gptqmodel(config))
+        pair: Any = None if block is None else tuple(block)
+        return cls(pair, semantics == "inverse", made_by_gptqmodel(config))
 
     def quantizes(self, stored: Collection[str]) -> bool:
         """A weight alone is a float one."""

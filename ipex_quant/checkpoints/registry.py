@@ -33,6 +33,11 @@ FORMATS: Mapping[str, Callable[[Mapping[str, object]], CheckpointFormat]] = Mapp
 """Maps `quant_method` to the function that makes a format from a `quantization_config`."""
 
 
+def checkpoint_methods() -> list[str]:
+    """The `quant_method`s that are read, in order."""
+    return sorted(FORMATS)
+
+
 def format_from_config(config: Mapping[str, object]) -> CheckpointFormat:
     """The format that `config` describes; raises ValueError when its `quant_method` is not supported."""
     method = config.get("quant_method")

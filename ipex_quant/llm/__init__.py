@@ -10,6 +10,7 @@ from .optimization import optimize
 from .saved import streaming
 from .saved.hf_quantizer import register
 from .saving import save
+from .transformers_methods import register_with_transformers
 
 __all__ = [
     "from_pretrained",
@@ -19,6 +20,7 @@ __all__ = [
     "modules",
     "optimize",
     "quantization",
+    "register_with_transformers",
     "save",
     "utils",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,20 @@ import torch
 from torch.ao.quantization import QConfigMapping
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from ..checkpoints import find_quantization_config, open_directory
+from ..checkpoints import Stored, find_quantization_config, open_directory, open_tensors
 from ..conversion.description import METHOD
-from ..conversion.qconfig import get_weight_only_quant_qconfig_mapping
+from ..conversion.prepare import FLOAT_REASONS, warn_of_float
+from ..conversion.qconfig import get_weight_only_quant_qconfig_mapping, needs_calibration
+from ..conversion.rules import choose_qconfigs
+from ..nn import QuantizedModule
 from ..numerics.scheme import FLOAT_DTYPES, WoqWeightDtype
 from ..reading import read_json, shown
 from .cache.layers import NativeLayer
 from .optimization import completed, optimize
-from .saved.float_models import load_float_model, model_class
-from .saved.streaming import CheckpointSource
+from .saved.checkpoint import plan_of
+from .saved.float_models import check_float, load_float_model, model_class
+from .saved.rounding import plan_rounding
+from .saved.streaming import LayerSource
 from .saving import load_saved, transformers_errors
 
 
@@ -32,7 +38,8 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """The model in `directory`, quantized or not, optimized for inference as by `optimize`.
 
-    - A float model is quantized as `quantization_config` says, if given.
+    - A float model is quantized as `quantization_config` says, if given; each linear layer as it is read, if weights
+      are only rounded to nearest.
     - Of a checkpoint that another tool quantized, every weight keeps its codes, scales and zero points; each is read
       and packed in turn, and never made in float. `quantization_config` only sets the layers' compute mode, by default
       that of the activations' dtype. The formats are in docs/checkpoints.md.
@@ -49,21 +56,16 @@ def from_pretrained(
     NativeLayer(kv_cache_dtype)  # raises for a bad dtype before anything is read
     quantization = find_quantization_config(path)
     if quantization is None:
-        model = load_float_model(path, _dtype(path, dtype), trust_remote_code)
-        return optimize(
-            model,
-            dtype=model.dtype,
-            inplace=True,
-            quantization_config=quantization_config,
-            kv_cache_dtype=kv_cache_dtype,
-        )
+        return _float_model(path, _dtype(path, dtype), quantization_config, kv_cache_dtype, trust_remote_code)
     if quantization.get("quant_method") == METHOD:
         if quantization_config is not None:
             raise ValueError(f"quantization_config: the model in {path} is quantized already; leave it out")
         model = load_saved(path, dtype, trust_remote_code)
         return model if kv_cache_dtype is None else completed(model, kv_cache_dtype)
     mapping = quantization_config or get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4)
-    model = _load_checkpoint(path, _dtype(path, dtype), mapping, trust_remote_code)
+    checkpoint = open_directory(path)
+    source = LayerSource(lambda model: plan_of(model, checkpoint, mapping))
+    model = _with_layers(path, _dtype(path, dtype), source, checkpoint.other_tensors(), trust_remote_code)
     return completed(model, kv_cache_dtype)
 
 
@@ -95,10 +97,33 @@ def _dtype(path: Path, dtype: torch.dtype | None) -> torch.dtype:
     return next((names[name] for name in stated if isinstance(name, str) and name in names), torch.bfloat16)
 
 
-def _load_checkpoint(
-    path: Path, dtype: torch.dtype, mapping: QConfigMapping, trust_remote_code: bool
+def _float_model(
+    path: Path,
+    dtype: torch.dtype,
+    mapping: QConfigMapping | None,
+    kv_cache_dtype: torch.dtype | None,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
-    checkpoint = open_directory(path)
+    """The float model in `path`, quantized as `mapping` says, linear layers while they are read if that is enough."""
+    if mapping is None or needs_calibration(mapping):
+        model = load_float_model(path, dtype, trust_remote_code)
+    else:
+        check_float(path)
+        tensors = open_tensors(path)
+        source = LayerSource(lambda model: plan_rounding(model, tensors, mapping))
+        model = _with_layers(path, dtype, source, tensors, trust_remote_code)
+        left, _ = choose_qconfigs(mapping, model)
+        if not left and any(isinstance(module, QuantizedModule) for module in model.modules()):
+            warn_of_float(model, getattr(model, FLOAT_REASONS))
+            return completed(model, kv_cache_dtype)
+    options = {"quantization_config": mapping, "kv_cache_dtype": kv_cache_dtype}
+    return optimize(model, dtype=dtype, inplace=True, **options)
+
+
+def _with_layers(
+    path: Path, dtype: torch.dtype, source: LayerSource, tensors: Mapping[str, Stored], trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model of config.json with the layers of `source`, and the `tensors` that these do not take."""
     found = model_class(path, read_json(path / "config.json"), trust_remote_code)
     with transformers_errors(path):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
@@ -111,8 +136,8 @@ def _load_checkpoint(
         model, info = found.from_pretrained(
             None,
             config=config,
-            state_dict=checkpoint.other_tensors(),
-            quantization_config=CheckpointSource(checkpoint, mapping),
+            state_dict=tensors,
+            quantization_config=source,
             dtype=dtype,
             **options,
         )

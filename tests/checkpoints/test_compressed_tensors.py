@@ -198,6 +198,7 @@ def test_a_checkpoint_with_float_modules_and_cache_scales():
         (config(ints(8, type="str")), "type: expected 'int' or 'float'"),
         (config(ints(8, strategy="token")), "strategy: expected one of"),
         (config(ints(8, strategy="group")), "group_size: expected a size, got None"),
+        (config(ints(8, 0)), "group_size: expected a size, got 0"),
         (config(floats("block")), "block_structure: expected two sizes"),
         (config(floats("block", block_structure=[0, 128])), "block_structure: expected two sizes"),
         (config(None), "expected weights with a scheme, got None"),

@@ -88,13 +88,30 @@ def test_load_takes_any_quantized_model(directory, logits):
     assert torch.equal(logits(ipex.llm.load(directory)), logits(ipex.llm.from_pretrained(directory)))
 
 
-def test_a_float_model_is_quantized_if_asked(llama, logits, tmp_path):
+def test_a_float_model_stays_one_unless_asked(llama, logits, tmp_path):
     llama.save_pretrained(tmp_path)
     plain = ipex.llm.from_pretrained(tmp_path)
     assert not any(isinstance(module, WeightOnlyQuantizedLinear) for module in plain.modules())
     torch.testing.assert_close(logits(plain), logits(llama), rtol=1e-4, atol=1e-4)
-    quantized = ipex.llm.from_pretrained(tmp_path, quantization_config=mapping())
-    assert torch.equal(logits(quantized), logits(ipex.llm.optimize(llama, quantization_config=mapping())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_float_model_is_quantized_as_by_optimize(any_model, logits, tmp_path, dtype):
+    any_model.save_pretrained(tmp_path)
+    config = mapping(lowp_mode=WoqLowpMode.INT8).set_module_name("lm_head", None)
+    loaded = ipex.llm.from_pretrained(tmp_path, dtype, config)
+    expected = ipex.llm.optimize(any_model.to(dtype), dtype=dtype, quantization_config=config)
+    assert torch.equal(logits(loaded), logits(expected))
+    assert ipex.explain(loaded).rows == ipex.explain(expected).rows
+
+
+def test_linear_layers_of_a_float_model_are_never_in_float(llama, tmp_path, monkeypatch):
+    llama.save_pretrained(tmp_path)
+    linears = []
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda module: linears.append(module.weight.device.type))
+    ipex.llm.from_pretrained(tmp_path, quantization_config=mapping())
+    assert len(linears) == 15
+    assert set(linears) == {"meta"}
 
 
 def test_the_generation_config_is_read(directory):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers.quantizers import auto
 
 import ipex_quant as ipex
 import ipex_quant.llm.utils
@@ -76,7 +77,21 @@ def into_a_float_model(directory):
     return ipex.llm.optimize(model, dtype=torch.float32, **options)
 
 
-@pytest.mark.parametrize("way", [from_directory, into_a_float_model])
+def by_transformers(directory):
+    saved = dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+    try:
+        ipex.llm.register_with_transformers()
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, output_loading_info=True
+        )
+    finally:
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.clear()
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.update(saved)
+    assert not any(info.values())
+    return model
+
+
+@pytest.mark.parametrize("way", [from_directory, into_a_float_model, by_transformers])
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_the_true_ones(name, way):
     truth = load_file(DATA / name / "truth.safetensors")
@@ -123,3 +138,8 @@ def test_the_table_has_all_formats_and_all_data():
     methods = {method for row in ROWS for method in re.findall(r"`([^`]+)`", row[0])}
     assert methods == {*FORMATS, "ipex_quant"}
     assert {row[-1] for row in ROWS if row[-1]} == set(NAMES)
+
+
+def test_only_methods_that_are_read_can_be_registered():
+    with pytest.raises(ValueError, match=r"methods: expected some of .*'gptq'.* got \['hqq'\]"):
+        ipex.llm.register_with_transformers(["gptq", "hqq"])

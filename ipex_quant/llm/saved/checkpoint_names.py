@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -42,6 +43,13 @@ def with_model_names(model: nn.Module, checkpoint: Checkpoint | WeightsInMemory)
         if key:
             stored[new.removesuffix(f".{key}")] = owner
     return dataclasses.replace(checkpoint, tensors=tensors, stored_names=stored)
+
+
+def model_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """The names in a file, `stored`, of the tensors of linear layers, by those that `model` has for them."""
+    names = _Names(model, {name for name, _ in model.named_modules()})
+    owners = (name.rpartition(".") for name in sorted(stored))
+    return {f"{names.module(owner)}.{key}": f"{owner}.{key}" for owner, _, key in owners if key in ("weight", "bias")}
 
 
 class _Names:

@@ -25,18 +25,7 @@ def load_float_model(
     and a class that transformers does not have.
     """
     directory = Path(directory)
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory}: expected a model directory with a config.json")
-    config = read_json(directory / "config.json")
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ValueError(f"{directory}: expected a float model, got one that is quantized already, by {shown(method)}")
-    for index in directory.glob("*.index.json"):  # transformers would read whatever it names
-        indexed_files(index)
-    if not any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
-        found = [file.name for file in sorted(directory.iterdir()) if file.suffix in (".gguf", ".pt", ".pth")]
-        raise ValueError(f"{directory}: expected weights in *.safetensors or *.bin files, found {found or 'none'}")
+    config = check_float(directory)
     options = {"dtype": dtype, "local_files_only": True, "trust_remote_code": trust_remote_code}
     found = model_class(directory, config, trust_remote_code)
     try:
@@ -50,6 +39,23 @@ def load_float_model(
             "get a complete one"
         )
     return model.eval()
+
+
+def check_float(directory: Path) -> dict[str, Any]:
+    """The config.json of a directory; ValueError unless it is a float model's, with weights beside it."""
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory}: expected a model directory with a config.json")
+    config = read_json(directory / "config.json")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ValueError(f"{directory}: expected a float model, got one that is quantized already, by {shown(method)}")
+    for index in directory.glob("*.index.json"):  # transformers would read whatever it names
+        indexed_files(index)
+    if not any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        found = [file.name for file in sorted(directory.iterdir()) if file.suffix in (".gguf", ".pt", ".pth")]
+        raise ValueError(f"{directory}: expected weights in *.safetensors or *.bin files, found {found or 'none'}")
+    return config
 
 
 def model_class(directory: Path, config: dict[str, Any], trust_remote_code: bool = False) -> Any:

@@ -1,16 +1,16 @@
-"""Loading a quantized checkpoint through transformers, without float weights of quantized layers at any time.
+"""Loading a model through transformers, without the float weights of layers that are quantized.
 
-transformers makes the model on the meta device, and loads, renames and stacks the tensors that are in float. Layers
-whose weight the checkpoint holds quantized are taken out meanwhile; then each is read, packed and put in.
+transformers makes the model on the meta device, and loads, renames and stacks the tensors that stay in float. Layers
+that are quantized, in the file or here, are taken out meanwhile; then each is read, packed and put in.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.ao.quantization import QConfigMapping
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
@@ -22,11 +22,9 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ...checkpoints import Checkpoint
 from ...conversion.swap import return_freed_memory, successor
 from ...conversion.tying import untie
 from ...nn.multihead_attention import split_attentions
-from .checkpoint import Plan, plan_of
 
 METHOD = "ipex_quant_checkpoint"
 """Name of the method while a model is loaded; no configuration that is saved has it."""
@@ -34,34 +32,39 @@ METHOD = "ipex_quant_checkpoint"
 _MANY_LAYERS = 16
 
 
-class CheckpointSource(QuantizationConfigMixin):
-    """The `quantization_config` with which `from_pretrained` takes quantized layers from `checkpoint`.
+class LayerPlan(Protocol):
+    """Which layers are replaced, by functions of the old ones, and what is to be done at the end."""
 
-    `mapping` selects the layers and their compute mode.
-    """
+    @property
+    def replacements(self) -> Mapping[str, Callable[[nn.Module], nn.Module]]: ...
 
-    def __init__(self, checkpoint: Checkpoint, mapping: QConfigMapping) -> None:
+    def finish(self, model: nn.Module) -> None: ...
+
+
+class LayerSource(QuantizationConfigMixin):
+    """The `quantization_config` with which `from_pretrained` takes layers from elsewhere, as `plan` says of a model."""
+
+    def __init__(self, plan: Callable[[PreTrainedModel], LayerPlan]) -> None:
         self.quant_method = METHOD
-        self.checkpoint = checkpoint
-        self.mapping = mapping
+        self.plan = plan
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointSource:
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerSource:
         return self  # transformers copies configurations; the tensors stay where they are
 
 
-class CheckpointLoader(HfQuantizer):
-    """Replaces the layers of a model on the meta device by those that a `CheckpointSource` holds."""
+class LayerLoader(HfQuantizer):
+    """Replaces the layers of a model on the meta device by those of a `LayerSource`."""
 
-    quantization_config: CheckpointSource
+    quantization_config: LayerSource
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        source = self.quantization_config
         with torch.device("cpu"):  # of the trials that tell what layers compute; the model's is meta
-            self._plan: Plan = plan_of(model, source.checkpoint, source.mapping)
-        split_attentions(model, self._plan.layers)
-        untie(model, self._plan.replacements)
-        self._empty = {name: model.get_submodule(name) for name in self._plan.replacements}
-        for name in self._empty:
+            self._plan = self.quantization_config.plan(model)
+        names = set(self._plan.replacements)
+        split_attentions(model, names)
+        untie(model, names)
+        self._empty = {name: model.get_submodule(name) for name in names}
+        for name in names:
             model.set_submodule(name, nn.Identity())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -84,6 +87,6 @@ class CheckpointLoader(HfQuantizer):
 def register() -> None:
     """Register the method with transformers; calling it again does nothing."""
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(CheckpointSource)
+        register_quantization_config(METHOD)(LayerSource)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(METHOD)(CheckpointLoader)
+        register_quantizer(METHOD)(LayerLoader)
