@@ -36,7 +36,8 @@ def _compile_backend() -> Iterator[None]:
 @contextmanager
 def _uncached_tracing() -> Iterator[None]:
     """`torch.jit.trace` under autocast: its cache of cast weights would put tensors with gradients into the graph."""
-    trace = torch.jit.trace
+    jit: Any = torch.jit
+    trace = jit.trace
 
     @functools.wraps(trace)
     def trace_without_cache(*args: Any, **kwargs: Any) -> Any:
@@ -47,10 +48,10 @@ def _uncached_tracing() -> Iterator[None]:
         finally:
             torch.set_autocast_cache_enabled(enabled)
 
-    torch.jit.trace = trace_without_cache
+    jit.trace = trace_without_cache
     yield
-    if torch.jit.trace is trace_without_cache:
-        torch.jit.trace = trace
+    if jit.trace is trace_without_cache:
+        jit.trace = trace
 
 
 @contextmanager
@@ -66,9 +67,10 @@ def _xpu_optimize() -> Iterator[None]:
             call.arguments.setdefault(name, False)
         return optimize(*call.args, **call.kwargs)
 
-    torch.xpu.optimize = optimize_for_xpu  # type: ignore[attr-defined]
+    xpu: Any = torch.xpu
+    xpu.optimize = optimize_for_xpu
     yield
-    del torch.xpu.optimize  # type: ignore[attr-defined]
+    del xpu.optimize
 
 
 class _AlsoOurs(type):
@@ -88,8 +90,9 @@ class _AlsoOurs(type):
 @contextmanager
 def _dynamic_linear() -> Iterator[None]:
     """`isinstance` of ``torch.nn.quantized.dynamic.Linear``: scripts look for what was quantized by it."""
-    if type(Linear) is type:
-        Linear.__class__ = _AlsoOurs  # cannot become `type` again, but does what that does when not installed
+    layer: Any = Linear
+    if type(layer) is type:
+        layer.__class__ = _AlsoOurs  # cannot become `type` again, but does what that does when not installed
     _AlsoOurs.installed = True
     yield
     _AlsoOurs.installed = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 import torch
 
@@ -33,14 +34,16 @@ def set_fp32_math_mode(mode: FP32MathMode = FP32MathMode.FP32, device: str = "cp
         raise ValueError(f"mode: expected a FP32MathMode, got {mode!r}")
     # Set through torch.backends.mkldnn.matmul, torch.get_float32_matmul_precision would raise from then on.
     torch.set_float32_matmul_precision(_MATMUL_PRECISIONS[mode])
-    torch.backends.mkldnn.conv.fp32_precision = _PRECISIONS[mode]
-    torch.backends.mkldnn.rnn.fp32_precision = _PRECISIONS[mode]
+    onednn: Any = torch.backends.mkldnn
+    onednn.conv.fp32_precision = _PRECISIONS[mode]
+    onednn.rnn.fp32_precision = _PRECISIONS[mode]
 
 
 def get_fp32_math_mode(device: str = "cpu") -> FP32MathMode:
     """The mode in which oneDNN may compute float32 matmuls, whoever set it; errors as of `set_fp32_math_mode`."""
     _check_device(device)
-    precision = torch.backends.mkldnn.matmul.fp32_precision
+    onednn: Any = torch.backends.mkldnn
+    precision = onednn.matmul.fp32_precision
     return next((mode for mode, name in _PRECISIONS.items() if name == precision), FP32MathMode.FP32)
 
 

@@ -177,7 +177,7 @@ def test_groups_have_names_patterns_or_classes():
 
 
 def test_a_checkpoint_with_float_modules_and_cache_scales():
-    tensors, weight = module(4, 16)
+    tensors, _ = module(4, 16)
     state = {f"l.self_attn.q_proj.{key}": tensor for key, tensor in tensors.items()}
     others = {"lm_head.weight": torch.ones(4, 4), "l.self_attn.o_proj.weight": torch.ones(4, 4)}
     scales = {"l.self_attn.k_scale": torch.ones(1), "l.self_attn.v_scale": torch.ones(1)}
