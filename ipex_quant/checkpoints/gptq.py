@@ -191,8 +191,12 @@ def read_gptq(
     )
 
     check(_WEIGHT, qweight, (torch.int32,), (word_count(in_features, bits), out_features))
-    all_groups = g_idx is not None and group_size is not None and qzeros.shape[:1] == (groups,)
-    shard = all_groups and is_shard(g_idx, scales.t(), group_size)
+    shard = (
+        g_idx is not None
+        and group_size is not None
+        and qzeros.shape[:1] == (groups,)
+        and is_shard(g_idx, scales.t(), group_size)
+    )
     check(_SCALES, scales, FLOAT_DTYPES, (groups if shard else scheme.group_count(in_features), out_features))
     check(_ZEROS, qzeros, (torch.int32,), (groups, word_count(out_features, bits)))
     if g_idx is not None:
@@ -202,7 +206,7 @@ def read_gptq(
     if bits == 8:
         zero_points -= INT8_OFFSET
     codes, weight_shape = _codes(qweight, bits, in_features), (out_features, in_features)
-    if shard:
+    if g_idx is not None and shard:
         return shard_weight(codes, scales.t().float(), zero_points, g_idx, scheme.dtype, weight_shape)
     return integer_weight(codes, scales.t(), zero_points, g_idx, scheme, weight_shape)
 

@@ -188,7 +188,8 @@ def _arranged(graph: Callable[..., Any], tensors: list[torch.Tensor], past: Any)
     if not isinstance(graph, torch.jit.ScriptModule):
         return [*tensors[:2], past, *tensors[2:]]
     # Names of a traced graph's arguments are those of `forward` by position, which IPEX's convention ignores.
-    kinds = [argument.type.kind() for argument in graph.forward.schema.arguments[1:]]
+    forward: Any = graph.forward
+    kinds = [argument.type.kind() for argument in forward.schema.arguments[1:]]
     remaining = iter(tensors)
     return [past if kind == "TupleType" else next(remaining) for kind in kinds]
 
