@@ -47,12 +47,13 @@ def compile(  # IPEX's name
 
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
     try:
-        return compile_fx(model, list(example_inputs), config_patches=patches)
+        compiled: Any = compile_fx(model, list(example_inputs), config_patches=patches)
     except Exception as error:
         if not isinstance(getattr(error, "inner_exception", error), InvalidCxxCompiler):
             raise
         warnings.warn(f"the model runs without being compiled; install a C++ compiler (g++): {error}", stacklevel=2)
         return model.forward
+    return compiled
 
 
 class _Traced:
