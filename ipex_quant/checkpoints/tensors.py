@@ -193,7 +193,8 @@ def e8m0_scales(exponents: torch.Tensor) -> torch.Tensor:
     """Powers of two, float32, of uint8 exponents plus 127; ValueError for 255, which is NaN."""
     if exponents.numel() and exponents.max() == 255:
         raise ValueError("scales: expected exponents below 255, which is NaN")
-    return torch.ldexp(torch.ones((), dtype=torch.float32), exponents.int() - 127)
+    bits = exponents.to(torch.int32) << 23  # the exponent of float32 has the same offset
+    return bits.masked_fill(exponents == 0, 1 << 22).view(torch.float32)  # 2 ** -127 is subnormal
 
 
 def e2m1_weight(packed: torch.Tensor, scales: torch.Tensor, group: int, shape: tuple[int, int]) -> QuantizedWeight:

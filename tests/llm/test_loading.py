@@ -100,7 +100,8 @@ def test_a_float_model_is_quantized_as_by_optimize(any_model, logits, tmp_path, 
     any_model.save_pretrained(tmp_path)
     config = mapping(lowp_mode=WoqLowpMode.INT8).set_module_name("lm_head", None)
     loaded = ipex.llm.from_pretrained(tmp_path, dtype, config)
-    expected = ipex.llm.optimize(any_model.to(dtype), dtype=dtype, quantization_config=config)
+    plain = type(any_model).from_pretrained(tmp_path, dtype=dtype)
+    expected = ipex.llm.optimize(plain, dtype=dtype, quantization_config=config)
     assert torch.equal(logits(loaded), logits(expected))
     assert ipex.explain(loaded).rows == ipex.explain(expected).rows
 

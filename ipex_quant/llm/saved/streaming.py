@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...conversion.swap import return_freed_memory, successor
 from ...conversion.tying import untie
+from ...nn import Placeholder
 from ...nn.multihead_attention import split_attentions
 
 METHOD = "ipex_quant_checkpoint"
@@ -63,15 +64,16 @@ class LayerLoader(HfQuantizer):
         names = set(self._plan.replacements)
         split_attentions(model, names)
         untie(model, names)
-        self._empty = {name: model.get_submodule(name) for name in names}
         for name in names:
-            model.set_submodule(name, nn.Identity())
+            place = Placeholder((), {}, {})
+            place.stand_for(model.get_submodule(name))
+            model.set_submodule(name, place)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         replacements = self._plan.replacements
         progress = tqdm(replacements.items(), desc="packing", unit="layer", disable=len(replacements) < _MANY_LAYERS)
         for name, make in progress:
-            model.set_submodule(name, successor(self._empty.pop(name), make).eval())
+            model.set_submodule(name, successor(model.get_submodule(name).float_module, make).eval())
             return_freed_memory()
         self._plan.finish(model)
         return model
