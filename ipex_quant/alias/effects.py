@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from abc import ABCMeta
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -73,29 +74,22 @@ def _xpu_optimize() -> Iterator[None]:
     del xpu.optimize
 
 
-class _AlsoOurs(type):
-    """A class that dynamic `Int8Linear` modules are instances of, while the alias is installed.
-
-    The metaclass of torch's dynamic linear layer, which does not let others register with it.
-    """
-
-    installed = False
+class _AlsoOurs(ABCMeta):
+    """The metaclass of torch's dynamic linear layer while dynamic `Int8Linear` modules are instances of it."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        if type.__instancecheck__(cls, instance):
+        if super().__instancecheck__(instance):
             return True
-        return _AlsoOurs.installed and isinstance(instance, Int8Linear) and instance.activation is None
+        return cls is Linear and isinstance(instance, Int8Linear) and instance.activation is None
 
 
 @contextmanager
 def _dynamic_linear() -> Iterator[None]:
     """`isinstance` of ``torch.nn.quantized.dynamic.Linear``: scripts look for what was quantized by it."""
     layer: Any = Linear
-    if type(layer) is type:
-        layer.__class__ = _AlsoOurs  # cannot become `type` again, but does what that does when not installed
-    _AlsoOurs.installed = True
+    layer.__class__ = _AlsoOurs  # `ABCMeta.register` could not be taken back, nor tell static modules apart
     yield
-    _AlsoOurs.installed = False
+    layer.__class__ = ABCMeta
 
 
 def _pass_to_ipex(record: logging.LogRecord) -> bool:
