@@ -27,6 +27,7 @@ from .experts import (
 )
 from .float_linear import float_linear
 from .gated import gelu_mul, gelu_mul_halves, silu_mul, silu_mul_halves
+from .halves import join_halves, split_halves
 from .int8 import (
     PackedInt8,
     int8_dequantize,
@@ -84,6 +85,7 @@ __all__ = [
     "int8_linear",
     "int8_linear_gated",
     "isa_name",
+    "join_halves",
     "kernel_name",
     "layer_norm",
     "pack_conv",
@@ -102,6 +104,7 @@ __all__ = [
     "silu_mul",
     "silu_mul_halves",
     "split_experts",
+    "split_halves",
     "supported_isas",
     "team_affinity",
     "unpack_conv",

@@ -1,7 +1,6 @@
 """Optimizers: LAMB and LARS, and training in a lower precision with exact float32 updates."""
 
 from .fusing import RULES
-from .halves import join_float32, split_float32
 from .layerwise import Lamb, Lars, create_optimizer_lars
 from .masters import FullMaster, Master, SplitMaster, attach_master, masters_of
 from .prepared import PreparedOptimizer, plain_class, prepare_optimizer
@@ -16,9 +15,7 @@ __all__ = [
     "SplitMaster",
     "attach_master",
     "create_optimizer_lars",
-    "join_float32",
     "masters_of",
     "plain_class",
     "prepare_optimizer",
-    "split_float32",
 ]

@@ -14,7 +14,8 @@ from weakref import ref
 import torch
 from torch import nn
 
-from .halves import join_float32, join_into, split_float32, split_from
+from ..numerics.halves import join_float32, split_float32
+from ..ops.halves import join_halves, split_halves
 from .layout import aligned
 
 _MASTERS = "_float32_masters"  # attribute of modules
@@ -50,7 +51,7 @@ class Master(ABC):
     @staticmethod
     @abstractmethod
     def write(parts: Sequence[Parts], values: Sequence[torch.Tensor], scratch: torch.Tensor) -> None:
-        """Store what `read` gave, after it was changed; overwrites `scratch`."""
+        """Store what `read` gave, after it was changed."""
 
     def value_in(self, state_dict: Mapping[str, Any]) -> torch.Tensor:
         """The value for one more entry of `state_dict`: the same tensor under all names of a tied weight."""
@@ -86,11 +87,12 @@ class SplitMaster(Master):
 
     @staticmethod
     def read(parts: Sequence[Parts], scratch: torch.Tensor) -> list[torch.Tensor]:
-        return join_into([high for high, _ in parts], [low for _, low in parts], scratch)
+        join_halves(*_columns(parts), scratch)
+        return list(scratch.split([high.numel() for high, _ in parts]))
 
     @staticmethod
     def write(parts: Sequence[Parts], values: Sequence[torch.Tensor], scratch: torch.Tensor) -> None:
-        split_from(scratch, [high for high, _ in parts], [low for _, low in parts])
+        split_halves(scratch, *_columns(parts))
 
 
 class FullMaster(Master):
@@ -149,6 +151,10 @@ class OwnMaster(Master):
     def write(parts: Sequence[Parts], values: Sequence[torch.Tensor], scratch: torch.Tensor) -> None:
         if parts[0][0].dtype != scratch.dtype:
             torch._foreach_copy_([param for (param,) in parts], list(values))
+
+
+def _columns(parts: Sequence[Parts]) -> list[list[torch.Tensor]]:
+    return [list(column) for column in zip(*parts, strict=True)]
 
 
 def masters_of(module: nn.Module) -> dict[str, Master]:

@@ -130,8 +130,20 @@ print(digest.hexdigest())
 """
 
 
-def test_float_linears_have_the_same_bits_at_every_level() -> None:
-    digests = {run_python("-c", FLOAT_LINEARS, level=level, check=True, capture_output=True).stdout for level in LEVELS}
+HALVES = """
+import hashlib, torch
+from ipex_quant import ops
+values = torch.randint(-(2**31), 2**31, (99991,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+high, low, joined = torch.empty(99991).bfloat16(), torch.empty(99991).to(torch.int16), torch.empty(99991)
+ops.split_halves(values.view(torch.float32), [high], [low])
+ops.join_halves([high], [low.flip(0)], joined)
+print(hashlib.sha256(b"".join(x.view(torch.uint8).numpy().tobytes() for x in (high, low, joined))).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("code", [FLOAT_LINEARS, HALVES], ids=["float_linears", "halves"])
+def test_the_same_bits_at_every_level(code: str) -> None:
+    digests = {run_python("-c", code, level=level, check=True, capture_output=True).stdout for level in LEVELS}
     assert len(digests) == 1
 
 

@@ -8,9 +8,6 @@ bfloat16.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 
 
@@ -34,28 +31,3 @@ def join_float32(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     bits = high.detach().view(torch.int16).to(torch.int32) << 16
     rest = torch.where(high == 0, low.clamp(min=0), low)  # below zero, bits would wrap around into a NaN
     return (bits + rest).view(torch.float32)
-
-
-def join_into(highs: Sequence[torch.Tensor], lows: Sequence[torch.Tensor], out: torch.Tensor) -> list[torch.Tensor]:
-    """`join_float32` of flat `highs` and `lows`, one after the other in flat float32 `out`, which has their size."""
-    sizes = [high.numel() for high in highs]
-    values = list(out.split(sizes))
-    torch._foreach_copy_(values, highs)
-    torch._foreach_add_(list(out.view(torch.int32).split(sizes)), lows)
-    # Where a low is stale, or values are so large that their squares are infinite, or none.
-    if not math.isfinite(float(out.dot(out))):
-        for value, high, low in zip(values, highs, lows, strict=True):
-            value.copy_(join_float32(high, low))
-    return values
-
-
-def split_from(out: torch.Tensor, highs: Sequence[torch.Tensor], lows: Sequence[torch.Tensor]) -> None:
-    """Undo `join_into` after `out` has got other values, which this overwrites.
-
-    A NaN whose payload is all ones gives a zero among `highs`; no arithmetic on bfloat16 gradients makes one.
-    """
-    bits = out.view(torch.int32)
-    parts = list(bits.split([high.numel() for high in highs]))
-    torch._foreach_copy_(lows, parts)  # which cuts the upper bits off
-    bits.add_(0x8000).bitwise_right_shift_(16)
-    torch._foreach_copy_([high.view(torch.int16) for high in highs], parts)
