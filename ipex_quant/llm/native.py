@@ -80,8 +80,9 @@ def use_native_stack(model: nn.Module, kv_cache_dtype: torch.dtype | None = None
             # a partial, which can be copied and pickled with the model
             model.set_attn_implementation = functools.partial(_set_attn_implementation, model)
         use_native_cache(model, kv_cache_dtype)
-    for part in parts_of(model):
-        logger.info("%s", part)
+    if logger.isEnabledFor(logging.INFO):  # trials of every module take a while
+        for part in parts_of(model):
+            logger.info("%s", part)
 
 
 def _set_attn_implementation(model: PreTrainedModel, implementation: Any, *args: Any, **kwargs: Any) -> None:

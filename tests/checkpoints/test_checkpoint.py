@@ -156,7 +156,11 @@ def test_names_by_key_config(make_gptq_module):
         (("a", {}), TypeError, "low_precision_checkpoint should be a state_dict, got str"),
         (({}, "gptq"), TypeError, "checkpoint config: should be a dict, got str"),
         ({"fc.qweight": [1]}, TypeError, "state_dict: expected tensors only, got list for 'fc.qweight'"),
-        (({}, {"quant_method": "foo"}), ValueError, r"quant_method: expected one of \['awq', 'gptq'\], got 'foo'"),
+        (
+            ({}, {"quant_method": "foo"}),
+            ValueError,
+            r"quant_method: expected one of \['auto-round', 'awq', .*\], got 'foo'",
+        ),
         (({}, {"quant_method": ["gptq"]}), ValueError, "quant_method: expected one of"),
         (({}, {"method": "gptq"}), ValueError, "checkpoint config: expected only keys of"),
         (({"fc.weight": torch.ones(2)}, GPTQ), ValueError, "no tensor is named '<module>.qweight'.*'fc.weight'"),
