@@ -27,7 +27,7 @@ from .experts import (
 )
 from .float_linear import float_linear
 from .gated import gelu_mul, gelu_mul_halves, silu_mul, silu_mul_halves
-from .halves import join_halves, split_halves
+from .halves import join_halves, sgd_halves, split_halves
 from .int8 import (
     PackedInt8,
     int8_dequantize,
@@ -101,6 +101,7 @@ __all__ = [
     "run_experts",
     "selective_scan",
     "set_team_affinity",
+    "sgd_halves",
     "silu_mul",
     "silu_mul_halves",
     "split_experts",

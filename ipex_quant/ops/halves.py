@@ -1,4 +1,4 @@
-"""Float32 values joined from and split into halves of 16 bits, in one pass over memory."""
+"""Float32 values joined from and split into halves of 16 bits, and SGD on these, each in one pass over memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .library import native
 
 _join = native.join_halves.default
 _split = native.split_halves.default
+_sgd = native.sgd_halves.default
 
 
 def join_halves(highs: Sequence[torch.Tensor], lows: Sequence[torch.Tensor], values: torch.Tensor) -> None:
@@ -27,19 +28,52 @@ def split_halves(values: torch.Tensor, highs: Sequence[torch.Tensor], lows: Sequ
     _split(values, highs, lows)
 
 
+def sgd_halves(
+    highs: Sequence[torch.Tensor],
+    lows: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    momenta: Sequence[torch.Tensor],
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    factor: float = 1.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    first: bool = False,
+) -> None:
+    """Do what ``torch._fused_sgd_`` does, in place, to the values of the halves `highs` and `lows`.
+
+    The tensors are as for `join_halves`. `grads` are bfloat16, and multiplied by `factor`; `momenta`, float32, are
+    written, the `first` time without being read, and are none where `momentum` is 0. Raises RuntimeError when an
+    argument does not fit, with nothing written.
+    """
+    floats = lr, momentum, dampening, weight_decay, factor
+    _sgd(highs, lows, grads, momenta, *floats, nesterov, maximize, first)
+
+
 @register_fake("join_halves")
 def _(highs, lows, values):
-    _check(values, highs, lows)
+    _check(highs, lows)
+    check_shape("values", values, "[n]")
 
 
 @register_fake("split_halves")
 def _(values, highs, lows):
-    _check(values, highs, lows)
-
-
-def _check(values: torch.Tensor, highs: Sequence[torch.Tensor], lows: Sequence[torch.Tensor]) -> None:
+    _check(highs, lows)
     check_shape("values", values, "[n]")
-    torch._check(len(highs) == len(lows), lambda: f"lows: expected {len(highs)} tensors, got {len(lows)}")
-    for high, low in zip(highs, lows, strict=True):
-        check_shape("highs", high, "[n]")
-        check_shape("lows", low, "[n]")
+
+
+@register_fake("sgd_halves")
+def _(highs, lows, grads, momenta, *settings):
+    _check(highs, lows)
+    _check(highs, grads)
+    if momenta:
+        _check(highs, momenta)
+
+
+def _check(highs: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> None:
+    torch._check(len(highs) == len(others), lambda: f"expected {len(highs)} tensors as in highs, got {len(others)}")
+    for tensor in (*highs, *others):
+        check_shape("highs and what goes with them", tensor, "[n]")

@@ -36,6 +36,12 @@ class Item:
         return self.master.param.numel()
 
     @property
+    def has_bfloat16_gradient(self) -> bool:
+        """Whether the gradient is bfloat16, as that of a parameter of this dtype can be any."""
+        assert self.master.param.grad is not None  # of an item
+        return self.master.param.grad.dtype == torch.bfloat16
+
+    @property
     def kind(self) -> tuple[Any, ...]:
         """What all items of one pass have in common."""
         return type(self.master), self.master.param.dtype, self.first

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from ..ops.halves import sgd_halves
 from .chunks import Item, Pass, Piece, value_dtype
 from .layout import Layout
-from .masters import Master
+from .masters import Master, SplitMaster
 
 Settings = Mapping[str, Any]
 
@@ -55,6 +56,9 @@ class SGDRule(Rule):
         return Item(master, state, first)
 
     def _update(self, items: Sequence[Item], group: Settings, factor: float) -> None:
+        if all(isinstance(item.master, SplitMaster) and item.has_bfloat16_gradient for item in items):
+            split_sgd(items, group, factor)
+            return
         for pieces, values in (chunks := Pass(items, factor)):
             fused_sgd(values, chunks.gradients(pieces), pieces, group, first=items[0].first)
 
@@ -158,6 +162,25 @@ def fused_sgd(
         nesterov=group["nesterov"],
         maximize=group["maximize"],
         is_first_step=first,
+    )
+
+
+def split_sgd(items: Sequence[Item], group: Settings, factor: float) -> None:
+    """Update the halves of `items`, whose gradients are bfloat16, in place."""
+    pieces = [piece for item in items for piece in item.pieces(max(1, item.numel))]
+    sgd_halves(
+        [high for high, _ in (piece.parts for piece in pieces)],
+        [low for _, low in (piece.parts for piece in pieces)],
+        [piece.grad for piece in pieces],
+        column(pieces, "momentum_buffer") if group["momentum"] != 0 else [],
+        lr=float(group["lr"]),
+        momentum=group["momentum"],
+        dampening=group["dampening"],
+        weight_decay=group["weight_decay"],
+        factor=factor,
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+        first=items[0].first,
     )
 
 

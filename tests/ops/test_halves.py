@@ -116,6 +116,68 @@ def test_views_at_any_element():
     assert not joined[401:].any()
 
 
+SGD = [
+    {"lr": 0.1},
+    {"lr": 0.1, "weight_decay": 0.1, "maximize": True, "factor": 0.3},
+    {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
+    {"lr": 0.1, "momentum": 0.9, "nesterov": True, "factor": 3.0},
+    {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "first": True},
+]
+
+
+@pytest.mark.parametrize("options", SGD)
+def test_sgd_has_the_bits_of_torchs_fused_kernel(options):
+    """Sizes that threads and blocks do not divide; torch's vectors do, since its remainders may round once less."""
+    sizes, momentum = (16, 0, 70_000, 1024, 33_008), options.get("momentum", 0.0)
+    torch.manual_seed(0)
+    values = [torch.randn(n) for n in sizes]
+    grads = [torch.randn(n).bfloat16() for n in sizes]
+    momenta = [torch.randn(n) for n in sizes] if momentum else []
+    highs, lows = empty_halves(sizes)
+    ops.split_halves(torch.cat(values), highs, lows)
+    ours = [each.clone() for each in momenta]
+    ops.sgd_halves(highs, lows, grads, ours, **options)
+    defaults = {"weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False}
+    given = {name: value for name, value in options.items() if name not in ("first", "factor")}
+    factored = [grad.float() * options.get("factor", 1.0) for grad in grads]
+    first = options.get("first", False)
+    torch._fused_sgd_(values, factored, momenta, **{**defaults, **given}, is_first_step=first)
+    for value, high, low in zip(values, highs, lows, strict=True):
+        assert same(join_float32(high, low), value)
+    assert all(map(same, ours, momenta))
+
+
+def test_sgd_by_hand_on_odd_sizes():
+    torch.manual_seed(0)
+    values, grad, momentum = torch.randn(1031), torch.randn(1031).bfloat16(), torch.randn(1031)
+    high, low = split_float32(values)
+    expected = 0.9 * momentum + 2 * grad.float()
+    ops.sgd_halves([high], [low], [grad], [momentum], lr=0.1, momentum=0.9, factor=2.0)
+    torch.testing.assert_close(momentum, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(join_float32(high, low), values - 0.1 * expected, rtol=1e-6, atol=1e-6)
+
+
+def test_sgd_refuses_what_does_not_fit():
+    (high,), (low,) = empty_halves((6,))
+    grad, momentum = high.clone(), torch.zeros(6)
+    for message, highs, lows, grads, momenta in [
+        ("grads: expected 1 tensors", [high], [low], [], []),
+        ("grads: expected dtype BFloat16", [high], [low], [grad.float()], []),
+        ("grads: expected 6 elements", [high], [low], [grad[:5]], []),
+        ("momenta: expected 1 tensors", [high], [low], [grad], [momentum] * 2),
+        ("momenta: expected dtype Float", [high], [low], [grad], [momentum.double()]),
+        ("momenta: expected 6 elements", [high], [low], [grad], [momentum[:5]]),
+        ("momenta: expected a contiguous", [high], [low], [grad], [torch.zeros(12)[::2]]),
+        ("do not overlap", [high] * 2, [low, low.clone()], [grad] * 2, []),
+        ("do not overlap", [high, grad], [low, low.clone()], [grad] * 2, [momentum] * 2),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            ops.sgd_halves(highs, lows, grads, momenta, lr=1.0, weight_decay=1.0, maximize=True)
+        assert not high.any()
+        assert not low.any()
+        assert not momentum.any()
+
+
 def bad_arguments() -> list[tuple[str, tuple]]:
     """Arguments ``(values, highs, lows)`` and what is said of them."""
     (high,), (low,) = empty_halves((6,))
@@ -158,6 +220,9 @@ def test_the_ops_are_registered_correctly():
     values, halves = torch.randn(40), empty_halves((33, 7))
     torch.library.opcheck(torch.ops.ipex_quant.split_halves.default, (values, *halves))
     torch.library.opcheck(torch.ops.ipex_quant.join_halves.default, (*halves, values))
+    grads, momenta = empty_halves((33, 7))[0], list(torch.zeros(40).split((33, 7)))
+    floats = (0.1, 0.9, 0.0, 0.0, 1.0)
+    torch.library.opcheck(torch.ops.ipex_quant.sgd_halves.default, (*halves, grads, momenta, *floats, *[False] * 3))
     with pytest.raises(RuntimeError, match="one device"):
         ops.split_halves(values.to("meta"), *halves)
     ops.join_halves(*([half.to("meta") for half in column] for column in halves), values.to("meta"))
