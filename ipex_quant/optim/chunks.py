@@ -55,7 +55,9 @@ class Item:
             if not layout.holds(value):
                 arrays[name] = state[name] = aligned(value, param)
         assert param.grad is not None  # of an item
-        columns = [layout.flat(x).split(limit) for x in (param.grad, *self.master.tensors(), *arrays.values())]
+        columns = [[layout.flat(x)] for x in (param.grad, *self.master.tensors(), *arrays.values())]
+        if self.numel > limit:
+            columns = [list(x.split(limit)) for (x,) in columns]
         rest = {name: value for name, value in state.items() if name not in arrays}
         held = len(columns) - len(arrays)
         for grad, *row in zip(*columns, strict=True):

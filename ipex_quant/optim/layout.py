@@ -9,16 +9,19 @@ class Layout:
     """The order of the elements of `x` in memory; `dense` if nothing lies between them."""
 
     def __init__(self, x: torch.Tensor) -> None:
-        self._order = sorted(range(x.dim()), key=lambda dim: x.stride(dim), reverse=True)
+        self._order = None if x.is_contiguous() else sorted(range(x.dim()), key=lambda i: x.stride(i), reverse=True)
         self.dense = self.holds(x)
 
     def holds(self, x: torch.Tensor) -> bool:
         """Whether `x`, of the same shape, lies in this order, without gaps."""
-        return x.permute(self._order).is_contiguous()
+        return self._ordered(x).is_contiguous()
 
     def flat(self, x: torch.Tensor) -> torch.Tensor:
         """The elements of `x` in this order: the memory of `x`, if it `holds` that, else a copy."""
-        return x.permute(self._order).reshape(-1)
+        return self._ordered(x).reshape(-1)
+
+    def _ordered(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self._order is None else x.permute(self._order)  # a call less for most parameters
 
 
 def aligned(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

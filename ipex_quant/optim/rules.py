@@ -167,7 +167,7 @@ def fused_sgd(
 
 def split_sgd(items: Sequence[Item], group: Settings, factor: float) -> None:
     """Update the halves of `items`, whose gradients are bfloat16, in place."""
-    pieces = [piece for item in items for piece in item.pieces(max(1, item.numel))]
+    pieces = [piece for item in items for piece in item.pieces(item.numel)]
     sgd_halves(
         [high for high, _ in (piece.parts for piece in pieces)],
         [low for _, low in (piece.parts for piece in pieces)],
