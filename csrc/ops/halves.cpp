@@ -188,7 +188,7 @@ struct SgdSettings {
   bool nesterov, maximize, first;
 };
 
-// One update of `count` values, with the operations of torch's fused kernel in their order.
+// One update of `count` values, with the roundings of torch's fused kernel as it is compiled for AVX2 and higher.
 void update(const SgdSettings& s, float* values, float* grads, float* momentum, int64_t count) {
   if (s.factor != 1) scale(grads, s.factor, count);
   if (s.maximize) scale(grads, -1, count);

@@ -166,12 +166,12 @@ def fused_sgd(
 
 
 def split_sgd(items: Sequence[Item], group: Settings, factor: float) -> None:
-    """Update the halves of `items`, whose gradients are bfloat16, in place."""
+    """Update the halves of `items`, whose gradients are bfloat16, in place, in one pass over memory."""
     pieces = [piece for item in items for piece in item.pieces(item.numel)]
     sgd_halves(
         [high for high, _ in (piece.parts for piece in pieces)],
         [low for _, low in (piece.parts for piece in pieces)],
-        [piece.grad for piece in pieces],
+        [piece.grad.contiguous() for piece in pieces],
         column(pieces, "momentum_buffer") if group["momentum"] != 0 else [],
         lr=float(group["lr"]),
         momentum=group["momentum"],

@@ -100,6 +100,17 @@ def test_a_parameter_that_something_else_has_zeroed(low):
     torch.testing.assert_close(optimizer._masters[param].value(), torch.full((20,), -1.0))
 
 
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_gradients_of_any_strides(kind):
+    param, plain = nn.Parameter(torch.ones(20)), nn.Parameter(torch.ones(20))
+    optimizer, plain_optimizer = prepared(kind, {"lr": 0.1}, [param], SplitMaster), kind([plain], lr=0.1)
+    for grad in (torch.ones((), dtype=torch.bfloat16).expand(20), torch.arange(40.0).bfloat16()[::2]):
+        param.grad, plain.grad = grad, grad.float()
+        optimizer.step()
+        plain_optimizer.step()
+    torch.testing.assert_close(optimizer._masters[param].value(), plain.detach())
+
+
 def test_values_that_are_not_finite():
     values = torch.tensor([math.inf, -math.inf, math.nan, 1e38, -1e38, 1e-42, -0.0, 2.0])
     params = [nn.Parameter(values.clone())]
