@@ -1,5 +1,5 @@
-// Float32 values as two halves of 16 bits, which ipex_quant/ops/halves.py defines. The loops are of integers and bound
-// by memory: the baseline's vectors suffice, so every ISA runs the same code.
+// Float32 values as two halves of 16 bits, which ipex_quant/ops/halves.py defines. The loops are bound by memory and
+// have the same bits in wider vectors, which the compiler's clones choose: they are not in the tables of an ISA level.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

@@ -28,7 +28,6 @@ USED = {
     "torch._dynamo.backends.registry._BACKENDS.pop": None,
     "torch._dynamo.backends.registry._COMPILER_FNS.pop": None,
     "torch._dynamo.backends.registry.register_backend": "compiler_fn name tags",
-    "torch._foreach_add_": None,
     "torch._foreach_copy_": None,
     "torch._fused_adagrad_": None,
     "torch._fused_adam_": None,

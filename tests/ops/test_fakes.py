@@ -17,6 +17,8 @@ BYTES = torch.zeros(64, dtype=torch.uint8)
 INDEX = torch.zeros(1, 1, dtype=torch.int32)
 SIZES, CONV = torch.tensor([0, 1]), ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1])
 QKV, NONE = torch.zeros(1, 1, 24), torch.zeros(1, 1, 0)
+HIGH, LOW = torch.zeros(4, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int16)
+
 CALLS = {
     "attention": (HEADS, HEADS, HEADS, 1.0, False, HEADS, 0, 0.0, None, None, None, None),
     "write_cache": (HEADS, HEADS, None, 0),
@@ -68,6 +70,9 @@ CALLS = {
     "causal_conv1d": (HEADS[0], X, X[0], HEADS[0], False),
     "causal_conv1d_update": (HEADS[0], HEADS[0], X, X[0], SIZES, False),
     "selective_scan": (HEADS, HEADS, HEADS[0], HEADS, HEADS, X, HEADS, X, False, HEADS),
+    "join_halves": ([HIGH, HIGH], [LOW, LOW], torch.zeros(8)),
+    "split_halves": (torch.zeros(8), [HIGH, HIGH], [LOW, LOW]),
+    "sgd_halves": ([HIGH], [LOW], [HIGH], [torch.zeros(4)], 0.1, 0.9, 0.0, 0.0, 1.0, False, False, True),
 }
 
 
