@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from ..numerics.scheme import FLOAT_DTYPES
 from .fakes import register_fake
 from .gradient import needs_gradient
 from .library import native
@@ -14,9 +15,6 @@ from .post_op import PostOp, apply_post_op
 
 MAX_ROWS = 8
 """The most rows of x of which the native op makes use; `benchmarks/float_linear.py` compares it with torch's."""
-
-_FEWEST = {torch.float32: 1, torch.bfloat16: 0, torch.float16: 0}
-"""The numbers of rows up to which torch is as fast."""
 
 _float_linear = native.float_linear.default
 
@@ -45,18 +43,17 @@ def has_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def is_native(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether `float_linear` is native for x and weight: few rows of bfloat16 or float16, or two and more of float32.
+    """Whether `float_linear` is native for x and weight: few rows of float32, bfloat16 or float16.
 
-    Torch reads as fast for one row of float32. No gradient may be needed, nor a cast by autocast; nor does the op suit
-    `torch.export` and `torch.jit.trace`, whose graphs serve any number of rows, or subclasses of tensors and
-    `torch.func`, which see torch's operators only.
+    No gradient may be needed, nor a cast by autocast; nor does the op suit `torch.export` and `torch.jit.trace`, whose
+    graphs serve any number of rows, or subclasses of tensors and `torch.func`, which see torch's operators only.
     """
     return (
         not torch.jit.is_tracing()  # these first, since a graph would keep the number of rows as a condition
         and not torch.compiler.is_exporting()
         and has_few_rows(x, weight)
         and x.dtype == weight.dtype
-        and x.numel() > _FEWEST.get(x.dtype, MAX_ROWS) * weight.shape[-1]
+        and x.dtype in FLOAT_DTYPES
         and type(x) is torch.Tensor
         and type(weight) in (torch.Tensor, torch.nn.Parameter)
         and weight.dim() == 2
