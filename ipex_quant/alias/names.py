@@ -15,6 +15,7 @@ MODULES: dict[str, str] = {
     "nn.utils": "",
     "nn.utils._lstm_convert": "",
     "nn.utils._model_convert": "ipex_quant.frontend.dropout",
+    "nn.utils._weight_prepack": "",
     "optim._lamb": "ipex_quant.optim",
     "optim._lars": "ipex_quant.optim",
     "quantization._qconfig": "ipex_quant.quantization",
@@ -36,10 +37,19 @@ OBJECTS: dict[str, str] = {
     "_get_compiler_backend": "ipex_quant.settings.compiler:get_compiler_backend",
     "_set_compiler_backend": "ipex_quant.settings.compiler:set_compiler_backend",
     "nn.utils._lstm_convert.replace_lstm_with_ipex_lstm": "ipex_quant.alias.internals:replace_lstm_with_ipex_lstm",
+    "nn.utils._weight_prepack._IPEXConv1d": "torch.nn:Conv1d",
+    "nn.utils._weight_prepack._IPEXConv2d": "torch.nn:Conv2d",
+    "nn.utils._weight_prepack._IPEXConv3d": "torch.nn:Conv3d",
+    "nn.utils._weight_prepack._IPEXConvTranspose2d": "torch.nn:ConvTranspose2d",
+    "nn.utils._weight_prepack._IPEXConvTranspose3d": "torch.nn:ConvTranspose3d",
+    "nn.utils._weight_prepack._IPEXLinear": "torch.nn:Linear",
     "quantization.get_smooth_quant_static_qconfig": "ipex_quant.quantization:get_smooth_quant_qconfig_mapping",
     "version": "ipex_quant:show_config",
 }
-"""Names that are elsewhere here, or otherwise called: our module, a colon, our name."""
+"""Names that are elsewhere here, or otherwise called: our module, a colon, our name.
+
+Prepacked layers keep torch's classes, so that these are what IPEX's classes of them are here.
+"""
 
 _AMP = "use torch.autocast"
 _EMBEDDINGS = "use torch.nn.EmbeddingBag"
@@ -95,7 +105,6 @@ ELSEWHERE: dict[str, str] = {
     "nn.utils._model_convert.replace_customized_linear_with_linear": "ipex.llm.optimize finds linear layers itself",
     "nn.utils._parameter_wrapper": _OPTIMIZE,
     "nn.utils._weight_cast": "use ipex.optimize with dtype",
-    "nn.utils._weight_prepack": "use ipex.optimize with weights_prepack=True",
     "optim._optimizer_utils": "use ipex.optimize with an optimizer",
     "optimization": _OPTIMIZE,
     "quantization._quantize.DynamicQuantizedLinearAllreduce": _SHARDS,
