@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertLayer, BertModel
 
 from ..frontend.activations import activate_in_place
-from ..frontend.prepacking import prepack_weights
+from ..frontend.prepacking import prepack_for_training, prepack_weights
 from ..frontend.training import prepare_training
 from ..nn.fused_forward import fused_forward, restore_forwards
-from ..nn.prepacked import Prepacked, compute_dtype, restore_prepacked
+from ..nn.prepacked import Prepacked, restore_prepacked
 from .dropout import FastDropout
 from .layer import FastLayer
 from .model import FastBert, fuse_bert
@@ -65,8 +65,8 @@ def fast_bert(
     if optimizer is None:
         prepack_weights(model)
         activate_in_place(model, None)
-    elif compute_dtype(dtype) != dtype:
-        prepack_weights(model)  # for the dtype: weights that change with every step are not worth packing
+    else:
+        prepack_for_training(model, dtype)
     bert = find_bert(model)
     if bert.config.is_decoder or bert.config.add_cross_attention:
         warnings.warn("fast_bert: a decoder, or one with cross-attention, keeps transformers' code", stacklevel=2)

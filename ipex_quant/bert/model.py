@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertModel
 from transformers.utils.output_capturing import capture_outputs
 
-from ..llm.decoder.layer import has_hooks
+from ..llm.decoder.watched_forward import has_hooks
 from ..nn.fused_forward import FusedForward
 from ..numerics.scheme import FLOAT_DTYPES
 from .dropout import FastDropout

@@ -25,7 +25,7 @@ from ..numerics.scheme import FLOAT_DTYPES, WeightScheme, WoqWeightDtype
 from ..reading import shown
 from .bit_fields import unpack_fields
 from .format import CheckpointFormat, made_by_gptqmodel
-from .tensors import INDEX_DTYPES, check, check_rank, integer_weight, require, resolve_group_size
+from .tensors import INDEX_DTYPES, check, check_rank, integer_weight, require, resolve_group_size, shape_or_stored
 
 BITS = 4
 FIELDS = 8
@@ -92,8 +92,7 @@ def read_awq(
     check_rank(_WEIGHT, qweight, 2)
     check_rank(_SCALES, scales, 2)
     groups = scales.shape[0]
-    out_features = scales.shape[1] if shape[0] is None else shape[0]
-    in_features = qweight.shape[0] if shape[1] is None else shape[1]
+    out_features, in_features = shape_or_stored(shape, (scales.shape[1], qweight.shape[0]))
     size = resolve_group_size(group_size, in_features, groups)
     scheme = WeightScheme(WoqWeightDtype.INT4, symmetric=False, group_size=size)
 

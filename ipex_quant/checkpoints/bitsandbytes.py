@@ -22,7 +22,7 @@ from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
 from ..reading import parse_json, shown
 from .format import CheckpointFormat
-from .tensors import check, check_rank, fp8_weight, require
+from .tensors import check, check_rank, fp8_weight, require, shape_or_stored
 
 _STATES = {kind: f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")}
 _WEIGHT, _ABSMAX, _MAP = "weight", "weight.absmax", "weight.quant_map"
@@ -57,7 +57,7 @@ class BitsAndBytesFormat(CheckpointFormat):
 def _read_int8(tensors: Mapping[str, torch.Tensor], shape: tuple[int | None, int | None]) -> QuantizedWeight:
     weight, factors = require(tensors, (_WEIGHT, _SCB))
     check_rank(_WEIGHT, weight, 2)
-    rows, columns = (own if want is None else want for own, want in zip(weight.shape, shape, strict=True))
+    rows, columns = shape_or_stored(shape, weight.shape)
     check(_WEIGHT, weight, (torch.int8,), (rows, columns))
     check(_SCB, factors, FLOAT_DTYPES, (rows,))
     layout = tensors.get(_LAYOUT)

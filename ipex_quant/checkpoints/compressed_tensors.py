@@ -48,6 +48,7 @@ from .tensors import (
     group_of,
     integer_weight,
     require,
+    shape_or_stored,
     small_integer_weight,
     spread_blocks,
 )
@@ -248,7 +249,7 @@ def _read_plain(
 ) -> QuantizedWeight:
     weight, scales = require(tensors, (_WEIGHT, _SCALE))
     check_rank(_WEIGHT, weight, 2)
-    rows, columns = (own if want is None else want for own, want in zip(weight.shape, shape, strict=True))
+    rows, columns = shape_or_stored(shape, weight.shape)
     check(_WEIGHT, weight, (torch.int8, torch.float8_e4m3fn), (rows, columns))
     group = args.group(columns)
     if weight.dtype == torch.float8_e4m3fn:
@@ -273,8 +274,7 @@ def _read_fp4(
 ) -> QuantizedWeight:
     packed, scales = require(tensors, (_PACKED, _SCALE))
     check_rank(_PACKED, packed, 2)
-    rows = packed.shape[0] if shape[0] is None else shape[0]
-    columns = 2 * packed.shape[1] if shape[1] is None else shape[1]
+    rows, columns = shape_or_stored(shape, (packed.shape[0], 2 * packed.shape[1]))
     group = args.group(columns)
     check(_PACKED, packed, (torch.uint8,), (rows, columns // 2))
     check(_SCALE, scales, (torch.uint8, torch.float8_e4m3fn), (rows, -(-columns // group)))

@@ -23,7 +23,7 @@ from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES
 from ..reading import shown
 from .format import CheckpointFormat, made_by_gptqmodel
-from .tensors import check, check_rank, fp8_weight, require, spread_blocks
+from .tensors import check, check_rank, fp8_weight, require, shape_or_stored, spread_blocks
 
 _WEIGHT, _SCALE = "weight", "weight_scale_inv"
 
@@ -70,7 +70,7 @@ class Fp8Format(CheckpointFormat):
         """Read the weight of one module; ValueError for scales of another shape than the configuration says."""
         weight, scales = require(tensors, (_WEIGHT, _SCALE))
         check_rank(_WEIGHT, weight, 2)
-        rows, columns = (own if want is None else want for own, want in zip(weight.shape, shape, strict=True))
+        rows, columns = shape_or_stored(shape, weight.shape)
         check(_WEIGHT, weight, (torch.float8_e4m3fn,), (rows, columns))
         if scales.numel() == 1:
             scales, group = scales.reshape(1, 1), columns

@@ -24,7 +24,7 @@ from ..numerics.scheme import FLOAT_DTYPES, WeightScheme, WoqWeightDtype
 from .bit_fields import unpack_fields, word_count
 from .format import CheckpointFormat
 from .gptq import read_gptq
-from .tensors import INDEX_DTYPES, check, check_rank, infer_group_size, integer_weight, require
+from .tensors import INDEX_DTYPES, check, check_rank, infer_group_size, integer_weight, require, shape_or_stored
 
 BITS = 4
 
@@ -67,8 +67,7 @@ class IpexDefaultFormat(CheckpointFormat):
         g_idx = tensors.get(self.g_idx_key)
         check_rank(self.weight_key, weight, 2)
         check_rank(self.scale_key, scales, 2)
-        out_features = scales.shape[0] if shape[0] is None else shape[0]
-        in_features = 8 * weight.shape[1] if shape[1] is None else shape[1]
+        out_features, in_features = shape_or_stored(shape, (scales.shape[0], 8 * weight.shape[1]))
         shape = (out_features, in_features)
 
         layouts = {

@@ -19,7 +19,7 @@ import torch
 from ..numerics.quantized_weight import QuantizedWeight
 from .file_tensors import ExpertRows, Stored
 from .format import CheckpointFormat
-from .tensors import check, check_rank, e2m1_weight, e8m0_scales, require
+from .tensors import check, check_rank, e2m1_weight, e8m0_scales, require, shape_or_stored
 
 GROUP = 32
 
@@ -61,8 +61,7 @@ class Mxfp4Format(CheckpointFormat):
         """Read the weight of one part of an expert; ValueError or TypeError for tensors that do not fit."""
         blocks, scales = require(tensors, (_BLOCKS, _SCALES))
         check_rank(_BLOCKS, blocks, 3)
-        rows = blocks.shape[0] if shape[0] is None else shape[0]
-        columns = blocks.shape[1] * GROUP if shape[1] is None else shape[1]
+        rows, columns = shape_or_stored(shape, (blocks.shape[0], blocks.shape[1] * GROUP))
         check(_BLOCKS, blocks, (torch.uint8,), (rows, columns // GROUP, GROUP // 2))
         check(_SCALES, scales, (torch.uint8,), (rows, columns // GROUP))
         return e2m1_weight(blocks.flatten(1), e8m0_scales(scales), GROUP, (rows, columns))

@@ -18,7 +18,7 @@ from ..numerics.nibbles import as_bytes, pack_nibbles, unpack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES, WeightScheme, WoqWeightDtype
 from .file_tensors import Stored
-from .tensors import INDEX_DTYPES, check, check_rank, normalize_g_idx, require, resolve_group_size
+from .tensors import INDEX_DTYPES, check, check_rank, normalize_g_idx, require, resolve_group_size, shape_or_stored
 
 FACTOR = "input_scale"
 """Name of the factors of a module's input."""
@@ -56,8 +56,7 @@ def read_nf4(
     qweight, scales = require(tensors, ("qweight", "scales"))
     check_rank("qweight", qweight, 2)
     check_rank("scales", scales, 2)
-    rows = qweight.shape[0] if shape[0] is None else shape[0]
-    columns = 8 * qweight.shape[1] if shape[1] is None else shape[1]
+    rows, columns = shape_or_stored(shape, (qweight.shape[0], 8 * qweight.shape[1]))
     size = resolve_group_size(group_size, columns, scales.shape[1])
     scheme = WeightScheme(WoqWeightDtype.NF4, True, size)
     check("qweight", qweight, (torch.int32,), (rows, -(-columns // 8)))

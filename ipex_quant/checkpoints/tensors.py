@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -42,6 +42,12 @@ def check_rank(name: str, tensor: torch.Tensor, rank: int) -> None:
     """Raise ValueError unless `tensor` has `rank` dimensions."""
     if tensor.dim() != rank:
         raise ValueError(f"{name}: expected {rank} dimensions, got shape {list(tensor.shape)}")
+
+
+def shape_or_stored(shape: tuple[int | None, int | None], stored: Sequence[int]) -> tuple[int, int]:
+    """`shape`, which may lack sizes, with those of `stored`, of two sizes, in their place."""
+    rows, columns = (own if want is None else want for want, own in zip(shape, stored, strict=True))
+    return rows, columns
 
 
 def infer_group_size(in_features: int, groups: int) -> int:

@@ -22,7 +22,7 @@ import torch
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES
 from .format import CheckpointFormat, Int8Input
-from .tensors import check, check_rank, fp8_weight, require, small_integer_weight
+from .tensors import check, check_rank, fp8_weight, require, shape_or_stored, small_integer_weight
 
 _WEIGHT, _SCALE, _ZERO = "_weight_qdata", "_weight_scale", "_weight_zero_point"
 
@@ -46,7 +46,7 @@ class TorchaoFormat(CheckpointFormat):
         """Read the weight of one module; ValueError or TypeError for tensors that do not fit each other or `shape`."""
         weight, scales = require(tensors, (_WEIGHT, _SCALE))
         check_rank(_WEIGHT, weight, 2)
-        rows, columns = (own if want is None else want for own, want in zip(weight.shape, shape, strict=True))
+        rows, columns = shape_or_stored(shape, weight.shape)
         check(_WEIGHT, weight, (torch.int8, torch.float8_e4m3fn), (rows, columns))
         grid = (rows, scales.numel() // max(rows, 1))
         scales = scales.reshape(grid) if scales.numel() == rows * grid[1] else scales

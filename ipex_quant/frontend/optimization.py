@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..conversion.example import Example
 from ..errors import ArgumentError
 from ..nn.fused_forward import restore_forwards
-from ..nn.prepacked import compute_dtype, restore_prepacked
+from ..nn.prepacked import restore_prepacked
 from ..numerics.scheme import FLOAT_DTYPES
 from .activations import activate_in_place
 from .casting import cast_for_inference
@@ -25,7 +25,7 @@ from .graph_mode import CompiledForward, use_graphs
 from .kernel_selection import select_kernels
 from .memory_format import auto_channels_last, use_channels_last
 from .options import Options
-from .prepacking import prepack_lstms, prepack_weights
+from .prepacking import prepack_for_training, prepack_lstms, prepack_weights
 from .training import prepare_training
 
 
@@ -163,8 +163,8 @@ def _optimize_training(
     model, optimizer = prepare_training(
         model, optimizer, dtype, options.split_master_weight_for_bf16, options.fuse_update_step, stacklevel=5
     )
-    if options.weights_prepack and dtype is not None and compute_dtype(dtype) != dtype:
-        prepack_weights(model)  # for the dtype: weights that change with every step are not worth packing
+    if options.weights_prepack and dtype is not None:
+        prepack_for_training(model, dtype)
     return model, optimizer
 
 

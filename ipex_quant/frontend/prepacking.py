@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn.prepacked import PrepackedLinear, prepack
+from ..nn.prepacked import PrepackedLinear, compute_dtype, prepack
 from ..nn.prepacked_conv import PrepackedConv, PrepackedConvTranspose
 from ..nn.prepacked_lstm import PrepackedLSTM
 from ..numerics.scheme import FLOAT_DTYPES
@@ -29,6 +29,15 @@ def prepack_weights(model: nn.Module) -> None:
         forward = FORWARDS.get(type(module))
         if forward is not None and forward.suits(module) and _is_plain(module, "weight"):
             prepack(forward(module))
+
+
+def prepack_for_training(model: nn.Module, dtype: torch.dtype) -> None:
+    """Prepack as `prepack_weights` does where this CPU multiplies in another dtype than `dtype`, for that dtype.
+
+    Weights that change with every step are not worth packing.
+    """
+    if compute_dtype(dtype) != dtype:
+        prepack_weights(model)
 
 
 def prepack_lstms(model: nn.Module) -> None:
