@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..numerics.affine import INT4_OFFSET
+from ..numerics.affine import code_offset
 from ..numerics.nibbles import as_bytes, pack_nibbles, unpack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
@@ -214,25 +214,26 @@ def read_gptq(
 def gptq_tensors(
     qw: QuantizedWeight, bits: int | None = None, *, v2: bool = False, scale_dtype: torch.dtype = torch.float16
 ) -> dict[str, torch.Tensor]:
-    """Return ``qweight``, ``qzeros``, ``scales`` and ``g_idx`` of an INT4 or INT8 weight: the inverse of `read_gptq`.
+    """Return ``qweight``, ``qzeros``, ``scales`` and ``g_idx`` of an integer weight: the inverse of `read_gptq`.
 
-    `bits` defaults to the dtype's; 2 or 3 store an INT4 weight whose codes fit. Scales are rounded to `scale_dtype`.
-    Raises ValueError for another dtype and for values the format cannot express: codes or zero points beyond `bits`,
-    zero point 0 in version 1, scales that overflow or become 0.
+    `bits`, 2, 3, 4 or 8, defaults to the dtype's; 2 or 3 store an INT4 weight whose codes fit. Scales are rounded to
+    `scale_dtype`. Raises ValueError for another dtype and for values the format cannot express: codes or zero points
+    beyond `bits`, zero point 0 in version 1, scales that overflow or become 0.
     """
-    if qw.scheme.dtype not in (WoqWeightDtype.INT4, WoqWeightDtype.INT8):
-        raise ValueError(f"dtype: GPTQ files hold INT4 or INT8 weights, got {qw.scheme.dtype.name}")
+    dtype = qw.scheme.dtype
+    if not dtype.is_integer or dtype.bits not in BITS or qw.scheme.minimums:
+        raise ValueError(f"dtype: GPTQ files hold integers of {sorted(BITS)} bits with zero points, got {qw.scheme}")
     in_features = qw.shape[1]
-    if qw.scheme.dtype == WoqWeightDtype.INT8:
+    if dtype == WoqWeightDtype.INT8:
         widths: tuple[int, ...] = (8,)
         offset = INT8_OFFSET
         codes = qw.codes.view(torch.uint8) ^ INT8_OFFSET
     else:
-        widths, offset = (4, 3, 2), INT4_OFFSET
+        widths, offset = (4, 3, 2) if dtype.bits == 4 else (dtype.bits,), code_offset(dtype)
         codes = unpack_nibbles(qw.codes, in_features)
     bits = widths[0] if bits is None else bits
     if bits not in widths:
-        raise ValueError(f"bits: expected one of {widths} for {qw.scheme.dtype.name} codes, got {bits}")
+        raise ValueError(f"bits: expected one of {widths} for {dtype.name} codes, got {bits}")
     if codes.numel() and int(codes.max()) >= 1 << bits:
         raise ValueError(f"codes: expected values below {1 << bits} for {bits} bits, got {int(codes.max())}")
 
