@@ -33,13 +33,6 @@ constexpr bool is_narrow(int dtype) { return (is_integer(dtype) && dtype != kInt
 static_assert(2 * 255 * max_zero(kInt6) < 1 << 15, "u8 activations times codes less their zero point");
 static_assert(255 * 255 * kMaxByteFold < int64_t(1) << 31, "a fold fits int32");
 
-// Calls f(Index<dtype>).
-template <int Dtype = kInt8, class F>
-inline void for_dtype(int32_t dtype, F f) {
-  if (Dtype == kLastDtype || dtype == Dtype) return f(Index<Dtype>{});
-  if constexpr (Dtype < kLastDtype) for_dtype<Dtype + 1>(dtype, f);
-}
-
 // QLoRA's 4-bit NormalFloat levels (Dettmers et al. 2023), as bitsandbytes rounds them.
 constexpr float kNf4Levels[16] = {-1.0f,
                                   -0.6961928009986877f,
