@@ -1,4 +1,4 @@
-"""`ipex-quant`: quantize, autotune, generate, eval, explain and demo from a shell.
+"""`ipex-quant`: quantize, autotune, export, convert, generate, eval, explain and demo from a shell.
 
 Commands import their modules when they run, so that `--help` and usage errors are fast.
 """
@@ -29,6 +29,13 @@ BAD_INPUT = 2
 DTYPES = ("bfloat16", "float16", "float32")
 MESSAGE_LENGTH = 1000
 MODEL_HELP = "result of `ipex-quant quantize`, a checkpoint that another tool quantized, or a float model"
+EXPORT_FORMATS = ("gptq", "awq", "compressed-tensors")
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    *("vocab.*", "merges.txt", "*.model", "*.tiktoken"),
+)
+"""Patterns of the files of tokenizers."""
+
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """Files of processors that make model inputs from images and sounds."""
 
@@ -108,6 +115,15 @@ def _parser() -> argparse.ArgumentParser:
         "--report", type=Path, action="append", metavar="FILE", help="write a report: .html, .json or .svg"
     )
     sub.add_argument("--out", type=Path, metavar="DIR", help="new directory for the tuned model")
+
+    for name, help, directory, what in (
+        ("export", "Write a model that was quantized here in another tool's format.", "MODEL_DIR", MODEL_HELP),
+        ("convert", "Write a quantized checkpoint in another tool's format.", "CHECKPOINT", "quantized checkpoint"),
+    ):
+        sub = command(name, _export, help)
+        sub.add_argument("directory", type=Path, metavar=directory, help=what)
+        sub.add_argument("--format", required=True, choices=EXPORT_FORMATS)
+        sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the result")
 
     sub = command("generate", _generate, "Continue a prompt with a model.")
     sub.add_argument("directory", type=Path, metavar="DIR", help=MODEL_HELP)
@@ -225,6 +241,21 @@ def _tune(options: argparse.Namespace, recipe: Recipe, directory: Path, text: st
     return report
 
 
+def _export(options: argparse.Namespace) -> int:
+    from .checkpoints import find_quantization_config
+
+    directory = _model_directory(options.directory)
+    if find_quantization_config(directory) is None:
+        raise ValueError(f"{directory}: expected a quantized model, got a float one; run `ipex-quant quantize` first")
+    with new_directory(options.out, "--out") as out:
+        model = _any_model(options)
+        ipex.llm.export(model, out, options.format)
+        _copy(directory, out, (*TOKENIZER_FILES, *PROCESSOR_FILES, *("*.py",) * options.trust_remote_code))
+        size = sum(file.stat().st_size for file in out.iterdir())
+    print(f"{options.out}: {options.format}, {size / 1e6:.1f} MB")
+    return 0
+
+
 def _generate(options: argparse.Namespace) -> int:
     from .demo import continuation
     from .recipes import inputs
@@ -307,9 +338,14 @@ def _tokenizer(options: argparse.Namespace, directory: Path) -> PreTrainedTokeni
 def _save(model: PreTrainedModel, out: Path, tokenizer: PreTrainedTokenizerBase | None, source: Path) -> None:
     """Save a quantized model with its tokenizer and the processor files of the float model in `source`."""
     ipex.llm.save(model, out, tokenizer)
-    for name in PROCESSOR_FILES:
-        if (source / name).is_file() and not (out / name).exists():
-            shutil.copy(source / name, out / name)
+    _copy(source, out, PROCESSOR_FILES)
+
+
+def _copy(source: Path, out: Path, patterns: Sequence[str]) -> None:
+    """Copy the files in `source` whose names match one of `patterns`, unless `out` has them."""
+    for file in sorted({file for pattern in patterns for file in source.glob(pattern)}):
+        if file.is_file() and not (out / file.name).exists():
+            shutil.copy(file, out / file.name)
 
 
 def _of_dataset(read: Callable[..., Any], *arguments: Any) -> Any:

@@ -11,7 +11,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ...checkpoints.files import indexed_files
+from ...checkpoints.files import find_quantization_config, indexed_files
 from ...reading import read_json, shown
 
 
@@ -46,9 +46,9 @@ def check_float(directory: Path) -> dict[str, Any]:
     if not (directory / "config.json").is_file():
         raise ValueError(f"{directory}: expected a model directory with a config.json")
     config = read_json(directory / "config.json")
-    quantization = config.get("quantization_config")
+    quantization = find_quantization_config(directory)
     if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        method = quantization.get("quant_method")
         raise ValueError(f"{directory}: expected a float model, got one that is quantized already, by {shown(method)}")
     for index in directory.glob("*.index.json"):  # transformers would read whatever it names
         indexed_files(index)
