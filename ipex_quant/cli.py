@@ -148,10 +148,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _quantize(options: argparse.Namespace) -> int:
     from dataclasses import replace
+    from functools import partial
+
+    import torch
 
     from . import evaluation
     from .recipes import inputs
-    from .recipes.apply import apply_recipe, calibration_data
+    from .recipes.apply import calibration_data
+    from .recipes.load import quantized
     from .recipes.recipe import Calibrated, load_recipe
 
     recipe = load_recipe(options.recipe)
@@ -169,11 +173,10 @@ def _quantize(options: argparse.Namespace) -> int:
         calibration = inputs.read_inputs(options.inputs) if options.inputs else ()
         if not options.inputs and tokenizer is not None:
             calibration = _of_dataset(calibration_data, recipe, tokenizer, options.dataset, options.column)
-        model = _float_model(options, options.model_dir, options.dtype)
-        if isinstance(recipe.settings, Calibrated) and not options.inputs:
-            inputs.check_takes_text(model, tokenizer)
-        before = evaluation.model_bytes(model)
-        model = apply_recipe(recipe, model, inputs.of_model(model, calibration), model.dtype)
+        check = None if options.inputs else partial(inputs.check_takes_text, tokenizer=tokenizer)
+        model, before = quantized(
+            recipe, options.model_dir, getattr(torch, options.dtype), calibration, check, options.trust_remote_code
+        )
         _save(model, out, tokenizer, options.model_dir)
     after = evaluation.model_bytes(model)
     print(f"{options.out}: {recipe.name}, {after / 1e6:.1f} MB in memory, before {before / 1e6:.1f} MB")

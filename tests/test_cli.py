@@ -143,7 +143,10 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
         ("quantize {tmp}/none --recipe w8a16 --out {tmp}/out", "with a config.json"),
         ("export {float} --format gptq --out {tmp}/out", "expected a quantized model, got a float one"),
         ("convert {float} --format gptq --out {tmp}/broken", "expected a quantized model, got a float one"),
-        ("quantize {tmp}/broken --recipe w8a16 --out {tmp}/out", "broken: Error while deserializing"),
+        (
+            "quantize {tmp}/broken --recipe w8a16 --out {tmp}/out",
+            "broken/model.safetensors: truncated or no safetensors file",
+        ),
         ("quantize {float} --recipe w8a16 --out {tmp}/broken", "exists and is not empty"),
         ("quantize {float} --recipe w8a16 --out {tmp}/out --dataset {tmp}/short.txt", "does not calibrate"),
         (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from ..reading import read_json, shown
 from .cache.layers import NativeLayer
 from .optimization import completed, optimize
 from .saved.checkpoint import plan_of
-from .saved.float_models import check_float, load_float_model, model_class
-from .saved.rounding import plan_rounding
+from .saved.float_models import check_complete, check_float, concrete_class, load_float_model, model_class
+from .saved.rounding import FloatPlan, plan_rounding, plan_storage
 from .saved.streaming import LayerSource
 from .saving import load_saved, transformers_errors
 
@@ -105,27 +105,66 @@ def _float_model(
     trust_remote_code: bool,
 ) -> PreTrainedModel:
     """The float model in `path`, quantized as `mapping` says, linear layers while they are read if that is enough."""
-    if mapping is None or needs_calibration(mapping):
-        model = load_float_model(path, dtype, trust_remote_code)
-    else:
-        check_float(path)
-        tensors = open_tensors(path)
-        source = LayerSource(lambda model: plan_rounding(model, tensors, mapping))
-        model = _with_layers(path, dtype, source, tensors, trust_remote_code)
-        left, _ = choose_qconfigs(mapping, model)
-        if not left and any(isinstance(module, QuantizedModule) for module in model.modules()):
-            warn_of_float(model, getattr(model, FLOAT_REASONS))
-            return completed(model, kv_cache_dtype)
+    if mapping is not None and not needs_calibration(mapping):
+        return load_rounded(path, dtype, lambda _: mapping, kv_cache_dtype, trust_remote_code)
+    model = load_float_model(path, dtype, trust_remote_code)
     options = {"quantization_config": mapping, "kv_cache_dtype": kv_cache_dtype}
     return optimize(model, dtype=dtype, inplace=True, **options)
+
+
+def load_rounded(
+    path: Path,
+    dtype: torch.dtype,
+    mapping_of: Callable[[PreTrainedModel], QConfigMapping],
+    kv_cache_dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The float model in `path`, quantized as `mapping_of` says of it, which needs no calibration, and optimized.
+
+    `mapping_of` gets the model without its weights. Weights that are rounded to nearest are so as they are read.
+    """
+    mapping: QConfigMapping | None = None
+
+    def plan(model: PreTrainedModel) -> FloatPlan:
+        nonlocal mapping
+        mapping = mapping_of(model)
+        return plan_rounding(model, tensors, mapping)
+
+    check_float(path)
+    tensors = open_tensors(path)
+    model = _with_layers(path, dtype, LayerSource(plan), tensors, trust_remote_code)
+    left, _ = choose_qconfigs(mapping, model)
+    if not left and any(isinstance(module, QuantizedModule) for module in model.modules()):
+        warn_of_float(model, getattr(model, FLOAT_REASONS))
+        return completed(model, kv_cache_dtype)
+    options = {"quantization_config": mapping, "kv_cache_dtype": kv_cache_dtype}
+    return optimize(model, dtype=dtype, inplace=True, **options)
+
+
+def load_stored(
+    path: Path,
+    dtype: torch.dtype,
+    mapping_of: Callable[[PreTrainedModel], QConfigMapping],
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The float model in `path`, in which each linear layer that `mapping_of` quantizes is a `StoredLinear`.
+
+    `mapping_of` gets the model without its weights.
+    """
+    check_float(path)
+    tensors = open_tensors(path)
+    source = LayerSource(lambda model: plan_storage(model, tensors, mapping_of(model)))
+    return _with_layers(path, dtype, source, tensors, trust_remote_code)
 
 
 def _with_layers(
     path: Path, dtype: torch.dtype, source: LayerSource, tensors: Mapping[str, Stored], trust_remote_code: bool
 ) -> PreTrainedModel:
     """The model of config.json with the layers of `source`, and the `tensors` that these do not take."""
-    found = model_class(path, read_json(path / "config.json"), trust_remote_code)
+    content = read_json(path / "config.json")
+    found = model_class(path, content, trust_remote_code)
     with transformers_errors(path):
+        found = concrete_class(found, path, content)
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
         for part in (config, config.get_text_config(decoder=True)):
             if hasattr(part, "quantization_config"):
@@ -142,6 +181,7 @@ def _with_layers(
             **options,
         )
     config.name_or_path = str(path)
+    check_complete(path, model, info["missing_keys"])
     wrong = {kind: sorted(names, key=str)[:5] for kind, names in info.items() if names and kind != "unexpected_keys"}
     if wrong:
         raise ValueError(f"{path}: the tensors do not fit a {type(model).__name__}: {shown(wrong)}")
