@@ -28,7 +28,9 @@ FAILED = 1
 BAD_INPUT = 2
 DTYPES = ("bfloat16", "float16", "float32")
 MESSAGE_LENGTH = 1000
-MODEL_HELP = "result of `ipex-quant quantize`, a checkpoint that another tool quantized, or a float model"
+MODEL_HELP = (
+    "result of `ipex-quant quantize`, a checkpoint that another tool quantized, or a float model; or its id in the hub"
+)
 EXPORT_FORMATS = ("gptq", "awq", "compressed-tensors")
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 for a failure, or 2 for wrong usage or bad input."""
     options = _parser().parse_args(arguments)
     try:
+        _find_models(options)
         return options.run(options)
     except KeyboardInterrupt:
         return 130
@@ -67,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--trust-remote-code", action="store_true", help="run code that lies in the model directory"
             )
+            sub.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
+            sub.add_argument("--file", metavar="NAME", help="which GGUF file, if there are several")
         sub.set_defaults(run=run)
         return sub
 
@@ -75,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--inputs", type=Path, metavar="FILE", help=help)
 
     sub = command("quantize", _quantize, "Quantize a model directory and save the result.")
-    sub.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="float model with its tokenizer")
+    sub.add_argument(
+        "model_dir", type=Path, metavar="MODEL_DIR", help="float model with its tokenizer, or its id in the hub"
+    )
     sub.add_argument(
         "--recipe", required=True, help=f"{', '.join(recipe_names())}, or a YAML file (see CONTRIBUTING.md)"
     )
@@ -144,6 +151,19 @@ def _parser() -> argparse.ArgumentParser:
 
     command("demo", _demo, "Quantize the embedded model in several ways and check the results.")
     return parser
+
+
+def _find_models(options: argparse.Namespace) -> None:
+    """Put the paths of models in the place of their ids in the hub."""
+    given = {name: getattr(options, name, None) for name in ("model_dir", "directory", "reference")}
+    if not any(given.values()):
+        return
+    from .llm.saved.repositories import Source, local_path
+
+    for name, model in given.items():
+        if model is not None and str(model) != "embedded":
+            source = Source() if name == "reference" else Source(revision=options.revision, filename=options.file)
+            setattr(options, name, local_path(model, source, options.trust_remote_code))
 
 
 def _quantize(options: argparse.Namespace) -> int:
