@@ -13,6 +13,7 @@ from .bitsandbytes import BitsAndBytesFormat
 from .compressed_tensors import CompressedTensorsFormat
 from .format import CheckpointFormat
 from .fp8 import Fp8Format
+from .gguf import GgufFormat
 from .gptq import GptqFormat
 from .mxfp4 import Mxfp4Format
 from .torchao import TorchaoFormat
@@ -24,6 +25,7 @@ FORMATS: Mapping[str, Callable[[Mapping[str, object]], CheckpointFormat]] = Mapp
         "bitsandbytes": BitsAndBytesFormat.from_config,
         "compressed-tensors": CompressedTensorsFormat.from_config,
         "fp8": Fp8Format.from_config,
+        "gguf": GgufFormat.from_config,
         "gptq": GptqFormat.from_config,
         "intel/auto-round": AutoRoundFormat.from_config,
         "mxfp4": Mxfp4Format.from_config,

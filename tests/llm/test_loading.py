@@ -183,11 +183,11 @@ def test_arguments_and_directories_are_checked(directory, tmp_path):
         ipex.llm.from_pretrained(tmp_path / "none")
     with pytest.raises(ValueError, match=r"dtype: expected torch\.float32, .*got torch\.int8"):
         ipex.llm.from_pretrained(directory, torch.int8)
-    (directory / "model.safetensors").rename(directory / "model.gguf")
+    (directory / "model.safetensors").rename(directory / "model.pth.old")
     with pytest.raises(ValueError, match="no checkpoint file"):
         ipex.llm.from_pretrained(directory)
     change_config(directory, lambda config: config.pop("quantization_config"))
-    with pytest.raises(ValueError, match=r"expected weights in \*\.safetensors .*\['model\.gguf'\]"):
+    with pytest.raises(ValueError, match=r"expected weights in \*\.safetensors .*found none"):
         ipex.llm.from_pretrained(directory)
 
 
