@@ -21,10 +21,10 @@ from .sharding import shard_low_precision_checkpoint
 
 T = TypeVar("T")
 
-CONFIG_FILES = ("config.json", "quant_config.json", "quantize_config.json")
+CONFIG_FILES = ("config.json", "quant_config.json", "quantize_config.json", "qconfig.json")
 """Files that may hold the quantization configuration, first match wins; in config.json: entry `quantization_config`."""
 
-METHOD_OF_FILE = {"quant_config.json": "awq", "quantize_config.json": "gptq"}
+METHOD_OF_FILE = {"quant_config.json": "awq", "quantize_config.json": "gptq", "qconfig.json": "neural-compressor"}
 """`quant_method` implied by a file's name, for files that do not state it."""
 
 MAIN_FILES = ("model.safetensors", "pytorch_model.bin")

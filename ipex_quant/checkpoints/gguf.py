@@ -2,11 +2,13 @@
 
 A quantized tensor is presented as ``<module>.<type>``, such as ``model.layers.0.mlp.up_proj.Q4_K``, uint8 with the
 blocks of a row in a row: the key tells what the bytes are. Tensors in float are those of a float checkpoint. GPTQModel
-writes ``<module>.qweight``, uint8 ``[N, bytes]`` of the type that its configuration names.
+writes ``<module>.qweight``, uint8 ``[N, bytes]``; `bits` and `format`, such as ``q_k_m``, of its configuration name the
+type, and `dynamic` may give modules other bits, which the width of their rows tells.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,11 +26,12 @@ from .gguf_names import ARCHITECTURES, IGNORED, Place, architecture_of, place_of
 from .tensors import check, check_rank, require
 
 _WEIGHT = "qweight"
+_FORMAT = re.compile(r"^(?P<family>i?q)(?P<bits>\d?)_(?P<variant>0|1|k|nl|xs)(?:_(?:xs|s|m|l))?$")
 
 
 @dataclass(frozen=True)
 class GgufFormat(CheckpointFormat):
-    """How the modules of a GGUF checkpoint are stored; `kind` is the type of blocks in `qweight`, "" without them."""
+    """How the modules of a GGUF checkpoint are stored; `kind` is the type of most blocks in `qweight`, "" without."""
 
     kind: str = ""
 
@@ -39,22 +42,26 @@ class GgufFormat(CheckpointFormat):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> GgufFormat:
         """The format that a `quantization_config` describes; raises ValueError for a type that is not read."""
-        stated = config.get("format") or config.get("checkpoint_format") or ""
-        kind = stated.upper() if isinstance(stated, str) else stated
-        if kind not in ("", "GGUF", *BLOCKS):
-            raise ValueError(f"format: expected one of {[each.lower() for each in BLOCKS]}, got {shown(stated)}")
-        return cls("" if kind == "GGUF" else kind)
+        stated, bits = config.get("format") or "", config.get("bits", 4)
+        found = _FORMAT.match(stated.lower().replace("-", "_")) if isinstance(stated, str) else None
+        if not stated or stated == "gguf":
+            return cls("" if "bits" not in config else f"Q{bits}_0")
+        kind = found and f"{found['family']}{found['bits'] or bits}_{found['variant']}".upper()
+        if kind not in BLOCKS:
+            names = [each.lower() for each in BLOCKS]
+            raise ValueError(f"bits, format: expected one of {names}, got {shown(bits)}, {shown(stated)}")
+        return cls(kind)
 
     def read(
         self, module_name: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int | None, int | None]
     ) -> QuantizedWeight:
         """Read the weight of one module; ValueError or TypeError for blocks that do not fit `shape`."""
         key = next(iter(tensors))
-        kind = self.kind if key == _WEIGHT else key
-        if len(tensors) != 1 or kind not in BLOCKS:
-            raise ValueError(f"{key}: expected blocks of one type that the configuration names, got {sorted(tensors)}")
         (stored,) = require(tensors, (key,))
         check_rank(key, stored, 2)
+        kind = self._kind(stored.shape[1], shape[1]) if key == _WEIGHT else key
+        if len(tensors) != 1 or kind not in BLOCKS:
+            raise ValueError(f"{key}: expected blocks of one type that the configuration names, got {sorted(tensors)}")
         blocks = BLOCKS[kind]
         rows, columns = shape
         if columns is not None and columns % blocks.elements:
@@ -64,6 +71,16 @@ class GgufFormat(CheckpointFormat):
         if width % blocks.size:
             raise ValueError(f"{key}: expected rows of whole blocks of {blocks.size} bytes, got {width}")
         return read_blocks(kind, stored)
+
+    def _kind(self, width: int, columns: int | None) -> str:
+        """`kind`, or the one of its family whose rows of `columns` have `width` bytes."""
+        alike = (each for each in BLOCKS if self.kind and each[-2:] == self.kind[-2:] and each[0] == self.kind[0])
+        for each in (self.kind, *alike):
+            if each in BLOCKS and columns is not None:
+                blocks = BLOCKS[each]
+                if columns % blocks.elements == 0 and columns // blocks.elements * blocks.size == width:
+                    return each
+        return self.kind
 
 
 def gguf_tensors(file: GgufFile) -> dict[str, Stored]:

@@ -207,7 +207,7 @@ BLOCKS: Mapping[str, Blocks] = MappingProxyType(
     {
         kind: Blocks(*numbers, WoqWeightDtype[name], group, parts, packed=name not in ("INT5", "INT6", "INT8"))
         for kind, (*numbers, name, group, parts) in _TYPES.items()
-        if name in WoqWeightDtype.__members__ and kind not in ("Q4_1", "Q4_K")  # they need minimums
+        if name in WoqWeightDtype.__members__
     }
 )
 """The types of blocks that are read, by the names that ggml gives them."""

@@ -166,7 +166,7 @@ def test_tensors_that_are_missing_or_do_not_fit_are_named(directory, change, mes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["quantization_config"].update(quant_method="hqq"), r"quant_method: expected one of .*got 'hqq'"),
+        (lambda c: c["quantization_config"].update(quant_method="eetq"), r"quant_method: expected one of .*got 'eetq'"),
         (lambda c: c["quantization_config"].update(bits=5), r"bits: expected one of \[2, 3, 4, 8\]"),
         (lambda c: c.update(architectures=["NoSuchModel"]), "has no model NoSuchModel"),
         (lambda c: c.update(hidden_size="x"), "transformers cannot make a model of it|hidden_size"),
