@@ -8,14 +8,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from machine import Limits, describe
-from rounds import Kernel, measure, print_table, torch_bf16, write_json
+from rounds import BASELINE, Kernel, measure, print_table, torch_bf16, write_json
 from tqdm import tqdm
 
 from ipex_quant import ops
+from ipex_quant.numerics.quantized_weight import QuantizedWeight
 from ipex_quant.numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
 
 SHAPES = {
@@ -28,12 +30,26 @@ GROUP = 128
 
 def ours(name: str, dtype: WoqWeightDtype, group_size: int, lowp_mode: WoqLowpMode) -> Kernel:
     scheme = WeightScheme(dtype, True, group_size)
-    act = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM if lowp_mode == WoqLowpMode.INT8 else WoqActQuantMode.NONE
     return Kernel(
-        name,
-        lambda w: ops.pack_weight(ops.quantize_weight(w, scheme)),
-        lambda x, p: ops.woq_linear(x, p.data, p.shape[0], None, p.perm, lowp_mode, act),
-        lambda p: p.nbytes,
+        name, lambda w: ops.pack_weight(ops.quantize_weight(w, scheme)), ours_call(lowp_mode), lambda p: p.nbytes
+    )
+
+
+def ours_call(lowp_mode: WoqLowpMode) -> Callable[[torch.Tensor, ops.PackedWeight], torch.Tensor]:
+    act = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM if lowp_mode == WoqLowpMode.INT8 else WoqActQuantMode.NONE
+    return lambda x, p: ops.woq_linear(x, p.data, p.shape[0], None, p.perm, lowp_mode, act)
+
+
+def k_quant(weight: torch.Tensor) -> ops.PackedWeight:
+    """INT4 in groups of 32 as GGUF's Q4_K: factors and minimums of groups in bytes, those of 256 features in halves."""
+    plain = ops.quantize_weight(weight, WeightScheme(WoqWeightDtype.INT4, False, 32))
+    runs = plain.scales.unflatten(1, (-1, 8))
+    supers = (runs.amax(-1) / 63).half().float()
+    steps = (runs / supers[..., None]).round()
+    scales, minimums = ((part * supers[..., None]).flatten(1) for part in (steps, (steps * -8).clamp(-128)))
+    scheme = WeightScheme(WoqWeightDtype.INT4, False, 32, True, 256)
+    return ops.pack_weight(
+        QuantizedWeight(plain.codes, scales, None, None, scheme, plain.shape, minimums, supers, supers)
     )
 
 
@@ -49,6 +65,20 @@ KERNELS = [
     ours("int4 g128, bf16 compute", WoqWeightDtype.INT4, GROUP, WoqLowpMode.BF16),
     ours("int8, int8 compute", WoqWeightDtype.INT8, -1, WoqLowpMode.INT8),
     ours("nf4 g128, int8 compute", WoqWeightDtype.NF4, GROUP, WoqLowpMode.INT8),
+    *(
+        ours(f"{dtype.name.lower()} g{size}, int8 compute", dtype, size, WoqLowpMode.INT8)
+        for dtype, size in (
+            (WoqWeightDtype.INT2, GROUP),
+            (WoqWeightDtype.INT3, GROUP),
+            (WoqWeightDtype.INT5, GROUP),
+            (WoqWeightDtype.INT6, GROUP),
+            (WoqWeightDtype.INT4, 32),
+            (WoqWeightDtype.FP4, 32),
+            (WoqWeightDtype.FP4, 16),
+            (WoqWeightDtype.IQ4, 32),
+        )
+    ),
+    Kernel("q4_k, int8 compute", k_quant, ours_call(WoqLowpMode.INT8), lambda p: p.nbytes),
     torch_bf16(),
     Kernel(
         "torch int4pack_mm g128",
@@ -86,6 +116,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="values of M")
+    parser.add_argument("--kernels", nargs="+", metavar="TEXT", default=[""], help="only those whose name has it")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to write the records")
     args = parser.parse_args()
@@ -94,11 +125,12 @@ def main() -> None:
 
     limits = Limits(args.threads)
     machine = describe(args.threads, **limits.best())
+    kernels = [kernel for kernel in KERNELS if any(text in kernel.name for text in [BASELINE, *args.kernels])]
     shapes = [shape for model in args.models for shape in SHAPES[model]]
     records = []
     with torch.inference_mode():
         for shape in tqdm(shapes, desc="shapes"):
-            records += measure(KERNELS, shape, args.rows, args.rounds, limits)
+            records += measure(kernels, shape, args.rows, args.rounds, limits)
         packing = measure_packing(4096, 4096)
     print_table(records)
     print("\nquantizing and packing 4096 x 4096, GB/s of float input:")

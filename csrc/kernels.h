@@ -23,6 +23,9 @@ constexpr int64_t kActBlock = 128;       // activation block of a per-channel we
 constexpr int64_t kMaxByteFold = 32768;  // 255 * 255 * 32768 fits int32
 constexpr int64_t kFloatFold = 256;      // short float sums keep fp32 error near that of one rounding
 
+// The dtype whose code lines the kernels for floats read; others are widened to 8-bit codes first.
+constexpr int32_t float_lines(int32_t dtype) { return dtype <= kFp8 ? dtype : kInt8; }
+
 // Activations as the kernels read them: rows of `padded_k` elements in group order, zero in the padding.
 // A *fold* is a run of k after which the partial sum is scaled into fp32; it never crosses a group.
 struct Staged {
@@ -37,7 +40,7 @@ struct Staged {
   float* scales;      // [rows, folds], quantized activations only
   int32_t* zeros;     // [rows, folds], in the domain of the stored bytes; asymmetric only
   int32_t* sums;      // [rows, folds], of the stored bytes; quantized only
-  float* float_sums;  // [rows, folds]; bf16 only
+  float* float_sums;  // [rows, folds]; unless quantized
 };
 
 struct StageArgs {

@@ -38,6 +38,7 @@ template <int Bits>
 inline vi srl_i(vi x) {
   return _mm256_srli_epi32(x, Bits);
 }
+inline vi srl_i(vi x, int bits) { return _mm256_srl_epi32(x, _mm_cvtsi32_si128(bits)); }
 template <int Bits>
 inline vi sll_i(vi x) {
   return _mm256_slli_epi32(x, Bits);

@@ -66,6 +66,7 @@ template <int Bits>
 inline vi srl_i(vi x) {
   IPEX_QUANT_EACH(vi, x.v[i] >> Bits);
 }
+inline vi srl_i(vi x, int bits) { IPEX_QUANT_EACH(vi, x.v[i] >> bits); }
 template <int Bits>
 inline vi sll_i(vi x) {
   IPEX_QUANT_EACH(vi, x.v[i] << Bits);

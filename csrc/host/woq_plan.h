@@ -60,8 +60,10 @@ inline void place_buffers(WoqPlan& plan, uint8_t* block) {
   Staged& s = plan.staged;
   uint8_t* folds = block + plan.data_bytes;
   s.data = block;
-  if (s.compute == Compute::kBf16) s.float_sums = reinterpret_cast<float*>(folds);
-  if (!s.quantize) return;
+  if (!s.quantize) {
+    s.float_sums = reinterpret_cast<float*>(folds);
+    return;
+  }
   s.scales = reinterpret_cast<float*>(folds);
   s.sums = reinterpret_cast<int32_t*>(folds + fold_bytes(plan));
   if (!s.symmetric) s.zeros = reinterpret_cast<int32_t*>(folds + 2 * fold_bytes(plan));

@@ -11,20 +11,20 @@ namespace IPEX_QUANT_ISA_NS {
 template <int Dtype>
 inline void gather_row(const GatherArgs& args, int64_t i, uint8_t* out, uint8_t* slots) {
   const WoqGeometry& g = *args.geometry;
-  const FloatCodes<Dtype> codes(kFloat32);
+  const FloatCodes<code_bits(Dtype) % 4 ? kInt8 : Dtype> codes(kFloat32);
   const int64_t column = args.rows[i] % kTileN;
-  const uint8_t* at = args.tiles + args.rows[i] / kTileN * g.tile_bytes;
-  for (int64_t group = 0; group < g.groups; ++group) {
-    const uint8_t* own = at + g.head_bytes + code_offset(is_four_bit(Dtype), 0, column);
-    for (int64_t k = 0; k < g.padded(group); k += 8, own += line_group_bytes(Dtype))
-      get8(is_four_bit(Dtype), own, slots + k);
+  for (GroupWalk at(g, args.tiles + args.rows[i] / kTileN * g.tile_bytes); at.more(); at.advance()) {
+    const uint8_t* set = at.codes();
+    for (int64_t k = 0; k < g.padded(at.group); k += line_k(Dtype), set += line_set_bytes(Dtype))
+      get_codes(Dtype, set, column, slots + k);
     const GroupHead head(g, at);
     const vf scale = set1_f(head.scale_of(column)), zero = set1_f(float(head.zero_of(column)));
-    for_each_run(g.length(group), [&](int64_t k, int64_t count) IPEX_QUANT_INLINE {
-      const vf value = codes.template value<0>(load_u8(slots + k), zero);
-      store_run(out, args.type, group * g.group + k, count, mul_f(value, scale));
+    const vf minimum = set1_f(head.minimums ? head.minimum_of(column) : 0.0f);
+    for_each_run(g.length(at.group), [&](int64_t k, int64_t count) IPEX_QUANT_INLINE {
+      vf value = mul_f(codes.template value<0>(load_u8(slots + k), zero), scale);
+      if (head.minimums) value = add_f(value, minimum);
+      store_run(out, args.type, at.group * g.group + k, count, value);
     });
-    at += g.head_bytes + g.code_bytes(g.padded(group));
   }
 }
 
@@ -41,16 +41,7 @@ inline void gather_typed_rows(const GatherArgs& args, int64_t begin, int64_t end
 }
 
 inline void gather_rows(const GatherArgs& args, int64_t begin, int64_t end, uint8_t* scratch) {
-  switch (args.geometry->dtype) {
-    case kInt8:
-      return gather_typed_rows<kInt8>(args, begin, end, scratch);
-    case kInt4:
-      return gather_typed_rows<kInt4>(args, begin, end, scratch);
-    case kNf4:
-      return gather_typed_rows<kNf4>(args, begin, end, scratch);
-    default:
-      return gather_typed_rows<kFp8>(args, begin, end, scratch);
-  }
+  for_dtype(args.geometry->dtype, [&](auto dtype) { gather_typed_rows<dtype.value>(args, begin, end, scratch); });
 }
 
 }  // namespace IPEX_QUANT_ISA_NS

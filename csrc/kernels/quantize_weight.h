@@ -10,25 +10,45 @@ namespace IPEX_QUANT_ISA_NS {
 constexpr float kZeroScale = 1.1920928955078125e-7f;  // of a group of zeros
 constexpr float kLowestScale = 0x1p-126f;             // whose inverse is finite
 
-inline float code_steps(int32_t dtype, bool symmetric) {
+// Magnitudes of the values that the ends of a group get.
+struct GroupEnds {
+  float low, high;
+};
+inline GroupEnds group_ends(int32_t dtype) {
   switch (dtype) {
-    case kInt8:
-      return symmetric ? 127.0f : 255.0f;
-    case kInt4:
-      return symmetric ? 7.0f : 15.0f;
+    case kNf4:
+      return {1.0f, 1.0f};
+    case kFp8:
+      return {448.0f, 448.0f};
+    case kFp4:
+      return {12.0f, 12.0f};
+    case kIq4:
+      return {127.0f, 113.0f};
     default:
-      return dtype == kNf4 ? 1.0f : 448.0f;
+      return {float((1 << (code_bits(dtype) - 1)) - 1), float((1 << (code_bits(dtype) - 1)) - 1)};
   }
 }
 
-// Index of the nearest level; a midpoint belongs to the lower one.
-inline vi nf4_codes(vf x) {
+// Index of the nearest of increasing levels; a midpoint belongs to the lower one.
+template <class Level>
+inline vi level_codes(vf x, int count, Level level) {
   vi code = zero_i();
-  for (int i = 0; i < 15; ++i) {
-    const float midpoint = (kNf4Levels[i + 1] + kNf4Levels[i]) / 2;
+  for (int i = 0; i + 1 < count; ++i) {
+    const float midpoint = (level(i + 1) + level(i)) / 2;
     code = add_i(code, srl_i<31>(as_i(sub_f(set1_f(midpoint), x))));
   }
   return code;
+}
+inline vi nf4_codes(vf x) {
+  return level_codes(x, 16, [](int i) { return kNf4Levels[i]; });
+}
+inline vi iq4_codes(vf x) {
+  return level_codes(x, 16, [](int i) { return float(kIq4Bytes[i]); });
+}
+inline vi fp4_codes(vf x) {
+  const vi sign = and_i(srl_i<28>(as_i(x)), set1_i(8));
+  const vf magnitude = as_f(and_i(as_i(x), set1_i(0x7FFFFFFF)));
+  return or_i(sign, level_codes(magnitude, 8, [](int i) { return float(kFp4Bytes[i]); }));
 }
 
 inline vi e4m3_codes(vf x) {
@@ -45,9 +65,11 @@ inline vi e4m3_codes(vf x) {
 inline vi weight_codes(int32_t dtype, vf x, int32_t zero) {
   if (dtype == kNf4) return nf4_codes(x);
   if (dtype == kFp8) return e4m3_codes(x);
+  if (dtype == kFp4) return fp4_codes(x);
+  if (dtype == kIq4) return iq4_codes(x);
   const vi code = add_i(round_i(x), set1_i(zero));
-  if (dtype == kInt4) return max_i(min_i(code, set1_i(15)), zero_i());
-  return max_i(min_i(code, set1_i(127)), set1_i(-128));
+  if (dtype == kInt8) return max_i(min_i(code, set1_i(127)), set1_i(-128));
+  return max_i(min_i(code, set1_i((1 << code_bits(dtype)) - 1)), zero_i());
 }
 
 inline bool quantize_group(const QuantizeArgs& args, int64_t row, int64_t group, int64_t groups, uint8_t* codes) {
@@ -59,21 +81,23 @@ inline bool quantize_group(const QuantizeArgs& args, int64_t row, int64_t group,
                           : load_tail(args.weight, args.type, at + k, left);
   };
   vi magnitude = zero_i();
-  vf low = zero_f(), high = zero_f();
+  vf lowest = zero_f(), highest = zero_f();
   for (int64_t k = 0; k < length; k += kLanes) {
     const vf w = load(k);
     magnitude = max_i(magnitude, and_i(as_i(w), set1_i(0x7FFFFFFF)));
-    low = min_f(w, low);
-    high = max_f(w, high);
+    lowest = min_f(w, lowest);
+    highest = max_f(w, highest);
   }
   const int32_t largest = reduce_max(magnitude);
-  const float mn = reduce_min(low), mx = reduce_max(high);
+  const float mn = reduce_min(lowest), mx = reduce_max(highest);
+  const GroupEnds ends = group_ends(args.dtype);
   const float span = args.symmetric ? (-mn > mx ? -mn : mx) : mx - mn;
   if (largest >= 0x7F800000 || span > 3.40282347e38f) return false;
 
-  float scale = span / code_steps(args.dtype, args.symmetric);
+  const float low = -mn / ends.low, high = mx / ends.high;
+  float scale = args.symmetric ? (low > high ? low : high) : span / float((1 << code_bits(args.dtype)) - 1);
   if (scale < kLowestScale) scale = span > 0.0f ? kLowestScale : kZeroScale;
-  int32_t zero = args.dtype == kInt4 ? 8 : 0;
+  int32_t zero = args.dtype == kInt8 ? 0 : 1 << (code_bits(args.dtype) - 1);
   if (!args.symmetric) {
     zero = (args.dtype == kInt8 ? -128 : 0) - int32_t(__builtin_rintf(mn / scale));
     args.zero_points[row * groups + group] = int16_t(zero);
@@ -91,11 +115,11 @@ inline bool quantize_group(const QuantizeArgs& args, int64_t row, int64_t group,
 
 inline bool quantize_rows(const QuantizeArgs& args, int64_t begin, int64_t end, uint8_t* scratch) {
   const int64_t groups = (args.k + args.group - 1) / args.group;
-  const bool four_bit = is_four_bit(args.dtype);
+  const bool two_a_byte = code_bits(args.dtype) <= 4;
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t group = 0; group < groups; ++group)
       if (!quantize_group(args, row, group, groups, scratch)) return false;
-    if (!four_bit) {
+    if (!two_a_byte) {
       std::memcpy(args.codes + row * args.k, scratch, args.k);
       continue;
     }

@@ -163,7 +163,7 @@ inline void stage_bf16_row(const StageArgs& args, const float* row, int64_t inde
   const WoqGeometry& g = *args.geometry;
   const Staged& s = *args.staged;
   constexpr int64_t kFour[8] = {0, 2, 4, 6, 1, 3, 5, 7}, kEight[8] = {0, 2, 1, 3, 4, 6, 5, 7};
-  const int64_t* order = g.four_bit() ? kFour : kEight;
+  const int64_t* order = code_bits(float_lines(g.dtype)) == 4 ? kFour : kEight;
   uint16_t* out = static_cast<uint16_t*>(s.data) + index * g.padded_k;
   for (int64_t k = 0; k < g.padded_k; k += 8)
     for (int64_t i = 0; i < 8; ++i) {
@@ -171,7 +171,11 @@ inline void stage_bf16_row(const StageArgs& args, const float* row, int64_t inde
       std::memcpy(&bits, row + k + order[i], 4);
       out[k + i] = uint16_t(bits >> 16);  // gather_row has rounded to bf16
     }
-  for_each_fold(g, s.max_fold, [&](int64_t start, int64_t length, int64_t fold) {
+}
+
+inline void sum_folds(const StageArgs& args, const float* row, int64_t index) {
+  const Staged& s = *args.staged;
+  for_each_fold(*args.geometry, s.max_fold, [&](int64_t start, int64_t length, int64_t fold) {
     vf sum = zero_f();
     for (int64_t k = 0; k < length; k += kLanes)
       sum =
@@ -199,10 +203,12 @@ inline void stage_rows(const StageArgs& args, int64_t begin, int64_t end, uint8_
     if (s.quantize) {
       if (!across_rows) row_ranges(args, row, own_ranges);
       quantize_row(args, row, m, across_rows ? args.ranges + m * s.folds * 2 : own_ranges);
-    } else if (s.compute == Compute::kBf16) {
-      stage_bf16_row(args, row, m);
     } else {
-      std::memcpy(static_cast<float*>(s.data) + m * g.padded_k, row, g.padded_k * 4);
+      if (s.float_sums) sum_folds(args, row, m);
+      if (s.compute == Compute::kBf16)
+        stage_bf16_row(args, row, m);
+      else
+        std::memcpy(static_cast<float*>(s.data) + m * g.padded_k, row, g.padded_k * 4);
     }
   }
 }

@@ -28,16 +28,7 @@ inline void typed_tile(const GemmArgs& args, int64_t tile, int64_t begin, int64_
 }
 
 inline void gemm_tile(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch) {
-  switch (args.geometry->dtype) {
-    case kInt8:
-      return typed_tile<kInt8>(args, tile, begin, end, scratch);
-    case kInt4:
-      return typed_tile<kInt4>(args, tile, begin, end, scratch);
-    case kNf4:
-      return typed_tile<kNf4>(args, tile, begin, end, scratch);
-    default:
-      return typed_tile<kFp8>(args, tile, begin, end, scratch);
-  }
+  for_dtype(args.geometry->dtype, [&](auto dtype) { typed_tile<dtype.value>(args, tile, begin, end, scratch); });
 }
 
 #if defined(IPEX_QUANT_BF16_DOT)

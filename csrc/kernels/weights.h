@@ -8,16 +8,37 @@
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
 
-constexpr bool is_four_bit(int dtype) { return dtype == kInt4 || dtype == kNf4; }
-// Integer codes are unsigned in the packed weight; this is the zero point of a symmetric one (NF4: of its byte table).
-constexpr int32_t symmetric_zero(int dtype) { return dtype == kInt4 ? 8 : dtype == kFp8 ? 0 : 128; }
+constexpr bool is_four_bit(int dtype) { return code_bits(dtype) == 4; }
+// Codes are unsigned in the packed weight, those of a table once it has been looked up; this is the zero point of a
+// symmetric one.
+constexpr int32_t symmetric_zero(int dtype) {
+  switch (dtype) {
+    case kFp8:
+      return 0;
+    case kFp4:
+      return 12;
+    case kIq4:
+      return 127;
+    case kInt8:
+    case kNf4:
+      return 128;
+    default:
+      return 1 << (code_bits(dtype) - 1);
+  }
+}
 // Integer compute, for activations x with zero point zx and codes c with zero point zc over a fold of L:
 //   sum (x - zx) * (c - zc) = sum x * c - zc * sum x - zx * (sum c - L * zc)
-// exactly in int32, whatever operand is the unsigned one. Only INT4 keeps sums of two products below 2^15.
-constexpr bool is_narrow(int dtype) { return dtype == kInt4; }
-static_assert(2 * 255 * kInt4MaxZero < 1 << 15, "u8 activations times INT4 codes less their zero point");
+// exactly in int32, whatever operand is the unsigned one. Narrow codes keep sums of two products below 2^15.
+constexpr bool is_narrow(int dtype) { return (is_integer(dtype) && dtype != kInt8) || dtype == kFp4; }
+static_assert(2 * 255 * max_zero(kInt6) < 1 << 15, "u8 activations times codes less their zero point");
 static_assert(255 * 255 * kMaxByteFold < int64_t(1) << 31, "a fold fits int32");
-constexpr int64_t line_group_bytes(int dtype) { return is_four_bit(dtype) ? 256 : 512; }  // of 8 k
+
+// Calls f(Index<dtype>).
+template <int Dtype = kInt8, class F>
+inline void for_dtype(int32_t dtype, F f) {
+  if (Dtype == kLastDtype || dtype == Dtype) return f(Index<Dtype>{});
+  if constexpr (Dtype < kLastDtype) for_dtype<Dtype + 1>(dtype, f);
+}
 
 // QLoRA's 4-bit NormalFloat levels (Dettmers et al. 2023), as bitsandbytes rounds them.
 constexpr float kNf4Levels[16] = {-1.0f,
@@ -45,33 +66,78 @@ inline float nf4_level(int code, bool bf16) {
 }
 // round(127 * level), the byte form for INT8 compute; the scale is divided by 127 to match.
 constexpr int8_t kNf4Bytes[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
+// The values of E2M1 (OCP Microscaling Formats 1.0), doubled.
+constexpr int8_t kFp4Bytes[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+// Of GGUF's IQ4_NL.
+constexpr int8_t kIq4Bytes[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+constexpr bool has_table(int dtype) { return dtype == kNf4 || dtype == kFp4 || dtype == kIq4; }
+constexpr const int8_t* byte_table(int dtype) {
+  return dtype == kNf4 ? kNf4Bytes : dtype == kFp4 ? kFp4Bytes : kIq4Bytes;
+}
 
-// Scales and zero points of one group, column by column.
-struct GroupHead {
-  const uint8_t* scales;
-  const uint8_t* zeros;  // null when symmetric
-  bool half_scales;
-  int32_t symmetric;
+// e4m3 without NaN, which no packed weight holds: rebias the exponent from 7 to 127; a subnormal is built in the binade
+// above and brought down, so that the result does not depend on the denormal mode of the processor.
+inline vf e4m3_to_f(vi byte) {
+  const vi magnitude = sll_i<20>(and_i(byte, set1_i(0x7F)));
+  const vi exponent = and_i(magnitude, set1_i(0x07800000));
+  const vf normal = as_f(add_i(magnitude, set1_i(120 << 23)));
+  const vf subnormal = sub_f(as_f(add_i(magnitude, set1_i(121 << 23))), set1_f(0x1p-6f));
+  return as_f(or_i(as_i(if_zero(exponent, subnormal, normal)), sll_i<24>(and_i(byte, set1_i(0x80)))));
+}
 
-  GroupHead(const WoqGeometry& g, const uint8_t* group)
-      : scales(group),
-        zeros(g.asymmetric ? group + kTileN * (g.half_scales ? 2 : 4) : nullptr),
-        half_scales(g.half_scales),
-        symmetric(symmetric_zero(g.dtype)) {}
+// Scales, and zero points or minimums, of one group, column by column.
+class GroupHead {
+ public:
+  bool zero_points, minimums;
 
-  vf scale(int64_t column) const {
-    return half_scales ? load_half(scales + 2 * column) : load_f(reinterpret_cast<const float*>(scales) + column);
-  }
-  vi zero(int64_t column) const { return zeros ? load_u8(zeros + column) : set1_i(symmetric); }
+  GroupHead(const WoqGeometry& g, const GroupWalk& at)
+      : zero_points(g.offsets == kZeroPoints),
+        minimums(g.offsets == kMinimums),
+        scale_type_(g.scale_type),
+        half_supers_(g.half_supers),
+        symmetric_(minimums && g.dtype != kInt8 ? 0 : symmetric_zero(g.dtype)),
+        scales_(at.head()),
+        offsets_(at.head() + kTileN * g.scale_bytes()),
+        super_scales_(at.super_head()),
+        super_minimums_(at.super_head() + kTileN * g.super_scale_bytes()) {}
+
+  vf scale(int64_t column) const { return number(scales_, super_scales_, column); }
+  vf minimum(int64_t column) const { return number(offsets_, super_minimums_, column); }
+  vi zero(int64_t column) const { return zero_points ? load_u8(offsets_ + column) : set1_i(symmetric_); }
 
   // Of one column alone.
-  float scale_of(int64_t column) const {
-    if (!half_scales) return reinterpret_cast<const float*>(scales)[column];
-    uint16_t half;
-    std::memcpy(&half, scales + 2 * column, 2);
-    return half_to_float(half);
+  float scale_of(int64_t column) const { return lane_of(scale(column / kLanes * kLanes), column); }
+  float minimum_of(int64_t column) const { return lane_of(minimum(column / kLanes * kLanes), column); }
+  int32_t zero_of(int64_t column) const { return zero_points ? offsets_[column] : symmetric_; }
+
+ private:
+  vf number(const uint8_t* run, const uint8_t* supers, int64_t column) const {
+    switch (scale_type_) {
+      case kFloatScale:
+        return load_f(reinterpret_cast<const float*>(run) + column);
+      case kHalfScale:
+        return load_half(run + 2 * column);
+      case kPowerScale:
+        return as_f(sll_i<23>(load_u8(run + column)));
+      case kByteScale:
+        return mul_f(cvt_f(load_s8(run + column)), super(supers, column));
+      default:
+        return mul_f(e4m3_to_f(load_u8(run + column)), super(supers, column));
+    }
   }
-  int32_t zero_of(int64_t column) const { return zeros ? zeros[column] : symmetric; }
+  vf super(const uint8_t* supers, int64_t column) const {
+    return half_supers_ ? load_half(supers + 2 * column) : load_f(reinterpret_cast<const float*>(supers) + column);
+  }
+  static float lane_of(vf vector, int64_t column) {
+    float lanes[kLanes];
+    store_f(lanes, vector);
+    return lanes[column % kLanes];
+  }
+
+  int32_t scale_type_;
+  bool half_supers_;
+  int32_t symmetric_;
+  const uint8_t *scales_, *offsets_, *super_scales_, *super_minimums_;
 };
 
 // The scale that goes with integer codes.
@@ -83,63 +149,92 @@ inline vf byte_scale(const GroupHead& head, int64_t column) {
 // The walk over the folds of a tile: runs of at most max_fold k that do not cross a group.
 class FoldCursor {
  public:
-  int64_t group = 0, fold = 0;
+  int64_t fold = 0;
 
   FoldCursor(const GemmArgs& args, int64_t tile, int64_t max_fold)
-      : g_(*args.geometry), max_fold_(max_fold), data_(args.tiles + tile * args.geometry->tile_bytes) {}
+      : g_(*args.geometry), max_fold_(max_fold), walk_(g_, args.tiles + tile * args.geometry->tile_bytes) {}
 
-  bool more() const { return group < g_.groups; }
-  GroupHead head() const { return GroupHead(g_, data_); }
-  const uint8_t* codes() const { return data_ + g_.head_bytes + g_.code_bytes(k_); }
-  int64_t start() const { return group_start_ + k_; }  // in a staged row
-  int64_t length() const { return g_.padded(group) - k_ < max_fold_ ? g_.padded(group) - k_ : max_fold_; }
+  bool more() const { return walk_.more(); }
+  int64_t group() const { return walk_.group; }
+  GroupHead head() const { return GroupHead(g_, walk_); }
+  const uint8_t* codes() const { return walk_.codes() + g_.code_bytes(k_); }
+  int64_t start() const { return walk_.start + k_; }  // in a staged row
+  int64_t length() const {
+    const int64_t left = g_.padded(walk_.group) - k_;
+    return left < max_fold_ ? left : max_fold_;
+  }
   void advance() {
-    const int64_t padded = g_.padded(group);
     ++fold;
     k_ += max_fold_;
-    if (k_ < padded) return;
-    group_start_ += padded;
-    data_ += g_.head_bytes + g_.code_bytes(padded);
-    ++group, k_ = 0;
+    if (k_ >= g_.padded(walk_.group)) walk_.advance(), k_ = 0;
   }
 
  private:
   const WoqGeometry& g_;
   int64_t max_fold_;
-  const uint8_t* data_;
-  int64_t k_ = 0, group_start_ = 0;
+  GroupWalk walk_;
+  int64_t k_ = 0;
 };
 
-// The nibbles of a line as unsigned bytes (or, for NF4, table bytes): k 0..3 and k 4..7 of every column.
+// The codes of a set of code lines as unsigned bytes, those of a table with `offset` added to its values.
 template <int Dtype>
-struct Nibbles {
+struct CodeBytes {
+  static constexpr int kPieces = int(line_k(Dtype) / 4);
+  static constexpr Planes kPlanes = planes_of(Dtype);
+  static constexpr int kUp = kPlanes.four >= 0 ? 4 : 0;
   ByteLut16 table;
 
-  explicit Nibbles(int32_t offset) {
-    uint8_t bytes[16];
-    for (int i = 0; i < 16; ++i) bytes[i] = uint8_t(kNf4Bytes[i] + offset);
+  explicit CodeBytes(int32_t offset) {
+    uint8_t bytes[16] = {};
+    if constexpr (has_table(Dtype))
+      for (int i = 0; i < 16; ++i) bytes[i] = uint8_t(byte_table(Dtype)[i] + offset);
     table = make_byte_lut16(bytes);
   }
-  vi low(vi line) const { return decode(and_i(line, set1_i(0x0F0F0F0F))); }
-  vi high(vi line) const { return decode(and_i(srl_i<4>(line), set1_i(0x0F0F0F0F))); }
 
- private:
-  vi decode(vi index) const {
-    if constexpr (Dtype == kNf4)
-      return lookup(table, index);
-    else
-      return index;
+  // k 4 * Piece .. 4 * Piece + 3 of the columns from `column` on, a multiple of kLanes.
+  template <int Piece>
+  IPEX_QUANT_INLINE vi piece(const uint8_t* set, int64_t column) const {
+    if constexpr (code_bits(Dtype) == 8) return load_i(set + 4 * kLineBytes * Piece + 4 * column);
+    vi codes = zero_i();
+    if constexpr (kPlanes.four >= 0) {
+      const vi line = load_i(set + kPlanes.four + 4 * kLineBytes * (Piece / 2) + 4 * column);
+      codes = and_i(srl_i<Piece % 2 * 4>(line), set1_i(0x0F0F0F0F));
+    }
+    if constexpr (kPlanes.two >= 0) {
+      const vi bits = and_i(srl_i<2 * Piece>(load_i(set + kPlanes.two + 4 * column)), set1_i(0x03030303));
+      codes = or_i(codes, sll_i<kUp>(bits));
+    }
+    if constexpr (kPlanes.one >= 0) {
+      const vi line = load_i(set + kPlanes.one + column / 32 * kLineBytes + column % 16 * 4);
+      const vi bits = and_i(srl_i(line, Piece + int(column / 16 % 2 * 4)), set1_i(0x01010101));
+      codes = or_i(codes, sll_i<(kUp ? kUp : 2)>(bits));
+    }
+    if constexpr (has_table(Dtype)) return lookup(table, codes);
+    return codes;
   }
 };
 
-// e4m3 without NaN, which no packed weight holds: rebias the exponent from 7 to 127; a subnormal is built in the binade
-// above and brought down, so that the result does not depend on the denormal mode of the processor.
-inline vf e4m3_to_f(vi byte) {
-  const vi magnitude = sll_i<20>(and_i(byte, set1_i(0x7F)));
-  const vi exponent = and_i(magnitude, set1_i(0x07800000));
-  const vf normal = as_f(add_i(magnitude, set1_i(120 << 23)));
-  const vf subnormal = sub_f(as_f(add_i(magnitude, set1_i(121 << 23))), set1_f(0x1p-6f));
-  return as_f(or_i(as_i(if_zero(exponent, subnormal, normal)), sll_i<24>(and_i(byte, set1_i(0x80)))));
+// The dtype whose kernels multiply the unpacked bytes of a panel.
+constexpr int byte_lines(int dtype) { return dtype <= kFp8 ? dtype : is_narrow(dtype) ? kInt4 : kInt8; }
+
+// The code lines of a fold as those of 8-bit codes.
+template <int Dtype>
+inline void widen_codes(const uint8_t* codes, int64_t length, uint8_t* out) {
+  using Codes = CodeBytes<Dtype>;
+  const Codes bytes(symmetric_zero(Dtype));
+  for (int64_t k = 0; k < length; k += line_k(Dtype), codes += line_set_bytes(Dtype), out += line_k(Dtype) * kTileN)
+    for (int64_t column = 0; column < kTileN; column += kLanes)
+      unroll<Codes::kPieces>([&](auto p) IPEX_QUANT_INLINE {
+        store_i(out + 4 * kLineBytes * p + 4 * column, bytes.template piece<decltype(p)::value>(codes, column));
+      });
+}
+
+// Sum of the activations of a row over a fold.
+inline float fold_sum(const Staged& s, int64_t row, const FoldCursor& at) {
+  const int64_t i = row * s.folds + at.fold;
+  if (s.compute != Compute::kByte) return s.float_sums[i];
+  const int32_t zero = s.zeros ? s.zeros[i] : s.unsigned_bytes ? 128 : 0;
+  return float(s.sums[i] - int32_t(at.length()) * zero) * s.scales[i];
 }
 
 // Codes as floats with their zero point taken off; exact but for NF4, whose levels are fp32.
@@ -154,13 +249,14 @@ struct FloatCodes {
   // Compute mode BF16 rounds the NF4 levels, at every ISA level.
   explicit FloatCodes(FloatType rounding) {
     float levels[16];
-    for (int i = 0; i < 16; ++i) levels[i] = Dtype != kNf4 ? float(i) : nf4_level(i, rounding == kBFloat16);
+    for (int i = 0; i < 16; ++i)
+      levels[i] = Dtype == kNf4 ? nf4_level(i, rounding == kBFloat16) : has_table(Dtype) ? byte_table(Dtype)[i] : i;
     table = make_lut16(levels);
   }
 
   template <int J>
   vf value(vi line, vf zero) const {
-    if constexpr (Dtype == kNf4) {
+    if constexpr (has_table(Dtype)) {
       return lookup(table, srl_i<4 * J>(line));
     } else if constexpr (Dtype == kInt4) {
       return sub_f(lookup(table, srl_i<4 * J>(line)), zero);

@@ -30,8 +30,8 @@ struct DecodeFold {
   const uint8_t* codes;
   int64_t start, length, fold;
 
-  DecodeFold(const DecodePass& p, const FoldCursor& at)
-      : pass(p), head(at.head()), codes(at.codes()), start(at.start()), length(at.length()), fold(at.fold) {}
+  DecodeFold(const DecodePass& p, const FoldCursor& at, const uint8_t* code_lines)
+      : pass(p), head(at.head()), codes(code_lines), start(at.start()), length(at.length()), fold(at.fold) {}
 };
 
 // Sum over the fold of (x - zx) * (code - zw), exact in int32, then one fma into fp32.
@@ -42,7 +42,8 @@ IPEX_QUANT_INLINE inline void decode_bytes(const DecodeFold& f) {
   const Staged& s = *f.pass.args.staged;
   const int64_t stride = f.pass.args.geometry->padded_k;
   const int64_t ahead = f.pass.args.geometry->code_bytes(f.length);
-  const Nibbles<Dtype> nibbles(128);
+  using Codes = CodeBytes<Dtype>;
+  const Codes bytes(symmetric_zero(Dtype));
   const S8<kNarrow> ones = as_s8<kNarrow>(set1_i(0x01010101));
   for (int64_t column = 0; column < kTileN; column += kVectors * kLanes) {
     // Start from what the weight's zero point contributes.
@@ -54,27 +55,30 @@ IPEX_QUANT_INLINE inline void decode_bytes(const DecodeFold& f) {
         acc[m][v] = mul_i(zero, set1_i(-s.sums[(f.pass.row + m) * s.folds + f.fold]));
       });
     });
-    const uint8_t* line = f.codes + 4 * column;
+    const uint8_t* set = f.codes;
     const uint8_t* x = static_cast<const uint8_t*>(s.data) + f.pass.row * stride + f.start;
-    for (int64_t k = 0; k < f.length; k += 8, line += line_group_bytes(Dtype), x += 8) {
+    for (int64_t k = 0; k < f.length; k += line_k(Dtype), set += line_set_bytes(Dtype)) {
       if (f.pass.prefetch)
-        unroll<4>([&](auto v) IPEX_QUANT_INLINE { __builtin_prefetch(line + ahead + v * kLineBytes); });
-      S8<kNarrow> low[Rows], high[Rows];
-      unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
-        low[m] = as_s8<kNarrow>(broadcast4(x + m * stride));
-        high[m] = as_s8<kNarrow>(broadcast4(x + m * stride + 4));
-      });
-      unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
-        const vi first = load_i(line + v * kVectorBytes);
-        const U8<kNarrow> codes = as_u8<kNarrow>(is_four_bit(Dtype) ? nibbles.low(first) : first);
-        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot<kNarrow>(acc[m][v], codes, low[m]); });
-        const U8<kNarrow> others =
-            as_u8<kNarrow>(is_four_bit(Dtype) ? nibbles.high(first) : load_i(line + 256 + v * kVectorBytes));
-        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot<kNarrow>(acc[m][v], others, high[m]); });
-        if constexpr (!Symmetric) {
-          dot<kNarrow>(code_sums[v], codes, ones);
-          dot<kNarrow>(code_sums[v], others, ones);
-        }
+        unroll<4>([&](auto v) IPEX_QUANT_INLINE { __builtin_prefetch(set + ahead + v * kLineBytes); });
+      unroll<Codes::kPieces / 2>([&](auto pair) IPEX_QUANT_INLINE {
+        constexpr int kFirst = 2 * decltype(pair)::value;
+        S8<kNarrow> low[Rows], high[Rows];
+        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+          low[m] = as_s8<kNarrow>(broadcast4(x + m * stride));
+          high[m] = as_s8<kNarrow>(broadcast4(x + m * stride + 4));
+        });
+        x += 8;
+        unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
+          const int64_t at = column + v * kLanes;
+          const U8<kNarrow> codes = as_u8<kNarrow>(bytes.template piece<kFirst>(set, at));
+          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot<kNarrow>(acc[m][v], codes, low[m]); });
+          const U8<kNarrow> others = as_u8<kNarrow>(bytes.template piece<kFirst + 1>(set, at));
+          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot<kNarrow>(acc[m][v], others, high[m]); });
+          if constexpr (!Symmetric) {
+            dot<kNarrow>(code_sums[v], codes, ones);
+            dot<kNarrow>(code_sums[v], others, ones);
+          }
+        });
       });
     }
     unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
@@ -204,16 +208,42 @@ IPEX_QUANT_INLINE inline void decode_bf16(const DecodeFold& f) {
 
 enum class DecodeKernel { kFloat, kBf16, kBytes, kSymmetricBytes };
 
+// Adds what the minimums contribute.
+template <int Rows>
+inline void add_minimums(const DecodePass& pass, const FoldCursor& at) {
+  const GroupHead head = at.head();
+  for (int64_t column = 0; column < kTileN; column += kLanes) {
+    const vf minimum = head.minimum(column);
+    for (int64_t m = 0; m < Rows; ++m) {
+      float* out = pass.acc + m * kTileN + column;
+      store_f(out, fma_f(minimum, set1_f(fold_sum(*pass.args.staged, pass.row + m, at)), load_f(out)));
+    }
+  }
+}
+
+template <int Dtype, int Rows, DecodeKernel Kernel>
+inline void decode_fold(const DecodeFold& fold) {
+  if constexpr (Kernel == DecodeKernel::kFloat) decode_float<Dtype, Rows>(fold);
+  if constexpr (Kernel == DecodeKernel::kBytes) decode_bytes<Dtype, Rows, false>(fold);
+  if constexpr (Kernel == DecodeKernel::kSymmetricBytes) decode_bytes<Dtype, Rows, true>(fold);
+#if defined(IPEX_QUANT_BF16_DOT)
+  if constexpr (Kernel == DecodeKernel::kBf16) decode_bf16<Dtype, Rows>(fold);
+#endif
+}
+
 template <int Dtype, int Rows, DecodeKernel Kernel>
 inline void decode_folds(const DecodePass& pass, FoldCursor cursor) {
+  constexpr bool kBytes = Kernel == DecodeKernel::kBytes || Kernel == DecodeKernel::kSymmetricBytes;
+  constexpr int kLines = kBytes ? Dtype : float_lines(Dtype);
   for (int64_t i = 0; i < pass.folds; ++i, cursor.advance()) {
-    const DecodeFold fold(pass, cursor);
-    if constexpr (Kernel == DecodeKernel::kFloat) decode_float<Dtype, Rows>(fold);
-    if constexpr (Kernel == DecodeKernel::kBytes) decode_bytes<Dtype, Rows, false>(fold);
-    if constexpr (Kernel == DecodeKernel::kSymmetricBytes) decode_bytes<Dtype, Rows, true>(fold);
-#if defined(IPEX_QUANT_BF16_DOT)
-    if constexpr (Kernel == DecodeKernel::kBf16) decode_bf16<Dtype, Rows>(fold);
-#endif
+    if constexpr (kLines == Dtype) {
+      decode_fold<Dtype, Rows, Kernel>(DecodeFold(pass, cursor, cursor.codes()));
+    } else {
+      alignas(64) uint8_t wide[kFloatFold * kTileN];
+      widen_codes<Dtype>(cursor.codes(), cursor.length(), wide);
+      decode_fold<kLines, Rows, Kernel>(DecodeFold(pass, cursor, wide));
+    }
+    if (cursor.head().minimums) add_minimums<Rows>(pass, cursor);
   }
 }
 

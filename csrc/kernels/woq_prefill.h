@@ -22,40 +22,29 @@ struct BytePanel {
 };
 
 template <int Dtype>
-inline vi unpack_bytes(vi codes, vi zero_bytes) {
-  return Dtype == kNf4 ? codes : sub_i8(codes, zero_bytes);
-}
-
-template <int Dtype>
 inline void unpack_byte_panel(const GemmArgs& args, int64_t tile, const BytePanel& panel) {
-  const Nibbles<Dtype> nibbles(0);
+  using Codes = CodeBytes<Dtype>;
+  const Codes bytes(0);
   const U8<true> ones = as_u8<true>(set1_i(0x01010101));
   for (FoldCursor at(args, tile, args.staged->max_fold); at.more(); at.advance()) {
     const GroupHead head = at.head();
     for (int64_t column = 0; column < kTileN; column += kLanes) {
-      const bool own_zero = is_four_bit(Dtype) && head.zeros;
-      const vi zero = own_zero ? head.zero(column) : set1_i(symmetric_zero(Dtype));
+      const vi zero = Dtype == kInt8 ? set1_i(symmetric_zero(Dtype)) : head.zero(column);
       const vi zero_bytes = mul_i(zero, set1_i(0x01010101));
       if (panel.residuals)
-        store_i(panel.residuals + at.group * kTileN + column, sub_i(head.zero(column), set1_i(symmetric_zero(Dtype))));
-      const uint8_t* line = at.codes() + 4 * column;
+        store_i(panel.residuals + at.group() * kTileN + column,
+                sub_i(head.zero(column), set1_i(symmetric_zero(Dtype))));
+      const uint8_t* set = at.codes();
       int8_t* to = panel.codes + at.start() * kTileN + 4 * column;
       vi sum = zero_i();
-      const auto put = [&](vi codes) {
-        const vi bytes = unpack_bytes<Dtype>(codes, zero_bytes);
-        dot<true>(sum, ones, as_s8<true>(bytes));
-        store_i(to, bytes);
-        to += 4 * kTileN;
-      };
-      for (int64_t k = 0; k < at.length(); k += 8, line += line_group_bytes(Dtype)) {
-        const vi first = load_i(line);
-        if constexpr (is_four_bit(Dtype)) {
-          put(nibbles.low(first));
-          put(nibbles.high(first));
-        } else {
-          put(first);
-          put(load_i(line + 256));
-        }
+      for (int64_t k = 0; k < at.length(); k += line_k(Dtype), set += line_set_bytes(Dtype)) {
+        unroll<Codes::kPieces>([&](auto p) IPEX_QUANT_INLINE {
+          vi codes = bytes.template piece<decltype(p)::value>(set, column);
+          if constexpr (!has_table(Dtype)) codes = sub_i8(codes, zero_bytes);
+          dot<true>(sum, ones, as_s8<true>(codes));
+          store_i(to, codes);
+          to += 4 * kTileN;
+        });
       }
       store_i(panel.sums + at.fold * kTileN + column, sum);
     }
@@ -81,7 +70,7 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
           const int32_t zero = Symmetric ? 128 : s.zeros[i];
           acc[m][v] = Symmetric ? sub_i(zero_i(), sll_i<7>(sums)) : mul_i(sums, set1_i(-zero));
           if constexpr (Residual) {
-            const vi residual = load_i(panel.residuals + at.group * kTileN + n);
+            const vi residual = load_i(panel.residuals + at.group() * kTileN + n);
             acc[m][v] = sub_i(acc[m][v], mul_i(residual, set1_i(s.sums[i] - int32_t(at.length()) * zero)));
           }
         });
@@ -89,13 +78,21 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
       multiply_bytes<Rows, kTileVectors, is_narrow(Dtype)>(acc, x + at.start(), stride,
                                                            panel.codes + at.start() * kTileN + 4 * column, at.length());
       const GroupHead head = at.head();
+      float fold_sums[Rows] = {};
+      for (int m = 0; head.minimums && m < Rows; ++m) fold_sums[m] = fold_sum(s, row + m, at);
       unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
         const int64_t n = column + v * kLanes;
         const vf scale = byte_scale<Dtype>(head, n);
+        vf sums[Rows];
         unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
           const vf factor = mul_f(set1_f(s.scales[(row + m) * s.folds + at.fold]), scale);
-          store_f(out + m * kTileN + n, fma_f(cvt_f(acc[m][v]), factor, load_f(out + m * kTileN + n)));
+          sums[m] = fma_f(cvt_f(acc[m][v]), factor, load_f(out + m * kTileN + n));
         });
+        if (head.minimums) {
+          const vf minimum = head.minimum(n);
+          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { sums[m] = fma_f(minimum, set1_f(fold_sums[m]), sums[m]); });
+        }
+        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { store_f(out + m * kTileN + n, sums[m]); });
       });
     }
   }
@@ -121,12 +118,13 @@ inline void prefill_bytes(const GemmArgs& args, int64_t tile, int64_t begin, int
   const WoqGeometry& g = *args.geometry;
   int32_t* sums = reinterpret_cast<int32_t*>(scratch + kTileN * g.padded_k);
   int32_t* residuals = sums + kTileN * args.staged->folds;
-  const BytePanel panel{reinterpret_cast<int8_t*>(scratch), sums, Dtype == kInt8 && g.asymmetric ? residuals : nullptr};
+  const bool residual = Dtype == kInt8 && g.offsets == kZeroPoints;
+  const BytePanel panel{reinterpret_cast<int8_t*>(scratch), sums, residual ? residuals : nullptr};
   unpack_byte_panel<Dtype>(args, tile, panel);
   if constexpr (Dtype == kInt8) {
-    if (panel.residuals) return multiply_byte_panel<Dtype, true>(args, tile, panel, begin, end);
+    if (residual) return multiply_byte_panel<Dtype, true>(args, tile, panel, begin, end);
   }
-  multiply_byte_panel<Dtype, false>(args, tile, panel, begin, end);
+  multiply_byte_panel<byte_lines(Dtype), false>(args, tile, panel, begin, end);
 }
 
 // ---------------------------------------------------------------------------------------------------------- floats
@@ -178,7 +176,9 @@ IPEX_QUANT_INLINE inline void multiply_floats(vf (&acc)[Rows][kTileVectors], con
 }
 
 struct FloatFold {
-  GroupHead head;
+  const Staged& staged;
+  const FoldCursor& at;
+  int64_t first_row;
   const float* panel;
   const float* x;  // row 0; a bf16 pair counts as one float
   int64_t stride, steps;
@@ -187,16 +187,23 @@ struct FloatFold {
 
 template <int Rows, bool Bf16>
 inline void float_row_blocks(const FloatFold& f, int64_t row, int64_t end) {
+  const GroupHead head = f.at.head();
   for (; row + Rows <= end; row += Rows) {
     for (int64_t column = 0; column < kTileN; column += kTileVectors * kLanes) {
       vf acc[Rows][kTileVectors];
       unroll2<Rows, kTileVectors>([&](auto m, auto v) IPEX_QUANT_INLINE { acc[m][v] = zero_f(); });
       multiply_floats<Rows, Bf16>(acc, f.x + row * f.stride, f.stride, f.panel + column, f.steps);
       unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
-        const vf scale = f.head.scale(column + v * kLanes);
+        const vf scale = head.scale(column + v * kLanes);
         unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
           float* out = f.sums + (row + m) * kTileN + column + v * kLanes;
           store_f(out, fma_f(acc[m][v], scale, load_f(out)));
+        });
+        if (!head.minimums) return;
+        const vf minimum = head.minimum(column + v * kLanes);
+        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+          float* out = f.sums + (row + m) * kTileN + column + v * kLanes;
+          store_f(out, fma_f(minimum, set1_f(fold_sum(f.staged, f.first_row + row + m, f.at)), load_f(out)));
         });
       });
     }
@@ -214,10 +221,17 @@ inline void prefill_floats(const GemmArgs& args, int64_t tile, int64_t begin, in
   constexpr int64_t kPerFloat = Bf16 ? 2 : 1;
   const int64_t stride = g.padded_k / kPerFloat;
   const float* rows = static_cast<const float*>(s.data) + begin * stride;
-  const FloatCodes<Dtype> codes(s.rounding);
+  constexpr int kLines = float_lines(Dtype);
+  const FloatCodes<kLines> codes(s.rounding);
+  alignas(64) uint8_t wide[kLines == Dtype ? 64 : kFloatFold * kTileN];
   for (FoldCursor at(args, tile, kFloatFold); at.more(); at.advance()) {
-    unpack_float_panel<Dtype, Bf16>(at.head(), codes, at.codes(), at.length(), panel);
-    const FloatFold fold{at.head(), panel, rows + at.start() / kPerFloat, stride, at.length() / kPerFloat, sums};
+    const uint8_t* lines = at.codes();
+    if constexpr (kLines != Dtype) {
+      widen_codes<Dtype>(lines, at.length(), wide);
+      lines = wide;
+    }
+    unpack_float_panel<kLines, Bf16>(at.head(), codes, lines, at.length(), panel);
+    const FloatFold fold{s, at, begin, panel, rows + at.start() / kPerFloat, stride, at.length() / kPerFloat, sums};
     float_row_blocks<kFloatRows, Bf16>(fold, 0, end - begin);
   }
   for (int64_t m = begin; m < end; ++m) finish_row(args.output, m, tile * kTileN, sums + (m - begin) * kTileN);

@@ -45,7 +45,7 @@ Stack make_stack(const Tensor& packed, const StackShape& shape) {
                    rows, " rows and ", shape.k, " input features, got ", h.out_features, " rows and ", h.in_features,
                    " input features");
   geometry_of(h, packed);
-  const WoqGeometry block(h.dtype, shape.n, shape.k, h.group_size, h.asymmetric, h.half_scales);
+  const WoqGeometry block(h, shape.n);
   return {block, h.group_size, shape.blocks, static_cast<const uint8_t*>(packed.const_data_ptr()) + sizeof h};
 }
 

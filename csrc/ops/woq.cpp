@@ -16,14 +16,27 @@
 namespace ipex_quant {
 namespace {
 
-void check_scheme(int64_t n, int64_t k, int64_t dtype, int64_t group_size, bool asymmetric) {
+void check_scheme(int64_t n, int64_t k, int64_t dtype, int64_t group_size, bool offsets) {
   constexpr int64_t kLargest = int64_t(1) << 31;
   IPEX_QUANT_CHECK(n >= 0 && n < kLargest && k > 0 && k < kLargest, "expected 0 <= out_features < 2^31 and ",
                    "0 < in_features < 2^31, got ", n, " and ", k);
-  IPEX_QUANT_CHECK(dtype >= kInt8 && dtype <= kFp8, "dtype: expected 1 (INT8) to 4 (FP8), got ", dtype);
+  IPEX_QUANT_CHECK(dtype >= kInt8 && dtype <= kLastDtype, "dtype: expected 1 (INT8) to ", int64_t(kLastDtype), ", got ",
+                   dtype);
   IPEX_QUANT_CHECK(group_size == -1 || (group_size > 0 && (group_size & (group_size - 1)) == 0),
                    "group_size: expected -1 or a power of 2, got ", group_size);
-  IPEX_QUANT_CHECK(!asymmetric || dtype == kInt8 || dtype == kInt4, "only INT8 and INT4 have zero points");
+  IPEX_QUANT_CHECK(!offsets || is_integer(int32_t(dtype)), "only integers have zero points or minimums");
+}
+
+void check_storage(const WoqHeader& h) {
+  const bool factors = h.scale_type == kByteScale || h.scale_type == kFp8Scale;
+  IPEX_QUANT_CHECK(h.offsets >= kSymmetric && h.offsets <= kMinimums, "packed: expected offsets 0..2, got ", h.offsets);
+  IPEX_QUANT_CHECK(h.scale_type >= kFloatScale && h.scale_type <= kFp8Scale, "packed: expected scale type 0..4, got ",
+                   h.scale_type);
+  IPEX_QUANT_CHECK(factors ? h.super_groups > 0 : h.super_groups == 0, "packed: ", h.super_groups,
+                   " groups of a super group do not fit scale type ", h.scale_type);
+  IPEX_QUANT_CHECK(
+      h.offsets != kMinimums || h.scale_type == kFloatScale || h.scale_type == kHalfScale || h.scale_type == kByteScale,
+      "packed: scale type ", h.scale_type, " has no minimums");
 }
 
 }  // namespace
@@ -34,12 +47,13 @@ WoqHeader read_header(const Tensor& packed) {
   IPEX_QUANT_CHECK(packed.numel() >= int64_t(sizeof h), "packed: too short for a header");
   std::memcpy(&h, packed.const_data_ptr(), sizeof h);
   IPEX_QUANT_CHECK(h.magic == WoqHeader::kMagic, "packed: not a packed weight");
-  check_scheme(h.out_features, h.in_features, h.dtype, h.group_size, h.asymmetric);
+  check_scheme(h.out_features, h.in_features, h.dtype, h.group_size, h.offsets);
+  check_storage(h);
   return h;
 }
 
 WoqGeometry geometry_of(const WoqHeader& h, const Tensor& packed) {
-  const WoqGeometry g(h.dtype, h.out_features, h.in_features, h.group_size, h.asymmetric, h.half_scales);
+  const WoqGeometry g(h);
   constexpr int64_t kLargest = int64_t(1) << 62;  // tile_bytes itself is below 2^42
   IPEX_QUANT_CHECK(g.tiles == 0 || g.tile_bytes < kLargest / g.tiles, "packed: sizes overflow");
   IPEX_QUANT_CHECK(packed.numel() == g.total_bytes(), "packed: expected ", g.total_bytes(), " bytes, got ",
@@ -78,39 +92,83 @@ ScalarType code_type(int64_t dtype) {
   return dtype == kInt8 ? ScalarType::Char : dtype == kFp8 ? ScalarType::Float8_e4m3fn : ScalarType::Byte;
 }
 
-Tensor woq_pack(Tensor codes, Tensor scales, std::optional<Tensor> zero_points, std::optional<Tensor> perm,
+// The floats of an optional argument of a weight, [n, columns] if given.
+float* optional_floats(const char* name, const std::optional<Tensor>& floats, int64_t n, int64_t columns) {
+  if (!floats) return nullptr;
+  check_tensor(name, *floats, ScalarType::Float, 2);
+  check_shape(name, *floats, n, columns);
+  return static_cast<float*>(const_cast<void*>(floats->const_data_ptr()));
+}
+
+int16_t* optional_zero_points(const std::optional<Tensor>& zero_points, const WoqGeometry& g) {
+  if (!zero_points) return nullptr;
+  check_tensor("zero_points", *zero_points, ScalarType::Short, 2);
+  check_shape("zero_points", *zero_points, g.n, g.groups);
+  int16_t* z = static_cast<int16_t*>(const_cast<void*>(zero_points->const_data_ptr()));
+  const int32_t lowest = g.dtype == kInt8 ? -128 : 0, highest = max_zero(g.dtype);
+  for (int64_t i = 0; i < zero_points->numel(); ++i)
+    IPEX_QUANT_CHECK(z[i] >= lowest && z[i] <= highest, "zero_points: expected values in ", lowest, "..", highest,
+                     ", got ", z[i]);
+  return z;
+}
+
+// The smallest form that holds the scales and minimums exactly.
+void choose_scales(WoqHeader& h, const PlainWeight& plain, const WoqGeometry& g, int64_t supers) {
+  const auto all = [&](int64_t count, auto fits) {
+    return fits(plain.scales, plain.super_scales, g.n * count) &&
+           (h.offsets != kMinimums || fits(plain.minimums, plain.super_minimums, g.n * count));
+  };
+  if (supers) {
+    h.super_groups = int32_t(g.groups / supers);
+    h.half_supers = all(supers, [](const float*, const float* s, int64_t count) { return fits_half(s, count); });
+    for (const int32_t type : {kByteScale, kFp8Scale}) {
+      h.scale_type = type;
+      if (type == kFp8Scale && h.offsets == kMinimums) break;
+      if (all(g.groups, [&](const float* x, const float* s, int64_t count) {
+            return fits_super(type, x, s, count, h.super_groups);
+          }))
+        return;
+    }
+    IPEX_QUANT_CHECK(false, "super_scales: expected scales that are -128..127 or float8 numbers times them");
+  }
+  if (h.dtype == kFp4 && fits_power(plain.scales, g.n * g.groups))
+    h.scale_type = kPowerScale;
+  else if (all(g.groups, [](const float* x, const float*, int64_t count) { return fits_half(x, count); }))
+    h.scale_type = kHalfScale;
+}
+
+Tensor woq_pack(Tensor codes, Tensor scales, std::optional<Tensor> zero_points, std::optional<Tensor> minimums,
+                std::optional<Tensor> super_scales, std::optional<Tensor> super_minimums, std::optional<Tensor> perm,
                 int64_t in_features, int64_t dtype, int64_t group_size) {
   IPEX_QUANT_CHECK(codes.dim() == 2, "codes: expected 2 dimensions, got shape ", shape_of(codes));
   const int64_t n = codes.size(0);
-  check_scheme(n, in_features, dtype, group_size, zero_points.has_value());
+  check_scheme(n, in_features, dtype, group_size, zero_points || minimums);
   check_tensor("codes", codes, code_type(dtype), 2);
   check_tensor("scales", scales, ScalarType::Float, 2);
-  const float* scale_data = static_cast<const float*>(scales.const_data_ptr());
-  const WoqGeometry g(int32_t(dtype), n, in_features, group_size, zero_points.has_value(),
-                      fits_half(scale_data, scales.numel()));
-  check_shape("codes", codes, n, g.four_bit() ? (g.k + 1) / 2 : g.k);
-  check_shape("scales", scales, n, g.groups);
-  if (zero_points) {
-    check_tensor("zero_points", *zero_points, ScalarType::Short, 2);
-    check_shape("zero_points", *zero_points, n, g.groups);
-    const int16_t* z = static_cast<const int16_t*>(zero_points->const_data_ptr());
-    const int16_t lowest = dtype == kInt8 ? -128 : 0, highest = dtype == kInt8 ? 127 : kInt4MaxZero;
-    for (int64_t i = 0; i < zero_points->numel(); ++i)
-      IPEX_QUANT_CHECK(z[i] >= lowest && z[i] <= highest, "zero_points: expected values in ", lowest, "..", highest,
-                       ", got ", z[i]);
-  }
-
+  IPEX_QUANT_CHECK(!zero_points || !minimums, "expected zero_points or minimums, got both");
+  const int32_t offsets = minimums ? kMinimums : zero_points ? kZeroPoints : kSymmetric;
+  WoqHeader header{WoqHeader::kMagic, int32_t(dtype), n, in_features, group_size, offsets, kFloatScale, 0, 0, {}};
+  const WoqGeometry plain_geometry(header);
+  const int64_t groups = plain_geometry.groups, supers = super_scales ? super_scales->size(-1) : 0;
+  check_shape("codes", codes, n, plain_geometry.code_columns());
+  check_shape("scales", scales, n, groups);
+  IPEX_QUANT_CHECK(!super_scales || (supers > 0 && groups % supers == 0), "super_scales: expected a divisor of ",
+                   groups, " groups, got ", supers);
+  IPEX_QUANT_CHECK(super_minimums.has_value() == (super_scales && minimums),
+                   "super_minimums: expected them with super_scales and minimums, and only then");
+  const PlainWeight plain{static_cast<uint8_t*>(const_cast<void*>(codes.const_data_ptr())),
+                          static_cast<float*>(const_cast<void*>(scales.const_data_ptr())),
+                          optional_zero_points(zero_points, plain_geometry),
+                          optional_floats("minimums", minimums, n, groups),
+                          optional_floats("super_scales", super_scales, n, supers),
+                          optional_floats("super_minimums", super_minimums, n, supers)};
+  choose_scales(header, plain, plain_geometry, supers);
+  const WoqGeometry g(header);
   Tensor packed = empty({g.total_bytes()}, ScalarType::Byte);
   uint8_t* data = static_cast<uint8_t*>(packed.mutable_data_ptr());
   advise_huge_pages(data, g.total_bytes());
-  const WoqHeader header{WoqHeader::kMagic, int32_t(dtype), n, g.k, group_size, g.asymmetric, g.half_scales, {}};
   std::memcpy(data, &header, sizeof header);
-  const PackArgs args{&g,
-                      permutation_data(perm, g.k),
-                      static_cast<uint8_t*>(const_cast<void*>(codes.const_data_ptr())),
-                      const_cast<float*>(scale_data),
-                      zero_points ? static_cast<int16_t*>(const_cast<void*>(zero_points->const_data_ptr())) : nullptr,
-                      data + sizeof header};
+  const PackArgs args{&g, permutation_data(perm, g.k), plain, data + sizeof header};
   parallel(g.tiles, 1, [&](int64_t begin, int64_t end) {
     const Buffer scratch = make_buffer(pack_scratch(g));
     for (int64_t tile = begin; tile < end; ++tile) pack_tile(args, tile, scratch.get());
@@ -118,29 +176,39 @@ Tensor woq_pack(Tensor codes, Tensor scales, std::optional<Tensor> zero_points, 
   return packed;
 }
 
-std::tuple<Tensor, Tensor, Tensor> woq_unpack(Tensor packed, std::optional<Tensor> perm, int64_t out_features,
-                                              int64_t in_features, int64_t dtype, int64_t group_size, bool asymmetric) {
+// What is not there has no rows.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> woq_unpack(Tensor packed, std::optional<Tensor> perm,
+                                                                      int64_t out_features, int64_t in_features,
+                                                                      int64_t dtype, int64_t group_size,
+                                                                      int64_t offsets, int64_t supers) {
   const WoqHeader h = read_header(packed);
-  IPEX_QUANT_CHECK(h.out_features == out_features && h.in_features == in_features && h.dtype == dtype &&
-                       h.group_size == group_size && bool(h.asymmetric) == asymmetric,
-                   "packed: holds another weight: [", h.out_features, ", ", h.in_features, "], dtype ", h.dtype,
-                   ", group size ", h.group_size);
   const WoqGeometry g = geometry_of(h, packed);
-  Tensor codes = empty({g.n, g.four_bit() ? (g.k + 1) / 2 : g.k}, code_type(g.dtype));
-  Tensor scales = empty({g.n, g.groups}, ScalarType::Float);
-  Tensor zero_points = empty({asymmetric ? g.n : 0, g.groups}, ScalarType::Short);
+  IPEX_QUANT_CHECK(h.out_features == out_features && h.in_features == in_features && h.dtype == dtype &&
+                       h.group_size == group_size && h.offsets == offsets &&
+                       supers == (h.super_groups ? g.supers() : 0),
+                   "packed: holds another weight: [", h.out_features, ", ", h.in_features, "], dtype ", h.dtype,
+                   ", group size ", h.group_size, ", offsets ", h.offsets);
+  const auto floats = [&](bool given, int64_t columns) { return empty({given ? g.n : 0, columns}, ScalarType::Float); };
+  const auto data_of = [](Tensor& floats) {
+    return floats.size(0) ? static_cast<float*>(floats.mutable_data_ptr()) : nullptr;
+  };
+  Tensor codes = empty({g.n, g.code_columns()}, code_type(g.dtype));
+  Tensor scales = floats(true, g.groups), minimums = floats(offsets == kMinimums, g.groups);
+  Tensor zero_points = empty({offsets == kZeroPoints ? g.n : 0, g.groups}, ScalarType::Short);
+  Tensor super_scales = floats(supers, supers), super_minimums = floats(supers && offsets == kMinimums, supers);
+  const PlainWeight plain{static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                          data_of(scales),
+                          zero_points.size(0) ? static_cast<int16_t*>(zero_points.mutable_data_ptr()) : nullptr,
+                          data_of(minimums),
+                          data_of(super_scales),
+                          data_of(super_minimums)};
   const uint8_t* data = static_cast<const uint8_t*>(packed.const_data_ptr());
-  const PackArgs args{&g,
-                      permutation_data(perm, g.k),
-                      static_cast<uint8_t*>(codes.mutable_data_ptr()),
-                      static_cast<float*>(scales.mutable_data_ptr()),
-                      static_cast<int16_t*>(zero_points.mutable_data_ptr()),
-                      const_cast<uint8_t*>(data) + sizeof h};
+  const PackArgs args{&g, permutation_data(perm, g.k), plain, const_cast<uint8_t*>(data) + sizeof h};
   parallel(g.tiles, 1, [&](int64_t begin, int64_t end) {
     const Buffer scratch = make_buffer(pack_scratch(g));
     for (int64_t tile = begin; tile < end; ++tile) unpack_tile(args, tile, scratch.get());
   });
-  return {codes, scales, zero_points};
+  return {codes, scales, zero_points, minimums, super_scales, super_minimums};
 }
 
 // Stages (converts or quantizes) x into the buffers of `plan`.
@@ -293,9 +361,9 @@ std::tuple<Tensor, Tensor, Tensor> woq_quantize(Tensor weight, int64_t dtype, in
   const FloatType type = float_type("weight", weight.scalar_type());
   const int64_t n = weight.size(0), k = weight.size(1);
   check_scheme(n, k, dtype, group_size, !symmetric);
-  const WoqGeometry g(int32_t(dtype), n, k, group_size, !symmetric, false);
+  const WoqGeometry g(WoqHeader{WoqHeader::kMagic, int32_t(dtype), n, k, group_size, 0, 0, 0, 0, {}});
   const Tensor rows = torch::stable::contiguous(weight);
-  Tensor codes = empty({n, g.four_bit() ? (k + 1) / 2 : k}, code_type(dtype));
+  Tensor codes = empty({n, g.code_columns()}, code_type(dtype));
   Tensor scales = empty({n, g.groups}, ScalarType::Float);
   Tensor zero_points = empty({symmetric ? 0 : n, g.groups}, ScalarType::Short);
   const QuantizeArgs args{rows.const_data_ptr(),
@@ -323,11 +391,11 @@ std::tuple<Tensor, Tensor, Tensor> woq_quantize(Tensor weight, int64_t dtype, in
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
   m.def(
-      "woq_pack(Tensor codes, Tensor scales, Tensor? zero_points, Tensor? perm, int in_features, int dtype, "
-      "int group_size) -> Tensor");
+      "woq_pack(Tensor codes, Tensor scales, Tensor? zero_points, Tensor? minimums, Tensor? super_scales, "
+      "Tensor? super_minimums, Tensor? perm, int in_features, int dtype, int group_size) -> Tensor");
   m.def(
       "woq_unpack(Tensor packed, Tensor? perm, int out_features, int in_features, int dtype, int group_size, "
-      "bool asymmetric) -> (Tensor, Tensor, Tensor)");
+      "int offsets, int supers) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "woq_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? perm, Tensor[] others, int out_features, "
       "int lowp_mode, int act_quant_mode, int post_op) -> Tensor");

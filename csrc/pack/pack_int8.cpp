@@ -29,14 +29,14 @@ void pack_int8_tile(const Int8Geometry& g, const int8_t* codes, const float* sca
       std::memcpy(tile + 4 * (kTileN * (1 + fold) + column), &sum, 4);
     }
   for_each_word(g, columns, [&](int64_t column, int64_t k, size_t count) {
-    std::memcpy(tile + g.head_bytes + code_offset(false, k, column), codes + column * g.k + k, count);
+    std::memcpy(tile + g.head_bytes + byte_code_offset(k, column), codes + column * g.k + k, count);
   });
 }
 
 void unpack_int8_tile(const Int8Geometry& g, const uint8_t* tile, int64_t columns, int8_t* codes, float* scales) {
   std::memcpy(scales, tile, size_t(columns) * 4);
   for_each_word(g, columns, [&](int64_t column, int64_t k, size_t count) {
-    std::memcpy(codes + column * g.k + k, tile + g.head_bytes + code_offset(false, k, column), count);
+    std::memcpy(codes + column * g.k + k, tile + g.head_bytes + byte_code_offset(k, column), count);
   });
 }
 

@@ -32,7 +32,7 @@ Parts = dict[str, torch.Tensor]
 class Blocks:
     """A type of blocks: its `number` in files, `elements` and bytes (`size`) of a block, and what it becomes.
 
-    `dtype` holds the codes, in groups of `group`, two a byte if `packed`.
+    `dtype` holds the codes, in groups of `group`.
     """
 
     number: int
@@ -41,7 +41,6 @@ class Blocks:
     dtype: WoqWeightDtype
     group: int
     parts: Callable[[torch.Tensor], Parts]
-    packed: bool = True
 
 
 def read_blocks(kind: str, rows: torch.Tensor) -> QuantizedWeight:
@@ -51,12 +50,14 @@ def read_blocks(kind: str, rows: torch.Tensor) -> QuantizedWeight:
     whole: Parts = {}
     for start, parts in _slices(blocks, rows):
         codes = parts.pop("codes")
-        parts["codes"] = pack_nibbles(codes) if blocks.packed else codes
+        parts["codes"] = pack_nibbles(codes) if blocks.dtype.bits <= 4 else codes
         for name, part in parts.items():
             if name not in whole:
                 whole[name] = part.new_empty((count, part.shape[1]))
             whole[name][start : start + len(part)] = part
-    scheme = WeightScheme(blocks.dtype, "minimums" not in whole, blocks.group)
+    raised = "minimums" in whole
+    supers = blocks.elements if "super_scales" in whole else None
+    scheme = WeightScheme(blocks.dtype, not raised, blocks.group, raised, supers)
     return QuantizedWeight(**whole, zero_points=None, g_idx=None, scheme=scheme, shape=(count, columns))
 
 
@@ -187,27 +188,21 @@ def _raised(integers: torch.Tensor, d: torch.Tensor) -> Parts:
     return {"minimums": integers * -d, "super_minimums": -d}
 
 
-_TYPES: dict[str, tuple[int, int, int, str, int, Callable[[torch.Tensor], Parts]]] = {
-    "Q4_0": (2, 32, 18, "INT4", 32, _q4_0),
-    "Q4_1": (3, 32, 20, "INT4", 32, _q4_1),
-    "Q5_0": (6, 32, 22, "INT5", 32, _q5_0),
-    "Q5_1": (7, 32, 24, "INT5", 32, _q5_1),
-    "Q8_0": (8, 32, 34, "INT8", 32, _q8_0),
-    "Q2_K": (10, 256, 84, "INT2", 16, _q2_k),
-    "Q3_K": (11, 256, 110, "INT3", 16, _q3_k),
-    "Q4_K": (12, 256, 144, "INT4", 32, _q4_k),
-    "Q5_K": (13, 256, 176, "INT5", 32, _q5_k),
-    "Q6_K": (14, 256, 210, "INT6", 16, _q6_k),
-    "IQ4_NL": (20, 32, 18, "IQ4", 32, _q4_0),
-    "IQ4_XS": (23, 256, 136, "IQ4", 32, _iq4_xs),
-    "MXFP4": (39, 32, 17, "FP4", 32, _mxfp4),
-}
-
 BLOCKS: Mapping[str, Blocks] = MappingProxyType(
     {
-        kind: Blocks(*numbers, WoqWeightDtype[name], group, parts, packed=name not in ("INT5", "INT6", "INT8"))
-        for kind, (*numbers, name, group, parts) in _TYPES.items()
-        if name in WoqWeightDtype.__members__
+        "Q4_0": Blocks(2, 32, 18, WoqWeightDtype.INT4, 32, _q4_0),
+        "Q4_1": Blocks(3, 32, 20, WoqWeightDtype.INT4, 32, _q4_1),
+        "Q5_0": Blocks(6, 32, 22, WoqWeightDtype.INT5, 32, _q5_0),
+        "Q5_1": Blocks(7, 32, 24, WoqWeightDtype.INT5, 32, _q5_1),
+        "Q8_0": Blocks(8, 32, 34, WoqWeightDtype.INT8, 32, _q8_0),
+        "Q2_K": Blocks(10, 256, 84, WoqWeightDtype.INT2, 16, _q2_k),
+        "Q3_K": Blocks(11, 256, 110, WoqWeightDtype.INT3, 16, _q3_k),
+        "Q4_K": Blocks(12, 256, 144, WoqWeightDtype.INT4, 32, _q4_k),
+        "Q5_K": Blocks(13, 256, 176, WoqWeightDtype.INT5, 32, _q5_k),
+        "Q6_K": Blocks(14, 256, 210, WoqWeightDtype.INT6, 16, _q6_k),
+        "IQ4_NL": Blocks(20, 32, 18, WoqWeightDtype.IQ4, 32, _q4_0),
+        "IQ4_XS": Blocks(23, 256, 136, WoqWeightDtype.IQ4, 32, _iq4_xs),
+        "MXFP4": Blocks(39, 32, 17, WoqWeightDtype.FP4, 32, _mxfp4),
     }
 )
 """The types of blocks that are read, by the names that ggml gives them."""

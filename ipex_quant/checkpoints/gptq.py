@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..numerics.affine import code_offset
 from ..numerics.nibbles import as_bytes, unpack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
@@ -59,14 +60,6 @@ VERSIONS = {"gptq": False, "gptq_v2": True, "gptq_p": True}
 """Names of the supported layouts; the value says whether zero points are stored unchanged (version 2)."""
 
 PLANAR = "gptq_p"
-
-WIDTHS: Mapping[WoqWeightDtype, tuple[int, ...]] = {
-    WoqWeightDtype.INT8: (8,),
-    WoqWeightDtype.INT4: (4, 3, 2),
-    WoqWeightDtype.INT3: (3, 2),
-    WoqWeightDtype.INT2: (2,),
-}
-"""Widths that codes can be written in, their own first."""
 
 INT8_OFFSET = 128
 """Difference between a stored 8-bit code, 0..255, and an INT8 code."""
@@ -240,23 +233,24 @@ def gptq_tensors(
 ) -> dict[str, torch.Tensor]:
     """Return ``qweight``, ``qzeros``, ``scales`` and ``g_idx`` of an integer weight: the inverse of `read_gptq`.
 
-    The dtype is INT2, INT3, INT4 or INT8. `bits` defaults to its own; 2 or 3 store an INT4 weight whose codes fit.
-    Scales are rounded to `scale_dtype`. Raises ValueError for another dtype and for values the format cannot express:
-    codes or zero points beyond `bits`, zero point 0 in version 1, scales that overflow or become 0.
+    `bits`, 2, 3, 4 or 8, defaults to the dtype's; 2 or 3 store an INT4 weight whose codes fit. Scales are rounded to
+    `scale_dtype`. Raises ValueError for another dtype and for values the format cannot express: codes or zero points
+    beyond `bits`, zero point 0 in version 1, scales that overflow or become 0.
     """
-    if qw.scheme.dtype not in WIDTHS or qw.minimums is not None:
-        raised = " with minimums" if qw.minimums is not None else ""
-        raise ValueError(f"dtype: GPTQ files hold INT2, INT3, INT4 or INT8 weights, got {qw.scheme.dtype.name}{raised}")
+    dtype = qw.scheme.dtype
+    if not dtype.is_integer or dtype.bits not in BITS or qw.scheme.minimums:
+        raise ValueError(f"dtype: GPTQ files hold integers of {sorted(BITS)} bits with zero points, got {qw.scheme}")
     in_features = qw.shape[1]
-    widths = WIDTHS[qw.scheme.dtype]
-    offset = 1 << (widths[0] - 1)
-    if qw.scheme.dtype == WoqWeightDtype.INT8:
+    if dtype == WoqWeightDtype.INT8:
+        widths: tuple[int, ...] = (8,)
+        offset = INT8_OFFSET
         codes = qw.codes.view(torch.uint8) ^ INT8_OFFSET
     else:
+        widths, offset = (4, 3, 2) if dtype.bits == 4 else (dtype.bits,), code_offset(dtype)
         codes = unpack_nibbles(qw.codes, in_features)
     bits = widths[0] if bits is None else bits
     if bits not in widths:
-        raise ValueError(f"bits: expected one of {widths} for {qw.scheme.dtype.name} codes, got {bits}")
+        raise ValueError(f"bits: expected one of {widths} for {dtype.name} codes, got {bits}")
     if codes.numel() and int(codes.max()) >= 1 << bits:
         raise ValueError(f"codes: expected values below {1 << bits} for {bits} bits, got {int(codes.max())}")
 

@@ -209,7 +209,7 @@ def raised_weight(
         scales,
         None,
         None,
-        WeightScheme(LINEAR[bits], False, group_size),
+        WeightScheme(LINEAR[bits], False, group_size, minimums=True),
         (fields.shape[0], fields.shape[1]),
         minimums=minimums,
     )
@@ -281,5 +281,5 @@ def e2m1_weight(
     supers = None
     if super_scale is not None:
         scales, supers = scales * super_scale, (super_scale / 2).reshape(1, 1).expand(shape[0], 1).contiguous()
-    scheme = WeightScheme(WoqWeightDtype.FP4, True, group)
+    scheme = WeightScheme(WoqWeightDtype.FP4, True, group, super_group_size=None if supers is None else PER_CHANNEL)
     return QuantizedWeight(packed.contiguous(), scales.contiguous(), None, None, scheme, shape, super_scales=supers)

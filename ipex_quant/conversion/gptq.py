@@ -14,6 +14,7 @@ from torch import nn
 
 from .. import ops
 from ..checkpoints import gptq_config, write_gptq
+from ..checkpoints.gptq import BITS as FILE_BITS
 from ..nn.linears import holds_experts, is_linear, output_head, weight_matrix
 from ..nn.multihead_attention import is_whole
 from ..nn.stacked_experts import PROJECTIONS, expert_bias, expert_layout, expert_weight
@@ -64,7 +65,7 @@ def gptq(
       (mostly ``input_ids``, ``[T]`` or ``[B, T]``), or a tuple that begins with one of these. At most `nsamples`
       sequences are used, each cut to its first `pad_max_length` tokens; `use_max_length` skips shorter ones. Batches
       with features of images or audio are not cut in length.
-    - `group_size` -1 is one group per row; `wbits` is 4 or 8; `percdamp` and `act_order` are GPTQ's.
+    - `group_size` -1 is one group per row; `wbits` is 2, 3, 4 or 8; `percdamp` and `act_order` are GPTQ's.
     - `layer_wise` has no effect: only the inputs of one block are in memory at any time.
     - `compression_dtype` must be int32 and `compression_dim` 1 (along in_features), as in the file format.
     - `scale_dtype` is float16 (which most tools expect), bfloat16 or float32.
@@ -72,7 +73,7 @@ def gptq(
     Raises ValueError for other values, a dataloader without usable samples, and a weight whose scales `scale_dtype`
     cannot represent, which it names; OSError for a `save_dir` that cannot be written. Both come before any computation.
     """
-    dtypes = {bits: dtype for dtype, bits in BITS.items()}
+    dtypes = {bits: dtype for dtype, bits in BITS.items() if bits in FILE_BITS}
     if wbits not in dtypes:
         raise ValueError(f"wbits: expected one of {sorted(dtypes)}, got {wbits}")
     if compression_dtype != torch.int32:

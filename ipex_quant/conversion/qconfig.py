@@ -135,8 +135,8 @@ def get_weight_only_quant_qconfig_mapping(
 
     `group_size` input features share one scale: a power of two, or -1 for one scale per output channel.
     `act_quant_mode` applies to ``lowp_mode=INT8`` only; without it, a mode that is not the default warns. An UNDEFINED
-    `weight_qscheme` becomes SYMMETRIC for NF4, FP8 and for INT8 weights computed in INT8, which have no zero points,
-    and ASYMMETRIC otherwise. Raises ValueError for a value or a combination that does not exist.
+    `weight_qscheme` becomes SYMMETRIC for dtypes that are no integers and for INT8 weights computed in INT8, which have
+    no zero points, and ASYMMETRIC otherwise. Raises ValueError for a value or a combination that does not exist.
     """
     if weight_dtype in _TORCH_DTYPES:
         named = _TORCH_DTYPES[weight_dtype]
@@ -198,7 +198,7 @@ def _per_channel_weight() -> Callable[[], Any]:
 def _resolve_qscheme(
     qscheme: WoqWeightQScheme, weight_dtype: WoqWeightDtype, lowp_mode: WoqLowpMode
 ) -> WoqWeightQScheme:
-    symmetric_only = weight_dtype in (WoqWeightDtype.NF4, WoqWeightDtype.FP8) or (
+    symmetric_only = not WoqWeightDtype(weight_dtype).is_integer or (
         weight_dtype == WoqWeightDtype.INT8 and lowp_mode == WoqLowpMode.INT8
     )
     if qscheme == WoqWeightQScheme.UNDEFINED:

@@ -9,7 +9,6 @@ from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
 
 Parameters = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
-_TWO_A_BYTE = (WoqWeightDtype.INT4, WoqWeightDtype.NF4)
 
 
 def quantize_per_channel(
@@ -34,10 +33,11 @@ def quantize_per_block(
     """Quantize `t`, float ``[N, K]``, with one scale per `group_size` columns of a row.
 
     Returns (codes, scales, zero points). Codes are int8 ``[N, K]``, uint8 ``[N, ceil(K / 2)]`` with even k in the low
-    nibble, or float8; scales are float32 and zero points int16 ``[N, groups]``, or None if symmetric. NF4 and FP8 are
-    always symmetric. `scales` and `zero_points` are used if given. Raises as `numerics.affine.quantize` does.
+    nibble, or float8; scales are float32 and zero points int16 ``[N, groups]``, or None if symmetric. Weights that are
+    no integers are always symmetric. `scales` and `zero_points` are used if given. Raises as
+    `numerics.affine.quantize` does.
     """
-    symmetric = sym_quant or dtype in (WoqWeightDtype.NF4, WoqWeightDtype.FP8)
+    symmetric = sym_quant or not dtype.is_integer
     scheme = WeightScheme(dtype, symmetric, group_size)
     if scales is not None:
         scales = _grid("scales", scales, len(t)).float()
@@ -74,7 +74,7 @@ def dequantize_per_block(
     ValueError or TypeError when the tensors do not fit each other.
     """
     rows = len(qt)
-    columns = qt.shape[1] * 2 if dtype in _TWO_A_BYTE else qt.shape[1]
+    columns = qt.shape[1] * 2 if dtype.bits <= 4 else qt.shape[1]
     shape = (rows, columns) if weight_shape is None else tuple(weight_shape)
     scheme = WeightScheme(dtype, zps is None, group_size)
     g_idx = None if g_idx is None else g_idx.to(torch.int32)

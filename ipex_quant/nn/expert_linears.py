@@ -12,11 +12,10 @@ from torch import nn
 
 from .. import ops
 from ..numerics import affine
-from ..numerics.quantized_stack import QuantizedStack
-from ..numerics.quantized_weight import CODE_DTYPES, code_columns
+from ..numerics.quantized_stack import QuantizedStack, stack_places
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode
 from .quantized_module import Placeholder, QuantizedModule, autocast
-from .weight_only_linear import read_modes, read_scheme
+from .weight_only_linear import OPTIONAL_ENTRY, read_modes, read_scheme, scheme_entry
 
 
 class WeightOnlyQuantizedExpertLinears(QuantizedModule):
@@ -31,7 +30,8 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
 
     kind = "weight_only_expert_linears"
     entry_names = frozenset(("weight_dtype", "symmetric", "group_size", "lowp_mode", "act_quant_mode"))
-    weight_names = ("codes", "scales", "zero_points")
+    optional_entry_names = OPTIONAL_ENTRY
+    weight_names = tuple(name for name in QuantizedStack.names if name != "g_idx")
 
     def __init__(self, shape: tuple[int, int, int], scheme: WeightScheme) -> None:
         """Make a module without weights for ``(experts, out_features, in_features)``; `load_state_dict` loads them."""
@@ -97,9 +97,7 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
     def describe(self) -> dict[str, Any]:
         """Scheme and compute mode."""
         return {
-            "weight_dtype": self.scheme.dtype.name.lower(),
-            "symmetric": self.scheme.symmetric,
-            "group_size": self.scheme.group_size,
+            **scheme_entry(self.scheme),
             "lowp_mode": self.lowp_mode.name.lower(),
             "act_quant_mode": self.act_quant_mode.name.lower(),
         }
@@ -113,12 +111,8 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
             )
         scheme, _ = read_scheme(entry), read_modes(entry)
         experts, rows, columns = module.weight.shape
-        grid = (experts, rows, scheme.group_count(columns))
-        tensors = {
-            "codes": (CODE_DTYPES[scheme.dtype], (experts, rows, code_columns(scheme.dtype, columns))),
-            "scales": (torch.float32, grid),
-            "zero_points": None if scheme.symmetric else (torch.int16, grid),
-        }
+        tensors = stack_places(scheme, (experts, rows, columns), False)
+        del tensors["g_idx"]
         return Placeholder((experts, rows, columns), entry, tensors)
 
     @classmethod
@@ -145,11 +139,13 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
         return None
 
     def _expected_names(self, given: dict[str, torch.Tensor]) -> list[str]:
-        return [name for name in self.weight_names if name != "zero_points" or not self.scheme.symmetric]
+        return [name for name, place in stack_places(self.scheme, self.shape, False).items() if place is not None]
 
     def _load_weight(self, tensors: dict[str, torch.Tensor | None]) -> None:
-        parts = (tensors.get(name) for name in self.weight_names)
-        self._packed = ops.split_experts(ops.pack_experts(QuantizedStack(*parts, None, self.scheme, self.shape), 1))
+        parts = {name: tensors.get(name) for name in QuantizedStack.names}
+        self._packed = ops.split_experts(
+            ops.pack_experts(QuantizedStack(**parts, scheme=self.scheme, shape=self.shape), 1)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickles may be read by another machine or version, so they hold the plain weights.

@@ -10,8 +10,7 @@ from torch import nn
 
 from .. import ops
 from ..numerics import affine
-from ..numerics.quantized_stack import QuantizedStack
-from ..numerics.quantized_weight import CODE_DTYPES, code_columns
+from ..numerics.quantized_stack import QuantizedStack, stack_places
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode
 from ..ops import ExpertGate
 from .linears import holds_experts
@@ -25,7 +24,7 @@ from .stacked_experts import (
     experts_obstacle,
     experts_shape,
 )
-from .weight_only_linear import read_modes, read_scheme
+from .weight_only_linear import OPTIONAL_ENTRY, read_modes, read_scheme, scheme_entry
 
 
 class WeightOnlyQuantizedExperts(QuantizedModule):
@@ -46,6 +45,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
     entry_names = frozenset(
         ("weight_dtype", "symmetric", "group_size", "act_order", "bias", "lowp_mode", "act_quant_mode")
     )
+    optional_entry_names = OPTIONAL_ENTRY
     weight_names = tuple(
         f"{projection}_{name}" for projection in PROJECTIONS for name in (*QuantizedStack.names, "bias")
     )
@@ -196,9 +196,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
     def describe(self) -> dict[str, Any]:
         """Scheme, compute mode, and which optional tensors there are."""
         return {
-            "weight_dtype": self.scheme.dtype.name.lower(),
-            "symmetric": self.scheme.symmetric,
-            "group_size": self.scheme.group_size,
+            **scheme_entry(self.scheme),
             "act_order": [self._buffers[f"_{projection}_perm"] is not None for projection in PROJECTIONS],
             "bias": [self._buffers[f"_{projection}_bias"] is not None for projection in PROJECTIONS],
             "lowp_mode": self.lowp_mode.name.lower(),
@@ -217,17 +215,9 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         layout, tensors = expert_layout(module), {}
         sizes = (("gate_up", layout.blocks * width, hidden), ("down", hidden, width))
         for index, (projection, rows, columns) in enumerate(sizes):
-            grid = (experts, rows, scheme.group_count(columns))
-            tensors |= {
-                f"{projection}_codes": (
-                    CODE_DTYPES[scheme.dtype],
-                    (experts, rows, code_columns(scheme.dtype, columns)),
-                ),
-                f"{projection}_scales": (torch.float32, grid),
-                f"{projection}_zero_points": None if scheme.symmetric else (torch.int16, grid),
-                f"{projection}_g_idx": (torch.int32, (experts, columns)) if _flags(entry, "act_order")[index] else None,
-                f"{projection}_bias": (torch.float32, (experts, rows)) if _flags(entry, "bias")[index] else None,
-            }
+            places = stack_places(scheme, (experts, rows, columns), _flags(entry, "act_order")[index])
+            bias = (torch.float32, (experts, rows)) if _flags(entry, "bias")[index] else None
+            tensors |= {f"{projection}_{name}": place for name, place in (places | {"bias": bias}).items()}
         place = Placeholder((experts, (layout.blocks + 1) * width, hidden), entry, tensors)
         place.gate, place.batched = expert_gate(module), layout.batched
         return place
@@ -291,7 +281,8 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
             self._buffers[f"_{projection}_bias"] = bias
 
     def _expected_names(self, given: dict[str, torch.Tensor]) -> list[str]:
-        needed = {"codes", "scales"} | (set() if self.scheme.symmetric else {"zero_points"})
+        places = stack_places(self.scheme, (self.num_experts, self.hidden_dim, self.intermediate_dim), False)
+        needed = {name for name, place in places.items() if place is not None}
         present = {"g_idx": "perm", "bias": "bias"}  # if the module has them; without weights, if given
         empty = self._gate_up_packed is None
 
@@ -309,9 +300,9 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         shapes = {"gate_up": (experts, self.gate.blocks * width, hidden), "down": (experts, hidden, width)}
         stacks = tuple(
             QuantizedStack(
-                *(tensors.get(f"{projection}_{name}") for name in QuantizedStack.names),
-                self.scheme,
-                shapes[projection],
+                **{name: tensors.get(f"{projection}_{name}") for name in QuantizedStack.names},
+                scheme=self.scheme,
+                shape=shapes[projection],
             )
             for projection in PROJECTIONS
         )

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..numerics.quantized_weight import QuantizedWeight
+from ..numerics.quantized_weight import QuantizedWeight, tensor_places
 from .embeddings import PackedEmbedding, RowFactor, ScaledEmbedding, embedding_obstacle, is_embedding, row_factor
 from .quantized_module import Placeholder, QuantizedModule, flag
-from .weight_only_linear import SCHEME_ENTRY, WeightOnlyQuantizedLinear, plain_places, read_scheme
+from .weight_only_linear import OPTIONAL_ENTRY, SCHEME_ENTRY, WeightOnlyQuantizedLinear, read_scheme
 
 
 class QuantizedEmbedding(QuantizedModule, PackedEmbedding):
@@ -28,6 +28,7 @@ class QuantizedEmbedding(QuantizedModule, PackedEmbedding):
 
     kind = "embedding"
     entry_names = frozenset((*SCHEME_ENTRY, "padding_idx", "factor", "rounds_factor"))
+    optional_entry_names = OPTIONAL_ENTRY
     weight_names = WeightOnlyQuantizedLinear.weight_names
 
     def __init__(
@@ -98,7 +99,9 @@ class QuantizedEmbedding(QuantizedModule, PackedEmbedding):
 
     def describe(self) -> dict[str, Any]:
         """Scheme, padding index and row factor."""
-        scheme = {name: value for name, value in self.table.describe().items() if name in SCHEME_ENTRY}
+        scheme = {
+            name: value for name, value in self.table.describe().items() if name in {*SCHEME_ENTRY, *OPTIONAL_ENTRY}
+        }
         factor = {"factor": self.factor.value, "rounds_factor": self.factor.rounded}
         return {**scheme, "padding_idx": self.padding_idx, **factor}
 
@@ -112,7 +115,7 @@ class QuantizedEmbedding(QuantizedModule, PackedEmbedding):
         if padding is not None and (type(padding) is not int or not 0 <= padding < shape[0]):
             raise ValueError(f"padding_idx: expected null or 0..{shape[0] - 1}, got {padding!r}")
         _read_factor(entry)
-        return Placeholder(shape, entry, plain_places(read_scheme(entry), shape, flag(entry, "act_order")))
+        return Placeholder(shape, entry, tensor_places(read_scheme(entry), shape, flag(entry, "act_order")))
 
     @classmethod
     def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[QuantizedEmbedding]:

@@ -27,6 +27,9 @@ class QuantizedModule(nn.Module):
     entry_names: ClassVar[frozenset[str]]
     """Keys of the dict that `describe` returns."""
 
+    optional_entry_names: ClassVar[frozenset[str]] = frozenset()
+    """Keys that the dict may have beside them."""
+
     weight_names: ClassVar[tuple[str, ...]]
 
     _float: torch.Tensor

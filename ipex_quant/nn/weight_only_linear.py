@@ -13,8 +13,7 @@ from torch import nn
 from .. import ops
 from ..errors import ArgumentError
 from ..numerics import affine
-from ..numerics.nibbles import pack_nibbles
-from ..numerics.quantized_weight import CODE_DTYPES, QuantizedWeight, code_columns
+from ..numerics.quantized_weight import QuantizedWeight, code_dtype, tensor_places
 from ..numerics.scheme import (
     PER_CHANNEL,
     QConfigWoq,
@@ -30,6 +29,8 @@ from .quantized_module import Placeholder, QuantizedModule, autocast, check_bias
 from .weight_tensors import QuantDtype, QuantMethod, WoqWeightFormat, read_tensors
 
 SCHEME_ENTRY = ("weight_dtype", "symmetric", "group_size", "act_order")
+OPTIONAL_ENTRY = frozenset(("minimums", "super_group_size"))
+"""Keys of `scheme_entry` that only some schemes have."""
 """Keys that describe a weight's scheme in saved configurations."""
 
 
@@ -47,7 +48,8 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
 
     kind = "weight_only"
     entry_names = frozenset((*SCHEME_ENTRY, "bias", "lowp_mode", "act_quant_mode"))
-    weight_names = ("codes", "scales", "zero_points", "g_idx")
+    optional_entry_names = OPTIONAL_ENTRY
+    weight_names = QuantizedWeight.names
 
     def __init__(
         self, in_features: int, out_features: int, bias_: bool = True, dtype: WoqWeightDtype = WoqWeightDtype.INT8
@@ -266,9 +268,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
     def describe(self) -> dict[str, Any]:
         """Scheme, compute mode, and which optional tensors there are."""
         return {
-            "weight_dtype": self.dtype.name.lower(),
-            "symmetric": self.scheme.symmetric,
-            "group_size": self.scheme.group_size,
+            **scheme_entry(self.scheme),
             "act_order": self._perm is not None,
             "bias": self._bias is not None,
             "lowp_mode": self.lowp_mode.name.lower(),
@@ -281,7 +281,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
         scheme, _ = read_scheme(entry), read_modes(entry)
         shape = linear_shape(module)
         bias = (torch.float32, shape[:1]) if flag(entry, "bias") else None
-        return Placeholder(shape, entry, plain_places(scheme, shape, flag(entry, "act_order")) | {"bias": bias})
+        return Placeholder(shape, entry, tensor_places(scheme, shape, flag(entry, "act_order")) | {"bias": bias})
 
     @classmethod
     def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[WeightOnlyQuantizedLinear]:
@@ -351,29 +351,21 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
         if self.scheme is None:
             names = ["codes", "scales", *(name for name in ("zero_points", "g_idx") if name in given)]
         else:
-            optional = {"zero_points": not self.scheme.symmetric, "g_idx": self._perm is not None}
-            names = ["codes", "scales", *(name for name, present in optional.items() if present)]
+            places = tensor_places(self.scheme, self.weight_shape, self._perm is not None)
+            names = [name for name, place in places.items() if place is not None]
         return [*names, "bias"] if self._has_bias else names
 
     def _load_weight(self, tensors: dict[str, torch.Tensor]) -> None:
         scheme = self.scheme or self._find_scheme(tensors)
         shape = (self.out_features, self.in_features)
-        self._set_weight(
-            QuantizedWeight(
-                tensors["codes"],
-                tensors["scales"],
-                tensors.get("zero_points"),
-                tensors.get("g_idx"),
-                scheme,
-                shape,
-            )
-        )
+        parts = {name: tensors.get(name) for name in QuantizedWeight.names}
+        self._set_weight(QuantizedWeight(**parts, scheme=scheme, shape=shape))
 
     def _find_scheme(self, tensors: dict[str, torch.Tensor]) -> WeightScheme:
         """Infer the scheme of a plain weight: only one power of two as group size gives the number of groups."""
-        if tensors["codes"].dtype != CODE_DTYPES[self.dtype]:
+        if tensors["codes"].dtype != code_dtype(self.dtype):
             raise TypeError(
-                f"codes: {self.dtype.name} has {CODE_DTYPES[self.dtype]}, got {tensors['codes'].dtype}; "
+                f"codes: {self.dtype.name} has {code_dtype(self.dtype)}, got {tensors['codes'].dtype}; "
                 "give the module the right dtype"
             )
         groups = tensors["scales"].shape[-1]
@@ -404,28 +396,33 @@ def _quantized_as(qw: QuantizedWeight, weight: torch.Tensor) -> QuantizedWeight:
         return ops.quantize_weight(weight, qw.scheme)
     order = qw.g_idx.argsort(stable=True)
     grouped = ops.quantize_weight(weight[:, order], qw.scheme)
-    codes = affine.stored_codes(grouped)[:, order.argsort()].contiguous()
-    codes = pack_nibbles(codes) if codes.dtype == torch.uint8 else codes
+    codes = affine.plain_codes(affine.stored_codes(grouped)[:, order.argsort()], qw.scheme.dtype)
     return QuantizedWeight(codes, grouped.scales, grouped.zero_points, qw.g_idx, qw.scheme, qw.shape)
 
 
-def plain_places(
-    scheme: WeightScheme, shape: tuple[int, int], act_order: bool
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
-    """Dtype and shape of each tensor of a `QuantizedWeight`, or None, as `Placeholder` takes them."""
-    rows, columns = shape
-    grid = (rows, scheme.group_count(columns))
-    return {
-        "codes": (CODE_DTYPES[scheme.dtype], (rows, code_columns(scheme.dtype, columns))),
-        "scales": (torch.float32, grid),
-        "zero_points": None if scheme.symmetric else (torch.int16, grid),
-        "g_idx": (torch.int32, (columns,)) if act_order else None,
+def scheme_entry(scheme: WeightScheme) -> dict[str, Any]:
+    """The scheme in a saved configuration's entry, which `read_scheme` reads."""
+    entry: dict[str, Any] = {
+        "weight_dtype": scheme.dtype.name.lower(),
+        "symmetric": scheme.symmetric,
+        "group_size": scheme.group_size,
     }
+    if scheme.minimums:
+        entry["minimums"] = True
+    if scheme.super_group_size is not None:
+        entry["super_group_size"] = scheme.super_group_size
+    return entry
 
 
 def read_scheme(entry: dict[str, Any]) -> WeightScheme:
     """Read the scheme from a saved configuration's entry; ValueError or TypeError for an invalid one."""
-    return WeightScheme(_member(WoqWeightDtype, entry["weight_dtype"]), flag(entry, "symmetric"), entry["group_size"])
+    return WeightScheme(
+        _member(WoqWeightDtype, entry["weight_dtype"]),
+        flag(entry, "symmetric"),
+        entry["group_size"],
+        "minimums" in entry and flag(entry, "minimums"),
+        entry.get("super_group_size"),
+    )
 
 
 def read_modes(entry: dict[str, Any]) -> tuple[WoqLowpMode, WoqActQuantMode]:

@@ -2,16 +2,18 @@
 
 The parameters of a group are IPEX's: with ``mn = min(w, 0)``, ``mx = max(w, 0)`` and ``eps`` of float32,
 
-========  ==========  ==========================  =====================  ===================================
-dtype     symmetric   scale                       zero point             code (``inv = 1 / scale`` in float32)
-========  ==========  ==========================  =====================  ===================================
-INT8      yes         ``max|w| / 127``            none                   ``round(w * inv)`` in -128..127
-INT8      no          ``(mx - mn) / 255``         ``-round(mn/s) - 128`` ``round(w * inv) + zp`` in -128..127
-INT4      yes         ``max|w| / 7``              none (8)               ``round(w * inv) + 8`` in 0..15
-INT4      no          ``(mx - mn) / 15``          ``-round(mn/s)``       ``round(w * inv) + zp`` in 0..15
-NF4       yes         ``max|w|``                  none                   nearest level, ties to the lower one
-FP8       yes         ``max|w| / 448``            none                   ``w * inv`` rounded to e4m3
-========  ==========  ==========================  =====================  ===================================
+========  ==========  ===========================  =====================  ===================================
+dtype     symmetric   scale                        zero point             code (``inv = 1 / scale`` in float32)
+========  ==========  ===========================  =====================  ===================================
+INT8      yes         ``max|w| / 127``             none                   ``round(w * inv)`` in -128..127
+INT8      no          ``(mx - mn) / 255``          ``-round(mn/s) - 128`` ``round(w * inv) + zp`` in -128..127
+INTb      yes         ``max|w| / (2^(b-1) - 1)``   none (``2^(b-1)``)     ``round(w * inv) + 2^(b-1)``
+INTb      no          ``(mx - mn) / (2^b - 1)``    ``-round(mn/s)``       ``round(w * inv) + zp``
+NF4       yes         ``max|w|``                   none                   nearest level, ties to the lower one
+FP4       yes         ``max|w| / 12``              none                   nearest magnitude, ties to the lower one
+IQ4       yes         ``max(-mn / 127, mx / 113)`` none                   nearest level, ties to the lower one
+FP8       yes         ``max|w| / 448``             none                   ``w * inv`` rounded to e4m3
+========  ==========  ===========================  =====================  ===================================
 
 Everything is computed in float32 and rounds half to even. A group of zeros has the scale eps. IPEX also gives eps to
 groups with a small range, whose values then become 0; here a scale is raised only where its inverse would be infinite.
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import torch
 
-from .codebooks import FP8_MAX, NF4_LEVELS
+from .codebooks import CODEBOOKS, FP8_MAX
 from .nibbles import pack_nibbles, unpack_nibbles
 from .quantized_weight import QuantizedWeight
 from .scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
@@ -29,13 +31,24 @@ from .scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
 INT4_OFFSET = 8
 """Offset of symmetric INT4 codes, which stores them unsigned."""
 
-_SYMMETRIC_MAX = {
-    WoqWeightDtype.INT8: 127.0,
-    WoqWeightDtype.INT4: 7.0,
-    WoqWeightDtype.NF4: 1.0,
-    WoqWeightDtype.FP8: FP8_MAX,
-}
-_CODE_RANGE = {WoqWeightDtype.INT8: (-128, 127), WoqWeightDtype.INT4: (0, 15)}
+
+def code_offset(dtype: WoqWeightDtype) -> int:
+    """Offset of the codes of a symmetric integer dtype, which stores those below 8 bits unsigned."""
+    return 0 if dtype == WoqWeightDtype.INT8 else 1 << (dtype.bits - 1)
+
+
+def code_range(dtype: WoqWeightDtype) -> tuple[int, int]:
+    """Lowest and highest code of an integer dtype."""
+    return (-128, 127) if dtype == WoqWeightDtype.INT8 else (0, (1 << dtype.bits) - 1)
+
+
+def _ends(dtype: WoqWeightDtype) -> tuple[float, float]:
+    """Magnitudes of the values that a symmetric group's lowest and highest weight get."""
+    if dtype == WoqWeightDtype.FP8:
+        return FP8_MAX, FP8_MAX
+    if dtype in CODEBOOKS:
+        return -float(CODEBOOKS[dtype].min()), float(CODEBOOKS[dtype].max())
+    return (float((1 << (dtype.bits - 1)) - 1),) * 2
 
 
 def quantize(
@@ -59,14 +72,18 @@ def quantize(
         _check_parameters(grouped, scheme, scales, zero_points)
     codes = _round(grouped * (1.0 / scales).unsqueeze(-1), scheme.dtype, zero_points)
     codes = codes.flatten(1)[:, : weight.shape[1]]
-    codes = pack_nibbles(codes) if codes.dtype == torch.uint8 else codes.contiguous()
+    codes = plain_codes(codes, scheme.dtype)
     return QuantizedWeight(codes, scales, zero_points, None, scheme, (weight.shape[0], weight.shape[1]))
 
 
 def find_scales(span: torch.Tensor, steps: float) -> torch.Tensor:
     """Scales ``span / steps`` of finite float32 ranges: eps for a range of 0, else at least float32's tiny."""
+    return _usable(span / steps, span)
+
+
+def _usable(scales: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
     info = torch.finfo(torch.float32)
-    return torch.where(span > 0, (span / steps).clamp(min=info.tiny), info.eps)
+    return torch.where(span > 0, scales.clamp(min=info.tiny), info.eps)
 
 
 def dequantize(qw: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -75,21 +92,29 @@ def dequantize(qw: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch
     groups = feature_groups(qw)
     if qw.zero_points is not None:
         values -= qw.zero_points[:, groups]
-    return values.mul_(qw.scales[:, groups]).to(dtype)
+    values.mul_(qw.scales[:, groups])
+    if qw.minimums is not None:
+        values += qw.minimums[:, groups]
+    return values.to(dtype)
 
 
 def code_values(qw: QuantizedWeight) -> torch.Tensor:
     """Values of the codes before zero point and scale, float32 ``[N, K]``: -8..7 for symmetric INT4, levels for NF4."""
-    codes = stored_codes(qw)
-    if qw.scheme.dtype == WoqWeightDtype.NF4:
-        return NF4_LEVELS[codes.int()]
+    codes, dtype = stored_codes(qw), qw.scheme.dtype
+    if dtype in CODEBOOKS:
+        return CODEBOOKS[dtype][codes.int()]
     values = codes.to(torch.float32)
-    return values.sub_(INT4_OFFSET) if qw.scheme.dtype == WoqWeightDtype.INT4 and qw.scheme.symmetric else values
+    return values.sub_(code_offset(dtype)) if dtype.is_integer and qw.scheme.symmetric else values
 
 
 def stored_codes(qw: QuantizedWeight) -> torch.Tensor:
-    """Stored codes, one per element, ``[N, K]``: uint8 for INT4 and NF4, else the dtype of `qw.codes`."""
-    return unpack_nibbles(qw.codes, qw.shape[1]) if qw.codes.dtype == torch.uint8 else qw.codes
+    """Stored codes, one per element, ``[N, K]``: int8 for INT8, float8 for FP8, else uint8."""
+    return unpack_nibbles(qw.codes, qw.shape[1]) if qw.scheme.dtype.bits <= 4 else qw.codes
+
+
+def plain_codes(codes: torch.Tensor, dtype: WoqWeightDtype) -> torch.Tensor:
+    """Codes ``[N, K]``, one per element, as `QuantizedWeight` holds them."""
+    return pack_nibbles(codes) if dtype.bits <= 4 else codes.contiguous()
 
 
 def feature_groups(qw: QuantizedWeight) -> torch.Tensor:
@@ -122,19 +147,17 @@ def _group(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
 def _find_parameters(grouped: torch.Tensor, scheme: WeightScheme) -> tuple[torch.Tensor, torch.Tensor | None]:
     low = grouped.amin(-1).clamp_(max=0)
     high = grouped.amax(-1).clamp_(min=0)
-    if scheme.symmetric:
-        span, steps = torch.maximum(high, -low), _SYMMETRIC_MAX[scheme.dtype]
-    else:
-        code_min, code_max = _CODE_RANGE[scheme.dtype]
-        span, steps = high - low, float(code_max - code_min)
+    span = torch.maximum(high, -low) if scheme.symmetric else high - low
     if not torch.isfinite(span).all():
         raise ValueError(
             "weight: expected finite values whose range fits float32, got NaN, Inf or larger; "
             "check the checkpoint, or leave this module in float"
         )
-    scales = find_scales(span, steps)
     if scheme.symmetric:
-        return scales, None
+        lowest, highest = _ends(scheme.dtype)
+        return _usable(torch.maximum(high / highest, -low / lowest), span), None
+    code_min, code_max = code_range(scheme.dtype)
+    scales = find_scales(span, float(code_max - code_min))
     return scales, (code_min - torch.round(low / scales)).to(torch.int16)
 
 
@@ -155,14 +178,18 @@ def _check_parameters(
 
 def _round(scaled: torch.Tensor, dtype: WoqWeightDtype, zero_points: torch.Tensor | None) -> torch.Tensor:
     """Round ``w / scale`` ``[N, groups, size]`` to codes, one per element; may overwrite `scaled`."""
-    if dtype == WoqWeightDtype.NF4:
-        midpoints = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
-        return torch.bucketize(scaled, midpoints, out_int32=True).to(torch.uint8)
+    if dtype in CODEBOOKS:
+        levels = CODEBOOKS[dtype]
+        if dtype != WoqWeightDtype.FP4:
+            return _nearest(scaled, levels)
+        return _nearest(scaled.abs(), levels[:8]) | scaled.signbit().to(torch.uint8) << 3
     if dtype == WoqWeightDtype.FP8:
         return scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     codes = scaled.round_()
-    if zero_points is not None:
-        codes += zero_points.unsqueeze(-1)
-    elif dtype == WoqWeightDtype.INT4:
-        codes += INT4_OFFSET
-    return codes.clamp_(*_CODE_RANGE[dtype]).to(torch.int8 if dtype == WoqWeightDtype.INT8 else torch.uint8)
+    codes += code_offset(dtype) if zero_points is None else zero_points.unsqueeze(-1)
+    return codes.clamp_(*code_range(dtype)).to(torch.int8 if dtype == WoqWeightDtype.INT8 else torch.uint8)
+
+
+def _nearest(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Index of the nearest of increasing `levels`, uint8."""
+    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)

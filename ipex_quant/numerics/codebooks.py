@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .scheme import WoqWeightDtype
+
 NF4_LEVELS = torch.tensor(
     [
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -21,3 +23,15 @@ FP8_MAX = 448.0
 
 E2M1_DOUBLED = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8, device="cpu")
 """Twice the values of the 4-bit floats E2M1, int8, by code (OCP Microscaling Formats 1.0, FP4)."""
+
+IQ4_VALUES = torch.tensor(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.int8, device="cpu"
+)
+"""The 16 values of GGUF's IQ4_NL and IQ4_XS, int8, ascending."""
+
+CODEBOOKS = {
+    WoqWeightDtype.NF4: NF4_LEVELS,
+    WoqWeightDtype.FP4: E2M1_DOUBLED.float(),
+    WoqWeightDtype.IQ4: IQ4_VALUES.float(),
+}
+"""Float32 values of the codes of each dtype that has a table."""

@@ -9,8 +9,15 @@ from typing import Any, ClassVar
 import torch
 
 from .affine import feature_groups
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import Place, QuantizedWeight, tensor_places
 from .scheme import WeightScheme
+
+
+def stack_places(scheme: WeightScheme, shape: tuple[int, int, int], act_order: bool) -> dict[str, Place | None]:
+    """Dtype and shape of each tensor of a `QuantizedStack`, by name; None for those that the scheme has not."""
+    experts, *matrix = shape
+    places = tensor_places(scheme, (matrix[0], matrix[1]), act_order)
+    return {name: None if place is None else (place[0], (experts, *place[1])) for name, place in places.items()}
 
 
 @dataclass(frozen=True)
@@ -18,8 +25,8 @@ class QuantizedStack:
     """Quantized weights ``[out_features, in_features]`` of E experts, stacked.
 
     The tensors are those of `QuantizedWeight` with the expert as first dimension: `codes` ``[E, N, columns]``, `scales`
-    and `zero_points` ``[E, N, groups]``, `g_idx` ``[E, K]``. `shape` is ``(experts, out_features, in_features)``.
-    Raises as `QuantizedWeight` does.
+    and `zero_points` ``[E, N, groups]``, `g_idx` ``[E, K]`` and so on. `shape` is ``(experts, out_features,
+    in_features)``. Raises as `QuantizedWeight` does.
     """
 
     codes: torch.Tensor
@@ -28,8 +35,11 @@ class QuantizedStack:
     g_idx: torch.Tensor | None
     scheme: WeightScheme
     shape: tuple[int, int, int]
+    minimums: torch.Tensor | None = None
+    super_scales: torch.Tensor | None = None
+    super_minimums: torch.Tensor | None = None
 
-    names: ClassVar[tuple[str, ...]] = ("codes", "scales", "zero_points", "g_idx")
+    names: ClassVar[tuple[str, ...]] = QuantizedWeight.names
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors().items():

@@ -16,12 +16,32 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class WoqWeightDtype(IntEnum):
-    """Storage type of a quantized weight."""
+    """Storage type of a quantized weight: integers, or codes of a table of values.
+
+    NF4 is QLoRA's NormalFloat, FP8 float8 e4m3, FP4 E2M1 (OCP Microscaling Formats 1.0), IQ4 the table of GGUF's IQ4_NL
+    and IQ4_XS. IPEX has the first four.
+    """
 
     INT8 = 1
     INT4 = 2
     NF4 = 3
     FP8 = 4
+    INT2 = 5
+    INT3 = 6
+    INT5 = 7
+    INT6 = 8
+    FP4 = 9
+    IQ4 = 10
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are integers, which zero points and minimums go with."""
+        return self.name.startswith("INT")
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code in a packed weight."""
+        return int(self.name[-1])
 
 
 class WoqWeightQScheme(IntEnum):
@@ -75,26 +95,50 @@ def check_group_size(group_size: int) -> None:
 class WeightScheme:
     """How one weight matrix is quantized.
 
-    `symmetric` weights have no zero points; NF4 and FP8 are always symmetric. `group_size` counts input features that
-    share one scale; -1 is one scale per output channel. Raises TypeError for a `group_size` that is no int,
+    `symmetric` weights have no zero points; those that are no integers are always symmetric. `group_size` counts input
+    features that share one scale; -1 is one scale per output channel. With `minimums` the value of code 0 is a float of
+    each group, in place of zero points. With `super_group_size`, scales (and minimums) are stored as bytes times a
+    float for so many input features, or all of a row if that is -1. Raises TypeError for a `group_size` that is no int,
     ValueError for a combination that does not exist.
     """
 
     dtype: WoqWeightDtype = WoqWeightDtype.INT8
     symmetric: bool = True
     group_size: int = PER_CHANNEL
+    minimums: bool = False
+    super_group_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in WoqWeightDtype.__members__.values():
             raise ValueError(f"dtype: expected one of {[d.name for d in WoqWeightDtype]}, got {self.dtype!r}")
         object.__setattr__(self, "dtype", WoqWeightDtype(self.dtype))
         check_group_size(self.group_size)
-        if not self.symmetric and self.dtype in (WoqWeightDtype.NF4, WoqWeightDtype.FP8):
+        if not self.symmetric and not self.dtype.is_integer:
             raise ValueError(f"symmetric: {self.dtype.name} weights have no zero points, expected True, got False")
+        if self.minimums and self.symmetric:
+            raise ValueError("minimums: symmetric weights have none, expected False, got True")
+        if self.super_group_size is not None:
+            check_group_size(self.super_group_size)
+            if PER_CHANNEL != self.super_group_size < self.group_size or self.group_size == PER_CHANNEL:
+                raise ValueError(
+                    f"super_group_size: expected several groups of {self.group_size}, got {self.super_group_size}"
+                )
 
     def group_count(self, in_features: int) -> int:
         """Number of groups along `in_features`; the last one may be ragged."""
         return 1 if self.group_size == PER_CHANNEL else -(-in_features // self.group_size)
+
+    def super_count(self, in_features: int) -> int:
+        """Number of super groups along `in_features`; ValueError unless they are of one size."""
+        size = in_features if self.super_group_size == PER_CHANNEL else self.super_group_size
+        if not size or in_features % size:
+            raise ValueError(f"super_group_size: expected a divisor of {in_features} input features, got {size}")
+        return in_features // size
+
+    @property
+    def has_zero_points(self) -> bool:
+        """Whether a weight has zero points."""
+        return not self.symmetric and not self.minimums
 
     @property
     def qscheme(self) -> WoqWeightQScheme:
@@ -103,7 +147,9 @@ class WeightScheme:
 
     def __str__(self) -> str:
         granularity = "per-channel" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
-        return f"{self.dtype.name.lower()} {'sym' if self.symmetric else 'asym'} {granularity}"
+        kind = "sym" if self.symmetric else "min" if self.minimums else "asym"
+        supers = "" if self.super_group_size is None else f" in g{self.super_group_size}"
+        return f"{self.dtype.name.lower()} {kind} {granularity}" + supers.replace("g-1", "rows")
 
 
 class QConfigWoq(NamedTuple):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..numerics import affine
-from ..numerics.nibbles import pack_nibbles
 from ..numerics.quantized_stack import QuantizedStack
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode
@@ -86,10 +85,12 @@ def pack_experts(stack: QuantizedStack, blocks: int) -> PackedExperts:
     if stack.g_idx is not None:
         perm = stack.g_idx.argsort(dim=1, stable=True).to(torch.int32)
         codes = torch.stack([_with_features(stack[expert], perm[expert]) for expert in range(len(perm))])
-    codes, scales = _fill_tiles(codes, blocks), _fill_tiles(stack.scales, blocks)
-    zero_points = None if stack.zero_points is None else _fill_tiles(stack.zero_points, blocks)
-    shape = (len(codes), stack.shape[2])
-    data = pack_weight(QuantizedWeight(codes, scales, zero_points, None, stack.scheme, shape)).data
+    parts = {
+        name: _fill_tiles(t, blocks) for name, t in (stack.tensors() | {"codes": codes}).items() if name != "g_idx"
+    }
+    shape = (len(parts["codes"]), stack.shape[2])
+    parts = dict.fromkeys(("zero_points", "g_idx")) | parts
+    data = pack_weight(QuantizedWeight(**parts, scheme=stack.scheme, shape=shape)).data
     return PackedExperts(data, perm, stack.scheme, stack.shape, blocks)
 
 
@@ -112,14 +113,14 @@ def unpack_experts(packed: PackedExperts) -> QuantizedStack:
     def stacked(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.view(experts, packed.blocks, -1, tensor.shape[1])[:, :, :size].reshape(experts, out_features, -1)
 
-    codes, g_idx = stacked(qw.codes), None
-    scales, zero_points = stacked(qw.scales), None if qw.zero_points is None else stacked(qw.zero_points)
-    if packed.perm is not None:
-        stack = QuantizedStack(codes, scales, zero_points, None, packed.scheme, packed.shape)
-        inverse = packed.perm.argsort(dim=1)
-        codes = torch.stack([_with_features(stack[expert], inverse[expert]) for expert in range(experts)])
-        g_idx = (inverse // (packed.scheme.group_size if packed.scheme.group_size > 0 else in_features)).int()
-    return QuantizedStack(codes, scales, zero_points, g_idx, packed.scheme, packed.shape)
+    parts = dict.fromkeys(("zero_points", "g_idx")) | {name: stacked(tensor) for name, tensor in qw.tensors().items()}
+    stack = QuantizedStack(**parts, scheme=packed.scheme, shape=packed.shape)
+    if packed.perm is None:
+        return stack
+    inverse = packed.perm.argsort(dim=1)
+    codes = torch.stack([_with_features(stack[expert], inverse[expert]) for expert in range(experts)])
+    g_idx = (inverse // (packed.scheme.group_size if packed.scheme.group_size > 0 else in_features)).int()
+    return replace(stack, codes=codes, g_idx=g_idx)
 
 
 def _padded(rows: int) -> int:
@@ -140,7 +141,7 @@ def _fill_tiles(tensor: torch.Tensor, blocks: int) -> torch.Tensor:
 def _with_features(qw: QuantizedWeight, order: torch.Tensor) -> torch.Tensor:
     """Codes of a weight with its input features in another order."""
     codes = affine.stored_codes(qw)[:, order.long()]
-    return pack_nibbles(codes) if codes.dtype == torch.uint8 else codes.contiguous()
+    return affine.plain_codes(codes, qw.scheme.dtype)
 
 
 def woq_experts(

@@ -168,6 +168,9 @@ def _byte_matmul(x: torch.Tensor, qw: QuantizedWeight, mode: WoqActQuantMode) ->
         shifted = act.codes[:, k] - act.zero_points[:, block, None]
         dot = (shifted.double() @ weight[:, k].double().T).float()  # the integer sum, rounded once
         result = _fma(dot, act.scales[:, block, None] * scales[:, start // group], result)
+        if qw.minimums is not None:
+            total = shifted.sum(1, keepdim=True) * act.scales[:, block, None]
+            result = _fma(qw.minimums[:, start // group].expand_as(result), total.expand_as(result), result)
     return result
 
 

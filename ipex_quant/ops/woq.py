@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from ..numerics import affine
-from ..numerics.quantized_weight import QuantizedWeight, code_columns
+from ..numerics.quantized_weight import QuantizedWeight, code_columns, code_dtype, tensor_places
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
 from .fakes import check_shape, register_fake
 from .gradient import needs_gradient
 from .isa import isa_name
 from .library import native
 from .post_op import PostOp
-from .woq_header import read_header
+from .woq_header import Offsets, offsets_of, read_header
+
+_OPTIONAL = ("zero_points", "minimums", "super_scales", "super_minimums")
 
 
 @dataclass(frozen=True)
@@ -60,27 +62,34 @@ def quantize_weight(weight: torch.Tensor, scheme: WeightScheme) -> QuantizedWeig
 
 
 def pack_weight(qw: QuantizedWeight) -> PackedWeight:
-    """Pack a quantized weight for the kernels; scales are stored in half precision if that loses nothing."""
-    zero_points = None if qw.zero_points is None else qw.zero_points.contiguous()
-    codes, scales = qw.codes.contiguous(), qw.scales.contiguous()
+    """Pack a quantized weight for the kernels, its scales in the smallest form that loses nothing.
+
+    Raises RuntimeError when scales are no multiples of their super scales.
+    """
+    parts = {name: tensor.contiguous() for name, tensor in qw.tensors().items() if name != "g_idx"}
+    optional = (parts.get(name) for name in _OPTIONAL)
     with torch.inference_mode(False):  # torch.compile of torch 2.10 finds no gradient through inference tensors
         perm = None if qw.g_idx is None else torch.argsort(qw.g_idx, stable=True).to(torch.int32)
-        data = native.woq_pack(codes, scales, zero_points, perm, qw.shape[1], qw.scheme.dtype, qw.scheme.group_size)
+        data = native.woq_pack(
+            parts["codes"], parts["scales"], *optional, perm, qw.shape[1], qw.scheme.dtype, qw.scheme.group_size
+        )
     return PackedWeight(data, perm, qw.scheme, qw.shape)
 
 
 def unpack_weight(packed: PackedWeight) -> QuantizedWeight:
     """Return the quantized weight that `pack_weight` was given, bit for bit."""
     scheme, (out_features, in_features) = packed.scheme, packed.shape
-    codes, scales, zero_points = native.woq_unpack(
-        packed.data, packed.perm, out_features, in_features, scheme.dtype, scheme.group_size, not scheme.symmetric
-    )
+    supers = 0 if scheme.super_group_size is None else scheme.super_count(in_features)
+    sizes = out_features, in_features, scheme.dtype, scheme.group_size, offsets_of(scheme), supers
+    codes, scales, *optional = native.woq_unpack(packed.data, packed.perm, *sizes)
     g_idx = None
     if packed.perm is not None:
         group_size = scheme.group_size if scheme.group_size > 0 else in_features
         g_idx = torch.empty(in_features, dtype=torch.int32)
         g_idx[packed.perm.long()] = torch.arange(in_features, dtype=torch.int32) // group_size
-    return QuantizedWeight(codes, scales, None if scheme.symmetric else zero_points, g_idx, scheme, packed.shape)
+    places = tensor_places(scheme, packed.shape, False)
+    parts = {name: part for name, part in zip(_OPTIONAL, optional, strict=True) if places[name] is not None}
+    return QuantizedWeight(codes, scales, parts.pop("zero_points", None), g_idx, scheme, packed.shape, **parts)
 
 
 def woq_linear(
@@ -192,8 +201,7 @@ def woq_dequantize(
     schema="(Tensor data, Tensor? perm, SymInt out_features, SymInt in_features, ScalarType dtype) -> Tensor",
 )
 def _dequantize(data, perm, out_features, in_features, dtype):
-    header = read_header(data)
-    scheme = WeightScheme(WoqWeightDtype(header.dtype), not header.asymmetric, header.group_size)
+    scheme = read_header(data).scheme
     return affine.dequantize(unpack_weight(PackedWeight(data, perm, scheme, (out_features, in_features))), dtype)
 
 
@@ -227,28 +235,33 @@ def _(x, gate, up, gate_bias, up_bias, perm, out_features, lowp_mode, act_quant_
 
 
 @register_fake("woq_pack")
-def _(codes, scales, zero_points, perm, in_features, dtype, group_size):
-    # The byte count also depends on the values of the scales (half or single precision).
+def _(codes, scales, zero_points, minimums, super_scales, super_minimums, perm, in_features, dtype, group_size):
+    # The byte count also depends on the values of the scales.
     return codes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
-def _fake_plain(like, out_features, in_features, dtype, group_size, symmetric):
-    scheme = WeightScheme(WoqWeightDtype(dtype), symmetric, group_size)
+def _fake_plain(like, out_features, in_features, dtype, group_size, offsets):
+    scheme = WeightScheme(WoqWeightDtype(dtype), offsets == Offsets.NONE, group_size)
     groups = scheme.group_count(in_features)
-    code_dtype = {1: torch.int8, 4: torch.float8_e4m3fn}.get(dtype, torch.uint8)
+    columns = code_columns(scheme.dtype, in_features)
     return (
-        like.new_empty(out_features, code_columns(scheme.dtype, in_features), dtype=code_dtype),
+        like.new_empty(out_features, columns, dtype=code_dtype(scheme.dtype)),
         like.new_empty(out_features, groups, dtype=torch.float32),
-        like.new_empty(0 if symmetric else out_features, groups, dtype=torch.int16),
+        like.new_empty(out_features if offsets == Offsets.ZERO_POINTS else 0, groups, dtype=torch.int16),
     )
 
 
 @register_fake("woq_unpack")
-def _(packed, perm, out_features, in_features, dtype, group_size, asymmetric):
-    return _fake_plain(packed, out_features, in_features, dtype, group_size, not asymmetric)
+def _(packed, perm, out_features, in_features, dtype, group_size, offsets, supers):
+    plain = _fake_plain(packed, out_features, in_features, dtype, group_size, offsets)
+    minimums = offsets == Offsets.MINIMUMS
+    rows = (out_features if minimums else 0, out_features if supers else 0, out_features if supers and minimums else 0)
+    sizes = zip(rows, (plain[1].shape[1], supers, supers), strict=True)
+    return *plain, *(packed.new_empty(*size, dtype=torch.float32) for size in sizes)
 
 
 @register_fake("woq_quantize")
 def _(weight, dtype, group_size, symmetric):
     check_shape("weight", weight, "[N, K]")
-    return _fake_plain(weight, weight.shape[0], weight.shape[1], dtype, group_size, symmetric)
+    offsets = Offsets.NONE if symmetric else Offsets.ZERO_POINTS
+    return _fake_plain(weight, weight.shape[0], weight.shape[1], dtype, group_size, offsets)

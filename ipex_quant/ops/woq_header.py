@@ -3,25 +3,59 @@
 from __future__ import annotations
 
 import struct
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 
+from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
+
 HEADER_BYTES = 64
-_FIELDS = struct.Struct("<Iiqqqii")
+_FIELDS = struct.Struct("<Iiqqqiiii")
 _OUT_FEATURES = slice(8, 16)
 
 
+class Offsets(IntEnum):
+    """What a group has beside its scale."""
+
+    NONE = 0
+    ZERO_POINTS = 1
+    MINIMUMS = 2
+
+
 class WoqHeader(NamedTuple):
-    """The fields in their order; `dtype` is a `WoqWeightDtype`, `group_size` -1 for one group a row."""
+    """The fields in their order.
+
+    `dtype` is a `WoqWeightDtype`, `group_size` -1 for one group a row, `offsets` an `Offsets`; `super_groups` is the
+    number of groups of a super group, 0 if there are none.
+    """
 
     magic: int
     dtype: int
     out_features: int
     in_features: int
     group_size: int
-    asymmetric: int
-    half_scales: int
+    offsets: int
+    scale_type: int
+    super_groups: int
+    half_supers: int
+
+    @property
+    def scheme(self) -> WeightScheme:
+        """The scheme of the weight."""
+        size = self.super_groups * self.group_size
+        return WeightScheme(
+            WoqWeightDtype(self.dtype),
+            self.offsets == Offsets.NONE,
+            self.group_size,
+            self.offsets == Offsets.MINIMUMS,
+            None if not size else PER_CHANNEL if size >= self.in_features else size,
+        )
+
+
+def offsets_of(scheme: WeightScheme) -> Offsets:
+    """What the groups of a scheme have beside their scales."""
+    return Offsets.MINIMUMS if scheme.minimums else Offsets.ZERO_POINTS if scheme.has_zero_points else Offsets.NONE
 
 
 def read_header(data: torch.Tensor) -> WoqHeader:

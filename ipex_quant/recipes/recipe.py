@@ -127,7 +127,7 @@ class Gptq(WeightOnly, Calibrated):
 
     def __post_init__(self) -> None:
         if self.weight_dtype not in BITS:
-            raise ValueError(f"weight_dtype: gptq writes int4 or int8 weights, got {self.weight_dtype.name.lower()}")
+            raise ValueError(f"weight_dtype: gptq writes integers, got {self.weight_dtype.name.lower()}")
 
 
 @dataclass(frozen=True)

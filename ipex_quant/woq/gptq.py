@@ -12,20 +12,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ..numerics.affine import INT4_OFFSET, quantize
-from ..numerics.nibbles import pack_nibbles
-from ..numerics.quantized_weight import QuantizedWeight
+from ..numerics.affine import code_offset, code_range, plain_codes, quantize
+from ..numerics.quantized_weight import QuantizedWeight, code_dtype
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
 from .rtn import round_scales
 
 MAX_DAMPING = 10.0
 """Largest `percdamp` to accept, and to try on a Hessian that cannot be inverted."""
 
-BITS = {WoqWeightDtype.INT4: 4, WoqWeightDtype.INT8: 8}
+BITS = {dtype: dtype.bits for dtype in WoqWeightDtype if dtype.is_integer}
 """The dtypes that GPTQ quantizes to, and their bits."""
-
-_CODES = {WoqWeightDtype.INT4: (0, 15, INT4_OFFSET), WoqWeightDtype.INT8: (-128, 127, 0)}
-"""Lowest code, highest code and the code of 0.0 in a symmetric scheme."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +130,11 @@ class _Grid:
             self.scales[:, group] = round_scales(found.scales[:, 0], self.scale_dtype)
             if self.zero_points is not None:
                 self.zero_points[:, group] = found.zero_points[:, 0]
-        lowest, highest, zero = _CODES[self.scheme.dtype]
         self.scale = self.scales[:, group]
+        zero = code_offset(self.scheme.dtype)
         self.zero = zero if self.zero_points is None else self.zero_points[:, group].float()
         self.inverse = 1.0 / self.scale
-        self.range = (lowest, highest)
+        self.range = code_range(self.scheme.dtype)
 
     def snap(self, column: torch.Tensor) -> torch.Tensor:
         """Round `column` ``[N]`` to the grid of the current group, and append its codes."""
@@ -149,10 +145,7 @@ class _Grid:
     def quantized_weight(self, features: torch.Tensor) -> QuantizedWeight:
         """The quantized weight, its codes in input feature order; `features` is the order of quantization."""
         codes = torch.stack(self.codes)[features.argsort()].t()
-        if self.scheme.dtype == WoqWeightDtype.INT4:
-            codes = pack_nibbles(codes.to(torch.uint8))
-        else:
-            codes = codes.to(torch.int8).contiguous()
+        codes = plain_codes(codes.to(code_dtype(self.scheme.dtype)), self.scheme.dtype)
         g_idx = None
         if not self.fixed:
             groups = features.argsort() // self.group_size

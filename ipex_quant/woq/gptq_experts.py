@@ -108,14 +108,5 @@ def _quantize(
 
 
 def _rows(weight: QuantizedWeight, first: int, count: int) -> QuantizedWeight:
-    rows = slice(first, first + count)
-    zero_points = None if weight.zero_points is None else weight.zero_points[rows]
     g_idx = None if weight.g_idx is None else weight.g_idx.clone()  # files hold no tensor twice
-    return dataclasses.replace(
-        weight,
-        codes=weight.codes[rows],
-        scales=weight.scales[rows],
-        zero_points=zero_points,
-        g_idx=g_idx,
-        shape=(count, weight.shape[1]),
-    )
+    return dataclasses.replace(weight.select(slice(first, first + count)), g_idx=g_idx)

@@ -139,7 +139,7 @@ def test_four_bit_floats(group):
     qw = form(args).read("m", tensors, (6, 64))
     expected = E2M1[codes] * factors.repeat_interleave(group, 1)
     torch.testing.assert_close(dequantize(qw), expected, rtol=2e-7 if group == 16 else 0, atol=0)
-    assert qw.scheme == WeightScheme(WoqWeightDtype.FP4, True, group)
+    assert qw.scheme == WeightScheme(WoqWeightDtype.FP4, True, group, super_group_size=-1 if group == 16 else None)
     if group == 16:
         stored = (qw.scales / qw.super_scales).to(torch.float8_e4m3fn)
         assert torch.equal(stored.view(torch.uint8), scales.view(torch.uint8))

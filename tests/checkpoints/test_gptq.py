@@ -240,8 +240,17 @@ def test_write_refuses_what_does_not_fit():
     for scale in (1e6, 1e-12):
         with pytest.raises(ValueError, match=r"scales: not representable in torch.float16"):
             gptq_tensors(dataclasses.replace(qw, scales=torch.full_like(qw.scales, scale)))
-    with pytest.raises(ValueError, match="INT4 or INT8 weights, got NF4"):
+    with pytest.raises(ValueError, match=r"GPTQ files hold integers of \[2, 3, 4, 8\] bits with zero points, got nf4"):
         gptq_tensors(quantize(torch.randn(8, 64), WeightScheme(WoqWeightDtype.NF4)))
+
+
+@pytest.mark.parametrize("dtype", ["INT2", "INT3"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_narrow_weights_are_written_and_read(dtype, symmetric):
+    qw = quantize(torch.randn(8, 64), WeightScheme(WoqWeightDtype[dtype], symmetric, 32))
+    qw = dataclasses.replace(qw, scales=qw.scales.half().float())
+    read = read_gptq(gptq_tensors(qw, v2=True), qw.scheme.dtype.bits, 32, v2=True)
+    assert torch.equal(dequantize(read), dequantize(qw))
 
 
 def test_config_names_the_layout():

@@ -57,8 +57,7 @@ def read(tensors, shape=(16, 128)):
 def test_read_is_what_the_format_says(bits, whole):
     tensors, weight = make_module(bits, whole=whole)
     qw = read(tensors)
-    assert qw.scheme == WeightScheme(DTYPES[bits], False, 64)
-    assert (qw.minimums is None) == whole
+    assert qw.scheme == WeightScheme(DTYPES[bits], False, 64, minimums=not whole)
     torch.testing.assert_close(dequantize(qw).double(), weight, rtol=2e-6, atol=2e-5)
 
 

@@ -6,7 +6,8 @@ from ipex_quant.numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMod
 
 
 def test_enumerations_keep_ipex_values() -> None:
-    assert {d.name: d.value for d in WoqWeightDtype} == {"INT8": 1, "INT4": 2, "NF4": 3, "FP8": 4}
+    assert [d.name for d in WoqWeightDtype][:4] == ["INT8", "INT4", "NF4", "FP8"]
+    assert [d.value for d in WoqWeightDtype] == list(range(1, 11))
     assert [m.name for m in WoqLowpMode] == ["NONE", "FP16", "BF16", "INT8"]
     assert [m.value for m in WoqActQuantMode] == [-1, 0, 1, 2, 3, 4, 5, 6, 7]
     assert WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM == 7
@@ -40,8 +41,40 @@ def test_codebook_dtypes_are_symmetric(dtype: WoqWeightDtype) -> None:
 
 
 def test_unknown_dtype_lists_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"INT8.*INT4.*NF4.*FP8.*got 9"):
-        WeightScheme(9)
+    with pytest.raises(ValueError, match=r"INT8.*INT4.*NF4.*FP8.*got 99"):
+        WeightScheme(99)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "is_integer"),
+    [("INT8", 8, True), ("INT3", 3, True), ("NF4", 4, False), ("FP8", 8, False), ("FP4", 4, False), ("IQ4", 4, False)],
+)
+def test_bits_and_kind_of_a_dtype(dtype: str, bits: int, is_integer: bool) -> None:
+    assert WoqWeightDtype[dtype].bits == bits
+    assert WoqWeightDtype[dtype].is_integer is is_integer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((WoqWeightDtype.INT4, True, 32, True), "minimums: symmetric weights have none"),
+        ((WoqWeightDtype.INT4, True, 32, False, 16), "super_group_size: expected several groups of 32, got 16"),
+        ((WoqWeightDtype.INT4, True, -1, False, 64), "super_group_size: expected several groups of -1, got 64"),
+        ((WoqWeightDtype.INT4, True, 32, False, 96), "group_size: expected -1 .* positive power of 2, got 96"),
+    ],
+)
+def test_storage_that_does_not_exist(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WeightScheme(*arguments)
+
+
+def test_super_groups_divide_the_input_features() -> None:
+    scheme = WeightScheme(WoqWeightDtype.INT4, False, 32, True, 256)
+    assert scheme.super_count(512) == 2
+    assert str(scheme) == "int4 min g32 in g256"
+    assert WeightScheme(WoqWeightDtype.FP4, True, 16, super_group_size=-1).super_count(48) == 1
+    with pytest.raises(ValueError, match="expected a divisor of 300 input features, got 256"):
+        scheme.super_count(300)
 
 
 def test_dtype_may_be_an_integer_and_str_is_readable() -> None:

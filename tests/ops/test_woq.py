@@ -242,10 +242,19 @@ def test_opcheck_of_the_other_ops(symmetric: bool) -> None:
     packed = ops.pack_weight(qw)
     namespace = torch.ops.ipex_quant
     torch.library.opcheck(namespace.woq_quantize.default, (draw(10, 16), int(scheme.dtype), 4, symmetric))
-    pack = (qw.codes, qw.scales, qw.zero_points, packed.perm, 16, int(scheme.dtype), 4)
+    pack = (qw.codes, qw.scales, qw.zero_points, None, None, None, packed.perm, 16, int(scheme.dtype), 4)
     torch.library.opcheck(namespace.woq_pack.default, pack, test_utils=("test_schema",))
-    unpack = (packed.data, packed.perm, 10, 16, int(scheme.dtype), 4, not symmetric)
+    unpack = (packed.data, packed.perm, 10, 16, int(scheme.dtype), 4, int(not symmetric), 0)
     torch.library.opcheck(namespace.woq_unpack.default, unpack)
+
+
+def test_opcheck_of_minimums_and_super_scales() -> None:
+    scheme = WeightScheme(WoqWeightDtype.INT5, False, 4, True, 8)
+    qw = make(10, 16, scheme)
+    packed = ops.pack_weight(qw)
+    pack = (qw.codes, qw.scales, None, qw.minimums, qw.super_scales, qw.super_minimums, None, 16, int(scheme.dtype), 4)
+    torch.library.opcheck(torch.ops.ipex_quant.woq_pack.default, pack, test_utils=("test_schema",))
+    torch.library.opcheck(torch.ops.ipex_quant.woq_unpack.default, (packed.data, None, 10, 16, scheme.dtype, 4, 2, 2))
 
 
 @pytest.mark.parametrize(("dtype", "symmetric"), KINDS)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ipex_quant import ops
 from ipex_quant.numerics import affine
+from ipex_quant.numerics.codebooks import NF4_LEVELS
 from ipex_quant.numerics.quantized_weight import QuantizedWeight
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
 
@@ -25,7 +26,7 @@ schemes = st.builds(
 
 def assert_same(a: QuantizedWeight, b: QuantizedWeight) -> None:
     assert (a.scheme, a.shape) == (b.scheme, b.shape)
-    for name in ("codes", "scales", "zero_points", "g_idx"):
+    for name in QuantizedWeight.names:
         left, right = getattr(a, name), getattr(b, name)
         assert (left is None) == (right is None), name
         if left is not None:
@@ -56,7 +57,7 @@ def test_quantize_is_bit_equal_to_the_definition(n, k, scheme: WeightScheme, dty
 def test_quantize_breaks_ties_as_the_definition(dtype: WoqWeightDtype, symmetric: bool) -> None:
     halves = (torch.arange(4 * 130) % 61 - 30).float().reshape(4, 130) / 2
     powers = torch.randint(0, 2**9, (4, 130), generator=torch.Generator().manual_seed(0)).float()
-    midpoints = (affine.NF4_LEVELS[1:] + affine.NF4_LEVELS[:-1]) / 2
+    midpoints = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
     levels = torch.cat([midpoints, torch.tensor([1.0, -1.0])]).repeat(4, 8)[:, :130]
     for weight in (halves, powers, levels, torch.zeros(4, 130), -torch.zeros(4, 130)):
         for group_size in (-1, 32):
@@ -138,17 +139,18 @@ def test_extreme_zero_points_survive(dtype: WoqWeightDtype, zero_points: tuple[i
 def test_the_op_itself_refuses_zero_points_that_its_kernels_cannot_hold(dtype: str, zero_point: int) -> None:
     qw = affine.quantize(random_weight(2, 8), WeightScheme(WoqWeightDtype[dtype], False))
     zero_points = torch.full((2, 1), zero_point, dtype=torch.int16)
+    pack = torch.ops.ipex_quant.woq_pack
     with pytest.raises(RuntimeError, match=r"^zero_points: expected values in"):
-        torch.ops.ipex_quant.woq_pack(qw.codes, qw.scales, zero_points, None, 8, WoqWeightDtype[dtype], -1)
+        pack(qw.codes, qw.scales, zero_points, None, None, None, None, 8, WoqWeightDtype[dtype], -1)
 
 
 def test_packing_through_a_perm_needs_a_permutation() -> None:
     qw = affine.quantize(random_weight(2, 8), WeightScheme(WoqWeightDtype.INT8))
     perm = torch.zeros(8, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="permutation"):
-        torch.ops.ipex_quant.woq_pack(qw.codes, qw.scales, None, perm, 8, WoqWeightDtype.INT8, -1)
+        torch.ops.ipex_quant.woq_pack(qw.codes, qw.scales, None, None, None, None, perm, 8, WoqWeightDtype.INT8, -1)
     with pytest.raises(RuntimeError, match="permutation"):
-        torch.ops.ipex_quant.woq_unpack(ops.pack_weight(qw).data, perm, 2, 8, WoqWeightDtype.INT8, -1, False)
+        torch.ops.ipex_quant.woq_unpack(ops.pack_weight(qw).data, perm, 2, 8, WoqWeightDtype.INT8, -1, 0, 0)
 
 
 def test_scales_of_any_size_survive() -> None:

@@ -170,7 +170,7 @@ def test_a_static_recipe_names_its_observer(written, name, observer):
             "recipe mine: algorithm: expected one of rtn, gptq, awq, smoothquant, static, dynamic, got 'qat'",
         ),
         ("algorithm: [rtn]", "recipe mine: algorithm: expected one of"),
-        ("{algorithm: gptq, weight_dtype: nf4}", "recipe mine: weight_dtype: gptq writes int4 or int8"),
+        ("{algorithm: gptq, weight_dtype: nf4}", "recipe mine: weight_dtype: gptq writes integers"),
         ("{weight_dtype: nf4, weight_qscheme: asymmetric}", "recipe mine: .*symmetric"),
         ("{algorithm: gptq, samples: 0}", "recipe mine: samples: expected at least 1, got 0"),
         ("{algorithm: awq, lowest_clip: 2}", "recipe mine: lowest_clip: expected a fraction of the range"),

@@ -149,9 +149,7 @@ def _above_each_other(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
 
 def _separated(weight: QuantizedWeight) -> QuantizedWeight:
     """`weight` of an expert, in which rows of gate and up alternate, with those of gate first."""
-    order = _gate_then_up(weight.shape[0])
-    zero_points = None if weight.zero_points is None else weight.zero_points[order]
-    return dataclasses.replace(weight, codes=weight.codes[order], scales=weight.scales[order], zero_points=zero_points)
+    return weight.select(_gate_then_up(weight.shape[0]))
 
 
 def _gate_then_up(rows: int) -> torch.Tensor:

@@ -31,7 +31,7 @@ from ...nn import (
 )
 from ...nn.input_factor import scaled_layers
 from ...nn.multihead_attention import named_layers, split_attentions
-from ...nn.weight_only_linear import SCHEME_ENTRY
+from ...nn.weight_only_linear import OPTIONAL_ENTRY, SCHEME_ENTRY
 from ...numerics.scheme import FLOAT_DTYPES
 from ..attention import NAME as NATIVE_ATTENTION
 from ..casting import cast_float
@@ -278,7 +278,7 @@ def _check_entry(name: str, entry: Any) -> None:
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"quantization_config: {name}: expected a kind of {list(KINDS)}, got {entry!r}")
     expected = {"kind"} | KINDS[kind].entry_names
-    if entry.keys() != expected:
+    if not expected <= entry.keys() <= expected | KINDS[kind].optional_entry_names:
         raise ValueError(f"quantization_config: {name}: expected {sorted(expected)}, got {entry!r}")
 
 
@@ -309,7 +309,7 @@ def _check_ties(groups: Any, modules: dict[str, Any]) -> None:
         alike = all(kind == QuantizedEmbedding.kind for kind in kinds)
         if not kinds or not alike or last not in (QuantizedEmbedding.kind, WeightOnlyQuantizedLinear.kind):
             raise ValueError(f"quantization_config.tied: expected embeddings, the last may be linear, got {group}")
-        schemes = [[modules[name][key] for key in SCHEME_ENTRY] for name in group]
+        schemes = [[modules[name].get(key) for key in (*SCHEME_ENTRY, *OPTIONAL_ENTRY)] for name in group]
         if any(scheme != schemes[0] for scheme in schemes):
             raise ValueError(f"quantization_config.tied: expected modules of one scheme, got {group}")
 
