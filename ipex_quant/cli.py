@@ -349,9 +349,15 @@ def _float_model(options: argparse.Namespace, directory: Path, dtype: str) -> Pr
 
 
 def _tokenizer(options: argparse.Namespace, directory: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in `directory`; None for a model of images or sounds without one."""
+    """The tokenizer in `directory`, or in a GGUF file; None for a model of images or sounds without one."""
     from transformers import AutoTokenizer
 
+    from .checkpoints import find_gguf, open_gguf
+    from .llm.gguf import gguf_tokenizer
+
+    gguf = find_gguf(directory)
+    if gguf is not None:
+        return gguf_tokenizer(open_gguf(gguf))
     names = {file.name for file in _model_directory(directory).iterdir()}
     if names.intersection(PROCESSOR_FILES) and not names & {"tokenizer_config.json", "tokenizer.json"}:
         return None

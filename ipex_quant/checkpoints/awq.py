@@ -1,14 +1,22 @@
-"""The AWQ checkpoint format, in the layout "gemm" of AutoAWQ, which all current tools write.
+"""The AWQ checkpoint formats: "gemm", which all current tools write, "gemv", and "gemv_fast", which llm-awq has, too.
 
-A linear with weight ``[N, K]`` is stored as
+A linear with weight ``[N, K]`` is stored in "gemm" as
 
 - ``qweight`` int32 ``[K, N / 8]``: the 4-bit codes of feature k, eight outputs to a word; nibble i of word c, from the
   low bits on, is output ``8 * c + ORDER[i]``;
 - ``qzeros`` int32 ``[groups, N / 8]``: the zero points, 0..15 as they are, in the same order;
 - ``scales`` ``[groups, N]``.
 
-The weight is ``w[n, k] = scales[g, n] * (code[k, n] - zero_point[g, n])`` with ``g = k // group_size``. Source:
-AutoAWQ's ``WQLinear_GEMM``.
+In "gemv", ``qweight`` is int32 ``[N, K / 8]``, ``qzeros`` int32 ``[N, words]`` and ``scales`` ``[N, 8 * words]``, with
+the nibbles in their order, and groups filled up to whole words.
+
+In "gemv_fast", ``qweight`` is int16 ``[N / 4, K]``: four rows in turn of 64 columns each, and of every 32 of these the
+column `FAST_ORDER` in each place. ``scales`` and ``scaled_zeros`` (AutoAWQ's ``qzeros``), floats ``[groups, N]`` or
+more rows, give ``w = scales * code + scaled_zeros``.
+
+Else the weight is ``w[n, k] = scales[g, n] * (code[k, n] - zero_point[g, n])``, and ``g = k // group_size``. The
+tensors tell the layout. Source: AutoAWQ's ``WQLinear_GEMM``, ``WQLinear_GEMV`` and ``WQLinear_GEMVFast``, llm-awq's
+``WQLinear``.
 """
 
 from __future__ import annotations
@@ -19,13 +27,22 @@ from typing import Any
 
 import torch
 
-from ..numerics.nibbles import pack_nibbles
+from ..numerics.nibbles import as_bytes, unpack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
-from ..numerics.scheme import FLOAT_DTYPES, WeightScheme, WoqWeightDtype
+from ..numerics.scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
 from ..reading import shown
 from .bit_fields import unpack_fields
 from .format import CheckpointFormat, made_by_gptqmodel
-from .tensors import INDEX_DTYPES, check, check_rank, integer_weight, require, resolve_group_size, shape_or_stored
+from .tensors import (
+    INDEX_DTYPES,
+    check,
+    check_rank,
+    linear_weight,
+    raised_weight,
+    require,
+    resolve_group_size,
+    shape_or_stored,
+)
 
 BITS = 4
 FIELDS = 8
@@ -36,7 +53,16 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 _NIBBLE_OF_OUTPUT = torch.tensor([ORDER.index(output) for output in range(FIELDS)])
 
-_WEIGHT, _ZEROS, _SCALES, _G_IDX = "qweight", "qzeros", "scales", "g_idx"
+LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm-awq")
+"""The layouts that configurations name."""
+
+INTERLEAVED, STRIDE = 4, 64
+"""Rows that "gemv_fast" puts in turn, and columns of one turn."""
+
+FAST_ORDER = torch.arange(32).view(4, 4, 2).transpose(0, 1).reshape(4, 4, 2).transpose(1, 2).flatten()
+"""The column of 32 in each place of "gemv_fast"."""
+
+_WEIGHT, _ZEROS, _SCALES, _G_IDX, _SCALED = "qweight", "qzeros", "scales", "g_idx", "scaled_zeros"
 
 _OLD_NAMES = {"bits": "w_bit", "group_size": "q_group_size"}
 """Entries as the first releases of AutoAWQ named them in ``quant_config.json``."""
@@ -52,7 +78,7 @@ class AwqFormat(CheckpointFormat):
     group_size: int | None = None
     halves: bool = False
 
-    keys = (_WEIGHT, _ZEROS, _SCALES)
+    keys = (_WEIGHT, _ZEROS, _SCALES, _SCALED)
 
     def __post_init__(self) -> None:
         if self.group_size is not None and not isinstance(self.group_size, int):
@@ -60,10 +86,10 @@ class AwqFormat(CheckpointFormat):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AwqFormat:
-        """The format that a `quantization_config` describes; raises ValueError for another layout than "gemm"."""
+        """The format that a `quantization_config` describes; raises ValueError for an unknown layout."""
         layout = config.get("version") or config.get("checkpoint_format") or config.get("format") or "gemm"
-        if not isinstance(layout, str) or layout.lower() != "gemm":
-            raise ValueError(f"version: expected 'gemm' for AWQ, got {shown(layout)}; save the checkpoint as 'gemm'")
+        if not isinstance(layout, str) or layout.lower() not in LAYOUTS:
+            raise ValueError(f"version: expected one of {list(LAYOUTS)}, got {shown(layout)}; save it as 'gemm'")
         bits, group_size = (config.get(name, config.get(old)) for name, old in _OLD_NAMES.items())
         if bits not in (None, BITS):
             raise ValueError(f"bits: expected {BITS} for AWQ, got {shown(bits)}")
@@ -87,10 +113,16 @@ def read_awq(
     `shape` is the expected ``(out_features, in_features)``; a `group_size` of None is inferred. Raises ValueError for
     missing, truncated or inconsistent tensors, and TypeError for another dtype.
     """
-    qweight, qzeros, scales = require(tensors, (_WEIGHT, _ZEROS, _SCALES))
-    g_idx = tensors.get(_G_IDX)
+    qweight, scales = require(tensors, (_WEIGHT, _SCALES))
     check_rank(_WEIGHT, qweight, 2)
     check_rank(_SCALES, scales, 2)
+    if qweight.dtype == torch.int16:
+        return _read_fast(tensors, group_size, shape)
+    (qzeros,) = require(tensors, (_ZEROS,))
+    fits_gemm = qweight.shape[1] == -(-scales.shape[1] // FIELDS)
+    if not fits_gemm and qweight.shape[0] == scales.shape[0] == qzeros.shape[0]:  # all of one size, that of rows
+        return _read_gemv(qweight, qzeros, scales, group_size, shape)
+    g_idx = tensors.get(_G_IDX)
     groups = scales.shape[0]
     out_features, in_features = shape_or_stored(shape, (scales.shape[1], qweight.shape[0]))
     size = resolve_group_size(group_size, in_features, groups)
@@ -104,9 +136,53 @@ def read_awq(
         check(_G_IDX, g_idx, INDEX_DTYPES, (in_features,))
 
     codes, zero_points = (_outputs(packed, out_features) for packed in (qweight, qzeros))
-    return integer_weight(
-        pack_nibbles(codes.contiguous()), scales.t(), zero_points, g_idx, scheme, (out_features, in_features)
-    )
+    return linear_weight(codes.contiguous(), BITS, scales.t(), zero_points, size, g_idx)
+
+
+def _read_gemv(
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    group_size: int | None,
+    shape: tuple[int | None, int | None],
+) -> QuantizedWeight:
+    rows, columns = shape_or_stored(shape, (qweight.shape[0], FIELDS * qweight.shape[1]))
+    size, groups = _groups(group_size, columns, scales.shape[1])
+    check(_WEIGHT, qweight, (torch.int32,), (rows, -(-columns // FIELDS)))
+    check(_ZEROS, qzeros, (torch.int32,), (rows, -(-scales.shape[1] // FIELDS)))
+    check(_SCALES, scales, FLOAT_DTYPES, (rows, scales.shape[1]))
+    codes = unpack_fields(qweight, BITS, columns)
+    return linear_weight(codes, BITS, scales[:, :groups], unpack_fields(qzeros, BITS, groups), size)
+
+
+def _read_fast(
+    tensors: Mapping[str, torch.Tensor], group_size: int | None, shape: tuple[int | None, int | None]
+) -> QuantizedWeight:
+    qweight, scales = tensors[_WEIGHT], tensors[_SCALES]
+    key = _SCALED if _SCALED in tensors else _ZEROS
+    (zeros,) = require(tensors, (key,))
+    rows, columns = shape_or_stored(shape, (INTERLEAVED * qweight.shape[0], qweight.shape[1]))
+    if rows % INTERLEAVED or columns % STRIDE:
+        raise ValueError(f"{_WEIGHT}: expected {INTERLEAVED} rows in turn of {STRIDE} columns, of {rows} x {columns}")
+    size, groups = _groups(group_size, columns, scales.shape[0])
+    check(_WEIGHT, qweight, (torch.int16,), (rows // INTERLEAVED, columns))
+    check(_SCALES, scales, FLOAT_DTYPES, (scales.shape[0], rows))
+    check(key, zeros, FLOAT_DTYPES, (scales.shape[0], rows))
+    fields = unpack_nibbles(as_bytes(qweight), INTERLEAVED * columns)
+    turns = fields.view(rows // INTERLEAVED, columns // STRIDE, INTERLEAVED, STRIDE // 32, 32)
+    codes = turns[..., FAST_ORDER.argsort()].transpose(1, 2).reshape(rows, columns)
+    return raised_weight(codes, BITS, scales[:groups].t(), zeros[:groups].t(), size)
+
+
+def _groups(group_size: int | None, columns: int, stored: int) -> tuple[int, int]:
+    """The `group_size` of a `WeightScheme` and the number of groups, of which more may be `stored`."""
+    if group_size is None:
+        raise ValueError("group_size: the configuration does not tell, and groups are filled up in this layout")
+    size = resolve_group_size(columns if group_size == PER_CHANNEL else group_size, columns, 1)
+    groups = WeightScheme(WoqWeightDtype.INT4, False, size).group_count(columns)
+    if stored < groups:
+        raise ValueError(f"{_SCALES}: expected at least {groups} groups, got {stored}")
+    return size, groups
 
 
 def _outputs(packed: torch.Tensor, out_features: int) -> torch.Tensor:

@@ -15,6 +15,10 @@ FIELDS = 8
 """Fields in one unit of `bits` bytes."""
 
 
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+"""Widths of the planes of fields of 2 to 8 bits, the lowest bits first."""
+
+
 def word_count(count: int, bits: int) -> int:
     """Number of int32 words that hold `count` fields of `bits`."""
     return -(-count * bits // 32)
@@ -35,6 +39,22 @@ def unpack_fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
             value |= stream[..., byte + 1] << (8 - shift)
         fields[..., field] = value & ((1 << bits) - 1)
     return fields.flatten(1)[:, :count]
+
+
+def unpack_planes(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Unpack the fields of every row, int32 ``[M, words]`` to uint8 ``[M, count]``, that are stored in planes.
+
+    32 fields take `bits` words: the streams of their low bits, and then of the higher ones, as `PLANES` says. Source:
+    GPTQModel's ``planar_packing``.
+    """
+    blocks = words.reshape(len(words), -1, bits)
+    fields = words.new_zeros((len(words) * blocks.shape[1], 32), dtype=torch.uint8)
+    first = 0
+    for width in PLANES[bits]:
+        plane = blocks[:, :, first : first + width].reshape(-1, width)
+        fields |= unpack_fields(plane, width, 32) << first
+        first += width
+    return fields.view(len(words), -1)[:, :count]
 
 
 def pack_fields(fields: torch.Tensor, bits: int) -> torch.Tensor:

@@ -16,6 +16,8 @@ from ..numerics.quantized_weight import QuantizedWeight
 from .file_tensors import Stored
 from .files import open_tensors, read_quantization_config
 from .format import CheckpointFormat, Int8Input
+from .gguf import GgufFormat, gguf_tensors
+from .gguf_file import GgufFile
 from .gptq import GptqFormat
 from .ipex_default import IpexDefaultFormat
 from .registry import format_from_config
@@ -253,6 +255,14 @@ def open_directory(directory: Path) -> Checkpoint:
     return _checked(_presented(open_tensors(directory), form))
 
 
+def open_gguf_checkpoint(file: GgufFile) -> Checkpoint:
+    """The checkpoint in a GGUF file, with the names of a transformers model; raises as `gguf_tensors` does.
+
+    It has no quantized weights if the file holds floats.
+    """
+    return Checkpoint(gguf_tensors(file), GgufFormat())
+
+
 def _presented(tensors: Mapping[str, Stored], form: CheckpointFormat) -> Checkpoint:
     return Checkpoint(form.presented(tensors), form)
 
@@ -287,7 +297,7 @@ def _format_of(state_dict: Mapping[str, torch.Tensor]) -> CheckpointFormat:
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
-    if len(checkpoint) == 0:
+    if len(checkpoint) == 0 and not checkpoint.format.may_be_float:
         raise ArgumentError(
             f"low_precision_checkpoint: no tensor is named '<module>.{checkpoint.format.weight_keys[0]}': the format "
             f"and the config do not match, or it is not quantized; the first names are {sorted(checkpoint.tensors)[:5]}"

@@ -29,9 +29,7 @@ from typing import Any
 
 import torch
 
-from ..numerics.affine import INT4_OFFSET
 from ..numerics.int8 import StaticActivation
-from ..numerics.nibbles import pack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
 from ..reading import shown
@@ -46,7 +44,7 @@ from .tensors import (
     e8m0_scales,
     fp8_weight,
     group_of,
-    integer_weight,
+    linear_weight,
     require,
     shape_or_stored,
     small_integer_weight,
@@ -233,15 +231,7 @@ def _read_packed(
         along_rows = tensors[_ZERO].t() if tensors[_ZERO].dim() == 2 else tensors[_ZERO]
         zero_points = _unpacked(_ZERO, along_rows, bits, scales.shape[1], rows).t().to(torch.int16)
     g_idx = _order(tensors, columns)
-    size = group_of(group, columns)
-    if bits > 4:
-        codes = (fields.to(torch.int16) - half).to(torch.int8)
-        scheme = WeightScheme(WoqWeightDtype.INT8, False, size)
-        return integer_weight(codes, scales, zero_points - half, g_idx, scheme, (rows, columns))
-    # The middle of narrower codes becomes that of 4 bits, so that symmetric weights need no zero points.
-    shift = INT4_OFFSET - half
-    scheme = WeightScheme(WoqWeightDtype.INT4, False, size)
-    return integer_weight(pack_nibbles(fields + shift), scales, zero_points + shift, g_idx, scheme, (rows, columns))
+    return linear_weight(fields, bits, scales, zero_points, group_of(group, columns), g_idx)
 
 
 def _read_plain(
@@ -284,7 +274,7 @@ def _read_fp4(
     check(_GLOBAL, overall.reshape(-1), (torch.float32,), (1,))
     if not overall > 0:
         raise ValueError(f"{_GLOBAL}: expected a number above 0, got {float(overall)}")
-    return e2m1_weight(packed, scales.float() / overall.reshape(1, 1), group, (rows, columns))
+    return e2m1_weight(packed, scales.float(), group, (rows, columns), 1 / overall)
 
 
 def _grid(scales: torch.Tensor, rows: int, columns: int, args: WeightArgs) -> torch.Tensor:

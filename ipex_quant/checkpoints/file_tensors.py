@@ -10,6 +10,7 @@ end it. Nothing is allocated before the header is known to fit the file.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -106,7 +107,31 @@ class ExpertRows:
         return rows[index] if isinstance(index, int) else rows
 
 
-Stored = torch.Tensor | FileTensor | ExpertRows
+@dataclass(frozen=True)
+class Derived:
+    """A tensor of `shape` and `dtype` that `make` makes of `source` when it is read by ``t[...]``."""
+
+    source: Stored
+    shape: torch.Size
+    dtype: torch.dtype
+    make: Callable[[torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def of_values(cls, source: Stored, make: Callable[[torch.Tensor], torch.Tensor]) -> Derived:
+        """The result of `make`, whose shape and dtype are found out without reading `source`."""
+        result = make(torch.empty(source.shape, dtype=source.dtype, device="meta"))
+        return cls(source, result.shape, result.dtype, make)
+
+    def dim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    def __getitem__(self, index: int | EllipsisType) -> torch.Tensor:
+        made = self.make(self.source[...])
+        return made[index] if isinstance(index, int) else made
+
+
+Stored = torch.Tensor | FileTensor | ExpertRows | Derived
 """A tensor, or one that is read when it is indexed: ``t[...]`` is the tensor in all cases."""
 
 

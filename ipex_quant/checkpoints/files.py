@@ -14,15 +14,17 @@ import torch
 from ..errors import ArgumentError
 from ..reading import read_json, shown
 from .file_tensors import Stored, file_tensors
+from .gguf import gguf_tensors
+from .gguf_file import find_gguf, open_gguf
 from .registry import format_from_config
 from .sharding import shard_low_precision_checkpoint
 
 T = TypeVar("T")
 
-CONFIG_FILES = ("config.json", "quant_config.json", "quantize_config.json")
+CONFIG_FILES = ("config.json", "quant_config.json", "quantize_config.json", "qconfig.json")
 """Files that may hold the quantization configuration, first match wins; in config.json: entry `quantization_config`."""
 
-METHOD_OF_FILE = {"quant_config.json": "awq", "quantize_config.json": "gptq"}
+METHOD_OF_FILE = {"quant_config.json": "awq", "quantize_config.json": "gptq", "qconfig.json": "neural-compressor"}
 """`quant_method` implied by a file's name, for files that do not state it."""
 
 MAIN_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -34,15 +36,19 @@ def load_low_precision_checkpoint(
 ) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Read a quantized checkpoint directory: ``(state_dict, config)`` for `llm.optimize`.
 
-    The tensors come from safetensors files, else from .bin, .pt or .pth files: those that an index names, or all. No
-    file may hold anything but tensors. `config` is the quantization configuration as stored, with `quant_method` and
-    the entries of that method (`bits`, `group_size`, ...). With a `world_size` the tensors are the shards of one
-    `rank`, in grains of a group: see `shard_low_precision_checkpoint`. Raises ValueError for anything missing, broken
-    or not supported.
+    A GGUF file, or a directory with one, gives tensors under the names of a transformers model, and ``quant_method``
+    "gguf". Else the tensors come from safetensors files, else from .bin, .pt or .pth files: those that an index names,
+    or all. No file may hold anything but tensors. `config` is the quantization configuration as stored, with
+    `quant_method` and the entries of that method (`bits`, `group_size`, ...). With a `world_size` the tensors are the
+    shards of one `rank`, in grains of a group: see `shard_low_precision_checkpoint`. Raises ValueError for anything
+    missing, broken or not supported.
     """
     if not 0 <= rank < world_size:
         raise ArgumentError(f"rank: expected one of 0..{world_size - 1}, got {rank} of {world_size}")
     directory = Path(pathname)
+    gguf = find_gguf(directory)
+    if gguf is not None:
+        return _of_gguf(gguf, world_size)
     if directory.is_file():
         raise ArgumentError(
             f"pathname: expected a checkpoint directory, got the file {directory}; give the directory that it and its "
@@ -54,6 +60,12 @@ def load_low_precision_checkpoint(
     format_from_config(config)  # raises for an unsupported format before gigabytes are read
     tensors = read_tensors(directory)
     return (tensors if world_size == 1 else _shard(directory, tensors, config, rank, world_size)), config
+
+
+def _of_gguf(path: Path, world_size: int) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    if world_size != 1:
+        raise ArgumentError(f"world_size: expected 1 for the GGUF file {path}, got {world_size}")
+    return {name: stored[...] for name, stored in gguf_tensors(open_gguf(path)).items()}, {"quant_method": "gguf"}
 
 
 def _shard(

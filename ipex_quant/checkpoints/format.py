@@ -33,6 +33,9 @@ class CheckpointFormat(ABC):
     factor_key: str = ""
     """Name of the factors of a module's input, "" if the format has none."""
 
+    may_be_float: bool = False
+    """Whether a checkpoint may have no quantized weights at all."""
+
     halves: bool = False
     """Whether `gate_proj` and `up_proj` of an expert are the halves of its parameter, whose rows may alternate."""
 

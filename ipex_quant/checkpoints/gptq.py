@@ -1,4 +1,4 @@
-"""The GPTQ checkpoint format, versions 1 and 2, in 2, 3, 4 and 8 bits.
+"""The GPTQ checkpoint format, versions 1 and 2, in 2, 3, 4 and 8 bits, and GPTQModel's in planes.
 
 A linear with weight ``[N, K]`` is stored as
 
@@ -9,8 +9,9 @@ A linear with weight ``[N, K]`` is stored as
 - ``g_idx`` int32 ``[K]``: the group of every input feature; unordered when `desc_act` is set without `static_groups`,
   else ``k // group_size``, which some files leave out or fill with zeros.
 
-The weight is ``w[n, k] = scales[g, n] * (code[k, n] - zero_point[g, n])`` with ``g = g_idx[k]``. Sources: AutoGPTQ's
-``QuantLinear.pack`` and GPTQModel's ``QuantizeConfig``.
+The weight is ``w[n, k] = scales[g, n] * (code[k, n] - zero_point[g, n])`` with ``g = g_idx[k]``. "gptq_p" is version 2
+with the bits of 32 codes in planes (see `unpack_planes`), also of 5, 6 and 7 bits, which exist in no other layout.
+Sources: AutoGPTQ's ``QuantLinear.pack``, GPTQModel's ``QuantizeConfig`` and ``planar_packing``.
 """
 
 from __future__ import annotations
@@ -26,31 +27,39 @@ import torch
 from torch import nn
 
 from ..numerics.affine import code_offset
-from ..numerics.nibbles import as_bytes, pack_nibbles, unpack_nibbles
+from ..numerics.nibbles import as_bytes, unpack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
 from ..reading import shown
-from .bit_fields import pack_fields, unpack_fields, word_count
+from .bit_fields import pack_fields, unpack_fields, unpack_planes, word_count
 from .file_tensors import Stored
 from .format import CheckpointFormat, made_by_gptqmodel
 from .neural_compressor import FACTOR, is_nf4, read_nf4, without_wrappers
 from .patterns import Pattern
 from .tensors import (
     INDEX_DTYPES,
+    LINEAR,
     check,
     check_rank,
     integer_weight,
     is_shard,
+    linear_codes,
     require,
     resolve_group_size,
     shard_weight,
+    signed_offset,
 )
 
 BITS = (4, 8, 3, 2)
 """Supported widths, the most common first: with fewer than 32 in_features, several can fit the shapes."""
 
-VERSIONS = {"gptq": False, "gptq_v2": True}
+PLANAR_BITS = (4, 8, 3, 5, 6, 2, 7)
+"""Widths in planes."""
+
+VERSIONS = {"gptq": False, "gptq_v2": True, "gptq_p": True}
 """Names of the supported layouts; the value says whether zero points are stored unchanged (version 2)."""
+
+PLANAR = "gptq_p"
 
 INT8_OFFSET = 128
 """Difference between a stored 8-bit code, 0..255, and an INT8 code."""
@@ -74,6 +83,7 @@ class GptqFormat(CheckpointFormat):
     bits: int | None = None
     group_size: int | None = None
     v2: bool = False
+    planar: bool = False
     dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     desc_act: bool = False
     static_groups: bool = False
@@ -84,8 +94,9 @@ class GptqFormat(CheckpointFormat):
     factor_key = FACTOR
 
     def __post_init__(self) -> None:
-        if self.bits is not None and self.bits not in BITS:
-            raise ValueError(f"bits: expected one of {sorted(BITS)} for GPTQ, got {shown(self.bits)}")
+        widths = PLANAR_BITS if self.planar else BITS
+        if self.bits is not None and self.bits not in widths:
+            raise ValueError(f"bits: expected one of {sorted(widths)} for GPTQ, got {shown(self.bits)}")
         if self.group_size is not None and not isinstance(self.group_size, int):
             raise ValueError(f"group_size: expected an integer, got {shown(self.group_size)}")
         for name in ("desc_act", "static_groups"):
@@ -124,7 +135,7 @@ class GptqFormat(CheckpointFormat):
             flags["static_groups"] = meta.get("static_groups")  # where GPTQModel records it
         flags = {name: value for name, value in flags.items() if value is not None}
         flags["halves"] = made_by_gptqmodel(config)
-        return cls(config.get("bits"), config.get("group_size"), VERSIONS[layout], dynamic, **flags)
+        return cls(config.get("bits"), config.get("group_size"), VERSIONS[layout], layout == PLANAR, dynamic, **flags)
 
     def presented(self, tensors: Mapping[str, Stored]) -> Mapping[str, Stored]:
         """`tensors`, without the names of neural-compressor's wrappers."""
@@ -140,7 +151,9 @@ class GptqFormat(CheckpointFormat):
         settings = self._overridden(module_name)
         if is_nf4(tensors):
             return read_nf4(tensors, settings.group_size, shape)
-        weight = read_gptq(tensors, settings.bits, settings.group_size, v2=settings.v2, shape=shape)
+        weight = read_gptq(
+            tensors, settings.bits, settings.group_size, v2=settings.v2, planar=settings.planar, shape=shape
+        )
         if settings.desc_act and not settings.static_groups and weight.scales.shape[1] > 1:
             g_idx = tensors.get(_G_IDX)
             if g_idx is None or not g_idx.any():
@@ -166,12 +179,13 @@ def read_gptq(
     group_size: int | None = None,
     *,
     v2: bool = False,
+    planar: bool = False,
     shape: tuple[int | None, int | None] = (None, None),
 ) -> QuantizedWeight:
     """Read ``qweight``, ``qzeros``, ``scales`` and, if there, ``g_idx`` of one module.
 
     ``g_idx`` may be of a shard, a part of the input features with the scales and zero points of all groups.
-    2, 3 and 4 bits become INT4 with the same codes and zero points, 8 bits become INT8. `shape` is the expected
+    Codes and zero points stay the same; 7 and 8 bits become INT8. `shape` is the expected
     ``(out_features, in_features)``. `bits` None is inferred and needs in_features, from `shape` or ``g_idx``. Raises
     ValueError for missing, truncated or inconsistent tensors, and TypeError for another dtype.
     """
@@ -184,11 +198,10 @@ def read_gptq(
         raise ValueError(f"{_SCALES}: expected shape [groups, {shape[0]}], got {list(scales.shape)}")
     in_features = shape[1] if shape[1] is not None else _stored_in_features(qweight, g_idx, bits)
     bits = bits if bits is not None else _infer_bits(qweight, in_features)
-    scheme = WeightScheme(
-        WoqWeightDtype.INT8 if bits == 8 else WoqWeightDtype.INT4,
-        symmetric=False,
-        group_size=resolve_group_size(group_size, in_features, groups),
-    )
+    size = resolve_group_size(group_size, in_features, groups)
+    scheme = WeightScheme(LINEAR[bits], symmetric=False, group_size=size)
+    if planar and (in_features % 32 or out_features % 32):
+        raise ValueError(f"{_WEIGHT}: planes are of 32 codes, which do not divide {out_features} x {in_features}")
 
     check(_WEIGHT, qweight, (torch.int32,), (word_count(in_features, bits), out_features))
     shard = (
@@ -202,10 +215,14 @@ def read_gptq(
     if g_idx is not None:
         check(_G_IDX, g_idx, INDEX_DTYPES, (in_features,))
 
-    zero_points = unpack_fields(qzeros, bits, out_features).t().to(torch.int16) + (0 if v2 else 1)
-    if bits == 8:
-        zero_points -= INT8_OFFSET
-    codes, weight_shape = _codes(qweight, bits, in_features), (out_features, in_features)
+    unpack = unpack_planes if planar else unpack_fields
+    zero_points = unpack(qzeros, bits, out_features).t().to(torch.int16) + (0 if v2 else 1)
+    zero_points -= signed_offset(bits)
+    if bits == 4 and in_features % 2 == 0:
+        codes = as_bytes(qweight.t())[:, : in_features // 2]  # `QuantizedWeight` has the same bytes
+    else:
+        codes = linear_codes(unpack(qweight.t(), bits, in_features), bits)
+    weight_shape = (out_features, in_features)
     if g_idx is not None and shard:
         return shard_weight(codes, scales.t().float(), zero_points, g_idx, scheme.dtype, weight_shape)
     return integer_weight(codes, scales.t(), zero_points, g_idx, scheme, weight_shape)
@@ -338,12 +355,3 @@ def _infer_bits(qweight: torch.Tensor, in_features: int) -> int:
     raise ValueError(
         f"{_WEIGHT}: expected one of the shapes {expected} for in_features {in_features}, got {list(qweight.shape)}"
     )
-
-
-def _codes(qweight: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
-    rows = qweight.t()
-    if bits == 8:
-        return (unpack_fields(rows, bits, in_features) ^ INT8_OFFSET).view(torch.int8)
-    if bits == 4 and in_features % 2 == 0:
-        return as_bytes(rows)[:, : in_features // 2]  # `QuantizedWeight` has the same bytes
-    return pack_nibbles(unpack_fields(rows, bits, in_features))

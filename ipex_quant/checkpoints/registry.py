@@ -13,8 +13,12 @@ from .bitsandbytes import BitsAndBytesFormat
 from .compressed_tensors import CompressedTensorsFormat
 from .format import CheckpointFormat
 from .fp8 import Fp8Format
+from .gguf import GgufFormat
 from .gptq import GptqFormat
+from .hqq import HqqFormat
 from .mxfp4 import Mxfp4Format
+from .neural_compressor_default import default_format
+from .quark import QuarkFormat
 from .torchao import TorchaoFormat
 
 FORMATS: Mapping[str, Callable[[Mapping[str, object]], CheckpointFormat]] = MappingProxyType(
@@ -24,9 +28,13 @@ FORMATS: Mapping[str, Callable[[Mapping[str, object]], CheckpointFormat]] = Mapp
         "bitsandbytes": BitsAndBytesFormat.from_config,
         "compressed-tensors": CompressedTensorsFormat.from_config,
         "fp8": Fp8Format.from_config,
+        "gguf": GgufFormat.from_config,
         "gptq": GptqFormat.from_config,
+        "hqq": HqqFormat.from_config,
         "intel/auto-round": AutoRoundFormat.from_config,
         "mxfp4": Mxfp4Format.from_config,
+        "neural-compressor": default_format,
+        "quark": QuarkFormat.from_config,
         "torchao": TorchaoFormat.from_config,
     }
 )

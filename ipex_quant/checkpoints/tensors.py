@@ -9,15 +9,25 @@ from typing import TypeVar
 import torch
 
 from ..numerics.affine import INT4_OFFSET
-from ..numerics.codebooks import E2M1_DOUBLED
-from ..numerics.nibbles import pack_nibbles, unpack_nibbles
+from ..numerics.nibbles import pack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
 
 T = TypeVar("T")
 
 INDEX_DTYPES = (torch.int32, torch.int64)
-SYMMETRIC_ZERO_POINT = {WoqWeightDtype.INT8: 0, WoqWeightDtype.INT4: INT4_OFFSET}
+LINEAR = {
+    2: WoqWeightDtype.INT2,
+    3: WoqWeightDtype.INT3,
+    4: WoqWeightDtype.INT4,
+    5: WoqWeightDtype.INT5,
+    6: WoqWeightDtype.INT6,
+    7: WoqWeightDtype.INT8,
+    8: WoqWeightDtype.INT8,
+}
+"""What holds unsigned codes of 2 to 8 bits."""
+
+SYMMETRIC_ZERO_POINT = {WoqWeightDtype.INT8: 0} | {LINEAR[bits]: 1 << (bits - 1) for bits in range(2, 7)}
 
 
 def require(tensors: Mapping[str, T], keys: Iterable[str]) -> list[T]:
@@ -132,7 +142,7 @@ def integer_weight(
     scheme: WeightScheme,
     shape: tuple[int, int],
 ) -> QuantizedWeight:
-    """Make a `QuantizedWeight` of its INT4 or INT8 `codes`, with `scales` and `zero_points` ``[N, groups]``.
+    """Make a `QuantizedWeight` of its integer `codes`, with `scales` and `zero_points` ``[N, groups]``.
 
     When every zero point is the offset of a symmetric code, they are dropped and the scheme is symmetric. Raises
     ValueError for scales that are not finite or an irregular `g_idx`.
@@ -149,6 +159,59 @@ def integer_weight(
         g_idx,
         WeightScheme(scheme.dtype, symmetric, scheme.group_size),
         shape,
+    )
+
+
+def linear_weight(
+    fields: torch.Tensor,
+    bits: int,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    group_size: int,
+    g_idx: torch.Tensor | None = None,
+) -> QuantizedWeight:
+    """Weight ``(fields - zero_points) * scales`` of unsigned uint8 `fields` ``[N, K]`` of 2 to 8 bits.
+
+    `scales` are floats ``[N, groups]``, `zero_points` integers of that shape. Raises as `integer_weight` does.
+    """
+    scheme = WeightScheme(LINEAR[bits], False, group_size)
+    offset = signed_offset(bits)
+    shape = (fields.shape[0], fields.shape[1])
+    zero_points = zero_points.to(torch.int16) - offset
+    return integer_weight(linear_codes(fields, bits), scales, zero_points, g_idx, scheme, shape)
+
+
+def signed_offset(bits: int) -> int:
+    """What is taken off unsigned codes of `bits` to store them: half their range for INT8, which is signed."""
+    return 1 << (bits - 1) if LINEAR[bits] == WoqWeightDtype.INT8 else 0
+
+
+def linear_codes(fields: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned uint8 `fields` ``[N, K]`` of 2 to 8 bits as a `QuantizedWeight` stores the codes."""
+    if bits > 6:
+        return (fields - signed_offset(bits)).view(torch.int8)  # uint8 wraps around
+    return fields if bits > 4 else pack_nibbles(fields)
+
+
+def raised_weight(
+    fields: torch.Tensor, bits: int, scales: torch.Tensor, minimums: torch.Tensor, group_size: int
+) -> QuantizedWeight:
+    """Weight ``fields * scales + minimums`` of unsigned uint8 `fields` ``[N, K]`` of 2 to 8 bits.
+
+    `scales` and `minimums` are floats ``[N, groups]``; ValueError for those that are not finite.
+    """
+    scales, minimums = scales.float().contiguous(), minimums.float()
+    minimums = (minimums + signed_offset(bits) * scales).contiguous()
+    if not torch.isfinite(minimums).all():
+        raise ValueError("zero points: expected finite values, got NaN or Inf")
+    return QuantizedWeight(
+        linear_codes(fields, bits),
+        scales,
+        None,
+        None,
+        WeightScheme(LINEAR[bits], False, group_size, minimums=True),
+        (fields.shape[0], fields.shape[1]),
+        minimums=minimums,
     )
 
 
@@ -203,11 +266,20 @@ def e8m0_scales(exponents: torch.Tensor) -> torch.Tensor:
     return bits.masked_fill(exponents == 0, 1 << 22).view(torch.float32)  # 2 ** -127 is subnormal
 
 
-def e2m1_weight(packed: torch.Tensor, scales: torch.Tensor, group: int, shape: tuple[int, int]) -> QuantizedWeight:
-    """Weight of 4-bit floats, uint8 ``[N, K / 2]`` with the first of two in the low bits, as INT8 of twice the values.
+def e2m1_weight(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    group: int,
+    shape: tuple[int, int],
+    super_scale: torch.Tensor | None = None,
+) -> QuantizedWeight:
+    """Weight of 4-bit floats E2M1, uint8 ``[N, K / 2]`` with the first of two in the low bits.
 
-    `scales` are float32 ``[N, K / group]``.
+    `scales` are float32 ``[N, K / group]``: of the values, or float8 numbers that are multiplied by `super_scale`.
     """
-    codes = E2M1_DOUBLED[unpack_nibbles(packed.contiguous(), shape[1]).int()]
-    scheme = WeightScheme(WoqWeightDtype.INT8, True, group)
-    return QuantizedWeight(codes, (scales / 2).contiguous(), None, None, scheme, shape)
+    scales = scales / 2  # codes stand for twice the values
+    supers = None
+    if super_scale is not None:
+        scales, supers = scales * super_scale, (super_scale / 2).reshape(1, 1).expand(shape[0], 1).contiguous()
+    scheme = WeightScheme(WoqWeightDtype.FP4, True, group, super_group_size=None if supers is None else PER_CHANNEL)
+    return QuantizedWeight(packed.contiguous(), scales.contiguous(), None, None, scheme, shape, super_scales=supers)

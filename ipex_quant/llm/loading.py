@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.ao.quantization import QConfigMapping
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ..checkpoints import Stored, find_quantization_config, open_directory, open_tensors
+from ..checkpoints import (
+    Checkpoint,
+    GgufFile,
+    Stored,
+    find_gguf,
+    find_quantization_config,
+    open_directory,
+    open_gguf,
+    open_gguf_checkpoint,
+    open_tensors,
+)
 from ..conversion.description import METHOD
 from ..conversion.prepare import FLOAT_REASONS, warn_of_float
 from ..conversion.qconfig import get_weight_only_quant_qconfig_mapping, needs_calibration
@@ -20,6 +31,7 @@ from ..nn import QuantizedModule
 from ..numerics.scheme import FLOAT_DTYPES, WoqWeightDtype
 from ..reading import read_json, shown
 from .cache.layers import NativeLayer
+from .gguf import gguf_config
 from .optimization import completed, optimize
 from .saved.checkpoint import plan_of
 from .saved.float_models import check_complete, check_float, concrete_class, load_float_model, model_class
@@ -42,7 +54,7 @@ def from_pretrained(
     local_files_only: bool = False,
     filename: str | None = None,
 ) -> PreTrainedModel:
-    """The model in `directory`, quantized or not, optimized for inference as by `optimize`.
+    """The model in `directory`, or in a GGUF file, quantized or not, optimized for inference as by `optimize`.
 
     `directory` may be the id of a repository of the Hugging Face hub, as in ``"organization/name"``, whose files are
     downloaded to the hub's cache; the arguments from `revision` on are those of `Source`.
@@ -52,6 +64,8 @@ def from_pretrained(
     - Of a checkpoint that another tool quantized, every weight keeps its codes, scales and zero points; each is read
       and packed in turn, and never made in float. `quantization_config` only sets the layers' compute mode, by default
       that of the activations' dtype. The formats are in docs/checkpoints.md.
+    - Of a GGUF file, or a directory that holds one and no other weights, the configuration comes out of the file. Of a
+      model cut into several, any is given.
     - A model that `save` wrote comes back as it was, and takes no `quantization_config`.
 
     `dtype`, of activations and float weights, is float32, bfloat16 or float16; None is the dtype that the directory
@@ -63,7 +77,11 @@ def from_pretrained(
         raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     NativeLayer(kv_cache_dtype)  # raises for a bad dtype before anything is read
     source = Source(revision, token, cache_dir, local_files_only, filename)
-    path = model_directory(local_path(directory, source, trust_remote_code))
+    found = local_path(directory, source, trust_remote_code)
+    gguf = find_gguf(found)
+    if gguf is not None:
+        return _gguf_model(gguf, _dtype(found, dtype), quantization_config, kv_cache_dtype)
+    path = model_directory(found)
     quantization = find_quantization_config(path)
     if quantization is None:
         return _float_model(path, _dtype(path, dtype), quantization_config, kv_cache_dtype, trust_remote_code)
@@ -72,20 +90,22 @@ def from_pretrained(
             raise ValueError(f"quantization_config: the model in {path} is quantized already; leave it out")
         model = load_saved(path, dtype, trust_remote_code)
         return model if kv_cache_dtype is None else completed(model, kv_cache_dtype)
-    mapping = quantization_config or get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4)
-    checkpoint = open_directory(path)
-    layers = LayerSource(lambda model: plan_of(model, checkpoint, mapping))
-    model = _with_layers(path, _dtype(path, dtype), layers, checkpoint.other_tensors(), trust_remote_code)
-    return completed(model, kv_cache_dtype)
+    return _quantized_model(
+        _Shell.of_directory(path, trust_remote_code),
+        open_directory(path),
+        _dtype(path, dtype),
+        quantization_config,
+        kv_cache_dtype,
+    )
 
 
 def load(directory: str | os.PathLike, trust_remote_code: bool = False, **source: Any) -> PreTrainedModel:
-    """`from_pretrained` of a model that is quantized already; raises ValueError for one that is not, too.
+    """`from_pretrained` of a model that is quantized already, or in a GGUF file; raises ValueError for others, too.
 
     `source` are the arguments of `Source`, if `directory` is the id of a repository.
     """
-    path = model_directory(local_path(directory, Source(**source), trust_remote_code))
-    if find_quantization_config(path) is None:
+    path = local_path(directory, Source(**source), trust_remote_code)
+    if find_gguf(path) is None and find_quantization_config(model_directory(path)) is None:
         raise ValueError(f"{path}: expected a quantized model; llm.from_pretrained loads float models, too")
     return from_pretrained(path, trust_remote_code=trust_remote_code)
 
@@ -94,20 +114,99 @@ def model_directory(directory: str | os.PathLike) -> Path:
     """The path of a directory with a config.json; ValueError if there is none."""
     path = Path(directory)
     if not (path / "config.json").is_file():
-        raise ValueError(f"{path}: expected a directory with a config.json")
+        raise ValueError(f"{path}: expected a directory with a config.json, or a GGUF file")
     return path
 
 
 def _dtype(path: Path, dtype: torch.dtype | None) -> torch.dtype:
-    """`dtype`, or the one that config.json states, or bfloat16."""
-    if dtype is not None:
-        return dtype
+    """`dtype`, or the one that config.json states, or bfloat16 if there is none."""
+    if dtype is not None or not (path / "config.json").is_file():
+        return dtype or torch.bfloat16
     config = read_json(path / "config.json")
     text = config.get("text_config")
     parts = [config, text] if isinstance(text, dict) else [config]
     stated = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
     names = {f"{each}".removeprefix("torch."): each for each in FLOAT_DTYPES}
     return next((names[name] for name in stated if isinstance(name, str) and name in names), torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class _Shell:
+    """The class and configuration of the model in `path`, which is made on the meta device."""
+
+    path: Path
+    kind: Any
+    config: PreTrainedConfig
+
+    @classmethod
+    def of_directory(cls, path: Path, trust_remote_code: bool) -> _Shell:
+        """What config.json in a directory says; ValueError for a class that transformers does not have."""
+        content = read_json(path / "config.json")
+        kind = model_class(path, content, trust_remote_code)
+        with transformers_errors(path):
+            kind = concrete_class(kind, path, content)
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+        return cls(path, kind, config)
+
+    @classmethod
+    def of_gguf(cls, file: GgufFile) -> _Shell:
+        """What the metadata of `file` say."""
+        config = gguf_config(file)
+        return cls(file.path, model_class(file.path, {"architectures": config.architectures}), config)
+
+    def with_layers(self, dtype: torch.dtype, source: LayerSource, tensors: Mapping[str, Stored]) -> PreTrainedModel:
+        """The model with the layers of `source`, and the `tensors` that these do not take."""
+        with transformers_errors(self.path):
+            for part in (self.config, self.config.get_text_config(decoder=True)):
+                if hasattr(part, "quantization_config"):
+                    del part.quantization_config
+            options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            if (self.path / "generation_config.json").is_file():
+                options["generation_config"] = GenerationConfig.from_pretrained(self.path, local_files_only=True)
+            model, info = self.kind.from_pretrained(
+                None,
+                config=self.config,
+                state_dict=tensors,
+                quantization_config=source,
+                dtype=dtype,
+                **options,
+            )
+        self.config.name_or_path = str(self.path)
+        check_complete(self.path, model, info["missing_keys"])
+        found = {kind: names for kind, names in info.items() if names and kind != "unexpected_keys"}
+        wrong = {kind: sorted(names, key=str)[:5] for kind, names in found.items()}
+        if wrong:
+            raise ValueError(f"{self.path}: the tensors do not fit a {type(model).__name__}: {shown(wrong)}")
+        return model.eval()
+
+
+def _gguf_model(
+    path: Path, dtype: torch.dtype, mapping: QConfigMapping | None, kv_cache_dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """The model in a GGUF file; one in float is quantized as `mapping` says."""
+    file = open_gguf(path)
+    shell, checkpoint = _Shell.of_gguf(file), open_gguf_checkpoint(file)
+    if len(checkpoint):
+        return _quantized_model(shell, checkpoint, dtype, mapping, kv_cache_dtype)
+    tensors = dict(checkpoint.tensors)
+    if mapping is not None and not needs_calibration(mapping):
+        return _rounded_model(shell, tensors, dtype, lambda _: mapping, kv_cache_dtype)
+    nothing = LayerSource(lambda model: FloatPlan({}, {}))
+    model = shell.with_layers(dtype, nothing, tensors)
+    return _optimized(model, dtype, mapping, kv_cache_dtype)
+
+
+def _quantized_model(
+    shell: _Shell,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    mapping: QConfigMapping | None,
+    kv_cache_dtype: torch.dtype | None,
+) -> PreTrainedModel:
+    """The model with the layers of `checkpoint`, which compute as `mapping` says."""
+    chosen = mapping or get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4)
+    source = LayerSource(lambda model: plan_of(model, checkpoint, chosen))
+    return completed(shell.with_layers(dtype, source, checkpoint.other_tensors()), kv_cache_dtype)
 
 
 def _float_model(
@@ -118,11 +217,9 @@ def _float_model(
     trust_remote_code: bool,
 ) -> PreTrainedModel:
     """The float model in `path`, quantized as `mapping` says, linear layers while they are read if that is enough."""
-    if mapping is not None and not needs_calibration(mapping):
-        return load_rounded(path, dtype, lambda _: mapping, kv_cache_dtype, trust_remote_code)
-    model = load_float_model(path, dtype, trust_remote_code)
-    options = {"quantization_config": mapping, "kv_cache_dtype": kv_cache_dtype}
-    return optimize(model, dtype=dtype, inplace=True, **options)
+    if mapping is None or needs_calibration(mapping):
+        return _optimized(load_float_model(path, dtype, trust_remote_code), dtype, mapping, kv_cache_dtype)
+    return load_rounded(path, dtype, lambda _: mapping, kv_cache_dtype, trust_remote_code)
 
 
 def load_rounded(
@@ -136,22 +233,9 @@ def load_rounded(
 
     `mapping_of` gets the model without its weights. Weights that are rounded to nearest are so as they are read.
     """
-    mapping: QConfigMapping | None = None
-
-    def plan(model: PreTrainedModel) -> FloatPlan:
-        nonlocal mapping
-        mapping = mapping_of(model)
-        return plan_rounding(model, tensors, mapping)
-
     check_float(path)
-    tensors = open_tensors(path)
-    model = _with_layers(path, dtype, LayerSource(plan), tensors, trust_remote_code)
-    left, _ = choose_qconfigs(mapping, model)
-    if not left and any(isinstance(module, QuantizedModule) for module in model.modules()):
-        warn_of_float(model, getattr(model, FLOAT_REASONS))
-        return completed(model, kv_cache_dtype)
-    options = {"quantization_config": mapping, "kv_cache_dtype": kv_cache_dtype}
-    return optimize(model, dtype=dtype, inplace=True, **options)
+    shell = _Shell.of_directory(path, trust_remote_code)
+    return _rounded_model(shell, open_tensors(path), dtype, mapping_of, kv_cache_dtype)
 
 
 def load_stored(
@@ -167,35 +251,34 @@ def load_stored(
     check_float(path)
     tensors = open_tensors(path)
     source = LayerSource(lambda model: plan_storage(model, tensors, mapping_of(model)))
-    return _with_layers(path, dtype, source, tensors, trust_remote_code)
+    return _Shell.of_directory(path, trust_remote_code).with_layers(dtype, source, tensors)
 
 
-def _with_layers(
-    path: Path, dtype: torch.dtype, source: LayerSource, tensors: Mapping[str, Stored], trust_remote_code: bool
+def _rounded_model(
+    shell: _Shell,
+    tensors: dict[str, Stored],
+    dtype: torch.dtype,
+    mapping_of: Callable[[PreTrainedModel], QConfigMapping],
+    kv_cache_dtype: torch.dtype | None,
 ) -> PreTrainedModel:
-    """The model of config.json with the layers of `source`, and the `tensors` that these do not take."""
-    content = read_json(path / "config.json")
-    found = model_class(path, content, trust_remote_code)
-    with transformers_errors(path):
-        found = concrete_class(found, path, content)
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-        for part in (config, config.get_text_config(decoder=True)):
-            if hasattr(part, "quantization_config"):
-                del part.quantization_config
-        options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        if (path / "generation_config.json").is_file():
-            options["generation_config"] = GenerationConfig.from_pretrained(path, local_files_only=True)
-        model, info = found.from_pretrained(
-            None,
-            config=config,
-            state_dict=tensors,
-            quantization_config=source,
-            dtype=dtype,
-            **options,
-        )
-    config.name_or_path = str(path)
-    check_complete(path, model, info["missing_keys"])
-    wrong = {kind: sorted(names, key=str)[:5] for kind, names in info.items() if names and kind != "unexpected_keys"}
-    if wrong:
-        raise ValueError(f"{path}: the tensors do not fit a {type(model).__name__}: {shown(wrong)}")
-    return model.eval()
+    """The model of float `tensors`, whose linear layers are rounded as `mapping_of` says while they are read."""
+    mapping: QConfigMapping | None = None
+
+    def plan(model: PreTrainedModel) -> FloatPlan:
+        nonlocal mapping
+        mapping = mapping_of(model)
+        return plan_rounding(model, tensors, mapping)
+
+    model = shell.with_layers(dtype, LayerSource(plan), tensors)
+    left, _ = choose_qconfigs(mapping, model)
+    if not left and any(isinstance(module, QuantizedModule) for module in model.modules()):
+        warn_of_float(model, getattr(model, FLOAT_REASONS))
+        return completed(model, kv_cache_dtype)
+    return _optimized(model, dtype, mapping, kv_cache_dtype)
+
+
+def _optimized(
+    model: PreTrainedModel, dtype: torch.dtype, mapping: QConfigMapping | None, kv_cache_dtype: torch.dtype | None
+) -> PreTrainedModel:
+    options = {"quantization_config": mapping, "kv_cache_dtype": kv_cache_dtype}
+    return optimize(model, dtype=dtype, inplace=True, **options)

@@ -73,7 +73,7 @@ def row_factor(module: nn.Embedding) -> RowFactor | None:
     """
     if type(module).forward is nn.Embedding.forward:
         return RowFactor()
-    buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
+    buffers = _buffers(module).values()
     if module._parameters.keys() != {"weight"} or module._modules or any(each.numel() != 1 for each in buffers):
         return None
     table = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
@@ -90,11 +90,22 @@ def row_factor(module: nn.Embedding) -> RowFactor | None:
     return next((factor for factor in factors if torch.equal(result, factor.apply(F.embedding(ids, narrow)))), None)
 
 
+def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of `module`; of one on the meta device, what it would be filled with, where transformers keeps it."""
+    buffers = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+    for name, buffer in buffers.items():
+        value = getattr(module, f"scalar_{name}", None)
+        if buffer.is_meta and isinstance(value, float):
+            buffers[name] = torch.tensor(value, dtype=buffer.dtype, device="cpu")
+    return buffers
+
+
 def _look_up(module: nn.Embedding, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Result of the forward of `module` for `ids`, with `table` as its weight."""
     probe = copy.copy(module)
     rows, columns = table.shape
     padding = None if module.padding_idx is None else 1
     changes = {"_parameters": {"weight": table}, "num_embeddings": rows, "embedding_dim": columns}
+    changes["_buffers"] = _buffers(module)
     probe.__dict__ |= changes | {"padding_idx": padding}
     return type(module).forward(probe, ids)

@@ -113,9 +113,8 @@ def test_configurations_of_all_writers(config):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"version": "gemv"}, "version: expected 'gemm' for AWQ, got 'gemv'"),
-        ({"checkpoint_format": "gemv_fast"}, "version: expected 'gemm' for AWQ, got 'gemv_fast'"),
-        ({"version": 3}, "version: expected 'gemm' for AWQ, got 3"),
+        ({"version": "marlin"}, r"version: expected one of \['gemm', .*\], got 'marlin'"),
+        ({"version": 3}, r"version: expected one of .* got 3"),
         ({"bits": 8}, "bits: expected 4 for AWQ, got 8"),
         ({"group_size": "32"}, "group_size: expected an integer, got '32'"),
     ],
@@ -123,3 +122,77 @@ def test_configurations_of_all_writers(config):
 def test_other_configurations_raise(config, message):
     with pytest.raises(ValueError, match=message):
         AwqFormat.from_config(config)
+
+
+def gemv_module(out_features=16, in_features=96, group_size=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    groups = in_features // group_size
+    codes = torch.randint(0, 16, (out_features, in_features), generator=generator)
+    zeros = torch.randint(0, 16, (out_features, groups), generator=generator)
+    scales = (torch.rand(out_features, groups, generator=generator) + 0.5).half()
+    index = torch.arange(in_features) // group_size
+    return codes, zeros, scales, (codes - zeros[:, index]) * scales.float()[:, index]
+
+
+def in_order(rows):
+    """Rows of 4-bit fields in int32 words, the first in the lowest bits."""
+    words = [
+        [sum(value << 4 * i for i, value in enumerate(row[at : at + 8])) for at in range(0, len(row), 8)]
+        for row in rows
+    ]
+    return torch.tensor(words).to(torch.uint32).view(torch.int32)
+
+
+def test_gemv():
+    codes, zeros, scales, weight = gemv_module()
+    filled = torch.zeros(16, 5, dtype=torch.long)
+    tensors = {
+        "qweight": in_order(codes.tolist()),
+        "qzeros": in_order(torch.cat((zeros, filled), 1).tolist()),
+        "scales": torch.cat((scales, filled.half()), 1),
+    }
+    form = AwqFormat.from_config({"version": "gemv", "group_size": 32, "bits": 4})
+    assert torch.equal(dequantize(form.read("m", tensors, (16, 96))), weight)
+    assert torch.equal(dequantize(form.read("m", tensors, (None, None))), weight)
+    with pytest.raises(ValueError, match="group_size: the configuration does not tell"):
+        AwqFormat().read("m", tensors, (16, 96))
+    with pytest.raises(ValueError, match=r"qweight: expected shape \[16, 16\], got \[16, 12\]"):
+        form.read("m", tensors, (16, 128))
+    with pytest.raises(ValueError, match="scales: expected at least 3 groups, got 2"):
+        form.read("m", tensors | {"scales": scales[:, :2]}, (16, 96))
+
+
+def interleaved(codes):
+    """int16 ``[N / 4, K]`` of codes, as llm-awq's `pack_intweight` orders them, one after the other."""
+    rows, columns = codes.shape
+    packed = torch.zeros(rows // 4, columns, dtype=torch.int32)
+    for row in range(rows):
+        for column in range(columns):
+            block, place = divmod(column, 32)
+            a, b, c = place // 8, place // 2 % 4, place % 2  # four runs of eight: four pairs
+            place = 8 * b + 2 * a + c  # a pair of each run next to each other
+            run, place = divmod(place, 8)
+            place = 8 * run + place // 2 + 4 * (place % 2)  # the first of all pairs, then the second
+            inside = 32 * (block % 2) + place
+            turn = column // 64 * 256 + row % 4 * 64 + inside
+            packed[row // 4, turn // 4] |= int(codes[row, column]) << 4 * (turn % 4)
+    return packed.to(torch.uint16).view(torch.int16)
+
+
+@pytest.mark.parametrize(("version", "key"), [("gemv_fast", "qzeros"), ("llm-awq", "scaled_zeros")])
+def test_gemv_fast(version, key):
+    codes, zeros, scales, _ = gemv_module(in_features=128)
+    scaled = -(scales * zeros)
+    index = torch.arange(128) // 32
+    tensors = {
+        "qweight": interleaved(codes),
+        "scales": torch.cat((scales.t(), torch.zeros(4, 16))).half(),
+        key: torch.cat((scaled.t(), torch.zeros(4, 16))).half(),
+    }
+    form = AwqFormat.from_config({"version": version, "group_size": 32})
+    qw = form.read("m", tensors, (16, 128))
+    assert torch.equal(dequantize(qw), codes * scales.float()[:, index] + scaled.float()[:, index])
+    with pytest.raises(ValueError, match="qzeros: missing"):
+        form.read("m", {name: tensor for name, tensor in tensors.items() if name != key}, (16, 128))
+    with pytest.raises(ValueError, match="4 rows in turn of 64 columns"):
+        form.read("m", tensors, (16, 96))

@@ -76,7 +76,7 @@ def test_packed_integers(bits, group, dense, asymmetric):
     tensors, weight = module(bits, group, rows, asymmetric=asymmetric, dense=dense)
     qw = form(ints(bits, group)).read("m", tensors, (rows, 64))
     assert torch.equal(dequantize(qw), weight)
-    assert qw.scheme.dtype == (WoqWeightDtype.INT4 if bits <= 4 else WoqWeightDtype.INT8)
+    assert qw.scheme.dtype == WoqWeightDtype["INT8" if bits > 6 else f"INT{bits}"]
     assert qw.scheme.symmetric != asymmetric
 
 
@@ -137,7 +137,12 @@ def test_four_bit_floats(group):
         factors = torch.exp2(tensors["weight_scale"].float() - 127)
     args = {"num_bits": 4, "type": "float", "strategy": "tensor_group" if group == 16 else "group", "group_size": group}
     qw = form(args).read("m", tensors, (6, 64))
-    assert torch.equal(dequantize(qw), E2M1[codes] * factors.repeat_interleave(group, 1))
+    expected = E2M1[codes] * factors.repeat_interleave(group, 1)
+    torch.testing.assert_close(dequantize(qw), expected, rtol=2e-7 if group == 16 else 0, atol=0)
+    assert qw.scheme == WeightScheme(WoqWeightDtype.FP4, True, group, super_group_size=-1 if group == 16 else None)
+    if group == 16:
+        stored = (qw.scales / qw.super_scales).to(torch.float8_e4m3fn)
+        assert torch.equal(stored.view(torch.uint8), scales.view(torch.uint8))
 
 
 DYNAMIC = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}

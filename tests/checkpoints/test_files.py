@@ -99,7 +99,7 @@ def test_the_name_of_the_file_tells_the_method(tmp_path, tensors):
     assert load_low_precision_checkpoint(tmp_path)[1]["quant_method"] == "awq"
 
 
-@pytest.mark.parametrize("method", ["foo", "hqq", 3, None])
+@pytest.mark.parametrize("method", ["foo", "quanto", 3, None])
 def test_method_that_is_not_supported(tmp_path, method):
     _write_config(tmp_path, CONFIG | {"quant_method": method})
     with pytest.raises(ValueError, match=rf"quant_method: expected one of \['auto-round', .*\], got {method!r}"):

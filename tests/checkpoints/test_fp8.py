@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ipex_quant.checkpoints import open_checkpoint
 from ipex_quant.checkpoints.fp8 import Fp8Format
 from ipex_quant.numerics.affine import dequantize
 
@@ -73,3 +74,59 @@ def test_tensors_that_do_not_fit():
         Fp8Format.from_config({}).read("m", tensors(6, 20, 6), (6, 20))
     with pytest.raises(ValueError, match="scales: expected finite values"):
         Fp8Format.from_config(ROWS).read("m", good | {"weight_scale_inv": torch.zeros(256)}, (256, 128))
+
+
+def test_exponents_are_scales():
+    stored = tensors(256, 128, 2, 2)
+    stored["weight_scale_inv"] = torch.tensor([[126, 127], [128, 129]], dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    factors = torch.tensor([[0.5, 1.0], [2.0, 4.0]]).repeat_interleave(128, 0).repeat_interleave(64, 1)
+    qw = Fp8Format.from_config(BLOCKS).read("m", stored, (256, 128))
+    assert torch.equal(dequantize(qw), stored["weight"].float() * factors)
+
+
+def stacks(experts=2, hidden=64, width=128, scale=None):
+    """Stacked experts, and the tensors that each part should have."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"gate_up": (2 * width, hidden), "down": (hidden, width)}
+    state, expected = {"experts.router.weight": torch.zeros(2, 2)}, {}
+    for part, (rows, columns) in shapes.items():
+        weight = torch.randn(experts, rows, columns, generator=generator).to(torch.float8_e4m3fn)
+        factors = torch.rand(experts, *(scale or (-(-rows // 128), -(-columns // 64))), generator=generator)
+        state |= {f"experts.{part}_proj": weight, f"experts.{part}_proj_scale_inv": factors}
+        for expert in range(experts):
+            for number, own in enumerate(("gate", "up") if part == "gate_up" else ("down",)):
+                size, blocks = (
+                    rows // (2 if part == "gate_up" else 1),
+                    factors.shape[1] // (2 if part == "gate_up" else 1),
+                )
+                part_scales = factors[expert]
+                if scale is None:
+                    part_scales = part_scales[number * blocks : (number + 1) * blocks]
+                expected[f"experts.{expert}.{own}_proj"] = (
+                    weight[expert, number * size : (number + 1) * size],
+                    part_scales,
+                )
+    return state, expected
+
+
+@pytest.mark.parametrize("scale", [None, (1, 1)])
+def test_stacked_experts_are_taken_apart(scale):
+    state, expected = stacks(scale=scale)
+    checkpoint = open_checkpoint((state, BLOCKS))
+    assert set(checkpoint) == set(expected)
+    assert set(checkpoint.other_tensors()) == {"experts.router.weight"}
+    for name, (weight, factors) in expected.items():
+        rows, columns = weight.shape
+        spread = (
+            factors.repeat_interleave(128, 0).repeat_interleave(64, 1)[:rows, :columns] if scale is None else factors
+        )
+        assert torch.equal(dequantize(checkpoint[name][0]), weight.float() * spread)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"width": 96}, "blocks go across gate and up, of 96 rows each"), ({"experts": 0}, "expected a stack of experts")],
+)
+def test_stacks_that_cannot_be_taken_apart(options, message):
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint((stacks(**options)[0], BLOCKS))

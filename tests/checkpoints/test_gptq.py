@@ -19,7 +19,7 @@ def test_read_is_what_the_format_says(bits, v2, act_order, make_gptq_module):
     module = make_gptq_module(bits, 32, 96, 32, v2=v2, act_order=act_order)
     qw = read_gptq(module.tensors, bits, 32, v2=v2, shape=(32, 96))
     assert torch.equal(dequantize(qw), module.weight)
-    assert qw.scheme == WeightScheme(WoqWeightDtype.INT8 if bits == 8 else WoqWeightDtype.INT4, False, 32)
+    assert qw.scheme == WeightScheme(WoqWeightDtype[f"INT{bits}"], False, 32)
     assert (qw.g_idx is not None) == act_order
 
 
@@ -44,11 +44,51 @@ def test_all_zero_points_symmetric_means_symmetric(bits, zero, make_gptq_module)
     assert torch.equal(dequantize(qw), module.weight)
 
 
-def test_two_bits_with_their_own_symmetric_zero_point_stay_asymmetric_int4(make_gptq_module):
-    module = make_gptq_module(2, 16, 64, 32, zero_points=2)
-    qw = read_gptq(module.tensors, 2, 32)
-    assert not qw.scheme.symmetric
-    assert torch.equal(qw.zero_points, torch.full((16, 2), 2, dtype=torch.int16))
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_middle_of_the_codes_as_zero_point_is_symmetric(make_gptq_module, bits):
+    module = make_gptq_module(bits, 32, 64, 32, zero_points=1 << (bits - 1))
+    qw = read_gptq(module.tensors, bits, 32)
+    assert qw.scheme == WeightScheme(WoqWeightDtype[f"INT{bits}"], True, 32)
+    assert torch.equal(dequantize(qw), module.weight)
+
+
+def planes(codes, bits):
+    """int32 words ``[words, N]`` of codes ``[K, N]``: the low bits of 32 codes, then the higher ones, word by word."""
+    words = []
+    for start in range(0, len(codes), 32):
+        first = 0
+        for width in {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}.get(bits, (bits,)):
+            plane = codes[start : start + 32].long() >> first & ((1 << width) - 1)
+            per_word = 32 // width
+            for word in range(width):
+                own = plane[word * per_word : (word + 1) * per_word]
+                words.append((own << (width * torch.arange(per_word))[:, None]).sum(0))
+            first += width
+    return torch.stack(words).to(torch.uint32).view(torch.int32)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_planes(bits):
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 1 << bits, (64, 32), generator=generator)
+    zeros = torch.randint(0, 1 << bits, (2, 32), generator=generator)
+    scales = torch.rand(2, 32, generator=generator) + 0.5
+    tensors = {"qweight": planes(codes, bits), "qzeros": planes(zeros.t(), bits).t().contiguous(), "scales": scales}
+    form = GptqFormat.from_config({"bits": bits, "group_size": 32, "format": "gptq_p"})
+    qw = form.read("m", tensors, (32, 64))
+    assert qw.scheme.dtype == WoqWeightDtype["INT8" if bits > 6 else f"INT{bits}"]
+    groups = torch.arange(64) // 32
+    assert torch.equal(dequantize(qw), ((codes - zeros[groups]) * scales[groups]).t())
+
+
+def test_planes_are_of_32_codes():
+    tensors = {
+        "qweight": torch.zeros(9, 40, dtype=torch.int32),
+        "qzeros": torch.zeros(2, 4),
+        "scales": torch.ones(2, 40),
+    }
+    with pytest.raises(ValueError, match="planes are of 32 codes, which do not divide 40 x 96"):
+        read_gptq(tensors, 3, 64, planar=True, shape=(40, 96))
 
 
 def test_version_1_field_15_is_zero_point_16(make_gptq_module):
@@ -223,10 +263,13 @@ def test_config_names_the_layout():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"checkpoint_format": "marlin"}, r"checkpoint_format: expected one of \['gptq', 'gptq_v2'\], got 'marlin'"),
+        (
+            {"checkpoint_format": "marlin"},
+            r"checkpoint_format: expected one of \['gptq', 'gptq_v2', 'gptq_p'\], got 'marlin'",
+        ),
         ({"is_marlin_format": True}, "got 'marlin'"),
         ({"format": "bitblas"}, "got 'bitblas'"),
-        ({"checkpoint_format": "gptq_p"}, "got 'gptq_p'"),
+        ({"checkpoint_format": "gptq_x"}, "got 'gptq_x'"),
         ({"pack_dtype": "int16"}, "pack_dtype: expected 'int32', got 'int16'"),
         ({"meta": {"pack_dtype": "int8"}}, "pack_dtype: expected 'int32', got 'int8'"),
         ({"bits": 5}, r"bits: expected one of \[2, 3, 4, 8\] for GPTQ, got 5"),
@@ -314,7 +357,7 @@ def test_dynamic_overrides_desc_act(make_gptq_module):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", [(128, 1), (128, 3), (128, 4), (128, 8), (1, 8), (1, 64), (1, 1), (5, 2)])
 def test_layers_of_few_inputs_or_outputs(shape, bits):
-    scheme = WeightScheme(WoqWeightDtype.INT8 if bits == 8 else WoqWeightDtype.INT4, False, 32)
+    scheme = WeightScheme(WoqWeightDtype[f"INT{bits}"], False, 32)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     qw = quantize(weight, scheme)
     if bits < 4:

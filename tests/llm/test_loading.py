@@ -166,7 +166,7 @@ def test_tensors_that_are_missing_or_do_not_fit_are_named(directory, change, mes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["quantization_config"].update(quant_method="hqq"), r"quant_method: expected one of .*got 'hqq'"),
+        (lambda c: c["quantization_config"].update(quant_method="eetq"), r"quant_method: expected one of .*got 'eetq'"),
         (lambda c: c["quantization_config"].update(bits=5), r"bits: expected one of \[2, 3, 4, 8\]"),
         (lambda c: c.update(architectures=["NoSuchModel"]), "has no model NoSuchModel"),
         (lambda c: c.update(hidden_size="x"), "transformers cannot make a model of it|hidden_size"),
@@ -183,11 +183,11 @@ def test_arguments_and_directories_are_checked(directory, tmp_path):
         ipex.llm.from_pretrained(tmp_path / "none")
     with pytest.raises(ValueError, match=r"dtype: expected torch\.float32, .*got torch\.int8"):
         ipex.llm.from_pretrained(directory, torch.int8)
-    (directory / "model.safetensors").rename(directory / "model.gguf")
+    (directory / "model.safetensors").rename(directory / "model.pth.old")
     with pytest.raises(ValueError, match="no checkpoint file"):
         ipex.llm.from_pretrained(directory)
     change_config(directory, lambda config: config.pop("quantization_config"))
-    with pytest.raises(ValueError, match=r"expected weights in \*\.safetensors .*\['model\.gguf'\]"):
+    with pytest.raises(ValueError, match=r"expected weights in \*\.safetensors .*found none"):
         ipex.llm.from_pretrained(directory)
 
 

@@ -147,5 +147,5 @@ def test_the_table_has_all_formats_and_all_data():
 
 
 def test_only_methods_that_are_read_can_be_registered():
-    with pytest.raises(ValueError, match=r"methods: expected some of .*'gptq'.* got \['hqq'\]"):
-        ipex.llm.register_with_transformers(["gptq", "hqq"])
+    with pytest.raises(ValueError, match=r"methods: expected some of .*'gptq'.* got \['eetq'\]"):
+        ipex.llm.register_with_transformers(["gptq", "eetq"])

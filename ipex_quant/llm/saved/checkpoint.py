@@ -24,6 +24,7 @@ from ...nn.linears import is_linear, linear_shape
 from ...nn.multihead_attention import split_attentions
 from ...numerics.scheme import QConfigWoq
 from ...ops.int8 import INT8_PER_CHANNEL
+from .checkpoint_embeddings import embeddings_from_checkpoint
 from .checkpoint_experts import experts_from_checkpoint, module_of, stack_float_experts
 from .checkpoint_names import with_model_names
 
@@ -78,7 +79,8 @@ class Plan:
         """Note why layers of `model` stay in float, once the others are replaced; ValueError if all do."""
         setattr(model, FLOAT_REASONS, fit_reasons(self.reasons | self.left, model))
         leave_fast_paths(model, self.layers)
-        check_any_quantized(model)
+        if len(self.checkpoint):
+            check_any_quantized(model)
         warn_of_float(model, self.reasons)
         _check_scaled_activations(model, self.checkpoint)
 
@@ -91,12 +93,12 @@ def plan_of(model: nn.Module, checkpoint: Checkpoint | WeightsInMemory, mapping:
         raise ValueError("low_precision_checkpoint: it goes with a weight-only quantization_config")
     checkpoint = with_model_names(model, checkpoint)
     stored = {module_of(name) for name in checkpoint}
-    _check_stored(stored, chosen, reasons, model)
-    stored = {name for name in chosen if name in stored or checkpoint.holds(name)}
-    replacements = {
-        name: partial(_from_checkpoint, checkpoint, name, qconfig) for name, qconfig in chosen.items() if name in stored
-    }
-    left = {name: "it is not quantized in the checkpoint" for name in chosen if name not in stored}
+    replacements = embeddings_from_checkpoint(model, checkpoint, chosen, stored)
+    _check_stored(stored - replacements.keys(), chosen, reasons, model)
+    for name, qconfig in chosen.items():
+        if name not in replacements and (name in stored or checkpoint.holds(name)):
+            replacements[name] = partial(_from_checkpoint, checkpoint, name, qconfig)
+    left = {name: "it is not quantized in the checkpoint" for name in chosen if name not in replacements}
     return Plan(checkpoint, replacements, fit_reasons(reasons, model), left)
 
 

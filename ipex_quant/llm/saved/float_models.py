@@ -59,7 +59,7 @@ def check_float(directory: Path) -> dict[str, Any]:
     for index in directory.glob("*.index.json"):  # transformers would read whatever it names
         indexed_files(index)
     if not any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
-        found = [file.name for file in sorted(directory.iterdir()) if file.suffix in (".gguf", ".pt", ".pth")]
+        found = [file.name for file in sorted(directory.iterdir()) if file.suffix in (".pt", ".pth")]
         raise ValueError(f"{directory}: expected weights in *.safetensors or *.bin files, found {found or 'none'}")
     return config
 

@@ -1,0 +1,149 @@
+"""GGUF: the quantized weights of a `GgufFile`, or of safetensors with its blocks.
+
+A quantized tensor is presented as ``<module>.<type>``, such as ``model.layers.0.mlp.up_proj.Q4_K``, uint8 with the
+blocks of a row in a row: the key tells what the bytes are. Tensors in float are those of a float checkpoint. GPTQModel
+writes ``<module>.qweight``, uint8 ``[N, bytes]``; `bits` and `format`, such as ``q_k_m``, of its configuration name the
+type, and `dynamic` may give modules other bits, which the width of their rows tells.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..numerics.quantized_weight import QuantizedWeight
+from ..reading import shown
+from .file_tensors import Derived, ExpertRows, Stored
+from .format import CheckpointFormat
+from .gguf_blocks import BLOCKS, float_rows, read_blocks
+from .gguf_file import GgufFile, GgufTensor
+from .gguf_names import ARCHITECTURES, IGNORED, Place, architecture_of, place_of
+from .tensors import check, check_rank, require
+
+_WEIGHT = "qweight"
+_FORMAT = re.compile(r"^(?P<family>i?q)(?P<bits>\d?)_(?P<variant>0|1|k|nl|xs)(?:_(?:xs|s|m|l))?$")
+
+
+@dataclass(frozen=True)
+class GgufFormat(CheckpointFormat):
+    """How the modules of a GGUF checkpoint are stored; `kind` is the type of most blocks in `qweight`, "" without."""
+
+    kind: str = ""
+
+    keys = (*BLOCKS, _WEIGHT)
+    weight_keys = keys
+    may_be_float = True
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> GgufFormat:
+        """The format that a `quantization_config` describes; raises ValueError for a type that is not read."""
+        stated, bits = config.get("format") or "", config.get("bits", 4)
+        found = _FORMAT.match(stated.lower().replace("-", "_")) if isinstance(stated, str) else None
+        if not stated or stated == "gguf":
+            return cls("" if "bits" not in config else f"Q{bits}_0")
+        kind = found and f"{found['family']}{found['bits'] or bits}_{found['variant']}".upper()
+        if kind not in BLOCKS:
+            names = [each.lower() for each in BLOCKS]
+            raise ValueError(f"bits, format: expected one of {names}, got {shown(bits)}, {shown(stated)}")
+        return cls(kind)
+
+    def read(
+        self, module_name: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int | None, int | None]
+    ) -> QuantizedWeight:
+        """Read the weight of one module; ValueError or TypeError for blocks that do not fit `shape`."""
+        key = next(iter(tensors))
+        (stored,) = require(tensors, (key,))
+        check_rank(key, stored, 2)
+        kind = self._kind(stored.shape[1], shape[1]) if key == _WEIGHT else key
+        if len(tensors) != 1 or kind not in BLOCKS:
+            raise ValueError(f"{key}: expected blocks of one type that the configuration names, got {sorted(tensors)}")
+        blocks = BLOCKS[kind]
+        rows, columns = shape
+        if columns is not None and columns % blocks.elements:
+            raise ValueError(f"{key}: {kind} has blocks of {blocks.elements}, which do not divide {columns} columns")
+        width = stored.shape[1] if columns is None else columns // blocks.elements * blocks.size
+        check(key, stored, (torch.uint8,), (len(stored) if rows is None else rows, width))
+        if width % blocks.size:
+            raise ValueError(f"{key}: expected rows of whole blocks of {blocks.size} bytes, got {width}")
+        return read_blocks(kind, stored)
+
+    def _kind(self, width: int, columns: int | None) -> str:
+        """`kind`, or the one of its family whose rows of `columns` have `width` bytes."""
+        alike = (each for each in BLOCKS if self.kind and each[-2:] == self.kind[-2:] and each[0] == self.kind[0])
+        for each in (self.kind, *alike):
+            if each in BLOCKS and columns is not None:
+                blocks = BLOCKS[each]
+                if columns % blocks.elements == 0 and columns // blocks.elements * blocks.size == width:
+                    return each
+        return self.kind
+
+
+def gguf_tensors(file: GgufFile) -> dict[str, Stored]:
+    """The tensors of `file` under the names of a transformers model, of experts one by one.
+
+    Raises ValueError for an architecture that is not read, and for tensors that it does not have.
+    """
+    architecture = architecture_of(file)
+    if architecture is None:
+        raise ValueError(
+            f"{file.path}: general.architecture: expected one of {', '.join(ARCHITECTURES)}, got "
+            f"{shown(file.architecture)}"
+        )
+    result: dict[str, Stored] = {}
+    unknown = []
+    for name, tensor in file.tensors.items():
+        place = place_of(architecture, name)
+        if name.endswith(IGNORED):
+            continue
+        if place is None:
+            unknown.append(name)
+            continue
+        for new, stored in _placed(file, name, tensor, place):
+            if new in result:
+                raise ValueError(f"{file.path}: {shown(name)} is a second tensor for {new}")
+            result[new] = stored
+    if unknown:
+        raise ValueError(
+            f"{file.path}: {len(unknown)} tensors have no place in the architecture {shown(file.architecture)}: "
+            f"{shown(unknown[:5])}"
+        )
+    return result
+
+
+def _placed(file: GgufFile, name: str, tensor: GgufTensor, place: Place) -> Iterator[tuple[str, Stored]]:
+    """Names and tensors in the model that the file's tensor `name` becomes."""
+    stacked = "*" in place.module
+    stored = tensor.stored
+    if stacked and (stored.dim() < 2 or not stored.shape[0]):
+        raise ValueError(f"{file.path}: {shown(name)}: expected a stack of experts, got shape {list(stored.shape)}")
+    if tensor.kind and stored.dim() != 2 + stacked:
+        raise ValueError(f"{file.path}: {shown(name)}: expected {2 + stacked} dimensions, got {list(stored.shape)}")
+    quantized = bool(tensor.kind) and place.quantizable
+    for expert in range(stored.shape[0] if stacked else 1):
+        own: Stored = stored
+        if stacked:
+            own = ExpertRows(stored, expert, slice(None)) if stored.dim() > 2 else _entry(stored, expert)
+        if place.rows is not None:
+            own = Derived(own, own.shape, own.dtype, partial(_take, place.rows(file, own.shape[0])))
+        if tensor.kind and not quantized:
+            blocks = BLOCKS[tensor.kind]
+            shape = torch.Size((own.shape[0], own.shape[1] // blocks.size * blocks.elements))
+            own = Derived(own, shape, torch.float32, partial(float_rows, tensor.kind))
+        if place.values is not None and not quantized:
+            own = Derived.of_values(own, place.values)
+        module = place.module.replace("*", str(expert))
+        key = tensor.kind if quantized else place.key
+        yield f"{module}.{key}" if module else key, own
+
+
+def _take(order: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[order]
+
+
+def _entry(stored: Stored, index: int) -> Stored:
+    return Derived(stored, stored.shape[1:], stored.dtype, lambda stack: stack[index].clone())

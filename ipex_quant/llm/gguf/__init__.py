@@ -1,0 +1,6 @@
+"""Models in GGUF files: their configuration and tokenizer out of the file's metadata."""
+
+from .configuration import gguf_config
+from .tokenizer import gguf_tokenizer
+
+__all__ = ["gguf_config", "gguf_tokenizer"]

@@ -1,0 +1,367 @@
+"""`gguf_config`: the transformers configuration of the model in a GGUF file, made of its metadata.
+
+What a file does not state is the same in every model of its architecture that llama.cpp runs, or is told by the tensors
+that are there. Source: llama.cpp's ``convert_hf_to_gguf.py`` and its graphs of the models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from ...checkpoints import GgufFile
+from .rope import rope_parameters
+
+Entries = dict[str, Any]
+
+MAX_LAYERS = 10_000
+"""Most layers; each makes modules before a tensor is looked for."""
+
+_SIZES = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "max_position_embeddings": "context_length",
+    "intermediate_size": "feed_forward_length",
+}
+_RMS_NORM = {"rms_norm_eps": "attention.layer_norm_rms_epsilon"}
+_EXPERTS = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+}
+
+
+def gguf_config(file: GgufFile) -> PreTrainedConfig:
+    """The configuration of the model in `file`, with its class in `architectures`.
+
+    Raises ValueError for entries that are missing, of another type or absurd, and architectures that are not read.
+    """
+    make = _MAKERS.get(file.architecture)
+    if make is None:
+        raise ValueError(
+            f"{file.path}: general.architecture: expected one of {', '.join(_MAKERS)}, got {file.architecture[:100]!r}"
+        )
+    entries = {**_common(file), **make(file)}
+    model_type = entries.pop("model_type")
+    name = entries.pop("class", None) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    name = name or MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    try:
+        config = AutoConfig.for_model(model_type, **entries)
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError) as error:
+        raise ValueError(f"{file.path}: its metadata make no configuration of a {model_type} ({error})") from error
+    config.architectures = [name]
+    return config
+
+
+def _common(file: GgufFile) -> Entries:
+    """Vocabulary, special tokens, and whether the output layer is the embedding."""
+    table = file.tensors.get("token_embd.weight")
+    if table is None:
+        raise ValueError(f"{file.path}: token_embd.weight: missing; get a complete file")
+    entries: Entries = {"vocab_size": table.stored.shape[0], "tie_word_embeddings": "output.weight" not in file.tensors}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        token = file.expect(f"tokenizer.ggml.{key}_token_id", int, -1)
+        entries[f"{name}_token_id"] = token if 0 <= token < table.stored.shape[0] else None
+    return entries
+
+
+def _sizes(file: GgufFile, *tables: Mapping[str, str], without: tuple[str, ...] = ()) -> Entries:
+    """The sizes and numbers that `file` states; ValueError for those that are missing or absurd."""
+    entries: Entries = {}
+    for name, key in {k: v for table in (_SIZES, *tables) for k, v in table.items()}.items():
+        if name in without:
+            continue
+        entries[name] = file.of_model(key, float if name.endswith(("eps", "epsilon")) else int)
+        if not 0 < entries[name] < 1 << 31:
+            raise ValueError(f"{file.path}: {file.architecture}.{key}: expected a size, got {entries[name]}")
+    if entries.get("num_hidden_layers", 0) > MAX_LAYERS:
+        raise ValueError(f"{file.path}: {file.architecture}.block_count: expected at most {MAX_LAYERS}")
+    return entries
+
+
+def _has(file: GgufFile, part: str) -> bool:
+    """Whether the first layer, or a later one, has the tensor `part`."""
+    return any(name.startswith("blk.") and name.split(".", 2)[-1] == part for name in file.tensors)
+
+
+def _attention(file: GgufFile, *tables: Mapping[str, str], without: tuple[str, ...] = ()) -> Entries:
+    """Sizes of a decoder with rotated heads, some of which may share keys and values."""
+    entries = _sizes(file, *tables, without=without)
+    entries["num_key_value_heads"] = file.of_model("attention.head_count_kv", int, entries["num_attention_heads"])
+    size = file.of_model("attention.key_length", int, entries["hidden_size"] // entries["num_attention_heads"])
+    if not 0 < size < 1 << 20:
+        raise ValueError(f"{file.path}: {file.architecture}.attention.key_length: expected a size, got {size}")
+    entries["head_dim"] = size
+    entries["rope_parameters"] = rope_parameters(file, size)
+    return entries
+
+
+def _llama(file: GgufFile) -> Entries:
+    if file.of_model("expert_count", int, 0):
+        experts = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+        return {"model_type": "mixtral", "sliding_window": None, **_attention(file, _RMS_NORM, experts)}
+    biases = {"attention_bias": _has(file, "attn_q.bias"), "mlp_bias": _has(file, "ffn_up.bias")}
+    return {"model_type": "llama", **biases, **_attention(file, _RMS_NORM)}
+
+
+def _qwen2(file: GgufFile) -> Entries:
+    return {"model_type": "qwen2", "use_sliding_window": False, **_attention(file, _RMS_NORM)}
+
+
+def _qwen3(file: GgufFile) -> Entries:
+    return {"model_type": "qwen3", "use_sliding_window": False, **_attention(file, _RMS_NORM)}
+
+
+def _qwen2_moe(file: GgufFile) -> Entries:
+    shared = {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
+    return {
+        "model_type": "qwen2_moe",
+        "norm_topk_prob": False,
+        "qkv_bias": _has(file, "attn_q.bias"),
+        **_attention(file, _RMS_NORM, _EXPERTS, shared),
+    }
+
+
+def _qwen3_moe(file: GgufFile) -> Entries:
+    return {"model_type": "qwen3_moe", "norm_topk_prob": True, **_attention(file, _RMS_NORM, _EXPERTS)}
+
+
+def _gpt_oss(file: GgufFile) -> Entries:
+    tables = {
+        "num_local_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "intermediate_size": "expert_feed_forward_length",
+        "sliding_window": "attention.sliding_window",
+    }
+    return {"model_type": "gpt_oss", **_attention(file, _RMS_NORM, tables)}
+
+
+def _minimax(file: GgufFile) -> Entries:
+    tables = {
+        "num_local_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "intermediate_size": "expert_feed_forward_length",
+    }
+    entries = _attention(file, _RMS_NORM, tables)
+    rotated = file.of_model("rope.dimension_count", int, entries["head_dim"])
+    entries["rope_parameters"]["partial_rotary_factor"] = rotated / entries["head_dim"]
+    return {"model_type": "minimax_m2", "rotary_dim": rotated, **entries}
+
+
+def _gemma(file: GgufFile) -> Entries:
+    return {"model_type": "gemma", **_attention(file, _RMS_NORM)}
+
+
+def _gemma2(file: GgufFile) -> Entries:
+    entries = _attention(file, _RMS_NORM, {"sliding_window": "attention.sliding_window"})
+    largest = entries["num_hidden_layers"] == 46  # 27B, whose queries are scaled otherwise
+    return {
+        "model_type": "gemma2",
+        "query_pre_attn_scalar": entries["hidden_size"] // entries["num_attention_heads"]
+        if largest
+        else entries["head_dim"],
+        "attn_logit_softcapping": file.of_model("attn_logit_softcapping", float, 50.0),
+        "final_logit_softcapping": file.of_model("final_logit_softcapping", float, 30.0),
+        **entries,
+    }
+
+
+def _gemma3(file: GgufFile) -> Entries:
+    entries = _attention(file, _RMS_NORM, {"sliding_window": "attention.sliding_window"})
+    largest = entries["num_hidden_layers"] == 62
+    rotated = entries.pop("rope_parameters")
+    local = file.of_model("rope.freq_base_swa", float, 10_000.0)
+    return {
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": entries["hidden_size"] // entries["num_attention_heads"]
+        if largest
+        else entries["head_dim"],
+        "rope_parameters": {
+            "full_attention": rotated,
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        },
+        **entries,
+    }
+
+
+def _phi3(file: GgufFile) -> Entries:
+    entries = _attention(file, _RMS_NORM)
+    size = entries.pop("head_dim")
+    rotated = file.of_model("rope.dimension_count", int, size)
+    entries["rope_parameters"]["partial_rotary_factor"] = rotated / size
+    original = file.of_model("rope.scaling.original_context_length", int, entries["max_position_embeddings"])
+    window = file.of_model("attention.sliding_window", int, 0)
+    return {
+        "model_type": "phi3",
+        "partial_rotary_factor": rotated / size,
+        "original_max_position_embeddings": original,
+        "sliding_window": window or None,
+        **entries,
+    }
+
+
+def _starcoder2(file: GgufFile) -> Entries:
+    entries = _attention(file, {"norm_epsilon": "attention.layer_norm_epsilon"})
+    return {"model_type": "starcoder2", "use_bias": _has(file, "attn_q.bias"), **entries}
+
+
+def _stablelm(file: GgufFile) -> Entries:
+    entries = _attention(file, {"layer_norm_eps": "attention.layer_norm_epsilon"})
+    size = entries.pop("head_dim")
+    rotated = file.of_model("rope.dimension_count", int, size)
+    entries["rope_parameters"]["partial_rotary_factor"] = rotated / size
+    return {
+        "model_type": "stablelm",
+        "use_qkv_bias": _has(file, "attn_q.bias"),
+        "use_parallel_residual": not _has(file, "ffn_norm.weight"),
+        "partial_rotary_factor": rotated / size,
+        **entries,
+    }
+
+
+def _nemotron(file: GgufFile) -> Entries:
+    entries = _attention(file, {"norm_eps": "attention.layer_norm_epsilon"})
+    rotated = file.of_model("rope.dimension_count", int, entries["head_dim"])
+    entries["rope_parameters"]["partial_rotary_factor"] = rotated / entries["head_dim"]
+    biases = {"attention_bias": _has(file, "attn_q.bias"), "mlp_bias": _has(file, "ffn_up.bias")}
+    return {"model_type": "nemotron", "partial_rotary_factor": rotated / entries["head_dim"], **biases, **entries}
+
+
+def _falcon(file: GgufFile) -> Entries:
+    entries = _attention(file, {"layer_norm_epsilon": "attention.layer_norm_epsilon"}, without=("intermediate_size",))
+    groups = entries.pop("num_key_value_heads")
+    del entries["head_dim"]
+    width = file.of_model("feed_forward_length", int, 4 * entries["hidden_size"])
+    new = _has(file, "attn_norm_2.weight")
+    return {
+        "model_type": "falcon",
+        "num_kv_heads": groups,
+        "multi_query": groups == 1 and not new,
+        "new_decoder_architecture": new or groups not in (1, entries["num_attention_heads"]),
+        "num_ln_in_parallel_attn": 2 if new else 1,
+        "parallel_attn": True,
+        "alibi": False,
+        "bias": _has(file, "attn_qkv.bias"),
+        "ffn_hidden_size": width,
+        **entries,
+    }
+
+
+def _gpt2(file: GgufFile) -> Entries:
+    sizes = _sizes(file, {"layer_norm_epsilon": "attention.layer_norm_epsilon"})
+    return {
+        "model_type": "gpt2",
+        "n_embd": sizes["hidden_size"],
+        "n_layer": sizes["num_hidden_layers"],
+        "n_head": sizes["num_attention_heads"],
+        "n_positions": sizes["max_position_embeddings"],
+        "n_inner": sizes["intermediate_size"],
+        "layer_norm_epsilon": sizes["layer_norm_epsilon"],
+    }
+
+
+def _bloom(file: GgufFile) -> Entries:
+    names = {"layer_norm_epsilon": "attention.layer_norm_epsilon"}
+    sizes = _sizes(file, names, without=("max_position_embeddings", "intermediate_size"))
+    return {
+        "model_type": "bloom",
+        "hidden_size": sizes["hidden_size"],
+        "n_layer": sizes["num_hidden_layers"],
+        "n_head": sizes["num_attention_heads"],
+        "layer_norm_epsilon": sizes["layer_norm_epsilon"],
+    }
+
+
+def _mamba(file: GgufFile) -> Entries:
+    names = {
+        "layer_norm_epsilon": "attention.layer_norm_rms_epsilon",
+        "intermediate_size": "ssm.inner_size",
+        "conv_kernel": "ssm.conv_kernel",
+        "state_size": "ssm.state_size",
+        "time_step_rank": "ssm.time_step_rank",
+    }
+    sizes = _sizes(file, names, without=("num_attention_heads", "max_position_embeddings"))
+    if sizes["intermediate_size"] % sizes["hidden_size"]:
+        raise ValueError(f"{file.path}: mamba.ssm.inner_size: expected a multiple of mamba.embedding_length")
+    return {
+        "model_type": "mamba",
+        "expand": sizes.pop("intermediate_size") // sizes["hidden_size"],
+        "use_bias": _has(file, "ssm_in.bias"),
+        "use_conv_bias": _has(file, "ssm_conv1d.bias"),
+        **sizes,
+    }
+
+
+def _lfm2(file: GgufFile) -> Entries:
+    heads = file.of_model("attention.head_count_kv", list)
+    if not heads or not all(type(each) is int and 0 <= each < 1 << 16 for each in heads) or not any(heads):
+        raise ValueError(f"{file.path}: lfm2.attention.head_count_kv: expected the heads of each layer")
+    names = {"conv_L_cache": "shortconv.l_cache", "norm_eps": "attention.layer_norm_rms_epsilon"}
+    return {
+        "model_type": "lfm2",
+        "num_key_value_heads": max(heads),
+        "layer_types": ["full_attention" if each else "conv" for each in heads],
+        "block_auto_adjust_ff_dim": False,
+        "conv_bias": _has(file, "shortconv.in_proj.bias"),
+        "rope_parameters": rope_parameters(file, 0),
+        **_sizes(file, names),
+    }
+
+
+def _t5(file: GgufFile) -> Entries:
+    names = {
+        "d_model": "embedding_length",
+        "d_ff": "feed_forward_length",
+        "d_kv": "attention.key_length",
+        "num_heads": "attention.head_count",
+        "num_layers": "block_count",
+        "layer_norm_epsilon": "attention.layer_norm_rms_epsilon",
+        "relative_attention_num_buckets": "attention.relative_buckets_count",
+    }
+    sizes = _sizes(file, names, without=tuple(_SIZES))
+    own_bias = "dec.blk.1.attn_rel_b.weight" in file.tensors or "enc.blk.1.attn_rel_b.weight" in file.tensors
+    if sizes["num_layers"] > MAX_LAYERS:
+        raise ValueError(f"{file.path}: t5.block_count: expected at most {MAX_LAYERS}")
+    encoder = file.architecture == "t5encoder"
+    kind = "umt5" if own_bias else "t5"
+    gated = "gated-gelu" if "enc.blk.0.ffn_gate.weight" in file.tensors else "relu"
+    return {
+        "model_type": kind,
+        "class": {"t5": "T5", "umt5": "UMT5"}[kind] + ("EncoderModel" if encoder else "ForConditionalGeneration"),
+        "num_decoder_layers": file.of_model("decoder_block_count", int, sizes["num_layers"]),
+        "decoder_start_token_id": file.of_model("decoder_start_token_id", int, 0),
+        "feed_forward_proj": gated,
+        **sizes,
+    }
+
+
+_MAKERS: Mapping[str, Callable[[GgufFile], Entries]] = {
+    "bloom": _bloom,
+    "falcon": _falcon,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "gpt-oss": _gpt_oss,
+    "gpt2": _gpt2,
+    "lfm2": _lfm2,
+    "llama": _llama,
+    "mamba": _mamba,
+    "minimax-m2": _minimax,
+    "nemotron": _nemotron,
+    "phi3": _phi3,
+    "qwen2": _qwen2,
+    "qwen2moe": _qwen2_moe,
+    "qwen3": _qwen3,
+    "qwen3moe": _qwen3_moe,
+    "stablelm": _stablelm,
+    "starcoder2": _starcoder2,
+    "t5": _t5,
+    "t5encoder": _t5,
+}
