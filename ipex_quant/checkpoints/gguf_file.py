@@ -103,13 +103,17 @@ class GgufFile:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that `path` is or, as a directory without other weights, holds; None if there is none.
+    """The GGUF file that `path` is or, as a directory without another model, holds; None if there is none.
 
-    Of a model in several files it is the first. Raises ValueError for a directory with several models.
+    Another model is a config.json with weights in safetensors or .bin files. Of a model in several files it is the
+    first. Raises ValueError for a directory with several models.
     """
     if path.suffix == ".gguf" and path.is_file():
         return path
-    if not path.is_dir() or any(any(path.glob(f"*{suffix}")) for suffix in (".safetensors", ".bin")):
+    if not path.is_dir():
+        return None
+    weights = any(any(path.glob(f"*{suffix}")) for suffix in (".safetensors", ".bin"))
+    if weights and (path / "config.json").is_file():
         return None
     files = sorted(each for each in path.glob("*.gguf") if each.is_file())
     models = [each for each in files if not each.name.startswith("mmproj")]  # parts of a model that see images

@@ -184,6 +184,9 @@ def test_which_file_of_a_directory(path, tmp_path):
     (tmp_path / "other.gguf").write_bytes(b"")
     with pytest.raises(ValueError, match=r"it holds 2 models; give one of model\.gguf, other\.gguf"):
         find_gguf(tmp_path)
+    (tmp_path / "other.gguf").unlink()
     (tmp_path / "model.safetensors").write_bytes(b"")
+    assert find_gguf(tmp_path) == path
+    (tmp_path / "config.json").write_text("{}")
     assert find_gguf(tmp_path) is None
     assert find_gguf(tmp_path / "none") is None

@@ -17,7 +17,9 @@ from transformers.quantizers import auto
 
 import ipex_quant as ipex
 import ipex_quant.llm.utils
+from ipex_quant.checkpoints import find_gguf, open_gguf
 from ipex_quant.checkpoints.registry import FORMATS
+from ipex_quant.llm.gguf import gguf_config
 from ipex_quant.quantization import WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
 DATA = Path(__file__).parent / "data"
@@ -28,23 +30,37 @@ ROWS = (
     (
         "`gptq`",
         "GPTQ versions 1 and 2, act-order, `dynamic`, quantized head",
-        "2, 3, 4 bits: INT4; 8: INT8",
+        "INT2, INT3, INT4, INT8",
         "yes",
         "",
     ),
+    ("`gptq`", "GPTQModel's planes (`gptq_p`), 2 to 8 bits", "INT2 to INT6, INT8", "", ""),
     ("`gptq`", "neural-compressor: round-to-nearest, GPTQ, AWQ, NF4", "INT4, INT8, NF4", "", ""),
+    ("`neural-compressor`", 'its layout "default" (`qconfig.json`)', "INT4, INT8, NF4", "", ""),
     ("`awq`", "AWQ `gemm`", "INT4", "yes", "autoawq_old"),
+    ("`awq`", "AWQ `gemv`, `gemv_fast`, `llm-awq`", "INT4, with float minimums", "", ""),
+    (
+        "a GGUF file",
+        "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, MXFP4, F32, F16, BF16",
+        "INT4, INT5, INT8, FP4, floats",
+        "",
+        "gguf_q5_0",
+    ),
+    ("a GGUF file", "Q2_K to Q6_K, IQ4_NL, IQ4_XS", "INT2 to INT6, IQ4, two-level scales", "", ""),
+    ("`gguf`", "GPTQModel's: GGUF's blocks in safetensors", "as above", "", ""),
+    ("`hqq`", "HQQ, 2 to 8 bits, `axis` 1", "INT2 to INT6, INT8, float minimums", "", ""),
+    ("`quark`", "Quark: INT4, UINT4, INT8, UINT8, FP8, MXFP4", "INT4, INT8, FP8, FP4", "", ""),
     (
         "`auto-round`, `intel/auto-round`",
         "three packings, `extra_config`",
-        "INT4, INT8",
+        "INT2, INT3, INT4, INT8",
         "",
         "ar_autoround_asym_g32",
     ),
     (
         "`compressed-tensors`",
         "`pack-quantized`, 2 to 8 bits, act-order",
-        "to 4 bits: INT4; INT8",
+        "INT2 to INT6, INT8",
         "4, 8 bits",
         "ct_w4a16_actgroup",
     ),
@@ -56,10 +72,10 @@ ROWS = (
         "",
     ),
     ("`compressed-tensors`", "`float-quantized`, `mxfp8-quantized`", "FP8", "`float-quantized`", ""),
-    ("`compressed-tensors`", "`nvfp4-pack-quantized`, `mxfp4-pack-quantized`", "INT8", "", "ct_nvfp4a16"),
+    ("`compressed-tensors`", "`nvfp4-pack-quantized`, `mxfp4-pack-quantized`", "FP4", "", "ct_nvfp4a16"),
     ("`bitsandbytes`", "NF4, FP4, with double quantization; INT8", "NF4, FP8, INT8", "", "bnb_fp4"),
-    ("`fp8`", "DeepSeek's blocks; GPTQModel's rows", "FP8", "", ""),
-    ("`mxfp4`", "gpt-oss's experts", "INT8", "", ""),
+    ("`fp8`", "DeepSeek's blocks, stacked experts; GPTQModel's rows", "FP8", "", ""),
+    ("`mxfp4`", "gpt-oss's experts", "FP4", "", ""),
     ("`torchao`", "INT8, INT4, float8 weight-only, dynamic INT8", "INT8, INT4, FP8", "", ""),
 )
 """Method, what is read, what a weight becomes, what is written, and the checkpoint in `data` of it."""
@@ -74,8 +90,10 @@ def from_directory(directory):
 
 def into_a_float_model(directory):
     checkpoint = ipex.llm.utils.load_low_precision_checkpoint(directory)
-    config = transformers.AutoConfig.from_pretrained(directory)
-    del config.quantization_config
+    gguf = find_gguf(directory)
+    config = gguf_config(open_gguf(gguf)) if gguf else transformers.AutoConfig.from_pretrained(directory)
+    if not gguf:
+        del config.quantization_config
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     mapping = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4)
@@ -97,8 +115,13 @@ def by_transformers(directory):
     return model
 
 
-@pytest.mark.parametrize("way", [from_directory, into_a_float_model, by_transformers])
-@pytest.mark.parametrize("name", NAMES)
+WAYS = [
+    *((name, way) for name in NAMES for way in (from_directory, into_a_float_model)),
+    *((name, by_transformers) for name in NAMES if not find_gguf(DATA / name)),
+]
+
+
+@pytest.mark.parametrize(("name", "way"), WAYS)
 def test_logits_are_the_true_ones(name, way):
     truth = load_file(DATA / name / "truth.safetensors")
     model = way(DATA / name)
@@ -107,7 +130,7 @@ def test_logits_are_the_true_ones(name, way):
     torch.testing.assert_close(logits, truth["logits"].float(), **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["bnb_fp4", "ct_nvfp4a16"])
+@pytest.mark.parametrize("name", ["bnb_fp4", "ct_nvfp4a16", "gguf_q5_0"])
 def test_what_was_read_is_saved_and_comes_back(name, tmp_path):
     model = from_directory(DATA / name)
     ipex.llm.save(model, tmp_path)
