@@ -61,7 +61,6 @@ USED = {
     "torch.nn.Module()._non_persistent_buffers_set": None,
     "torch.nn.Module()._parameters": None,
     "torch.nn.modules.conv._ConvNd": None,
-    "torch.nn.modules.dropout._DropoutNd": None,
     "torch.nn.LSTM._update_flat_weights": "self",
     "torch.ops.aten.add.Tensor._schema.arguments": None,
     "torch.ops.mkldnn._convolution_pointwise": None,
