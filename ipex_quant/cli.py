@@ -350,18 +350,10 @@ def _float_model(options: argparse.Namespace, directory: Path, dtype: str) -> Pr
 
 def _tokenizer(options: argparse.Namespace, directory: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in `directory`, or in a GGUF file; None for a model of images or sounds without one."""
-    from transformers import AutoTokenizer
-
-    from .checkpoints import find_gguf, open_gguf
-    from .llm.gguf import gguf_tokenizer
-
-    gguf = find_gguf(directory)
-    if gguf is not None:
-        return gguf_tokenizer(open_gguf(gguf))
-    names = {file.name for file in _model_directory(directory).iterdir()}
+    names = {file.name for file in directory.iterdir()} if directory.is_dir() else set()
     if names.intersection(PROCESSOR_FILES) and not names & {"tokenizer_config.json", "tokenizer.json"}:
         return None
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=options.trust_remote_code)
+    return ipex.llm.load_tokenizer(directory, options.trust_remote_code)
 
 
 def _save(model: PreTrainedModel, out: Path, tokenizer: PreTrainedTokenizerBase | None, source: Path) -> None:
