@@ -31,7 +31,7 @@ MESSAGE_LENGTH = 1000
 MODEL_HELP = (
     "result of `ipex-quant quantize`, a checkpoint that another tool quantized, or a float model; or its id in the hub"
 )
-EXPORT_FORMATS = ("gptq", "awq", "compressed-tensors")
+EXPORT_FORMATS = ("gptq", "awq", "compressed-tensors", "gguf")
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     *("vocab.*", "merges.txt", "*.model", "*.tiktoken"),
@@ -272,8 +272,11 @@ def _export(options: argparse.Namespace) -> int:
         raise ValueError(f"{directory}: expected a quantized model, got a float one; run `ipex-quant quantize` first")
     with new_directory(options.out, "--out") as out:
         model = _any_model(options)
-        ipex.llm.export(model, out, options.format)
-        _copy(directory, out, (*TOKENIZER_FILES, *PROCESSOR_FILES, *("*.py",) * options.trust_remote_code))
+        if options.format == "gguf":
+            ipex.llm.export(model, out, options.format, _tokenizer(options, directory))
+        else:
+            ipex.llm.export(model, out, options.format)
+            _copy(directory, out, (*TOKENIZER_FILES, *PROCESSOR_FILES, *("*.py",) * options.trust_remote_code))
         size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{options.out}: {options.format}, {size / 1e6:.1f} MB")
     return 0
