@@ -28,7 +28,7 @@ FAILED = 1
 BAD_INPUT = 2
 DTYPES = ("bfloat16", "float16", "float32")
 MESSAGE_LENGTH = 1000
-MODEL_HELP = "result of `ipex-quant quantize`, a checkpoint that another tool quantized, or a float model"
+MODEL_HELP = "result of `ipex-quant quantize`, a checkpoint that another tool quantized, a GGUF file, or a float model"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """Files of processors that make model inputs from images and sounds."""
 

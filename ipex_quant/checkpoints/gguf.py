@@ -25,6 +25,9 @@ from .gguf_file import GgufFile, GgufTensor
 from .gguf_names import ARCHITECTURES, IGNORED, Place, architecture_of, place_of
 from .tensors import check, check_rank, require
 
+MANY_LAYERS = 1 << 31
+"""Layers of a file that does not say how many."""
+
 _WEIGHT = "qweight"
 _FORMAT = re.compile(r"^(?P<family>i?q)(?P<bits>\d?)_(?P<variant>0|1|k|nl|xs)(?:_(?:xs|s|m|l))?$")
 
@@ -96,11 +99,13 @@ def gguf_tensors(file: GgufFile) -> dict[str, Stored]:
         )
     result: dict[str, Stored] = {}
     unknown = []
+    layers = file.of_model("block_count", int, MANY_LAYERS)
+    layers = max(layers, file.of_model("decoder_block_count", int, layers))
     for name, tensor in file.tensors.items():
         place = place_of(architecture, name)
         if name.endswith(IGNORED):
             continue
-        if place is None:
+        if place is None or layers <= (place.layer or 0):
             unknown.append(name)
             continue
         for new, stored in _placed(file, name, tensor, place):

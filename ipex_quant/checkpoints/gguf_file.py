@@ -105,7 +105,8 @@ class GgufFile:
 def find_gguf(path: Path) -> Path | None:
     """The GGUF file that `path` is or, as a directory without another model, holds; None if there is none.
 
-    Another model is a config.json with weights in safetensors or .bin files. Of a model in several files it is the first. Raises ValueError for a directory with several models.
+    Another model is a config.json with weights in safetensors or .bin files. Of a model in several files it is the
+    first. Raises ValueError for a directory with several models.
     """
     if path.suffix == ".gguf" and path.is_file():
         return path

@@ -51,13 +51,17 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor belongs: `module` (with ``*`` for the expert) and `key`, and what is done to it before."""
+    """Where a tensor belongs: `module` (with ``*`` for the expert) and `key`, and what is done to it before.
+
+    `layer` is the number of its layer, if it is in one.
+    """
 
     module: str
     key: str
     rows: Rows | None
     values: Values | None
     quantizable: bool
+    layer: int | None
 
 
 def architecture_of(file: GgufFile) -> Architecture | None:
@@ -89,6 +93,7 @@ def place_of(architecture: Architecture, name: str) -> Place | None:
         architecture.rows.get(stem),
         _transpose if key == "weight" and stem in architecture.transposed else changed,
         key == "weight" and stem not in architecture.floats,
+        int(found["number"]) if found else None,
     )
 
 
