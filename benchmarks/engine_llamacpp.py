@@ -91,13 +91,14 @@ class Engine:
     """A GGUF model. `generate` is greedy and does not stop at an end token."""
 
     def __init__(self, path: str, threads: int) -> None:
-        self.size = os.path.getsize(path)
+        self.size, start = os.path.getsize(path), time.perf_counter()
         sizes = {"n_ctx": CONTEXT, "n_batch": 512, "n_threads": threads, "n_threads_batch": threads}
         self.model = llama_cpp.Llama(path, **sizes, flash_attn=True)  # faster, and the default of llama.cpp's tools
-        self.vocabulary = self.model.n_vocab()
+        self.vocabulary, self.seconds = self.model.n_vocab(), time.perf_counter() - start
+        self.path, self.sizes = path, sizes
 
     def describe(self) -> dict[str, Any]:
-        return {"weight_bytes": self.size, "version": f"llama-cpp-python {llama_cpp.__version__}"}
+        return {"weight_bytes": self.size, "loading_seconds": self.seconds, "version": f"llama-cpp-python {llama_cpp.__version__}"}
 
     def generate(self, prompt: int, new_tokens: int, seed: int) -> dict[str, float]:
         ids = prompt_ids(prompt, self.vocabulary, seed)
@@ -111,6 +112,19 @@ class Engine:
             token = self._best()
         last = time.perf_counter()
         return {"prefill": first - start, "decode": (last - first) / (new_tokens - 1)}
+
+    def loss(self, windows: list[list[int]]) -> dict[str, float]:
+        """Sum of the negative log-likelihoods of all tokens of the windows but their first ones."""
+        model = llama_cpp.Llama(self.path, **self.sizes, logits_all=True, verbose=False)
+        total = 0.0
+        for window in windows:
+            model.reset()
+            model.eval(window)
+            logits = model.scores[: len(window) - 1].astype(np.float64)
+            highest = logits.max(axis=1, keepdims=True)
+            normalizer = highest[:, 0] + np.log(np.exp(logits - highest).sum(axis=1))
+            total += float((normalizer - logits[np.arange(len(window) - 1), window[1:]]).sum())
+        return {"loss": total}
 
     def _best(self) -> int:
         logits = llama_cpp.llama_get_logits_ith(self.model.ctx, -1)

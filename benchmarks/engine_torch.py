@@ -55,9 +55,8 @@ def build(shape: Shape | None, weights: str, stack: str, kv_cache: str | None) -
 class Engine:
     """A transformers model."""
 
-    def __init__(self, model: PreTrainedModel, stack: str, compiled: bool) -> None:
-        self.model = model
-        self.linears = Linears(model, fused=stack == "ours")
+    def __init__(self, model: PreTrainedModel, stack: str, compiled: bool, seconds: float) -> None:
+        self.model, self.stack, self.seconds = model, stack, seconds
         model.generation_config.eos_token_id = None  # so that generation does not stop early
         model.generation_config.pad_token_id = 0
         if compiled:
@@ -74,6 +73,7 @@ class Engine:
             "weight_bytes": model_bytes(self.model),
             "linear_bytes": linears,
             "times_gemm": True,
+            "loading_seconds": self.seconds,
             "version": f"torch {torch.__version__}, transformers {transformers.__version__}",
         }
 
@@ -88,14 +88,24 @@ class Engine:
             self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=beams)
             return {"total": time.perf_counter() - start}
 
+    def loss(self, windows: list[list[int]]) -> dict[str, float]:
+        """Sum of the negative log-likelihoods of all tokens of the windows but their first ones."""
+        total = 0.0
+        with torch.inference_mode():
+            for window in windows:
+                ids = torch.tensor([window])
+                logits = self.model(input_ids=ids).logits[0, :-1].float()
+                total += float(nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        return {"loss": total}
+
     def gemm(self, prompt: int, repeats: int = 8) -> dict[str, float]:
         """Seconds of the linears alone: of a prefill with `prompt` tokens and of a decode step."""
-        hidden = self.model.config.hidden_size
+        hidden, linears = self.model.config.hidden_size, Linears(self.model, fused=self.stack == "ours")
         many, one = torch.randn(1, prompt, hidden).to(DTYPE), torch.randn(1, 1, hidden).to(DTYPE)
         with torch.inference_mode():
             return {
-                "prefill": self.linears.seconds(many),
-                "decode": statistics.median(self.linears.seconds(one) for _ in range(repeats)),
+                "prefill": linears.seconds(many),
+                "decode": statistics.median(linears.seconds(one) for _ in range(repeats)),
             }
 
 
@@ -135,17 +145,29 @@ class Linears:
         return time.perf_counter() - start
 
 
+def file_model(path: str, lowp_mode: str) -> PreTrainedModel:
+    """The model in a GGUF file; "NONE" computes in bfloat16, "INT8" with activations in INT8."""
+    mapping = quantization.get_weight_only_quant_qconfig_mapping(
+        weight_dtype=quantization.WoqWeightDtype.INT4, lowp_mode=quantization.WoqLowpMode[lowp_mode]
+    )
+    return llm.from_pretrained(path, dtype=DTYPE, quantization_config=mapping)
+
+
 def load(
     shape: Shape | None,
-    weights: str,
-    stack: str,
     threads: int,
+    weights: str = "bf16",
+    stack: str = "ours",
     kv_cache: str | None = None,
     compiled: bool = False,
+    path: str | None = None,
+    lowp_mode: str = "NONE",
     **_: Any,
 ) -> Engine:
     torch.set_num_threads(threads)
-    return Engine(build(shape, weights, stack, kv_cache), stack, compiled)
+    start = time.perf_counter()
+    model = build(shape, weights, stack, kv_cache) if path is None else file_model(path, lowp_mode)
+    return Engine(model, stack, compiled, time.perf_counter() - start)
 
 
 if __name__ == "__main__":

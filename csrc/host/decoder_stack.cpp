@@ -12,12 +12,6 @@ int64_t bytes_of(const DecoderArgs& call, int64_t columns) { return call.rows * 
 
 void widen(int64_t& size, int64_t other) { size = std::max(size, other); }
 
-std::vector<GemmArgs> gemms(const std::vector<WeightArgs>& weights, const Staged& staged) {
-  std::vector<GemmArgs> result;
-  for (const WeightArgs& weight : weights) result.push_back({&weight.geometry, weight.tiles, &staged, {}});
-  return result;
-}
-
 }  // namespace
 
 Workspace WorkspaceSizes::take(Memory& memory) const {
@@ -36,28 +30,55 @@ Workspace WorkspaceSizes::take(Memory& memory) const {
 // ------------------------------------------------------------------------------------------------------ linears
 TeamLinears::TeamLinears(const LinearsArgs& args, const DecoderArgs& call, bool together, int64_t threads)
     : args_(args),
-      plan_(make_plan(args.weights[0].geometry, {call.type, call.lowp_mode, call.act_quant_mode, args.group_size,
-                                                 call.rows, kernels().bf16_dot})),
+      stagings_(stagings_of(args_, call)),
       together_(together),
-      weights_(gemms(args_.weights, plan_.staged)),
+      weights_(gemms()),
       tasks_(count_tiles(weights_, together_), threads) {}
 
+std::vector<TeamLinears::Staging> TeamLinears::stagings_of(const LinearsArgs& args, const DecoderArgs& call) {
+  std::vector<Staging> stagings;
+  for (size_t i = 0; i < args.weights.size(); ++i) {
+    const WeightArgs &own = args.weights[i], &last = args.weights[i ? i - 1 : 0];
+    if (i && own.geometry.dtype == last.geometry.dtype && own.group_size == last.group_size) continue;
+    const WoqCall woq{call.type, call.lowp_mode, call.act_quant_mode, own.group_size, call.rows, kernels().bf16_dot};
+    stagings.push_back({make_plan(own.geometry, woq), {}, i});
+  }
+  return stagings;
+}
+
+std::vector<GemmArgs> TeamLinears::gemms() const {
+  std::vector<GemmArgs> result;
+  auto staging = stagings_.begin();
+  for (size_t i = 0; i < args_.weights.size(); ++i) {
+    if (staging + 1 != stagings_.end() && (staging + 1)->weight == i) ++staging;
+    result.push_back({&args_.weights[i].geometry, args_.weights[i].tiles, &staging->plan.staged, {}});
+  }
+  return result;
+}
+
 void TeamLinears::add_to(WorkspaceSizes& sizes) const {
-  widen(sizes.staged, staged_bytes(plan_));
-  widen(sizes.ranges, ranges_bytes(plan_));
-  widen(sizes.scratch, stage_scratch(args_.weights[0].geometry, plan_.staged));
+  int64_t staged = 0;
+  for (const Staging& staging : stagings_) {
+    staged += staged_bytes(staging.plan);
+    widen(sizes.ranges, ranges_bytes(staging.plan));
+    widen(sizes.scratch, stage_scratch(args_.weights[staging.weight].geometry, staging.plan.staged));
+  }
+  widen(sizes.staged, staged);
 }
 
 void TeamLinears::bind(const void* x, const std::vector<Output>& outputs, const Workspace& workspace) {
-  const WoqGeometry& geometry = args_.weights[0].geometry;
-  place_buffers(plan_, workspace.staged);
-  stage_.x = x;
-  stage_.type = outputs[0].type;
-  stage_.perm = args_.perm;
-  stage_.range_scope = plan_.range_scope;
-  stage_.ranges = workspace.ranges;
-  stage_.geometry = &geometry;
-  stage_.staged = &plan_.staged;
+  uint8_t* staged = workspace.staged;
+  for (Staging& staging : stagings_) {
+    place_buffers(staging.plan, staged);
+    staged += staged_bytes(staging.plan);
+    staging.args = {x,
+                    outputs[0].type,
+                    args_.perm,
+                    staging.plan.range_scope,
+                    workspace.ranges,
+                    &args_.weights[staging.weight].geometry,
+                    &staging.plan.staged};
+  }
   for (size_t i = 0; i < outputs.size(); ++i) {
     weights_[i].output = outputs[i];
     weights_[i].output.n = weights_[i].output.stride = args_.weights[i].geometry.n;
@@ -67,13 +88,15 @@ void TeamLinears::bind(const void* x, const std::vector<Output>& outputs, const 
 
 // If rows share a quantization range, the first thread stages them all.
 Tasks TeamLinears::rows_of(const TeamThread& thread) const {
-  if (!ranges_cross_rows(plan_)) return thread.share(plan_.staged.rows);
-  return {0, thread.begin == 0 ? plan_.staged.rows : 0};
+  const WoqPlan& plan = stagings_[0].plan;
+  if (!ranges_cross_rows(plan)) return thread.share(plan.staged.rows);
+  return {0, thread.begin == 0 ? plan.staged.rows : 0};
 }
 
 void TeamLinears::stage(Tasks rows, uint8_t* scratch) const {
   if (rows.begin == rows.end) return;
-  stage_rows(plan_, stage_, [&](auto stage_some) { stage_some(rows, scratch); });
+  for (const Staging& staging : stagings_)
+    stage_rows(staging.plan, staging.args, [&](auto stage_some) { stage_some(rows, scratch); });
 }
 
 LinesAhead TeamLinears::ahead(const TeamThread& thread) const {
@@ -91,7 +114,7 @@ LinesAhead TeamLinears::ahead(const TeamThread& thread) const {
 
 void TeamLinears::multiply(const TeamThread& thread) {
   const KernelTable& table = kernels();
-  const int64_t rows = plan_.staged.rows;
+  const int64_t rows = stagings_[0].plan.staged.rows;
   for (Tasks tasks = tasks_.next(thread.begin); tasks.begin < tasks.end; tasks = tasks_.next(thread.begin))
     for_each_weight(weights_, together_, tasks, [&](const GemmArgs& weight, Tasks own) {
       for (int64_t tile = own.begin; tile < own.end; ++tile) table.gemm_tile(weight, tile, 0, rows, nullptr);

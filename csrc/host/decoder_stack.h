@@ -13,14 +13,14 @@ namespace ipex_quant {
 
 struct WeightArgs {
   WoqGeometry geometry;
+  int64_t group_size;  // as in the header
   const uint8_t* tiles;
   const float* bias;  // [n] or null
 };
 
-// Weights of one input, of one dtype and group size, that see its features in one order.
+// Weights of one input that see its features in one order.
 struct LinearsArgs {
   std::vector<WeightArgs> weights;
-  int64_t group_size;
   const int32_t* perm;
 };
 
@@ -80,7 +80,8 @@ struct WorkspaceSizes {
   Workspace take(Memory& memory) const;  // without the scratch of the threads
 };
 
-// Matmuls of one input with some weights: first every thread prepares its rows, then all multiply.
+// Matmuls of one input with some weights: first every thread prepares its rows, for each run of weights of one dtype
+// and group size, then all multiply.
 class TeamLinears {
  public:
   TeamLinears(const LinearsArgs& args, const DecoderArgs& call, bool together, int64_t threads);
@@ -98,9 +99,16 @@ class TeamLinears {
   int64_t in_features() const { return args_.weights[0].geometry.k; }
 
  private:
+  struct Staging {
+    WoqPlan plan;
+    StageArgs args;
+    size_t weight;  // the first that reads it
+  };
+  static std::vector<Staging> stagings_of(const LinearsArgs& args, const DecoderArgs& call);
+  std::vector<GemmArgs> gemms() const;
+
   LinearsArgs args_;
-  WoqPlan plan_;
-  StageArgs stage_{};
+  std::vector<Staging> stagings_;
   const bool together_;
   std::vector<GemmArgs> weights_;  // their outputs once they are bound
   SharedTasks tasks_;

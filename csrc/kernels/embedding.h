@@ -16,7 +16,7 @@ inline void gather_row(const GatherArgs& args, int64_t i, uint8_t* out, uint8_t*
   for (GroupWalk at(g, args.tiles + args.rows[i] / kTileN * g.tile_bytes); at.more(); at.advance()) {
     const uint8_t* set = at.codes();
     for (int64_t k = 0; k < g.padded(at.group); k += line_k(Dtype), set += line_set_bytes(Dtype))
-      get_codes(Dtype, set, column, slots + k);
+      get_codes<Dtype>(set, column, slots + k);
     const GroupHead head(g, at);
     const vf scale = set1_f(head.scale_of(column)), zero = set1_f(float(head.zero_of(column)));
     const vf minimum = set1_f(head.minimums ? head.minimum_of(column) : 0.0f);

@@ -33,13 +33,6 @@ constexpr bool is_narrow(int dtype) { return (is_integer(dtype) && dtype != kInt
 static_assert(2 * 255 * max_zero(kInt6) < 1 << 15, "u8 activations times codes less their zero point");
 static_assert(255 * 255 * kMaxByteFold < int64_t(1) << 31, "a fold fits int32");
 
-// Calls f(Index<dtype>).
-template <int Dtype = kInt8, class F>
-inline void for_dtype(int32_t dtype, F f) {
-  if (Dtype == kLastDtype || dtype == Dtype) return f(Index<Dtype>{});
-  if constexpr (Dtype < kLastDtype) for_dtype<Dtype + 1>(dtype, f);
-}
-
 // QLoRA's 4-bit NormalFloat levels (Dettmers et al. 2023), as bitsandbytes rounds them.
 constexpr float kNf4Levels[16] = {-1.0f,
                                   -0.6961928009986877f,
@@ -176,6 +169,14 @@ class FoldCursor {
   int64_t k_ = 0;
 };
 
+// Of bits that stay in their bytes; by a negative number to the right.
+template <int Bits>
+inline vi shift_left(vi x) {
+  if constexpr (Bits > 0) return sll_i<Bits>(x);
+  if constexpr (Bits < 0) return srl_i<-Bits>(x);
+  return x;
+}
+
 // The codes of a set of code lines as unsigned bytes, those of a table with `offset` added to its values.
 template <int Dtype>
 struct CodeBytes {
@@ -201,13 +202,13 @@ struct CodeBytes {
       codes = and_i(srl_i<Piece % 2 * 4>(line), set1_i(0x0F0F0F0F));
     }
     if constexpr (kPlanes.two >= 0) {
-      const vi bits = and_i(srl_i<2 * Piece>(load_i(set + kPlanes.two + 4 * column)), set1_i(0x03030303));
-      codes = or_i(codes, sll_i<kUp>(bits));
+      const vi line = load_i(set + kPlanes.two + 4 * column);
+      codes = or_i(codes, shift_left<kUp - 2 * Piece>(and_i(line, set1_i(int32_t(0x03030303u << 2 * Piece)))));
     }
     if constexpr (kPlanes.one >= 0) {
       const vi line = load_i(set + kPlanes.one + column / 32 * kLineBytes + column % 16 * 4);
-      const vi bits = and_i(srl_i(line, Piece + int(column / 16 % 2 * 4)), set1_i(0x01010101));
-      codes = or_i(codes, sll_i<(kUp ? kUp : 2)>(bits));
+      const vi own = srl_i(line, int(column / 16 % 2 * 4));
+      codes = or_i(codes, shift_left<(kUp ? kUp : 2) - Piece>(and_i(own, set1_i(0x01010101 << Piece))));
     }
     if constexpr (has_table(Dtype)) return lookup(table, codes);
     return codes;

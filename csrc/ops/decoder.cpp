@@ -131,7 +131,7 @@ class LayerReader {
 
   // Reads the next `count` weights, which share one input; `in` or `out` below 0 allow any number of features.
   LinearsArgs linears(int64_t count, int64_t in, int64_t out = -1) {
-    LinearsArgs args{{}, -1, nullptr};
+    LinearsArgs args{{}, nullptr};
     for (int64_t i = 0; i < count; ++i, ++weight_) {
       const Tensor& packed = tensors_.packed.at(layer_, weight_);
       const WoqHeader header = read_header(packed);
@@ -140,12 +140,9 @@ class LayerReader {
       const float* bias = tensors_.biases.given()
                               ? optional_vector("biases", tensors_.biases.at(layer_, weight_), header.out_features)
                               : nullptr;
-      args.weights.push_back(
-          {geometry_of(header, packed), static_cast<const uint8_t*>(packed.const_data_ptr()) + sizeof header, bias});
-      if (i == 0) args.group_size = header.group_size;
-      IPEX_QUANT_CHECK(header.group_size == args.group_size && header.dtype == args.weights[0].geometry.dtype &&
-                           header.in_features == args.weights[0].geometry.k,
-                       "packed: expected weights of one input with one dtype and group size");
+      args.weights.push_back({geometry_of(header, packed), header.group_size,
+                              static_cast<const uint8_t*>(packed.const_data_ptr()) + sizeof header, bias});
+      IPEX_QUANT_CHECK(header.in_features == args.weights[0].geometry.k, "packed: expected weights of one input");
     }
     if (tensors_.perms.given())
       args.perm = perm_data("perms", tensors_.perms.at(layer_, group_), args.weights[0].geometry.k);

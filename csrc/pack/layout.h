@@ -23,6 +23,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace ipex_quant {
 
@@ -162,6 +163,15 @@ inline int64_t byte_code_offset(int64_t k, int64_t column) {
   return (k / 4 * 4 + column / 16) * kLineBytes + column % 16 * 4 + k % 4;
 }
 
+// Calls f(std::integral_constant) of the dtype.
+template <int32_t Dtype = kInt8, class F>
+static inline void for_dtype(int32_t dtype, F f) {
+  if constexpr (Dtype < kLastDtype) {
+    if (dtype != Dtype) return for_dtype<Dtype + 1>(dtype, f);
+  }
+  f(std::integral_constant<int32_t, Dtype>{});
+}
+
 // Where the planes of bits lie in a set of code lines that is no line of bytes; -1: there is no such plane.
 struct Planes {
   int64_t four, two, one;
@@ -184,23 +194,28 @@ constexpr Planes planes_of(int32_t dtype) {
 // The four codes of a column at place `piece` of a set of code lines, k = 4 * piece + 0..3: f(offset, shift, mask, up)
 // is called for every word at `offset` that has bits of them, ((word >> shift) & mask) << up. Not shared between files:
 // each keeps a copy compiled with its own flags.
-template <class F>
-static inline void for_each_plane(int32_t dtype, int64_t piece, int64_t column, F f) {
+template <int32_t Dtype, class F>
+static inline void for_each_plane(int64_t piece, int64_t column, F f) {
   const int64_t lane = column % 16 * 4, line = column / 16 * kLineBytes;
-  if (code_bits(dtype) == 8) return f(4 * kLineBytes * piece + line + lane, 0, ~0u, 0);
-  const Planes planes = planes_of(dtype);
-  if (planes.four >= 0) f(planes.four + 4 * kLineBytes * (piece / 2) + line + lane, int(piece % 2 * 4), 0x0F0F0F0Fu, 0);
-  const int up = planes.four >= 0 ? 4 : 0;
-  if (planes.two >= 0) f(planes.two + line + lane, int(piece * 2), 0x03030303u, up);
-  if (planes.one >= 0)
-    f(planes.one + column / 32 * kLineBytes + lane, int(piece + column / 16 % 2 * 4), 0x01010101u, up ? up : 2);
+  if constexpr (code_bits(Dtype) == 8) {
+    f(4 * kLineBytes * piece + line + lane, 0, ~0u, 0);
+  } else {
+    constexpr Planes planes = planes_of(Dtype);
+    constexpr int up = planes.four >= 0 ? 4 : 0;
+    if constexpr (planes.four >= 0)
+      f(planes.four + 4 * kLineBytes * (piece / 2) + line + lane, int(piece % 2 * 4), 0x0F0F0F0Fu, 0);
+    if constexpr (planes.two >= 0) f(planes.two + line + lane, int(piece * 2), 0x03030303u, up);
+    if constexpr (planes.one >= 0)
+      f(planes.one + column / 32 * kLineBytes + lane, int(piece + column / 16 % 2 * 4), 0x01010101u, up ? up : 2);
+  }
 }
 
 // The codes of one column of a set of code lines, one a byte: line_k of them.
-static inline void get_codes(int32_t dtype, const uint8_t* set, int64_t column, uint8_t* slots) {
-  for (int64_t piece = 0; 4 * piece < line_k(dtype); ++piece) {
+template <int32_t Dtype>
+static inline void get_codes(const uint8_t* set, int64_t column, uint8_t* slots) {
+  for (int64_t piece = 0; 4 * piece < line_k(Dtype); ++piece) {
     uint32_t codes = 0;
-    for_each_plane(dtype, piece, column, [&](int64_t offset, int shift, uint32_t mask, int up) {
+    for_each_plane<Dtype>(piece, column, [&](int64_t offset, int shift, uint32_t mask, int up) {
       uint32_t word;
       std::memcpy(&word, set + offset, 4);
       codes |= (word >> shift & mask) << up;

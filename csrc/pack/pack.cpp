@@ -51,11 +51,12 @@ void write_row(const PackArgs& args, int64_t row, const uint8_t* slots, uint8_t*
 }
 
 // The inverse of get_codes, into zeros.
-void put_codes(int32_t dtype, uint8_t* set, int64_t column, const uint8_t* slots) {
-  for (int64_t piece = 0; 4 * piece < line_k(dtype); ++piece) {
+template <int32_t Dtype>
+void put_codes(uint8_t* set, int64_t column, const uint8_t* slots) {
+  for (int64_t piece = 0; 4 * piece < line_k(Dtype); ++piece) {
     uint32_t codes;
     std::memcpy(&codes, slots + 4 * piece, 4);
-    for_each_plane(dtype, piece, column, [&](int64_t offset, int shift, uint32_t mask, int up) {
+    for_each_plane<Dtype>(piece, column, [&](int64_t offset, int shift, uint32_t mask, int up) {
       uint32_t word;
       std::memcpy(&word, set + offset, 4);
       word |= (codes >> up & mask) << shift;
@@ -128,29 +129,8 @@ int64_t rows_of(const WoqGeometry& g, int64_t tile) {
   return g.n - tile * kTileN < kTileN ? g.n - tile * kTileN : kTileN;
 }
 
-}  // namespace
-
-bool fits_half(const float* numbers, int64_t count) {
-  for (int64_t i = 0; i < count; ++i)
-    if (half_to_float(float_to_half(numbers[i])) != numbers[i]) return false;
-  return true;
-}
-
-bool fits_power(const float* numbers, int64_t count) {
-  for (int64_t i = 0; i < count; ++i)
-    if (power_of_byte(power_byte(numbers[i])) != numbers[i] || std::signbit(numbers[i])) return false;
-  return true;
-}
-
-bool fits_super(int32_t type, const float* numbers, const float* supers, int64_t count, int64_t super_groups) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float super = supers[i / super_groups];
-    if (factor_of_byte(type, factor_byte(type, numbers[i], super)) * super != numbers[i]) return false;
-  }
-  return true;
-}
-
-void pack_tile(const PackArgs& args, int64_t tile, uint8_t* scratch) {
+template <int32_t Dtype>
+void pack_typed_tile(const PackArgs& args, int64_t tile, uint8_t* scratch) {
   const WoqGeometry& g = *args.geometry;
   const PlainWeight& plain = args.plain;
   uint8_t* to = args.tiles + tile * g.tile_bytes;
@@ -174,13 +154,14 @@ void pack_tile(const PackArgs& args, int64_t tile, uint8_t* scratch) {
       uint8_t* offsets = head + kTileN * g.scale_bytes();
       if (plain.zero_points) offsets[column] = uint8_t(plain.zero_points[i] + byte_offset(g.dtype));
       if (plain.minimums) put_scale(g.scale_type, offsets, column, plain.minimums[i], super_minimum);
-      for (int64_t k = 0; k < g.padded(at.group); k += line_k(g.dtype), codes += line_set_bytes(g.dtype))
-        put_codes(g.dtype, codes, column, scratch + at.start + k);
+      for (int64_t k = 0; k < g.padded(at.group); k += line_k(Dtype), codes += line_set_bytes(Dtype))
+        put_codes<Dtype>(codes, column, scratch + at.start + k);
     }
   }
 }
 
-void unpack_tile(const PackArgs& args, int64_t tile, uint8_t* scratch) {
+template <int32_t Dtype>
+void unpack_typed_tile(const PackArgs& args, int64_t tile, uint8_t* scratch) {
   const WoqGeometry& g = *args.geometry;
   const PlainWeight& plain = args.plain;
   for (int64_t column = 0; column < rows_of(g, tile); ++column) {
@@ -200,11 +181,41 @@ void unpack_tile(const PackArgs& args, int64_t tile, uint8_t* scratch) {
       const uint8_t* offsets = head + kTileN * g.scale_bytes();
       if (plain.zero_points) plain.zero_points[i] = int16_t(offsets[column] - byte_offset(g.dtype));
       if (plain.minimums) plain.minimums[i] = get_scale(g.scale_type, offsets, column, super_minimum);
-      for (int64_t k = 0; k < g.padded(at.group); k += line_k(g.dtype), codes += line_set_bytes(g.dtype))
-        get_codes(g.dtype, codes, column, scratch + at.start + k);
+      for (int64_t k = 0; k < g.padded(at.group); k += line_k(Dtype), codes += line_set_bytes(Dtype))
+        get_codes<Dtype>(codes, column, scratch + at.start + k);
     }
     write_row(args, row, scratch, scratch + g.padded_k);
   }
+}
+
+}  // namespace
+
+bool fits_half(const float* numbers, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (half_to_float(float_to_half(numbers[i])) != numbers[i]) return false;
+  return true;
+}
+
+bool fits_power(const float* numbers, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (power_of_byte(power_byte(numbers[i])) != numbers[i] || std::signbit(numbers[i])) return false;
+  return true;
+}
+
+bool fits_super(int32_t type, const float* numbers, const float* supers, int64_t count, int64_t super_groups) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float super = supers[i / super_groups];
+    if (factor_of_byte(type, factor_byte(type, numbers[i], super)) * super != numbers[i]) return false;
+  }
+  return true;
+}
+
+void pack_tile(const PackArgs& args, int64_t tile, uint8_t* scratch) {
+  for_dtype(args.geometry->dtype, [&](auto dtype) { pack_typed_tile<dtype.value>(args, tile, scratch); });
+}
+
+void unpack_tile(const PackArgs& args, int64_t tile, uint8_t* scratch) {
+  for_dtype(args.geometry->dtype, [&](auto dtype) { unpack_typed_tile<dtype.value>(args, tile, scratch); });
 }
 
 }  // namespace ipex_quant

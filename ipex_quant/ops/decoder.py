@@ -27,7 +27,7 @@ class DecoderWeights(NamedTuple):
     """Weights of several layers, layer after layer; an empty list stands for None in every position.
 
     - `packed`: data of packed weights; in each layer Q/K/V projections, output projection, MLP inputs, MLP output.
-      Weights with the same input have one dtype and group size. `biases` are float32, one or None for each.
+      Weights with the same input may differ in dtype and group size. `biases` are float32, one or None for each.
     - `perms`: `PackedWeight.perm` of each of the four different inputs in a layer, or None.
     - `norms`, `norm_biases`: of attention and MLP, ``[K]``, in the dtype of the input or float32.
     - `head_norms`: of queries and keys, ``[D]``, RMS or layer norms like the others.

@@ -228,7 +228,7 @@ def test_a_failure_leaves_nothing_behind(model, samples, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"wbits": 3}, r"wbits: expected one of \[4, 8\], got 3"),
+        ({"wbits": 5}, r"wbits: expected one of \[2, 3, 4, 8\], got 5"),
         ({"group_size": 24}, "group_size: expected -1"),
         ({"percdamp": -1}, "percdamp: expected 0 to 10"),
         ({"compression_dtype": torch.int8}, r"compression_dtype: GPTQ files hold torch\.int32 words, got torch\.int8"),

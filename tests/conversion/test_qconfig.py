@@ -91,8 +91,8 @@ def test_powers_of_two_are_taken(group_size):
 
 
 def test_unknown_values_raise():
-    with pytest.raises(ValueError, match="Invalid weight data type for weight only quantization: 9"):
-        qconfig(weight_dtype=9)
+    with pytest.raises(ValueError, match="Invalid weight data type for weight only quantization: 99"):
+        qconfig(weight_dtype=99)
 
 
 def test_int8_compute_needs_an_activation_mode():

@@ -239,7 +239,7 @@ def test_stacks_that_do_not_fit_raise():
     [
         ({"act_order": True}, "act_order: expected two of true or false"),
         ({"bias": [True, "no"]}, "bias: expected two of true or false"),
-        ({"weight_dtype": "int3"}, "expected one of"),
+        ({"weight_dtype": "int7"}, "expected one of"),
         ({"lowp_mode": "int8"}, "lowp_mode int8 quantizes activations"),
     ],
 )

@@ -13,7 +13,14 @@ from collections.abc import Iterator
 
 import torch
 from safetensors.torch import save_file
-from weights import GROUP_SIZES, KINDS, MODES, shuffle_features  # of this directory, where a script finds it
+from weights import (
+    GROUP_SIZES,
+    KINDS,
+    MODES,
+    dress,
+    shuffle_features,
+    stored_schemes,
+)  # of this directory, where a script finds it
 
 from ipex_quant import ops
 from ipex_quant.numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
@@ -70,11 +77,24 @@ def long_cases(first: int) -> Iterator[Case]:
         yield case
 
 
+def stored_cases(first: int) -> Iterator[Case]:
+    """Minimums and super scales, in every row count of the float and of the integer kernels."""
+    schemes = [scheme for size in (16, 32) for scheme in stored_schemes(size, 4 * size)]
+    modes = [MODES[0], MODES[2], *MODES[3::3]]
+    for index, (scheme, mode) in enumerate(itertools.product(schemes, modes), first):
+        case = Case(index, scheme, *mode)
+        case.features = ((70, 256), (130, 128))[index % 2]
+        case.act_order = False
+        case.values = "normal"
+        yield case
+
+
 def cases() -> Iterator[Case]:
     combinations = itertools.product(KINDS, GROUP_SIZES, MODES)
     for index, ((dtype, symmetric), group_size, (lowp_mode, act_quant_mode)) in enumerate(combinations):
         yield Case(index, WeightScheme(dtype, symmetric, group_size), lowp_mode, act_quant_mode)
-    yield from long_cases(index + 1)
+    yield from long_cases(10_000)
+    yield from stored_cases(20_000)
 
 
 def weight_of(case: Case, generator: torch.Generator) -> torch.Tensor:
@@ -85,7 +105,9 @@ def weight_of(case: Case, generator: torch.Generator) -> torch.Tensor:
 def run(case: Case, native: bool) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(case.index)
     quantize = ops.quantize_weight if native else reference.quantize_weight
-    qw = quantize(weight_of(case, generator), case.scheme)
+    scheme = case.scheme
+    qw = quantize(weight_of(case, generator), WeightScheme(scheme.dtype, scheme.symmetric, scheme.group_size))
+    qw = dress(qw, scheme) if scheme.minimums or scheme.super_group_size is not None else qw
     results = {"codes": qw.codes, "scales": qw.scales}
     if qw.zero_points is not None:
         results["zero_points"] = qw.zero_points

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Sequence
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ class Stack:
         shape: tuple[int, int] = (1, 1),
         dtype: torch.dtype = torch.float32,
         layers: int = 2,
-        scheme: WeightScheme = INT4,
+        scheme: WeightScheme | Sequence[WeightScheme] = INT4,
         biased: bool = False,
         head_norms: bool = False,
         int8: bool = False,
@@ -52,7 +53,10 @@ class Stack:
         ordered: Collection[int] = (),
         rotary_dim: int = 16,
     ) -> None:
-        """Inputs in `ordered` (of 4: projections, their output, MLP, its output) have weights in act-order."""
+        """Inputs in `ordered` (of 4: projections, their output, MLP, its output) have weights in act-order.
+
+        Several schemes are those of the weights in turn.
+        """
         query, kv, dim = heads
         features, inner, width = 80, 72, (query + 2 * kv) * dim
         projections = [query * dim, kv * dim, kv * dim] if structure.projections == 3 else [width]
@@ -60,7 +64,8 @@ class Stack:
         sizes = [(n, features) for n in projections] + [(features, query * dim)]
         sizes += [(2 * inner if joined else inner, features)] * structure.mlp_inputs + [(features, inner)]
         weights = [normal(*size, seed=i) * 0.1 for i, size in enumerate(sizes * layers)]
-        self.quantized = [ops.quantize_weight(weight, scheme) for weight in weights]
+        turns = itertools.cycle([scheme] if isinstance(scheme, WeightScheme) else scheme)
+        self.quantized = [ops.quantize_weight(weight, own) for weight, own in zip(weights, turns, strict=False)]
         self.inputs = [0] * len(projections) + [1] + [2] * structure.mlp_inputs + [3]  # of the weights of a layer
         for i, weight in enumerate(self.quantized):
             layer, place = divmod(i, len(self.inputs))
@@ -168,8 +173,13 @@ modes = st.sampled_from(
         *({"lowp_mode": WoqLowpMode.INT8, "act_quant_mode": m} for m in WoqActQuantMode if m != WoqActQuantMode.NONE),
     ]
 )
+INT6 = WeightScheme(WoqWeightDtype.INT6, True, 16)
 schemes = st.sampled_from(
-    [INT4, WeightScheme(WoqWeightDtype.INT8, True, -1), WeightScheme(WoqWeightDtype.NF4, True, 16)]
+    [
+        *(INT4, WeightScheme(WoqWeightDtype.INT8, True, -1), WeightScheme(WoqWeightDtype.NF4, True, 16)),
+        (INT4, INT4, INT6),
+        (INT6, INT4, WeightScheme(WoqWeightDtype.FP8, True, 32)),
+    ]
 )
 
 

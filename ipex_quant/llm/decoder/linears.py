@@ -138,24 +138,25 @@ class Int8Group(LinearGroup):
 
 
 class WeightOnlyGroup(LinearGroup):
-    """Weight-only linears of one scheme in one native call, if they have the same order of input features."""
+    """Weight-only linears in one native call, if they have one dtype and group size and one order of input features."""
 
     def __init__(self, modules: Sequence[WeightOnlyQuantizedLinear]) -> None:
         super().__init__(modules)
         self.out_features = [module.out_features for module in modules]
         self.modes = int(modules[0].lowp_mode), int(modules[0].act_quant_mode)
+        self.uniform = len({(module.dtype, module.group_size) for module in modules}) == 1
         self.compared: list[torch.Tensor] = []
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         data, biases, perms = self._tensors()
         # The op takes a list of optional tensors, which torch.jit.trace cannot record.
-        if torch.jit.is_tracing() or not self._one_order(perms):
+        if torch.jit.is_tracing() or not self.uniform or not self._one_order(perms):
             return super().__call__(x)
         return _woq_linear_group(x, data, biases, perms[0], self.out_features, *self.modes)
 
     def gated(self, x: torch.Tensor, activation: PostOp) -> torch.Tensor:
         data, biases, perms = self._tensors()
-        if activation not in GATES or not self._one_order(perms):
+        if activation not in GATES or not self.uniform or not self._one_order(perms):
             return super().gated(x, activation)
         return _woq_linear_gated(x, *data, *biases, perms[0], self.out_features[0], *self.modes, int(activation))
 
@@ -182,14 +183,10 @@ class WeightOnlyGroup(LinearGroup):
 
 
 def _alike(modules: Sequence[nn.Module]) -> bool:
-    """Whether one native call can compute all `modules`."""
+    """Whether all `modules` are weight-only linears of one input, computed in one mode."""
     if not all(type(module) is WeightOnlyQuantizedLinear and module._packed is not None for module in modules):
         return False
-    kinds = {
-        (module.in_features, module.dtype, module.group_size, module.lowp_mode, module.act_quant_mode)
-        for module in modules
-    }
-    return len(kinds) == 1
+    return len({(module.in_features, module.lowp_mode, module.act_quant_mode) for module in modules}) == 1
 
 
 def _one_share_group(modules: Sequence[nn.Module]) -> bool:
