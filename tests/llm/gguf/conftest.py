@@ -58,8 +58,9 @@ MODELS = {
 """Class and configuration of small models, by architecture or a variant of it."""
 
 
-def build(name):
+def build(name, **changes):
     kind, options = MODELS[name]
+    options = {**options, **changes}
     model_class = getattr(transformers, kind)
     torch.manual_seed(0)
     tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
