@@ -98,11 +98,8 @@ class Engine:
         self.path, self.sizes = path, sizes
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "weight_bytes": self.size,
-            "loading_seconds": self.seconds,
-            "version": f"llama-cpp-python {llama_cpp.__version__}",
-        }
+        version = f"llama-cpp-python {llama_cpp.__version__}"
+        return {"weight_bytes": self.size, "loading_seconds": self.seconds, "version": version}
 
     def generate(self, prompt: int, new_tokens: int, seed: int) -> dict[str, float]:
         ids = prompt_ids(prompt, self.vocabulary, seed)

@@ -1,4 +1,4 @@
-"""`ipex-quant`: quantize, autotune, generate, eval, explain and demo from a shell.
+"""`ipex-quant`: quantize, autotune, export, convert, generate, eval, explain and demo from a shell.
 
 Commands import their modules when they run, so that `--help` and usage errors are fast.
 """
@@ -28,7 +28,17 @@ FAILED = 1
 BAD_INPUT = 2
 DTYPES = ("bfloat16", "float16", "float32")
 MESSAGE_LENGTH = 1000
-MODEL_HELP = "result of `ipex-quant quantize`, a checkpoint that another tool quantized, a GGUF file, or a float model"
+MODEL_HELP = (
+    "result of `ipex-quant quantize`, a checkpoint that another tool quantized, a GGUF file, or a float model; or its "
+    "id in the hub"
+)
+EXPORT_FORMATS = ("gptq", "awq", "compressed-tensors")
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    *("vocab.*", "merges.txt", "*.model", "*.tiktoken"),
+)
+"""Patterns of the files of tokenizers."""
+
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """Files of processors that make model inputs from images and sounds."""
 
@@ -37,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 for a failure, or 2 for wrong usage or bad input."""
     options = _parser().parse_args(arguments)
     try:
+        _find_models(options)
         return options.run(options)
     except KeyboardInterrupt:
         return 130
@@ -60,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--trust-remote-code", action="store_true", help="run code that lies in the model directory"
             )
+            sub.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
+            sub.add_argument("--file", metavar="NAME", help="which GGUF file, if there are several")
         sub.set_defaults(run=run)
         return sub
 
@@ -68,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--inputs", type=Path, metavar="FILE", help=help)
 
     sub = command("quantize", _quantize, "Quantize a model directory and save the result.")
-    sub.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="float model with its tokenizer")
+    sub.add_argument(
+        "model_dir", type=Path, metavar="MODEL_DIR", help="float model with its tokenizer, or its id in the hub"
+    )
     sub.add_argument(
         "--recipe", required=True, help=f"{', '.join(recipe_names())}, or a YAML file (see CONTRIBUTING.md)"
     )
@@ -109,6 +124,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", type=Path, metavar="DIR", help="new directory for the tuned model")
 
+    for name, help, directory, what in (
+        ("export", "Write a model that was quantized here in another tool's format.", "MODEL_DIR", MODEL_HELP),
+        ("convert", "Write a quantized checkpoint in another tool's format.", "CHECKPOINT", "quantized checkpoint"),
+    ):
+        sub = command(name, _export, help)
+        sub.add_argument("directory", type=Path, metavar=directory, help=what)
+        sub.add_argument("--format", required=True, choices=EXPORT_FORMATS)
+        sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the result")
+
     sub = command("generate", _generate, "Continue a prompt with a model.")
     sub.add_argument("directory", type=Path, metavar="DIR", help=MODEL_HELP)
     sub.add_argument("--prompt", required=True)
@@ -130,12 +154,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _find_models(options: argparse.Namespace) -> None:
+    """Put the paths of models in the place of their ids in the hub."""
+    given = {name: getattr(options, name, None) for name in ("model_dir", "directory", "reference")}
+    if not any(given.values()):
+        return
+    from .llm.saved.repositories import Source, local_path
+
+    for name, model in given.items():
+        if model is not None and str(model) != "embedded":
+            source = Source() if name == "reference" else Source(revision=options.revision, filename=options.file)
+            setattr(options, name, local_path(model, source, options.trust_remote_code))
+
+
 def _quantize(options: argparse.Namespace) -> int:
     from dataclasses import replace
+    from functools import partial
+
+    import torch
 
     from . import evaluation
     from .recipes import inputs
-    from .recipes.apply import apply_recipe, calibration_data
+    from .recipes.apply import calibration_data
+    from .recipes.load import quantized
     from .recipes.recipe import Calibrated, load_recipe
 
     recipe = load_recipe(options.recipe)
@@ -153,11 +194,10 @@ def _quantize(options: argparse.Namespace) -> int:
         calibration = inputs.read_inputs(options.inputs) if options.inputs else ()
         if not options.inputs and tokenizer is not None:
             calibration = _of_dataset(calibration_data, recipe, tokenizer, options.dataset, options.column)
-        model = _float_model(options, options.model_dir, options.dtype)
-        if isinstance(recipe.settings, Calibrated) and not options.inputs:
-            inputs.check_takes_text(model, tokenizer)
-        before = evaluation.model_bytes(model)
-        model = apply_recipe(recipe, model, inputs.of_model(model, calibration), model.dtype)
+        check = None if options.inputs else partial(inputs.check_takes_text, tokenizer=tokenizer)
+        model, before = quantized(
+            recipe, options.model_dir, getattr(torch, options.dtype), calibration, check, options.trust_remote_code
+        )
         _save(model, out, tokenizer, options.model_dir)
     after = evaluation.model_bytes(model)
     print(f"{options.out}: {recipe.name}, {after / 1e6:.1f} MB in memory, before {before / 1e6:.1f} MB")
@@ -223,6 +263,21 @@ def _tune(options: argparse.Namespace, recipe: Recipe, directory: Path, text: st
     if out is not None:
         _save(model, out, tokenizer, directory)
     return report
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .checkpoints import find_quantization_config
+
+    directory = _model_directory(options.directory)
+    if find_quantization_config(directory) is None:
+        raise ValueError(f"{directory}: expected a quantized model, got a float one; run `ipex-quant quantize` first")
+    with new_directory(options.out, "--out") as out:
+        model = _any_model(options)
+        ipex.llm.export(model, out, options.format)
+        _copy(directory, out, (*TOKENIZER_FILES, *PROCESSOR_FILES, *("*.py",) * options.trust_remote_code))
+        size = sum(file.stat().st_size for file in out.iterdir())
+    print(f"{options.out}: {options.format}, {size / 1e6:.1f} MB")
+    return 0
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -313,9 +368,14 @@ def _tokenizer(options: argparse.Namespace, directory: Path) -> PreTrainedTokeni
 def _save(model: PreTrainedModel, out: Path, tokenizer: PreTrainedTokenizerBase | None, source: Path) -> None:
     """Save a quantized model with its tokenizer and the processor files of the float model in `source`."""
     ipex.llm.save(model, out, tokenizer)
-    for name in PROCESSOR_FILES:
-        if (source / name).is_file() and not (out / name).exists():
-            shutil.copy(source / name, out / name)
+    _copy(source, out, PROCESSOR_FILES)
+
+
+def _copy(source: Path, out: Path, patterns: Sequence[str]) -> None:
+    """Copy the files in `source` whose names match one of `patterns`, unless `out` has them."""
+    for file in sorted({file for pattern in patterns for file in source.glob(pattern)}):
+        if file.is_file() and not (out / file.name).exists():
+            shutil.copy(file, out / file.name)
 
 
 def _of_dataset(read: Callable[..., Any], *arguments: Any) -> Any:

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import ipex_quant as ipex
 from ipex_quant import cli, data
+from ipex_quant.llm import exporting
 from ipex_quant.nn.linears import is_linear
 
 
@@ -140,7 +141,12 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     [
         ("quantize {float} --recipe w3 --out {tmp}/out", "expected a file or one of"),
         ("quantize {tmp}/none --recipe w8a16 --out {tmp}/out", "with a config.json"),
-        ("quantize {tmp}/broken --recipe w8a16 --out {tmp}/out", "broken: Error while deserializing"),
+        ("export {float} --format gptq --out {tmp}/out", "expected a quantized model, got a float one"),
+        ("convert {float} --format gptq --out {tmp}/broken", "expected a quantized model, got a float one"),
+        (
+            "quantize {tmp}/broken --recipe w8a16 --out {tmp}/out",
+            "broken/model.safetensors: truncated or no safetensors file",
+        ),
         ("quantize {float} --recipe w8a16 --out {tmp}/broken", "exists and is not empty"),
         ("quantize {float} --recipe w8a16 --out {tmp}/out --dataset {tmp}/short.txt", "does not calibrate"),
         (
@@ -178,3 +184,43 @@ def test_bad_input_is_one_line_on_stderr(command, message, float_dir, tmp_path, 
 def test_traceback_on_request(tmp_path):
     with pytest.raises(ValueError, match=r"with a config\.json"):
         cli.main(["explain", str(tmp_path), "--traceback"])
+
+
+def test_export_and_convert(quantized_dir, tmp_path, capsys):
+    with pytest.warns(UserWarning, match="embeddings are in float"):
+        assert cli.main(["export", str(quantized_dir), "--format", "gptq", "--out", str(tmp_path / "gptq")]) == 0
+    assert "gptq, " in capsys.readouterr().out
+    into = ["--format", "compressed-tensors", "--out", str(tmp_path / "packed")]
+    assert cli.main(["convert", str(tmp_path / "gptq"), *into]) == 0
+    texts = []
+    for directory in (tmp_path / "gptq", tmp_path / "packed"):
+        assert cli.main(["generate", str(directory), "--prompt", "Return the", "--max-new-tokens", "8"]) == 0
+        texts.append(capsys.readouterr().out.splitlines()[-1])
+    assert texts[0] == texts[1]
+    stored = [
+        ipex.llm.load(directory).model.layers[1].mlp.up_proj for directory in (quantized_dir, tmp_path / "packed")
+    ]
+    assert torch.equal(stored[0].quantized_weight().codes, stored[1].quantized_weight().codes)
+
+
+def test_the_formats_are_those_of_export():
+    assert exporting.FORMATS == cli.EXPORT_FORMATS
+
+
+@pytest.mark.filterwarnings("ignore:embeddings are in float")
+def test_export_says_which_layer_a_format_does_not_hold(quantized_dir, tmp_path, capsys):
+    assert cli.main(["export", str(quantized_dir), "--format", "awq", "--out", str(tmp_path / "out")]) == 2
+    assert "lm_head: its weight is INT8, the format holds INT4; leave the layer" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("config", ["quantize_config.json", "config.json"])
+def test_quantize_takes_no_quantized_checkpoint(float_dir, tmp_path, capsys, config):
+    """Whose method is unknown: transformers would make random weights."""
+    directory = shutil.copytree(float_dir, tmp_path / "strange")
+    content = json.loads((directory / "config.json").read_text()) if config == "config.json" else {}
+    content |= {"quantization_config": {"quant_method": "odd"}} if content else {"quant_method": "odd"}
+    (directory / config).write_text(json.dumps(content))
+    assert cli.main(["quantize", str(directory), "--recipe", "w8a16", "--out", str(tmp_path / "out")]) == 2
+    assert "quantized already, by 'odd'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

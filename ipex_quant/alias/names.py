@@ -14,7 +14,7 @@ MODULES: dict[str, str] = {
     "nn.modules.weight_only_quantization": "ipex_quant.nn",
     "nn.utils": "",
     "nn.utils._lstm_convert": "",
-    "nn.utils._model_convert": "ipex_quant.frontend.dropout",
+    "nn.utils._model_convert": "ipex_quant.nn.dropout",
     "nn.utils._weight_prepack": "",
     "optim._lamb": "ipex_quant.optim",
     "optim._lars": "ipex_quant.optim",

@@ -78,6 +78,13 @@ class Checkpoint(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]]):
         """Whether any tensor of the format, other than a float weight, is stored for a module, complete or not."""
         return bool(self._names.get(module_name, {}).keys() - {"weight"})
 
+    def nbytes(self, module_name: str) -> int:
+        """Bytes in the file of the quantized weight of a module, or of all modules in it."""
+        start = f"{module_name}."
+        own = (names for name, names in self._names.items() if name == module_name or name.startswith(start))
+        stored = [self.tensors[name] for names in own for name in names.values()]
+        return sum(each.shape.numel() * each.dtype.itemsize for each in stored)
+
     def check_complete(self) -> None:
         """Raise ValueError, with the module and the tensor named, for a quantized module without its weight."""
         for module_name, names in self._modules.items():
@@ -180,6 +187,11 @@ class WeightsInMemory(Mapping[str, tuple[QuantizedWeight, torch.Tensor | None]])
 
     def input_factor(self, module_name: str, in_features: int) -> None:
         """None: no module's input has factors."""
+
+    def nbytes(self, module_name: str) -> int:
+        """Bytes of the weights of a module, or of all modules in it."""
+        start = f"{module_name}."
+        return sum(each.nbytes for name, each in self.weights.items() if name == module_name or name.startswith(start))
 
     def holds(self, module_name: str) -> bool:
         """Whether there is a weight for a module."""

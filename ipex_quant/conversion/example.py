@@ -14,6 +14,10 @@ from ..errors import ArgumentError, ArgumentTypeError
 from ..nn.modes import evaluating
 
 
+class ExampleError(ValueError):
+    """A model cannot be called with an example."""
+
+
 @dataclass(frozen=True)
 class Example:
     """Arguments for one call of a model."""
@@ -29,8 +33,8 @@ class Example:
 
         A mapping as `inputs` is the arguments by name, unless its names do not fit and the forward takes one argument.
 
-        Raises ValueError if an example is `needed` and none given, if both are given, and if the arguments do not fit
-        the model's forward; TypeError if `kwarg_inputs` is no mapping.
+        Raises ValueError if an example is `needed` and none given, and if both are given; ExampleError if it is
+        `needed` and does not fit the model's forward; TypeError if `kwarg_inputs` is no mapping.
         """
         if inputs is None and kwarg_inputs is None:
             if needed:
@@ -54,7 +58,8 @@ class Example:
             example = Example(kwargs=dict(inputs), source="example_inputs")
         else:
             example = Example(tuple(inputs) if isinstance(inputs, (list, tuple)) else (inputs,))
-        example._check(model)
+        if needed:
+            example._check(model)
         return example
 
     @staticmethod
@@ -93,12 +98,12 @@ class Example:
         return next((len(tensor) for tensor in self.tensors() if tensor.dim()), 1)
 
     def run(self, model: nn.Module) -> Any:
-        """Call `model` in evaluation mode, without gradients, and return its result; ValueError if the call fails."""
+        """Call `model` in evaluation mode, without gradients, and return its result; ExampleError if it fails."""
         try:
             with evaluating(model), torch.no_grad():
                 return model(*self.args, **self.kwargs)
         except Exception as error:
-            raise ValueError(f"{self._source}: {type(model).__name__} cannot be called with it: {error}") from error
+            raise ExampleError(f"{self._source}: {type(model).__name__} cannot be called with it: {error}") from error
 
     @property
     def _source(self) -> str:
@@ -110,7 +115,7 @@ class Example:
             signature.bind(*self.args, **self.kwargs)
         except TypeError as error:
             names = ", ".join(signature.parameters)
-            raise ValueError(f"{self._source}: {error}; {type(model).__name__}.forward takes {names}") from error
+            raise ExampleError(f"{self._source}: {error}; {type(model).__name__}.forward takes {names}") from error
 
 
 def _is_inputs(value: Any) -> bool:

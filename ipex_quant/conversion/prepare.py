@@ -31,7 +31,7 @@ from ..numerics.scheme import QConfigWoq
 from ..smoothquant.tracing import SharedInput, trace_groups
 from .description import is_pretrained, note_method
 from .errors import naming
-from .example import Example
+from .example import Example, ExampleError
 from .int8 import int8_replacements, recurrent_replacements
 from .observed import ATTRIBUTE, Observed, make_groups, observed
 from .qconfig import QConfigSmoothQuant, QuantizationKind, kind_of
@@ -70,15 +70,14 @@ def prepare(
     Static and SmoothQuant configurations need an example, `example_inputs` (a tensor or a tuple of positional
     arguments) or `example_kwarg_inputs`. `model` is run on it once, to find the layers of one parent that consume the
     same tensor, which will share its quantization. Then calibrate the result: run batches through it, or call
-    `calibrate`. Dynamic configurations may have an example for the same purpose; weight-only ones ignore it. If
-    activations are quantized, dropout becomes identity, and with `bn_folding` a BatchNorm is folded into the layer
-    whose output only it reads; the model keeps its class. The result has the methods `save_qconf_summary` and
-    `load_qconf_summary`.
+    `calibrate`. Dynamic configurations may have an example for the same purpose, and go without, with a warning, if the
+    model cannot be called with it; weight-only ones ignore it. If activations are quantized, dropout becomes identity,
+    and with `bn_folding` a BatchNorm is folded into the layer whose output only it reads; the model keeps its class.
+    The result has the methods `save_qconf_summary` and `load_qconf_summary`.
 
     Without `inplace` the result is a copy, whose parameters share the memory of `model` until one of the two is
-    written to. Raises TypeError for another
-    kind of model or configuration, and ValueError if an example is missing, if both are given, or if the model cannot
-    be called with it.
+    written to. Raises TypeError for another kind of model or configuration, and ValueError if an example is missing, if
+    both are given, or if it is needed and the model cannot be called with it.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"Only support nn.Module prepare for quantization path, got {type(model).__name__}")
@@ -92,23 +91,38 @@ def prepare(
         )
     chosen, reasons = choose_qconfigs(configure, model)
     kinds = {kind_of(qconfig) for qconfig in chosen.values()}
-    example = None
+    example, needed = None, any(kind.needs_calibration for kind in kinds)
     if kinds - {QuantizationKind.WEIGHT_ONLY}:
-        needed = any(kind.needs_calibration for kind in kinds)
         example = Example.of(model, example_inputs, example_kwarg_inputs, needed)
     model = mark(model, configure, chosen, reasons, inplace)
     if kinds - {QuantizationKind.WEIGHT_ONLY}:
         activations = _to_observe(model, chosen)
         try:
             drop_dropout(model)
-            if example is not None and bn_folding:
-                fold_batch_norms(model, activations, example)
-            observe(model, activations, example)
+            _fold_and_observe(model, activations, example, bn_folding, needed)
         except Exception:
             _forget(model)  # half prepared, it must not look prepared
             join_attentions(model)
             raise
     return model
+
+
+def _fold_and_observe(
+    model: nn.Module, activations: dict[str, Any], example: Example | None, bn_folding: bool, needed: bool
+) -> None:
+    """Fold BatchNorms and attach observers; without the `example`, with a warning, if it fails and is not `needed`."""
+    try:
+        if example is not None and bn_folding:
+            fold_batch_norms(model, activations, example)
+        observe(model, activations, example)
+    except ExampleError as error:
+        if needed:
+            raise
+        warnings.warn(
+            f"dynamic quantization goes without the example, and layers quantize a common input one by one: {error}",
+            stacklevel=3,
+        )
+        observe(model, activations, None)
 
 
 def mark(

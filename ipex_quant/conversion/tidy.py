@@ -9,26 +9,20 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from ..nn.dropout import replace_dropout_with_identity
 from ..nn.linears import is_convolution
 from ..nn.multihead_attention import is_split_attention
 from ..smoothquant.tracing import trace_groups
 from .example import Example
 
-_DROPOUTS = nn.modules.dropout._DropoutNd
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def drop_dropout(model: nn.Module) -> None:
-    """Replace every dropout inside `model` by an identity with the attribute ``p = 0.0``.
-
-    Split attention gets the dropout probability 0.
-    """
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if name and isinstance(module, _DROPOUTS):
-            identity = nn.Identity()
-            identity.p = 0.0
-            model.set_submodule(name, identity.train(module.training))
-        elif is_split_attention(module):
+    """Replace every dropout inside `model` by an identity, and give split attention the dropout probability 0."""
+    replace_dropout_with_identity(model, for_training=True)
+    for module in model.modules():
+        if is_split_attention(module):
             module.dropout = 0.0
 
 

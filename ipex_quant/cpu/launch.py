@@ -1,7 +1,7 @@
 """`ipexrun`: torch's launcher for CPUs, under IPEX's name and with IPEX's options beside torch's.
 
 It runs a program once or several times at once, each instance on cores of its own, with the OpenMP library and memory
-allocator that one asks for.
+allocator that one asks for; or as the processes of `torch.distributed` on one machine.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ _ALLOCATORS = {"default": "use_default_allocator", "tcmalloc": "enable_tcmalloc"
 _UNBOUND = {"numactl": ("taskset",), "taskset": ("numactl",), "none": ("numactl", "taskset")}
 """What each task manager does without."""
 
-_DISTRIBUTED = ("nnodes", "nprocs-per-node", "ccl-worker-count", "master-addr", "master-port", "hostfile")
 _NOT_HERE = {
-    **dict.fromkeys(_DISTRIBUTED, "for distributed training, launch with torchrun"),
-    "extra-mpi-params": "for distributed training, launch with torchrun",
+    **dict.fromkeys(("hostfile", "extra-mpi-params"), "to train on several machines, launch torchrun on each"),
     "dtype": "call ipex.optimize(model, dtype=...) in the program",
 }
-_FLAGS_NOT_HERE = {
-    "logical-cores-for-ccl": "for distributed training, launch with torchrun",
-    **dict.fromkeys(
-        ("auto-ipex", "auto-ipex-verbose", "disable-ipex-graph-mode"), "call ipex.optimize(model) in the program"
-    ),
-}
+_FLAGS_NOT_HERE = dict.fromkeys(
+    ("auto-ipex", "auto-ipex-verbose", "disable-ipex-graph-mode"), "call ipex.optimize(model) in the program"
+)
 
 _KEEP_STATUS = '"$@"; status=$?; [ $status = 0 ] || echo $status > "$0"; exit $status'
 """For sh: torch's launcher does not tell whether a program failed."""
+
+_TAKE_RANK = (
+    'rank=0; while [ $rank -lt {size} ] && ! mkdir "$0.rank$rank" 2>/dev/null; do rank=$((rank + 1)); done; '
+    "export RANK=$rank LOCAL_RANK=$rank PMI_RANK=$rank WORLD_SIZE={size} LOCAL_WORLD_SIZE={size} PMI_SIZE={size}; "
+)
+"""For sh: torch's launcher does not tell an instance its number. Ranks are under torch's names and those of MPI."""
 
 _log = logging.getLogger("ipex_quant")
 
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
+        _distribute(options)
         _translate(options)
     except ValueError as error:
         parser.error(str(error))
@@ -90,12 +92,59 @@ def _parser() -> argparse.ArgumentParser:
     add("multi-task-manager", choices=("auto", *_UNBOUND), default="auto", help="what binds instances to cores")
     add("use-e-cores", action="store_true", help="no effect: torch's launcher uses all kinds of cores")
     add("log-dir", dest="log_path", metavar="DIR", default="", help="where to write logs")
+    distributed = parser.add_argument_group("torch.distributed", "processes of one program on this machine")
+
+    def add_distributed(name: str, **settings: Any) -> None:
+        distributed.add_argument(f"--{name}", f"--{name.replace('-', '_')}", **settings)
+
+    add_distributed("nnodes", metavar="N", type=int, default=0, help="number of machines: 1")
+    add_distributed(
+        "nprocs-per-node", metavar="N", type=int, default=0, help="number of processes; 0: one for each NUMA node"
+    )
+    add_distributed("master-addr", metavar="HOST", help="MASTER_ADDR of the program; by default 127.0.0.1")
+    add_distributed("master-port", metavar="PORT", type=int, help="MASTER_PORT of the program; by default 29500")
+    add_distributed("ccl-worker-count", metavar="N", type=int, help="CCL_WORKER_COUNT of the program")
+    add_distributed("logical-cores-for-ccl", action="store_true", help="no effect: no cores are kept for oneCCL")
     for name in _NOT_HERE:
         add(name, help=argparse.SUPPRESS)
     for name in _FLAGS_NOT_HERE:
         add(name, action="store_true", default=None, help=argparse.SUPPRESS)
     run_cpu.create_args(parser)
     return parser
+
+
+def _distribute(options: argparse.Namespace) -> None:
+    """Turn the options for `torch.distributed` into instances, and the variables that tell them of each other.
+
+    Raises ValueError for more than one machine, and for options that choose instances otherwise.
+    """
+    if options.nnodes > 1:
+        raise ValueError(f"--nnodes: expected 1, got {options.nnodes}; launch torchrun on each of several machines")
+    options.nprocs_per_node = options.nprocs_per_node or (options.nnodes and _node_count(options))
+    if not options.nprocs_per_node:
+        return
+    if options.nprocs_per_node < 0:
+        raise ValueError(f"--nprocs-per-node: expected a positive number, got {options.nprocs_per_node}")
+    if options.ninstances > 0 or options.rank != -1 or options.latency_mode or options.throughput_mode:
+        raise ValueError(
+            "--nprocs-per-node: expected none of --ninstances, --instance-idx, --latency-mode and --throughput-mode"
+        )
+    options.ninstances = options.nprocs_per_node
+    for name, value, default in (
+        ("MASTER_ADDR", options.master_addr, "127.0.0.1"),
+        ("MASTER_PORT", options.master_port, "29500"),
+        ("CCL_WORKER_COUNT", options.ccl_worker_count, None),
+    ):
+        if value is not None:
+            os.environ[name] = str(value)
+        elif default is not None:
+            os.environ.setdefault(name, default)
+    if options.ccl_worker_count is not None:
+        _log.warning("--ccl-worker-count: no cores are kept for oneCCL's workers; processes compute on all of theirs")
+
+
+def _node_count(options: argparse.Namespace) -> int:
+    return len(parse_list(options.nodes_list)) if options.nodes_list else len(numa_nodes())
 
 
 def _translate(options: argparse.Namespace) -> None:
@@ -145,7 +194,11 @@ def _choose_cores(options: argparse.Namespace) -> None:
         cores = parse_list(options.cores_list)
     elif options.nodes_list:
         cores = [core for node in parse_list(options.nodes_list) for core in node_processors(node)]
-    elif options.core_list is None and options.node_id == -1 and available < {c for n in nodes.values() for c in n}:
+    elif (
+        options.core_list is None
+        and options.node_id == -1
+        and (options.nprocs_per_node or available < {c for n in nodes.values() for c in n})
+    ):
         cores = sorted(available)
     else:
         return
@@ -171,11 +224,16 @@ def _choose_cores(options: argparse.Namespace) -> None:
 
 
 def _run_in_shell(options: argparse.Namespace, status: Path) -> None:
-    """Let a shell run the program, which writes the exit status to the file `status` if it is not 0."""
+    """Let a shell run the program, which writes the exit status to the file `status` if it is not 0.
+
+    The processes of `torch.distributed` get their ranks in the order in which they start.
+    """
+    size = options.nprocs_per_node
+    script = _TAKE_RANK.format(size=size) + _KEEP_STATUS if size else _KEEP_STATUS
     command = [options.program, *options.program_args]
     if not options.no_python:
         command = [sys.executable, "-u", *(["-m"] if options.module else []), *command]
-    options.program, options.program_args = "sh", ["-c", _KEEP_STATUS, str(status), *command]
+    options.program, options.program_args = "sh", ["-c", script, str(status), *command]
     options.no_python, options.module = True, False
 
 

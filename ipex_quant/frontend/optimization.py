@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 
 from ..conversion.example import Example
 from ..errors import ArgumentError
+from ..nn.dropout import replace_dropout_with_identity as drop_dropout
 from ..nn.fused_forward import restore_forwards
 from ..nn.prepacked import restore_prepacked
 from ..numerics.scheme import FLOAT_DTYPES
 from .activations import activate_in_place
 from .casting import cast_for_inference
 from .concat_linear import concat_linears
-from .dropout import replace_dropout_with_identity as drop_dropout
 from .folding import fold
 from .graph_mode import CompiledForward, use_graphs
 from .kernel_selection import select_kernels

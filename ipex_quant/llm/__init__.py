@@ -1,10 +1,11 @@
-"""Quantized large language models: `optimize`, `save`, `load`, and the modules and functions of ``ipex.llm``.
+"""Quantized large language models: `optimize`, `save`, `load`, `export`, and the modules and functions of ``ipex.llm``.
 
 Importing this package registers a quantization method and an attention implementation named ``ipex_quant`` with
 transformers, so that `from_pretrained` loads models that `save` or `save_pretrained` wrote.
 """
 
 from . import attention, functional, generation, modules, quantization, utils
+from .exporting import export
 from .loading import from_pretrained, load
 from .optimization import optimize
 from .saved import streaming
@@ -13,6 +14,7 @@ from .saving import save
 from .transformers_methods import register_with_transformers
 
 __all__ = [
+    "export",
     "from_pretrained",
     "functional",
     "generation",

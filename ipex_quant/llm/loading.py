@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,9 @@ from .cache.layers import NativeLayer
 from .gguf import gguf_config
 from .optimization import completed, optimize
 from .saved.checkpoint import plan_of
-from .saved.float_models import check_float, load_float_model, model_class
-from .saved.rounding import RoundingPlan, plan_rounding
+from .saved.float_models import check_complete, check_float, concrete_class, load_float_model, model_class
+from .saved.repositories import Source, local_path
+from .saved.rounding import FloatPlan, plan_rounding, plan_storage
 from .saved.streaming import LayerSource
 from .saving import load_saved, transformers_errors
 
@@ -47,8 +48,16 @@ def from_pretrained(
     *,
     kv_cache_dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    filename: str | None = None,
 ) -> PreTrainedModel:
     """The model in `directory`, or in a GGUF file, quantized or not, optimized for inference as by `optimize`.
+
+    `directory` may be the id of a repository of the Hugging Face hub, as in ``"organization/name"``, whose files are
+    downloaded to the hub's cache; the arguments from `revision` on are those of `Source`.
 
     - A float model is quantized as `quantization_config` says, if given; each linear layer as it is read, if weights
       are only rounded to nearest.
@@ -61,16 +70,18 @@ def from_pretrained(
 
     `dtype`, of activations and float weights, is float32, bfloat16 or float16; None is the dtype that the directory
     states. `kv_cache_dtype` is that of `optimize`. Code in the directory is run with `trust_remote_code` only. Raises
-    ValueError for a directory without a model, formats and options that are not supported, files that are damaged,
-    and weights that are missing or do not fit the model.
+    OSError where the hub cannot be reached, and ValueError for a directory or repository without a model, formats and
+    options that are not supported, files that are damaged, and weights that are missing or do not fit the model.
     """
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     NativeLayer(kv_cache_dtype)  # raises for a bad dtype before anything is read
-    gguf = find_gguf(Path(directory))
+    source = Source(revision, token, cache_dir, local_files_only, filename)
+    found = local_path(directory, source, trust_remote_code)
+    gguf = find_gguf(found)
     if gguf is not None:
-        return _gguf_model(gguf, _dtype(Path(directory), dtype), quantization_config, kv_cache_dtype)
-    path = model_directory(directory)
+        return _gguf_model(gguf, _dtype(found, dtype), quantization_config, kv_cache_dtype)
+    path = model_directory(found)
     quantization = find_quantization_config(path)
     if quantization is None:
         return _float_model(path, _dtype(path, dtype), quantization_config, kv_cache_dtype, trust_remote_code)
@@ -88,9 +99,12 @@ def from_pretrained(
     )
 
 
-def load(directory: str | os.PathLike, trust_remote_code: bool = False) -> PreTrainedModel:
-    """`from_pretrained` of a model that is quantized already, or in a GGUF file; raises ValueError for others, too."""
-    path = Path(directory)
+def load(directory: str | os.PathLike, trust_remote_code: bool = False, **source: Any) -> PreTrainedModel:
+    """`from_pretrained` of a model that is quantized already, or in a GGUF file; raises ValueError for others, too.
+
+    `source` are the arguments of `Source`, if `directory` is the id of a repository.
+    """
+    path = local_path(directory, Source(**source), trust_remote_code)
     if find_gguf(path) is None and find_quantization_config(model_directory(path)) is None:
         raise ValueError(f"{path}: expected a quantized model; llm.from_pretrained loads float models, too")
     return from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -127,8 +141,10 @@ class _Shell:
     @classmethod
     def of_directory(cls, path: Path, trust_remote_code: bool) -> _Shell:
         """What config.json in a directory says; ValueError for a class that transformers does not have."""
-        kind = model_class(path, read_json(path / "config.json"), trust_remote_code)
+        content = read_json(path / "config.json")
+        kind = model_class(path, content, trust_remote_code)
         with transformers_errors(path):
+            kind = concrete_class(kind, path, content)
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
         return cls(path, kind, config)
 
@@ -156,6 +172,7 @@ class _Shell:
                 **options,
             )
         self.config.name_or_path = str(self.path)
+        check_complete(self.path, model, info["missing_keys"])
         found = {kind: names for kind, names in info.items() if names and kind != "unexpected_keys"}
         wrong = {kind: sorted(names, key=str)[:5] for kind, names in found.items()}
         if wrong:
@@ -173,8 +190,8 @@ def _gguf_model(
         return _quantized_model(shell, checkpoint, dtype, mapping, kv_cache_dtype)
     tensors = dict(checkpoint.tensors)
     if mapping is not None and not needs_calibration(mapping):
-        return _rounded_model(shell, tensors, dtype, mapping, kv_cache_dtype)
-    nothing = LayerSource(lambda model: RoundingPlan({}, {}))
+        return _rounded_model(shell, tensors, dtype, lambda _: mapping, kv_cache_dtype)
+    nothing = LayerSource(lambda model: FloatPlan({}, {}))
     model = shell.with_layers(dtype, nothing, tensors)
     return _optimized(model, dtype, mapping, kv_cache_dtype)
 
@@ -202,21 +219,57 @@ def _float_model(
     """The float model in `path`, quantized as `mapping` says, linear layers while they are read if that is enough."""
     if mapping is None or needs_calibration(mapping):
         return _optimized(load_float_model(path, dtype, trust_remote_code), dtype, mapping, kv_cache_dtype)
+    return load_rounded(path, dtype, lambda _: mapping, kv_cache_dtype, trust_remote_code)
+
+
+def load_rounded(
+    path: Path,
+    dtype: torch.dtype,
+    mapping_of: Callable[[PreTrainedModel], QConfigMapping],
+    kv_cache_dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The float model in `path`, quantized as `mapping_of` says of it, which needs no calibration, and optimized.
+
+    `mapping_of` gets the model without its weights. Weights that are rounded to nearest are so as they are read.
+    """
     check_float(path)
     shell = _Shell.of_directory(path, trust_remote_code)
-    return _rounded_model(shell, open_tensors(path), dtype, mapping, kv_cache_dtype)
+    return _rounded_model(shell, open_tensors(path), dtype, mapping_of, kv_cache_dtype)
+
+
+def load_stored(
+    path: Path,
+    dtype: torch.dtype,
+    mapping_of: Callable[[PreTrainedModel], QConfigMapping],
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The float model in `path`, in which each linear layer that `mapping_of` quantizes is a `StoredLinear`.
+
+    `mapping_of` gets the model without its weights.
+    """
+    check_float(path)
+    tensors = open_tensors(path)
+    source = LayerSource(lambda model: plan_storage(model, tensors, mapping_of(model)))
+    return _Shell.of_directory(path, trust_remote_code).with_layers(dtype, source, tensors)
 
 
 def _rounded_model(
     shell: _Shell,
     tensors: dict[str, Stored],
     dtype: torch.dtype,
-    mapping: QConfigMapping,
+    mapping_of: Callable[[PreTrainedModel], QConfigMapping],
     kv_cache_dtype: torch.dtype | None,
 ) -> PreTrainedModel:
-    """The model of float `tensors`, whose linear layers are rounded as `mapping` says while they are read."""
-    source = LayerSource(lambda model: plan_rounding(model, tensors, mapping))
-    model = shell.with_layers(dtype, source, tensors)
+    """The model of float `tensors`, whose linear layers are rounded as `mapping_of` says while they are read."""
+    mapping: QConfigMapping | None = None
+
+    def plan(model: PreTrainedModel) -> FloatPlan:
+        nonlocal mapping
+        mapping = mapping_of(model)
+        return plan_rounding(model, tensors, mapping)
+
+    model = shell.with_layers(dtype, LayerSource(plan), tensors)
     left, _ = choose_qconfigs(mapping, model)
     if not left and any(isinstance(module, QuantizedModule) for module in model.modules()):
         warn_of_float(model, getattr(model, FLOAT_REASONS))

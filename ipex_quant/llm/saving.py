@@ -42,8 +42,13 @@ def save(model: PreTrainedModel, directory: str | os.PathLike, tokenizer: Any = 
         model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE, save_original_format=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        for file in filter(Path.is_file, staging.iterdir()):  # safetensors makes files private, whatever the umask
-            file.chmod(stat.S_IMODE(staging.stat().st_mode) & 0o666)
+        make_readable(staging)
+
+
+def make_readable(directory: Path) -> None:
+    """Give files in `directory` the permissions of the umask; safetensors makes them private."""
+    for file in filter(Path.is_file, directory.iterdir()):
+        file.chmod(stat.S_IMODE(directory.stat().st_mode) & 0o666)
 
 
 def load_saved(directory: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -164,6 +164,10 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         """The plain form of the weights of "gate_up" or "down", in new tensors; RuntimeError when there are none."""
         return ops.unpack_experts(self._packed_experts(projection))
 
+    def projection_bias(self, projection: str) -> torch.Tensor | None:
+        """Float32 biases of "gate_up" ``[E, 2 * I]``, gate before up, or of "down" ``[E, H]``; None without any."""
+        return self._buffers[f"_{projection}_bias"]
+
     @property
     def weight_shape(self) -> tuple[int, int, int]:
         """``(experts, 3 * intermediate_size, hidden_size)``, or twice that size without a gate."""

@@ -13,7 +13,7 @@ from .. import ops
 from ..numerics.int8 import StaticActivation, quantize_per_channel, same_activation
 from ..numerics.quantized_weight import QuantizedWeight
 from ..ops import PostOp
-from ..ops.gradient import needs_gradient
+from ..ops.gradient import needs_function
 from ..ops.int8 import INT8_PER_CHANNEL
 from .linears import PackedLinear, linear_shape
 from .processes import share_with_processes
@@ -74,7 +74,7 @@ class Int8Linear(QuantizedModule, PackedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result = self.share_group.output(self.member, x)
-        return _Differentiable.apply(x, result, self) if needs_gradient(x) else result
+        return _Differentiable.apply(x, result, self) if needs_function(x) else result
 
     @property
     def activation(self) -> StaticActivation | None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..numerics.scheme import FLOAT_DTYPES
+from .stored_linear import StoredLinear
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -46,7 +47,12 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def weight_matrix(module: nn.Module) -> torch.Tensor:
-    """Weight of a linear layer as ``[out_features, in_features]``; a view, since ``Conv1D`` stores it transposed."""
+    """Weight of a linear layer as ``[out_features, in_features]``; a view, since ``Conv1D`` stores it transposed.
+
+    That of a `StoredLinear` is read.
+    """
+    if isinstance(module, StoredLinear):
+        return module.read_weight()
     return module.weight.detach().t() if isinstance(module, _conv1d()) else module.weight.detach()
 
 
@@ -54,7 +60,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     """``(out_features, in_features)`` of a linear layer; ValueError for another module."""
     if not is_linear(module):
         raise ValueError(f"expected a linear layer, got a {type(module).__name__}")
-    return tuple(weight_matrix(module).shape)
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, _conv1d()) else (rows, columns)
 
 
 def obstacle(module: nn.Module) -> str | None:

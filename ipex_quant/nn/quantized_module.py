@@ -97,6 +97,11 @@ class QuantizedModule(nn.Module):
         bias = self._float_bias()
         return None if bias is None else bias.to(self._float.dtype)
 
+    @property
+    def float_bias(self) -> torch.Tensor | None:
+        """The bias ``[out_features]`` in float32, as it is added, or None."""
+        return self._float_bias()
+
     def _traced_weight(self) -> torch.Tensor:
         return self.dequantized_weight(self._float.dtype)
 

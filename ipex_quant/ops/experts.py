@@ -13,7 +13,7 @@ from ..numerics.quantized_stack import QuantizedStack
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode
 from .fakes import check_shape, register_fake
-from .gradient import needs_gradient
+from .gradient import needs_function
 from .library import native
 from .post_op import ACTIVATIONS, PostOp
 from .woq import PackedWeight, pack_weight, unpack_weight
@@ -185,7 +185,7 @@ def run_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, *
     """Run `woq_experts` with the other arguments in the form and order of the native op."""
     if experts.dtype != torch.int64:
         experts = experts.to(torch.int64)
-    if needs_gradient(x, weights):
+    if needs_function(x, weights):
         return _Differentiable.apply(x, weights, experts, *arguments)
     return _woq_experts(x, experts, weights, *arguments)
 

@@ -11,7 +11,7 @@ from ..numerics import affine
 from ..numerics.quantized_weight import QuantizedWeight, code_columns, code_dtype, tensor_places
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
 from .fakes import check_shape, register_fake
-from .gradient import needs_gradient
+from .gradient import needs_function, needs_gradient
 from .isa import isa_name
 from .library import native
 from .post_op import PostOp
@@ -111,7 +111,7 @@ def woq_linear(
     RuntimeError when an argument does not fit the packed weight, and for a post op where a gradient is needed.
     """
     modes = int(lowp_mode), int(act_quant_mode)
-    if needs_gradient(x, *others):
+    if needs_function(x, *others):
         if post_op != PostOp.NONE:
             raise RuntimeError(
                 f"post_op: expected NONE where a gradient is needed, got {PostOp(post_op).name}; apply it to the "

@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from ..nn.fused_forward import restored_forwards
-from ..nn.linears import is_linear, weight_matrix
+from ..nn.linears import is_linear, linear_shape, weight_matrix
 from ..nn.modes import evaluating
+from ..nn.stored_linear import in_memory
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme
 from .rtn import rtn
@@ -72,7 +73,7 @@ def walk_blocks(
             names = {name: walk.full_name(index, name) for name, m in block.named_modules() if is_linear(m)}
             schemes = {name: scheme_of(full_name) for name, full_name in names.items()}
             schemes = {name: chosen for name, chosen in schemes.items() if chosen is not None}
-            with walk.changing(index):
+            with in_memory(block), walk.changing(index):
                 found = quantize_block(walk, index, schemes)
                 walk.advance(index)
             walk.leave(index)
@@ -342,7 +343,7 @@ def calibrate(walk: Walk, index: int, stage: Stage, make: Callable[[int], Statis
     """
     block = walk.blocks[index]
     firsts = {members[0]: block.get_submodule(members[0]) for members in stage.groups}
-    sums = {name: make(weight_matrix(linear).shape[1]) for name, linear in firsts.items()}
+    sums = {name: make(linear_shape(linear)[1]) for name, linear in firsts.items()}
     masks: list[torch.Tensor] = []
 
     def add(name: str, tensor: torch.Tensor) -> None:

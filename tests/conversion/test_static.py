@@ -372,6 +372,21 @@ def test_dynamic_quantization_needs_no_example_and_no_calibration(block, batches
     assert torch.equal(converted(batches[0]), grouped(batches[0]))
 
 
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (torch.ones(2, 7), "without the example.* Block cannot be called with it: .*shape"),
+        ((1, 2), "Block cannot be called with it: .*positional"),
+    ],
+)
+def test_dynamic_quantization_goes_without_an_example_that_does_not_fit(block, batches, example, message):
+    with pytest.warns(UserWarning, match=message) as warned:
+        prepared = prepare(block, ipex.quantization.default_dynamic_qconfig_mapping, example)
+    assert warned[0].filename == __file__
+    expected = convert(prepare(block, ipex.quantization.default_dynamic_qconfig_mapping))
+    assert torch.equal(convert(prepared)(batches[0]), expected(batches[0]))
+
+
 # --------------------------------------------------------------------------------------------------------- calibration
 def test_an_uncalibrated_model_is_refused_by_name(block, batches):
     prepared = prepare(block, get_smooth_quant_qconfig_mapping(), batches[0])

@@ -3,23 +3,7 @@ import torch
 from torch import nn
 
 from ipex_quant.conversion.example import Example
-from ipex_quant.conversion.tidy import drop_dropout, fold_batch_norms, leave_fast_paths
-
-
-def test_dropout_becomes_identity_and_says_so():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Dropout2d(0.1)).train()
-    drop_dropout(model)
-    assert [type(module) for module in model] == [nn.Linear, nn.Identity, nn.Identity]
-    assert model[1].p == 0.0
-    assert model[1].training
-    x = torch.randn(3, 4)
-    assert torch.equal(model(x), model[0](x))
-
-
-def test_a_model_that_is_a_dropout_stays():
-    model = nn.Dropout(0.5)
-    drop_dropout(model)
-    assert type(model) is nn.Dropout
+from ipex_quant.conversion.tidy import fold_batch_norms, leave_fast_paths
 
 
 class Net(nn.Module):

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 
@@ -6,11 +7,16 @@ import pytest
 
 from ipex_quant.cpu import launch
 
+MEETING = ("MASTER_ADDR", "MASTER_PORT", "CCL_WORKER_COUNT")
+
 
 @pytest.fixture
 def launched(monkeypatch):
     """What torch's launcher is called with for a command line."""
     calls = []
+    for name in MEETING:
+        monkeypatch.setenv(name, "")  # what a launch sets is taken back
+        monkeypatch.delenv(name)
     monkeypatch.setattr(launch.run_cpu, "main", calls.append)
     monkeypatch.setattr(launch, "numa_nodes", lambda: {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]})
     monkeypatch.setattr(launch, "node_processors", lambda node: {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}[node])
@@ -97,8 +103,12 @@ def test_what_torch_cannot_do_is_warned_of(launched, caplog, line):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--nprocs-per-node 2", "--nprocs-per-node is not supported: for distributed training, launch with torchrun"),
-        ("--logical-cores-for-ccl", "launch with torchrun"),
+        ("--nnodes 2 --nprocs-per-node 2", "--nnodes: expected 1, got 2; launch torchrun on each of several machines"),
+        ("--hostfile hosts", "--hostfile is not supported: to train on several machines, launch torchrun on each"),
+        ("--nprocs-per-node -2", "expected a positive number"),
+        ("--nprocs-per-node 2 --ninstances 2", "expected none of --ninstances"),
+        ("--nprocs-per-node 2 --latency-mode", "expected none of --ninstances"),
+        ("--nprocs-per-node 5", "at most 4 cores in all instances, got --ninstances 5"),
         ("--auto-ipex", r"--auto-ipex is not supported: call ipex.optimize(model) in the program"),
         ("--dtype bfloat16", "call ipex.optimize(model, dtype=...) in the program"),
         ("--cores-list 0-3 --nodes-list 0", "expected one of them"),
@@ -114,6 +124,73 @@ def test_wrong_command_lines(launched, capsys, line, message):
         launched(line)
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--nprocs-per-node 2", {"ninstances": 2, "ncores_per_instance": 2, "core_list": "0,2,4,6"}),
+        ("--nprocs-per-node 2 --use-logical-cores", {"ncores_per_instance": 4, "core_list": "0,1,2,3,4,5,6,7"}),
+        ("--nprocs_per_node 3 --cores-list 1-7", {"ninstances": 3, "ncores_per_instance": 2}),
+        ("--nnodes 1", {"ninstances": 2}),
+        ("--nnodes 1 --nodes-list 1", {"ninstances": 1, "core_list": "4,6"}),
+    ],
+)
+def test_processes_are_instances(launched, line, expected):
+    options = vars(launched(line))
+    assert {name: options[name] for name in expected} == expected
+
+
+def test_where_processes_meet(launched, caplog):
+    launched("--nprocs-per-node 2")
+    assert [os.environ.get(name) for name in MEETING] == ["127.0.0.1", "29500", None]
+    assert not caplog.text
+    launched("--nprocs-per-node 2 --master-addr here --master-port 7 --ccl-worker-count 1")
+    assert [os.environ.get(name) for name in MEETING] == ["here", "7", "1"]
+    assert "no cores are kept for oneCCL" in caplog.text
+    launched("--nprocs-per-node 2")
+    assert [os.environ.get(name) for name in MEETING] == ["here", "7", "1"]
+
+
+RANKS = """
+import os, pathlib, sys, torch, torch.distributed as dist
+assert os.environ["PMI_RANK"] == os.environ["LOCAL_RANK"] == os.environ["RANK"]
+assert os.environ["PMI_SIZE"] == os.environ["LOCAL_WORLD_SIZE"] == "2"
+dist.init_process_group("gloo")
+value = torch.tensor([10 ** dist.get_rank()])
+dist.all_reduce(value)
+result = f"sum={value.item()} threads={torch.get_num_threads()} cores={os.sched_getaffinity(0)}"
+pathlib.Path(sys.argv[1]).joinpath(str(dist.get_rank())).write_text(result)
+dist.destroy_process_group()
+sys.exit(3 if "--fail" in sys.argv and os.environ["RANK"] == "1" else 0)
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.parametrize("failing", [False, True])
+def test_processes_train_together(tmp_path, failing):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--nprocs-per-node", "2", "--cores-list", f"{first},{second}", "--master-port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "ipex_quant.cpu.launch",
+        *options,
+        str(script),
+        str(tmp_path),
+        *["--fail"] * failing,
+    ]
+    hidden = ("OMP_NUM_THREADS", "MASTER_ADDR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == (3 if failing else 0)
+    results = {(tmp_path / rank).read_text() for rank in ("0", "1")}
+    assert results == {f"sum=11 threads=1 cores={ {core} }" for core in (first, second)}
 
 
 def test_a_program_runs_on_its_cores(tmp_path):

@@ -66,5 +66,11 @@ def test_two_ranks_train_as_one_process(tmp_path):
     assert not torch.equal(before["0.weight"], expected["0.weight"])
     for (dtype, static_graph), (values, state) in first.items():
         torch.testing.assert_close(second[dtype, static_graph], (values, state), rtol=0, atol=0)
-        tolerance = 1e-5 if dtype == torch.float32 else 0.01
-        torch.testing.assert_close(values, expected, rtol=tolerance, atol=tolerance)
+        if dtype == torch.float32:
+            torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+            continue
+        # AdamW steps by its rate either way where a gradient is near 0, so rounding may turn a few parameters around.
+        for name, value in values.items():
+            difference = (value - expected[name]).abs()
+            assert difference.max() < 2.1 * STEPS * 0.01
+            assert difference.mean() < 0.002

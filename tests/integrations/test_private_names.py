@@ -61,7 +61,6 @@ USED = {
     "torch.nn.Module()._non_persistent_buffers_set": None,
     "torch.nn.Module()._parameters": None,
     "torch.nn.modules.conv._ConvNd": None,
-    "torch.nn.modules.dropout._DropoutNd": None,
     "torch.nn.LSTM._update_flat_weights": "self",
     "torch.ops.aten.add.Tensor._schema.arguments": None,
     "torch.ops.mkldnn._convolution_pointwise": None,
@@ -90,6 +89,7 @@ USED = {
     "transformers.PreTrainedModel._keep_in_fp32_modules": None,
     "transformers.PreTrainedModel._keep_in_fp32_modules_strict": None,
     "transformers.PreTrainedModel._keys_to_ignore_on_load_unexpected": None,
+    "transformers.PreTrainedModel._keys_to_ignore_on_save": None,
     "transformers.PreTrainedModel._supports_flash_attn": None,
     "transformers.PreTrainedModel._supports_sdpa": None,
     "transformers.PreTrainedModel._tied_weights_keys": None,
@@ -98,6 +98,7 @@ USED = {
     "transformers.core_model_loading.rename_source_key": (
         "source_key weight_renamings weight_converters base_model_prefix meta_state_dict reverse"
     ),
+    "transformers.core_model_loading.revert_weight_conversion": "model state_dict",
     "transformers.integrations.moe._default_apply_gate": "self gate_up_out",
     "transformers.quantizers.base.HfQuantizer._convert_model_for_quantization": "self model",
     "transformers.quantizers.base.HfQuantizer._dequantize": "self model dtype",

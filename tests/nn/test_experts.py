@@ -1,4 +1,5 @@
 import copy
+import io
 import pickle
 
 import pytest
@@ -197,6 +198,16 @@ def test_copies_know_their_layout(make, change):
     assert torch.equal(other(*given), packed(*given))
     assert other.weight.shape == packed.weight.shape == (EXPERTS, (3 if make is llama4 else 2) * WIDTH, HIDDEN)
     assert other.gate == packed.gate
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_graph_traced_where_gradients_are_recorded_can_be_saved():
+    packed = quantized(qwen())
+    x, experts, weights = arguments()
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(packed, (x.requires_grad_(), experts, weights)), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x, experts, weights), packed(x, experts, weights))
 
 
 def test_rows_of_zeros_need_no_weights():

@@ -343,10 +343,11 @@ class TestCopies:
         assert torch.equal(copy.deepcopy(members[member])(x), members[member](x))
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-    def test_jit_trace_save_and_load(self):
+    @pytest.mark.parametrize("gradient", [False, True])
+    def test_jit_trace_save_and_load(self, gradient):
         model = Siblings(group())
         file = io.BytesIO()
-        torch.jit.save(torch.jit.trace(model, torch.randn(2, IN)), file)
+        torch.jit.save(torch.jit.trace(model, torch.randn(2, IN, requires_grad=gradient)), file)
         file.seek(0)
         x = torch.randn(3, IN)
         assert equal(torch.jit.load(file)(x), model(x))

@@ -220,8 +220,9 @@ class TestCopies:
         self.check(layer, other)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-    def test_jit_trace_save_and_load(self, layer):
-        x = torch.randn(2, 70)
+    @pytest.mark.parametrize("gradient", [False, True])
+    def test_jit_trace_save_and_load(self, layer, gradient):
+        x = torch.randn(2, 70, requires_grad=gradient)
         file = io.BytesIO()
         torch.jit.save(torch.jit.trace(nn.Sequential(layer, nn.ReLU()), x), file)
         file.seek(0)

@@ -20,7 +20,7 @@ from ...nn import Int8Linear, WeightOnlyQuantizedLinear
 from ...nn.embeddings import is_embedding
 from ...nn.fused_forward import restore_forwards
 from ...nn.input_factor import InputFactor
-from ...nn.linears import is_linear, weight_matrix
+from ...nn.linears import is_linear, linear_shape
 from ...nn.multihead_attention import split_attentions
 from ...numerics.scheme import QConfigWoq
 from ...ops.int8 import INT8_PER_CHANNEL
@@ -64,6 +64,11 @@ class Plan:
     replacements: Mapping[str, Callable[[nn.Module], nn.Module]]
     reasons: dict[str, str]
     left: dict[str, str]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each layer in the checkpoint."""
+        return {name: self.checkpoint.nbytes(name) for name in self.replacements}
 
     @property
     def layers(self) -> set[str]:
@@ -112,7 +117,7 @@ def _from_checkpoint(
 ) -> nn.Module:
     if not is_linear(module):
         return experts_from_checkpoint(checkpoint, name, qconfig, module)
-    out_features, in_features = weight_matrix(module).shape
+    out_features, in_features = linear_shape(module)
     found = checkpoint.quantized_weight(name, in_features, out_features)
     if found is None:
         return module  # the checkpoint's own rules leave it in float

@@ -17,11 +17,14 @@ from ...nn.linears import holds_experts
 from ...nn.stacked_experts import expert_layout, experts_obstacle, experts_shape
 from ...numerics.quantized_stack import QuantizedStack
 from ...numerics.quantized_weight import QuantizedWeight
-from ...numerics.scheme import QConfigWoq, WeightScheme
+from ...numerics.scheme import PER_CHANNEL, QConfigWoq, WeightScheme
 from ...woq.rtn import rtn
 
 PARTS = {"gate_up": ("gate", "up"), "up": ("up",), "down": ("down",)}
 """The parts of one projection in checkpoints; experts without a gate have `up` alone."""
+
+Named = tuple[QuantizedWeight, torch.Tensor | None]
+"""Weight and bias of a linear layer."""
 
 _EXPERT = re.compile(r"^(?P<module>.+)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj$")
 
@@ -50,7 +53,9 @@ def experts_from_checkpoint(
         for parts in projections
         for part in parts
     }
-    found = {each: checkpoint.quantized_weight(each, shape[1], shape[0]) for each, shape in shapes.items()}
+    found = _with_one_group_size(
+        {each: checkpoint.quantized_weight(each, shape[1], shape[0]) for each, shape in shapes.items()}
+    )
     if any(checkpoint.input_factor(each, shape[1]) is not None for each, shape in shapes.items()):
         raise ValueError(f"{name}: factors of the input of single experts are not supported")
     scheme = next(each[0].scheme for each in found.values() if each is not None)
@@ -74,6 +79,21 @@ def experts_from_checkpoint(
         bias = _stacked_biases([[bias for _, bias in row] for row in rows], [sizes[part][0] for part in parts])
         biases.append(bias[:, _gate_then_up(bias.shape[1])] if alternating and bias is not None else bias)
     return WeightOnlyQuantizedExperts.in_place_of(module, tuple(stacks), qconfig, tuple(biases))
+
+
+def _with_one_group_size(found: Mapping[str, Named | None]) -> dict[str, Named | None]:
+    """The weights and biases `found`, where one group that holds all input features has the size of the other groups.
+
+    Formats read such a group as one scale per channel.
+    """
+    size = max((each[0].scheme.group_size for each in found.values() if each is not None), default=PER_CHANNEL)
+    alike: dict[str, Named | None] = {}
+    for name, each in found.items():
+        if each is not None and each[0].scheme.group_size == PER_CHANNEL and each[0].shape[1] <= size:
+            scheme = dataclasses.replace(each[0].scheme, group_size=size)
+            each = dataclasses.replace(each[0], scheme=scheme), each[1]
+        alike[name] = each
+    return alike
 
 
 def stack_float_experts(model: nn.Module, tensors: Mapping[str, Stored]) -> dict[str, Stored]:

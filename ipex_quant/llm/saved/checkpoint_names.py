@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from ...checkpoints import Checkpoint, Stored, WeightsInMemory, split_name
 from ...nn.linears import holds_experts
@@ -50,6 +56,19 @@ def model_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]
     names = _Names(model, {name for name, _ in model.named_modules()})
     owners = (name.rpartition(".") for name in sorted(stored))
     return {f"{names.module(owner)}.{key}": f"{owner}.{key}" for owner, _, key in owners if key in ("weight", "bias")}
+
+
+def file_names(model: PreTrainedModel, weights: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Names of linear layers in files of the architecture, as its makers publish them, by those in `model`.
+
+    `weights` gives the shapes of the float weights of `model`, by name: of linear layers, and of stacked experts. The
+    linear layers of one expert have names as in `with_model_names`; those of a stack that files hold as it is are not
+    among the results.
+    """
+    shapes = {name: torch.empty(shape, device="meta") for name, shape in weights.items()}
+    names = _Names(model, {name for name, _ in model.named_modules()})
+    owners = (name.rpartition(".") for name in revert_weight_conversion(model, shapes))
+    return {names.module(owner): owner for owner, _, key in owners if key == "weight"}
 
 
 class _Names:

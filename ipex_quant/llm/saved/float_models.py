@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from ...checkpoints.files import indexed_files
+from ...checkpoints.files import find_quantization_config, indexed_files
 from ...reading import read_json, shown
 
 
@@ -32,13 +34,17 @@ def load_float_model(
         model, info = found.from_pretrained(directory, **options, output_loading_info=True)
     except SafetensorError as error:  # its message does not name the directory
         raise ValueError(f"{directory}: {error}") from error
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
-        raise ValueError(
-            f"{directory}: the checkpoint lacks {len(names)} tensors of a {type(model).__name__}, such as {names[:3]}; "
-            "get a complete one"
-        )
+    check_complete(directory, model, info["missing_keys"])
     return model.eval()
+
+
+def check_complete(directory: Path, model: PreTrainedModel, missing: Collection[str]) -> None:
+    """Raise ValueError if tensors of `model` are `missing` in `directory`; transformers would initialize them."""
+    if missing:
+        raise ValueError(
+            f"{directory}: the checkpoint lacks {len(missing)} tensors of a {type(model).__name__}, such as "
+            f"{sorted(missing)[:3]}; get a complete one"
+        )
 
 
 def check_float(directory: Path) -> dict[str, Any]:
@@ -46,9 +52,9 @@ def check_float(directory: Path) -> dict[str, Any]:
     if not (directory / "config.json").is_file():
         raise ValueError(f"{directory}: expected a model directory with a config.json")
     config = read_json(directory / "config.json")
-    quantization = config.get("quantization_config")
+    quantization = find_quantization_config(directory)
     if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        method = quantization.get("quant_method")
         raise ValueError(f"{directory}: expected a float model, got one that is quantized already, by {shown(method)}")
     for index in directory.glob("*.index.json"):  # transformers would read whatever it names
         indexed_files(index)
@@ -80,3 +86,10 @@ def model_class(directory: Path, config: dict[str, Any], trust_remote_code: bool
             "allow it with trust_remote_code"
         )
     return getattr(transformers, automatic[0])
+
+
+def concrete_class(found: Any, directory: Path, config: dict[str, Any]) -> Any:
+    """The class of trusted code in `directory` for `found`, if that is an ``AutoModel`` class, else `found`."""
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    return get_class_from_dynamic_module(config["auto_map"][found.__name__], directory, local_files_only=True)

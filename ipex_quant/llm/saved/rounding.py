@@ -1,12 +1,17 @@
-"""`plan_rounding`: quantize linear layers by rounding to nearest while a float model is loaded, one after the other."""
+"""Plans for the linear layers of a float model that is quantized while it is loaded, or after.
+
+`plan_rounding` rounds weights to nearest as they are read, one after the other. `plan_storage` leaves them in their
+files, for algorithms that go through the model block by block.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 from transformers import PreTrainedModel
@@ -15,16 +20,18 @@ from ...checkpoints import Stored
 from ...conversion.prepare import FLOAT_REASONS
 from ...conversion.rules import choose_qconfigs, fit_reasons
 from ...nn import WeightOnlyQuantizedLinear
+from ...nn.stored_linear import StoredLinear
 from ...numerics.scheme import QConfigWoq
 from .checkpoint_names import model_names
 
 
 @dataclass(frozen=True)
-class RoundingPlan:
-    """Which layers of a float model are rounded while it is loaded, and why others stay in float."""
+class FloatPlan:
+    """Which layers of a float model are replaced while it is loaded, and why others stay in float, if that is known."""
 
     replacements: Mapping[str, Callable[[nn.Module], nn.Module]]
-    reasons: dict[str, str]
+    sizes: Mapping[str, int]
+    reasons: dict[str, str] | None = None
 
     @property
     def layers(self) -> set[str]:
@@ -33,31 +40,57 @@ class RoundingPlan:
 
     def finish(self, model: nn.Module) -> None:
         """Note why layers of `model` stay in float."""
-        setattr(model, FLOAT_REASONS, self.reasons)
+        if self.reasons is not None:
+            setattr(model, FLOAT_REASONS, self.reasons)
 
 
-def plan_rounding(model: PreTrainedModel, tensors: dict[str, Stored], mapping: QConfigMapping) -> RoundingPlan:
-    """The `RoundingPlan` for `model` on the meta device, for the linear layers that `mapping` quantizes weight-only.
+def plan_rounding(model: PreTrainedModel, tensors: dict[str, Stored], mapping: QConfigMapping) -> FloatPlan:
+    """The `FloatPlan` for `model` on the meta device, that rounds the linear layers that `mapping` makes weight-only.
 
     The tensors of these layers are taken out of `tensors`, so that nobody else reads them. Layers that share their
     weight, or whose tensors the file stores otherwise than the model, are left to `optimize`.
     """
     chosen, reasons = choose_qconfigs(mapping, model, read_weights=False)
+    weight_only = {name: qconfig for name, qconfig in chosen.items() if isinstance(qconfig, QConfigWoq)}
+    taken = _taken(model, tensors, weight_only)
+    replacements = {name: partial(_rounded, own, weight_only[name]) for name, own in taken.items()}
+    return FloatPlan(replacements, _sizes(taken), fit_reasons(reasons, model))
+
+
+def plan_storage(model: PreTrainedModel, tensors: dict[str, Stored], mapping: QConfigMapping) -> FloatPlan:
+    """The `FloatPlan` for `model` that makes a `StoredLinear` of each linear layer that `mapping` quantizes.
+
+    `tensors` and exceptions are those of `plan_rounding`.
+    """
+    chosen, _ = choose_qconfigs(mapping, model, read_weights=False)
+    taken = _taken(model, tensors, chosen)
+    return FloatPlan({name: partial(_stored, own) for name, own in taken.items()}, dict.fromkeys(taken, 0))
+
+
+def _taken(model: PreTrainedModel, tensors: dict[str, Stored], chosen: Collection[str]) -> dict[str, dict[str, Stored]]:
+    """The tensors of each linear layer of `chosen` that has its own in the file; they are taken out of `tensors`."""
     names = model_names(model, tensors)
     modules = dict(model.named_modules())
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-    replacements = {}
-    for name, qconfig in chosen.items():
+    taken = {}
+    for name in chosen:
         module = modules.get(name)
-        if not isinstance(module, nn.Linear) or not isinstance(qconfig, QConfigWoq):
+        if not isinstance(module, nn.Linear):
             continue
         parameters = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
         stored = {key: names.get(f"{name}.{key}", "") for key in parameters}
         fits = all(key in tensors and tensors[key].shape == parameters[own].shape for own, key in stored.items())
         if fits and tied.isdisjoint(f"{name}.{key}" for key in parameters):
-            own = {key: tensors.pop(stored[key]) for key in parameters}
-            replacements[name] = partial(_rounded, own, qconfig)
-    return RoundingPlan(replacements, fit_reasons(reasons, model))
+            taken[name] = {key: tensors.pop(stored[key]) for key in parameters}
+    return taken
+
+
+def _sizes(taken: Mapping[str, Mapping[str, Stored]]) -> dict[str, int]:
+    """Bytes in the files of the tensors of each layer."""
+    return {
+        name: sum(stored.shape.numel() * stored.dtype.itemsize for stored in own.values())
+        for name, own in taken.items()
+    }
 
 
 def _rounded(tensors: Mapping[str, Stored], qconfig: Any, module: nn.Module) -> nn.Module:
@@ -66,3 +99,17 @@ def _rounded(tensors: Mapping[str, Stored], qconfig: Any, module: nn.Module) -> 
         setattr(module, key, nn.Parameter(stored[...].to(dtype), requires_grad=False))
     module.qconfig = qconfig
     return WeightOnlyQuantizedLinear.from_float(module)
+
+
+def _stored(tensors: Mapping[str, Stored], module: nn.Linear) -> StoredLinear:
+    dtype = module.weight.dtype
+    bias = tensors.get("bias")
+    return StoredLinear(
+        module,
+        partial(_read, tensors["weight"], dtype),
+        None if bias is None else _read(bias, module.get_parameter("bias").dtype),
+    )
+
+
+def _read(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
+    return stored[...].to(dtype)

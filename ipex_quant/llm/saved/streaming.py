@@ -34,10 +34,16 @@ _MANY_LAYERS = 16
 
 
 class LayerPlan(Protocol):
-    """Which layers are replaced, by functions of the old ones, and what is to be done at the end."""
+    """Which layers are replaced, by functions of the old ones, and what is to be done at the end.
+
+    `sizes` gives the bytes that each function reads.
+    """
 
     @property
     def replacements(self) -> Mapping[str, Callable[[nn.Module], nn.Module]]: ...
+
+    @property
+    def sizes(self) -> Mapping[str, int]: ...
 
     def finish(self, model: nn.Module) -> None: ...
 
@@ -70,11 +76,13 @@ class LayerLoader(HfQuantizer):
             model.set_submodule(name, place)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        replacements = self._plan.replacements
-        progress = tqdm(replacements.items(), desc="packing", unit="layer", disable=len(replacements) < _MANY_LAYERS)
-        for name, make in progress:
-            model.set_submodule(name, successor(model.get_submodule(name).float_module, make).eval())
-            return_freed_memory()
+        replacements, sizes = self._plan.replacements, self._plan.sizes
+        hidden = len(replacements) < _MANY_LAYERS or not any(sizes.values())
+        with tqdm(total=sum(sizes.values()), desc="packing", unit="B", unit_scale=True, disable=hidden) as progress:
+            for name, make in replacements.items():
+                model.set_submodule(name, successor(model.get_submodule(name).float_module, make).eval())
+                progress.update(sizes[name])
+                return_freed_memory()
         self._plan.finish(model)
         return model
 

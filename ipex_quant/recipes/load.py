@@ -1,0 +1,60 @@
+"""`quantized`: quantize a float model in a directory by a recipe, in as little memory as the recipe allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .. import evaluation
+from ..llm.loading import load_rounded, load_stored
+from ..llm.saved.float_models import load_float_model
+from ..llm.saved.notes import note_recipe
+from . import inputs
+from .apply import apply_recipe
+from .recipe import Awq, Calibrated, Dynamic, Gptq, Recipe
+
+
+def quantized(
+    recipe: Recipe,
+    directory: Path,
+    dtype: torch.dtype,
+    calibration: Sequence[Any] = (),
+    check: Callable[[PreTrainedModel], None] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, int]:
+    """The float model in `directory`, quantized by `recipe` for inference in `dtype`, and the bytes that it had.
+
+    Weights that are rounded to nearest are so as they are read. GPTQ and AWQ read the linear layers of one block at a
+    time. Only recipes that observe activations have the float model in memory as a whole. `calibration` is that of
+    `apply_recipe`; ``check(model)`` may raise for a model that cannot be calibrated on it. Raises as `apply_recipe` and
+    `load_float_model` do.
+    """
+    if not isinstance(recipe.settings, Calibrated | Dynamic):
+        sizes: list[int] = []
+
+        def mapping_of(model: PreTrainedModel) -> Any:
+            sizes.append(_bytes_in_memory(model))
+            return recipe.qconfig_mapping(model)
+
+        model = load_rounded(directory, dtype, mapping_of, trust_remote_code=trust_remote_code)
+        note_recipe(model, recipe.note)
+        return model, sizes[0]
+    if isinstance(recipe.settings, Gptq | Awq | Dynamic):
+        model = load_stored(directory, dtype, recipe.qconfig_mapping, trust_remote_code)
+    else:
+        model = load_float_model(directory, dtype, trust_remote_code)
+    if check is not None and isinstance(recipe.settings, Calibrated):
+        check(model)
+    before = evaluation.model_bytes(model)
+    return apply_recipe(recipe, model, inputs.of_model(model, calibration), model.dtype), before
+
+
+def _bytes_in_memory(model: PreTrainedModel) -> int:
+    """Bytes that `model`, on the meta device, would have in memory, each tied weight once."""
+    tied = model.all_tied_weights_keys
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors if name not in tied)
