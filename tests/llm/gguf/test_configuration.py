@@ -104,8 +104,8 @@ def test_other_factors_divide_the_frequencies(config_of):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("blk.1.ffn_up.weight"), r"do not fit a LlamaForCausalLM: .*layers\.1\.mlp\.up_proj\.weight"),
-        (lambda t: t.pop("output_norm.weight"), r"do not fit a LlamaForCausalLM: .*model\.norm\.weight"),
+        (lambda t: t.pop("blk.1.ffn_up.weight"), r"lacks 1 tensors of a LlamaForCausalLM, .*layers\.1\.mlp\.up_proj"),
+        (lambda t: t.pop("output_norm.weight"), r"lacks 1 tensors of a LlamaForCausalLM, .*model\.norm\.weight"),
         (
             lambda t: t.update({"blk.7.ffn_up.weight": torch.ones(2, 2)}),
             r"1 tensors have no place in the architecture 'llama': \['blk\.7\.ffn_up\.weight'\]",
