@@ -29,7 +29,8 @@ BAD_INPUT = 2
 DTYPES = ("bfloat16", "float16", "float32")
 MESSAGE_LENGTH = 1000
 MODEL_HELP = (
-    "result of `ipex-quant quantize`, a checkpoint that another tool quantized, or a float model; or its id in the hub"
+    "result of `ipex-quant quantize`, a checkpoint that another tool quantized, a GGUF file, or a float model; or its "
+    "id in the hub"
 )
 EXPORT_FORMATS = ("gptq", "awq", "compressed-tensors", "gguf")
 TOKENIZER_FILES = (

@@ -10,22 +10,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 
+from ..numerics.affine import feature_groups, stored_codes
+from ..numerics.nibbles import pack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
 from ..reading import shown
 from .file_tensors import Derived, ExpertRows, Stored
 from .format import CheckpointFormat
 from .gguf_blocks import BLOCKS, float_rows, read_blocks
 from .gguf_file import GgufFile, GgufTensor
-from .gguf_names import ARCHITECTURES, IGNORED, Place, architecture_of, place_of
+from .gguf_names import ARCHITECTURES, IGNORED, Place, architecture_of, layer_of, place_of
 from .tensors import check, check_rank, require
 
+MANY_LAYERS = 1 << 31
+"""Layers of a file that does not say how many."""
+
 _WEIGHT = "qweight"
+_ORDER = "order"
+"""The file's column in place of each of the model's."""
+
 _FORMAT = re.compile(r"^(?P<family>i?q)(?P<bits>\d?)_(?P<variant>0|1|k|nl|xs)(?:_(?:xs|s|m|l))?$")
 
 
@@ -35,8 +44,8 @@ class GgufFormat(CheckpointFormat):
 
     kind: str = ""
 
-    keys = (*BLOCKS, _WEIGHT)
-    weight_keys = keys
+    keys = (*BLOCKS, _WEIGHT, _ORDER)
+    weight_keys = keys[:-1]
     may_be_float = True
 
     @classmethod
@@ -46,7 +55,7 @@ class GgufFormat(CheckpointFormat):
         found = _FORMAT.match(stated.lower().replace("-", "_")) if isinstance(stated, str) else None
         if not stated or stated == "gguf":
             return cls("" if "bits" not in config else f"Q{bits}_0")
-        kind = found and f"{found['family']}{found['bits'] or bits}_{found['variant']}".upper()
+        kind = f"{found['family']}{found['bits'] or bits}_{found['variant']}".upper() if found else ""
         if kind not in BLOCKS:
             names = [each.lower() for each in BLOCKS]
             raise ValueError(f"bits, format: expected one of {names}, got {shown(bits)}, {shown(stated)}")
@@ -56,7 +65,9 @@ class GgufFormat(CheckpointFormat):
         self, module_name: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int | None, int | None]
     ) -> QuantizedWeight:
         """Read the weight of one module; ValueError or TypeError for blocks that do not fit `shape`."""
-        key = next(iter(tensors))
+        tensors = dict(tensors)
+        order = tensors.pop(_ORDER, None)
+        key = next(iter(tensors), self.weight_keys[0])
         (stored,) = require(tensors, (key,))
         check_rank(key, stored, 2)
         kind = self._kind(stored.shape[1], shape[1]) if key == _WEIGHT else key
@@ -70,7 +81,8 @@ class GgufFormat(CheckpointFormat):
         check(key, stored, (torch.uint8,), (len(stored) if rows is None else rows, width))
         if width % blocks.size:
             raise ValueError(f"{key}: expected rows of whole blocks of {blocks.size} bytes, got {width}")
-        return read_blocks(kind, stored)
+        weight = read_blocks(kind, stored)
+        return weight if order is None else _in_order(weight, order)
 
     def _kind(self, width: int, columns: int | None) -> str:
         """`kind`, or the one of its family whose rows of `columns` have `width` bytes."""
@@ -96,11 +108,17 @@ def gguf_tensors(file: GgufFile) -> dict[str, Stored]:
         )
     result: dict[str, Stored] = {}
     unknown = []
+    layers = file.of_model("block_count", int, MANY_LAYERS)
+    layers = max(layers, file.of_model("decoder_block_count", int, layers))
+    extra = file.of_model("nextn_predict_layers", int, 0)
     for name, tensor in file.tensors.items():
         place = place_of(architecture, name)
         if name.endswith(IGNORED):
             continue
-        if place is None:
+        layer = layer_of(name)
+        if layer is not None and layers - extra <= layer < layers:
+            continue  # what predicts further tokens, which transformers has no place for
+        if place is None or (layer or 0) >= layers:
             unknown.append(name)
             continue
         for new, stored in _placed(file, name, tensor, place):
@@ -124,21 +142,58 @@ def _placed(file: GgufFile, name: str, tensor: GgufTensor, place: Place) -> Iter
     if tensor.kind and stored.dim() != 2 + stacked:
         raise ValueError(f"{file.path}: {shown(name)}: expected {2 + stacked} dimensions, got {list(stored.shape)}")
     quantized = bool(tensor.kind) and place.quantizable
-    for expert in range(stored.shape[0] if stacked else 1):
+    for expert, (module, rows) in product(range(stored.shape[0] if stacked else 1), _parts(file, name, tensor, place)):
         own: Stored = stored
         if stacked:
-            own = ExpertRows(stored, expert, slice(None)) if stored.dim() > 2 else _entry(stored, expert)
+            own = ExpertRows(stored, expert, rows) if stored.dim() > 2 else _entry(stored, expert)
         if place.rows is not None:
             own = Derived(own, own.shape, own.dtype, partial(_take, place.rows(file, own.shape[0])))
         if tensor.kind and not quantized:
-            blocks = BLOCKS[tensor.kind]
-            shape = torch.Size((own.shape[0], own.shape[1] // blocks.size * blocks.elements))
+            shape = torch.Size((own.shape[0], _columns(tensor.kind, own)))
             own = Derived(own, shape, torch.float32, partial(float_rows, tensor.kind))
+        if place.columns is not None:
+            order = place.columns(file, _columns(tensor.kind, own) if quantized else own.shape[1])
+            if quantized:
+                yield f"{place.module}.{_ORDER}", order.int()
+            else:
+                own = Derived(own, own.shape, own.dtype, partial(_take_columns, order))
         if place.values is not None and not quantized:
             own = Derived.of_values(own, place.values)
-        module = place.module.replace("*", str(expert))
+        module = module.replace("*", str(expert))
         key = tensor.kind if quantized else place.key
         yield f"{module}.{key}" if module else key, own
+
+
+def _parts(file: GgufFile, name: str, tensor: GgufTensor, place: Place) -> list[tuple[str, slice]]:
+    """The modules that a tensor is of, and their rows in each entry of a stack."""
+    names = place.module.split("|")
+    if len(names) == 1:
+        return [(place.module, slice(None))]
+    if tensor.stored.dim() != 3 or tensor.stored.shape[1] % len(names):
+        raise ValueError(
+            f"{file.path}: {shown(name)}: expected {len(names)} parts of the same rows, got {list(tensor.stored.shape)}"
+        )
+    owner = names[0].rpartition(".")[0]
+    size = tensor.stored.shape[1] // len(names)
+    modules = (names[0], *(f"{owner}.{other}" for other in names[1:]))
+    return [(module, slice(number * size, (number + 1) * size)) for number, module in enumerate(modules)]
+
+
+def _columns(kind: str, rows: Stored) -> int:
+    """Elements of a row of blocks."""
+    return rows.shape[1] // BLOCKS[kind].size * BLOCKS[kind].elements
+
+
+def _in_order(weight: QuantizedWeight, order: torch.Tensor) -> QuantizedWeight:
+    """`weight` with its columns in another order, and the groups that they had."""
+    check(_ORDER, order, (torch.int32,), (weight.shape[1],))
+    codes = stored_codes(weight)[:, order.long()]
+    codes = pack_nibbles(codes) if weight.scheme.dtype.bits <= 4 else codes.contiguous()
+    return replace(weight, codes=codes, g_idx=feature_groups(weight)[order.long()].int())
+
+
+def _take_columns(order: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[:, order]
 
 
 def _take(order: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -34,8 +35,10 @@ class Architecture:
     """The names of one architecture.
 
     - `outer` maps the parts outside layers, `inner` those in the layer of `layers`, which has ``{}`` for its number.
-      ``*`` stands for the number of an expert, whose weights the file stacks.
-    - `rows` are orders of rows, and of biases, by part; `values` change floats, by part or part and key.
+      ``*`` stands for the number of an expert, whose weights the file stacks, and ``|`` is between names of parts that
+      it has one below the other.
+    - `rows` are orders of rows, and of biases, by part, and `columns` of input features; `values` change floats, by
+      part or part and key.
     - `floats` are parts that are no linear layers or embeddings in the model, and so are never quantized there.
     - `transposed` parts have float weights ``[K, N]`` in the model.
     """
@@ -44,6 +47,7 @@ class Architecture:
     inner: Mapping[str, str]
     layers: str = "model.layers.{}."
     rows: Mapping[str, Rows] = field(default_factory=dict)
+    columns: Mapping[str, Rows] = field(default_factory=dict)
     values: Mapping[str, Values] = field(default_factory=dict)
     floats: frozenset[str] = frozenset()
     transposed: frozenset[str] = frozenset()
@@ -56,6 +60,7 @@ class Place:
     module: str
     key: str
     rows: Rows | None
+    columns: Rows | None
     values: Values | None
     quantizable: bool
 
@@ -66,6 +71,12 @@ def architecture_of(file: GgufFile) -> Architecture | None:
     if name == "falcon" and "blk.0.attn_norm_2.weight" in file.tensors:
         return _FALCON_WITH_TWO_NORMS
     return ARCHITECTURES.get(name)
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that the file's tensor `name` is in, if any."""
+    found = _BLOCK.match(name)
+    return int(found["number"]) if found else None
 
 
 def place_of(architecture: Architecture, name: str) -> Place | None:
@@ -87,6 +98,7 @@ def place_of(architecture: Architecture, name: str) -> Place | None:
         module,
         key,
         architecture.rows.get(stem),
+        architecture.columns.get(stem) if key == "weight" else None,
         _transpose if key == "weight" and stem in architecture.transposed else changed,
         key == "weight" and stem not in architecture.floats,
     )
@@ -113,6 +125,26 @@ def _together_by_heads(file: GgufFile, count: int) -> torch.Tensor:
     size = count // (heads + 2 * groups)
     parts = torch.arange(count).split([heads * size, groups * size, groups * size])
     return torch.cat([part.view(groups, -1) for part in parts], dim=1).flatten()
+
+
+def _grouped_heads(part: str) -> Rows:
+    """The order of rows of value heads, which come together by their key heads in the model (Qwen 3.5).
+
+    The file has the first value head of all key heads, then the second. `part` is "heads" for one row a head, "values"
+    for rows of heads, "all" for those behind rows of queries and keys.
+    """
+
+    def order(file: GgufFile, count: int) -> torch.Tensor:
+        keys, values = file.of_model("ssm.group_count"), file.of_model("ssm.time_step_rank")
+        inner, state = file.of_model("ssm.inner_size"), file.of_model("ssm.state_size")
+        first = 2 * keys * state if part == "all" else 0
+        size = 1 if part == "heads" else inner // max(values, 1)
+        if min(keys, values, state) <= 0 or values % keys or count != first + values * size:
+            raise ValueError(f"{file.path}: {count} rows are no {part} of {keys} key and {values} value heads")
+        tiled = torch.arange(values * size).view(values // keys, keys, size).transpose(0, 1).flatten()
+        return torch.cat((torch.arange(first), first + tiled))
+
+    return order
 
 
 def _minus_one(values: torch.Tensor) -> torch.Tensor:
@@ -145,6 +177,7 @@ _ATTENTION = {
 _NORMED_HEADS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _MLP = {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
 _EXPERTS = {f"ffn_{part}_exps": f"mlp.experts.*.{part}_proj" for part in ("gate", "up", "down")}
+_EXPERTS |= {"ffn_gate_up_exps": "mlp.experts.*.gate_proj|up_proj"}
 _MIXTRAL = {
     f"ffn_{part}_exps": f"block_sparse_moe.experts.*.{key}"
     for part, key in (("gate", "w1"), ("down", "w2"), ("up", "w3"))
@@ -186,7 +219,7 @@ def _t5() -> Architecture:
         "enc.output_norm": "encoder.final_layer_norm",
         "dec.output_norm": "decoder.final_layer_norm",
     }
-    inner = {}
+    inner: dict[str, str] = {}
     for stack, name, last in (("enc", "encoder", 1), ("dec", "decoder", 2)):
         attentions = {"attn": (0, "SelfAttention")} | ({"cross_attn": (1, "EncDecAttention")} if last == 2 else {})
         for part, (layer, attention) in attentions.items():
@@ -211,6 +244,38 @@ _BIG_BLOOM = {
     "ffn_down": "mlp.dense_4h_to_h",
 }
 _TRANSFORMER = {"token_embd": "transformer.word_embeddings", "output_norm": "transformer.ln_f", "output": "lm_head"}
+
+_QWEN35 = (
+    _ATTENTION
+    | _NORMED_HEADS
+    | {
+        "post_attention_norm": "post_attention_layernorm",
+        "attn_qkv": "linear_attn.in_proj_qkv",
+        "attn_gate": "linear_attn.in_proj_z",
+        "ssm_alpha": "linear_attn.in_proj_a",
+        "ssm_beta": "linear_attn.in_proj_b",
+        "ssm_conv1d": "linear_attn.conv1d",
+        "ssm_norm": "linear_attn.norm",
+        "ssm_out": "linear_attn.out_proj",
+        "ssm_a": "linear_attn.A_log",
+        "ssm_dt.bias": "linear_attn.dt_bias",
+    }
+)
+_QWEN35_CHANGES: dict[str, Any] = {
+    "rows": {
+        **dict.fromkeys(("attn_qkv", "ssm_conv1d"), _grouped_heads("all")),
+        **dict.fromkeys(("ssm_alpha", "ssm_beta", "ssm_a", "ssm_dt.bias"), _grouped_heads("heads")),
+        "attn_gate": _grouped_heads("values"),
+    },
+    "columns": {"ssm_out": _grouped_heads("values")},
+    "values": {
+        **_GEMMA_NORMS,
+        "ssm_a": _log_of_negative,
+        "ssm_conv1d.weight": _second_axis,
+        "ffn_gate_inp_shexp.weight": _row,
+    },
+    "floats": _ROUTED | {"ssm_conv1d"},
+}
 
 _FALCON_WITH_TWO_NORMS = _gpt(
     _TRANSFORMER,
@@ -316,6 +381,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
         "qwen3": Architecture(_OUTER, _ATTENTION | _NORMED_HEADS | _MLP),
         "qwen3moe": Architecture(_OUTER, _ATTENTION | _NORMED_HEADS | _EXPERTS | _ROUTER, floats=_ROUTED),
+        "qwen35": Architecture(_OUTER, _QWEN35 | _MLP, **_QWEN35_CHANGES),
+        "qwen35moe": Architecture(_OUTER, _QWEN35 | _EXPERTS | _SHARED | _ROUTER, **_QWEN35_CHANGES),
         "stablelm": Architecture(_OUTER, _ATTENTION | _MLP),
         "starcoder2": Architecture(_OUTER, _ATTENTION | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
         "t5": _t5(),

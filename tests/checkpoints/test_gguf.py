@@ -32,6 +32,37 @@ def test_experts_one_by_one(tmp_path, write_gguf, blocks_of):
         assert torch.equal(dequantize(weight), values[expert])
 
 
+def test_gate_and_up_in_one(tmp_path, write_gguf, blocks_of):
+    blocks, values = blocks_of(torch.randn(2, 8, 32))
+    metadata = {"general.architecture": "qwen3moe"}
+    checkpoint = opened(tmp_path, write_gguf, {"blk.0.ffn_gate_up_exps.weight": blocks}, metadata)
+    for expert in range(2):
+        for part, rows in (("gate", slice(4)), ("up", slice(4, 8))):
+            weight, _ = checkpoint[f"model.layers.0.mlp.experts.{expert}.{part}_proj"]
+            assert torch.equal(dequantize(weight), values[expert, rows])
+    with pytest.raises(ValueError, match="expected 2 parts of the same rows"):
+        opened(tmp_path, write_gguf, {"blk.0.ffn_gate_up_exps.weight": torch.ones(2, 7, 4)}, metadata)
+
+
+def test_columns_in_another_order_keep_their_groups(tmp_path, write_gguf, blocks_of):
+    blocks, values = blocks_of(torch.randn(4, 96))
+    metadata = {"general.architecture": "qwen35", "qwen35.ssm.group_count": 2, "qwen35.ssm.time_step_rank": 6}
+    metadata |= {"qwen35.ssm.inner_size": 96, "qwen35.ssm.state_size": 32}
+    checkpoint = opened(tmp_path, write_gguf, {"blk.0.ssm_out.weight": blocks}, metadata)
+    order = [16 * head + row for head in (0, 2, 4, 1, 3, 5) for row in range(16)]
+    weight, _ = checkpoint["model.layers.0.linear_attn.out_proj"]
+    assert torch.equal(dequantize(weight), values[:, order])
+    assert weight.scales.shape == (4, 3)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path, write_gguf, blocks_of):
+    blocks, _ = blocks_of(torch.randn(4, 32))
+    metadata = {"general.architecture": "qwen3", "qwen3.block_count": 3, "qwen3.nextn_predict_layers": 1}
+    names = [f"blk.{number}.ffn_up.weight" for number in range(3)] + ["blk.2.nextn.eh_proj.weight"]
+    checkpoint = opened(tmp_path, write_gguf, dict.fromkeys(names, blocks), metadata)
+    assert set(checkpoint) == {f"model.layers.{number}.mlp.up_proj" for number in range(2)}
+
+
 def test_parts_that_are_no_layers_become_floats(tmp_path, write_gguf, blocks_of):
     blocks, values = blocks_of(torch.randn(8, 32))
     checkpoint = opened(tmp_path, write_gguf, {"blk.0.ffn_gate_inp.weight": blocks})

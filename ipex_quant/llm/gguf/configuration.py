@@ -315,6 +315,32 @@ def _lfm2(file: GgufFile) -> Entries:
     }
 
 
+def _qwen35(file: GgufFile) -> Entries:
+    names = {
+        "full_attention_interval": "full_attention_interval",
+        "linear_conv_kernel_dim": "ssm.conv_kernel",
+        "linear_key_head_dim": "ssm.state_size",
+        "linear_num_key_heads": "ssm.group_count",
+        "linear_num_value_heads": "ssm.time_step_rank",
+        "inner": "ssm.inner_size",
+    }
+    experts = file.architecture == "qwen35moe"
+    if experts:
+        names |= _EXPERTS | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
+    entries = _attention(file, _RMS_NORM, names, without=("intermediate_size",) if experts else ())
+    entries["num_hidden_layers"] -= file.of_model("nextn_predict_layers", int, 0)
+    inner, heads = entries.pop("inner"), entries["linear_num_value_heads"]
+    if inner % heads:
+        raise ValueError(f"{file.path}: {file.architecture}.ssm.inner_size: expected {heads} heads, got {inner}")
+    rotated = file.of_model("rope.dimension_count", int, entries["head_dim"])
+    sections = file.of_model("rope.dimension_sections", list, [])
+    entries["rope_parameters"] |= {"partial_rotary_factor": rotated / entries["head_dim"], "mrope_interleaved": True}
+    if sections:
+        entries["rope_parameters"]["mrope_section"] = [each for each in sections if each]
+    kind = "qwen3_5_moe_text" if experts else "qwen3_5_text"
+    return {"model_type": kind, "linear_value_head_dim": inner // heads, **entries}
+
+
 def _t5(file: GgufFile) -> Entries:
     names = {
         "d_model": "embedding_length",
@@ -360,6 +386,8 @@ _MAKERS: Mapping[str, Callable[[GgufFile], Entries]] = {
     "qwen2moe": _qwen2_moe,
     "qwen3": _qwen3,
     "qwen3moe": _qwen3_moe,
+    "qwen35": _qwen35,
+    "qwen35moe": _qwen35,
     "stablelm": _stablelm,
     "starcoder2": _starcoder2,
     "t5": _t5,

@@ -21,6 +21,11 @@ EXPERTS = {**HEADS, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_
 LOCAL = {**HEADS, "num_experts_per_tok": 2, "num_local_experts": 4}
 WINDOWS = {**HEADS, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 4}
 
+DELTA = {
+    **{"num_hidden_layers": 4, "head_dim": 32, "full_attention_interval": 4, "linear_num_key_heads": 2},
+    **{"linear_num_value_heads": 6, "linear_key_head_dim": 32, "linear_value_head_dim": 16},
+}
+
 MODELS = {
     "llama": ("LlamaForCausalLM", {**HEADS, "attention_bias": True, "mlp_bias": True}),
     "llama-tied": ("LlamaForCausalLM", {**HEADS, "tie_word_embeddings": True}),
@@ -46,6 +51,8 @@ MODELS = {
         "Lfm2ForCausalLM",
         {**HEADS, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     ),
+    "qwen35": ("Qwen3_5ForCausalLM", {**HEADS, **DELTA}),
+    "qwen35moe": ("Qwen3_5MoeForCausalLM", {**EXPERTS, **DELTA, "shared_expert_intermediate_size": 96}),
     "minimax-m2": ("MiniMaxM2ForCausalLM", {**LOCAL, "head_dim": 32, "intermediate_size": 64, "rotary_dim": 16}),
     "t5": (
         "T5ForConditionalGeneration",
@@ -58,8 +65,9 @@ MODELS = {
 """Class and configuration of small models, by architecture or a variant of it."""
 
 
-def build(name):
+def build(name, **changes):
     kind, options = MODELS[name]
+    options = {**options, **changes}
     model_class = getattr(transformers, kind)
     torch.manual_seed(0)
     tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
@@ -141,6 +149,9 @@ def metadata_of(arch, model):
             config["layer_norm_epsilon"],
             None,
         )
+    if arch.startswith("qwen35"):
+        own |= {"ssm.conv_kernel": 4, "ssm.state_size": 32, "ssm.group_count": 2, "ssm.time_step_rank": 6}
+        own |= {"ssm.inner_size": 96, "full_attention_interval": 4}
     if arch == "lfm2":
         own |= {"attention.head_count_kv": [0, 2], "shortconv.l_cache": config["conv_L_cache"]}
         own["attention.layer_norm_rms_epsilon"] = config["norm_eps"]
@@ -187,6 +198,29 @@ def experts_of(arch, name, tensor, start):
     return {f"{start}ffn_gate_exps.{key}": gate, f"{start}ffn_up_exps.{key}": up}
 
 
+def tiled(tensor, size):
+    """Value heads of `size` rows in the order of their number for their key head."""
+    return tensor.reshape(2, 3, size, *tensor.shape[1:]).swapaxes(0, 1).reshape(tensor.shape)
+
+
+def written_qwen35(part, tensor):
+    if part.endswith("norm.weight") and "ssm" not in part:
+        return tensor + 1
+    if part.startswith(("attn_qkv", "ssm_conv1d")):
+        keys, values = tensor[:128], tensor[128:]
+        tensor = torch.cat((keys, tiled(values, 16)))
+        return tensor.squeeze(1) if part.startswith("ssm_conv1d") else tensor
+    if part.startswith("attn_gate"):
+        return tiled(tensor, 16)
+    if part.startswith("ssm_out"):
+        return tiled(tensor.t(), 16).t()
+    if part == "ssm_a":
+        return tiled(-torch.exp(tensor), 1)
+    if part.startswith(("ssm_alpha", "ssm_beta", "ssm_dt")):
+        return tiled(tensor, 1)
+    return tensor[0] if part == "ffn_gate_inp_shexp.weight" else tensor
+
+
 def written(arch, own, tensor, config):
     part = own.split(".", 2)[-1] if own.startswith("blk.") else own
     if arch == "llama" and part.startswith(("attn_q.", "attn_k.")):
@@ -198,6 +232,8 @@ def written(arch, own, tensor, config):
         return parts_of_heads(tensor, heads, groups)
     if arch.startswith("gemma") and part.endswith("norm.weight"):
         return tensor + 1
+    if arch.startswith("qwen35"):
+        return written_qwen35(part, tensor)
     if arch == "nemotron" and part.endswith("norm.weight"):
         return tensor + 1
     if arch == "gpt2" and part.startswith(

@@ -11,7 +11,20 @@ VARIANTS = {"llama-tied": "llama", "mixtral": "llama", "falcon-7b": "falcon"}
 
 NAMES = (
     *("bloom", "falcon", "falcon-7b", "gemma", "gemma2", "gemma3", "gpt-oss", "gpt2", "lfm2", "llama", "llama-tied"),
-    *("mamba", "minimax-m2", "mixtral", "nemotron", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "stablelm"),
+    *(
+        "mamba",
+        "minimax-m2",
+        "mixtral",
+        "nemotron",
+        "phi3",
+        "qwen2",
+        "qwen2moe",
+        "qwen3",
+        "qwen3moe",
+        "qwen35",
+        "qwen35moe",
+        "stablelm",
+    ),
     *("starcoder2", "t5"),
 )
 
