@@ -18,6 +18,7 @@ from ..nn.fused_forward import restore_forwards
 from ..nn.prepacked import restore_prepacked
 from ..numerics.scheme import FLOAT_DTYPES
 from .activations import activate_in_place
+from .attention import use_native_attention
 from .casting import cast_for_inference
 from .concat_linear import concat_linears
 from .folding import fold
@@ -78,7 +79,8 @@ def optimize(
       SGD, Adam, AdamW, Adagrad, Lamb and Lars; for other optimizers, with a warning, a copy.
     - `fuse_update_step` (True): these optimizers update in one pass over memory; others, with a warning, as they do.
 
-    At "O1", weights of convolutions are laid out channels last, if `auto_channels_last` is on.
+    At "O1", weights of convolutions are laid out channels last, if `auto_channels_last` is on, and transformers models
+    use the native attention for inference.
 
     Without `inplace`, the result is a copy. A model that cannot be copied is changed in place, with a warning. A
     ScriptModule is returned as it is. `sample_input`, a tensor, a tuple of positional or a dict of keyword arguments,
@@ -145,6 +147,8 @@ def _optimize_inference(model: nn.Module, dtype: torch.dtype | None, options: Op
         drop_dropout(model)
     if dtype in (torch.bfloat16, torch.float16):
         cast_for_inference(model, dtype)
+    if options.native_attention:
+        use_native_attention(model)
     if options.weights_prepack:
         prepack_weights(model)
     if options.optimize_lstm:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields, replace
 class Options:
     """One flag for each optimization; the values here are those of level "O1"."""
 
-    channels_last: bool = True  # no argument of `optimize`
+    channels_last: bool = True  # these two are no arguments of `optimize`
+    native_attention: bool = True
 
     conv_bn_folding: bool = True
     linear_bn_folding: bool = True

@@ -1,10 +1,15 @@
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel
 
 import ipex_quant as ipex
 
@@ -177,3 +182,33 @@ def test_a_model_that_cannot_be_copied_is_changed_in_place(model):
     with pytest.warns(UserWarning, match="in place"):
         assert ipex.optimize(model) is model
     assert isinstance(model.dropout, nn.Identity)
+
+
+BERT = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=60)
+IDS = torch.arange(24).view(2, 12)
+MASK = torch.tensor([[1] * 12, [1] * 7 + [0] * 5])
+
+
+@pytest.mark.parametrize("mask", [torch.ones_like(MASK), MASK])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_transformers_models_use_the_native_attention(mask, wrapped):
+    model = BertModel(BERT).eval()
+    optimized = ipex.optimize(nn.ModuleDict({"bert": model}).eval() if wrapped else model)
+    bert = optimized["bert"] if wrapped else optimized
+    assert bert.config._attn_implementation == "ipex_quant"
+    assert model.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        close(bert(IDS, mask).last_hidden_state[mask.bool()], model(IDS, mask).last_hidden_state[mask.bool()])
+    assert ipex.optimize(model, level="O0").config._attn_implementation == "sdpa"
+
+
+def test_a_pickled_model_brings_its_attention_to_a_process_that_has_not_loaded_it(tmp_path):
+    optimized = ipex.optimize(BertModel(BERT).eval())
+    with torch.no_grad():
+        torch.save([optimized, optimized(IDS).last_hidden_state], tmp_path / "model.pt")
+    code = (
+        "import torch; model, expected = torch.load('model.pt', weights_only=False); "
+        "ids = torch.arange(24).view(2, 12); torch.testing.assert_close(model(ids).last_hidden_state, expected)"
+    )
+    paths = os.pathsep.join([str(Path(ipex.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, check=True)
