@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 
-from ..numerics.nibbles import pack_nibbles
+from ..numerics.nibbles import as_bytes, pack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES, WeightScheme, WoqWeightDtype
 from ..reading import shown
-from .bit_fields import unpack_fields
 from .format import CheckpointFormat, made_by_gptqmodel
 from .tensors import INDEX_DTYPES, check, check_rank, integer_weight, require, resolve_group_size, shape_or_stored
 
@@ -33,8 +32,6 @@ FIELDS = 8
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The output, of the eight in a word, that each nibble holds."""
-
-_NIBBLE_OF_OUTPUT = torch.tensor([ORDER.index(output) for output in range(FIELDS)])
 
 _WEIGHT, _ZEROS, _SCALES, _G_IDX = "qweight", "qzeros", "scales", "g_idx"
 
@@ -111,5 +108,8 @@ def read_awq(
 
 def _outputs(packed: torch.Tensor, out_features: int) -> torch.Tensor:
     """Fields by output: int32 ``[M, ceil(N / 8)]`` to uint8 ``[N, M]``."""
-    fields = unpack_fields(packed, BITS, FIELDS * packed.shape[1]).unflatten(1, (-1, FIELDS))
-    return fields[..., _NIBBLE_OF_OUTPUT].flatten(1)[:, :out_features].t()
+    stream, words, count = as_bytes(packed), packed.shape[1], packed.shape[0]
+    outputs = stream.new_empty(words, FIELDS, count)
+    for half, nibbles in enumerate((stream & 15, stream >> 4)):  # bytes are transposed, which is fast for a matrix
+        outputs[:, ORDER[half::2]] = nibbles.t().contiguous().view(words, FIELDS // 2, count)
+    return outputs.flatten(0, 1)[:out_features]
