@@ -27,11 +27,10 @@ from typing import Any
 
 import torch
 
-from ..numerics.nibbles import as_bytes, unpack_nibbles
+from ..numerics.nibbles import as_bytes, pack_nibbles, unpack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
 from ..reading import shown
-from .bit_fields import unpack_fields
 from .format import CheckpointFormat, made_by_gptqmodel
 from .tensors import (
     INDEX_DTYPES,
@@ -50,8 +49,6 @@ FIELDS = 8
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The output, of the eight in a word, that each nibble holds."""
-
-_NIBBLE_OF_OUTPUT = torch.tensor([ORDER.index(output) for output in range(FIELDS)])
 
 LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm-awq")
 """The layouts that configurations name."""
@@ -187,5 +184,8 @@ def _groups(group_size: int | None, columns: int, stored: int) -> tuple[int, int
 
 def _outputs(packed: torch.Tensor, out_features: int) -> torch.Tensor:
     """Fields by output: int32 ``[M, ceil(N / 8)]`` to uint8 ``[N, M]``."""
-    fields = unpack_fields(packed, BITS, FIELDS * packed.shape[1]).unflatten(1, (-1, FIELDS))
-    return fields[..., _NIBBLE_OF_OUTPUT].flatten(1)[:, :out_features].t()
+    stream, words, count = as_bytes(packed), packed.shape[1], packed.shape[0]
+    outputs = stream.new_empty(words, FIELDS, count)
+    for half, nibbles in enumerate((stream & 15, stream >> 4)):  # bytes are transposed, which is fast for a matrix
+        outputs[:, ORDER[half::2]] = nibbles.t().contiguous().view(words, FIELDS // 2, count)
+    return outputs.flatten(0, 1)[:out_features]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..numerics.nibbles import as_bytes
+from ..numerics.nibbles import as_bytes, unpack_nibbles
 
 FIELDS = 8
 """Fields in one unit of `bits` bytes."""
@@ -29,6 +29,8 @@ def unpack_fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     stream = as_bytes(words)
     if bits == 8:
         return stream[:, :count]
+    if bits == 4:
+        return unpack_nibbles(stream[:, : (count + 1) // 2], count)
     units = -(-count // FIELDS)
     lacking = units * bits - stream.shape[1]
     stream = F.pad(stream, (0, lacking)) if lacking > 0 else stream  # a pad of nothing copies

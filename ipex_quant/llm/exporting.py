@@ -106,7 +106,8 @@ def _write_config(out: Path, model: PreTrainedModel, parts: ExportParts, quantiz
             delattr(config, own)
     if parts.untied and not config.is_encoder_decoder:  # tools would take the embedding for the output layer
         for part in (config, config.get_text_config(decoder=True)):
-            part.tie_word_embeddings = False
+            if hasattr(part, "tie_word_embeddings"):
+                part.tie_word_embeddings = False
     config.save_pretrained(out)
 
 

@@ -109,6 +109,7 @@ USED = {
 IN_SOURCE = {
     # attributes that transformers sets on objects of any class: the module whose code has the name
     "_apply_gate": "transformers.integrations.moe",
+    "_weight_conversions": "transformers.core_model_loading",
     "_flat_weights_names": "torch.nn.modules.rnn",
     "_gradient_checkpointing_func": "transformers.modeling_utils",
     "_is_hf_initialized": "transformers.core_model_loading",

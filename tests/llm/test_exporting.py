@@ -136,7 +136,10 @@ def test_names_are_those_of_published_checkpoints(logits, tmp_path):
     assert "model.layers.0.block_sparse_moe.gate.weight" in names
     dynamic = config_of(tmp_path / "out")["quantization_config"]["dynamic"]
     assert dynamic == {r"-:^model\.layers\.0\.block_sparse_moe\.gate$": {}}
-    assert torch.equal(logits(ipex.llm.from_pretrained(tmp_path / "out")), logits(model))
+    back = ipex.llm.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(back), logits(model))
+    ipex.llm.export(back, tmp_path / "again", "gptq")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == names.keys()
 
 
 def test_large_checkpoints_are_several_files(llama, logits, tmp_path, monkeypatch):

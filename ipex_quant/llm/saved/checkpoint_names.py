@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
@@ -58,6 +59,13 @@ def model_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]
     return {f"{names.module(owner)}.{key}": f"{owner}.{key}" for owner, _, key in owners if key in ("weight", "bias")}
 
 
+def in_file_names(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`tensors` of `model` as files of the architecture have them, whatever files the model was loaded from."""
+    published = copy.copy(model)  # transformers would keep to what it did when it loaded the model
+    vars(published)["_weight_conversions"] = None
+    return revert_weight_conversion(published, tensors)
+
+
 def file_names(model: PreTrainedModel, weights: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """Names of linear layers in files of the architecture, as its makers publish them, by those in `model`.
 
@@ -67,7 +75,7 @@ def file_names(model: PreTrainedModel, weights: Mapping[str, tuple[int, ...]]) -
     """
     shapes = {name: torch.empty(shape, device="meta") for name, shape in weights.items()}
     names = _Names(model, {name for name, _ in model.named_modules()})
-    owners = (name.rpartition(".") for name in revert_weight_conversion(model, shapes))
+    owners = (name.rpartition(".") for name in in_file_names(model, shapes))
     return {names.module(owner): owner for owner, _, key in owners if key == "weight"}
 
 

@@ -11,7 +11,6 @@ from functools import partial
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from ...checkpoints import Int8Input
 from ...checkpoints.writers import Layer, LayerError
@@ -24,7 +23,7 @@ from ...nn.stacked_experts import PROJECTIONS
 from ...numerics.quantized_stack import QuantizedStack
 from ...numerics.quantized_weight import QuantizedWeight
 from .checkpoint_experts import PARTS
-from .checkpoint_names import file_names
+from .checkpoint_names import file_names, in_file_names
 
 Named = tuple[Layer, torch.Tensor | None]
 """A layer and its bias."""
@@ -70,7 +69,8 @@ class ExportParts:
                 "values that lookups return now",
                 stacklevel=4,
             )
-        untied = head in quantized and bool(model.config.get_text_config(decoder=True).tie_word_embeddings)
+        configs = (model.config, model.config.get_text_config(decoder=True))
+        untied = head in quantized and any(getattr(config, "tie_word_embeddings", False) for config in configs)
         names = [found.get(name, name) for name in in_float]
         return cls(layers, others, names, None if head is None else found.get(head, head), untied)
 
@@ -142,7 +142,7 @@ def _float_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     tied = {each for each in model.all_tied_weights_keys if each in tensors}
     ignored = model._keys_to_ignore_on_save or ()
     kept = {name: tensor for name, tensor in tensors.items() if name not in tied and name not in ignored}
-    return revert_weight_conversion(model, kept)
+    return in_file_names(model, kept)
 
 
 def _is_float_linear(module: nn.Module) -> bool:
