@@ -90,7 +90,13 @@ def test_a_state_dict_of_a_file(tmp_path, write_gguf, blocks_of):
 def test_blocks_in_safetensors(blocks_of):
     (_, raw), values = blocks_of(torch.randn(8, 64))
     state = {"a.qweight": raw}
-    for config in ({"format": "q8_0"}, {"bits": 8, "format": "q_0"}, {"bits": 8}, {"bits": 4, "format": "q_0"}):
+    for config in (
+        {"format": "q8_0"},
+        {"bits": "q8_0", "format": "gguf"},
+        {"bits": 8, "format": "q_0"},
+        {"bits": 8},
+        {"bits": 4, "format": "q_0"},
+    ):
         weight, _ = open_checkpoint((state, config | {"quant_method": "gguf"})).quantized_weight("a", 64, 8)
         assert torch.equal(dequantize(weight), values)
     with pytest.raises(ValueError, match=r"bits, format: expected one of .*'q8_0'.*got 4, 'q9_0'"):
