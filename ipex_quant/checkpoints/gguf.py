@@ -187,6 +187,8 @@ def _columns(kind: str, rows: Stored) -> int:
 def _in_order(weight: QuantizedWeight, order: torch.Tensor) -> QuantizedWeight:
     """`weight` with its columns in another order, and the groups that they had."""
     check(_ORDER, order, (torch.int32,), (weight.shape[1],))
+    if not torch.equal(order.sort().values, torch.arange(len(order), dtype=torch.int32)):
+        raise ValueError(f"{_ORDER}: expected each of {len(order)} columns once")
     codes = stored_codes(weight)[:, order.long()]
     codes = pack_nibbles(codes) if weight.scheme.dtype.bits <= 4 else codes.contiguous()
     return replace(weight, codes=codes, g_idx=feature_groups(weight)[order.long()].int())

@@ -55,6 +55,13 @@ def test_columns_in_another_order_keep_their_groups(tmp_path, write_gguf, blocks
     assert weight.scales.shape == (4, 3)
 
 
+def test_an_order_has_each_column_once(blocks_of):
+    (kind, raw), _ = blocks_of(torch.randn(4, 32))
+    state = {f"a.{kind}": raw, "a.order": torch.full((32,), 40, dtype=torch.int32)}
+    with pytest.raises(ValueError, match="order: expected each of 32 columns once"):
+        open_checkpoint((state, {"quant_method": "gguf"}))["a"]
+
+
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path, write_gguf, blocks_of):
     blocks, _ = blocks_of(torch.randn(4, 32))
     metadata = {"general.architecture": "qwen3", "qwen3.block_count": 3, "qwen3.nextn_predict_layers": 1}
