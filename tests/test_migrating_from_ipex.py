@@ -101,7 +101,7 @@ def test_what_is_raised(call, error, tmp_path, monkeypatch):
         lambda: llm.utils.shard_low_precision_checkpoint({}, {}, 0, 2, "gptq", 12, False, 4),
         lambda: llm.quantization.IPEXWeightOnlyQuantizedLinear.from_weight(X, X, X, 8, 2, quant_method=7),
         lambda: quantization.get_weight_only_quant_qconfig_mapping(group_size=3),
-        lambda: quantization.get_weight_only_quant_qconfig_mapping(weight_dtype=9),
+        lambda: quantization.get_weight_only_quant_qconfig_mapping(weight_dtype=99),
         lambda: quantization.get_weight_only_quant_qconfig_mapping(
             weight_dtype=WoqWeightDtype.NF4, weight_qscheme=WoqWeightQScheme.ASYMMETRIC
         ),

@@ -71,6 +71,15 @@ def test_wrong_usage(arguments):
     assert result.stderr.startswith("usage:")
 
 
+@pytest.mark.parametrize("program", ["intel_extension_for_pytorch.cpu.launch", "ipex_quant.cpu.launch"])
+def test_ipexs_launcher(script, program):
+    path = script("import intel_extension_for_pytorch as ipex, sys; sys.exit(f'{ipex.__version__} {sys.argv[1:]}')")
+    launcher = ("-m", "ipex_quant.run", "-m", program, "--disable-numactl", "--memory-allocator", "default")
+    result = run(*launcher, path, "--batch", "2")
+    assert result.returncode == 1
+    assert "2.8.0+ipex_quant ['--batch', '2']" in result.stderr
+
+
 def test_help():
     result = run("-m", "ipex_quant.run", "--help")
     assert result.returncode == 0

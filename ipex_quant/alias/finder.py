@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from .names import ELSEWHERE, MODULES, OBJECTS
+from .names import ELSEWHERE, MODULES, OBJECTS, PROGRAMS
 
 IPEX = "intel_extension_for_pytorch"
 
@@ -31,6 +31,9 @@ class AliasFinder(MetaPathFinder, Loader):
         if fullname != IPEX and not fullname.startswith(f"{IPEX}."):
             return None
         below = _below(fullname)
+        if below in PROGRAMS:
+            program = importlib.util.find_spec(PROGRAMS[below])
+            return importlib.util.spec_from_file_location(fullname, program.origin) if program else None
         if _is_module(below):
             return importlib.util.spec_from_loader(fullname, self, is_package=True)
         if below in ELSEWHERE:

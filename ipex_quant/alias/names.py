@@ -29,6 +29,9 @@ MODULES: dict[str, str] = {
 Modules that have the same path below both packages are not listed.
 """
 
+PROGRAMS: dict[str, str] = {"cpu.launch.__main__": "ipex_quant.alias.launch"}
+"""IPEX's modules for ``python -m``, and our module that runs in the place of each."""
+
 OBJECTS: dict[str, str] = {
     "_C.xsmm_manual_seed": "torch:manual_seed",
     "__version__": "ipex_quant.alias.names:VERSION",

@@ -30,7 +30,9 @@ def unpack_fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     if bits == 8:
         return stream[:, :count]
     units = -(-count // FIELDS)
-    stream = F.pad(stream, (0, max(0, units * bits - stream.shape[1])))[:, : units * bits].unflatten(1, (units, bits))
+    lacking = units * bits - stream.shape[1]
+    stream = F.pad(stream, (0, lacking)) if lacking > 0 else stream  # a pad of nothing copies
+    stream = stream[:, : units * bits].unflatten(1, (units, bits))
     fields = stream.new_empty(len(words), units, FIELDS)
     for field in range(FIELDS):
         byte, shift = divmod(field * bits, 8)

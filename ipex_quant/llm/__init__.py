@@ -6,7 +6,7 @@ transformers, so that `from_pretrained` loads models that `save` or `save_pretra
 
 from . import attention, functional, generation, modules, quantization, utils
 from .exporting import export
-from .loading import from_pretrained, load
+from .loading import from_pretrained, load, load_tokenizer
 from .optimization import optimize
 from .saved import streaming
 from .saved.hf_quantizer import register
@@ -19,6 +19,7 @@ __all__ = [
     "functional",
     "generation",
     "load",
+    "load_tokenizer",
     "modules",
     "optimize",
     "quantization",

@@ -1,4 +1,4 @@
-"""`from_pretrained` and `load`: a model from a directory, whatever it holds."""
+"""`from_pretrained`, `load` and `load_tokenizer`: a model from a directory, whatever it holds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from torch.ao.quantization import QConfigMapping
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..checkpoints import (
     Checkpoint,
@@ -31,7 +38,7 @@ from ..nn import QuantizedModule
 from ..numerics.scheme import FLOAT_DTYPES, WoqWeightDtype
 from ..reading import read_json, shown
 from .cache.layers import NativeLayer
-from .gguf import gguf_config
+from .gguf import gguf_config, gguf_tokenizer
 from .optimization import completed, optimize
 from .saved.checkpoint import plan_of
 from .saved.float_models import check_complete, check_float, concrete_class, load_float_model, model_class
@@ -108,6 +115,21 @@ def load(directory: str | os.PathLike, trust_remote_code: bool = False, **source
     if find_gguf(path) is None and find_quantization_config(model_directory(path)) is None:
         raise ValueError(f"{path}: expected a quantized model; llm.from_pretrained loads float models, too")
     return from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(
+    directory: str | os.PathLike, trust_remote_code: bool = False, **source: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of what `from_pretrained` loads with the same arguments: of the directory, or out of a GGUF file.
+
+    Raises ValueError for a GGUF file without a tokenizer or with one that transformers does not convert, else as
+    transformers does.
+    """
+    path = local_path(directory, Source(**source), trust_remote_code)
+    gguf = find_gguf(path)
+    if gguf is not None:
+        return gguf_tokenizer(open_gguf(gguf))
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 def model_directory(directory: str | os.PathLike) -> Path:

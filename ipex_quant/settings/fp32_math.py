@@ -9,7 +9,7 @@ import torch
 
 
 class FP32MathMode(IntEnum):
-    """Precision of products in float32 matmuls, convolutions and LSTMs: exact, rounded to TF32, or to bfloat16."""
+    """Precision of products in float32 matmuls and convolutions: exact, rounded to TF32, or to bfloat16."""
 
     FP32 = 0
     TF32 = 1
@@ -25,7 +25,8 @@ def set_fp32_math_mode(mode: FP32MathMode = FP32MathMode.FP32, device: str = "cp
 
     It is allowed to, that is: on CPUs without instructions for `mode`, and in kernels that are not oneDNN's, such as
     those of this package, products stay exact. For matmuls this is `torch.set_float32_matmul_precision`, and counts for
-    other devices too; for convolutions and LSTMs it is `torch.backends.mkldnn`.
+    other devices too; for convolutions and LSTMs it is `torch.backends.mkldnn`, of which LSTMs of torch 2.13 take no
+    notice.
 
     Raises ValueError for another mode, RuntimeError for a `device` other than "cpu" and, if torch finds one, "xpu".
     """

@@ -1,3 +1,4 @@
+import copy
 import logging
 
 import pytest
@@ -51,6 +52,24 @@ def test_a_head_that_holds_the_bias_of_its_last_layer_is_cast():
     assert head.decoder.weight is model.bert.embeddings.word_embeddings.weight
     with torch.no_grad():
         assert model(torch.ones(1, 3, dtype=torch.long)).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_state_dict_has_float32_values_and_loads_them(assign, copied):
+    plain = Net().eval()
+    model = ipex.optimize(plain, dtype=torch.bfloat16, conv_bn_folding=False)
+    model = copy.deepcopy(model) if copied else model
+    outer = nn.Sequential(model)
+    state = outer.state_dict()
+    assert state.keys() == {f"0.{name}" for name in plain.state_dict()}
+    assert {value.dtype for value in state.values() if value.is_floating_point()} == {torch.float32}
+    assert state["0.head.weight"].data_ptr() == state["0.embedding.weight"].data_ptr()
+    assert torch.equal(state["0.lstm.weight_ih_l0"], plain.lstm.weight_ih_l0.detach().bfloat16().float())
+    state["0.conv.weight"] = torch.full_like(state["0.conv.weight"], 1.5)
+    outer.load_state_dict(state, assign=assign)
+    assert model.conv.weight.dtype == model.embedding.weight.dtype == torch.bfloat16
+    assert (model.conv.weight == 1.5).all()
 
 
 def test_another_dtype_stays_with_one_warning(caplog):

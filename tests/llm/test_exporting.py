@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file
 
 import ipex_quant as ipex
+from ipex_quant.checkpoints.writers import WRITERS
 from ipex_quant.llm import exporting
 from ipex_quant.nn import Int8Linear, WeightOnlyQuantizedLinear
 from ipex_quant.numerics.scheme import PER_CHANNEL
@@ -46,7 +47,7 @@ def config_of(directory):
     return json.loads((directory / "config.json").read_text())
 
 
-@pytest.mark.parametrize("form", exporting.FORMATS)
+@pytest.mark.parametrize("form", WRITERS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "opt", "gpt2", "qwen3_moe", "t5"])
 def test_the_logits_come_back(name, kind, form, make_model, logits, tmp_path):
@@ -103,10 +104,10 @@ def test_int8_inputs(static, llama, tokens, logits, tmp_path):
 def test_layers_in_float_are_named(llama, logits, tmp_path):
     config = without(mapping("int4_asym"), "lm_head", "model.layers.0.mlp.down_proj")
     model = ipex.llm.optimize(llama, quantization_config=config)
-    for form in exporting.FORMATS:
+    for form in WRITERS:
         ipex.llm.export(model, tmp_path / form, form)
         assert torch.equal(logits(ipex.llm.from_pretrained(tmp_path / form)), logits(model))
-    found = {form: config_of(tmp_path / form)["quantization_config"] for form in exporting.FORMATS}
+    found = {form: config_of(tmp_path / form)["quantization_config"] for form in WRITERS}
     names = ["model.layers.0.mlp.down_proj", "lm_head"]
     assert found["awq"]["modules_to_not_convert"] == found["compressed-tensors"]["ignore"] == names
     assert found["gptq"]["dynamic"] == {r"-:^model\.layers\.0\.mlp\.down_proj$": {}}

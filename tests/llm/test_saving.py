@@ -340,7 +340,7 @@ def test_other_directories_are_refused(llama, tmp_path):
             "model.norm: expected a linear layer, got a LlamaRMSNorm",
         ),
         (lambda q: q["modules"]["lm_head"].pop("bias"), "lm_head: expected "),
-        (lambda q: q["modules"]["lm_head"].update(weight_dtype="int5"), r"expected one of \['int8'"),
+        (lambda q: q["modules"]["lm_head"].update(weight_dtype="int7"), r"expected one of \['int8'"),
         (lambda q: q["modules"]["lm_head"].update(act_quant_mode="none"), "lowp_mode int8 quantizes activations"),
         (lambda q: q["modules"]["lm_head"].update(group_size=3), "group_size: expected"),
         (lambda q: q["modules"]["lm_head"].update(symmetric=0), "lm_head: symmetric: expected true or false, got 0"),

@@ -4,10 +4,12 @@ import importlib
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import ipex_quant as ipex
 from ipex_quant import evaluation
+from ipex_quant.llm.saved import rounding
 from ipex_quant.llm.saved.float_models import load_float_model
 from ipex_quant.llm.saved.notes import recipe_note
 from ipex_quant.nn.stored_linear import StoredLinear
@@ -51,6 +53,22 @@ def test_the_result_is_that_of_the_whole_model(name, recipe, dtype, tmp_path):
     assert (recipe_note(loaded), loaded.dtype) == (recipe, dtype)
     assert before == size
     assert not any(isinstance(module, StoredLinear) for module in loaded.modules())
+
+
+def test_experts_are_rounded_one_by_one(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    MODELS["qwen3_moe"]().save_pretrained(tmp_path)
+    assert "model.layers.0.mlp.experts.0.gate_proj.weight" in load_file(tmp_path / "model.safetensors")
+    shapes = set()
+    quantize = rounding.ops.quantize_weight
+
+    def seen(weight, scheme):
+        shapes.add(tuple(weight.shape))
+        return quantize(weight, scheme)
+
+    monkeypatch.setattr(rounding.ops, "quantize_weight", seen)
+    load.quantized(Recipe("rtn", WeightOnly(group_size=32), skip=(r".*_proj$", "lm_head")), tmp_path, torch.float32)
+    assert shapes == {(32, 64), (64, 32)}
 
 
 @pytest.mark.parametrize("recipe", ["gptq", "awq"])

@@ -94,6 +94,7 @@ def test_clipping_takes_the_best_of_the_fractions_group_by_group(rows, columns, 
     weight, inputs = _normal(rows, columns), _normal(12, columns, seed=1).abs() ** 2
     options = AwqOptions(clip_steps=4, lowest_clip=0.6)
     cut = clipped(weight, scheme, inputs, options)
+    fractions = torch.linspace(1, 0.6, 5, dtype=torch.float32).tolist()  # of 2 bits, an ulp turns a code
     size = columns if group_size == -1 else group_size
     own = WeightScheme(dtype, symmetric)  # a group is a whole row
 
@@ -105,7 +106,7 @@ def test_clipping_takes_the_best_of_the_fractions_group_by_group(rows, columns, 
         before = torch.zeros(len(inputs), dtype=torch.float64)
         for start in range(0, columns, size):
             part = weight[row : row + 1, start : start + size]
-            bounds = [part.abs().max() * (1 - 0.1 * step) for step in range(5)]
+            bounds = [part.abs().max() * fraction for fraction in fractions]
             errors = [float((before + change(part.clamp(-b, b), part, start)).square().sum()) for b in bounds]
             before += change(cut[row : row + 1, start : start + size], part, start)
             assert float(before.square().sum()) == pytest.approx(min(errors), rel=1e-3, abs=1e-5)

@@ -45,14 +45,9 @@ def experts_from_checkpoint(
     checkpoint keeps its own. Raises ValueError if the checkpoint lacks a part of an expert.
     """
     experts, hidden, width = experts_shape(module)
-    projections = [PARTS["gate_up" if expert_layout(module).gated else "up"], PARTS["down"]]
-    sizes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
-    shapes = {
-        f"{name}.{expert}.{part}_proj": sizes[part]
-        for expert in range(experts)
-        for parts in projections
-        for part in parts
-    }
+    projections = _projections(module)
+    sizes = {"gate": width, "up": width, "down": hidden}
+    shapes = expert_shapes(name, module)
     found = _with_one_group_size(
         {each: checkpoint.quantized_weight(each, shape[1], shape[0]) for each, shape in shapes.items()}
     )
@@ -76,9 +71,21 @@ def experts_from_checkpoint(
             stacks.append(QuantizedStack.of([_separated(weight) for weight in weights] if alternating else weights))
         except ValueError as error:
             raise ValueError(f"{name}: {'_'.join(parts)}: {error}") from error
-        bias = _stacked_biases([[bias for _, bias in row] for row in rows], [sizes[part][0] for part in parts])
+        bias = _stacked_biases([[bias for _, bias in row] for row in rows], [sizes[part] for part in parts])
         biases.append(bias[:, _gate_then_up(bias.shape[1])] if alternating and bias is not None else bias)
     return WeightOnlyQuantizedExperts.in_place_of(module, tuple(stacks), qconfig, tuple(biases))
+
+
+def expert_shapes(name: str, module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Shapes ``(out_features, in_features)`` of the linear layers of every expert of `module`, called `name`."""
+    experts, hidden, width = experts_shape(module)
+    sizes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+    parts = [part for projection in _projections(module) for part in projection]
+    return {f"{name}.{expert}.{part}_proj": sizes[part] for expert in range(experts) for part in parts}
+
+
+def _projections(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return PARTS["gate_up" if expert_layout(module).gated else "up"], PARTS["down"]
 
 
 def _with_one_group_size(found: Mapping[str, Named | None]) -> dict[str, Named | None]:

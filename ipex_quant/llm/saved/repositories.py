@@ -96,14 +96,15 @@ def _file(directory: Path, name: str) -> Path:
 
 
 def _download(name: str, source: Source, patterns: tuple[str, ...]) -> Path:
-    options = {"revision": source.revision, "cache_dir": source.cache_dir, "token": source.token}
     ignored = [pattern for pattern in OTHERS if pattern not in patterns]
     at = "" if source.revision is None else f" at revision {source.revision!r}"
     try:
         return Path(
             snapshot_download(
                 name,
-                **options,
+                revision=source.revision,
+                cache_dir=None if source.cache_dir is None else Path(source.cache_dir),
+                token=source.token,
                 local_files_only=source.local_files_only,
                 allow_patterns=list(patterns),
                 ignore_patterns=ignored,

@@ -6,7 +6,7 @@ files, for algorithms that go through the model block by block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,12 +16,17 @@ from torch import nn
 from torch.ao.quantization import QConfigMapping
 from transformers import PreTrainedModel
 
-from ...checkpoints import Stored
+from ... import ops
+from ...checkpoints import Stored, WeightsInMemory
 from ...conversion.prepare import FLOAT_REASONS
 from ...conversion.rules import choose_qconfigs, fit_reasons
-from ...nn import WeightOnlyQuantizedLinear
+from ...nn import WeightOnlyQuantizedExperts, WeightOnlyQuantizedLinear
+from ...nn.linears import holds_experts
+from ...nn.stacked_experts import expert_layout, experts_obstacle
 from ...nn.stored_linear import StoredLinear
-from ...numerics.scheme import QConfigWoq
+from ...numerics.quantized_weight import QuantizedWeight
+from ...numerics.scheme import QConfigWoq, WeightScheme
+from .checkpoint_experts import expert_shapes, experts_from_checkpoint
 from .checkpoint_names import model_names
 
 
@@ -52,9 +57,12 @@ def plan_rounding(model: PreTrainedModel, tensors: dict[str, Stored], mapping: Q
     """
     chosen, reasons = choose_qconfigs(mapping, model, read_weights=False)
     weight_only = {name: qconfig for name, qconfig in chosen.items() if isinstance(qconfig, QConfigWoq)}
-    taken = _taken(model, tensors, weight_only)
+    names = model_names(model, tensors)
+    taken = _taken(model, tensors, weight_only, names)
     replacements = {name: partial(_rounded, own, weight_only[name]) for name, own in taken.items()}
-    return FloatPlan(replacements, _sizes(taken), fit_reasons(reasons, model))
+    experts = _taken_experts(model, tensors, weight_only, names)
+    replacements |= {name: partial(_rounded_experts, own, name, weight_only[name]) for name, own in experts.items()}
+    return FloatPlan(replacements, _sizes(taken | experts), fit_reasons(reasons, model))
 
 
 def plan_storage(model: PreTrainedModel, tensors: dict[str, Stored], mapping: QConfigMapping) -> FloatPlan:
@@ -63,13 +71,17 @@ def plan_storage(model: PreTrainedModel, tensors: dict[str, Stored], mapping: QC
     `tensors` and exceptions are those of `plan_rounding`.
     """
     chosen, _ = choose_qconfigs(mapping, model, read_weights=False)
-    taken = _taken(model, tensors, chosen)
+    taken = _taken(model, tensors, chosen, model_names(model, tensors))
     return FloatPlan({name: partial(_stored, own) for name, own in taken.items()}, dict.fromkeys(taken, 0))
 
 
-def _taken(model: PreTrainedModel, tensors: dict[str, Stored], chosen: Collection[str]) -> dict[str, dict[str, Stored]]:
-    """The tensors of each linear layer of `chosen` that has its own in the file; they are taken out of `tensors`."""
-    names = model_names(model, tensors)
+def _taken(
+    model: PreTrainedModel, tensors: dict[str, Stored], chosen: Collection[str], names: Mapping[str, str]
+) -> dict[str, dict[str, Stored]]:
+    """The tensors of each linear layer of `chosen` that has its own in the file; they are taken out of `tensors`.
+
+    `names` are those of `model_names`.
+    """
     modules = dict(model.named_modules())
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     taken = {}
@@ -82,6 +94,26 @@ def _taken(model: PreTrainedModel, tensors: dict[str, Stored], chosen: Collectio
         fits = all(key in tensors and tensors[key].shape == parameters[own].shape for own, key in stored.items())
         if fits and tied.isdisjoint(f"{name}.{key}" for key in parameters):
             taken[name] = {key: tensors.pop(stored[key]) for key in parameters}
+    return taken
+
+
+def _taken_experts(
+    model: PreTrainedModel, tensors: dict[str, Stored], chosen: Collection[str], names: Mapping[str, str]
+) -> dict[str, dict[str, Stored]]:
+    """The weights of all experts, by name, of each module of `chosen` that stacks them, where the file has them singly.
+
+    They are taken out of `tensors`. Experts with biases are left.
+    """
+    taken = {}
+    for name in chosen:
+        module = model.get_submodule(name)
+        layout = expert_layout(module) if holds_experts(module) and experts_obstacle(module) is None else None
+        if layout is None or layout.biased:
+            continue
+        shapes = expert_shapes(name, module)
+        stored = {each: names.get(f"{each}.weight", "") for each in shapes}
+        if all(key in tensors and tuple(tensors[key].shape) == shapes[each] for each, key in stored.items()):
+            taken[name] = {each: tensors.pop(key) for each, key in stored.items()}
     return taken
 
 
@@ -99,6 +131,29 @@ def _rounded(tensors: Mapping[str, Stored], qconfig: Any, module: nn.Module) -> 
         setattr(module, key, nn.Parameter(stored[...].to(dtype), requires_grad=False))
     module.qconfig = qconfig
     return WeightOnlyQuantizedLinear.from_float(module)
+
+
+class _RoundedWeights(Mapping[str, QuantizedWeight]):
+    """Weights by name that are read, and rounded to nearest, when they are asked for."""
+
+    def __init__(self, stored: Mapping[str, Stored], scheme: WeightScheme, dtype: torch.dtype) -> None:
+        self._stored, self._scheme, self._dtype = stored, scheme, dtype
+
+    def __getitem__(self, name: str) -> QuantizedWeight:
+        return ops.quantize_weight(_read(self._stored[name], self._dtype), self._scheme)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def _rounded_experts(
+    stored: Mapping[str, Stored], name: str, qconfig: QConfigWoq, module: nn.Module
+) -> WeightOnlyQuantizedExperts:
+    weights = _RoundedWeights(stored, qconfig.scheme, module.get_parameter("down_proj").dtype)
+    return experts_from_checkpoint(WeightsInMemory(weights), name, qconfig, module)
 
 
 def _stored(tensors: Mapping[str, Stored], module: nn.Linear) -> StoredLinear:
