@@ -52,6 +52,8 @@ class GgufFormat(CheckpointFormat):
     def from_config(cls, config: Mapping[str, Any]) -> GgufFormat:
         """The format that a `quantization_config` describes; raises ValueError for a type that is not read."""
         stated, bits = config.get("format") or "", config.get("bits", 4)
+        if isinstance(bits, str) and not bits.isdecimal():
+            stated = bits  # such as "q4_k_m"
         found = _FORMAT.match(stated.lower().replace("-", "_")) if isinstance(stated, str) else None
         if not stated or stated == "gguf":
             return cls("" if "bits" not in config else f"Q{bits}_0")
@@ -143,9 +145,7 @@ def _placed(file: GgufFile, name: str, tensor: GgufTensor, place: Place) -> Iter
         raise ValueError(f"{file.path}: {shown(name)}: expected {2 + stacked} dimensions, got {list(stored.shape)}")
     quantized = bool(tensor.kind) and place.quantizable
     for expert, (module, rows) in product(range(stored.shape[0] if stacked else 1), _parts(file, name, tensor, place)):
-        own: Stored = stored
-        if stacked:
-            own = ExpertRows(stored, expert, rows) if stored.dim() > 2 else _entry(stored, expert)
+        own: Stored = ExpertRows(stored, expert, rows) if stacked else stored
         if place.rows is not None:
             own = Derived(own, own.shape, own.dtype, partial(_take, place.rows(file, own.shape[0])))
         if tensor.kind and not quantized:
@@ -169,7 +169,7 @@ def _parts(file: GgufFile, name: str, tensor: GgufTensor, place: Place) -> list[
     names = place.module.split("|")
     if len(names) == 1:
         return [(place.module, slice(None))]
-    if tensor.stored.dim() != 3 or tensor.stored.shape[1] % len(names):
+    if tensor.stored.dim() < 2 or tensor.stored.shape[1] % len(names):
         raise ValueError(
             f"{file.path}: {shown(name)}: expected {len(names)} parts of the same rows, got {list(tensor.stored.shape)}"
         )
@@ -187,6 +187,8 @@ def _columns(kind: str, rows: Stored) -> int:
 def _in_order(weight: QuantizedWeight, order: torch.Tensor) -> QuantizedWeight:
     """`weight` with its columns in another order, and the groups that they had."""
     check(_ORDER, order, (torch.int32,), (weight.shape[1],))
+    if not torch.equal(order.sort().values, torch.arange(len(order), dtype=torch.int32)):
+        raise ValueError(f"{_ORDER}: expected each of {len(order)} columns once")
     codes = stored_codes(weight)[:, order.long()]
     codes = pack_nibbles(codes) if weight.scheme.dtype.bits <= 4 else codes.contiguous()
     return replace(weight, codes=codes, g_idx=feature_groups(weight)[order.long()].int())
@@ -198,7 +200,3 @@ def _take_columns(order: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 def _take(order: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return tensor[order]
-
-
-def _entry(stored: Stored, index: int) -> Stored:
-    return Derived(stored, stored.shape[1:], stored.dtype, lambda stack: stack[index].clone())

@@ -55,6 +55,13 @@ def test_columns_in_another_order_keep_their_groups(tmp_path, write_gguf, blocks
     assert weight.scales.shape == (4, 3)
 
 
+def test_an_order_has_each_column_once(blocks_of):
+    (kind, raw), _ = blocks_of(torch.randn(4, 32))
+    state = {f"a.{kind}": raw, "a.order": torch.full((32,), 40, dtype=torch.int32)}
+    with pytest.raises(ValueError, match="order: expected each of 32 columns once"):
+        open_checkpoint((state, {"quant_method": "gguf"}))["a"]
+
+
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path, write_gguf, blocks_of):
     blocks, _ = blocks_of(torch.randn(4, 32))
     metadata = {"general.architecture": "qwen3", "qwen3.block_count": 3, "qwen3.nextn_predict_layers": 1}
@@ -90,7 +97,13 @@ def test_a_state_dict_of_a_file(tmp_path, write_gguf, blocks_of):
 def test_blocks_in_safetensors(blocks_of):
     (_, raw), values = blocks_of(torch.randn(8, 64))
     state = {"a.qweight": raw}
-    for config in ({"format": "q8_0"}, {"bits": 8, "format": "q_0"}, {"bits": 8}, {"bits": 4, "format": "q_0"}):
+    for config in (
+        {"format": "q8_0"},
+        {"bits": "q8_0", "format": "gguf"},
+        {"bits": 8, "format": "q_0"},
+        {"bits": 8},
+        {"bits": 4, "format": "q_0"},
+    ):
         weight, _ = open_checkpoint((state, config | {"quant_method": "gguf"})).quantized_weight("a", 64, 8)
         assert torch.equal(dequantize(weight), values)
     with pytest.raises(ValueError, match=r"bits, format: expected one of .*'q8_0'.*got 4, 'q9_0'"):

@@ -155,7 +155,7 @@ def metadata_of(arch, model):
     if arch == "lfm2":
         own |= {"attention.head_count_kv": [0, 2], "shortconv.l_cache": config["conv_L_cache"]}
         own["attention.layer_norm_rms_epsilon"] = config["norm_eps"]
-    if arch == "t5":
+    if arch.startswith("t5"):
         own["attention.layer_norm_rms_epsilon"] = config["layer_norm_epsilon"]
         own["attention.relative_buckets_count"] = config["relative_attention_num_buckets"]
     tokens = {f"tokenizer.ggml.{key}_token_id": number for number, key in enumerate(("padding", "eos", "bos"))}

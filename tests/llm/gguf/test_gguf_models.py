@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import transformers
 
 import ipex_quant as ipex
-from ipex_quant.nn import QuantizedModule
+from ipex_quant.checkpoints import open_gguf
+from ipex_quant.nn import QuantizedModule, WeightOnlyQuantizedLinear
+from ipex_quant.quantization import WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
 VARIANTS = {"llama-tied": "llama", "mixtral": "llama", "falcon-7b": "falcon"}
 """Variants of an architecture, by their name in `names.json`."""
@@ -59,3 +62,43 @@ def test_blocks(name, make_tiny, gguf_of):
     assert "QuantizedEmbedding" in kinds
     assert len(kinds) > 1
     torch.testing.assert_close(logits_of(loaded), expected, rtol=error, atol=error * expected.abs().max().item())
+
+
+def test_an_encoder_alone(make_tiny, gguf_of):
+    whole = make_tiny("t5")
+    model = transformers.T5EncoderModel(whole.config).eval()
+    model.load_state_dict(
+        {name: t for name, t in whole.state_dict().items() if not name.startswith(("decoder", "lm_"))}
+    )
+    tokens = torch.arange(3, 20)[None]
+    loaded = ipex.llm.from_pretrained(gguf_of(model, "t5", "t5encoder"), torch.float32)
+    assert type(loaded) is transformers.T5EncoderModel
+    expected = model(tokens).last_hidden_state
+    torch.testing.assert_close(loaded(tokens).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_a_model_in_parts(make_tiny, gguf_of, write_gguf, tmp_path, kind):
+    file = open_gguf(gguf_of(make_tiny("qwen2"), "qwen2", "qwen2", kind))
+    tensors = {
+        name: (tensor.kind, tensor.stored[...]) if tensor.kind else tensor.stored[...]
+        for name, tensor in file.tensors.items()
+    }
+    names = list(tensors)
+    for number, own in enumerate((names[:7], names[7:])):
+        metadata = (file.metadata if number == 0 else {}) | {"split.no": number, "split.count": 2}
+        metadata |= {"split.tensors.count": len(names)}
+        write_gguf(tmp_path / f"parts-{number + 1:05d}-of-00002.gguf", metadata, {name: tensors[name] for name in own})
+    expected = logits_of(ipex.llm.from_pretrained(file.path, torch.float32))
+    parts = ipex.llm.from_pretrained(tmp_path / "parts-00002-of-00002.gguf", torch.float32)
+    assert torch.equal(logits_of(parts), expected)
+
+
+def test_floats_are_quantized_as_asked(make_tiny, gguf_of):
+    mapping = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4)
+    path = gguf_of(make_tiny("llama"), "llama", "llama")
+    model = ipex.llm.from_pretrained(path, torch.float32, mapping)
+    layer = model.model.layers[1].mlp.up_proj
+    assert isinstance(layer, WeightOnlyQuantizedLinear)
+    expected = ipex.llm.optimize(make_tiny("llama"), quantization_config=mapping)
+    torch.testing.assert_close(logits_of(model), logits_of(expected), rtol=1e-4, atol=1e-4)
