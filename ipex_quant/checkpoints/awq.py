@@ -27,10 +27,11 @@ from typing import Any
 
 import torch
 
-from ..numerics.nibbles import as_bytes, pack_nibbles, unpack_nibbles
+from ..numerics.nibbles import as_bytes, unpack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
 from ..reading import shown
+from .bit_fields import unpack_fields
 from .format import CheckpointFormat, made_by_gptqmodel
 from .tensors import (
     INDEX_DTYPES,
