@@ -154,6 +154,7 @@ struct NormArgs {
   float eps;
   int64_t k;
   void *sum, *y;  // [rows, k]
+  float offset;   // added to the weight, in float32; with one no y is rounded before
 };
 
 struct RotaryArgs {

@@ -164,7 +164,17 @@ void DecoderLayer::bind(const void* x, void* y, const Workspace& workspace, int6
     to += bytes_of(call_, projections_.out_features(i));
   }
   projections_.bind(w.normed, outputs, w);
-  if (args_.parallel) {
+  if (args_.sandwich) {
+    for (NormArgs& norm : args_.after) norm.x = norm.y = w.normed;
+    output_.bind(w.attended, {output_to(w.normed, kNone)}, w);
+    mlp_output_.bind(w.inner, {output_to(w.normed, kNone)}, w);
+    args_.norms[1].x = w.normed;
+    args_.norms[1].residual = x;
+    args_.norms[1].sum = w.hidden;
+    result_ = args_.after[1];
+    result_.residual = w.hidden;
+    result_.sum = y;
+  } else if (args_.parallel) {
     output_.bind(w.attended, {output_to(w.hidden, kNone)}, w);
     mlp_output_.bind(w.inner, {output_to(y, kAddAdd, w.hidden, x)}, w);
   } else {
@@ -185,6 +195,7 @@ void DecoderLayer::bind(const void* x, void* y, const Workspace& workspace, int6
 // Stages the input rows of `linears`, after `norm` if there is one.
 void DecoderLayer::prepare(const TeamLinears& linears, const NormArgs* norm, const TeamThread& thread) const {
   const Tasks rows = linears.rows_of(thread);
+  if (&linears == &mlp_inputs_ && args_.sandwich) kernels().norm_rows(args_.after[0], rows.begin, rows.end);
   if (norm) kernels().norm_rows(*norm, rows.begin, rows.end);
   if (&linears == &mlp_output_ && halves()) multiply_gates(rows);
   linears.stage(rows, workspace_->scratch[size_t(thread.begin)]);
@@ -197,6 +208,13 @@ void DecoderLayer::multiply_gates(Tasks rows) const {
                        columns,           2 * columns,
                        workspace_->inner};
   kernels().gated_product(args, rows.begin * columns, rows.end * columns);
+}
+
+// Norms the results of the MLP, and adds them to its input. The thread is the one that reads these rows next.
+void DecoderLayer::finish_sandwich(const TeamThread& thread) const {
+  const Tasks rows = mlp_output_.rows_of(thread);
+  kernels().norm_rows(args_.after[1], rows.begin, rows.end);
+  kernels().norm_rows(result_, rows.begin, rows.end);  // for its sum
 }
 
 // Copies queries, keys and values of each row next to each other.
@@ -258,6 +276,7 @@ void DecoderLayer::run(const TeamThread& thread, Barrier& barrier, LinesAhead& l
   multiply(output_, nullptr, &mlp_inputs_);
   multiply(mlp_inputs_, &args_.norms[1], &mlp_output_);
   multiply(mlp_output_, nullptr, next ? &next->projections_ : nullptr);
+  if (args_.sandwich) finish_sandwich(thread);
 }
 
 // -------------------------------------------------------------------------------------------------------- stack

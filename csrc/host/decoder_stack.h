@@ -25,16 +25,18 @@ struct LinearsArgs {
 };
 
 // h = x + output(attention(projections(norm(x)))), then h + mlp_output(activation(mlp_inputs(norm(h)))); if `parallel`,
-// x + output(attention(projections(norm(x)))) + mlp_output(activation(mlp_inputs(norm(x)))).
+// x + output(attention(projections(norm(x)))) + mlp_output(activation(mlp_inputs(norm(x)))); if `sandwich`, what is
+// added to x and to h is normed before.
 struct DecoderLayerArgs {
   NormArgs norms[2];                // without x and y
+  NormArgs after[2];                // of what is added, likewise; if `sandwich`
   NormArgs head_norms[2];           // of every query and key before it is rotated, without x and y; or without weight
   RopeAttentionArgs attention;      // without rotary.x and output
   LinearsArgs projections, output;  // queries, keys and values in this order; one weight or three
   LinearsArgs mlp_inputs, mlp_output;
   PostOp activation;
   bool gated;  // with one weight, gates are the first half of its results
-  bool parallel;
+  bool parallel, sandwich;
 };
 
 struct DecoderArgs {
@@ -128,12 +130,14 @@ class DecoderLayer {
  private:
   void prepare(const TeamLinears& linears, const NormArgs* norm, const TeamThread& thread) const;
   void multiply_gates(Tasks rows) const;
+  void finish_sandwich(const TeamThread& thread) const;
   void join(Tasks rows) const;
   void norm_heads(Tasks rows) const;
   void attend(const TeamThread& thread);
   bool halves() const { return args_.gated && mlp_inputs_.count() == 1; }
 
   DecoderLayerArgs args_;
+  NormArgs result_{};  // whose sum is that of a sandwich
   const DecoderArgs call_;
   TeamLinears projections_, output_, mlp_inputs_, mlp_output_;
   const Workspace* workspace_ = nullptr;

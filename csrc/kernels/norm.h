@@ -51,8 +51,8 @@ inline void norm_row(const NormArgs& args, int64_t row) {
     const vf value = load(i, count);
     vf y = mul_f(Centered ? sub_f(value, mean) : value, scale);
     // A weight of x's dtype multiplies what was rounded to it, as transformers' LlamaRMSNorm has it.
-    if (!Centered && WeightType == Type) y = round_to(y, Type);
-    if (args.weight) y = mul_f(y, load_run(args.weight, WeightType, i, count));
+    if (!Centered && WeightType == Type && args.offset == 0.0f) y = round_to(y, Type);
+    if (args.weight) y = mul_f(y, add_f(load_run(args.weight, WeightType, i, count), set1_f(args.offset)));
     if (args.bias) y = add_f(y, load_run(args.bias, WeightType, i, count));
     store_run(args.y, Type, at + i, count, y);
   });

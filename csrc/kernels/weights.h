@@ -135,7 +135,7 @@ class GroupHead {
 
 // The scale that goes with integer codes.
 template <int Dtype>
-inline vf byte_scale(const GroupHead& head, int64_t column) {
+inline vf integer_scale(const GroupHead& head, int64_t column) {
   return Dtype == kNf4 ? mul_f(head.scale(column), set1_f(1.0f / 127)) : head.scale(column);
 }
 

@@ -59,31 +59,26 @@ IPEX_QUANT_INLINE inline void decode_bytes(const DecodeFold& f) {
     const uint8_t* x = static_cast<const uint8_t*>(s.data) + f.pass.row * stride + f.start;
     for (int64_t k = 0; k < f.length; k += line_k(Dtype), set += line_set_bytes(Dtype)) {
       if (f.pass.prefetch)
-        unroll<4>([&](auto v) IPEX_QUANT_INLINE { __builtin_prefetch(set + ahead + v * kLineBytes); });
-      unroll<Codes::kPieces / 2>([&](auto pair) IPEX_QUANT_INLINE {
-        constexpr int kFirst = 2 * decltype(pair)::value;
-        S8<kNarrow> low[Rows], high[Rows];
-        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
-          low[m] = as_s8<kNarrow>(broadcast4(x + m * stride));
-          high[m] = as_s8<kNarrow>(broadcast4(x + m * stride + 4));
-        });
-        x += 8;
-        unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
-          const int64_t at = column + v * kLanes;
-          const U8<kNarrow> codes = as_u8<kNarrow>(bytes.template piece<kFirst>(set, at));
-          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot<kNarrow>(acc[m][v], codes, low[m]); });
-          const U8<kNarrow> others = as_u8<kNarrow>(bytes.template piece<kFirst + 1>(set, at));
-          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot<kNarrow>(acc[m][v], others, high[m]); });
-          if constexpr (!Symmetric) {
-            dot<kNarrow>(code_sums[v], codes, ones);
-            dot<kNarrow>(code_sums[v], others, ones);
-          }
+        unroll<int(line_set_bytes(Dtype) / kLineBytes)>(
+            [&](auto v) IPEX_QUANT_INLINE { __builtin_prefetch(set + ahead + v * kLineBytes); });
+      // Lines are read in their order, as the hardware's prefetching expects: the pieces of one together.
+      constexpr int kTogether = code_bits(Dtype) == 8 ? 1 : 2;
+      unroll<Codes::kPieces / kTogether>([&](auto group) IPEX_QUANT_INLINE {
+        S8<kNarrow> a[kTogether][Rows];
+        unroll2<kTogether, Rows>(
+            [&](auto p, auto m) IPEX_QUANT_INLINE { a[p][m] = as_s8<kNarrow>(broadcast4(x + m * stride + 4 * p)); });
+        x += 4 * kTogether;
+        unroll2<kVectors, kTogether>([&](auto v, auto p) IPEX_QUANT_INLINE {
+          constexpr int kPiece = kTogether * decltype(group)::value + decltype(p)::value;
+          const U8<kNarrow> codes = as_u8<kNarrow>(bytes.template piece<kPiece>(set, column + v * kLanes));
+          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot<kNarrow>(acc[m][v], codes, a[p][m]); });
+          if constexpr (!Symmetric) dot<kNarrow>(code_sums[v], codes, ones);
         });
       });
     }
     unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
       const int64_t at = column + v * kLanes;
-      const vf scale = byte_scale<Dtype>(f.head, at);
+      const vf scale = integer_scale<Dtype>(f.head, at);
       unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
         const int64_t i = (f.pass.row + m) * s.folds + f.fold;
         vi total = acc[m][v];
@@ -130,11 +125,17 @@ IPEX_QUANT_INLINE inline void decode_float(const DecodeFold& f) {
 }
 
 #if defined(IPEX_QUANT_BF16_DOT)
+constexpr int kNarrowBytes = kLastDtype + 1;  // the lines of narrow codes that were widened
+constexpr int bf16_lines(int dtype) {
+  return float_lines(dtype) != dtype && is_narrow(dtype) ? kNarrowBytes : float_lines(dtype);
+}
+
 // Code pairs of a line as bf16, four terms each: term J goes with pair kPair of the staged activations. Put into the
 // mantissa of 128.0, an integer c becomes 128 + c; the fold takes the offset off again through the sum of x.
 template <int Dtype>
 struct Bf16Codes {
-  static constexpr int kOffset = Dtype == kInt4 ? 128 : Dtype == kInt8 ? 256 : 0;
+  static constexpr int kOffset = Dtype == kInt4 || Dtype == kNarrowBytes ? 128 : Dtype == kInt8 ? 256 : 0;
+  static constexpr int kTerms = Dtype == kNarrowBytes ? 2 : 4;  // of a line
   vi table;
 
   Bf16Codes() {
@@ -156,6 +157,8 @@ struct Bf16Codes {
       return lookup_bf16(table, srl_i<4 * J>(line));
     } else if constexpr (Dtype == kInt4) {
       return and_or_i(srl_i<4 * J>(line), set1_i(0x000F000F), base);
+    } else if constexpr (Dtype == kNarrowBytes) {
+      return and_or_i(srl_i<8 * J>(line), set1_i(0x007F007F), base);
     } else {  // seven bits of mantissa: the top bit of a byte is a term of its own
       return and_or_i(srl_i<8 * (J / 2)>(line), set1_i(J % 2 ? 0x00800080 : 0x007F007F), base);
     }
@@ -175,11 +178,11 @@ IPEX_QUANT_INLINE inline void decode_bf16(const DecodeFold& f) {
   });
   const uint8_t* line = f.codes;
   const uint8_t* x = static_cast<const uint8_t*>(f.pass.args.staged->data) + f.pass.row * stride + 2 * f.start;
-  constexpr int64_t kStep = is_four_bit(Dtype) ? 8 : 4;  // k of one line
+  constexpr int64_t kStep = Dtype == kInt4 || Dtype == kNf4 ? 8 : 4;  // k of one line
   for (int64_t k = 0; k < f.length; k += kStep, line += 256, x += 2 * kStep) {
     vi lines[kVectors];
     unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE { lines[v] = load_i(line + v * kVectorBytes); });
-    unroll<4>([&](auto j) IPEX_QUANT_INLINE {
+    unroll<Codes::kTerms>([&](auto j) IPEX_QUANT_INLINE {
       constexpr int kTerm = decltype(j)::value;
       vi a[Rows];
       unroll<Rows>([&](auto m)
@@ -234,7 +237,11 @@ inline void decode_fold(const DecodeFold& fold) {
 template <int Dtype, int Rows, DecodeKernel Kernel>
 inline void decode_folds(const DecodePass& pass, FoldCursor cursor) {
   constexpr bool kBytes = Kernel == DecodeKernel::kBytes || Kernel == DecodeKernel::kSymmetricBytes;
+#if defined(IPEX_QUANT_BF16_DOT)
+  constexpr int kLines = kBytes ? Dtype : Kernel == DecodeKernel::kBf16 ? bf16_lines(Dtype) : float_lines(Dtype);
+#else
   constexpr int kLines = kBytes ? Dtype : float_lines(Dtype);
+#endif
   for (int64_t i = 0; i < pass.folds; ++i, cursor.advance()) {
     if constexpr (kLines == Dtype) {
       decode_fold<Dtype, Rows, Kernel>(DecodeFold(pass, cursor, cursor.codes()));

@@ -14,11 +14,11 @@ template <int Rows>
 constexpr int kFewerRows = Rows > 4 ? 4 : Rows / 2;
 
 // ----------------------------------------------------------------------------------------------------------- bytes
-// Panel [padded_k / 4][kTileN][4] of s8 codes with the symmetric zero point (asymmetric INT4: its own) taken off.
+// Panel [padded_k / 4][kTileN][4] of s8 codes with their zero point (INT8: 128) taken off, or values of a table.
 struct BytePanel {
   int8_t* codes;
   int32_t* sums;       // [folds, kTileN] of the codes over each fold
-  int32_t* residuals;  // [groups, kTileN] zero points left in the codes; asymmetric INT8 only
+  int32_t* residuals;  // [groups, kTileN] zero points left in the codes; INT8 with zero points only
 };
 
 template <int Dtype>
@@ -82,7 +82,7 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
       for (int m = 0; head.minimums && m < Rows; ++m) fold_sums[m] = fold_sum(s, row + m, at);
       unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
         const int64_t n = column + v * kLanes;
-        const vf scale = byte_scale<Dtype>(head, n);
+        const vf scale = integer_scale<Dtype>(head, n);
         vf sums[Rows];
         unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
           const vf factor = mul_f(set1_f(s.scales[(row + m) * s.folds + at.fold]), scale);

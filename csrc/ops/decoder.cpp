@@ -29,19 +29,21 @@ struct Call {
 
 struct Structure {  // common to all layers
   int64_t projections, mlp_inputs, activation;
-  bool gated, parallel, centered;
-  double eps;
+  bool gated, parallel, sandwich, centered;
+  double eps, offset;
   int64_t lowp_mode, act_quant_mode;
   bool interleaved;
   double scale, softcap;
 
   int64_t linears() const { return projections + mlp_inputs + 2; }
+  int64_t norms() const { return sandwich ? 4 : 2; }
   void check() const {
     IPEX_QUANT_CHECK(projections == 1 || projections == 3, "projections: expected 1 or 3, got ", projections);
     IPEX_QUANT_CHECK(mlp_inputs == 1 || (mlp_inputs == 2 && gated), "mlp_inputs: expected 1, or 2 with gates, got ",
                      mlp_inputs);
     IPEX_QUANT_CHECK(activation >= kRelu && activation <= kSilu, "activation: expected 1..4, got ", activation);
     if (gated) check_activation(activation);
+    IPEX_QUANT_CHECK(!parallel || !sandwich, "parallel: expected false in a sandwich");
     check_modes(lowp_mode, act_quant_mode);
   }
 };
@@ -89,8 +91,8 @@ struct LayerTensors {
       : packed("packed", w.packed, layers, structure.linears()),
         biases("biases", w.biases, layers, structure.linears(), true),
         perms("perms", w.perms, layers, 4, true),
-        norms("norms", w.norms, layers, 2),
-        norm_biases("norm_biases", w.norm_biases, layers, 2, true),
+        norms("norms", w.norms, layers, structure.norms()),
+        norm_biases("norm_biases", w.norm_biases, layers, structure.norms(), true),
         head_norms("head_norms", w.head_norms, layers, 2, true) {}
 };
 
@@ -106,6 +108,7 @@ class LayerReader {
     args.activation = PostOp(structure_.activation);
     args.gated = structure_.gated;
     args.parallel = structure_.parallel;
+    args.sandwich = structure_.sandwich;
     args.projections = linears(structure_.projections, k);
     args.output = linears(1, -1, k);
     args.mlp_inputs = linears(structure_.mlp_inputs, k);
@@ -115,6 +118,7 @@ class LayerReader {
     IPEX_QUANT_CHECK(!halves || inner % 2 == 0, "packed: expected gates and as many factors, got ", inner, " features");
     args.mlp_output = linears(1, halves ? inner / 2 : inner, k);
     for (int64_t i = 0; i < 2; ++i) args.norms[i] = layer_norm(i);
+    for (int64_t i = 0; args.sandwich && i < 2; ++i) args.after[i] = layer_norm(2 + i);
     return args;
   }
 
@@ -154,6 +158,7 @@ class LayerReader {
     NormArgs args{};
     args.k = k;
     args.eps = float(structure_.eps);
+    args.offset = float(structure_.offset);
     args.centered = structure_.centered;
     args.type = float_type("x", input_.dtype);
     args.weight = norm_vector(name, weight, input_.dtype, k);
@@ -285,14 +290,14 @@ Tensor decoder_layers(Tensor x,
                       std::vector<int64_t> starts, Optional mask, Optional alibi,
                       // structure
                       int64_t projections, int64_t mlp_inputs, int64_t activation, bool gated, bool parallel,
-                      bool centered, double eps, int64_t lowp_mode, int64_t act_quant_mode, bool interleaved,
-                      double scale, double softcap) {
+                      bool sandwich, bool centered, double eps, double offset, int64_t lowp_mode,
+                      int64_t act_quant_mode, bool interleaved, double scale, double softcap) {
   const Weights weights{std::move(packed), std::move(biases),      std::move(perms),
                         std::move(norms),  std::move(norm_biases), std::move(head_norms)};
   Call call{cos, sin, rotary_dim, std::move(caches), std::move(starts), mask, alibi};
   return run_layers(x, weights, call,
-                    {projections, mlp_inputs, activation, gated, parallel, centered, eps, lowp_mode, act_quant_mode,
-                     interleaved, scale, softcap});
+                    {projections, mlp_inputs, activation, gated, parallel, sandwich, centered, eps, offset, lowp_mode,
+                     act_quant_mode, interleaved, scale, softcap});
 }
 
 }  // namespace
@@ -306,8 +311,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
       // call
       "Tensor cos, Tensor sin, int rotary_dim, Tensor(a!)[] caches, SymInt[] starts, Tensor? mask, Tensor? alibi, "
       // structure
-      "int projections, int mlp_inputs, int activation, bool gated, bool parallel, bool centered, float eps, "
-      "int lowp_mode, int act_quant_mode, bool interleaved, float scale, float softcap) -> Tensor");
+      "int projections, int mlp_inputs, int activation, bool gated, bool parallel, bool sandwich, bool centered, "
+      "float eps, float offset, int lowp_mode, int act_quant_mode, bool interleaved, float scale, float softcap) "
+      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ipex_quant, CPU, m) { m.impl("decoder_layers", TORCH_BOX(&decoder_layers)); }

@@ -54,6 +54,8 @@ WoqHeader read_header(const Tensor& packed) {
 
 WoqGeometry geometry_of(const WoqHeader& h, const Tensor& packed) {
   const WoqGeometry g(h);
+  IPEX_QUANT_CHECK(g.groups % g.super_groups == 0, "packed: expected a divisor of ", g.groups, " groups, got ",
+                   g.super_groups);
   constexpr int64_t kLargest = int64_t(1) << 62;  // tile_bytes itself is below 2^42
   IPEX_QUANT_CHECK(g.tiles == 0 || g.tile_bytes < kLargest / g.tiles, "packed: sizes overflow");
   IPEX_QUANT_CHECK(packed.numel() == g.total_bytes(), "packed: expected ", g.total_bytes(), " bytes, got ",

@@ -12,10 +12,10 @@
 //   8 bit: for k4, for v in 0..3: one line of columns 16v..16v+15; byte j holds k = 4*k4 + j.
 //   4 bit: for k8, for v in 0..3: one line of columns 16v..16v+15; byte j holds k = 8*k8 + j (low nibble) and
 //          k = 8*k8 + 4 + j (high nibble).
-//   2, 3, 5 and 6 bit: for k16, planes of bits, the lower ones first: 4 bits as above, 2 bits, 1 bit. Bits 2p and 2p +
-//   1
-//          of byte j of a line of the plane of 2 hold k = 16*k16 + 4p + j. The plane of 1 has two lines, of columns 32w
-//          to 32w + 31: bit p of byte j holds k = 16*k16 + 4p + j of the first 16 of them, bit 4 + p of the others.
+//   2, 3, 5 and 6 bit: for k16, planes of bits, the lower ones first: 4 bits as above, 2 bits, 1 bit.
+//          Plane of 2: bits 2p and 2p + 1 of byte j of a line hold k = 16*k16 + 4p + j.
+//          Plane of 1: two lines, of columns 32w to 32w + 31: bit p of byte j holds k = 16*k16 + 4p + j of the first 16
+//          of them, bit 4 + p of the others.
 // All are operands of a 4-way byte dot product without any lane crossing. INT8 codes are stored as code + 128, so that
 // integer codes are unsigned everywhere and the zero point carries the sign.
 #pragma once
@@ -126,7 +126,7 @@ struct WoqGeometry {
 
   int64_t scale_bytes() const { return scale_type == kFloatScale ? 4 : scale_type == kHalfScale ? 2 : 1; }
   int64_t super_scale_bytes() const { return half_supers ? 2 : 4; }
-  int64_t supers() const { return (groups + super_groups - 1) / super_groups; }
+  int64_t supers() const { return groups / super_groups; }
   bool two_a_byte() const { return code_bits(dtype) <= 4; }  // of the plain codes
   int64_t code_columns() const { return two_a_byte() ? (k + 1) / 2 : k; }
   int64_t code_bytes(int64_t padded) const { return padded * kTileN / 8 * code_bits(dtype); }
@@ -150,7 +150,7 @@ class GroupWalk {
     const int64_t padded = g_.padded(group);
     at_ += g_.head_bytes + g_.code_bytes(padded);
     start += padded;
-    if (++group % g_.super_groups == 0) super_ = at_, at_ += g_.super_bytes;
+    if (++group % g_.super_groups == 0 && more()) super_ = at_, at_ += g_.super_bytes;
   }
 
  private:

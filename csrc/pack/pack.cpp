@@ -198,7 +198,8 @@ bool fits_half(const float* numbers, int64_t count) {
 
 bool fits_power(const float* numbers, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
-    if (power_of_byte(power_byte(numbers[i])) != numbers[i] || std::signbit(numbers[i])) return false;
+    if (power_of_byte(power_byte(numbers[i])) != numbers[i] || std::signbit(numbers[i]) || std::isinf(numbers[i]))
+      return false;
   return true;
 }
 

@@ -52,7 +52,7 @@ class WeightOnlyCandidate:
     def to_json(self) -> dict[str, Any]:
         schemes = {
             name: None if s is None else {"dtype": s.dtype.name, "symmetric": s.symmetric, "group_size": s.group_size}
-            for name, s in self.schemes
+            for name, s in self.schemes  # of quantized layers, which have neither minimums nor super scales
         }
         return {
             "kind": "weight_only",

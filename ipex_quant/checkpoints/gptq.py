@@ -238,7 +238,7 @@ def gptq_tensors(
     beyond `bits`, zero point 0 in version 1, scales that overflow or become 0.
     """
     dtype = qw.scheme.dtype
-    if not dtype.is_integer or dtype.bits not in BITS or qw.scheme.minimums:
+    if not dtype.has_integers or dtype.bits not in BITS or qw.scheme.minimums:
         raise ValueError(f"dtype: GPTQ files hold integers of {sorted(BITS)} bits with zero points, got {qw.scheme}")
     in_features = qw.shape[1]
     if dtype == WoqWeightDtype.INT8:

@@ -198,7 +198,7 @@ def _per_channel_weight() -> Callable[[], Any]:
 def _resolve_qscheme(
     qscheme: WoqWeightQScheme, weight_dtype: WoqWeightDtype, lowp_mode: WoqLowpMode
 ) -> WoqWeightQScheme:
-    symmetric_only = not WoqWeightDtype(weight_dtype).is_integer or (
+    symmetric_only = not WoqWeightDtype(weight_dtype).has_integers or (
         weight_dtype == WoqWeightDtype.INT8 and lowp_mode == WoqLowpMode.INT8
     )
     if qscheme == WoqWeightQScheme.UNDEFINED:

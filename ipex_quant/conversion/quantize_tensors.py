@@ -37,7 +37,7 @@ def quantize_per_block(
     no integers are always symmetric. `scales` and `zero_points` are used if given. Raises as
     `numerics.affine.quantize` does.
     """
-    symmetric = sym_quant or not dtype.is_integer
+    symmetric = sym_quant or not dtype.has_integers
     scheme = WeightScheme(dtype, symmetric, group_size)
     if scales is not None:
         scales = _grid("scales", scales, len(t)).float()

@@ -1,4 +1,4 @@
-"""Algorithms for neural-compressor: static INT8 with SmoothQuant, and weight-only INT4, INT8, NF4 and FP8.
+"""Algorithms for neural-compressor: static INT8 with SmoothQuant, and weight-only.
 
 After `register()`, ``prepare``, ``convert``, ``quantize`` and ``autotune`` of ``neural_compressor.torch.quantization``
 accept configurations of the two classes that it returns. Lists of values make a configuration a tuning space.
@@ -87,7 +87,7 @@ def register() -> Configs:
             return cls(alpha=[AUTO, 0.5])
 
     class WeightOnlyConfig(Common):
-        """Weight-only: `weight_dtype` is int4, int8, nf4 or fp8, or fp32 for layers that stay in float.
+        """Weight-only: `weight_dtype` names a `WoqWeightDtype` in small letters, or is fp32 for layers left in float.
 
         `algorithm` is rtn, gptq or awq; `lowp_mode`, the compute mode, is none, fp16, bf16 or int8.
         """

@@ -1,4 +1,4 @@
-"""`WeightOnlyQuantizedExperts`: the experts of a layer with their weights packed, in 8 or 4 bits."""
+"""`WeightOnlyQuantizedExperts`: the experts of a layer with their weights packed, in 2 to 8 bits."""
 
 from __future__ import annotations
 

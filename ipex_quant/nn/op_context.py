@@ -20,7 +20,7 @@ class OpContext:
     bias: torch.Tensor | None
 
     def get_weight(self) -> torch.Tensor:
-        """The codes: int8 ``[N, K]``, uint8 ``[N, ceil(K / 2)]`` or float8 ``[N, K]``."""
+        """The codes as in `QuantizedWeight`, which say all with scales and zero points unless it has minimums."""
         return self.weight.codes
 
     def get_weight_shape(self) -> list[int]:
@@ -32,7 +32,7 @@ class OpContext:
         return self.weight.scales
 
     def get_zero_points(self) -> torch.Tensor | None:
-        """Zero points, int16 ``[N, groups]``, or None for a symmetric weight."""
+        """Zero points, int16 ``[N, groups]``, or None for a symmetric weight, and for one with minimums."""
         return self.weight.zero_points
 
     def get_g_idx(self) -> torch.Tensor | None:

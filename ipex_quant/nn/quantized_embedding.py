@@ -22,8 +22,8 @@ class QuantizedEmbedding(QuantizedModule, PackedEmbedding):
     `ids` is int64 or int32 of any shape; the result ``[*ids.shape, embedding_dim]`` has the dtype of `weight`, which
     ``.to(dtype)`` changes, and no gradient. An id out of range raises RuntimeError. The packed weight belongs to
     `table`, a weight-only linear layer: the embedding's own or, if tied, the model's output layer; a weight loaded into
-    or written to one of the two is then the other's too. The state dict holds the plain tensors `codes`, `scales`,
-    `zero_points` and `g_idx` of `QuantizedWeight`, each if there is one.
+    or written to one of the two is then the other's too. The state dict holds the plain tensors of `QuantizedWeight`,
+    each if there is one.
     """
 
     kind = "embedding"

@@ -47,7 +47,7 @@ class StoredLinear(nn.Linear):
 
 def is_stand_in(weight: torch.Tensor) -> bool:
     """Whether the values of a `StoredLinear`'s weight are not in memory."""
-    return weight.numel() > 1 and not any(weight.stride())
+    return not any(weight.stride()) if weight.numel() > 1 else bool(weight.isnan().all())
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""`WeightOnlyQuantizedLinear`: a linear layer that holds its weight packed, in 8 or 4 bits."""
+"""`WeightOnlyQuantizedLinear`: a linear layer that holds its weight packed, in 2 to 8 bits."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
@@ -29,9 +30,10 @@ from .quantized_module import Placeholder, QuantizedModule, autocast, check_bias
 from .weight_tensors import QuantDtype, QuantMethod, WoqWeightFormat, read_tensors
 
 SCHEME_ENTRY = ("weight_dtype", "symmetric", "group_size", "act_order")
+"""Keys that describe a weight's scheme in saved configurations."""
+
 OPTIONAL_ENTRY = frozenset(("minimums", "super_group_size"))
 """Keys of `scheme_entry` that only some schemes have."""
-"""Keys that describe a weight's scheme in saved configurations."""
 
 
 class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
@@ -39,11 +41,11 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
 
     `x` is float32, bfloat16 or float16 ``[..., in_features]`` on the CPU; the result ``[..., out_features]`` has its
     dtype, or autocast's under torch.autocast. Only `x` has a gradient. Values written to the whole `weight` are
-    quantized by rounding to nearest, in the weight's scheme. The state dict holds plain tensors: `codes`, `scales`,
-    `zero_points` and `g_idx` of `QuantizedWeight`, and `bias` in float32, each if there is one; saving unpacks the
-    weight and loading packs it. The constructor makes a module without a weight, whose scheme `load_state_dict` infers
-    from the tensors; `from_float` and `from_quantized_weight` make one with a weight. Raises RuntimeError when called
-    without a weight or moved off the CPU.
+    quantized by rounding to nearest, in the weight's scheme, but with zero points for minimums and plain scales for
+    those with super scales. The state dict holds plain tensors: those of `QuantizedWeight`, and `bias` in float32, each
+    if there is one; saving unpacks the weight and loading packs it. The constructor makes a module without a weight,
+    whose scheme `load_state_dict` infers from the tensors; `from_float` and `from_quantized_weight` make one with a
+    weight. Raises RuntimeError when called without a weight or moved off the CPU.
     """
 
     kind = "weight_only"
@@ -349,7 +351,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
 
     def _expected_names(self, given: dict[str, torch.Tensor]) -> list[str]:
         if self.scheme is None:
-            names = ["codes", "scales", *(name for name in ("zero_points", "g_idx") if name in given)]
+            names = [name for name in QuantizedWeight.names if name in given or name in ("codes", "scales")]
         else:
             places = tensor_places(self.scheme, self.weight_shape, self._perm is not None)
             names = [name for name, place in places.items() if place is not None]
@@ -368,14 +370,19 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
                 f"codes: {self.dtype.name} has {code_dtype(self.dtype)}, got {tensors['codes'].dtype}; "
                 "give the module the right dtype"
             )
-        groups = tensors["scales"].shape[-1]
-        sizes = [PER_CHANNEL] + [1 << bit for bit in range(max(self.in_features - 1, 1).bit_length())]
-        symmetric = "zero_points" not in tensors
-        for size in sizes:
-            scheme = WeightScheme(self.dtype, symmetric, size)
-            if scheme.group_count(self.in_features) == groups:
-                return scheme
-        raise ValueError(f"scales: no group size divides {self.in_features} input features into {groups} groups")
+        size = self._size_of("scales", tensors["scales"])
+        supers = tensors.get("super_scales")
+        super_size = None if supers is None else self._size_of("super_scales", supers)
+        minimums = "minimums" in tensors
+        return WeightScheme(self.dtype, "zero_points" not in tensors and not minimums, size, minimums, super_size)
+
+    def _size_of(self, name: str, factors: torch.Tensor) -> int:
+        """The group size that gives as many groups as there are `factors` in a row."""
+        groups = factors.shape[-1]
+        for size in [PER_CHANNEL] + [1 << bit for bit in range(max(self.in_features - 1, 1).bit_length())]:
+            if WeightScheme(self.dtype, group_size=size).group_count(self.in_features) == groups:
+                return size
+        raise ValueError(f"{name}: no group size divides {self.in_features} input features into {groups} groups")
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickles may be read by another machine or version, so they hold the plain weight.
@@ -391,13 +398,14 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
 
 
 def _quantized_as(qw: QuantizedWeight, weight: torch.Tensor) -> QuantizedWeight:
-    """Quantize `weight` by rounding to nearest, with the scheme and the groups of `qw`."""
+    """Quantize `weight` by rounding to nearest, with the dtype and the groups of `qw`."""
+    scheme = WeightScheme(qw.scheme.dtype, qw.scheme.symmetric, qw.scheme.group_size)
     if qw.g_idx is None:
-        return ops.quantize_weight(weight, qw.scheme)
+        return ops.quantize_weight(weight, scheme)
     order = qw.g_idx.argsort(stable=True)
-    grouped = ops.quantize_weight(weight[:, order], qw.scheme)
-    codes = affine.plain_codes(affine.stored_codes(grouped)[:, order.argsort()], qw.scheme.dtype)
-    return QuantizedWeight(codes, grouped.scales, grouped.zero_points, qw.g_idx, qw.scheme, qw.shape)
+    grouped = ops.quantize_weight(weight[:, order], scheme)
+    codes = affine.plain_codes(affine.stored_codes(grouped)[:, order.argsort()], scheme.dtype)
+    return replace(grouped, codes=codes, g_idx=qw.g_idx)
 
 
 def scheme_entry(scheme: WeightScheme) -> dict[str, Any]:

@@ -63,6 +63,7 @@ def quantize(
     group's range unless given. Raises TypeError for another dtype and ValueError for another rank, NaN or Inf, or
     parameters that do not fit the scheme.
     """
+    check_plain(scheme)
     grouped = _group(_check_weight(weight), scheme)
     if scales is None:
         if zero_points is not None:
@@ -74,6 +75,13 @@ def quantize(
     codes = codes.flatten(1)[:, : weight.shape[1]]
     codes = plain_codes(codes, scheme.dtype)
     return QuantizedWeight(codes, scales, zero_points, None, scheme, (weight.shape[0], weight.shape[1]))
+
+
+def check_plain(scheme: WeightScheme) -> None:
+    """Raise ValueError for a scheme with minimums or super scales, which only checkpoints have."""
+    if scheme.minimums or scheme.super_group_size is not None:
+        plain = WeightScheme(scheme.dtype, scheme.symmetric, scheme.group_size)
+        raise ValueError(f"scheme: nothing rounds weights to {scheme}, which checkpoints have; quantize to {plain}")
 
 
 def find_scales(span: torch.Tensor, steps: float) -> torch.Tensor:
@@ -104,7 +112,7 @@ def code_values(qw: QuantizedWeight) -> torch.Tensor:
     if dtype in CODEBOOKS:
         return CODEBOOKS[dtype][codes.int()]
     values = codes.to(torch.float32)
-    return values.sub_(code_offset(dtype)) if dtype.is_integer and qw.scheme.symmetric else values
+    return values.sub_(code_offset(dtype)) if dtype.has_integers and qw.scheme.symmetric else values
 
 
 def stored_codes(qw: QuantizedWeight) -> torch.Tensor:

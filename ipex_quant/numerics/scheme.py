@@ -34,7 +34,7 @@ class WoqWeightDtype(IntEnum):
     IQ4 = 10
 
     @property
-    def is_integer(self) -> bool:
+    def has_integers(self) -> bool:
         """Whether codes are integers, which zero points and minimums go with."""
         return self.name.startswith("INT")
 
@@ -113,7 +113,7 @@ class WeightScheme:
             raise ValueError(f"dtype: expected one of {[d.name for d in WoqWeightDtype]}, got {self.dtype!r}")
         object.__setattr__(self, "dtype", WoqWeightDtype(self.dtype))
         check_group_size(self.group_size)
-        if not self.symmetric and not self.dtype.is_integer:
+        if not self.symmetric and not self.dtype.has_integers:
             raise ValueError(f"symmetric: {self.dtype.name} weights have no zero points, expected True, got False")
         if self.minimums and self.symmetric:
             raise ValueError("minimums: symmetric weights have none, expected False, got True")
@@ -121,7 +121,7 @@ class WeightScheme:
             check_group_size(self.super_group_size)
             if PER_CHANNEL != self.super_group_size < self.group_size or self.group_size == PER_CHANNEL:
                 raise ValueError(
-                    f"super_group_size: expected several groups of {self.group_size}, got {self.super_group_size}"
+                    f"super_group_size: expected one or more groups of {self.group_size}, got {self.super_group_size}"
                 )
 
     def group_count(self, in_features: int) -> int:

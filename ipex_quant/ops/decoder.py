@@ -29,7 +29,8 @@ class DecoderWeights(NamedTuple):
     - `packed`: data of packed weights; in each layer Q/K/V projections, output projection, MLP inputs, MLP output.
       Weights with the same input may differ in dtype and group size. `biases` are float32, one or None for each.
     - `perms`: `PackedWeight.perm` of each of the four different inputs in a layer, or None.
-    - `norms`, `norm_biases`: of attention and MLP, ``[K]``, in the dtype of the input or float32.
+    - `norms`, `norm_biases`: of attention and MLP, and in a sandwich of the results of both, ``[K]``, in the dtype of
+      the input or float32.
     - `head_norms`: of queries and keys, ``[D]``, RMS or layer norms like the others.
     """
 
@@ -65,7 +66,9 @@ class DecoderStructure:
     - `mlp_inputs`: 2 for a gate and an up weight; 1 for both in one weight, or for up alone if not `gated`.
     - `activation`: RELU, GELU, NEW_GELU or SILU; not RELU if `gated`.
     - `parallel`: attention and MLP both norm the layer's input; else the MLP norms the residual sum after attention.
-    - `centered`: norms are layer norms, not RMS norms; `eps` is for both.
+    - `sandwich`: the results of attention and MLP are normed before they are added; not if `parallel`.
+    - `centered`: norms are layer norms, not RMS norms; `eps` is for both. `offset` is added to their weights, in
+      float32.
     - `lowp_mode`, `act_quant_mode`: those of `woq_linear`.
     - `interleaved`: that of `rotary`; `scale` and `softcap` those of `attention`.
     """
@@ -75,8 +78,10 @@ class DecoderStructure:
     activation: PostOp = PostOp.SILU
     gated: bool = True
     parallel: bool = False
+    sandwich: bool = False
     centered: bool = False
     eps: float = 1e-6
+    offset: float = 0.0
     lowp_mode: WoqLowpMode = WoqLowpMode.NONE
     act_quant_mode: WoqActQuantMode = WoqActQuantMode.NONE
     interleaved: bool = False
@@ -87,8 +92,9 @@ class DecoderStructure:
 
     def __post_init__(self) -> None:
         values = (
-            *(self.projections, self.mlp_inputs, int(self.activation), self.gated, self.parallel, self.centered),
-            *(self.eps, int(self.lowp_mode), int(self.act_quant_mode), self.interleaved, self.scale, self.softcap),
+            *(self.projections, self.mlp_inputs, int(self.activation), self.gated, self.parallel, self.sandwich),
+            *(self.centered, self.eps, self.offset, int(self.lowp_mode), int(self.act_quant_mode)),
+            *(self.interleaved, self.scale, self.softcap),
         )
         object.__setattr__(self, "arguments", values)
 
@@ -115,7 +121,8 @@ def decoder_layers(
 @register_fake("decoder_layers")
 def _(x, *arguments):
     weights, call = DecoderWeights(*arguments[:6]), DecoderCall(*arguments[6:13])
-    projections, mlp_inputs = arguments[13:15]
+    projections, mlp_inputs, *_ = arguments[13:]
+    norms = 4 if arguments[18] else 2
     check_shape("x", x, "[B, L, K]")
     layers, linears = len(call.starts), projections + mlp_inputs + 2
     torch._check(layers > 0, lambda: "starts: expected one for each layer")
@@ -123,8 +130,8 @@ def _(x, *arguments):
         ("packed", linears, False),
         ("biases", linears, True),
         ("perms", 4, True),
-        ("norms", 2, False),
-        ("norm_biases", 2, True),
+        ("norms", norms, False),
+        ("norm_biases", norms, True),
         ("head_norms", 2, True),
     ):
         got = len(getattr(weights, name))

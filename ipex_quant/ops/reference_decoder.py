@@ -23,17 +23,23 @@ def decoder_layers(
 ) -> torch.Tensor:
     """As `ipex_quant.ops.decoder_layers`, with `quantized` instead of ``weights.packed``."""
     count, buffers = structure.projections + structure.mlp_inputs + 2, len(call.caches) // len(call.starts)
+    kinds = 4 if structure.sandwich else 2
     for i, start in enumerate(call.starts):
         layer = _Layer(quantized[i * count :], weights.biases[i * count :], structure)
-        norms, biases = weights.norms[2 * i :], weights.norm_biases[2 * i :]
+        norms = weights.norms[kinds * i :]
+        biases = weights.norm_biases[kinds * i :] or [None] * kinds
         attended = layer.attention(
-            layer.norm(x, norms[0], biases[0] if biases else None),
+            layer.norm(x, norms[0], biases[0]),
             weights.head_norms[2 * i : 2 * i + 2],
             call._replace(caches=call.caches[i * buffers : (i + 1) * buffers]),
             start,
         )
+        if structure.sandwich:
+            attended = layer.norm(attended, norms[2], biases[2])
         hidden = x if structure.parallel else x + attended
-        inner = layer.mlp(layer.norm(hidden, norms[1], biases[1] if biases else None))
+        inner = layer.mlp(layer.norm(hidden, norms[1], biases[1]))
+        if structure.sandwich:
+            inner = layer.norm(inner, norms[3], biases[3])
         x = inner + attended + x if structure.parallel else inner + hidden
     return x
 
@@ -52,7 +58,8 @@ class _Layer:
         return woq_linear(x, weight, bias, self.structure.lowp_mode, self.structure.act_quant_mode)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        eps = self.structure.eps
+        eps, offset = self.structure.eps, self.structure.offset
+        weight = weight.float() + offset if offset else weight
         return layer_norm(x, weight, bias, eps) if self.structure.centered else rms_norm(x, weight, eps)
 
     def attention(self, x: torch.Tensor, norms: Sequence[torch.Tensor], call: DecoderCall, start: int) -> torch.Tensor:

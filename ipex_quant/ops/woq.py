@@ -51,6 +51,7 @@ def quantize_weight(weight: torch.Tensor, scheme: WeightScheme) -> QuantizedWeig
         raise ValueError(
             f"weight: expected a CPU tensor [N, K] with K > 0, got {list(weight.shape)} on {weight.device}"
         )
+    affine.check_plain(scheme)
     try:
         codes, scales, zero_points = native.woq_quantize(
             weight.detach(), scheme.dtype, scheme.group_size, scheme.symmetric
@@ -77,7 +78,7 @@ def pack_weight(qw: QuantizedWeight) -> PackedWeight:
 
 
 def unpack_weight(packed: PackedWeight) -> QuantizedWeight:
-    """Return the quantized weight that `pack_weight` was given, bit for bit."""
+    """Return the quantized weight that `pack_weight` was given, bit for bit but for the sign of scales that are 0."""
     scheme, (out_features, in_features) = packed.scheme, packed.shape
     supers = 0 if scheme.super_group_size is None else scheme.super_count(in_features)
     sizes = out_features, in_features, scheme.dtype, scheme.group_size, offsets_of(scheme), supers

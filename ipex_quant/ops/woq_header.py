@@ -42,7 +42,7 @@ class WoqHeader(NamedTuple):
 
     @property
     def scheme(self) -> WeightScheme:
-        """The scheme of the weight."""
+        """The scheme of the weight; one super group is said to be of the row."""
         size = self.super_groups * self.group_size
         return WeightScheme(
             WoqWeightDtype(self.dtype),
@@ -59,7 +59,9 @@ def offsets_of(scheme: WeightScheme) -> Offsets:
 
 
 def read_header(data: torch.Tensor) -> WoqHeader:
-    """Return the header of a packed weight's `data`, uint8, of which it takes the first bytes."""
+    """Return the header of a packed weight's `data`, uint8; ValueError for anything else."""
+    if data.dtype != torch.uint8 or data.dim() != 1 or len(data) < HEADER_BYTES:
+        raise ValueError(f"data: expected bytes of a packed weight, got {data.dtype} {list(data.shape)}")
     return WoqHeader(*_FIELDS.unpack(bytes(data[: _FIELDS.size].tolist())))
 
 

@@ -20,7 +20,7 @@ from .rtn import round_scales
 MAX_DAMPING = 10.0
 """Largest `percdamp` to accept, and to try on a Hessian that cannot be inverted."""
 
-BITS = {dtype: dtype.bits for dtype in WoqWeightDtype if dtype.is_integer}
+BITS = {dtype: dtype.bits for dtype in WoqWeightDtype if dtype.has_integers}
 """The dtypes that GPTQ quantizes to, and their bits."""
 
 
@@ -72,7 +72,7 @@ class HessianAccumulator:
 def quantize_weight(
     weight: torch.Tensor, hessian: torch.Tensor, scheme: WeightScheme, options: GptqOptions | None = None
 ) -> QuantizedWeight:
-    """Quantize `weight` ``[N, K]`` to INT4 or INT8 so that ``x @ weight.T`` changes least for the inputs of `hessian`.
+    """Quantize `weight` ``[N, K]`` to integers so that ``x @ weight.T`` changes least for the inputs of `hessian`.
 
     `hessian` is the mean of ``x x^T``, ``[K, K]``, up to a factor. Features whose input is always zero are rounded to
     nearest. Raises TypeError for a weight that is no float, ValueError for other shapes or dtypes, NaN or Inf,
@@ -80,7 +80,7 @@ def quantize_weight(
     """
     options = options or GptqOptions()
     if scheme.dtype not in BITS:
-        raise ValueError(f"dtype: GPTQ quantizes to INT4 or INT8, got {scheme.dtype.name}")
+        raise ValueError(f"dtype: GPTQ quantizes to integers, got {scheme.dtype.name}")
     static = quantize(weight, scheme)  # also checks the weight
     in_features = weight.shape[1]
     if tuple(hessian.shape) != (in_features, in_features):

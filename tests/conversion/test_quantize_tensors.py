@@ -18,7 +18,7 @@ N, K = 6, 37
 @pytest.mark.parametrize("dtype", list(WoqWeightDtype))
 def test_there_and_back(dtype, sym, group_size):
     weight = torch.randn(N, K)
-    symmetric = sym or not dtype.is_integer
+    symmetric = sym or not dtype.has_integers
     expected = affine.quantize(weight, WeightScheme(dtype, symmetric, group_size))
     if group_size < 0:
         codes, scales, zero_points = quantize_per_channel(weight, dtype, sym_quant=sym)

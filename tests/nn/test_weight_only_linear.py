@@ -35,6 +35,18 @@ SCHEMES = [
 ]
 
 
+def with_minimums(supers):
+    """A weight [10, 128] in groups of 32, and in super groups unless `supers` is None."""
+    plain = affine.quantize(torch.randn(10, 128), WeightScheme(WoqWeightDtype.INT4, False, 32))
+    scheme = WeightScheme(WoqWeightDtype.INT4, False, 32, True, supers)
+    scales, minimums = torch.ones(10, 4) * 0.25, torch.ones(10, 4) * -0.5
+    factors = {}
+    if supers is not None:
+        ones = torch.ones(10, scheme.super_count(128))
+        factors = {"super_scales": ones / 8, "super_minimums": ones / 4}
+    return QuantizedWeight(plain.codes, scales, None, None, scheme, plain.shape, minimums, **factors)
+
+
 def quantized(scheme, out_features=24, in_features=70, act_order=False):
     qw = affine.quantize(torch.randn(out_features, in_features), scheme)
     if not act_order:
@@ -118,7 +130,7 @@ class TestStateDict:
         st.booleans(),
     )
     def test_round_trip_into_an_empty_layer_is_bit_equal(self, dtype, symmetric, group_size, shape, act_order, bias):
-        symmetric = symmetric or not dtype.is_integer
+        symmetric = symmetric or not dtype.has_integers
         qw = quantized(WeightScheme(dtype, symmetric, group_size), *shape, act_order)
         layer = layer_of(qw, bias)
         state = layer.state_dict()
@@ -128,6 +140,22 @@ class TestStateDict:
         other.load_state_dict(state)
         x = torch.randn(3, shape[1])
         assert torch.equal(other(x), layer(x))
+
+    @pytest.mark.parametrize("supers", [None, 64, -1])
+    def test_minimums_and_super_scales_load_into_an_empty_layer(self, supers):
+        qw = with_minimums(supers)
+        layer = WeightOnlyQuantizedLinear.from_quantized_weight(qw)
+        other = WeightOnlyQuantizedLinear(128, 10, False, WoqWeightDtype.INT4)
+        other.load_state_dict(layer.state_dict())
+        assert other.scheme == qw.scheme
+        x = torch.randn(3, 128)
+        assert torch.equal(other(x), layer(x))
+
+    def test_values_written_to_a_weight_with_minimums_get_zero_points(self):
+        layer, values = WeightOnlyQuantizedLinear.from_quantized_weight(with_minimums(64)), torch.randn(10, 128)
+        layer.weight.copy_(values)
+        assert layer.scheme == WeightScheme(WoqWeightDtype.INT4, False, 32)
+        assert torch.equal(layer.weight + 0, affine.dequantize(affine.quantize(values, layer.scheme)))
 
     def test_holds_the_plain_weight(self, layer):
         qw = layer.quantized_weight()

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from ipex_quant import ops
 from ipex_quant.numerics.affine import dequantize, feature_groups, quantize, stored_codes
 from ipex_quant.numerics.codebooks import FP8_MAX, NF4_LEVELS
 from ipex_quant.numerics.nibbles import unpack_nibbles
@@ -236,3 +237,13 @@ def test_zeros_stay_zeros() -> None:
     assert torch.equal(dequantize(zeros)[1], torch.zeros(64))
     assert torch.equal(dequantize(zeros)[2, 32:], torch.zeros(32))
     assert zeros.scales[1, 0] == torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [WeightScheme(WoqWeightDtype.INT4, False, 32, True), WeightScheme(WoqWeightDtype.FP4, True, 16, False, -1)],
+)
+def test_nothing_rounds_to_schemes_that_only_checkpoints_have(scheme):
+    for round_to in (quantize, ops.quantize_weight):
+        with pytest.raises(ValueError, match="which checkpoints have; quantize to"):
+            round_to(torch.ones(2, 64), scheme)

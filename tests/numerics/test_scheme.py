@@ -51,15 +51,15 @@ def test_unknown_dtype_lists_the_choices() -> None:
 )
 def test_bits_and_kind_of_a_dtype(dtype: str, bits: int, is_integer: bool) -> None:
     assert WoqWeightDtype[dtype].bits == bits
-    assert WoqWeightDtype[dtype].is_integer is is_integer
+    assert WoqWeightDtype[dtype].has_integers is is_integer
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((WoqWeightDtype.INT4, True, 32, True), "minimums: symmetric weights have none"),
-        ((WoqWeightDtype.INT4, True, 32, False, 16), "super_group_size: expected several groups of 32, got 16"),
-        ((WoqWeightDtype.INT4, True, -1, False, 64), "super_group_size: expected several groups of -1, got 64"),
+        ((WoqWeightDtype.INT4, True, 32, False, 16), "super_group_size: expected one or more groups of 32, got 16"),
+        ((WoqWeightDtype.INT4, True, -1, False, 64), "super_group_size: expected one or more groups of -1, got 64"),
         ((WoqWeightDtype.INT4, True, 32, False, 96), "group_size: expected -1 .* positive power of 2, got 96"),
     ],
 )

@@ -73,12 +73,13 @@ class Stack:
                 self.quantized[i] = shuffle_features(weight, seed=4 * layer + self.inputs[place])
         packed = [ops.pack_weight(weight) for weight in self.quantized]
         firsts = [layer * len(self.inputs) + self.inputs.index(i) for layer in range(layers) for i in range(4)]
+        kinds = 4 if structure.sandwich else 2
         self.weights = DecoderWeights(
             packed=[weight.data for weight in packed],
             perms=[packed[first].perm for first in firsts] if ordered else [],
             biases=[normal(len(w), seed=i) if i % 3 else None for i, w in enumerate(weights)] if biased else [],
-            norms=[1 + 0.1 * normal(features, dtype=dtype, seed=i) for i in range(2 * layers)],
-            norm_biases=[normal(features, dtype=dtype, seed=i) for i in range(2 * layers)] if biased else [],
+            norms=[1 + 0.1 * normal(features, dtype=dtype, seed=i) for i in range(kinds * layers)],
+            norm_biases=[normal(features, dtype=dtype, seed=i) for i in range(kinds * layers)] if biased else [],
             head_norms=[1 + 0.1 * normal(dim, dtype=dtype, seed=i) for i in range(2 * layers if head_norms else 0)],
         )
         if biased and not structure.centered:
@@ -112,7 +113,7 @@ def in_parts(x, weights, call, structure):  # what the lean decoder calls where 
     caches, starts = call.caches, call.starts
     modes, eps = (structure.lowp_mode, structure.act_quant_mode), structure.eps
     linears = iter(zip(weights.packed, weights.biases or [None] * len(weights.packed), strict=True))
-    norms = iter(zip(weights.norms, weights.norm_biases or [None] * len(weights.norms), strict=True))
+    norms = list(zip(weights.norms, weights.norm_biases or [None] * len(weights.norms), strict=True))
     each, perms = len(caches) // len(starts), weights.perms or [None] * 4 * len(starts)
     inputs = [0] * structure.projections + [1] + [2] * structure.mlp_inputs + [3]
     orders = iter([perms[4 * layer + i] for layer in range(len(starts)) for i in inputs])
@@ -122,9 +123,17 @@ def in_parts(x, weights, call, structure):  # what the lean decoder calls where 
         size = read_header(data).out_features
         return ops.woq_linear(value, data, size, bias, next(orders), *modes, post_op, others)
 
+    def raised(weight):
+        return weight.float() + structure.offset if structure.offset and weight is not None else weight
+
+    def norm_by(value, weight, bias=None):
+        bias = bias.float() if structure.offset and bias is not None else bias
+        if structure.centered:
+            return ops.layer_norm(value, raised(weight), bias, eps)
+        return ops.rms_norm(value, raised(weight), eps)
+
     def norm(value):
-        weight, bias = next(norms)
-        return ops.layer_norm(value, weight, bias, eps) if structure.centered else ops.rms_norm(value, weight, eps)
+        return norm_by(value, *norms.pop(0))
 
     for i, start in enumerate(starts):
         normed, cache = norm(x), caches[i * each : (i + 1) * each]
@@ -133,18 +142,19 @@ def in_parts(x, weights, call, structure):  # what the lean decoder calls where 
             kv_heads, dim = cache[0].shape[1], cache[0].shape[3]
             query, key, value = projected.unflatten(-1, (-1, dim)).tensor_split((-2 * kv_heads, -kv_heads), 2)
             heads = zip((query, key), weights.head_norms[2 * i :], strict=False)
-            kind = (
-                (lambda a, b: ops.layer_norm(a, b, None, eps))
-                if structure.centered
-                else (lambda a, b: ops.rms_norm(a, b, eps))
-            )
-            projected = torch.cat([*(kind(a.contiguous(), b) for a, b in heads), value], 2).flatten(2)
+            projected = torch.cat([*(norm_by(a.contiguous(), b) for a, b in heads), value], 2).flatten(2)
         options = {"rotary_dim": call.rotary_dim, "interleaved": structure.interleaved, "scale": structure.scale}
         options |= {"softcap": structure.softcap, "mask": call.mask, "alibi": call.alibi, "start": start}
         options |= {"key_factors": cache[4] if len(cache) > 4 else None}
         attended = ops.fused_rope_attention(projected, call.cos, call.sin, *cache[:4], **options)
-        attended = linear(attended) if structure.parallel else linear(attended, PostOp.ADD, x)
-        normed = norm(x if structure.parallel else attended)
+        if structure.sandwich:
+            second, after_attention, after_mlp = norms[:3]
+            del norms[:3]
+            attended = x + norm_by(linear(attended), *after_attention)
+            normed = norm_by(attended, *second)
+        else:
+            attended = linear(attended) if structure.parallel else linear(attended, PostOp.ADD, x)
+            normed = norm(x if structure.parallel else attended)
         if not structure.gated:
             inner = linear(normed, structure.activation)
         elif structure.mlp_inputs == 2:
@@ -152,7 +162,12 @@ def in_parts(x, weights, call, structure):  # what the lean decoder calls where 
             inner = linear(normed, PostOp.MUL, inner)
         else:
             inner = torch.ops.ipex_quant.gated_product_halves(linear(normed), int(structure.activation))
-        x = linear(inner, PostOp.ADD_ADD, attended, x) if structure.parallel else linear(inner, PostOp.ADD, attended)
+        if structure.sandwich:
+            x = attended + norm_by(linear(inner), *after_mlp)
+        elif structure.parallel:
+            x = linear(inner, PostOp.ADD_ADD, attended, x)
+        else:
+            x = linear(inner, PostOp.ADD, attended)
     return x
 
 
@@ -162,7 +177,9 @@ structures = st.builds(
     mlp_inputs=st.sampled_from([1, 2]),
     activation=st.sampled_from([PostOp.GELU, PostOp.NEW_GELU, PostOp.SILU]),
     parallel=st.booleans(),
+    sandwich=st.booleans(),
     centered=st.booleans(),
+    offset=st.sampled_from([0.0, 1.0]),
     interleaved=st.booleans(),
     softcap=st.sampled_from([0.0, 5.0]),
 )
@@ -203,6 +220,7 @@ def test_has_the_bits_of_its_parts(
     structure, mode, scheme, shape, dtype, plain, biased, head_norms, int8, masked, alibi, ordered, rotary_dim
 ) -> None:
     structure = dataclasses.replace(structure, **mode)
+    structure = dataclasses.replace(structure, parallel=structure.parallel and not structure.sandwich)
     if plain:
         structure = dataclasses.replace(structure, gated=False, mlp_inputs=1, activation=PostOp.RELU)
     kinds = {"biased": biased, "head_norms": head_norms, "int8": int8, "ordered": ordered}
@@ -226,6 +244,7 @@ def test_has_the_bits_of_its_parts(
         DecoderStructure(),
         DecoderStructure(projections=1, mlp_inputs=1, parallel=True, centered=True, interleaved=True),
         DecoderStructure(mlp_inputs=1, gated=False, activation=PostOp.RELU),
+        DecoderStructure(sandwich=True, offset=1.0),
     ],
 )
 def test_computes_what_is_defined(structure, mode, ordered) -> None:
@@ -325,6 +344,8 @@ def with_structure(**options: object):
         (with_structure(projections=2), "projections: expected 1 or 3"),
         (with_structure(mlp_inputs=3), "mlp_inputs"),
         (with_structure(gated=False), "mlp_inputs"),
+        (with_structure(sandwich=True), "norms: expected 4"),
+        (with_structure(sandwich=True, parallel=True), "parallel: expected false in a sandwich"),
         (with_structure(activation=PostOp.RELU), "activation"),
         (with_structure(activation=9), "activation"),
         (changed("rotary_dim", lambda _: 18), "rotary_dim"),

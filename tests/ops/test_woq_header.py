@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from ipex_quant import ops
@@ -24,3 +25,9 @@ def test_another_count_of_output_features_changes_nothing_else():
     assert header.shape == (HEADER_BYTES,)
     assert read_header(header) == read_header(data)._replace(out_features=128)
     assert torch.equal(data, before)
+
+
+@pytest.mark.parametrize("data", [torch.zeros(10, dtype=torch.uint8), torch.zeros(64), torch.zeros(8, 64).byte()])
+def test_what_is_no_header_is_refused(data):
+    with pytest.raises(ValueError, match="data: expected bytes of a packed weight"):
+        ops.woq_dequantize(data, None, 1, 1)

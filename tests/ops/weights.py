@@ -10,7 +10,7 @@ from ipex_quant.numerics import affine
 from ipex_quant.numerics.quantized_weight import QuantizedWeight
 from ipex_quant.numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
 
-KINDS = [(dtype, symmetric) for dtype in WoqWeightDtype for symmetric in (True, False) if symmetric or dtype.is_integer]
+KINDS = [(dtype, symmetric) for dtype in WoqWeightDtype for symmetric in (True, False)[: 1 + dtype.has_integers]]
 """Dtypes, and whether they are symmetric."""
 
 GROUP_SIZES = [-1, 1, 2, 4, 8, 16, 32, 64, 128, 256]

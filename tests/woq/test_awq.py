@@ -89,7 +89,7 @@ def test_an_outlier_that_meets_no_activation_is_cut():
 )
 def test_clipping_takes_the_best_of_the_fractions_group_by_group(rows, columns, group_size, dtype, symmetric):
     """Against every group of every row on its own, with the outputs that the groups before it have changed."""
-    symmetric = symmetric or not dtype.is_integer
+    symmetric = symmetric or not dtype.has_integers
     scheme = WeightScheme(dtype, symmetric, group_size)
     weight, inputs = _normal(rows, columns), _normal(12, columns, seed=1).abs() ** 2
     options = AwqOptions(clip_steps=4, lowest_clip=0.6)

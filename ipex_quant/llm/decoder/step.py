@@ -14,19 +14,22 @@ from .attention import FusedAttention, Slots
 from .call import LayerCall
 from .families import Residual, Rope
 from .linears import MLP_ACTIVATIONS, LinearGroup, WeightOnlyCall, WeightOnlyGroup
-from .norms import LayerNorm, Norm
+from .norms import LayerNorm, Norm, OffsetNorm, Scale
 from .parts import LayerParts
+
+_RESIDUALS = (Residual.SEQUENTIAL, Residual.PARALLEL, Residual.SANDWICH)
 
 
 def layer_step(parts: LayerParts) -> LayerStep | None:
     """The step that computes a layer in one native call; None if the native op does not support one of its parts."""
     attention, mlp, parallel = parts.attention, parts.mlp, parts.residual == Residual.PARALLEL
-    if (not parallel and parts.residual != Residual.SEQUENTIAL) or parts.cross is not None or parts.after:
+    if parts.residual not in _RESIDUALS or parts.cross is not None:
         return None
-    norms = [parts.first_norm, parts.first_norm if parallel and parts.second_norm is None else parts.second_norm]
+    second = parts.first_norm if parallel and parts.second_norm is None else parts.second_norm
+    norms = [parts.first_norm, second, *parts.after]
     alike = {_norm_kind(norm) for norm in norms + attention.norms}
     kind, eps = alike.pop()
-    if alike or kind not in (Norm, LayerNorm) or not _known_attention(attention):
+    if alike or kind not in (Norm, OffsetNorm, LayerNorm) or not _known_attention(attention):
         return None
     if any(norm.module._parameters.get("bias") is not None for norm in attention.norms):
         return None
@@ -45,8 +48,10 @@ def layer_step(parts: LayerParts) -> LayerStep | None:
         activation=mlp.post_op,
         gated=mlp.gated,
         parallel=parallel,
+        sandwich=parts.residual == Residual.SANDWICH,
         centered=kind is LayerNorm,
         eps=eps,
+        offset=1.0 if kind is OffsetNorm else 0.0,
         lowp_mode=lowp_mode,
         act_quant_mode=act_quant_mode,
         interleaved=attention.interleaved,
@@ -57,8 +62,8 @@ def layer_step(parts: LayerParts) -> LayerStep | None:
     return LayerStep([StepLayer(structure, attention, groups, joined, norms)])
 
 
-def _norm_kind(norm: Norm | None) -> tuple[type, float]:
-    if norm is None or norm.module._parameters.get("weight") is None:
+def _norm_kind(norm: Norm | Scale | None) -> tuple[type, float]:
+    if not isinstance(norm, Norm) or norm.module._parameters.get("weight") is None:
         return type(None), 0.0
     return type(norm), norm.eps
 

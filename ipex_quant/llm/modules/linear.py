@@ -89,8 +89,8 @@ class LinearSiluMul(FusedLinear):
 class Linear2SiluMul(nn.Module):
     """``silu(linear_s(x)) * linear_m(x)``: the gate and up projections of a gated MLP.
 
-    Both are linear layers as `FusedLinear` takes them. Two weight-only layers of one scheme, and two layers that are an
-    INT8 share group, run in one native call. Raises TypeError when one is no module.
+    Both are linear layers as `FusedLinear` takes them. Two weight-only layers of one dtype and group size, and two
+    layers that are an INT8 share group, run in one native call. Raises TypeError when one is no module.
     """
 
     def __init__(self, linear_s: nn.Module, linear_m: nn.Module) -> None:

@@ -31,8 +31,12 @@ ONE_CALL = {
     "opt": (transformers.OPTForCausalLM, OPT),
     "falcon-multi-query": (transformers.FalconForCausalLM, SIZES),
 }
+ONE_CALL |= {  # whose norms add one to their weight
+    "gemma": (transformers.GemmaForCausalLM, {**GROUPED, "head_dim": 32}),
+    "gemma2": (transformers.Gemma2ForCausalLM, {**GROUPED, "head_dim": 32}),
+    "gemma3": (transformers.Gemma3ForCausalLM, {**GROUPED, "head_dim": 32}),
+}
 SEVERAL_CALLS = {
-    "gemma": (transformers.GemmaForCausalLM, {**GROUPED, "head_dim": 32}),  # its norms add one to their weight
     "llama-tanh": (transformers.LlamaForCausalLM, {**GROUPED, "hidden_act": "tanh"}),
     "gpt-neox": (transformers.GPTNeoXForCausalLM, SIZES),
     "phi-norms": (transformers.PhiForCausalLM, {**GROUPED, "qk_layernorm": True}),  # norms of heads with a bias
