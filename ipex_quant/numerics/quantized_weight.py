@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -113,7 +113,7 @@ class QuantizedWeight:
 
     def select(self, rows: torch.Tensor | slice) -> QuantizedWeight:
         """The weight of some output features, given as indices or a slice."""
-        own = {name: tensor[rows] for name, tensor in self.tensors().items() if name != "g_idx"}
+        own: dict[str, Any] = {name: tensor[rows] for name, tensor in self.tensors().items() if name != "g_idx"}
         return replace(self, **own, shape=(len(own["codes"]), self.shape[1]))
 
     @property

@@ -85,9 +85,8 @@ def pack_experts(stack: QuantizedStack, blocks: int) -> PackedExperts:
     if stack.g_idx is not None:
         perm = stack.g_idx.argsort(dim=1, stable=True).to(torch.int32)
         codes = torch.stack([_with_features(stack[expert], perm[expert]) for expert in range(len(perm))])
-    parts = {
-        name: _fill_tiles(t, blocks) for name, t in (stack.tensors() | {"codes": codes}).items() if name != "g_idx"
-    }
+    tensors = stack.tensors() | {"codes": codes}
+    parts: dict[str, Any] = {name: _fill_tiles(t, blocks) for name, t in tensors.items() if name != "g_idx"}
     shape = (len(parts["codes"]), stack.shape[2])
     parts = dict.fromkeys(("zero_points", "g_idx")) | parts
     data = pack_weight(QuantizedWeight(**parts, scheme=stack.scheme, shape=shape)).data
@@ -113,7 +112,9 @@ def unpack_experts(packed: PackedExperts) -> QuantizedStack:
     def stacked(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.view(experts, packed.blocks, -1, tensor.shape[1])[:, :, :size].reshape(experts, out_features, -1)
 
-    parts = dict.fromkeys(("zero_points", "g_idx")) | {name: stacked(tensor) for name, tensor in qw.tensors().items()}
+    parts: dict[str, Any] = dict.fromkeys(("zero_points", "g_idx")) | {
+        name: stacked(tensor) for name, tensor in qw.tensors().items()
+    }
     stack = QuantizedStack(**parts, scheme=packed.scheme, shape=packed.shape)
     if packed.perm is None:
         return stack
