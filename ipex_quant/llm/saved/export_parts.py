@@ -97,15 +97,7 @@ class _Stacks:
         if self._latest is None or self._latest[:2] != (module, projection):
             self._latest = None  # before the next is made
             self._latest = (module, projection, module.quantized_stack(projection))
-        weight = self._latest[2][expert]
-        zero_points = None if weight.zero_points is None else weight.zero_points[own]
-        return dataclasses.replace(
-            weight,
-            codes=weight.codes[own],
-            scales=weight.scales[own],
-            zero_points=zero_points,
-            shape=(own.stop - own.start, weight.shape[1]),
-        )
+        return self._latest[2][expert].select(own)
 
 
 def _layers_of(name: str, module: QuantizedModule, stacks: _Stacks, dtype: torch.dtype) -> Iterator[Named]:
