@@ -11,11 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_PATTERNS = (
-    ("(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|", "llama-bpe"),
-    ("(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|", "qwen2"),
-)
-"""Beginnings of the expressions that divide a text, and the names that llama.cpp has for the whole of them."""
+from ..gguf.pre_tokenizers import pre_tokenizer_name
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _SPACE = "\u2581"
@@ -74,24 +70,10 @@ def _merges(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _byte_level(content: Mapping[str, Any]) -> dict[str, Any]:
-    merges = [" ".join(merge) for merge in _merges(content["model"])]
-    return {"model": "gpt2", "pre": _pre_tokenizer(content.get("pre_tokenizer")), "merges": merges}
-
-
-def _pre_tokenizer(content: Any) -> str:
-    """llama.cpp's name for how a tokenizer divides texts; ValueError for a way without one."""
-    parts = content.get("pretokenizers", [content]) if isinstance(content, dict) else []
-    kinds = [part.get("type") for part in parts]
-    if kinds == ["ByteLevel"] and parts[0].get("use_regex"):
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and parts[1].get("use_regex"):
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"]:
-        pattern = (parts[0].get("pattern") or {}).get("Regex", "")
-        for start, name in _PATTERNS:
-            if pattern.startswith(start):
-                return name
-    raise ValueError(f"tokenizer: llama.cpp has no name for how it divides texts; {_LEAVE}")
+    name = pre_tokenizer_name(content.get("pre_tokenizer"))
+    if name is None:
+        raise ValueError(f"tokenizer: llama.cpp has no name for how it divides texts; {_LEAVE}")
+    return {"model": "gpt2", "pre": name, "merges": [" ".join(merge) for merge in _merges(content["model"])]}
 
 
 def _sentence_piece(
