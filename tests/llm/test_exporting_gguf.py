@@ -217,6 +217,8 @@ def test_the_logits_come_back(name, embeddings, tmp_path):
     mapping = get_weight_only_quant_qconfig_mapping(**kinds)
     if embeddings:
         mapping.set_object_type(torch.nn.Embedding, mapping.global_qconfig)
+    elif name in ("gemma", "gemma2"):
+        mapping.set_module_name("lm_head", None)
     model = with_half_scales(ipex.llm.optimize(model, quantization_config=mapping))
     if embeddings:
         table = model.get_input_embeddings().table
@@ -232,13 +234,25 @@ def test_the_logits_come_back(name, embeddings, tmp_path):
         # numbers of the metadata are float32, and what is fused in one of the models rounds otherwise
         torch.testing.assert_close(back(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
     assert file.tensors["token_embd.weight"][0] == (2 if embeddings else 0)
-    tied = embeddings and model.config.tie_word_embeddings
+    tied = model.config.tie_word_embeddings and (embeddings or name in ("gemma", "gemma2"))
     assert ("output.weight" in file.tensors) == (not tied)
     assert back.config.tie_word_embeddings == tied
     if name.startswith("gemma"):
         assert torch.equal(
             file.values("blk.1.attn_norm.weight").flatten(), model.model.layers[1].input_layernorm.weight + 1
         )
+
+
+def test_a_head_of_its_own_that_llama_cpp_has_not(tmp_path):
+    model_class, options = LOADED["gemma"]
+    kinds = {"weight_dtype": WoqWeightDtype.INT4, "weight_qscheme": WoqWeightQScheme.SYMMETRIC, "group_size": 32}
+    mapping = get_weight_only_quant_qconfig_mapping(**kinds)
+    model = model_class(model_class.config_class(**SIZES | options)).eval()
+    model = with_half_scales(ipex.llm.optimize(model, quantization_config=mapping))
+    with pytest.raises(
+        ValueError, match=r"^lm_head: llama.cpp has no output layer in gemma models beside the embedding"
+    ):
+        ipex.llm.export(model, tmp_path / "out", "gguf")
 
 
 @pytest.mark.parametrize("name", ["gguf_q5_0"])

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from ...checkpoints.gguf_file import GgufFile
 from ...checkpoints.gguf_names import ARCHITECTURES, Architecture, Place, name_in_file, place_of
-from ...checkpoints.writers import Layer
+from ...checkpoints.writers import Layer, LayerError
 from ...checkpoints.writers.gguf import FILE_TYPES, FLOATS, GgufData, float_data, layer_data, write_gguf
 from ...writing import replaced_file
 from .export_parts import ExportParts
@@ -23,6 +23,7 @@ from .gguf_parts import model_metadata, rope_tensors, written_as
 from .gguf_tokenizer import tokenizer_metadata
 
 _MANY_LAYERS = 16
+_HEAD = "output.weight"
 
 
 def write_model(path: Path, config: PreTrainedConfig, parts: ExportParts, tokenizer: Any) -> None:
@@ -31,8 +32,9 @@ def write_model(path: Path, config: PreTrainedConfig, parts: ExportParts, tokeni
     Raises LayerError for a layer that no block holds exactly, ValueError for tensors that the architecture has no place
     for, and for a tokenizer that is not written.
     """
+    written = written_as(config)
     metadata = model_metadata(config) | tokenizer_metadata(tokenizer, config.vocab_size)
-    places = _Places(ARCHITECTURES[written_as(config).name], GgufFile(path, metadata, {}))
+    places = _Places(ARCHITECTURES[written.name], GgufFile(path, metadata, {}))
     tensors: dict[str, GgufData] = {}
     for name, read in parts.others.items():
         module, _, key = name.rpartition(".")
@@ -43,6 +45,12 @@ def write_model(path: Path, config: PreTrainedConfig, parts: ExportParts, tokeni
         tensors |= places.of_layer(layer)
         if bias is not None:
             tensors |= places.of_floats(layer.name, "bias", partial(torch.Tensor.clone, bias))
+    if _HEAD in tensors and not written.own_head:
+        raise LayerError(
+            parts.head or _HEAD,
+            f"llama.cpp has no output layer in {config.model_type} models beside the embedding; quantize neither, or "
+            "both as one",
+        )
     for name, factors in rope_tensors(config).items():
         tensors[name] = float_data(factors.shape, factors.dtype, partial(torch.Tensor.clone, factors))
     bytes_of: Counter[str] = Counter()

@@ -26,12 +26,14 @@ class Written:
     """How models of a type are written: the `name` of their architecture, and what llama.cpp takes for granted.
 
     `activation` is that of the MLP. Of every `period` layers the last attends to all, the others to a window; 0 is for
-    models without windows. `entries` makes metadata beside those of all models.
+    models without windows. `own_head` says that the output layer may be another than the embedding. `entries` makes
+    metadata beside those of all models.
     """
 
     name: str
     activation: str = _SILU
     period: int = 0
+    own_head: bool = True
     entries: Callable[[PreTrainedConfig], Entries] = lambda config: {}
 
 
@@ -185,8 +187,8 @@ WRITTEN: Mapping[str, Written] = {
     "qwen2": Written("qwen2"),
     "qwen3": Written("qwen3"),
     "phi3": Written("phi3", entries=_phi3),
-    "gemma": Written("gemma", _GELU),
-    "gemma2": Written("gemma2", _GELU, 2, _gemma),
-    "gemma3_text": Written("gemma3", _GELU, 6, _gemma),
+    "gemma": Written("gemma", _GELU, own_head=False),
+    "gemma2": Written("gemma2", _GELU, 2, False, _gemma),
+    "gemma3_text": Written("gemma3", _GELU, 6, entries=_gemma),
 }
 """Models that are written, by `model_type`."""
