@@ -48,10 +48,25 @@ class _Settings:
 
 
 class GptqWriter(CheckpointWriter):
-    """Writes INT2, INT3, INT4 and INT8 weights, with or without zero points and act-order; INT4 as narrow as it is."""
+    """Writes INT2, INT3, INT4 and INT8 weights, with or without zero points and act-order; INT4 as narrow as it is.
 
-    def __init__(self, layers: Sequence[Layer], float_layers: Sequence[str], head: str | None) -> None:
+    Scales are stored in `scale_dtype`, or without it in the narrowest that has them; `percdamp` is what the weights
+    were quantized with, for the record. `act_order` says that they were in act-order, though layers with groups in
+    natural order may be among them.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        float_layers: Sequence[str],
+        head: str | None,
+        *,
+        scale_dtype: torch.dtype | None = None,
+        percdamp: float = 0.01,
+        act_order: bool = False,
+    ) -> None:
         super().__init__(layers, float_layers, head)
+        self.scale_dtype, self.percdamp = scale_dtype, percdamp
         self._settings: dict[str, _Settings] = {}
         zero_points = {}
         for layer in layers:
@@ -62,7 +77,7 @@ class GptqWriter(CheckpointWriter):
             weight = layer.read()
             check_dtype(layer, weight, WIDTHS, "quantize it to INT4 or INT8, or write another format")
             check_one_level(layer, weight, 'leave the layer in float, or write format="gguf"')
-            self._settings[layer.name], zero_points[layer.name] = _found(layer, weight)
+            self._settings[layer.name], zero_points[layer.name] = _found(layer, weight, act_order)
         self.v2 = _version_2(self._settings, zero_points)
 
     @property
@@ -74,7 +89,7 @@ class GptqWriter(CheckpointWriter):
             **asdict(base),
             "static_groups": False,
             "true_sequential": True,
-            "damp_percent": 0.01,
+            "damp_percent": self.percdamp,
             "lm_head": quantized_head,
             "checkpoint_format": "gptq_v2" if self.v2 else "gptq",
             "pack_dtype": "int32",
@@ -84,7 +99,7 @@ class GptqWriter(CheckpointWriter):
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         weight = layer.read()
-        scale_dtype = exact_scales(weight.scales).dtype
+        scale_dtype = self.scale_dtype or exact_scales(weight.scales).dtype
         return gptq_tensors(weight, self._settings[layer.name].bits, v2=self.v2, scale_dtype=scale_dtype)
 
     def _dynamic(self, base: _Settings) -> dict[str, dict[str, Any]]:
@@ -104,7 +119,7 @@ class GptqWriter(CheckpointWriter):
         return dynamic | {f"-:{pattern}": {} for pattern in name_patterns(in_float, self._settings)}
 
 
-def _found(layer: Layer, weight: QuantizedWeight) -> tuple[_Settings, tuple[int, int]]:
+def _found(layer: Layer, weight: QuantizedWeight, act_order: bool) -> tuple[_Settings, tuple[int, int]]:
     """How to store a layer, and its lowest and highest zero point as fields of version 2."""
     scheme = weight.scheme
     offset = code_offset(scheme.dtype) or INT8_OFFSET
@@ -118,7 +133,7 @@ def _found(layer: Layer, weight: QuantizedWeight) -> tuple[_Settings, tuple[int,
         largest = int(stored_codes(weight).max())
         fitting = (bits for bits in WIDTHS[scheme.dtype] if max(largest, highest) < 1 << bits)
         bits = next(fitting, bits)
-    settings = _Settings(bits, scheme.group_size, scheme.symmetric, weight.g_idx is not None)
+    settings = _Settings(bits, scheme.group_size, scheme.symmetric, act_order or weight.g_idx is not None)
     return settings, (lowest, highest)
 
 
