@@ -6,7 +6,7 @@ from .file_tensors import FileTensor, Stored
 from .files import find_quantization_config, load_low_precision_checkpoint, open_tensors
 from .format import Int8Input
 from .gguf_file import GgufFile, find_gguf, open_gguf
-from .gptq import gptq_config, gptq_tensors, read_gptq, write_gptq
+from .gptq import gptq_tensors, read_gptq
 from .registry import checkpoint_methods
 from .sharding import shard_low_precision_checkpoint
 
@@ -21,7 +21,6 @@ __all__ = [
     "checkpoint_methods",
     "find_gguf",
     "find_quantization_config",
-    "gptq_config",
     "gptq_tensors",
     "load_low_precision_checkpoint",
     "open_checkpoint",
@@ -33,5 +32,4 @@ __all__ = [
     "read_gptq",
     "shard_low_precision_checkpoint",
     "split_name",
-    "write_gptq",
 ]

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from ..numerics.int8 import StaticActivation
+from ..numerics.nibbles import as_bytes
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
 from ..reading import shown
@@ -40,11 +41,12 @@ from .tensors import (
     INDEX_DTYPES,
     check,
     check_rank,
+    coded_weight,
     e2m1_weight,
     e8m0_scales,
     fp8_weight,
     group_of,
-    linear_weight,
+    linear_codes,
     require,
     shape_or_stored,
     small_integer_weight,
@@ -225,13 +227,17 @@ def _read_packed(
     group, bits = args.group(columns), args.bits
     scales = _grid(scales, rows, columns, args)
     half = 1 << (bits - 1)
-    fields = _unpacked(_PACKED, packed, bits, rows, columns)
+    if bits == 4 and columns % 2 == 0:
+        check(_PACKED, packed, (torch.int32,), (rows, word_count(columns, bits)))
+        codes = as_bytes(packed)[:, : columns // 2]  # `QuantizedWeight` has the same bytes
+    else:
+        codes = linear_codes(_unpacked(_PACKED, packed, bits, rows, columns), bits)
     zero_points = torch.full(scales.shape, half, dtype=torch.int16)
     if _ZERO in tensors:
         along_rows = tensors[_ZERO].t() if tensors[_ZERO].dim() == 2 else tensors[_ZERO]
         zero_points = _unpacked(_ZERO, along_rows, bits, scales.shape[1], rows).t().to(torch.int16)
     g_idx = _order(tensors, columns)
-    return linear_weight(fields, bits, scales, zero_points, group_of(group, columns), g_idx)
+    return coded_weight(codes, bits, scales, zero_points, group_of(group, columns), g_idx, (rows, columns))
 
 
 def _read_plain(

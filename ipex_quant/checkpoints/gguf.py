@@ -158,7 +158,7 @@ def _placed(file: GgufFile, name: str, tensor: GgufTensor, place: Place) -> Iter
             else:
                 own = Derived(own, own.shape, own.dtype, partial(_take_columns, order))
         if place.values is not None and not quantized:
-            own = Derived.of_values(own, place.values)
+            own = Derived.of_values(own, place.values.read)
         module = module.replace("*", str(expert))
         key = tensor.kind if quantized else place.key
         yield f"{module}.{key}" if module else key, own

@@ -21,8 +21,14 @@ from .gguf_file import GgufFile
 Rows = Callable[[GgufFile, int], torch.Tensor]
 """Makes the order in which the model has the `count` rows of a tensor: row i of the model is ``order[i]`` of it."""
 
-Values = Callable[[torch.Tensor], torch.Tensor]
-"""Makes a float tensor of the model of the file's."""
+
+@dataclass(frozen=True)
+class Values:
+    """How a float tensor of the model is made of the file's (`read`), and the file's of the model's (`write`)."""
+
+    read: Callable[[torch.Tensor], torch.Tensor]
+    write: Callable[[torch.Tensor], torch.Tensor]
+
 
 _BLOCK = re.compile(r"^(?P<stack>(?:enc\.|dec\.)?)blk\.(?P<number>\d+)\.(?P<rest>.+)$")
 
@@ -99,9 +105,23 @@ def place_of(architecture: Architecture, name: str) -> Place | None:
         key,
         architecture.rows.get(stem),
         architecture.columns.get(stem) if key == "weight" else None,
-        _transpose if key == "weight" and stem in architecture.transposed else changed,
+        _TRANSPOSED if key == "weight" and stem in architecture.transposed else changed,
         key == "weight" and stem not in architecture.floats,
     )
+
+
+def name_in_file(architecture: Architecture, module: str, key: str) -> str | None:
+    """The file's name of the parameter `key` of `module`, as `place_of` places it; None if there is no such name."""
+    start, _, end = architecture.layers.partition("{}")
+    found = re.match(rf"{re.escape(start)}(\d+){re.escape(end)}(.+)$", module)
+    own, parts = (found[2], architecture.inner) if found else (module, architecture.outer)
+    block = f"blk.{found[1]}." if found else ""
+    for part, owner in parts.items():
+        if owner == own:
+            return f"{block}{part}.{key}"
+        if owner == f"{own}.{key}":
+            return f"{block}{part}"
+    return None
 
 
 def _halves_of_heads(key: str) -> Rows:
@@ -147,24 +167,15 @@ def _grouped_heads(part: str) -> Rows:
     return order
 
 
-def _minus_one(values: torch.Tensor) -> torch.Tensor:
-    return values.float() - 1
-
-
-def _log_of_negative(values: torch.Tensor) -> torch.Tensor:
-    return torch.log(-values.float())
-
-
-def _second_axis(values: torch.Tensor) -> torch.Tensor:
-    return values if values.dim() == 3 else values[:, None]
-
-
 def _transpose(values: torch.Tensor) -> torch.Tensor:
     return values.t().contiguous()
 
 
-def _row(values: torch.Tensor) -> torch.Tensor:
-    return values.reshape(1, -1)
+_ONE_MORE = Values(lambda values: values.float() - 1, lambda values: values.float() + 1)
+_NEGATIVE_EXP = Values(lambda values: torch.log(-values.float()), lambda values: -torch.exp(values.float()))
+_SECOND_AXIS = Values(lambda values: values if values.dim() == 3 else values[:, None], lambda values: values.squeeze(1))
+_ROW = Values(lambda values: values.reshape(1, -1), torch.Tensor.flatten)
+_TRANSPOSED = Values(_transpose, _transpose)
 
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -200,7 +211,7 @@ _GEMMA_NORMED_TWICE = _GEMMA | {
 }
 _GEMMA_NORMS = dict.fromkeys(
     ("output_norm", "attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm", "attn_q_norm", "attn_k_norm"),
-    _minus_one,
+    _ONE_MORE,
 )
 
 
@@ -270,9 +281,9 @@ _QWEN35_CHANGES: dict[str, Any] = {
     "columns": {"ssm_out": _grouped_heads("values")},
     "values": {
         **_GEMMA_NORMS,
-        "ssm_a": _log_of_negative,
-        "ssm_conv1d.weight": _second_axis,
-        "ffn_gate_inp_shexp.weight": _row,
+        "ssm_a": _NEGATIVE_EXP,
+        "ssm_conv1d.weight": _SECOND_AXIS,
+        "ffn_gate_inp_shexp.weight": _ROW,
     },
     "floats": _ROUTED | {"ssm_conv1d"},
 }
@@ -339,7 +350,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
                 "shortconv.in_proj": "conv.in_proj",
                 "shortconv.out_proj": "conv.out_proj",
             },
-            values={"shortconv.conv.weight": _second_axis},
+            values={"shortconv.conv.weight": _SECOND_AXIS},
             floats=frozenset({"shortconv.conv"}),
         ),
         "llama": Architecture(_OUTER, _ATTENTION | _MLP | _MIXTRAL, rows=_ROTATED, floats=_ROUTED),
@@ -356,7 +367,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
                 "ssm_d": "mixer.D",
             },
             "backbone.layers.{}.",
-            values={"ssm_conv1d.weight": _second_axis, "ssm_a": _log_of_negative},
+            values={"ssm_conv1d.weight": _SECOND_AXIS, "ssm_a": _NEGATIVE_EXP},
             floats=frozenset({"ssm_conv1d"}),
         ),
         "minimax-m2": Architecture(
@@ -367,7 +378,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "nemotron": Architecture(
             _OUTER,
             _ATTENTION | _MLP,
-            values={f"{norm}.weight": _minus_one for norm in ("output_norm", "attn_norm", "ffn_norm")},
+            values={f"{norm}.weight": _ONE_MORE for norm in ("output_norm", "attn_norm", "ffn_norm")},
         ),
         "phi3": Architecture(
             _OUTER, _ATTENTION | _MLP | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
@@ -376,7 +387,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "qwen2moe": Architecture(
             _OUTER,
             _ATTENTION | _EXPERTS | _SHARED | _ROUTER,
-            values={"ffn_gate_inp_shexp.weight": _row},
+            values={"ffn_gate_inp_shexp.weight": _ROW},
             floats=_ROUTED,
         ),
         "qwen3": Architecture(_OUTER, _ATTENTION | _NORMED_HEADS | _MLP),

@@ -16,15 +16,11 @@ Sources: AutoGPTQ's ``QuantLinear.pack``, GPTQModel's ``QuantizeConfig`` and ``p
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..numerics.affine import code_offset
 from ..numerics.nibbles import as_bytes, unpack_nibbles
@@ -275,64 +271,6 @@ def gptq_tensors(
         _SCALES: scales.t().contiguous(),
         _G_IDX: torch.arange(in_features, dtype=torch.int32) // group_size if qw.g_idx is None else qw.g_idx,
     }
-
-
-def gptq_config(scheme: WeightScheme, bits: int, *, act_order: bool, percdamp: float, lm_head: bool) -> dict[str, Any]:
-    """Return the `quantization_config` of a checkpoint whose weights all have `scheme`, in `bits`.
-
-    Symmetric weights are written in version 1, which all tools read; asymmetric ones in version 2, since version 1
-    cannot store zero point 0 and readers disagree about other zero points in it.
-    """
-    return {
-        "quant_method": "gptq",
-        "bits": bits,
-        "group_size": scheme.group_size,
-        "sym": scheme.symmetric,
-        "desc_act": act_order,
-        "static_groups": False,
-        "true_sequential": True,
-        "damp_percent": percdamp,
-        "lm_head": lm_head,
-        "checkpoint_format": "gptq" if scheme.symmetric else "gptq_v2",
-        "pack_dtype": "int32",
-        "meta": {"quantizer": ["ipex_quant"]},
-    }
-
-
-def write_gptq(
-    directory: Path,
-    model: nn.Module,
-    weights: Mapping[str, QuantizedWeight],
-    others: Mapping[str, torch.Tensor],
-    config: Mapping[str, Any],
-    scale_dtype: torch.dtype = torch.float16,
-) -> None:
-    """Write a checkpoint of `model` into the empty `directory`: the quantized `weights` and the tensors `others`.
-
-    It holds ``model.safetensors`` (sharded when large), `config` as ``quantization_config`` in ``config.json`` and
-    again as ``quantize_config.json``, and the generation config if there is one. Raises as `gptq_tensors` does.
-    """
-    from huggingface_hub import save_torch_state_dict
-
-    tensors = dict(others)
-    for name, qw in weights.items():
-        stored = gptq_tensors(qw, v2=VERSIONS[config["checkpoint_format"]], scale_dtype=scale_dtype)
-        tensors |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
-    tied = list(getattr(model, "_tied_weights_keys", None) or [])
-    save_torch_state_dict(tensors, directory, metadata={"format": "pt"}, shared_tensors_to_discard=tied)
-
-    (directory / "quantize_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    model_config: Any = copy.deepcopy(getattr(model, "config", None))
-    if hasattr(model_config, "save_pretrained"):
-        model_config.architectures = model_config.architectures or [type(model).__name__]
-        model_config.quantization_config = dict(config)
-        model_config.save_pretrained(directory)
-    else:
-        content = json.dumps({"quantization_config": config}, indent=2)
-        (directory / "config.json").write_text(content, encoding="utf-8")
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.to_json_file(directory / "generation_config.json")
 
 
 def _regex(pattern: str) -> str:

@@ -174,11 +174,23 @@ def linear_weight(
 
     `scales` are floats ``[N, groups]``, `zero_points` integers of that shape. Raises as `integer_weight` does.
     """
+    codes, shape = linear_codes(fields, bits), (fields.shape[0], fields.shape[1])
+    return coded_weight(codes, bits, scales, zero_points, group_size, g_idx, shape)
+
+
+def coded_weight(
+    codes: torch.Tensor,
+    bits: int,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    group_size: int,
+    g_idx: torch.Tensor | None,
+    shape: tuple[int, int],
+) -> QuantizedWeight:
+    """`linear_weight` of codes as a `QuantizedWeight` of `shape` stores them; `zero_points` are of unsigned ones."""
     scheme = WeightScheme(LINEAR[bits], False, group_size)
-    offset = signed_offset(bits)
-    shape = (fields.shape[0], fields.shape[1])
-    zero_points = zero_points.to(torch.int16) - offset
-    return integer_weight(linear_codes(fields, bits), scales, zero_points, g_idx, scheme, shape)
+    zero_points = zero_points.to(torch.int16) - signed_offset(bits)
+    return integer_weight(codes, scales, zero_points, g_idx, scheme, shape)
 
 
 def signed_offset(bits: int) -> int:

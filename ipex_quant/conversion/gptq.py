@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,8 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..checkpoints import gptq_config, write_gptq
 from ..checkpoints.gptq import BITS as FILE_BITS
+from ..checkpoints.writers import GptqWriter, Layer
 from ..nn.linears import holds_experts, is_linear, output_head, weight_matrix
 from ..nn.multihead_attention import is_whole
 from ..nn.stacked_experts import PROJECTIONS, expert_bias, expert_layout, expert_weight
@@ -54,8 +57,8 @@ def gptq(
     """Quantize the linears and experts in the transformer blocks of `model` with GPTQ; write a checkpoint directory.
 
     The signature is IPEX's. Returns `save_dir`, which must be empty or not exist yet; it loads with
-    `load_low_precision_checkpoint` and other GPTQ tools. Symmetric weights are written in GPTQ version 1, which all
-    tools read, asymmetric ones in version 2 (``gptq_v2``). Experts in 3-D parameters are calibrated with the tokens
+    `load_low_precision_checkpoint` and other GPTQ tools, in GPTQ version 1, which all tools read, or where a zero point
+    is 0 in version 2 (``gptq_v2``). Experts in 3-D parameters are calibrated with the tokens
     routed to them, and written one by one, as ``<experts>.3.gate_proj``, ``up_proj`` and ``down_proj``. GPTQ quantizes
     the blocks of all towers that the calibration reaches: encoder and decoder, vision and text. All other weights stay
     in float, with a warning that names the linears; so does the head, unless `lm_head` is set. `model` is unchanged.
@@ -87,10 +90,18 @@ def gptq(
     if layer_wise:
         logger.info("gptq: layer_wise=True needs nothing more, the walk holds one block's inputs at any time")
     run = GptqRun.of(model, dataloader, scheme, options, Samples(nsamples, pad_max_length, use_max_length), lm_head)
-    config = gptq_config(scheme, wbits, act_order=bool(act_order), percdamp=percdamp, lm_head=lm_head)
     with new_directory(save_dir, "save_dir") as unfinished:
         weights = run.weights()
-        write_gptq(unfinished, model, weights, _other_tensors(model, weights), config, scale_dtype)
+        in_float = [name for name, module in model.named_modules() if is_linear(module) and name not in weights]
+        writer = GptqWriter(
+            [Layer(name, partial(weights.__getitem__, name)) for name in weights],
+            in_float,
+            output_head(model),
+            scale_dtype=scale_dtype,
+            percdamp=percdamp,
+            act_order=bool(act_order),
+        )
+        _write(unfinished, model, writer, _other_tensors(model, weights))
     return Path(save_dir)
 
 
@@ -171,6 +182,35 @@ def warn_of_rest(model: nn.Module, names: Iterable[str], what: str, stacklevel: 
     rest = patterns(model, [name for name in names if name != head])
     if rest:
         warnings.warn(f"{what}: {', '.join(rest)}", stacklevel=stacklevel)
+
+
+def _write(directory: Path, model: nn.Module, writer: GptqWriter, others: Mapping[str, torch.Tensor]) -> None:
+    """Write a checkpoint of `model` into the empty `directory`: the layers of `writer` and the tensors `others`.
+
+    It holds ``model.safetensors`` (sharded when large), the configuration in ``config.json`` and again as
+    ``quantize_config.json``, and the generation config if there is one.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    tensors = dict(others)
+    for layer in writer.layers:
+        tensors |= {f"{layer.name}.{key}": tensor for key, tensor in writer.tensors(layer).items()}
+    tied = list(getattr(model, "_tied_weights_keys", None) or [])
+    save_torch_state_dict(tensors, directory, metadata={"format": "pt"}, shared_tensors_to_discard=tied)
+
+    config = writer.config
+    (directory / "quantize_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    model_config: Any = copy.deepcopy(getattr(model, "config", None))
+    if hasattr(model_config, "save_pretrained"):
+        model_config.architectures = model_config.architectures or [type(model).__name__]
+        model_config.quantization_config = config
+        model_config.save_pretrained(directory)
+    else:
+        content = json.dumps({"quantization_config": config}, indent=2)
+        (directory / "config.json").write_text(content, encoding="utf-8")
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.to_json_file(directory / "generation_config.json")
 
 
 def _other_tensors(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> dict[str, torch.Tensor]:

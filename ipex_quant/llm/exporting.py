@@ -5,22 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..checkpoints.writers import WRITERS, CheckpointWriter
-from ..checkpoints.writers.gguf import FILE_TYPES, FLOATS, GgufData, float_data, layer_data, write_gguf
 from ..conversion.description import main_dtype
-from ..writing import new_directory, replaced_file
+from ..writing import new_directory
 from .saved.export_parts import ExportParts
-from .saved.gguf_parts import architecture_of, gguf_name, model_metadata, row_order, tokenizer_metadata
+from .saved.gguf_export import write_model
+from .saved.gguf_parts import model_metadata
 from .saving import make_readable
 
 GGUF = "gguf"
@@ -40,8 +39,8 @@ def export(model: PreTrainedModel, directory: str | os.PathLike, format: str, to
     has them, so that `from_pretrained` with the same compute mode gives the same logits, bit for bit; scales are
     float16 or bfloat16 where these hold their values, else float32, which other tools may round (GGUF has float16
     only). Names are those of the architecture's published checkpoints. Compute modes and quantized caches are no part
-    of a format. Embeddings are in float in all of them: quantized ones are written as the values that lookups return,
-    with a warning. GGUF is one file, ``model.gguf``, with the tokenizer in it.
+    of a format. Embeddings are in float in all but GGUF: quantized ones are written as the values that lookups return,
+    with a warning. GGUF is one file, ``model.gguf``, with the tokenizer in it, and holds minimums and two-level scales.
 
     Raises TypeError for another kind of model, ValueError for another format, a directory that is not empty, a model
     that is not quantized, and a layer that the format cannot hold, which is named with the reason; OSError if a file
@@ -53,10 +52,10 @@ def export(model: PreTrainedModel, directory: str | os.PathLike, format: str, to
         raise ValueError(f"format: expected one of {list(FORMATS)}, got {format!r}")
     with new_directory(directory, "directory") as out:
         if format == GGUF:
-            architecture_of(model.config)  # raises for one that is not written, before anything is unpacked
-        parts = ExportParts.of(model)
+            model_metadata(model.config)  # raises for one that is not written, before anything is unpacked
+        parts = ExportParts.of(model, quantized_embeddings=format == GGUF)
         if format == GGUF:
-            _write_gguf(out / "model.gguf", model.config, parts, tokenizer)
+            write_model(out / "model.gguf", model.config, parts, tokenizer)
             return
         writer = WRITERS[format]([layer for layer, _ in parts.layers], parts.in_float, parts.head)
         _write_tensors(out, parts, writer)
@@ -68,32 +67,6 @@ def export(model: PreTrainedModel, directory: str | os.PathLike, format: str, to
         if tokenizer is not None:
             tokenizer.save_pretrained(out)
         make_readable(out)
-
-
-def _write_gguf(path: Path, config: PreTrainedConfig, parts: ExportParts, tokenizer: Any) -> None:
-    """Write the model and its tokenizer in one file; LayerError for a layer that no block holds exactly."""
-    vocabulary = tokenizer_metadata(tokenizer, config.vocab_size)
-    tensors: dict[str, GgufData] = {}
-    for name, read in parts.others.items():
-        owner, _, key = name.rpartition(".")
-        tensors[f"{gguf_name(owner)}.{key}"] = _float_data(owner, read, config)
-    for layer, bias in tqdm(parts.layers, desc="reading", unit="layer", disable=len(parts.layers) < _MANY_LAYERS):
-        rows = layer.read().shape[0]
-        tensors[f"{gguf_name(layer.name)}.weight"] = layer_data(layer, row_order(layer.name, config, rows))
-        if bias is not None:
-            tensors[f"{gguf_name(layer.name)}.bias"] = _float_data(layer.name, lambda bias=bias: bias, config)
-    bytes_of: Counter[str] = Counter()
-    for data in tensors.values():
-        bytes_of[data.kind] += data.nbytes if data.kind not in FLOATS.values() else 0
-    metadata = model_metadata(config, FILE_TYPES[max(bytes_of, key=bytes_of.__getitem__)]) | vocabulary
-    with replaced_file(path) as file:
-        write_gguf(file, metadata, tensors)
-
-
-def _float_data(name: str, read: Callable[[], torch.Tensor], config: PreTrainedConfig) -> GgufData:
-    tensor = read()
-    order = row_order(name, config, len(tensor))
-    return float_data(tensor.shape, tensor.dtype, read if order is None else lambda: read()[order])
 
 
 def _write_config(out: Path, model: PreTrainedModel, parts: ExportParts, quantization: dict[str, Any]) -> None:

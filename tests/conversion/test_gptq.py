@@ -81,6 +81,10 @@ def test_the_directory_holds_exactly_what_was_quantized(model, samples, tmp_path
 
     checkpoint = open_checkpoint(load_low_precision_checkpoint(directory))
     tensors = load_file(directory / "model.safetensors")
+    v2 = json.loads((directory / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq_v2"
+    assert v2 == any(
+        qw.zero_points is not None and qw.zero_points.min() == (0 if bits == 4 else -128) for qw in expected.values()
+    )
     assert set(checkpoint) == set(expected)
     for name, qw in expected.items():
         out_features, in_features = qw.shape
@@ -89,7 +93,7 @@ def test_the_directory_holds_exactly_what_was_quantized(model, samples, tmp_path
         assert (found.g_idx is None) == (qw.g_idx is None)
         assert torch.equal(found.codes, qw.codes)
         assert torch.equal(dequantize(found), dequantize(qw))
-        specified = _dequantize_as_specified(tensors, name, bits, v2=not sym)
+        specified = _dequantize_as_specified(tensors, name, bits, v2=v2)
         torch.testing.assert_close(specified, dequantize(qw), rtol=1e-6, atol=0)
 
 
@@ -127,7 +131,7 @@ def test_configuration_files(model, samples, tmp_path):
     assert not hasattr(model.config, "quantization_config")
 
 
-def test_asymmetric_weights_are_written_in_version_2(model, samples, tmp_path):
+def test_zero_points_of_0_are_written_in_version_2(model, samples, tmp_path):
     # A row of zeros has zero point 0, which version 1 could not hold.
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight[3] = 0

@@ -1,13 +1,18 @@
 """`export` to GGUF, read by a parser of the format's description that is written here."""
 
 import struct
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import ipex_quant as ipex
+from ipex_quant.checkpoints import open_gguf
+from ipex_quant.llm.saved.gguf_parts import model_metadata
+from ipex_quant.llm.saved.gguf_tokenizer import tokenizer_metadata
 from ipex_quant.nn import WeightOnlyQuantizedLinear
 from ipex_quant.nn.weight_only_linear import QuantizedWeight
 from ipex_quant.numerics import affine
@@ -157,6 +162,132 @@ def test_values(name, dtype, scheme, group_size, kind, tmp_path):
     assert file.metadata["general.file_type"] == {2: 2, 3: 3, 8: 7}[kind]
 
 
+GEMMA = {"num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 32}
+WINDOW = {"sliding_window": 8, "num_hidden_layers": 3}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LONG = {f"{part}_factor": [1.0 + number / 8 for number in range(8)] for part in ("long", "short")}
+LOADED = {
+    "gemma": (transformers.GemmaForCausalLM, {"num_key_value_heads": 2, "head_dim": 32}),
+    "gemma2": (transformers.Gemma2ForCausalLM, GEMMA | WINDOW),
+    "gemma3": (transformers.Gemma3ForCausalLM, GEMMA | WINDOW | {"num_hidden_layers": 7}),
+    "phi3": (transformers.Phi3ForCausalLM, {"num_key_value_heads": 2, "pad_token_id": 0}),
+    "phi3_long": (
+        transformers.Phi3ForCausalLM,
+        {
+            "num_key_value_heads": 2,
+            "pad_token_id": 0,
+            "max_position_embeddings": 256,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 10_000.0, **LONG},
+        },
+    ),
+    "llama": (transformers.LlamaForCausalLM, {"num_key_value_heads": 2, "mlp_bias": True}),
+    "llama3": (
+        transformers.LlamaForCausalLM,
+        {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "llama3", "rope_theta": 500_000.0, **LLAMA3}},
+    ),
+    "linear": (
+        transformers.Qwen2ForCausalLM,
+        {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
+    ),
+    "yarn": (
+        transformers.Qwen3ForCausalLM,
+        {
+            "num_key_value_heads": 2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10_000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("name", LOADED)
+def test_the_logits_come_back(name, embeddings, tmp_path):
+    torch.manual_seed(0)
+    model_class, options = LOADED[name]
+    model = model_class(model_class.config_class(**SIZES | options)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    kinds = {"weight_dtype": WoqWeightDtype.INT4, "weight_qscheme": WoqWeightQScheme.SYMMETRIC, "group_size": 32}
+    mapping = get_weight_only_quant_qconfig_mapping(**kinds)
+    if embeddings:
+        mapping.set_object_type(torch.nn.Embedding, mapping.global_qconfig)
+    elif name in ("gemma", "gemma2"):
+        mapping.set_module_name("lm_head", None)
+    model = with_half_scales(ipex.llm.optimize(model, quantization_config=mapping))
+    if embeddings:
+        table = model.get_input_embeddings().table
+        qw = table.quantized_weight()
+        head = type(table).from_quantized_weight(replace(qw, scales=qw.scales.half().float()))
+        model.get_input_embeddings().share(head)
+        if model.config.tie_word_embeddings:
+            model.set_submodule("lm_head", head)
+    file = export(model, tmp_path)
+    back = ipex.llm.from_pretrained(tmp_path / "out", dtype=torch.float32, quantization_config=mapping)
+    ids = torch.arange(24)[None] * 7 % 96
+    with torch.no_grad():
+        # numbers of the metadata are float32, and what is fused in one of the models rounds otherwise
+        torch.testing.assert_close(back(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    assert file.tensors["token_embd.weight"][0] == (2 if embeddings else 0)
+    tied = model.config.tie_word_embeddings and (embeddings or name in ("gemma", "gemma2"))
+    assert ("output.weight" in file.tensors) == (not tied)
+    assert back.config.tie_word_embeddings == tied
+    if name.startswith("gemma"):
+        assert torch.equal(
+            file.values("blk.1.attn_norm.weight").flatten(), model.model.layers[1].input_layernorm.weight + 1
+        )
+
+
+def test_a_head_of_its_own_that_llama_cpp_has_not(tmp_path):
+    model_class, options = LOADED["gemma"]
+    kinds = {"weight_dtype": WoqWeightDtype.INT4, "weight_qscheme": WoqWeightQScheme.SYMMETRIC, "group_size": 32}
+    mapping = get_weight_only_quant_qconfig_mapping(**kinds)
+    model = model_class(model_class.config_class(**SIZES | options)).eval()
+    model = with_half_scales(ipex.llm.optimize(model, quantization_config=mapping))
+    with pytest.raises(
+        ValueError, match=r"^lm_head: llama.cpp has no output layer in gemma models beside the embedding"
+    ):
+        ipex.llm.export(model, tmp_path / "out", "gguf")
+
+
+@pytest.mark.parametrize("name", ["gguf_q5_0"])
+def test_a_file_becomes_the_same_file(name, tmp_path):
+    (source,) = (Path(__file__).parent / "data" / name).glob("*.gguf")
+    ipex.llm.export(ipex.llm.from_pretrained(source, dtype=torch.float32), tmp_path / "out", "gguf")
+    old, new = open_gguf(source).tensors, open_gguf(tmp_path / "out" / "model.gguf").tensors
+    assert old.keys() == new.keys()
+    for key, tensor in old.items():
+        assert tensor.kind == new[key].kind
+        assert torch.equal(tensor.stored[...].view(torch.uint8), new[key].stored[...].view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act: llama.cpp has silu in this model, got 'gelu'"),
+        ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar: llama.cpp has 32 in this model, got 99"),
+        ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping: llama.cpp has a soft cap"),
+        ("gemma3", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping: llama.cpp has none in this model"),
+        ("gemma3", {"layer_types": ["full_attention"] * 7}, "layer_types: llama.cpp has 5 layers with a window"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention: GGUF is written of"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: GGUF is written of"),
+        ("yarn", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "yarn without .'mscale'"),
+    ],
+)
+def test_models_that_llama_cpp_computes_otherwise(name, changes, message):
+    model_class, options = LOADED[name]
+    config = model_class.config_class(**SIZES | options)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with pytest.raises(ValueError, match=message):
+        model_metadata(config)
+
+
 def test_metadata(tmp_path):
     metadata = export(make("qwen3"), tmp_path).metadata
     expected = {
@@ -198,6 +329,50 @@ def test_the_tokenizer(tmp_path):
     assert metadata["tokenizer.chat_template"] == "{{ x }}"
 
 
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+SPACE = "\u2581"
+
+
+def sentence_piece(tokens, merges, prepend=True, **options):
+    vocabulary = {token: number for number, token in enumerate(("<unk>", "<s>", *BYTES, *tokens))}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True, **options))
+    steps = [normalizers.Prepend(SPACE)] if prepend else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("prepend", [False, True])
+def test_sentence_piece(prepend):
+    tokens = [SPACE, "a", "b", "ab", "aba"]
+    given = sentence_piece(tokens, [("a", "b"), ("ab", "a"), ("a", "ba")][:2], prepend)
+    metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in tokenizer_metadata(given, 265).items()}
+    assert (metadata["model"], metadata["pre"], metadata["add_space_prefix"]) == ("llama", "default", prepend)
+    assert metadata["tokens"] == ["<unk>", "<s>", *BYTES, *tokens, "[PAD263]", "[PAD264]"]
+    assert metadata["token_type"] == [2, 3, *[6] * 256, *[1] * 5, 4, 4]
+    scores = dict(zip(metadata["tokens"], metadata["scores"], strict=True))
+    assert scores["ab"] > scores["aba"]
+    assert (metadata["bos_token_id"], metadata["unknown_token_id"]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "merges", "message"),
+    [
+        (["a", "b", "ab", "ba", "aba"], [("a", "b"), ("ab", "a"), ("b", "a"), ("a", "ba")], "'aba' are apart"),
+        (["a", "b", "ab"], [], "1 pairs of tokens make 'ab' without a merge"),
+    ],
+)
+def test_merges_that_scores_do_not_tell(tokens, merges, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer_metadata(sentence_piece(tokens, merges), 300)
+
+
+def test_texts_that_llama_cpp_does_not_change_so():
+    given = sentence_piece(["a"], [])
+    given.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ValueError, match=r"llama.cpp does not do Lowercase to texts"):
+        tokenizer_metadata(given, 300)
+
+
 def test_sliding_windows_are_not_written(tmp_path):
     model = make("mistral")
     model.config.sliding_window = 16
@@ -209,7 +384,7 @@ def test_sliding_windows_are_not_written(tmp_path):
     ("given", "message"),
     [
         (lambda: tokenizer(pre_tokenizers.Whitespace()), "llama.cpp has no name for how it divides texts"),
-        (lambda: tokenizer(pre_tokenizers.ByteLevel(), byte_fallback=True), "GGUF is written with byte-level BPE"),
+        (lambda: tokenizer(pre_tokenizers.ByteLevel(), byte_fallback=True), "GGUF is written with byte-level BPE or"),
     ],
 )
 def test_tokenizers_that_are_not_written(given, message, tmp_path):
@@ -228,5 +403,7 @@ def test_what_no_block_holds(tmp_path, llama, make_model):
     with pytest.raises(ValueError, match=r"GGUF has blocks of 32 input features, its groups have 16"):
         ipex.llm.export(model, tmp_path / "out", "gguf")
     model = ipex.llm.optimize(make_model("opt"), quantization_config=mapping)
-    with pytest.raises(ValueError, match=r"format: GGUF is written of llama, mistral, qwen2, qwen3 models, got a opt"):
+    with pytest.raises(
+        ValueError, match=r"format: GGUF is written of llama, mistral, .*, gemma3_text models, got a opt"
+    ):
         ipex.llm.export(model, tmp_path / "out", "gguf")

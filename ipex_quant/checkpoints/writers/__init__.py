@@ -23,4 +23,4 @@ WRITERS: Mapping[str, Callable[[Sequence[Layer], Sequence[str], str | None], Che
 """Maps the name of a format to what makes its writer of quantized layers, names of float layers, and the head's name.
 """
 
-__all__ = ["WRITERS", "CheckpointWriter", "Layer", "LayerError"]
+__all__ = ["WRITERS", "CheckpointWriter", "GptqWriter", "Layer", "LayerError"]

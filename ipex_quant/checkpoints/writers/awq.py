@@ -16,7 +16,7 @@ from ...numerics.nibbles import unpack_nibbles
 from ...numerics.scheme import WoqWeightDtype
 from ..awq import BITS, FIELDS, ORDER
 from ..bit_fields import pack_fields
-from .writer import CheckpointWriter, Layer, LayerError, check_dtype, exact_scales, most_common
+from .writer import CheckpointWriter, Layer, LayerError, check_dtype, check_one_level, exact_scales, most_common
 
 HELD = (WoqWeightDtype.INT4,)
 """Weight dtypes that the format holds."""
@@ -33,6 +33,7 @@ class AwqWriter(CheckpointWriter):
         for layer in layers:
             weight = layer.read()
             check_dtype(layer, weight, HELD, 'leave the layer in float, or write format="gptq" or "compressed-tensors"')
+            check_one_level(layer, weight, 'leave the layer in float, or write format="gguf"')
             reason = None
             if layer.name == head:
                 reason = "it is the output layer, which AWQ's tools keep in float"

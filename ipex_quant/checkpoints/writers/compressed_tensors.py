@@ -14,20 +14,27 @@ from typing import Any
 
 import torch
 
+from ...numerics.affine import stored_codes
 from ...numerics.int8 import StaticActivation
-from ...numerics.nibbles import unpack_nibbles
 from ...numerics.quantized_weight import QuantizedWeight
 from ...numerics.scheme import PER_CHANNEL, WoqWeightDtype
-from ..bit_fields import pack_fields
+from ..bit_fields import pack_fields, word_count
 from ..format import Int8Input
 from ..gptq import INT8_OFFSET
-from .writer import CheckpointWriter, Layer, LayerError, check_dtype, exact_scales, name_patterns
+from ..tensors import LINEAR, e8m0_scales
+from .writer import CheckpointWriter, Layer, LayerError, check_dtype, check_one_level, exact_scales, name_patterns
 
-PACKED_BITS: Mapping[WoqWeightDtype, int] = {WoqWeightDtype.INT4: 4, WoqWeightDtype.INT8: 8}
-"""Weight dtypes that `pack-quantized` holds, and their widths."""
+PACKED = tuple(dict.fromkeys(LINEAR.values()))
+"""Weight dtypes that `pack-quantized` holds."""
 
-HELD = (*PACKED_BITS, WoqWeightDtype.FP8)
+HELD = (*PACKED, WoqWeightDtype.FP8, WoqWeightDtype.FP4)
 """Weight dtypes that the format holds."""
+
+NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+FP4_GROUPS = {NVFP4: 16, MXFP4: 32}
+"""Group sizes of FP4 weights."""
+
+_LEAVE = "leave the layer in float"
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class _Scheme:
 
 
 class CompressedTensorsWriter(CheckpointWriter):
-    """Writes INT4 and INT8 weights packed, INT8 weights with INT8 inputs, and FP8 weights."""
+    """Writes integer weights packed, INT8 weights with INT8 inputs, FP8 weights, and FP4 ones as NVFP4 or MXFP4."""
 
     def __init__(self, layers: Sequence[Layer], float_layers: Sequence[str], head: str | None) -> None:
         super().__init__(layers, float_layers, head)
@@ -72,8 +79,11 @@ class CompressedTensorsWriter(CheckpointWriter):
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         weight = layer.read()
+        layout = self._schemes[layer.name].layout
+        if layout in FP4_GROUPS:
+            return {"weight_packed": weight.codes, **_fp4_scales(layer, weight)}
         scales = {"weight_scale": exact_scales(weight.scales)}
-        if self._schemes[layer.name].layout != "pack-quantized":
+        if layout != "pack-quantized":
             return {"weight": weight.codes, **scales, **_input_tensors(layer.int8_input)}
         return {**_packed_tensors(weight), **scales}
 
@@ -86,6 +96,9 @@ class CompressedTensorsWriter(CheckpointWriter):
 def _scheme(layer: Layer, weight: QuantizedWeight) -> _Scheme:
     """The scheme of one layer; LayerError if the format cannot hold it."""
     check_dtype(layer, weight, HELD, "quantize the layer to INT8, INT4 or FP8, or leave it in float")
+    if weight.scheme.dtype == WoqWeightDtype.FP4:
+        return _fp4_scheme(layer, weight)
+    check_one_level(layer, weight, f'{_LEAVE}, or write format="gguf"')
     scheme, act_order = weight.scheme, weight.g_idx is not None
     size = scheme.group_size
     if weight.scales.shape[1] == 1 and weight.shape[1] != size:
@@ -98,18 +111,78 @@ def _scheme(layer: Layer, weight: QuantizedWeight) -> _Scheme:
         )
     if scheme.dtype == WoqWeightDtype.FP8:
         if act_order:
-            raise LayerError(layer.name, "FP8 weights have no act-order there; leave the layer in float")
+            raise LayerError(layer.name, f"FP8 weights have no act-order there; {_LEAVE}")
         return _Scheme("float-quantized", 8, "float", True, size, False, None)
-    bits = PACKED_BITS[scheme.dtype]
+    bits = scheme.dtype.bits
     if layer.int8_input is not None:
         return _Scheme("int-quantized", bits, "int", True, size, False, _input_kind(layer))
-    if scheme.dtype == WoqWeightDtype.INT4 and weight.zero_points is not None and weight.zero_points.gt(15).any():
+    largest = 1 << bits
+    if weight.zero_points is not None and weight.zero_points.ge(largest).any():
         raise LayerError(
             layer.name,
-            "it has a zero point of 16, compressed-tensors stores 0..15 in 4 bits; leave the layer in float, or write "
-            'format="gptq"',
+            f"it has a zero point of {largest}, compressed-tensors stores 0..{largest - 1} in {bits} bits; {_LEAVE}, "
+            'or write format="gptq"',
+        )
+    counts = weight.shape[1:] if weight.zero_points is None else weight.shape
+    unclear = next((count for count in counts if _is_unclear(count, bits)), None)
+    if unclear is not None:
+        raise LayerError(
+            layer.name,
+            f"{unclear} codes of {bits} bits take as many words in the format's old layout as in the new one, so that "
+            f"no reader can tell which it is; {_LEAVE}, or quantize it to INT4",
         )
     return _Scheme("pack-quantized", bits, "int", scheme.symmetric, size, act_order, None)
+
+
+def _is_unclear(count: int, bits: int) -> bool:
+    """Whether `count` fields take the same number of words in a stream of bits and padded to whole words, but differ.
+
+    The tensors are all that tells the two apart (see `checkpoints/compressed_tensors.py`).
+    """
+    return bool(32 % bits) and count > 32 // bits and word_count(count, bits) == -(-count // (32 // bits))
+
+
+def _fp4_scheme(layer: Layer, weight: QuantizedWeight) -> _Scheme:
+    """NVFP4 with super scales, else MXFP4; LayerError for other groups, and for scales that these do not have."""
+    layout = MXFP4 if weight.super_scales is None else NVFP4
+    size = weight.scheme.group_size
+    if weight.g_idx is not None:
+        raise LayerError(layer.name, f"FP4 weights have no act-order there; {_LEAVE}")
+    if size != FP4_GROUPS[layout] or weight.shape[1] % size:
+        raise LayerError(
+            layer.name,
+            f"{layout} has groups of {FP4_GROUPS[layout]} in {weight.shape[1]} input features, its size is {size}; "
+            f"{_LEAVE}",
+        )
+    _fp4_scales(layer, weight)
+    return _Scheme(layout, 4, "float", True, size, False, None)
+
+
+def _fp4_scales(layer: Layer, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+    """Stored scales of FP4 codes, which stand for twice their values; LayerError if they are not `weight`'s exactly."""
+    if weight.super_scales is None:
+        exponents = (torch.log2(2 * weight.scales).round() + 127).nan_to_num(-1).clamp(0, 254).to(torch.uint8)
+        if not torch.equal(e8m0_scales(exponents) / 2, weight.scales):
+            raise LayerError(layer.name, f"its scales are no powers of two, as those of {MXFP4} are; {_LEAVE}")
+        return {"weight_scale": exponents}
+    supers = weight.super_scales.unique()
+    overall = _inverse_of_inverse(2 * supers) if len(supers) == 1 and supers > 0 else None
+    if overall is None:
+        raise LayerError(layer.name, f"it has other super scales than one positive one, as {NVFP4} has; {_LEAVE}")
+    scales = (weight.scales / supers).to(torch.float8_e4m3fn)
+    if not torch.equal(scales.float() / 2 * (1 / overall), weight.scales):
+        raise LayerError(layer.name, f"its scales are no float8 numbers, as those of {NVFP4} are; {_LEAVE}")
+    return {"weight_scale": scales, "weight_global_scale": overall}
+
+
+def _inverse_of_inverse(values: torch.Tensor) -> torch.Tensor | None:
+    """A float32 number ``[1]`` whose inverse rounds to the one in `values`; None if there is none."""
+    guess = 1 / values
+    ends = torch.tensor([0.0, torch.inf])
+    for number in (guess, *(torch.nextafter(guess, end) for end in ends)):
+        if torch.equal(1 / number, values):
+            return number
+    return None
 
 
 def _input_kind(layer: Layer) -> str:
@@ -128,6 +201,7 @@ def _input_kind(layer: Layer) -> str:
 def _entry(scheme: _Scheme) -> dict[str, Any]:
     """The entry of a group in the configuration, without its targets."""
     strategy = "channel" if scheme.group_size == PER_CHANNEL else "group"
+    strategy = "tensor_group" if scheme.layout == NVFP4 else strategy
     weights = {
         "num_bits": scheme.bits,
         "type": scheme.kind,
@@ -137,6 +211,8 @@ def _entry(scheme: _Scheme) -> dict[str, Any]:
         "actorder": "group" if scheme.act_order else None,
         "dynamic": False,
     }
+    if scheme.layout in FP4_GROUPS:
+        weights["scale_dtype"] = "torch.float8_e4m3fn" if scheme.layout == NVFP4 else "torch.uint8"
     dynamic = scheme.input == "dynamic"
     activations = {
         "num_bits": 8,
@@ -155,11 +231,10 @@ def _entry(scheme: _Scheme) -> dict[str, Any]:
 
 def _packed_tensors(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     """Codes and zero points as unsigned fields, the first along the input, the second along the output features."""
-    bits = PACKED_BITS[weight.scheme.dtype]
+    bits = weight.scheme.dtype.bits
+    fields, shift = stored_codes(weight), 0
     if bits == 8:
-        fields, shift = weight.codes.view(torch.uint8) ^ INT8_OFFSET, INT8_OFFSET
-    else:
-        fields, shift = unpack_nibbles(weight.codes, weight.shape[1]), 0
+        fields, shift = fields.view(torch.uint8) ^ INT8_OFFSET, INT8_OFFSET
     tensors = {
         "weight_packed": pack_fields(fields, bits),
         "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),

@@ -1,14 +1,6 @@
-"""Writing GGUF files: the container, version 3, and the blocks that hold quantized weights exactly.
+"""Writing GGUF files: the container, version 3, and quantized layers as blocks that hold their values exactly.
 
-A block has 32 values of a row, with float16 scales d and minimums m:
-
-- Q4_0: d, and 16 bytes of codes 0..15, value i in the low half of byte i and value i + 16 in the high half;
-  ``w = d * (code - 8)``;
-- Q4_1: d, m, and the same codes; ``w = d * code + m``;
-- Q8_0: d, and 32 int8 codes; ``w = d * code``.
-
-Groups of more values than a block's give each of their blocks the same scale. Source: ggml's ``docs/gguf.md`` and
-``ggml-common.h``.
+Source: ggml's ``docs/gguf.md``.
 """
 
 from __future__ import annotations
@@ -20,27 +12,25 @@ from typing import IO, Any
 
 import torch
 
-from ...numerics.affine import INT4_OFFSET
-from ...numerics.nibbles import unpack_nibbles
-from ...numerics.quantized_weight import QuantizedWeight
-from ...numerics.scheme import PER_CHANNEL, WoqWeightDtype
+from ..gguf_blocks import BLOCKS
+from ..gguf_file import ALIGNMENT, MAGIC
+from .gguf_blocks import PACKINGS, block_kind, pack_blocks
 from .writer import Layer, LayerError, check_dtype
 
-MAGIC = b"GGUF"
 VERSION = 3
-ALIGNMENT = 32
-BLOCK = 32
-"""Values in a block."""
 
-HELD = (WoqWeightDtype.INT4, WoqWeightDtype.INT8)
-"""Weight dtypes that the format holds."""
-
-TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30}
+TYPES = {"F32": 0, "F16": 1, "BF16": 30, **{kind: blocks.number for kind, blocks in BLOCKS.items()}}
 """Numbers of the types of tensors."""
+
+HELD = tuple(dict.fromkeys(BLOCKS[kind].dtype for kind in PACKINGS))
+"""Weight dtypes that the format holds."""
 
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
+FILE_TYPES = {
+    **{"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "MXFP4": 38},
+    **{"Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30},
+}
 """``general.file_type`` of a model most of whose weights are of a type."""
 
 _ADVICE = "leave it in float, or write another format"
@@ -74,64 +64,18 @@ def layer_data(layer: Layer, order: torch.Tensor | None = None) -> GgufData:
     if layer.int8_input is not None:
         raise LayerError(layer.name, f"it quantizes its input to 8 bits, GGUF does not; {_ADVICE}")
     weight = layer.read()
-    kind = _kind(layer, weight)
-    rows, columns = weight.shape
-    return GgufData(
-        kind,
-        weight.shape,
-        lambda: _blocks(kind, layer.read(), order).flatten(),
-        rows * (columns // BLOCK) * _BLOCK_BYTES[kind],
-    )
-
-
-_BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
-
-
-def _kind(layer: Layer, weight: QuantizedWeight) -> str:
     check_dtype(layer, weight, HELD, _ADVICE)
-    size, columns = weight.scheme.group_size, weight.shape[1]
-    reason = None
-    if weight.g_idx is not None:
-        reason = "its groups are in act-order, GGUF's are in the order of the input features"
-    elif columns % BLOCK:
-        reason = f"GGUF has blocks of {BLOCK} input features, it has {columns}"
-    elif size not in (PER_CHANNEL, BLOCK) and size % BLOCK:
-        reason = f"GGUF has blocks of {BLOCK} input features, its groups have {size}"
-    elif not _is_half(weight.scales):
-        reason = "its scales are not float16, GGUF's are; quantize it by a gptq recipe"
-    elif weight.zero_points is not None and weight.scheme.dtype == WoqWeightDtype.INT8:
-        reason = "GGUF's 8-bit weights have no zero points"
-    elif weight.zero_points is not None and not _is_half(_minimums(weight)):
-        reason = "its zero points times its scales are not float16, which GGUF's minimums are"
+    kind, reason = block_kind(weight)
     if reason is not None:
         raise LayerError(layer.name, f"{reason}; {_ADVICE}")
-    if weight.scheme.dtype == WoqWeightDtype.INT8:
-        return "Q8_0"
-    return "Q4_0" if weight.zero_points is None else "Q4_1"
-
-
-def _is_half(values: torch.Tensor) -> bool:
-    return torch.equal(values.half().float(), values)
-
-
-def _minimums(weight: QuantizedWeight) -> torch.Tensor:
-    zero_points = INT4_OFFSET if weight.zero_points is None else weight.zero_points
-    return -(weight.scales * zero_points)
-
-
-def _blocks(kind: str, weight: QuantizedWeight, order: torch.Tensor | None) -> torch.Tensor:
-    """Bytes uint8 ``[N, K / 32, bytes of a block]``."""
     rows, columns = weight.shape
-    count = columns // BLOCK
-    numbers = [weight.scales] if kind != "Q4_1" else [weight.scales, _minimums(weight)]
-    heads = [each.half().repeat_interleave(-(-count // each.shape[1]), dim=1)[:, :count, None] for each in numbers]
-    if kind == "Q8_0":
-        codes = weight.codes.view(torch.uint8).view(rows, count, BLOCK)
-    else:
-        low, high = unpack_nibbles(weight.codes, columns).view(rows, count, BLOCK).chunk(2, dim=2)
-        codes = low | high << 4
-    blocks = torch.cat([*(head.contiguous().view(torch.uint8) for head in heads), codes], dim=2)
-    return blocks if order is None else blocks[order]
+    size = rows * (columns // BLOCKS[kind].elements) * BLOCKS[kind].size
+
+    def make() -> torch.Tensor:
+        blocks = pack_blocks(kind, layer.read())
+        return (blocks if order is None else blocks[order]).flatten()
+
+    return GgufData(kind, weight.shape, make, size)
 
 
 def write_gguf(file: IO[bytes], metadata: Mapping[str, Any], tensors: Mapping[str, GgufData]) -> None:

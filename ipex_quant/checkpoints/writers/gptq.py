@@ -13,18 +13,28 @@ from typing import Any
 
 import torch
 
-from ...numerics.affine import INT4_OFFSET
-from ...numerics.nibbles import unpack_nibbles
+from ...numerics.affine import code_offset, stored_codes
 from ...numerics.quantized_weight import QuantizedWeight
 from ...numerics.scheme import WoqWeightDtype
 from ..gptq import INT8_OFFSET, gptq_tensors
-from .writer import CheckpointWriter, Layer, LayerError, check_dtype, exact_scales, most_common, name_patterns
+from .writer import (
+    CheckpointWriter,
+    Layer,
+    LayerError,
+    check_dtype,
+    check_one_level,
+    exact_scales,
+    most_common,
+    name_patterns,
+)
 
-WIDTHS: Mapping[WoqWeightDtype, tuple[int, ...]] = {WoqWeightDtype.INT4: (2, 3, 4), WoqWeightDtype.INT8: (8,)}
+WIDTHS: Mapping[WoqWeightDtype, tuple[int, ...]] = {
+    WoqWeightDtype.INT2: (2,),
+    WoqWeightDtype.INT3: (3,),
+    WoqWeightDtype.INT4: (2, 3, 4),
+    WoqWeightDtype.INT8: (8,),
+}
 """Widths in which the codes of a weight dtype may be stored; the first that holds all codes and zero points is."""
-
-_OFFSET = {WoqWeightDtype.INT4: INT4_OFFSET, WoqWeightDtype.INT8: INT8_OFFSET}
-"""Stored code or zero point of a symmetric weight's zero."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +48,25 @@ class _Settings:
 
 
 class GptqWriter(CheckpointWriter):
-    """Writes INT4 weights in 2, 3 or 4 bits and INT8 weights in 8, with or without zero points and act-order."""
+    """Writes INT2, INT3, INT4 and INT8 weights, with or without zero points and act-order; INT4 as narrow as it is.
 
-    def __init__(self, layers: Sequence[Layer], float_layers: Sequence[str], head: str | None) -> None:
+    Scales are stored in `scale_dtype`, or without it in the narrowest that has them; `percdamp` is what the weights
+    were quantized with, for the record. `act_order` says that they were in act-order, though layers with groups in
+    natural order may be among them.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        float_layers: Sequence[str],
+        head: str | None,
+        *,
+        scale_dtype: torch.dtype | None = None,
+        percdamp: float = 0.01,
+        act_order: bool = False,
+    ) -> None:
         super().__init__(layers, float_layers, head)
+        self.scale_dtype, self.percdamp = scale_dtype, percdamp
         self._settings: dict[str, _Settings] = {}
         zero_points = {}
         for layer in layers:
@@ -50,9 +75,9 @@ class GptqWriter(CheckpointWriter):
                     layer.name, 'it quantizes its input to 8 bits, GPTQ does not; write format="compressed-tensors"'
                 )
             weight = layer.read()
-            advice = "quantize it to INT4 or INT8, or write another format"
-            check_dtype(layer, weight, WIDTHS, advice)
-            self._settings[layer.name], zero_points[layer.name] = _found(layer, weight)
+            check_dtype(layer, weight, WIDTHS, "quantize it to INT4 or INT8, or write another format")
+            check_one_level(layer, weight, 'leave the layer in float, or write format="gguf"')
+            self._settings[layer.name], zero_points[layer.name] = _found(layer, weight, act_order)
         self.v2 = _version_2(self._settings, zero_points)
 
     @property
@@ -64,7 +89,7 @@ class GptqWriter(CheckpointWriter):
             **asdict(base),
             "static_groups": False,
             "true_sequential": True,
-            "damp_percent": 0.01,
+            "damp_percent": self.percdamp,
             "lm_head": quantized_head,
             "checkpoint_format": "gptq_v2" if self.v2 else "gptq",
             "pack_dtype": "int32",
@@ -74,7 +99,7 @@ class GptqWriter(CheckpointWriter):
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         weight = layer.read()
-        scale_dtype = exact_scales(weight.scales).dtype
+        scale_dtype = self.scale_dtype or exact_scales(weight.scales).dtype
         return gptq_tensors(weight, self._settings[layer.name].bits, v2=self.v2, scale_dtype=scale_dtype)
 
     def _dynamic(self, base: _Settings) -> dict[str, dict[str, Any]]:
@@ -94,9 +119,10 @@ class GptqWriter(CheckpointWriter):
         return dynamic | {f"-:{pattern}": {} for pattern in name_patterns(in_float, self._settings)}
 
 
-def _found(layer: Layer, weight: QuantizedWeight) -> tuple[_Settings, tuple[int, int]]:
+def _found(layer: Layer, weight: QuantizedWeight, act_order: bool) -> tuple[_Settings, tuple[int, int]]:
     """How to store a layer, and its lowest and highest zero point as fields of version 2."""
-    scheme, offset = weight.scheme, _OFFSET[weight.scheme.dtype]
+    scheme = weight.scheme
+    offset = code_offset(scheme.dtype) or INT8_OFFSET
     if weight.zero_points is None or not weight.zero_points.numel():
         lowest = highest = offset
     else:
@@ -104,10 +130,10 @@ def _found(layer: Layer, weight: QuantizedWeight) -> tuple[_Settings, tuple[int,
         lowest, highest = (int(each) + shift for each in weight.zero_points.aminmax())
     bits = WIDTHS[scheme.dtype][-1]
     if len(WIDTHS[scheme.dtype]) > 1 and weight.codes.numel():
-        largest = int(unpack_nibbles(weight.codes, weight.shape[1]).max())
+        largest = int(stored_codes(weight).max())
         fitting = (bits for bits in WIDTHS[scheme.dtype] if max(largest, highest) < 1 << bits)
         bits = next(fitting, bits)
-    settings = _Settings(bits, scheme.group_size, scheme.symmetric, weight.g_idx is not None)
+    settings = _Settings(bits, scheme.group_size, scheme.symmetric, act_order or weight.g_idx is not None)
     return settings, (lowest, highest)
 
 

@@ -69,8 +69,20 @@ def check_dtype(layer: Layer, weight: QuantizedWeight, held: Iterable[WoqWeightD
     """Raise LayerError unless the format holds weights of this dtype."""
     held = tuple(held)
     if weight.scheme.dtype not in held:
-        names = " and ".join(dtype.name for dtype in held)
+        *first, last = (dtype.name for dtype in held)
+        names = f"{', '.join(first)} and {last}" if first else last
         raise LayerError(layer.name, f"its weight is {weight.scheme.dtype.name}, the format holds {names}; {advice}")
+
+
+def check_one_level(layer: Layer, weight: QuantizedWeight, advice: str) -> None:
+    """Raise LayerError for float minimums and two-level scales, which only GGUF has beside this package's own form."""
+    reason = None
+    if weight.minimums is not None:
+        reason = "its groups have float minimums, the format has zero points that are integers"
+    elif weight.super_scales is not None:
+        reason = "its scales are integers or float8 numbers times super scales, the format has one float for each group"
+    if reason is not None:
+        raise LayerError(layer.name, f"{reason}; {advice}")
 
 
 def exact_scales(scales: torch.Tensor) -> torch.Tensor:

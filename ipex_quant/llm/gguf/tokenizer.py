@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ...checkpoints import GgufFile
+from .pre_tokenizers import make_pre_tokenizer
 
 _PARTS = {
     "tokenizer_type": ("model", str),
@@ -51,6 +52,9 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
         backend, _ = _converter()(file.architecture, parts)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise ValueError(f"{file.path}: transformers makes no tokenizer of it ({error})") from error
+    if parts.get("tokenizer_type") == "gpt2":  # which transformers does not divide by the name that the file gives
+        divider = make_pre_tokenizer(parts.get("pre_tokenizer_type", ""))
+        backend.pre_tokenizer = backend.pre_tokenizer if divider is None else divider
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         add_bos_token=adds_bos,

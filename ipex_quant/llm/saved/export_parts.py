@@ -33,27 +33,40 @@ Named = tuple[Layer, torch.Tensor | None]
 class ExportParts:
     """The parts of a model under their names in files.
 
-    `layers` are the quantized linear layers with their biases; `others` makes all other tensors; `in_float` are the
-    names of the linear layers in float, `head` that of the output layer, if it is one. `untied` says that the output
-    layer is quantized, and was tied to an embedding before.
+    `layers` are the quantized linear layers with their biases, `embeddings` the quantized embeddings of formats that
+    hold these; `others` makes all other tensors; `in_float` are the names of the linear layers in float, `head` that of
+    the output layer, if it is one. `untied` says that the output layer is quantized, and was tied to an embedding
+    before.
     """
 
     layers: Sequence[Named]
+    embeddings: Sequence[Layer]
     others: Mapping[str, Callable[[], torch.Tensor]]
     in_float: Sequence[str]
     head: str | None
     untied: bool
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> ExportParts:
-        """The parts of `model`; ValueError if no linear layer is quantized, LayerError if anything else is."""
+    def of(cls, model: PreTrainedModel, quantized_embeddings: bool = False) -> ExportParts:
+        """The parts of `model`; ValueError if no linear layer is quantized, LayerError if anything else is.
+
+        Embeddings are in float, with a warning, unless the format holds `quantized_embeddings`: then a table that an
+        output layer shares is theirs alone.
+        """
         quantized = {name: each for name, each in model.named_modules() if isinstance(each, QuantizedModule)}
         embeddings = {name: each for name, each in quantized.items() if isinstance(each, QuantizedEmbedding)}
         if len(embeddings) == len(quantized):
             raise ValueError("model: expected quantized linear layers, found none; quantize it with llm.optimize first")
         _check(model, quantized)
         dtype, stacks = main_dtype(model), _Stacks()
-        layers = [pair for name, module in quantized.items() for pair in _layers_of(name, module, stacks, dtype)]
+        tables = [each.table for each in embeddings.values() if each.tied and quantized_embeddings]
+        shared = {id(table) for table in tables if table.float_bias is None}
+        layers = [
+            pair
+            for name, module in quantized.items()
+            if id(module) not in shared
+            for pair in _layers_of(name, module, stacks, dtype)
+        ]
         in_float = [name for name, module in model.named_modules() if _is_float_linear(module)]
         found = file_names(model, _shapes(model))
         layers = [(dataclasses.replace(layer, name=found.get(layer.name, layer.name)), bias) for layer, bias in layers]
@@ -61,9 +74,10 @@ class ExportParts:
         others: dict[str, Callable[[], torch.Tensor]] = {
             name: partial(torch.Tensor.detach, tensor) for name, tensor in _float_tensors(model).items()
         }
-        for name, module in embeddings.items():
-            others[f"{name}.weight"] = partial(module.dequantized_weight, dtype)
-        if embeddings:
+        own = [Layer(name, module.quantized_weight) for name, module in embeddings.items() if quantized_embeddings]
+        if embeddings and not quantized_embeddings:
+            for name, module in embeddings.items():
+                others[f"{name}.weight"] = partial(module.dequantized_weight, dtype)
             warnings.warn(
                 f"embeddings are in float in this format: {', '.join(embeddings)} will be read as {dtype}, with the "
                 "values that lookups return now",
@@ -72,7 +86,7 @@ class ExportParts:
         configs = (model.config, model.config.get_text_config(decoder=True))
         untied = head in quantized and any(getattr(config, "tie_word_embeddings", False) for config in configs)
         names = [found.get(name, name) for name in in_float]
-        return cls(layers, others, names, None if head is None else found.get(head, head), untied)
+        return cls(layers, own, others, names, None if head is None else found.get(head, head), untied)
 
 
 def _check(model: PreTrainedModel, quantized: Mapping[str, QuantizedModule]) -> None:
@@ -97,15 +111,7 @@ class _Stacks:
         if self._latest is None or self._latest[:2] != (module, projection):
             self._latest = None  # before the next is made
             self._latest = (module, projection, module.quantized_stack(projection))
-        weight = self._latest[2][expert]
-        zero_points = None if weight.zero_points is None else weight.zero_points[own]
-        return dataclasses.replace(
-            weight,
-            codes=weight.codes[own],
-            scales=weight.scales[own],
-            zero_points=zero_points,
-            shape=(own.stop - own.start, weight.shape[1]),
-        )
+        return self._latest[2][expert].select(own)
 
 
 def _layers_of(name: str, module: QuantizedModule, stacks: _Stacks, dtype: torch.dtype) -> Iterator[Named]:

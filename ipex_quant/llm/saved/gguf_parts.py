@@ -1,13 +1,13 @@
-"""Metadata and names that a GGUF file of a model has, for the architectures that `ARCHITECTURES` lists.
+"""Metadata that a GGUF file of a model has, for the architectures that are written.
 
-Source: llama.cpp's ``convert_hf_to_gguf.py`` and ``gguf-py``'s ``constants.py``.
+What llama.cpp knows of an architecture is no metadata: a model that differs there is refused. Source: llama.cpp's
+``convert_hf_to_gguf.py`` and its graphs of the models.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,86 +16,56 @@ from transformers import PreTrainedConfig
 
 from ...reading import shown
 
+Entries = dict[str, Any]
+
+_SILU, _GELU = "silu", "gelu_pytorch_tanh"
+
 
 @dataclass(frozen=True)
-class Architecture:
-    """An architecture by its `name` in GGUF; `pairs` says that the halves of a rotated head become pairs of rows."""
+class Written:
+    """How models of a type are written: the `name` of their architecture, and what llama.cpp takes for granted.
+
+    `activation` is that of the MLP. Of every `period` layers the last attends to all, the others to a window; 0 is for
+    models without windows. `own_head` says that the output layer may be another than the embedding. `entries` makes
+    metadata beside those of all models.
+    """
 
     name: str
-    pairs: bool = False
+    activation: str = _SILU
+    period: int = 0
+    own_head: bool = True
+    entries: Callable[[PreTrainedConfig], Entries] = lambda config: {}
 
 
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", pairs=True),
-    "mistral": Architecture("llama", pairs=True),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
-}
-"""Architectures by `model_type`."""
-
-_OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_INNER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
-
-_PATTERNS = (
-    ("(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|", "llama-bpe"),
-    ("(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|", "qwen2"),
-)
-"""Beginnings of the expressions that divide a text, and the names that llama.cpp has for the whole of them."""
-
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
-
-
-def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """The architecture of a model; ValueError for one that is not written, or that rotates heads in another way."""
-    found = ARCHITECTURES.get(config.model_type)
+def written_as(config: PreTrainedConfig) -> Written:
+    """How the model is written; ValueError for one that is not, or that llama.cpp would compute otherwise."""
+    found = WRITTEN.get(config.model_type)
     if found is None:
         raise ValueError(
-            f"format: GGUF is written of {', '.join(ARCHITECTURES)} models, got a {config.model_type}; write another "
-            "format"
+            f"format: GGUF is written of {', '.join(WRITTEN)} models, got a {config.model_type}; write another format"
         )
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type: GGUF is written of the default one, got {shown(rope['rope_type'])}")
-    for option in ("sliding_window", "mlp_bias"):
-        if getattr(config, option, None):
-            raise ValueError(f"{option}: GGUF is written of models without it, got {shown(getattr(config, option))}")
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != found.activation:
+        raise ValueError(f"hidden_act: llama.cpp has {found.activation} in this model, got {shown(activation)}")
+    if not found.period and found.name != "phi3" and getattr(config, "sliding_window", None):
+        raise ValueError(f"sliding_window: GGUF is written of models without it, got {shown(config.sliding_window)}")
+    if found.period:
+        kinds = ["sliding_attention"] * (found.period - 1) + ["full_attention"]
+        expected = [kinds[layer % found.period] for layer in range(config.num_hidden_layers)]
+        if list(config.layer_types) != expected:
+            raise ValueError(
+                f"layer_types: llama.cpp has {found.period - 1} layers with a window before one without in this model, "
+                f"got {shown(config.layer_types)}"
+            )
+    if getattr(config, "use_bidirectional_attention", None):
+        raise ValueError("use_bidirectional_attention: GGUF is written of models without it")
     return found
 
 
-def gguf_name(name: str) -> str:
-    """The name in the file of the linear layer, norm or embedding `name`; ValueError for one that has none."""
-    found = _LAYER.match(name)
-    part = _INNER.get(found[2]) if found else _OUTER.get(name)
-    if part is None:
-        raise ValueError(f"{name}: GGUF has no place for it; write another format")
-    return f"blk.{found[1]}.{part}" if found else part
-
-
-def row_order(name: str, config: PreTrainedConfig, rows: int) -> torch.Tensor | None:
-    """The row of the layer `name` at each row of the file; None if they are the same."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.rpartition(".")[2])
-    if heads is None or not ARCHITECTURES[config.model_type].pairs:
-        return None
-    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
-
-
-def model_metadata(config: PreTrainedConfig, file_type: int) -> dict[str, Any]:
-    """Metadata of the model itself; values that GGUF has no key for are those of its architecture."""
-    name = ARCHITECTURES[config.model_type].name
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def model_metadata(config: PreTrainedConfig) -> Entries:
+    """Metadata of the model itself; ValueError as `written_as`, and for a scaling of positions that is not written."""
+    written = written_as(config)
+    size = _head_size(config)
     own = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
@@ -107,67 +77,118 @@ def model_metadata(config: PreTrainedConfig, file_type: int) -> dict[str, Any]:
         "attention.key_length": size,
         "attention.value_length": size,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": size,
-        "rope.freq_base": float((config.rope_parameters or {}).get("rope_theta", 10000.0)),
+        **_rope_metadata(config),
+        **written.entries(config),
     }
-    general = {"general.architecture": name, "general.file_type": file_type, "general.quantization_version": 2}
-    return general | {f"{name}.{key}": value for key, value in own.items()}
+    general = {"general.architecture": written.name, "general.quantization_version": 2}
+    return general | {f"{written.name}.{key}": value for key, value in own.items()}
 
 
-def tokenizer_metadata(tokenizer: Any, vocabulary: int) -> dict[str, Any]:
-    """Metadata of a byte-level BPE `tokenizer`, with names for unused numbers below `vocabulary`.
-
-    Without a tokenizer the file says that it has none. Raises ValueError for tokenizers of another kind, or that divide
-    texts in a way that llama.cpp has no name for.
-    """
-    if tokenizer is None:
-        return {"tokenizer.ggml.model": "none"}
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = {} if backend is None else json.loads(backend.to_str())
-    model = content.get("model", {})
-    bytewise = "ByteLevel" in json.dumps(content.get("decoder")) and not model.get("byte_fallback")
-    if model.get("type") != "BPE" or not bytewise:
-        raise ValueError("tokenizer: GGUF is written with byte-level BPE; leave the tokenizer out")
-    tokens = {number: token for token, number in model["vocab"].items()}
-    kinds = dict.fromkeys(tokens, _NORMAL)
-    for added in content.get("added_tokens", ()):
-        tokens[added["id"]] = added["content"]
-        kinds[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
-    if max(tokens) >= vocabulary:
-        raise ValueError(f"tokenizer: it has the token {max(tokens)}, the model {vocabulary} tokens")
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    metadata: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _pre_tokenizer(content.get("pre_tokenizer")),
-        "tokenizer.ggml.tokens": [tokens.get(number, f"[PAD{number}]") for number in range(vocabulary)],
-        "tokenizer.ggml.token_type": [kinds.get(number, _USER_DEFINED) for number in range(vocabulary)],
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.add_bos_token": bool(getattr(tokenizer, "add_bos_token", False)),
-    }
-    for key, number in (
-        ("bos_token_id", tokenizer.bos_token_id),
-        ("eos_token_id", tokenizer.eos_token_id),
-        ("unknown_token_id", tokenizer.unk_token_id),
-        ("padding_token_id", tokenizer.pad_token_id),
-    ):
-        if number is not None:
-            metadata[f"tokenizer.ggml.{key}"] = number
-    if isinstance(tokenizer.chat_template, str):
-        metadata["tokenizer.chat_template"] = tokenizer.chat_template
-    return metadata
+def rope_tensors(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """Tensors of divisors of the frequencies that positions are rotated by, float32, by their names in the file."""
+    rope = _rope(config)
+    if rope["rope_type"] == "longrope":
+        return {f"rope_factors_{part}.weight": torch.tensor(rope[f"{part}_factor"]) for part in ("long", "short")}
+    if rope["rope_type"] != "llama3":
+        return {}
+    size = _head_size(config)
+    frequencies = rope["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the first context
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return {"rope_freqs.weight": 1 / ((1 - smooth) / rope["factor"] + smooth)}
 
 
-def _pre_tokenizer(content: Any) -> str:
-    """llama.cpp's name for how a tokenizer divides texts; ValueError for a way without one."""
-    parts = content.get("pretokenizers", [content]) if isinstance(content, dict) else []
-    kinds = [part.get("type") for part in parts]
-    if kinds == ["ByteLevel"] and parts[0].get("use_regex"):
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and parts[1].get("use_regex"):
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"]:
-        pattern = (parts[0].get("pattern") or {}).get("Regex", "")
-        for start, name in _PATTERNS:
-            if pattern.startswith(start):
-                return name
-    raise ValueError("tokenizer: llama.cpp has no name for how it divides texts; leave the tokenizer out")
+def _head_size(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _rope(config: PreTrainedConfig) -> Entries:
+    """The `rope_parameters` of layers that attend to all; ValueError for those that are not written."""
+    rope = dict(config.rope_parameters or {})
+    rope = dict(rope.get("full_attention", rope))
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, **{k: v for k, v in rope.items() if v is not None}}
+    kind = rope["rope_type"]
+    if kind not in _ROPE_KEYS:
+        raise ValueError(f"rope_type: GGUF is written of {', '.join(_ROPE_KEYS)}, got {shown(kind)}")
+    allowed = {"rope_type", "rope_theta", *_ROPE_KEYS[kind]}
+    allowed |= {"partial_rotary_factor", "original_max_position_embeddings"} if config.model_type == "phi3" else set()
+    other = {key: value for key, value in rope.items() if key not in allowed}
+    if other.get("partial_rotary_factor") == 1:
+        del other["partial_rotary_factor"]
+    if other:
+        raise ValueError(f"rope_parameters: GGUF is written of {kind} without {sorted(other)}; write another format")
+    return rope
+
+
+_ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("factor", "original_max_position_embeddings", "long_factor", "short_factor", "attention_factor"),
+}
+"""Keys of the kinds of scaling that are written."""
+
+
+def _rope_metadata(config: PreTrainedConfig) -> Entries:
+    rope = _rope(config)
+    rotated = int(_head_size(config) * rope.get("partial_rotary_factor", 1.0))
+    entries: Entries = {"rope.dimension_count": rotated, "rope.freq_base": float(rope["rope_theta"])}
+    kind, original = rope["rope_type"], rope.get("original_max_position_embeddings")
+    if kind in ("linear", "yarn"):
+        entries |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+    if kind == "yarn":
+        betas = {f"rope.scaling.yarn_{key}": float(rope[key]) for key in ("beta_fast", "beta_slow") if key in rope}
+        entries |= {"rope.scaling.original_context_length": original or config.max_position_embeddings, **betas}
+    if kind == "longrope":
+        original = original or config.original_max_position_embeddings
+        factor = config.max_position_embeddings / original
+        usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        entries |= {
+            "rope.scaling.original_context_length": original,
+            "rope.scaling.attn_factor": float(rope.get("attention_factor", usual)),
+        }
+    return entries
+
+
+def _gemma(config: PreTrainedConfig) -> Entries:
+    """Gemma 2 and 3: windows, soft caps, and how queries are scaled, which llama.cpp knows by the number of layers."""
+    largest = config.num_hidden_layers == {"gemma2": 46, "gemma3_text": 62}[config.model_type]
+    scalar = config.hidden_size // config.num_attention_heads if largest else _head_size(config)
+    if config.query_pre_attn_scalar != scalar:
+        raise ValueError(
+            f"query_pre_attn_scalar: llama.cpp has {scalar} in this model, got {config.query_pre_attn_scalar}"
+        )
+    entries: Entries = {"attention.sliding_window": config.sliding_window}
+    caps = ("attn_logit_softcapping", "final_logit_softcapping")
+    if config.model_type == "gemma2":
+        missing = [cap for cap in caps if not getattr(config, cap)]
+        if missing:
+            raise ValueError(f"{missing[0]}: llama.cpp has a soft cap in this model, got none")
+        return entries | {cap: float(getattr(config, cap)) for cap in caps}
+    capped = [cap for cap in caps if getattr(config, cap, None)]
+    if capped:
+        raise ValueError(f"{capped[0]}: llama.cpp has none in this model, got {getattr(config, capped[0])}")
+    local = config.rope_parameters["sliding_attention"]
+    if local.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_type: GGUF is written of windows with the default one, got {shown(local['rope_type'])}")
+    return entries | {"rope.freq_base_swa": float(local["rope_theta"])}
+
+
+def _phi3(config: PreTrainedConfig) -> Entries:
+    entries: Entries = {"rope.scaling.original_context_length": config.original_max_position_embeddings}
+    return entries | ({"attention.sliding_window": config.sliding_window} if config.sliding_window else {})
+
+
+WRITTEN: Mapping[str, Written] = {
+    "llama": Written("llama"),
+    "mistral": Written("llama"),
+    "qwen2": Written("qwen2"),
+    "qwen3": Written("qwen3"),
+    "phi3": Written("phi3", entries=_phi3),
+    "gemma": Written("gemma", _GELU, own_head=False),
+    "gemma2": Written("gemma2", _GELU, 2, False, _gemma),
+    "gemma3_text": Written("gemma3", _GELU, 6, entries=_gemma),
+}
+"""Models that are written, by `model_type`."""

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from ipex_quant.checkpoints import Int8Input
+from ipex_quant.checkpoints.gguf_blocks import read_blocks
 from ipex_quant.checkpoints.registry import format_from_config
 from ipex_quant.checkpoints.writers import WRITERS, Layer, LayerError
+from ipex_quant.checkpoints.writers.compressed_tensors import PACKED
 from ipex_quant.numerics import affine
 from ipex_quant.numerics.int8 import StaticActivation, quantize_per_channel
 from ipex_quant.numerics.quantized_weight import QuantizedWeight
@@ -25,8 +27,8 @@ def make_weight(dtype=WoqWeightDtype.INT4, symmetric=False, group_size=GROUP, ac
     weight = affine.quantize(values, WeightScheme(dtype, symmetric, group_size))
     scales = weight.scales.half().float()
     zero_points = weight.zero_points
-    if zero_points is not None and dtype == WoqWeightDtype.INT4:
-        zero_points = zero_points.clamp(1, 15)
+    if zero_points is not None and dtype != WoqWeightDtype.INT8:
+        zero_points = zero_points.clamp(1, (1 << dtype.bits) - 1)
     g_idx = (torch.randperm(COLUMNS, generator=generator) // group_size).int() if act_order else None
     return dataclasses.replace(weight, scales=scales, zero_points=zero_points, g_idx=g_idx)
 
@@ -73,6 +75,10 @@ def awq_values(tensors):
     )
 
 
+def per_row(weight):
+    return {name: tensor for name, tensor in weight.tensors().items() if name != "g_idx"}
+
+
 def packed_values(tensors, bits):
     half = 1 << (bits - 1)
     groups = tensors["weight_scale"].shape[1]
@@ -88,19 +94,21 @@ def packed_values(tensors, bits):
                 * (field(tensors["weight_packed"][n], k, bits) - zero(n, g_idx[k]))
                 for k in range(COLUMNS)
             ]
-            for n in range(ROWS)
+            for n in range(len(tensors["weight_scale"]))
         ]
     )
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("dtype", [WoqWeightDtype.INT4, WoqWeightDtype.INT8])
+@pytest.mark.parametrize("dtype", [WoqWeightDtype.INT2, WoqWeightDtype.INT3, WoqWeightDtype.INT4, WoqWeightDtype.INT8])
 def test_gptq(dtype, symmetric, act_order):
     weight = make_weight(dtype, symmetric, act_order=act_order)
     writer, stored = write("gptq", {"a.b": weight})
-    bits = 4 if dtype == WoqWeightDtype.INT4 else 8
+    bits = dtype.bits
     config = writer.config
+    back = format_from_config(config).read("a.b", stored["a.b"], weight.shape)
+    assert back.scheme == weight.scheme
     assert (config["bits"], config["group_size"], config["desc_act"]) == (bits, GROUP, act_order)
     assert (config["checkpoint_format"], config["sym"], config["dynamic"]) == ("gptq", symmetric, {})
     assert stored["a.b"]["scales"].dtype == torch.float16
@@ -183,11 +191,15 @@ def test_awq(symmetric):
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("dtype", [WoqWeightDtype.INT4, WoqWeightDtype.INT8])
+@pytest.mark.parametrize("dtype", PACKED)
 def test_compressed_tensors_packed(dtype, symmetric, act_order):
     weight = make_weight(dtype, symmetric, act_order=act_order)
+    if 32 % dtype.bits:  # of 16 zero points a reader could not tell which layout they are in
+        weight = dataclasses.replace(
+            weight, **{name: torch.cat([t] * 2) for name, t in per_row(weight).items()}, shape=(32, COLUMNS)
+        )
     writer, stored = write("compressed-tensors", {"a": weight}, ["lm_head"], "lm_head")
-    bits = 4 if dtype == WoqWeightDtype.INT4 else 8
+    bits = dtype.bits
     config = writer.config
     group = config["config_groups"]["group_0"]
     assert (config["format"], config["ignore"], group["targets"]) == ("pack-quantized", ["lm_head"], ["Linear"])
@@ -200,8 +212,70 @@ def test_compressed_tensors_packed(dtype, symmetric, act_order):
         "actorder": "group" if act_order else None,
         "dynamic": False,
     }
-    assert stored["a"]["weight_shape"].tolist() == [ROWS, COLUMNS]
+    assert stored["a"]["weight_shape"].tolist() == list(weight.shape)
+    assert stored["a"]["weight_packed"].shape == (len(weight.scales), -(-COLUMNS * bits // 32))
     assert torch.equal(packed_values(stored["a"], bits), affine.dequantize(weight, torch.float32))
+    back = format_from_config(config).read("a", stored["a"], weight.shape)
+    assert back.scheme == weight.scheme
+    assert all(torch.equal(tensor, getattr(back, name)) for name, tensor in weight.tensors().items())
+
+
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def fp4_weight(group, supers=None, seed=0):
+    """Random codes with scales that are powers of two or, of `supers`, float8 numbers times them."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (ROWS, COLUMNS // 2), generator=generator, dtype=torch.uint8)
+    if supers is None:
+        scales = torch.exp2(torch.randint(-20, 20, (ROWS, COLUMNS // group), generator=generator).float())
+        return QuantizedWeight(
+            codes, scales, None, None, WeightScheme(WoqWeightDtype.FP4, True, group), (ROWS, COLUMNS)
+        )
+    numbers = (torch.rand(ROWS, COLUMNS // group, generator=generator) * 400).to(torch.float8_e4m3fn).float()
+    scheme = WeightScheme(WoqWeightDtype.FP4, True, group, super_group_size=PER_CHANNEL)
+    supers = torch.as_tensor(supers).expand(ROWS)[:, None].contiguous()
+    return QuantizedWeight(codes, numbers * supers, None, None, scheme, (ROWS, COLUMNS), super_scales=supers)
+
+
+def fp4_values(tensors):
+    """By the formats' descriptions: E2M1 numbers, the first in the low bits, times their scales."""
+    codes = torch.stack([tensors["weight_packed"] & 15, tensors["weight_packed"] >> 4], dim=2).flatten(1)
+    values = torch.tensor(E2M1)[(codes & 7).long()] * torch.where(codes > 7, -1.0, 1.0)
+    scales = tensors["weight_scale"]
+    if scales.dtype == torch.uint8:
+        scales = torch.exp2(scales.float() - 127)
+    else:
+        scales = scales.float() / tensors["weight_global_scale"]
+    return values * scales.repeat_interleave(COLUMNS // scales.shape[1], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("weight", "layout", "strategy", "group"),
+    [
+        (fp4_weight(16, 2.0**-10), "nvfp4-pack-quantized", "tensor_group", 16),
+        (fp4_weight(32), "mxfp4-pack-quantized", "group", 32),
+    ],
+)
+def test_compressed_tensors_fp4(weight, layout, strategy, group):
+    writer, stored = write("compressed-tensors", {"a": weight})
+    config = writer.config
+    entry = config["config_groups"]["group_0"]
+    assert (config["format"], entry["format"]) == (layout, layout)
+    assert (entry["weights"]["type"], entry["weights"]["num_bits"]) == ("float", 4)
+    assert (entry["weights"]["strategy"], entry["weights"]["group_size"]) == (strategy, group)
+    assert torch.equal(fp4_values(stored["a"]), affine.dequantize(weight, torch.float32))
+    back = format_from_config(config).read("a", stored["a"], weight.shape)
+    assert back.scheme == weight.scheme
+    assert all(torch.equal(tensor, getattr(back, name)) for name, tensor in weight.tensors().items())
+
+
+@pytest.mark.parametrize("overall", [0.1, 3.7, 1234.5, 2688.0, 1e-5])
+def test_any_global_scale_comes_back(overall):
+    weight = fp4_weight(16, 1 / torch.tensor(overall) / 2)
+    writer, stored = write("compressed-tensors", {"a": weight})
+    back = format_from_config(writer.config).read("a", stored["a"], weight.shape)
+    assert all(torch.equal(tensor, getattr(back, name)) for name, tensor in weight.tensors().items())
 
 
 def test_compressed_tensors_fp8_and_int8_inputs():
@@ -246,13 +320,36 @@ WITH_16.zero_points[2, 1] = 16
 RAGGED = affine.quantize(torch.randn(12, 64), WeightScheme(WoqWeightDtype.INT4, False, GROUP))
 UNEVEN = affine.quantize(torch.randn(16, 80), WeightScheme(WoqWeightDtype.INT4, False, GROUP))
 NF4 = make_weight(WoqWeightDtype.NF4, True)
+FULL_3 = make_weight(WoqWeightDtype.INT3)
+FULL_3.zero_points[2, 1] = 8
+RAISED = read_blocks("Q4_1", torch.ones(16, 40, dtype=torch.uint8))
+TWO_LEVELS = read_blocks("Q3_K", torch.ones(16, 110, dtype=torch.uint8))
 SMOOTHED = Int8Input(StaticActivation(0.1, 128, torch.ones(COLUMNS)))
 
 
 @pytest.mark.parametrize(
     ("form", "weight", "options", "message"),
     [
-        ("gptq", NF4, {}, "its weight is NF4, the format holds INT4 and INT8"),
+        ("gptq", NF4, {}, "its weight is NF4, the format holds INT2, INT3, INT4 and INT8"),
+        ("gptq", fp4_weight(32), {}, "its weight is FP4, the format holds INT2, INT3, INT4 and INT8"),
+        ("gptq", make_weight(WoqWeightDtype.INT6), {}, "its weight is INT6"),
+        ("gptq", RAISED, {}, "its groups have float minimums"),
+        ("gptq", TWO_LEVELS, {}, "its scales are integers or float8 numbers times super scales"),
+        ("awq", RAISED, {}, "its groups have float minimums"),
+        ("awq", TWO_LEVELS, {}, "its weight is INT3, the format holds INT4"),
+        ("compressed-tensors", RAISED, {}, "its groups have float minimums"),
+        ("compressed-tensors", TWO_LEVELS, {}, "its scales are integers or float8 numbers times super scales"),
+        ("compressed-tensors", FULL_3, {}, "it has a zero point of 8, compressed-tensors stores 0..7 in 3 bits"),
+        ("compressed-tensors", make_weight(WoqWeightDtype.INT3), {}, "16 codes of 3 bits take as many words"),
+        ("compressed-tensors", fp4_weight(16), {}, "mxfp4-pack-quantized has groups of 32 in 64 input features"),
+        ("compressed-tensors", fp4_weight(32, 0.5), {}, "nvfp4-pack-quantized has groups of 16"),
+        ("compressed-tensors", make_weight(WoqWeightDtype.FP4, True), {}, "its scales are no powers of two"),
+        (
+            "compressed-tensors",
+            fp4_weight(16, torch.linspace(1, 2, ROWS)),
+            {},
+            "it has other super scales than one positive one",
+        ),
         ("gptq", quantize_per_channel(torch.randn(8, 64)), {"inputs": {"a": Int8Input()}}, "it quantizes its input"),
         ("awq", make_weight(WoqWeightDtype.INT8), {}, "its weight is INT8, the format holds INT4"),
         ("awq", make_weight(act_order=True), {}, "its groups are in act-order"),

@@ -1,11 +1,14 @@
 """Tokenizers out of metadata."""
 
+import json
+
 import pytest
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ipex_quant.checkpoints import open_gguf
 from ipex_quant.cli import main
 from ipex_quant.llm.gguf import gguf_tokenizer
+from ipex_quant.llm.gguf.pre_tokenizers import pre_tokenizer_name
 
 BYTES = list(bytes_to_unicode().values())
 TOKENS = [*BYTES, "<|end|>", "th", "the", "\u0120the"]
@@ -46,6 +49,22 @@ def test_text_there_and_back(tokenizer_of):
 def test_the_first_token_is_added_where_the_file_says_so(tokenizer_of):
     tokenizer = tokenizer_of(add_bos_token=True, bos_token_id=256)
     assert tokenizer("the").input_ids == [256, 258]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("gpt-2", ["a", "\u01201234", "\u010a", "'s"]),
+        ("smollm", ["a", "\u0120", "1", "2", "3", "4", "\u010a", "'s"]),
+        ("llama-bpe", ["a", "\u0120", "123", "4", "\u010a", "'s"]),
+        ("qwen2", ["a", "\u0120", "1", "2", "3", "4", "\u010a", "'s"]),
+    ],
+)
+def test_texts_are_divided_as_the_file_says(tokenizer_of, name, parts):
+    tokenizer = tokenizer_of(pre=name)
+    divided = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a 1234\n's")
+    assert [part for part, _ in divided] == parts
+    assert pre_tokenizer_name(json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]) == name
 
 
 @pytest.mark.parametrize(
