@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ipex_quant import data, llm, quantization
 from ipex_quant.evaluation import model_bytes
-from ipex_quant.llm.decoder.linears import fused_linear, fused_linears
+from ipex_quant.llm.decoder.linears import linear_call, linear_calls
 from ipex_quant.ops import PostOp
 
 DTYPE = torch.bfloat16
@@ -128,9 +128,9 @@ class Linears:
             attention, mlp = layer.self_attn, layer.mlp
             query_first, pair = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
             if fused:
-                qkv = partial(first_of, group=fused_linears(query_first))
-                gate_up = partial(fused_linears(pair).gated, activation=PostOp.SILU)
-                self.layers.append([qkv, fused_linear(attention.o_proj), gate_up, fused_linear(mlp.down_proj)])
+                qkv = partial(first_of, group=linear_calls(query_first))
+                gate_up = partial(linear_calls(pair).gated, activation=PostOp.SILU)
+                self.layers.append([qkv, linear_call(attention.o_proj), gate_up, linear_call(mlp.down_proj)])
             else:
                 qkv, gate_up = partial(call_all, modules=query_first[::-1]), partial(call_all, modules=pair)
                 self.layers.append([qkv, attention.o_proj, gate_up, mlp.down_proj])
@@ -147,7 +147,7 @@ class Linears:
 
 
 def file_model(path: str, lowp_mode: str) -> PreTrainedModel:
-    """The model in a GGUF file; "NONE" computes in bfloat16, "INT8" with activations in INT8."""
+    """The model in a GGUF file or a quantized checkpoint; "NONE" computes in bfloat16, "INT8" with activations in INT8."""
     mapping = quantization.get_weight_only_quant_qconfig_mapping(
         weight_dtype=quantization.WoqWeightDtype.INT4, lowp_mode=quantization.WoqLowpMode[lowp_mode]
     )
