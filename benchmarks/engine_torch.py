@@ -147,7 +147,7 @@ class Linears:
 
 
 def file_model(path: str, lowp_mode: str) -> PreTrainedModel:
-    """The model in a GGUF file; "NONE" computes in bfloat16, "INT8" with activations in INT8."""
+    """The model in a file or directory; "NONE" computes in bfloat16, "INT8" with activations in INT8."""
     mapping = quantization.get_weight_only_quant_qconfig_mapping(
         weight_dtype=quantization.WoqWeightDtype.INT4, lowp_mode=quantization.WoqLowpMode[lowp_mode]
     )

@@ -1,6 +1,6 @@
 """Write a table of measured speeds in docs/benchmarks.md from a result of the script of that name in benchmarks/.
 
-python tools/measured_table.py {linear,int8,generate,peers} benchmarks/results/FILE.json [--page FILE]
+python tools/measured_table.py {linear,int8,generate,peers,checkpoints} benchmarks/results/FILE.json [--page FILE]
 """
 
 from __future__ import annotations
@@ -31,6 +31,14 @@ GENERATION = {
         "weights": "weight_bytes",
         "peak": "peak_bytes",
     },
+    "checkpoints": {
+        "loading s": ("loading_seconds", "loading_first_over_this"),
+        "loading peak": "loading_peak_bytes",
+        "prefill token/s": ("prefill_tokens_per_second", "prefill_first_over_this"),
+        "decode token/s": ("decode_tokens_per_second", "decode_first_over_this"),
+        "weights": "weight_bytes",
+        "peak": "peak_bytes",
+    },
 }
 """Columns by benchmark, with the keys of a record that they show; a pair is a value and a ratio."""
 
@@ -40,7 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("benchmark", choices=[*OURS, *GENERATION])
     parser.add_argument("result", type=Path)
-    parser.add_argument("--shapes", nargs="+", help="of generate and peers: those to show; all, if not given")
+    parser.add_argument(
+        "--shapes", nargs="+", help="of generate, peers and checkpoints: those to show; all, if not given"
+    )
     parser.add_argument("--page", type=Path, default=PAGE, help="the Markdown file with the marks")
     options = parser.parse_args()
     text = options.page.read_text(encoding="utf-8")

@@ -117,6 +117,7 @@ def read_awq(
     if qweight.dtype == torch.int16:
         return _read_fast(tensors, group_size, shape)
     (qzeros,) = require(tensors, (_ZEROS,))
+    check_rank(_ZEROS, qzeros, 2)
     fits_gemm = qweight.shape[1] == -(-scales.shape[1] // FIELDS)
     if not fits_gemm and qweight.shape[0] == scales.shape[0] == qzeros.shape[0]:  # all of one size, that of rows
         return _read_gemv(qweight, qzeros, scales, group_size, shape)

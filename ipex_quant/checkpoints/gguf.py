@@ -81,7 +81,7 @@ class GgufFormat(CheckpointFormat):
             raise ValueError(f"{key}: {kind} has blocks of {blocks.elements}, which do not divide {columns} columns")
         width = stored.shape[1] if columns is None else columns // blocks.elements * blocks.size
         check(key, stored, (torch.uint8,), (len(stored) if rows is None else rows, width))
-        if width % blocks.size:
+        if not width or width % blocks.size:
             raise ValueError(f"{key}: expected rows of whole blocks of {blocks.size} bytes, got {width}")
         weight = read_blocks(kind, stored)
         return weight if order is None else _in_order(weight, order)

@@ -90,11 +90,16 @@ class GgufFile:
         return self.expect("general.architecture", str)
 
     def expect(self, key: str, kind: type, default: Any = None) -> Any:
-        """The value of `key`, which must be a `kind`, or `default` if there is none; else ValueError."""
+        """The value of `key`, which must be a `kind`, or `default` if there is none; else ValueError.
+
+        A float must be finite.
+        """
         value = self.metadata.get(key, default)
         number = kind is float and isinstance(value, int) and not isinstance(value, bool)
         if not (isinstance(value, kind) or number) or (kind is int and isinstance(value, bool)):
             raise ValueError(f"{self.path}: {key}: expected a {kind.__name__}, got {shown(value)}")
+        if kind is float and not math.isfinite(value):
+            raise ValueError(f"{self.path}: {key}: expected a finite number, got {value}")
         return float(value) if number else value
 
     def of_model(self, key: str, kind: type = int, default: Any = None) -> Any:
@@ -201,8 +206,7 @@ def _placed(
                 f"{path}: {shown(name)}: {length} bytes at {offset} of the data are not aligned to {alignment} or end "
                 f"beyond the file of {size} bytes: truncated or damaged; download it again"
             )
-        if length:
-            spans.append((offset, offset + length, name))
+        spans.append((offset, offset + length, name))
         tensors[name] = GgufTensor(kind, FileTensor(path, dtype, torch.Size(stored), start + offset))
     spans.sort()
     for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
@@ -295,6 +299,8 @@ class _Header:
         if not 1 <= dimensions <= MAX_DIMENSIONS:
             raise ValueError(f"{self.path}: {shown(name)}: expected 1 to {MAX_DIMENSIONS} dimensions, got {dimensions}")
         shape = tuple(self.number("<u8") for _ in range(dimensions))[::-1]
+        if 0 in shape:
+            raise ValueError(f"{self.path}: {shown(name)}: expected sizes above 0, got {list(shape)}")
         if math.prod(shape) >= 1 << 62:
             raise ValueError(f"{self.path}: {shown(name)}: a shape of {list(shape)} is larger than any file")
         return name, shape, self.number("<u4"), self.number("<u8")

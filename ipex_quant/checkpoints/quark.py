@@ -120,6 +120,8 @@ class QuarkFormat(CheckpointFormat):
         args = self._args(module_name)
         weight, scales = require(tensors, (_WEIGHT, _SCALE))
         check_rank(_WEIGHT, weight, 2)
+        if not weight.numel():
+            raise ValueError(f"{_WEIGHT}: expected rows and columns, got shape {list(weight.shape)}")
         if args.dtype in INTEGERS:
             return self._read_integers(args, weight, scales, tensors.get(_ZERO), shape)
         per_byte = 2 if args.dtype == "fp4" else 1
@@ -183,7 +185,7 @@ class QuarkFormat(CheckpointFormat):
         if zeros is not None:
             packed = zeros if zeros.dim() == 2 else zeros.reshape(1, -1)
             found = self._fields(_ZERO, packed, bits, signed)
-            if not grouped and found.numel() != rows:
+            if not grouped and len(found) == 1 and found.numel() not in (0, rows):
                 found = found[:, :1].expand(1, rows)
             check(_ZERO, found, (torch.uint8,), (groups, rows))
             zero_points = found.t().to(torch.int16)

@@ -44,7 +44,7 @@ from .saved.checkpoint import plan_of
 from .saved.float_models import check_complete, check_float, concrete_class, load_float_model, model_class
 from .saved.repositories import Source, local_path
 from .saved.rounding import FloatPlan, plan_rounding, plan_storage
-from .saved.streaming import LayerSource
+from .saved.streaming import LayerPlan, LayerSource
 from .saving import load_saved, transformers_errors
 
 
@@ -176,8 +176,10 @@ class _Shell:
         config = gguf_config(file)
         return cls(file.path, model_class(file.path, {"architectures": config.architectures}), config)
 
-    def with_layers(self, dtype: torch.dtype, source: LayerSource, tensors: Mapping[str, Stored]) -> PreTrainedModel:
-        """The model with the layers of `source`, and the `tensors` that these do not take."""
+    def with_layers(
+        self, dtype: torch.dtype, plan: Callable[[PreTrainedModel], LayerPlan], tensors: Mapping[str, Stored]
+    ) -> PreTrainedModel:
+        """The model with the layers of `plan`, and the `tensors` that these do not take."""
         with transformers_errors(self.path):
             for part in (self.config, self.config.get_text_config(decoder=True)):
                 if hasattr(part, "quantization_config"):
@@ -189,7 +191,7 @@ class _Shell:
                 None,
                 config=self.config,
                 state_dict=tensors,
-                quantization_config=source,
+                quantization_config=LayerSource(plan, tensors),
                 dtype=dtype,
                 **options,
             )
@@ -213,8 +215,7 @@ def _gguf_model(
     tensors = dict(checkpoint.tensors)
     if mapping is not None and not needs_calibration(mapping):
         return _rounded_model(shell, tensors, dtype, lambda _: mapping, kv_cache_dtype)
-    nothing = LayerSource(lambda model: FloatPlan({}, {}))
-    model = shell.with_layers(dtype, nothing, tensors)
+    model = shell.with_layers(dtype, lambda model: FloatPlan({}, {}), tensors)
     return _optimized(model, dtype, mapping, kv_cache_dtype)
 
 
@@ -227,8 +228,8 @@ def _quantized_model(
 ) -> PreTrainedModel:
     """The model with the layers of `checkpoint`, which compute as `mapping` says."""
     chosen = mapping or get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4)
-    source = LayerSource(lambda model: plan_of(model, checkpoint, chosen))
-    return completed(shell.with_layers(dtype, source, checkpoint.other_tensors()), kv_cache_dtype)
+    model = shell.with_layers(dtype, lambda each: plan_of(each, checkpoint, chosen), checkpoint.other_tensors())
+    return completed(model, kv_cache_dtype)
 
 
 def _float_model(
@@ -272,8 +273,8 @@ def load_stored(
     """
     check_float(path)
     tensors = open_tensors(path)
-    source = LayerSource(lambda model: plan_storage(model, tensors, mapping_of(model)))
-    return _Shell.of_directory(path, trust_remote_code).with_layers(dtype, source, tensors)
+    shell = _Shell.of_directory(path, trust_remote_code)
+    return shell.with_layers(dtype, lambda model: plan_storage(model, tensors, mapping_of(model)), tensors)
 
 
 def _rounded_model(
@@ -291,7 +292,7 @@ def _rounded_model(
         mapping = mapping_of(model)
         return plan_rounding(model, tensors, mapping)
 
-    model = shell.with_layers(dtype, LayerSource(plan), tensors)
+    model = shell.with_layers(dtype, plan, tensors)
     left, _ = choose_qconfigs(mapping, model)
     if not left and any(isinstance(module, QuantizedModule) for module in model.modules()):
         warn_of_float(model, getattr(model, FLOAT_REASONS))

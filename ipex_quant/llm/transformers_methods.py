@@ -56,7 +56,9 @@ class ForeignLoader(LayerLoader):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         checkpoint = open_directory(Path(kwargs["checkpoint_files"][0]).parent)
         mapping = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4)
-        self.quantization_config = LayerSource(lambda each: plan_of(each, checkpoint, mapping))
+        self.quantization_config = LayerSource(
+            lambda each: plan_of(each, checkpoint, mapping), checkpoint.other_tensors()
+        )
         super()._process_model_before_weight_loading(model, **kwargs)
         # transformers would report the tensors of quantized layers as unexpected
         ends = (*checkpoint.format.keys, checkpoint.format.bias_key, *checkpoint.format.unused)

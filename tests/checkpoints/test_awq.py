@@ -79,6 +79,7 @@ def test_a_g_idx_in_natural_order_changes_nothing():
         ({"qweight": torch.zeros(64, dtype=torch.int32)}, ValueError, "qweight: expected 2 dimensions"),
         ({"qweight": torch.zeros(64, 2)}, TypeError, "qweight: expected dtype torch.int32"),
         ({"qzeros": torch.zeros(2, 1, dtype=torch.int32)}, ValueError, r"qzeros: expected shape \[2, 2\]"),
+        ({"qzeros": torch.zeros((), dtype=torch.int32)}, ValueError, "qzeros: expected 2 dimensions"),
         ({"scales": torch.ones(3, 16)}, ValueError, r"scales: expected shape \[2, 16\]"),
         ({"scales": torch.ones(2, 16, dtype=torch.int64)}, TypeError, "scales: expected dtype"),
         ({"scales": torch.full((2, 16), float("nan"))}, ValueError, "scales: expected finite values"),

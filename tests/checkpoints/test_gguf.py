@@ -127,6 +127,14 @@ def test_blocks_fit_the_model(tmp_path, write_gguf, blocks_of, shape, message):
         checkpoint.quantized_weight("lm_head", shape[1], shape[0])
 
 
+def test_rows_of_no_blocks_are_refused():
+    checkpoint = open_checkpoint(
+        ({"a.qweight": torch.zeros(8, 0, dtype=torch.uint8)}, {"format": "iq4_nl", "quant_method": "gguf"})
+    )
+    with pytest.raises(ValueError, match="expected rows of whole blocks of 18 bytes, got 0"):
+        checkpoint["a"]
+
+
 @pytest.mark.parametrize(
     ("tensors", "metadata", "message"),
     [

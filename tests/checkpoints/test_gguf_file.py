@@ -97,6 +97,7 @@ def info_at(data, name):
     [
         (0, "<I", 0, "expected 1 to 4 dimensions, got 0"),
         (0, "<I", 1 << 30, "expected 1 to 4 dimensions"),
+        (4, "<Q", 0, "expected sizes above 0"),
         (4, "<Q", 1 << 61, "larger than any file"),
         (4, "<Q", 1 << 40, "end beyond the file"),
         (20, "<I", 99, "got 99; quantize the model"),

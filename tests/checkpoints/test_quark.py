@@ -146,6 +146,7 @@ def test_options_that_are_not_supported_are_named(change, message):
             ValueError,
             r"weight_zero_point: expected shape \[2, 16\], got \[2, 8\]",
         ),
+        (lambda t: t.update(weight=t["weight"][:, :0]), ValueError, "weight: expected rows and columns"),
     ],
 )
 def test_inconsistent_tensors_are_refused(change, error, message):
@@ -153,3 +154,12 @@ def test_inconsistent_tensors_are_refused(change, error, message):
     change(tensors)
     with pytest.raises(error, match=message):
         QuarkFormat.from_config(config()).read("m", tensors, (16, 64))
+
+
+@pytest.mark.parametrize("zeros", [torch.zeros(0, dtype=torch.uint8), torch.zeros(2, 16, dtype=torch.uint8)])
+def test_zero_points_of_another_number_of_rows_are_refused(zeros):
+    tensors, _ = integers("uint8", "per_channel")
+    with pytest.raises(ValueError, match=r"weight_zero_point: expected shape \[1, 16\]"):
+        QuarkFormat.from_config(config("uint8", "per_channel")).read(
+            "m", tensors | {"weight_zero_point": zeros}, (16, 64)
+        )

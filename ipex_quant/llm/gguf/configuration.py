@@ -16,7 +16,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ...checkpoints import GgufFile
-from .rope import rope_parameters
+from ...reading import shown
+from .rope import check_above_0, rope_parameters
 
 Entries = dict[str, Any]
 
@@ -31,6 +32,9 @@ _SIZES = {
     "intermediate_size": "feed_forward_length",
 }
 _RMS_NORM = {"rms_norm_eps": "attention.layer_norm_rms_epsilon"}
+_PARTLY_ROTATED = ("minimax-m2", "nemotron", "phi3", "qwen35", "qwen35moe", "stablelm")
+"""Architectures that may rotate a part of each head."""
+
 _EXPERTS = {
     "num_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
@@ -54,7 +58,7 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
     name = name or MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     try:
         config = AutoConfig.for_model(model_type, **entries)
-    except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError) as error:
+    except Exception as error:  # classes of its own, of which not all are ValueErrors
         raise ValueError(f"{file.path}: its metadata make no configuration of a {model_type} ({error})") from error
     config.architectures = [name]
     return config
@@ -98,9 +102,22 @@ def _attention(file: GgufFile, *tables: Mapping[str, str], without: tuple[str, .
     size = file.of_model("attention.key_length", int, entries["hidden_size"] // entries["num_attention_heads"])
     if not 0 < size < 1 << 20:
         raise ValueError(f"{file.path}: {file.architecture}.attention.key_length: expected a size, got {size}")
+    _check_heads(file, entries["num_attention_heads"], entries["num_key_value_heads"], size)
+    used, experts = entries.get("num_experts_per_tok", 0), entries.get("num_experts", entries.get("num_local_experts"))
+    if experts is not None and used > experts:
+        raise ValueError(f"{file.path}: expert_used_count: expected at most {experts}, got {used}")
     entries["head_dim"] = size
     entries["rope_parameters"] = rope_parameters(file, size)
     return entries
+
+
+def _check_heads(file: GgufFile, heads: int, groups: int, size: int) -> None:
+    """ValueError unless `groups` of keys and values divide the heads, and heads are rotated as `file` may say."""
+    if groups <= 0 or heads % groups:
+        raise ValueError(f"{file.path}: attention.head_count_kv: expected a divisor of {heads} heads, got {groups}")
+    rotated = file.of_model("rope.dimension_count", int, size)
+    if rotated != size and (file.architecture not in _PARTLY_ROTATED or not 0 < rotated < size or rotated % 2):
+        raise ValueError(f"{file.path}: rope.dimension_count: expected the {size} of a head, got {rotated}")
 
 
 def _llama(file: GgufFile) -> Entries:
@@ -162,13 +179,16 @@ def _gemma(file: GgufFile) -> Entries:
 def _gemma2(file: GgufFile) -> Entries:
     entries = _attention(file, _RMS_NORM, {"sliding_window": "attention.sliding_window"})
     largest = entries["num_hidden_layers"] == 46  # 27B, whose queries are scaled otherwise
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    caps = {key: file.of_model(key, float, default) for key, default in caps.items()}
+    for key, cap in caps.items():
+        check_above_0(file, key, cap)
     return {
         "model_type": "gemma2",
         "query_pre_attn_scalar": entries["hidden_size"] // entries["num_attention_heads"]
         if largest
         else entries["head_dim"],
-        "attn_logit_softcapping": file.of_model("attn_logit_softcapping", float, 50.0),
-        "final_logit_softcapping": file.of_model("final_logit_softcapping", float, 30.0),
+        **caps,
         **entries,
     }
 
@@ -178,6 +198,7 @@ def _gemma3(file: GgufFile) -> Entries:
     largest = entries["num_hidden_layers"] == 62
     rotated = entries.pop("rope_parameters")
     local = file.of_model("rope.freq_base_swa", float, 10_000.0)
+    check_above_0(file, "rope.freq_base_swa", local)
     return {
         "model_type": "gemma3_text",
         "query_pre_attn_scalar": entries["hidden_size"] // entries["num_attention_heads"]
@@ -198,6 +219,8 @@ def _phi3(file: GgufFile) -> Entries:
     entries["rope_parameters"]["partial_rotary_factor"] = rotated / size
     original = file.of_model("rope.scaling.original_context_length", int, entries["max_position_embeddings"])
     window = file.of_model("attention.sliding_window", int, 0)
+    if window < 0:
+        raise ValueError(f"{file.path}: phi3.attention.sliding_window: expected a size, got {window}")
     return {
         "model_type": "phi3",
         "partial_rotary_factor": rotated / size,
@@ -304,6 +327,8 @@ def _lfm2(file: GgufFile) -> Entries:
     if not heads or not all(type(each) is int and 0 <= each < 1 << 16 for each in heads) or not any(heads):
         raise ValueError(f"{file.path}: lfm2.attention.head_count_kv: expected the heads of each layer")
     names = {"conv_L_cache": "shortconv.l_cache", "norm_eps": "attention.layer_norm_rms_epsilon"}
+    sizes = _sizes(file, names)
+    _check_heads(file, sizes["num_attention_heads"], max(heads), sizes["hidden_size"] // sizes["num_attention_heads"])
     return {
         "model_type": "lfm2",
         "num_key_value_heads": max(heads),
@@ -311,7 +336,7 @@ def _lfm2(file: GgufFile) -> Entries:
         "block_auto_adjust_ff_dim": False,
         "conv_bias": _has(file, "shortconv.in_proj.bias"),
         "rope_parameters": rope_parameters(file, 0),
-        **_sizes(file, names),
+        **sizes,
     }
 
 
@@ -328,13 +353,18 @@ def _qwen35(file: GgufFile) -> Entries:
     if experts:
         names |= _EXPERTS | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
     entries = _attention(file, _RMS_NORM, names, without=("intermediate_size",) if experts else ())
-    entries["num_hidden_layers"] -= file.of_model("nextn_predict_layers", int, 0)
+    further = file.of_model("nextn_predict_layers", int, 0)
+    if not 0 <= further < entries["num_hidden_layers"]:
+        raise ValueError(f"{file.path}: nextn_predict_layers: expected fewer than all layers, got {further}")
+    entries["num_hidden_layers"] -= further
     inner, heads = entries.pop("inner"), entries["linear_num_value_heads"]
     if inner % heads:
         raise ValueError(f"{file.path}: {file.architecture}.ssm.inner_size: expected {heads} heads, got {inner}")
     rotated = file.of_model("rope.dimension_count", int, entries["head_dim"])
     sections = file.of_model("rope.dimension_sections", list, [])
     entries["rope_parameters"] |= {"partial_rotary_factor": rotated / entries["head_dim"], "mrope_interleaved": True}
+    if not all(type(each) is int and 0 <= each <= rotated for each in sections):
+        raise ValueError(f"{file.path}: rope.dimension_sections: expected sizes, got {shown(sections)}")
     if sections:
         entries["rope_parameters"]["mrope_section"] = [each for each in sections if each]
     kind = "qwen3_5_moe_text" if experts else "qwen3_5_text"
@@ -353,15 +383,16 @@ def _t5(file: GgufFile) -> Entries:
     }
     sizes = _sizes(file, names, without=tuple(_SIZES))
     own_bias = "dec.blk.1.attn_rel_b.weight" in file.tensors or "enc.blk.1.attn_rel_b.weight" in file.tensors
-    if sizes["num_layers"] > MAX_LAYERS:
-        raise ValueError(f"{file.path}: t5.block_count: expected at most {MAX_LAYERS}")
+    decoder = file.of_model("decoder_block_count", int, sizes["num_layers"])
+    if not (sizes["num_layers"] <= MAX_LAYERS and 0 < decoder <= MAX_LAYERS):
+        raise ValueError(f"{file.path}: block_count, decoder_block_count: expected 1 to {MAX_LAYERS} layers")
     encoder = file.architecture == "t5encoder"
     kind = "umt5" if own_bias else "t5"
     gated = "gated-gelu" if "enc.blk.0.ffn_gate.weight" in file.tensors else "relu"
     return {
         "model_type": kind,
         "class": {"t5": "T5", "umt5": "UMT5"}[kind] + ("EncoderModel" if encoder else "ForConditionalGeneration"),
-        "num_decoder_layers": file.of_model("decoder_block_count", int, sizes["num_layers"]),
+        "num_decoder_layers": decoder,
         "decoder_start_token_id": file.of_model("decoder_start_token_id", int, 0),
         "feed_forward_proj": gated,
         **sizes,

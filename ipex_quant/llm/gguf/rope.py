@@ -21,20 +21,23 @@ def rope_parameters(file: GgufFile, head_size: int) -> dict[str, Any]:
     "llama3" if that makes the same ones, else "longrope", which takes any.
     """
     parameters: dict[str, Any] = {"rope_theta": file.of_model("rope.freq_base", float, 10_000.0)}
-    if not 0 < parameters["rope_theta"] < math.inf:
-        raise ValueError(f"{file.path}: rope.freq_base: expected a number above 0, got {parameters['rope_theta']}")
+    check_above_0(file, "rope.freq_base", parameters["rope_theta"])
     context = file.of_model("context_length", int)
     original = file.of_model("rope.scaling.original_context_length", int, context)
+    check_above_0(file, "rope.scaling.original_context_length", original)
     if "rope_factors_long.weight" in file.tensors:
         parts = {f"{part}_factor": _factors(file, f"rope_factors_{part}.weight").tolist() for part in ("long", "short")}
         parameters |= {"rope_type": "longrope", "original_max_position_embeddings": original, **parts}
-        factor = file.of_model("rope.scaling.attn_factor", float, 0.0)
-        return parameters | ({"attention_factor": factor} if factor else {})
+        factor = file.of_model("rope.scaling.attn_factor", float, 1.0)
+        check_above_0(file, "rope.scaling.attn_factor", factor)
+        stated = f"{file.architecture}.rope.scaling.attn_factor" in file.metadata
+        return parameters | ({"attention_factor": factor} if stated else {})
     if "rope_freqs.weight" in file.tensors:
         factors = _factors(file, "rope_freqs.weight")
         return parameters | _of_factors(factors, parameters["rope_theta"], head_size, context)
     kind = file.of_model("rope.scaling.type", str, "none")
     factor = file.of_model("rope.scaling.factor", float, file.of_model("rope.scale_linear", float, 1.0))
+    check_above_0(file, "rope.scaling.factor", factor)
     if kind == "none" or (kind == "linear" and factor == 1):
         return parameters | {"rope_type": "default"}
     if kind == "linear":
@@ -43,9 +46,15 @@ def rope_parameters(file: GgufFile, head_size: int) -> dict[str, Any]:
         yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
         for name, key in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
             beta = file.of_model(f"rope.scaling.{key}", float, 0.0)
-            yarn |= {name: beta} if beta else {}
+            yarn |= {name: beta} if beta > 0 else {}
         return parameters | yarn
     raise ValueError(f"{file.path}: rope.scaling.type: expected none, linear, yarn or longrope, got {shown(kind)}")
+
+
+def check_above_0(file: GgufFile, key: str, value: float) -> None:
+    """ValueError unless the `value` of a key of the architecture is above 0."""
+    if value <= 0:
+        raise ValueError(f"{file.path}: {key}: expected a number above 0, got {value}")
 
 
 def _factors(file: GgufFile, name: str) -> torch.Tensor:

@@ -26,6 +26,10 @@ _PARTS = {
 """What transformers' converter takes, and the entries of ``tokenizer.ggml`` that give it."""
 
 
+MAX_TOKEN = 1024
+"""Most characters of a token: merges are looked for in all of its parts."""
+
+
 def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
     """The tokenizer in `file`, made by transformers' own converter.
 
@@ -39,6 +43,8 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
     tokens = parts.get("tokens")
     if not tokens or not all(isinstance(token, str) for token in tokens):
         raise ValueError(f"{file.path}: tokenizer.ggml.tokens: expected the tokens of a vocabulary")
+    if max(map(len, tokens)) > MAX_TOKEN:
+        raise ValueError(f"{file.path}: tokenizer.ggml.tokens: expected at most {MAX_TOKEN} characters in each")
     for name, kind in (("scores", (int, float)), ("token_type", int)):
         values = parts.get(name)
         if values is not None and (len(values) != len(tokens) or not all(isinstance(each, kind) for each in values)):
@@ -50,7 +56,7 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
     adds_bos = file.expect("tokenizer.ggml.add_bos_token", bool, parts.get("tokenizer_type") == "llama")
     try:
         backend, _ = _converter()(file.architecture, parts)
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # the tokenizers library raises no subclass of it
         raise ValueError(f"{file.path}: transformers makes no tokenizer of it ({error})") from error
     if parts.get("tokenizer_type") == "gpt2":  # which transformers does not divide by the name that the file gives
         divider = make_pre_tokenizer(parts.get("pre_tokenizer_type", ""))

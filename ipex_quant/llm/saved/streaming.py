@@ -22,6 +22,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ...checkpoints import Stored
 from ...conversion.swap import return_freed_memory, successor
 from ...conversion.tying import untie
 from ...nn import Placeholder
@@ -31,6 +32,9 @@ METHOD = "ipex_quant_checkpoint"
 """Name of the method while a model is loaded; no configuration that is saved has it."""
 
 _MANY_LAYERS = 16
+
+_COMPUTED_ELEMENTS = 1 << 26
+"""Elements of parameters that a model may compute, beside those that it reads."""
 
 _KEPT_BYTES = 1 << 27
 """Bytes read before freed memory goes back to the system: to fault it in again for each layer takes a third of the
@@ -53,14 +57,32 @@ class LayerPlan(Protocol):
 
 
 class LayerSource(QuantizationConfigMixin):
-    """The `quantization_config` with which `from_pretrained` takes layers from elsewhere, as `plan` says of a model."""
+    """The `quantization_config` with which `from_pretrained` takes layers from elsewhere, as `plan` says of a model.
 
-    def __init__(self, plan: Callable[[PreTrainedModel], LayerPlan]) -> None:
+    `tensors` are those of the other layers.
+    """
+
+    def __init__(self, plan: Callable[[PreTrainedModel], LayerPlan], tensors: Mapping[str, Stored]) -> None:
         self.quant_method = METHOD
-        self.plan = plan
+        self.plan, self.tensors = plan, tensors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerSource:
         return self  # transformers copies configurations; the tensors stay where they are
+
+
+def check_room(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> None:
+    """ValueError if `model`, on the meta device, has far more parameters than `tensors` have elements.
+
+    transformers makes those that are missing, or have another shape, before it tells.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", ()))
+    needed = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
+    stored = sum(tensor.shape.numel() for tensor in tensors.values())
+    if needed > 2 * stored + _COMPUTED_ELEMENTS:
+        raise ValueError(
+            f"the configuration describes a {type(model).__name__} with {needed} elements in tensors that are not "
+            f"quantized, of which the checkpoint has {stored}; get a complete one, with its own configuration"
+        )
 
 
 class LayerLoader(HfQuantizer):
@@ -78,6 +100,7 @@ class LayerLoader(HfQuantizer):
             place = Placeholder((), {}, {})
             place.stand_for(model.get_submodule(name))
             model.set_submodule(name, place)
+        check_room(model, self.quantization_config.tensors)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         replacements, sizes = self._plan.replacements, self._plan.sizes

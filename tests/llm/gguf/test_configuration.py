@@ -51,13 +51,55 @@ def test_a_small_llama(config_of):
         ({"llama.attention.key_length": 1 << 30}, r"llama\.attention\.key_length: expected a size"),
         ({"llama.attention.layer_norm_rms_epsilon": "x"}, "layer_norm_rms_epsilon: expected a float"),
         ({"llama.rope.freq_base": -1.0}, r"rope\.freq_base: expected a number above 0, got -1\.0"),
-        ({"llama.rope.freq_base": math.inf}, r"rope\.freq_base: expected a number above 0, got inf"),
+        ({"llama.rope.freq_base": math.inf}, r"rope\.freq_base: expected a finite number, got inf"),
+        ({"llama.rope.scaling.factor": math.nan}, r"rope\.scaling\.factor: expected a finite number, got nan"),
+        ({"llama.rope.scaling.factor": 0.0}, r"rope\.scaling\.factor: expected a number above 0, got 0\.0"),
+        ({"llama.rope.scaling.original_context_length": 0}, "original_context_length: expected a number above 0"),
+        ({"llama.rope.dimension_count": 8}, r"rope\.dimension_count: expected the 16 of a head, got 8"),
+        ({"llama.attention.head_count": 3}, "its metadata make no configuration of a llama"),
+        ({"llama.attention.head_count_kv": 0}, r"head_count_kv: expected a divisor of 4 heads, got 0"),
+        ({"llama.attention.head_count_kv": 3}, r"head_count_kv: expected a divisor of 4 heads, got 3"),
+        (
+            {"llama.expert_count": 4, "llama.expert_used_count": 5},
+            r"expert_used_count: expected at most 4, got 5",
+        ),
         ({"llama.rope.scaling.type": "x"}, r"rope\.scaling\.type: expected none, linear, yarn or longrope, got 'x'"),
     ],
 )
 def test_what_is_absurd_is_named(config_of, metadata, message):
     with pytest.raises(ValueError, match=message):
         config_of(metadata)
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "message"),
+    [
+        ("t5", {"decoder_block_count": 1 << 40}, "decoder_block_count: expected 1 to 10000 layers"),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping: expected a number above 0"),
+        ("gemma3", {"rope.freq_base_swa": -1.0}, r"rope\.freq_base_swa: expected a number above 0"),
+        ("phi3", {"rope.dimension_count": 1 << 40}, r"rope\.dimension_count: expected the 16 of a head"),
+        ("phi3", {"attention.sliding_window": -1}, r"sliding_window: expected a size, got -1"),
+        ("lfm2", {"rope.dimension_count": 8}, r"rope\.dimension_count: expected the 16 of a head, got 8"),
+        ("lfm2", {"attention.head_count_kv": [0, 3]}, r"head_count_kv: expected a divisor of 4 heads, got 3"),
+        ("qwen35", {"nextn_predict_layers": -(1 << 40)}, "nextn_predict_layers: expected fewer than all layers"),
+        ("qwen35", {"rope.dimension_sections": [1 << 40]}, r"rope\.dimension_sections: expected sizes"),
+    ],
+)
+def test_what_is_absurd_in_one_architecture(name, metadata, message, make_tiny, gguf_of):
+    own = {f"{name}.{key}": value for key, value in metadata.items()}
+    path = gguf_of(make_tiny(name), name, name, **own)
+    with pytest.raises(ValueError, match=message):
+        gguf_config(open_gguf(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("gpt2", "context_length"), ("t5", "embedding_length"), ("t5", "attention.relative_buckets_count")],
+)
+def test_nothing_is_made_that_no_tensor_could_fill(name, key, make_tiny, gguf_of):
+    path = gguf_of(make_tiny(name), name, name, "Q8_0", **{f"{name}.{key}": (1 << 31) - 1})
+    with pytest.raises(ValueError, match="elements in tensors that are not quantized, of which the checkpoint has"):
+        ipex.llm.from_pretrained(path)
 
 
 def test_the_vocabulary_is_that_of_the_embedding(config_of):

@@ -75,6 +75,8 @@ def test_texts_are_divided_as_the_file_says(tokenizer_of, name, parts):
         ({"tokens": "abc"}, r"tokenizer\.ggml\.tokens: expected a list, got 'abc'"),
         ({"token_type": [1]}, r"tokenizer\.ggml\.token_type: expected a number for each of 260 tokens"),
         ({"scores": ["x"] * 260}, r"tokenizer\.ggml\.scores: expected a number for each of 260 tokens"),
+        ({"merges": ["x ?y"]}, "transformers makes no tokenizer of it .*out of vocabulary"),
+        ({"tokens": ["x" * 2000] * 260}, r"tokenizer\.ggml\.tokens: expected at most 1024 characters in each"),
         ({"merges": ["the"]}, r"tokenizer\.ggml\.merges: expected pairs of tokens"),
         ({"eos_token_id": 260}, r"the token 260 is none of 260"),
         ({"model": "unknown"}, r"transformers makes no tokenizer of it .*'unknown'"),
