@@ -27,7 +27,6 @@ from ..numerics.affine import dequantize
 from ..numerics.scheme import QConfigWoq, WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
 from ..smoothquant.tracing import trace_groups
 from ..woq.awq_blocks import awq_blocks
-from ..woq.gptq import BITS
 from ..woq.gptq_blocks import quantize_blocks
 from ..woq.towers import find_blocks
 from .allocation import Option, allocate
@@ -280,7 +279,7 @@ def find_weights(model: nn.Module, batches: Sequence[Example], candidate: Weight
     if candidate.algorithm == "awq":
         result = awq_blocks(model, inputs, schemes.get)
         return FoundWeights(result.weights, result.parameters)
-    suited = {name: scheme for name, scheme in schemes.items() if scheme.dtype in BITS}
+    suited = {name: scheme for name, scheme in schemes.items() if scheme.dtype.has_integers}
     return FoundWeights(quantize_blocks(model, inputs, suited.get))
 
 

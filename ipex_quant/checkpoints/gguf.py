@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from ..numerics.affine import feature_groups, stored_codes
-from ..numerics.nibbles import pack_nibbles
+from ..numerics.affine import feature_groups, plain_codes, stored_codes
 from ..numerics.quantized_weight import QuantizedWeight
 from ..reading import shown
 from .file_tensors import Derived, ExpertRows, Stored
@@ -189,8 +188,7 @@ def _in_order(weight: QuantizedWeight, order: torch.Tensor) -> QuantizedWeight:
     check(_ORDER, order, (torch.int32,), (weight.shape[1],))
     if not torch.equal(order.sort().values, torch.arange(len(order), dtype=torch.int32)):
         raise ValueError(f"{_ORDER}: expected each of {len(order)} columns once")
-    codes = stored_codes(weight)[:, order.long()]
-    codes = pack_nibbles(codes) if weight.scheme.dtype.bits <= 4 else codes.contiguous()
+    codes = plain_codes(stored_codes(weight)[:, order.long()], weight.scheme.dtype)
     return replace(weight, codes=codes, g_idx=feature_groups(weight)[order.long()].int())
 
 

@@ -14,8 +14,7 @@ from types import MappingProxyType
 
 import torch
 
-from ..numerics.affine import dequantize
-from ..numerics.nibbles import pack_nibbles
+from ..numerics.affine import dequantize, plain_codes
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqWeightDtype
 from .tensors import e8m0_scales
@@ -50,7 +49,7 @@ def read_blocks(kind: str, rows: torch.Tensor) -> QuantizedWeight:
     whole: Parts = {}
     for start, parts in _slices(blocks, rows):
         codes = parts.pop("codes")
-        parts["codes"] = pack_nibbles(codes) if blocks.dtype.bits <= 4 else codes
+        parts["codes"] = plain_codes(codes, blocks.dtype)
         for name, part in parts.items():
             if name not in whole:
                 whole[name] = part.new_empty((count, part.shape[1]))

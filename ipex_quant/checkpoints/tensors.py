@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from ..numerics.affine import INT4_OFFSET
+from ..numerics.affine import code_offset
 from ..numerics.nibbles import pack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
@@ -27,7 +27,7 @@ LINEAR = {
 }
 """What holds unsigned codes of 2 to 8 bits."""
 
-SYMMETRIC_ZERO_POINT = {WoqWeightDtype.INT8: 0} | {LINEAR[bits]: 1 << (bits - 1) for bits in range(2, 7)}
+SYMMETRIC_ZERO_POINT = {dtype: code_offset(dtype) for dtype in WoqWeightDtype if dtype.has_integers}
 
 
 def require(tensors: Mapping[str, T], keys: Iterable[str]) -> list[T]:
@@ -263,10 +263,11 @@ def small_integer_weight(
     zero_points = torch.zeros_like(scales, dtype=torch.int16) if zero_points is None else zero_points.to(torch.int16)
     size = group_of(group, shape[1])
     both = (codes, zero_points)
-    if all(each.numel() == 0 or (each.min() >= -INT4_OFFSET and each.max() < INT4_OFFSET) for each in both):
-        packed = pack_nibbles((codes + INT4_OFFSET).view(torch.uint8))
+    offset = code_offset(WoqWeightDtype.INT4)
+    if all(each.numel() == 0 or (each.min() >= -offset and each.max() < offset) for each in both):
+        packed = pack_nibbles((codes + offset).view(torch.uint8))
         scheme = WeightScheme(WoqWeightDtype.INT4, False, size)
-        return integer_weight(packed, scales, zero_points + INT4_OFFSET, g_idx, scheme, shape)
+        return integer_weight(packed, scales, zero_points + offset, g_idx, scheme, shape)
     return integer_weight(codes, scales, zero_points, g_idx, WeightScheme(WoqWeightDtype.INT8, False, size), shape)
 
 

@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..checkpoints.gptq import BITS as FILE_BITS
+from ..checkpoints.gptq import BITS
 from ..checkpoints.writers import GptqWriter, Layer
 from ..nn.linears import holds_experts, is_linear, output_head, weight_matrix
 from ..nn.multihead_attention import is_whole
 from ..nn.stacked_experts import PROJECTIONS, expert_bias, expert_layout, expert_weight
 from ..numerics.quantized_weight import QuantizedWeight
-from ..numerics.scheme import WeightScheme
-from ..woq.gptq import BITS, GptqOptions
+from ..numerics.scheme import WeightScheme, WoqWeightDtype
+from ..woq.gptq import GptqOptions
 from ..woq.gptq_blocks import named, quantize_blocks
 from ..woq.gptq_experts import PARTS, can_quantize_experts
 from ..woq.rtn import round_scales
@@ -76,7 +76,7 @@ def gptq(
     Raises ValueError for other values, a dataloader without usable samples, and a weight whose scales `scale_dtype`
     cannot represent, which it names; OSError for a `save_dir` that cannot be written. Both come before any computation.
     """
-    dtypes = {bits: dtype for dtype, bits in BITS.items() if bits in FILE_BITS}
+    dtypes = {dtype.bits: dtype for dtype in WoqWeightDtype if dtype.has_integers and dtype.bits in BITS}
     if wbits not in dtypes:
         raise ValueError(f"wbits: expected one of {sorted(dtypes)}, got {wbits}")
     if compression_dtype != torch.int32:

@@ -28,9 +28,6 @@ from .nibbles import pack_nibbles, unpack_nibbles
 from .quantized_weight import QuantizedWeight
 from .scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
 
-INT4_OFFSET = 8
-"""Offset of symmetric INT4 codes, which stores them unsigned."""
-
 
 def code_offset(dtype: WoqWeightDtype) -> int:
     """Offset of the codes of a symmetric integer dtype, which stores those below 8 bits unsigned."""

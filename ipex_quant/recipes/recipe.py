@@ -25,7 +25,6 @@ from ..quantization import (
     get_smooth_quant_qconfig_mapping,
     get_weight_only_quant_qconfig_mapping,
 )
-from ..woq.gptq import BITS
 from . import FOLDER, recipe_names
 from .fields import Count, Fraction, Regex, parse
 
@@ -126,7 +125,7 @@ class Gptq(WeightOnly, Calibrated):
     percdamp: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.weight_dtype not in BITS:
+        if not self.weight_dtype.has_integers:
             raise ValueError(f"weight_dtype: gptq writes integers, got {self.weight_dtype.name.lower()}")
 
 

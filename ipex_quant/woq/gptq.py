@@ -14,14 +14,11 @@ import torch
 
 from ..numerics.affine import code_offset, code_range, plain_codes, quantize
 from ..numerics.quantized_weight import QuantizedWeight, code_dtype
-from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
+from ..numerics.scheme import PER_CHANNEL, WeightScheme
 from .rtn import round_scales
 
 MAX_DAMPING = 10.0
 """Largest `percdamp` to accept, and to try on a Hessian that cannot be inverted."""
-
-BITS = {dtype: dtype.bits for dtype in WoqWeightDtype if dtype.has_integers}
-"""The dtypes that GPTQ quantizes to, and their bits."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def quantize_weight(
     and RuntimeError for a Hessian that cannot be inverted; warns when that takes more damping than asked for.
     """
     options = options or GptqOptions()
-    if scheme.dtype not in BITS:
+    if not scheme.dtype.has_integers:
         raise ValueError(f"dtype: GPTQ quantizes to integers, got {scheme.dtype.name}")
     static = quantize(weight, scheme)  # also checks the weight
     in_features = weight.shape[1]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...numerics.affine import INT4_OFFSET
+from ...numerics.affine import code_offset
 from ...numerics.nibbles import unpack_nibbles
 from ...numerics.scheme import WoqWeightDtype
 from ..awq import BITS, FIELDS, ORDER
@@ -70,7 +70,7 @@ class AwqWriter(CheckpointWriter):
         weight = layer.read()
         zero_points = weight.zero_points
         if zero_points is None:
-            zero_points = torch.full(weight.scales.shape, INT4_OFFSET, dtype=torch.uint8)
+            zero_points = torch.full(weight.scales.shape, code_offset(weight.scheme.dtype), dtype=torch.uint8)
         return {
             "qweight": _packed(unpack_nibbles(weight.codes, weight.shape[1])),
             "qzeros": _packed(zero_points.to(torch.uint8)),
