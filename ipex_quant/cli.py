@@ -266,17 +266,17 @@ def _tune(options: argparse.Namespace, recipe: Recipe, directory: Path, text: st
 
 
 def _export(options: argparse.Namespace) -> int:
-    from .checkpoints import find_quantization_config
+    from .checkpoints import find_gguf, find_quantization_config
 
-    directory = _model_directory(options.directory)
-    if find_quantization_config(directory) is None:
+    gguf = find_gguf(options.directory)
+    directory = options.directory if gguf else _model_directory(options.directory)
+    if gguf is None and find_quantization_config(directory) is None:
         raise ValueError(f"{directory}: expected a quantized model, got a float one; run `ipex-quant quantize` first")
     with new_directory(options.out, "--out") as out:
         model = _any_model(options)
-        if options.format == "gguf":
-            ipex.llm.export(model, out, options.format, _tokenizer(options, directory))
-        else:
-            ipex.llm.export(model, out, options.format)
+        from_to_gguf = gguf is not None or options.format == "gguf"
+        ipex.llm.export(model, out, options.format, _tokenizer(options, directory) if from_to_gguf else None)
+        if not from_to_gguf:
             _copy(directory, out, (*TOKENIZER_FILES, *PROCESSOR_FILES, *("*.py",) * options.trust_remote_code))
         size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{options.out}: {options.format}, {size / 1e6:.1f} MB")

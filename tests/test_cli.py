@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import ipex_quant as ipex
 from ipex_quant import cli, data
+from ipex_quant.checkpoints import open_gguf
 from ipex_quant.llm import exporting
 from ipex_quant.nn.linears import is_linear
 
@@ -201,6 +203,22 @@ def test_export_and_convert(quantized_dir, tmp_path, capsys):
         ipex.llm.load(directory).model.layers[1].mlp.up_proj for directory in (quantized_dir, tmp_path / "packed")
     ]
     assert torch.equal(stored[0].quantized_weight().codes, stored[1].quantized_weight().codes)
+
+
+@pytest.mark.filterwarnings("ignore:embeddings are in float")
+def test_a_gguf_file_is_converted(tmp_path, capsys):
+    source = Path(__file__).parent / "llm" / "data" / "gguf_q5_0" / "model.gguf"
+    assert cli.main(["convert", str(source), "--format", "gguf", "--out", str(tmp_path / "out")]) == 0
+    old, new = open_gguf(source), open_gguf(tmp_path / "out" / "model.gguf")
+    assert old.metadata["tokenizer.ggml.tokens"] == new.metadata["tokenizer.ggml.tokens"]
+    assert all(torch.equal(tensor.stored[...], new.tensors[name].stored[...]) for name, tensor in old.tensors.items())
+    into = ["--format", "compressed-tensors", "--out", str(tmp_path / "packed")]
+    assert cli.main(["convert", str(source), *into]) == 0
+    texts = []
+    for path in (source, tmp_path / "packed"):
+        assert cli.main(["generate", str(path), "--prompt", "Return the", "--max-new-tokens", "8"]) == 0
+        texts.append(capsys.readouterr().out.splitlines()[-1])
+    assert texts[0] == texts[1]
 
 
 def test_the_formats_are_those_of_export():
