@@ -198,7 +198,7 @@ def test_the_hessian_is_not_changed(hessian, weight):
         ),
         (torch.ones(4), torch.eye(4), WeightScheme(INT4), ValueError, "weight: expected shape"),
         (torch.ones(2, 4, dtype=torch.int32), torch.eye(4), WeightScheme(INT4), TypeError, "weight: expected dtype"),
-        (torch.ones(2, 4), torch.eye(4), WeightScheme(WoqWeightDtype.NF4), ValueError, "GPTQ quantizes to integers, got NF4"),
+        (torch.ones(2, 4), torch.eye(4), WeightScheme(WoqWeightDtype.NF4), ValueError, "to integers, got NF4"),
     ],
 )
 def test_bad_input(weight, hessian, scheme, error, message):
