@@ -93,14 +93,17 @@ def _sentence_piece(
             kinds[number] = _BYTE
         elif token == model.get("unk_token"):
             kinds[number] = _UNKNOWN
-    rank = _ranks(model)
+    rank = _ranks(model, {tokens[number] for number, kind in kinds.items() if kind == _NORMAL})
     # a token that nothing makes is never merged, whatever its score
     scores = [float(-rank.get(tokens.get(number, ""), 0)) for number in range(vocabulary)]
     return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": _puts_a_space_first(content)}
 
 
-def _ranks(model: Mapping[str, Any]) -> dict[str, int]:
-    """The place of each token that merges make, in their order; ValueError if scores cannot stand for them."""
+def _ranks(model: Mapping[str, Any], normal: set[str]) -> dict[str, int]:
+    """The place of each token that merges make, in their order; ValueError if scores cannot stand for them.
+
+    Tokens that are not `normal` are found in texts, or stand for bytes.
+    """
     rank: dict[str, int] = {}
     pairs: dict[str, int] = {}
     latest = ""
@@ -112,18 +115,14 @@ def _ranks(model: Mapping[str, Any]) -> dict[str, int]:
         pairs[made] = pairs.get(made, 0) + 1
         latest = made
     vocabulary = model["vocab"]
-    for token in vocabulary:
+    for token in normal & vocabulary.keys():
         possible = sum(token[:at] in vocabulary and token[at:] in vocabulary for at in range(1, len(token)))
-        if possible > pairs.get(token, 0) and not _is_name(token):
+        if possible > pairs.get(token, 0):
             raise ValueError(
                 f"tokenizer: {possible - pairs.get(token, 0)} pairs of tokens make {token!r} without a merge, which "
                 f"llama.cpp would merge; {_LEAVE}"
             )
     return rank
-
-
-def _is_name(token: str) -> bool:
-    return token.startswith("<") and token.endswith(">")
 
 
 def _puts_a_space_first(content: Mapping[str, Any]) -> bool:
