@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from ..numerics.scheme import FLOAT_DTYPES
 from .fakes import register_fake
 from .gradient import needs_gradient
+from .isa import supported_isas
 from .library import native
 from .post_op import PostOp, apply_post_op
 
-MAX_ROWS = 8
-"""The most rows of x of which the native op makes use; `benchmarks/float_linear.py` compares it with torch's."""
+_MULTIPLIES_BFLOAT16 = supported_isas()[-1] == "avx512_bf16"  # then torch's operator does so, which the native does not
+
+MAX_ROWS = {torch.float32: 8, torch.float16: 8, torch.bfloat16: 2 if _MULTIPLIES_BFLOAT16 else 8}
+"""The most rows of x with which the native op is faster than torch's, by dtype (`benchmarks/float_linear.py`)."""
 
 _float_linear = native.float_linear.default
 
@@ -38,8 +41,8 @@ def float_linear(
 
 
 def has_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether x has at most `MAX_ROWS` rows, and any."""
-    return 0 < x.numel() <= MAX_ROWS * weight.shape[-1]
+    """Whether x has at most `MAX_ROWS` rows for the dtype of `weight`, and any."""
+    return 0 < x.numel() <= MAX_ROWS.get(weight.dtype, 0) * weight.shape[-1]
 
 
 def is_native(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> bool:

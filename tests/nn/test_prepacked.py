@@ -51,7 +51,7 @@ def test_a_linear_layer_computes_what_it_did(shape, bias, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
 def test_few_rows_need_no_copy_of_the_weight(linear, dtype):
     linear.to(dtype)
-    for shape in ((24,), (1, 24), (2, 2, 24)):
+    for shape in ((24,), (1, 24), (2, 1, 24)):
         x = torch.randn(shape).to(dtype)
         with torch.no_grad():
             for given in (x, x.float()):

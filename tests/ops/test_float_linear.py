@@ -116,7 +116,7 @@ def test_views() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_rows_are_native_and_others_are_torchs(dtype: torch.dtype) -> None:
     weight, bias = draw(20, 40, dtype=dtype).requires_grad_(), draw(20, dtype=dtype)
-    few, many = draw(MAX_ROWS, 40, dtype=dtype), draw(MAX_ROWS + 1, 40, dtype=dtype)
+    few, many = draw(MAX_ROWS[dtype], 40, dtype=dtype), draw(MAX_ROWS[dtype] + 1, 40, dtype=dtype)
     with torch.no_grad():
         assert torch.equal(ops.float_linear(few, weight, bias), native(few, weight, bias, [], 0))
         assert torch.equal(ops.float_linear(many, weight, bias, PostOp.RELU), F.linear(many, weight, bias).relu())
