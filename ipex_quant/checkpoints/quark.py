@@ -34,7 +34,17 @@ from ..reading import shown
 from .awq import ORDER
 from .bit_fields import unpack_fields
 from .format import CheckpointFormat, Int8Input
-from .tensors import check, check_rank, e2m1_weight, e8m0_scales, fp8_weight, group_of, linear_weight, require
+from .tensors import (
+    check,
+    check_rank,
+    e2m1_weight,
+    e8m0_scales,
+    fp8_weight,
+    group_of,
+    linear_weight,
+    require,
+    shape_or_stored,
+)
 
 _WEIGHT, _SCALE, _ZERO = "weight", "weight_scale", "weight_zero_point"
 _INPUT_SCALE, _INPUT_ZERO = "input_scale", "input_zero_point"
@@ -73,7 +83,7 @@ class QuarkArgs:
         weight, inputs = config.get("weight"), config.get("input_tensors")
         if weight is None:
             return None
-        if isinstance(weight, (list, tuple)) or not isinstance(weight, Mapping):
+        if not isinstance(weight, Mapping):
             raise ValueError(f"{name}: weight: expected one way to quantize, got {shown(weight)}")
         group_size = weight.get("group_size")
         inputs = inputs if isinstance(inputs, Mapping) else None
@@ -125,10 +135,7 @@ class QuarkFormat(CheckpointFormat):
         if args.dtype in INTEGERS:
             return self._read_integers(args, weight, scales, tensors.get(_ZERO), shape)
         per_byte = 2 if args.dtype == "fp4" else 1
-        rows, columns = (
-            own if want is None else want
-            for want, own in zip(shape, (weight.shape[0], per_byte * weight.shape[1]), strict=True)
-        )
+        rows, columns = shape_or_stored(shape, (weight.shape[0], per_byte * weight.shape[1]))
         dtype = torch.uint8 if args.dtype == "fp4" else torch.float8_e4m3fn
         check(_WEIGHT, weight, (dtype,), (rows, columns // per_byte))
         if args.dtype == "fp4":
@@ -171,7 +178,7 @@ class QuarkFormat(CheckpointFormat):
         grouped = args.scheme == "per_group"
         fields = self._fields(_WEIGHT, weight, bits, signed)
         fields = fields.t().contiguous() if grouped else fields
-        rows, columns = (own if want is None else want for want, own in zip(shape, fields.shape, strict=True))
+        rows, columns = shape_or_stored(shape, fields.shape)
         check(_WEIGHT, fields, (torch.uint8,), (rows, columns))
         group = args.group_size if grouped and args.group_size is not None else columns
         groups = -(-columns // group)

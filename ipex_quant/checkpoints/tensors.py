@@ -279,6 +279,12 @@ def e8m0_scales(exponents: torch.Tensor) -> torch.Tensor:
     return bits.masked_fill(exponents == 0, 1 << 22).view(torch.float32)  # 2 ** -127 is subnormal
 
 
+def e8m0_exponents(scales: torch.Tensor) -> torch.Tensor | None:
+    """The uint8 exponents whose `e8m0_scales` are float32 `scales`; None if these are no powers of two."""
+    exponents = (torch.log2(scales).round() + 127).nan_to_num(-1).clamp(0, 254).to(torch.uint8)
+    return exponents if torch.equal(e8m0_scales(exponents), scales) else None
+
+
 def e2m1_weight(
     packed: torch.Tensor,
     scales: torch.Tensor,

@@ -148,8 +148,10 @@ class WeightScheme:
     def __str__(self) -> str:
         granularity = "per-channel" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
         kind = "sym" if self.symmetric else "min" if self.minimums else "asym"
-        supers = "" if self.super_group_size is None else f" in g{self.super_group_size}"
-        return f"{self.dtype.name.lower()} {kind} {granularity}" + supers.replace("g-1", "rows")
+        text = f"{self.dtype.name.lower()} {kind} {granularity}"
+        if self.super_group_size is None:
+            return text
+        return text + (" in rows" if self.super_group_size == PER_CHANNEL else f" in g{self.super_group_size}")
 
 
 class QConfigWoq(NamedTuple):

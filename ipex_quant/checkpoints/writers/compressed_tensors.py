@@ -21,7 +21,7 @@ from ...numerics.scheme import PER_CHANNEL, WoqWeightDtype
 from ..bit_fields import pack_fields, word_count
 from ..format import Int8Input
 from ..gptq import INT8_OFFSET
-from ..tensors import LINEAR, e8m0_scales
+from ..tensors import LINEAR, e8m0_exponents
 from .writer import CheckpointWriter, Layer, LayerError, check_dtype, check_one_level, exact_scales, name_patterns
 
 PACKED = tuple(dict.fromkeys(LINEAR.values()))
@@ -64,7 +64,9 @@ class CompressedTensorsWriter(CheckpointWriter):
             groups[scheme].append(name)
         entries = {}
         for index, (scheme, names) in enumerate(groups.items()):
-            targets = ["Linear"] if len(groups) == 1 else self._targets(names)
+            targets = ["Linear"]
+            if len(groups) > 1:
+                targets = [f"re:{pattern}" for pattern in name_patterns(names, (*self._schemes, *self.float_layers))]
             entries[f"group_{index}"] = {"targets": targets, **_entry(scheme)}
         layouts = {scheme.layout for scheme in groups}
         return {
@@ -86,11 +88,6 @@ class CompressedTensorsWriter(CheckpointWriter):
         if layout != "pack-quantized":
             return {"weight": weight.codes, **scales, **_input_tensors(layer.int8_input)}
         return {**_packed_tensors(weight), **scales}
-
-    def _targets(self, names: Sequence[str]) -> list[str]:
-        chosen = set(names)
-        rest = [name for name in (*self._schemes, *self.float_layers) if name not in chosen]
-        return [f"re:{pattern}" for pattern in name_patterns(names, rest)]
 
 
 def _scheme(layer: Layer, weight: QuantizedWeight) -> _Scheme:
@@ -161,8 +158,8 @@ def _fp4_scheme(layer: Layer, weight: QuantizedWeight) -> _Scheme:
 def _fp4_scales(layer: Layer, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     """Stored scales of FP4 codes, which stand for twice their values; LayerError if they are not `weight`'s exactly."""
     if weight.super_scales is None:
-        exponents = (torch.log2(2 * weight.scales).round() + 127).nan_to_num(-1).clamp(0, 254).to(torch.uint8)
-        if not torch.equal(e8m0_scales(exponents) / 2, weight.scales):
+        exponents = e8m0_exponents(2 * weight.scales)
+        if exponents is None:
             raise LayerError(layer.name, f"its scales are no powers of two, as those of {MXFP4} are; {_LEAVE}")
         return {"weight_scale": exponents}
     supers = weight.super_scales.unique()

@@ -15,7 +15,7 @@ from ...numerics.affine import stored_codes
 from ...numerics.quantized_weight import QuantizedWeight
 from ...numerics.scheme import PER_CHANNEL
 from ..gguf_blocks import BLOCKS, SLICE_ELEMENTS, Blocks
-from ..tensors import e8m0_scales
+from ..tensors import e8m0_exponents
 
 Parts = dict[str, torch.Tensor]
 """Of blocks ``[B]``: uint8 `codes` ``[B, elements]`` and what its type stores beside them, `d` and `m` float16
@@ -73,7 +73,8 @@ def _layout_obstacle(kind: str, weight: QuantizedWeight) -> str | None:
 def _number_obstacle(kind: str, weight: QuantizedWeight) -> str | None:
     packing = PACKINGS[kind]
     if kind == "MXFP4":
-        return None if _exponents(weight.scales) is not None else "its scales are no powers of two, as MXFP4's are"
+        exact = e8m0_exponents(2 * weight.scales) is not None
+        return None if exact else "its scales are no powers of two, as MXFP4's are"
     if packing.steps is None:
         if not _is_half(weight.scales):
             return "its scales are not float16, GGUF's are; quantize it by a gptq recipe"
@@ -117,7 +118,7 @@ def _parts(kind: str, blocks: Blocks, weight: QuantizedWeight) -> Parts:
     count = weight.shape[1] // blocks.elements
     codes = stored_codes(weight).view(torch.uint8).reshape(-1, blocks.elements)
     if kind == "MXFP4":
-        exponents = _exponents(weight.scales)
+        exponents = e8m0_exponents(2 * weight.scales)  # codes are twice their values
         return {"codes": codes, "scales": _spread(torch.empty(0) if exponents is None else exponents, count)}
     raised = PACKINGS[kind].raised
     if weight.super_scales is None:
@@ -150,12 +151,6 @@ def _steps(values: torch.Tensor, supers: torch.Tensor) -> torch.Tensor:
     """How many times ``[N, supers, groups]`` its super scale each value is; 0 where that is 0."""
     by_super = values.unflatten(1, (supers.shape[1], -1))
     return (by_super / supers.unsqueeze(2)).nan_to_num(0, 0, 0).round()
-
-
-def _exponents(scales: torch.Tensor) -> torch.Tensor | None:
-    """E8M0 exponents uint8 of the scales of doubled E2M1 codes; None if they are no powers of two."""
-    exponents = (torch.log2(2 * scales).round() + 127).nan_to_num(-1).clamp(0, 254).to(torch.uint8)
-    return exponents if torch.equal(e8m0_scales(exponents) / 2, scales) else None
 
 
 def _raw(numbers: torch.Tensor) -> torch.Tensor:

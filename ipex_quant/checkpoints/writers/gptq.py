@@ -108,13 +108,11 @@ class GptqWriter(CheckpointWriter):
         for name, settings in self._settings.items():
             if settings != base:
                 others[settings].append(name)
-        own = asdict(base)
+        own, every = asdict(base), (*self._settings, *self.float_layers)
         dynamic: dict[str, dict[str, Any]] = {}
         for settings, names in others.items():
-            chosen = set(names)
-            rest = [name for name in (*self._settings, *self.float_layers) if name not in chosen]
             overrides = {key: value for key, value in asdict(settings).items() if value != own[key]}
-            dynamic |= {f"+:{pattern}": overrides for pattern in name_patterns(names, rest)}
+            dynamic |= {f"+:{pattern}": overrides for pattern in name_patterns(names, every)}
         in_float = [name for name in self.float_layers if name != self.head]  # of which `lm_head` tells
         return dynamic | {f"-:{pattern}": {} for pattern in name_patterns(in_float, self._settings)}
 

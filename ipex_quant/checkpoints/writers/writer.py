@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -100,19 +100,20 @@ def most_common(values: Iterable[H]) -> H:
     return max(counts, key=counts.__getitem__)
 
 
-def name_patterns(chosen: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Regular expressions that match the names `chosen` from their start to their end, and none of the `others`.
+def name_patterns(chosen: Collection[str], names: Iterable[str]) -> list[str]:
+    """Regular expressions that match the names `chosen` from their start to their end, and none of the other `names`.
 
     Names that differ only in numbers, of layers and experts, share an expression where no other name has its form.
     """
-    foreign = {_form(name) for name in others}
+    own = set(chosen)
+    foreign = {_form(name) for name in names if name not in own}
     by_form: Mapping[str, list[str]] = defaultdict(list)
     for name in chosen:
         by_form[_form(name)].append(name)
     found = []
-    for form, names in by_form.items():
-        if len(names) == 1 or form in foreign:
-            found += [f"^{re.escape(name)}$" for name in names]
+    for form, alike in by_form.items():
+        if len(alike) == 1 or form in foreign:
+            found += [f"^{re.escape(name)}$" for name in alike]
         else:
             found.append("^" + r"\d+".join(re.escape(part) for part in form.split("\0")) + "$")
     return found

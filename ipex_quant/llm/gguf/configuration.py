@@ -120,6 +120,20 @@ def _check_heads(file: GgufFile, heads: int, groups: int, size: int) -> None:
         raise ValueError(f"{file.path}: rope.dimension_count: expected the {size} of a head, got {rotated}")
 
 
+def _rotate_partly(file: GgufFile, entries: Entries, size: int) -> int:
+    """How many of the `size` values of a head are rotated; enters their part of it into the rope parameters."""
+    rotated = file.of_model("rope.dimension_count", int, size)
+    entries["rope_parameters"]["partial_rotary_factor"] = rotated / size
+    return rotated
+
+
+def query_scalar(model_type: str, sizes: Entries) -> int:
+    """`query_pre_attn_scalar` of Gemma 2 and 3: the size of a head, in the largest of each the hidden size per head."""
+    if sizes["num_hidden_layers"] == {"gemma2": 46, "gemma3_text": 62}[model_type]:
+        return sizes["hidden_size"] // sizes["num_attention_heads"]
+    return sizes["head_dim"]
+
+
 def _llama(file: GgufFile) -> Entries:
     if file.of_model("expert_count", int, 0):
         experts = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
@@ -167,8 +181,7 @@ def _minimax(file: GgufFile) -> Entries:
         "intermediate_size": "expert_feed_forward_length",
     }
     entries = _attention(file, _RMS_NORM, tables)
-    rotated = file.of_model("rope.dimension_count", int, entries["head_dim"])
-    entries["rope_parameters"]["partial_rotary_factor"] = rotated / entries["head_dim"]
+    rotated = _rotate_partly(file, entries, entries["head_dim"])
     return {"model_type": "minimax_m2", "rotary_dim": rotated, **entries}
 
 
@@ -178,16 +191,13 @@ def _gemma(file: GgufFile) -> Entries:
 
 def _gemma2(file: GgufFile) -> Entries:
     entries = _attention(file, _RMS_NORM, {"sliding_window": "attention.sliding_window"})
-    largest = entries["num_hidden_layers"] == 46  # 27B, whose queries are scaled otherwise
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     caps = {key: file.of_model(key, float, default) for key, default in caps.items()}
     for key, cap in caps.items():
         check_above_0(file, key, cap)
     return {
         "model_type": "gemma2",
-        "query_pre_attn_scalar": entries["hidden_size"] // entries["num_attention_heads"]
-        if largest
-        else entries["head_dim"],
+        "query_pre_attn_scalar": query_scalar("gemma2", entries),
         **caps,
         **entries,
     }
@@ -195,15 +205,12 @@ def _gemma2(file: GgufFile) -> Entries:
 
 def _gemma3(file: GgufFile) -> Entries:
     entries = _attention(file, _RMS_NORM, {"sliding_window": "attention.sliding_window"})
-    largest = entries["num_hidden_layers"] == 62
     rotated = entries.pop("rope_parameters")
     local = file.of_model("rope.freq_base_swa", float, 10_000.0)
     check_above_0(file, "rope.freq_base_swa", local)
     return {
         "model_type": "gemma3_text",
-        "query_pre_attn_scalar": entries["hidden_size"] // entries["num_attention_heads"]
-        if largest
-        else entries["head_dim"],
+        "query_pre_attn_scalar": query_scalar("gemma3_text", entries),
         "rope_parameters": {
             "full_attention": rotated,
             "sliding_attention": {"rope_type": "default", "rope_theta": local},
@@ -215,8 +222,7 @@ def _gemma3(file: GgufFile) -> Entries:
 def _phi3(file: GgufFile) -> Entries:
     entries = _attention(file, _RMS_NORM)
     size = entries.pop("head_dim")
-    rotated = file.of_model("rope.dimension_count", int, size)
-    entries["rope_parameters"]["partial_rotary_factor"] = rotated / size
+    rotated = _rotate_partly(file, entries, size)
     original = file.of_model("rope.scaling.original_context_length", int, entries["max_position_embeddings"])
     window = file.of_model("attention.sliding_window", int, 0)
     if window < 0:
@@ -238,8 +244,7 @@ def _starcoder2(file: GgufFile) -> Entries:
 def _stablelm(file: GgufFile) -> Entries:
     entries = _attention(file, {"layer_norm_eps": "attention.layer_norm_epsilon"})
     size = entries.pop("head_dim")
-    rotated = file.of_model("rope.dimension_count", int, size)
-    entries["rope_parameters"]["partial_rotary_factor"] = rotated / size
+    rotated = _rotate_partly(file, entries, size)
     return {
         "model_type": "stablelm",
         "use_qkv_bias": _has(file, "attn_q.bias"),
@@ -251,8 +256,7 @@ def _stablelm(file: GgufFile) -> Entries:
 
 def _nemotron(file: GgufFile) -> Entries:
     entries = _attention(file, {"norm_eps": "attention.layer_norm_epsilon"})
-    rotated = file.of_model("rope.dimension_count", int, entries["head_dim"])
-    entries["rope_parameters"]["partial_rotary_factor"] = rotated / entries["head_dim"]
+    rotated = _rotate_partly(file, entries, entries["head_dim"])
     biases = {"attention_bias": _has(file, "attn_q.bias"), "mlp_bias": _has(file, "ffn_up.bias")}
     return {"model_type": "nemotron", "partial_rotary_factor": rotated / entries["head_dim"], **biases, **entries}
 
@@ -360,9 +364,9 @@ def _qwen35(file: GgufFile) -> Entries:
     inner, heads = entries.pop("inner"), entries["linear_num_value_heads"]
     if inner % heads:
         raise ValueError(f"{file.path}: {file.architecture}.ssm.inner_size: expected {heads} heads, got {inner}")
-    rotated = file.of_model("rope.dimension_count", int, entries["head_dim"])
+    rotated = _rotate_partly(file, entries, entries["head_dim"])
     sections = file.of_model("rope.dimension_sections", list, [])
-    entries["rope_parameters"] |= {"partial_rotary_factor": rotated / entries["head_dim"], "mrope_interleaved": True}
+    entries["rope_parameters"]["mrope_interleaved"] = True
     if not all(type(each) is int and 0 <= each <= rotated for each in sections):
         raise ValueError(f"{file.path}: rope.dimension_sections: expected sizes, got {shown(sections)}")
     if sections:

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ...reading import shown
+from ..gguf.configuration import query_scalar
 
 Entries = dict[str, Any]
 
@@ -154,8 +155,7 @@ def _rope_metadata(config: PreTrainedConfig) -> Entries:
 
 def _gemma(config: PreTrainedConfig) -> Entries:
     """Gemma 2 and 3: windows, soft caps, and how queries are scaled, which llama.cpp knows by the number of layers."""
-    largest = config.num_hidden_layers == {"gemma2": 46, "gemma3_text": 62}[config.model_type]
-    scalar = config.hidden_size // config.num_attention_heads if largest else _head_size(config)
+    scalar = query_scalar(config.model_type, config.to_dict() | {"head_dim": _head_size(config)})
     if config.query_pre_attn_scalar != scalar:
         raise ValueError(
             f"query_pre_attn_scalar: llama.cpp has {scalar} in this model, got {config.query_pre_attn_scalar}"
