@@ -22,7 +22,7 @@ MODULES: dict[str, str] = {
     "quantization._quantize": "ipex_quant.quantization",
     "quantization._quantize_utils": "ipex_quant.quantization",
     "utils": "",
-    "utils.channels_last_1d": "ipex_quant.frontend.memory_format",
+    "utils.channels_last_1d": "ipex_quant.nn.memory_format",
 }
 """IPEX's modules that are elsewhere here, and our module that has their names; "" has none but those of `OBJECTS`.
 

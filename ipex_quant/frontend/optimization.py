@@ -15,6 +15,7 @@ from ..conversion.example import Example
 from ..errors import ArgumentError
 from ..nn.dropout import replace_dropout_with_identity as drop_dropout
 from ..nn.fused_forward import restore_forwards
+from ..nn.memory_format import auto_channels_last, use_channels_last
 from ..nn.prepacked import restore_prepacked
 from ..numerics.scheme import FLOAT_DTYPES
 from .activations import activate_in_place
@@ -24,7 +25,6 @@ from .concat_linear import concat_linears
 from .folding import fold
 from .graph_mode import CompiledForward, use_graphs
 from .kernel_selection import select_kernels
-from .memory_format import auto_channels_last, use_channels_last
 from .options import Options
 from .prepacking import prepack_for_training, prepack_lstms, prepack_weights
 from .training import prepare_training

@@ -14,6 +14,7 @@ from ..numerics.int8 import StaticActivation, quantize_per_channel
 from ..numerics.quantized_weight import QuantizedWeight
 from ..ops.int8 import INT8_PER_CHANNEL
 from .linears import conv_obstacle, is_convolution
+from .memory_format import auto_channels_last, is_channels_last
 from .quantized_module import Placeholder, QuantizedModule, autocast, check_bias, flag, read_activation
 
 
@@ -21,8 +22,9 @@ class Int8Conv(QuantizedModule):
     """An ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d`` whose input and weight are quantized to 8 bits.
 
     The weight is ``[out, in / groups, *kernel_size]``, `x` float32, bfloat16 or float16 ``[N, in, *spatial]`` or
-    ``[in, *spatial]`` on the CPU; the result has its dtype, or autocast's under torch.autocast, and no gradient.
-    `from_float` makes a module.
+    ``[in, *spatial]`` on the CPU; the result has its dtype, or autocast's under torch.autocast, and no gradient. As
+    with torch's convolutions it is channels last if `x` is, or if the float weight was, or where `auto_channels_last`
+    is asked for. `from_float` makes a module.
 
     The state dict holds plain tensors: `codes` int8 in the shape of the weight, `scales` float32 ``[out, 1]``,
     `input_scale` float32 ``[1]``, `input_zero_point` int32 ``[1]``, and `bias` float32 if there is one.
@@ -37,6 +39,7 @@ class Int8Conv(QuantizedModule):
         self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
         self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
         self.padding, self.padding_mode = conv.padding, conv.padding_mode
+        self.channels_last = is_channels_last(conv.weight) or auto_channels_last(default=False)
         self.activation = StaticActivation(1.0, 0)
         self.register_buffer("_data", None, persistent=False)
         self.register_buffer("_scales", None, persistent=False)
@@ -71,7 +74,7 @@ class Int8Conv(QuantizedModule):
         if not torch.jit.is_tracing():  # tracing would warn that it cannot record the check
             self._check(x, dims)
         x = autocast(x).detach()
-        contiguous, batched = x.is_contiguous(), x.dim() == dims + 2
+        channels_last, batched = self.channels_last or not x.is_contiguous(), x.dim() == dims + 2
         before, after = self._paddings()
         if self.padding_mode != "zeros":
             sides = [side for each in reversed([*zip(before, after, strict=True)]) for side in each]
@@ -82,7 +85,7 @@ class Int8Conv(QuantizedModule):
         geometry = ops.ConvGeometry(self.stride, before, after, self.dilation)
         y = ops.int8_conv(codes, act.scale, act.zero_point, self._packed, self._bias, geometry, x.dtype)
         y = y.movedim(-1, 1)  # the kernel writes channels last
-        if contiguous:
+        if not channels_last:
             y = y.contiguous()
         return y if batched else y[0]
 

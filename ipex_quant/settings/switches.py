@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from ..frontend.memory_format import set_auto_channels_last
+from ..nn.memory_format import set_auto_channels_last
 
 
 def enable_onednn_fusion(enabled: bool = True) -> None:
@@ -19,7 +19,11 @@ def enable_onednn_fusion(enabled: bool = True) -> None:
 
 
 def enable_auto_channels_last() -> None:
-    """Let `optimize` lay out the weights of convolutions channels last, as it does by default."""
+    """Let `optimize` lay out the weights of convolutions channels last, as it does by default.
+
+    INT8 convolutions made from now on return channels last, too, which by default they do if their input or float
+    weight is: it saves a copy, but code that takes a `view` of the result would fail.
+    """
     set_auto_channels_last(True)
 
 

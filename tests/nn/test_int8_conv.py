@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ipex_quant.nn import Int8Conv
+from ipex_quant.nn import Int8Conv, memory_format
 from ipex_quant.numerics.int8 import StaticActivation, quantize_per_channel
 
 ACTIVATION = StaticActivation(0.03125, 120)
@@ -60,6 +60,21 @@ def test_convolves_the_rounded_input(conv, dtype, tolerance):
         channels_last = layer(x.contiguous(memory_format=CHANNELS_LAST[x.dim()]))
         assert channels_last.is_contiguous(memory_format=CHANNELS_LAST[x.dim()])
         assert torch.equal(channels_last, y)
+
+
+def test_is_channels_last_where_the_weight_was_or_the_switch_says_so(monkeypatch):
+    conv, x = nn.Conv2d(8, 16, 3), torch.randn(2, 8, 9, 10)
+    plain = Int8Conv.from_float(conv, ACTIVATION)(x)
+    layer = Int8Conv.from_float(conv.to(memory_format=torch.channels_last), ACTIVATION)
+    assert layer(x).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(layer(x), plain)
+    conv = conv.to(memory_format=torch.contiguous_format)
+    monkeypatch.setattr(memory_format._Setting, "automatic", None)  # restores it in the end
+    for automatic in (True, False):
+        memory_format.set_auto_channels_last(automatic)
+        y = Int8Conv.from_float(conv, ACTIVATION)(x)
+        assert y.is_contiguous(memory_format=torch.channels_last) == automatic
+        assert y.is_contiguous() != automatic
 
 
 def test_the_weight_has_a_scale_for_each_output_channel(conv):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import ipex_quant as ipex
-from ipex_quant.frontend import memory_format
+from ipex_quant.nn import memory_format
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -36,7 +36,7 @@ def test_traced_graphs_are_fused():
 
 
 def test_auto_channels_last(monkeypatch):
-    monkeypatch.setattr(memory_format._Setting, "automatic", True)  # restores it in the end
+    monkeypatch.setattr(memory_format._Setting, "automatic", None)  # restores it in the end
     for switch, expected in ((ipex.disable_auto_channels_last, False), (ipex.enable_auto_channels_last, True)):
         switch()
         weight = ipex.optimize(nn.Conv2d(3, 4, 3).eval()).weight

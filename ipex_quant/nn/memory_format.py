@@ -16,17 +16,24 @@ _FORMATS: dict[type[nn.Module], torch.memory_format] = {
 
 
 class _Setting:
-    automatic = True
+    automatic: bool | None = None  # what was asked for
 
 
-def auto_channels_last() -> bool:
-    """Whether `ipex_quant.optimize` lays out the weights of convolutions channels last."""
-    return _Setting.automatic
+def auto_channels_last(default: bool = True) -> bool:
+    """Whether convolutions are to be laid out channels last: what `set_auto_channels_last` said, else `default`."""
+    return default if _Setting.automatic is None else _Setting.automatic
 
 
-def set_auto_channels_last(automatic: bool) -> None:
-    """Change what `auto_channels_last` returns, for the process."""
+def set_auto_channels_last(automatic: bool | None) -> None:
+    """Change what `auto_channels_last` returns, for the process; with None back to its defaults."""
     _Setting.automatic = automatic
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether `x` is channels last and not, as with a single channel or place, in torch's plain layout as well."""
+    if x.is_contiguous() or x.dim() not in (3, 4, 5):
+        return False
+    return x.movedim(1, -1).is_contiguous()
 
 
 def use_channels_last(model: nn.Module) -> None:

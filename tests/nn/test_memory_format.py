@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 import ipex_quant as ipex
-from ipex_quant.frontend import memory_format
-from ipex_quant.frontend.memory_format import is_contiguous_channels_last_1d, to_channels_last_1d
+from ipex_quant.nn import memory_format
+from ipex_quant.nn.memory_format import is_contiguous_channels_last_1d, to_channels_last_1d
 
 CASES = [
     (nn.Conv1d, (2, 4, 9), is_contiguous_channels_last_1d),
@@ -29,7 +29,7 @@ def test_weights_and_results_are_channels_last(kind, shape, channels_last):
 
 def test_the_setting_turns_it_off(monkeypatch):
     assert memory_format.auto_channels_last()
-    monkeypatch.setattr(memory_format._Setting, "automatic", True)  # restores it in the end
+    monkeypatch.setattr(memory_format._Setting, "automatic", None)  # restores it in the end
     memory_format.set_auto_channels_last(False)
     assert ipex.optimize(nn.Conv2d(3, 4, 3).eval()).weight.is_contiguous()
 
