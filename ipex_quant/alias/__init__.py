@@ -22,6 +22,8 @@ def install_as_ipex() -> None:
     - `torch.compile` has a backend "ipex", which is inductor, and without a C++ compiler runs the model as it is, with
       a warning;
     - `torch.jit.trace` works under autocast (its cache of cast weights is off meanwhile);
+    - a traced graph runs under autocast with the casts it was traced with, and no others;
+    - ``Tensor.numpy`` of a bfloat16 tensor is a float32 array;
     - ``torch.xpu.optimize`` is `optimize` without what is for CPUs, and a RuntimeError where torch finds no XPU;
     - modules that `quantization.convert` made for dynamic INT8 are instances of ``torch.nn.quantized.dynamic.Linear``;
     - the logger "IPEX" has the messages of the logger "ipex_quant", which passes them to no other one.

@@ -14,13 +14,22 @@ import torch
 from torch.ao.nn.quantized.dynamic import Linear
 
 from ..frontend.optimization import optimize
-from ..nn import Int8Linear
+from ..nn import Int8Linear, WeightOnlyQuantizedLinear
 from ..settings import compile
 
 
 def effects() -> list[AbstractContextManager[None]]:
     """A context manager for each effect."""
-    return [_compile_backend(), _uncached_tracing(), _xpu_optimize(), _dynamic_linear(), _ipex_logger()]
+    return [
+        _compile_backend(),
+        _uncached_tracing(),
+        _traces_as_traced(),
+        _bfloat16_arrays(),
+        _xpu_optimize(),
+        _dynamic_linear(),
+        _lowp_mode(),
+        _ipex_logger(),
+    ]
 
 
 @contextmanager
@@ -53,6 +62,30 @@ def _uncached_tracing() -> Iterator[None]:
     yield
     if jit.trace is trace_without_cache:
         jit.trace = trace
+
+
+@contextmanager
+def _traces_as_traced() -> Iterator[None]:
+    """Graphs traced under autocast run as traced, with autocast's casts in them; torch would add casts of its own."""
+    added = torch._C._jit_set_autocast_mode(False)
+    yield
+    torch._C._jit_set_autocast_mode(added)
+
+
+@contextmanager
+def _bfloat16_arrays() -> Iterator[None]:
+    """``Tensor.numpy`` of a bfloat16 tensor: a float32 array, where torch raises TypeError."""
+    tensor: Any = torch.Tensor
+    numpy = tensor.numpy
+
+    @functools.wraps(numpy)
+    def numpy_of_any(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return numpy(self.float() if self.dtype == torch.bfloat16 else self, *args, **kwargs)
+
+    tensor.numpy = numpy_of_any
+    yield
+    if tensor.numpy is numpy_of_any:
+        tensor.numpy = numpy
 
 
 @contextmanager
@@ -90,6 +123,15 @@ def _dynamic_linear() -> Iterator[None]:
     layer.__class__ = _AlsoOurs  # `ABCMeta.register` could not be taken back, nor tell static modules apart
     yield
     layer.__class__ = ABCMeta
+
+
+@contextmanager
+def _lowp_mode() -> Iterator[None]:
+    """IPEX's name of `WeightOnlyQuantizedLinear.lowp_mode`, which scripts look up to see whether it was obeyed."""
+    layer: Any = WeightOnlyQuantizedLinear
+    layer._lowp_mode = property(lambda self: self.lowp_mode)
+    yield
+    del layer._lowp_mode
 
 
 def _pass_to_ipex(record: logging.LogRecord) -> bool:

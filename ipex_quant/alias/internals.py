@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..frontend.prepacking import prepack_lstms
@@ -12,6 +14,11 @@ def choose_no_kernels() -> None:
 
 
 _enable_tpp = _disable_tpp = _enable_dnnl = _disable_dnnl = choose_no_kernels
+
+
+def enable_weight_cache(qconfig: Any) -> Any:
+    """`qconfig` itself: prompts are multiplied with the packed weight, of which no second copy is kept."""
+    return qconfig
 
 
 def replace_lstm_with_ipex_lstm(model: nn.Module, optimizer: object = None) -> None:

@@ -23,6 +23,7 @@ MODULES: dict[str, str] = {
     "quantization._quantize_utils": "ipex_quant.quantization",
     "utils": "",
     "utils.channels_last_1d": "ipex_quant.nn.memory_format",
+    "utils.weight_only_quantization": "",
 }
 """IPEX's modules that are elsewhere here, and our module that has their names; "" has none but those of `OBJECTS`.
 
@@ -33,6 +34,7 @@ PROGRAMS: dict[str, str] = {"cpu.launch.__main__": "ipex_quant.alias.launch"}
 """IPEX's modules for ``python -m``, and our module that runs in the place of each."""
 
 OBJECTS: dict[str, str] = {
+    "_C._amp_foreach_non_finite_check_and_unscale_": "torch:_amp_foreach_non_finite_check_and_unscale_",
     "_C.xsmm_manual_seed": "torch:manual_seed",
     "__version__": "ipex_quant.alias.names:VERSION",
     "_disable_dnnl": "ipex_quant.alias.internals:_disable_dnnl",
@@ -47,6 +49,9 @@ OBJECTS: dict[str, str] = {
     "nn.utils._weight_prepack._IPEXConvTranspose3d": "torch.nn:ConvTranspose3d",
     "nn.utils._weight_prepack._IPEXLinear": "torch.nn:Linear",
     "quantization.get_smooth_quant_static_qconfig": "ipex_quant.quantization:get_smooth_quant_qconfig_mapping",
+    "utils.weight_only_quantization._woq_enable_weight_cache_for_large_batch": (
+        "ipex_quant.alias.internals:enable_weight_cache"
+    ),
     "version": "ipex_quant:show_config",
 }
 """Names that are elsewhere here, or otherwise called: our module, a colon, our name.
@@ -64,7 +69,6 @@ ELSEWHERE: dict[str, str] = {
     "AmpConf": _AMP,
     "AutoMixPrecision": _AMP,
     "DEVICE": "use 'cpu'",
-    "_C._amp_foreach_non_finite_check_and_unscale_": "use torch.amp.GradScaler",
     "_C._get_ideep_version": "use torch.__config__.show",
     "_C._get_libxsmm_version": "use torch.__config__.show",
     "_C._get_mkl_version": "use torch.__config__.show",
@@ -116,7 +120,6 @@ ELSEWHERE: dict[str, str] = {
     "quantization._utils": "ipex.quantization.convert raises RuntimeError before calibration",
     "quantization.fp8": "use WoqWeightDtype.FP8 for weights",
     "transformers": "use ipex.llm.optimize on models of transformers",
-    "utils.weight_only_quantization": _CHECKPOINT,
     "xpu": "use torch.xpu",
 }
 """What IPEX had and this package has not: what to use instead."""

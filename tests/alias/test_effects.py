@@ -70,6 +70,34 @@ def test_tracing_under_autocast(ipex):
         assert torch.is_autocast_cache_enabled()
 
 
+def test_graphs_traced_under_autocast_run_as_traced(ipex):
+    norm, x = nn.LayerNorm(8), torch.randn(2, 8).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert norm(x).dtype == torch.bfloat16
+        assert torch.jit.trace(norm, x)(x).dtype == torch.bfloat16
+
+
+def test_arrays_of_bfloat16(ipex):
+    x = torch.randn(2, 3).bfloat16()
+    for y in (x, x.numpy(), x.numpy(force=True)):
+        assert torch.equal(torch.as_tensor(y).float(), x.float())
+    y = x.float()
+    assert torch.from_numpy(y.numpy()).data_ptr() == y.data_ptr()
+    with pytest.raises(RuntimeError, match="requires grad"):
+        x.requires_grad_().numpy()
+
+
+def test_lowp_mode_by_its_name_in_ipex(ipex):
+    woq = ipex.quantization.get_weight_only_quant_qconfig_mapping(lowp_mode=ipex.quantization.WoqLowpMode.BF16)
+    woq = ipex.utils.weight_only_quantization._woq_enable_weight_cache_for_large_batch(woq)
+    layer = ipex.quantization.convert(ipex.quantization.prepare(nn.Linear(8, 8).eval(), woq))
+    assert layer._lowp_mode == ipex.quantization.WoqLowpMode.BF16
+    uninstall_as_ipex()
+    assert not hasattr(layer, "_lowp_mode")
+    with pytest.raises(TypeError, match="BFloat16"):
+        torch.ones(1).bfloat16().numpy()
+
+
 def test_what_wrapped_tracing_later_stays(ipex, monkeypatch):
     def wrapper(*args, **kwargs):
         raise NotImplementedError

@@ -22,6 +22,7 @@ USED = {
     "torch._C._disabled_torch_function_impl": None,
     "torch._check": "cond message",
     "torch._C._are_functorch_transforms_active": None,
+    "torch._C._jit_set_autocast_mode": None,
     "torch._C._verbose.mkldnn_set_verbose": None,
     "torch._assert": "condition message",
     "torch._dynamo": None,
