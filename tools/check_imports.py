@@ -18,7 +18,8 @@ PACKAGE = "ipex_quant"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("numerics", "data", "errors", "reading", "writing", "_C"),
-    ("ops", "checkpoints"),
+    ("ops",),
+    ("checkpoints",),
     ("nn", "optim", "cpu"),
     ("observers", "smoothquant", "woq", "evaluation"),
     ("conversion",),

@@ -129,31 +129,70 @@ int64_t rows_of(const WoqGeometry& g, int64_t tile) {
   return g.n - tile * kTileN < kTileN ? g.n - tile * kTileN : kTileN;
 }
 
+// Scales, and zero points or minimums, of one row in the group at which the walk is.
+void put_head(const PackArgs& args, const GroupWalk& at, int64_t row, int64_t column) {
+  const WoqGeometry& g = *args.geometry;
+  const PlainWeight& plain = args.plain;
+  uint8_t* head = const_cast<uint8_t*>(at.head());
+  const int64_t i = row * g.groups + at.group;
+  float super = 0.0f, super_minimum = 0.0f;
+  if (plain.super_scales) {
+    uint8_t* supers = const_cast<uint8_t*>(at.super_head());
+    const int64_t own = row * g.supers() + at.group / g.super_groups;
+    put_float(g.half_supers, supers, column, super = plain.super_scales[own]);
+    if (plain.super_minimums)
+      put_float(g.half_supers, supers + kTileN * g.super_scale_bytes(), column,
+                super_minimum = plain.super_minimums[own]);
+  }
+  put_scale(g.scale_type, head, column, plain.scales[i], super);
+  uint8_t* offsets = head + kTileN * g.scale_bytes();
+  if (plain.zero_points) offsets[column] = uint8_t(plain.zero_points[i] + byte_offset(g.dtype));
+  if (plain.minimums) put_scale(g.scale_type, offsets, column, plain.minimums[i], super_minimum);
+}
+
+// A word of codes of 4 or 8 bits in their order as it stands in a code line.
+template <int32_t Dtype>
+uint32_t line_word(uint32_t plain) {
+  if constexpr (code_bits(Dtype) == 8) return plain ^ 0x01010101u * byte_offset(Dtype);
+  const auto spread = [](uint32_t four) {  // one to a byte
+    four = (four | four << 8) & 0x00FF00FFu;
+    return (four | four << 4) & 0x0F0F0F0Fu;
+  };
+  return spread(plain & 0xFFFFu) | spread(plain >> 16) << 4;
+}
+
+// The codes of one row in the group at which the walk is, if the words of the row are those of its lines.
+template <int32_t Dtype>
+void put_words(const PackArgs& args, const GroupWalk& at, int64_t row, int64_t column) {
+  const WoqGeometry& g = *args.geometry;
+  constexpr int64_t kBits = code_bits(Dtype);
+  const uint8_t* in = args.plain.codes + row * g.code_columns() + at.start * kBits / 8;
+  uint8_t* out = const_cast<uint8_t*>(at.codes()) + 4 * column;
+  for (int64_t words = g.padded(at.group) * kBits / 32; words > 0; --words, in += 4, out += 4 * kTileN) {
+    uint32_t word;
+    std::memcpy(&word, in, 4);
+    word = line_word<Dtype>(word);
+    std::memcpy(out, &word, 4);
+  }
+}
+
 template <int32_t Dtype>
 void pack_typed_tile(const PackArgs& args, int64_t tile, uint8_t* scratch) {
   const WoqGeometry& g = *args.geometry;
-  const PlainWeight& plain = args.plain;
   uint8_t* to = args.tiles + tile * g.tile_bytes;
+  const int64_t rows = rows_of(g, tile), first = tile * kTileN;
+  const bool by_words = code_bits(Dtype) % 4 == 0 && !args.perm && g.padded_k == g.k;
   std::memset(to, 0, size_t(g.tile_bytes));
-  for (int64_t column = 0; column < rows_of(g, tile); ++column) {
-    const int64_t row = tile * kTileN + column;
-    read_row(args, row, scratch, scratch + g.padded_k);
+  for (GroupWalk at(g, to); at.more(); at.advance()) {
+    for (int64_t column = 0; column < rows; ++column) {
+      put_head(args, at, first + column, column);
+      if (by_words) put_words<Dtype>(args, at, first + column, column);
+    }
+  }
+  for (int64_t column = 0; column < rows && !by_words; ++column) {
+    read_row(args, first + column, scratch, scratch + g.padded_k);
     for (GroupWalk at(g, to); at.more(); at.advance()) {
-      uint8_t *head = const_cast<uint8_t*>(at.head()), *codes = const_cast<uint8_t*>(at.codes());
-      const int64_t i = row * g.groups + at.group;
-      float super = 0.0f, super_minimum = 0.0f;
-      if (plain.super_scales) {
-        uint8_t* supers = const_cast<uint8_t*>(at.super_head());
-        const int64_t own = row * g.supers() + at.group / g.super_groups;
-        put_float(g.half_supers, supers, column, super = plain.super_scales[own]);
-        if (plain.super_minimums)
-          put_float(g.half_supers, supers + kTileN * g.super_scale_bytes(), column,
-                    super_minimum = plain.super_minimums[own]);
-      }
-      put_scale(g.scale_type, head, column, plain.scales[i], super);
-      uint8_t* offsets = head + kTileN * g.scale_bytes();
-      if (plain.zero_points) offsets[column] = uint8_t(plain.zero_points[i] + byte_offset(g.dtype));
-      if (plain.minimums) put_scale(g.scale_type, offsets, column, plain.minimums[i], super_minimum);
+      uint8_t* codes = const_cast<uint8_t*>(at.codes());
       for (int64_t k = 0; k < g.padded(at.group); k += line_k(Dtype), codes += line_set_bytes(Dtype))
         put_codes<Dtype>(codes, column, scratch + at.start + k);
     }

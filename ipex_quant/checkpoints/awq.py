@@ -30,6 +30,7 @@ import torch
 from ..numerics.nibbles import as_bytes, unpack_nibbles
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
+from ..ops import transpose_nibbles
 from ..reading import shown
 from .bit_fields import unpack_fields
 from .format import CheckpointFormat, made_by_gptqmodel
@@ -37,6 +38,7 @@ from .tensors import (
     INDEX_DTYPES,
     check,
     check_rank,
+    coded_weight,
     linear_weight,
     raised_weight,
     require,
@@ -134,8 +136,9 @@ def read_awq(
     if g_idx is not None:
         check(_G_IDX, g_idx, INDEX_DTYPES, (in_features,))
 
-    codes, zero_points = (_outputs(packed, out_features) for packed in (qweight, qzeros))
-    return linear_weight(codes.contiguous(), BITS, scales.t(), zero_points, size, g_idx)
+    codes, zero_points = (transpose_nibbles(x.contiguous(), ORDER)[:out_features] for x in (qweight, qzeros))
+    zero_points = unpack_nibbles(zero_points, groups)
+    return coded_weight(codes, BITS, scales.t(), zero_points, size, g_idx, (out_features, in_features))
 
 
 def _read_gemv(
@@ -182,12 +185,3 @@ def _groups(group_size: int | None, columns: int, stored: int) -> tuple[int, int
     if stored < groups:
         raise ValueError(f"{_SCALES}: expected at least {groups} groups, got {stored}")
     return size, groups
-
-
-def _outputs(packed: torch.Tensor, out_features: int) -> torch.Tensor:
-    """Fields by output: int32 ``[M, ceil(N / 8)]`` to uint8 ``[N, M]``."""
-    stream, words, count = as_bytes(packed), packed.shape[1], packed.shape[0]
-    outputs = stream.new_empty(words, FIELDS, count)
-    for half, nibbles in enumerate((stream & 15, stream >> 4)):  # bytes are transposed, which is fast for a matrix
-        outputs[:, ORDER[half::2]] = nibbles.t().contiguous().view(words, FIELDS // 2, count)
-    return outputs.flatten(0, 1)[:out_features]

@@ -40,6 +40,7 @@ from .int8 import (
 )
 from .isa import ISA_LEVELS, isa_name, supported_isas
 from .mamba import causal_conv1d, causal_conv1d_update, selective_scan
+from .nibbles import transpose_nibbles
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .post_op import PostOp
 from .rope import rotary
@@ -108,6 +109,7 @@ __all__ = [
     "split_halves",
     "supported_isas",
     "team_affinity",
+    "transpose_nibbles",
     "unpack_conv",
     "unpack_experts",
     "unpack_int8",

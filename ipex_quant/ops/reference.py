@@ -9,6 +9,7 @@ import torch
 
 from ..numerics import affine
 from ..numerics.codebooks import NF4_LEVELS
+from ..numerics.nibbles import as_bytes, pack_nibbles, unpack_nibbles
 from ..numerics.quantized_stack import QuantizedStack
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
@@ -172,6 +173,15 @@ def _byte_matmul(x: torch.Tensor, qw: QuantizedWeight, mode: WoqActQuantMode) ->
             total = shifted.sum(1, keepdim=True) * act.scales[:, block, None]
             result = _fma(qw.minimums[:, start // group].expand_as(result), total.expand_as(result), result)
     return result
+
+
+def transpose_nibbles(words: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """`ops.transpose_nibbles` by its definition."""
+    columns = words.shape[1]
+    nibbles = unpack_nibbles(as_bytes(words), 8 * columns).t().unflatten(0, (columns, 8))
+    placed = torch.empty_like(nibbles)
+    placed[:, list(order)] = nibbles
+    return pack_nibbles(placed.flatten(0, 1))
 
 
 def _integer_weight(qw: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
