@@ -37,10 +37,12 @@ struct Staged {
   int64_t max_fold;
   int64_t folds;      // per row
   void* data;         // float, bf16 or byte [rows, padded_k]
-  float* scales;      // [rows, folds], quantized activations only
-  int32_t* zeros;     // [rows, folds], in the domain of the stored bytes; asymmetric only
-  int32_t* sums;      // [rows, folds], of the stored bytes; quantized only
-  float* float_sums;  // [rows, folds]; unless quantized
+  float* scales;      // [folds, rows], quantized activations only
+  int32_t* zeros;     // [folds, rows], in the domain of the stored bytes; asymmetric only
+  int32_t* sums;      // [folds, rows], of the stored bytes; quantized only
+  float* float_sums;  // [folds, rows], of the values
+
+  int64_t at(int64_t fold, int64_t row) const { return fold * rows + row; }  // of scales to float_sums
 };
 
 struct StageArgs {
@@ -74,7 +76,7 @@ struct GemmArgs {
 inline int64_t stage_scratch(const WoqGeometry& g, const Staged& s) { return (2 * g.padded_k + 2 * s.folds) * 4; }
 inline int64_t gemm_scratch(const WoqGeometry& g, const Staged& s, int64_t rows) {
   if (s.rows <= kDecodeRows) return 0;
-  if (s.compute == Compute::kByte) return kTileN * (g.padded_k + 4 * s.folds + 4 * g.groups);
+  if (s.compute == Compute::kByte) return kTileN * (g.padded_k + 16 * s.folds);
   return kTileN * 4 * (kFloatFold + rows);
 }
 

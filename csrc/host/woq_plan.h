@@ -55,15 +55,13 @@ inline WoqPlan make_plan(const WoqGeometry& g, const WoqCall& call) {
 
 // All buffers of the staged rows lie in one 64-byte aligned block.
 inline int64_t fold_bytes(const WoqPlan& plan) { return round_up(plan.staged.rows * plan.staged.folds * 4, 64); }
-inline int64_t staged_bytes(const WoqPlan& plan) { return plan.data_bytes + 3 * fold_bytes(plan); }
+inline int64_t staged_bytes(const WoqPlan& plan) { return plan.data_bytes + 4 * fold_bytes(plan); }
 inline void place_buffers(WoqPlan& plan, uint8_t* block) {
   Staged& s = plan.staged;
   uint8_t* folds = block + plan.data_bytes;
   s.data = block;
-  if (!s.quantize) {
-    s.float_sums = reinterpret_cast<float*>(folds);
-    return;
-  }
+  s.float_sums = reinterpret_cast<float*>(folds + 3 * fold_bytes(plan));
+  if (!s.quantize) return;
   s.scales = reinterpret_cast<float*>(folds);
   s.sums = reinterpret_cast<int32_t*>(folds + fold_bytes(plan));
   if (!s.symmetric) s.zeros = reinterpret_cast<int32_t*>(folds + 2 * fold_bytes(plan));

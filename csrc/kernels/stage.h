@@ -6,16 +6,36 @@
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
 
+// The walk over the folds of a staged row: runs of at most max_fold k that do not cross a group.
+class FoldRun {
+ public:
+  int64_t start = 0, fold = 0;
+
+  FoldRun(const WoqGeometry& g, int64_t max_fold)
+      : full_(g.padded_full),
+        last_(g.padded_k - g.padded_last),
+        end_(g.padded_k),
+        max_fold_(max_fold),
+        group_end_(next()) {}
+
+  bool more() const { return start < end_; }
+  int64_t length() const { return group_end_ - start < max_fold_ ? group_end_ - start : max_fold_; }
+  void advance() {
+    start += length();
+    ++fold;
+    if (start == group_end_) group_end_ = next();
+  }
+
+ private:
+  int64_t next() const { return start < last_ ? start + full_ : end_; }
+
+  int64_t full_, last_, end_, max_fold_, group_end_;
+};
+
 // Calls f(start, length, fold) for every fold of a staged row.
 template <class F>
 inline void for_each_fold(const WoqGeometry& g, int64_t max_fold, F f) {
-  int64_t start = 0, fold = 0;
-  for (int64_t group = 0; group < g.groups; ++group) {
-    const int64_t padded = g.padded(group);
-    for (int64_t k = 0; k < padded; k += max_fold, ++fold)
-      f(start + k, padded - k < max_fold ? padded - k : max_fold, fold);
-    start += padded;
-  }
+  for (FoldRun at(g, max_fold); at.more(); at.advance()) f(at.start, at.length(), at.fold);
 }
 
 // Row `row` of x as floats in group order; padding is zero.
@@ -149,12 +169,14 @@ inline void quantize_row(const StageArgs& args, const float* row, int64_t index,
   const int32_t offset = s.symmetric ? (s.unsigned_bytes ? 128 : 0) : (s.unsigned_bytes ? 0 : -128);
   for_each_fold(*args.geometry, s.max_fold, [&](int64_t start, int64_t length, int64_t fold) {
     const ActQuantizer quantizer({ranges[2 * fold], ranges[2 * fold + 1]}, s.symmetric);
-    const int64_t at = index * padded_k + start, i = index * s.folds + fold;
+    const int64_t at = index * padded_k + start, i = s.at(fold, index);
     if (s.compute == Compute::kFloat)
       return quantize_floats(row + start, length, quantizer, static_cast<float*>(s.data) + at);
+    const int32_t zero = quantizer.zero + offset;
     s.sums[i] = quantize_bytes(row + start, length, quantizer, offset, static_cast<uint8_t*>(s.data) + at);
     s.scales[i] = quantizer.scale;
-    if (s.zeros) s.zeros[i] = quantizer.zero + offset;
+    if (s.zeros) s.zeros[i] = zero;
+    s.float_sums[i] = float(s.sums[i] - int32_t(length) * zero) * quantizer.scale;
   });
 }
 
@@ -180,7 +202,7 @@ inline void sum_folds(const StageArgs& args, const float* row, int64_t index) {
     for (int64_t k = 0; k < length; k += kLanes)
       sum =
           add_f(sum, length - k >= kLanes ? load_f(row + start + k) : load_tail(row, kFloat32, start + k, length - k));
-    s.float_sums[index * s.folds + fold] = reduce_add(sum);
+    s.float_sums[s.at(fold, index)] = reduce_add(sum);
   });
 }
 
@@ -204,7 +226,7 @@ inline void stage_rows(const StageArgs& args, int64_t begin, int64_t end, uint8_
       if (!across_rows) row_ranges(args, row, own_ranges);
       quantize_row(args, row, m, across_rows ? args.ranges + m * s.folds * 2 : own_ranges);
     } else {
-      if (s.float_sums) sum_folds(args, row, m);
+      sum_folds(args, row, m);
       if (s.compute == Compute::kBf16)
         stage_bf16_row(args, row, m);
       else

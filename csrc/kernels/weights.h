@@ -230,14 +230,6 @@ inline void widen_codes(const uint8_t* codes, int64_t length, uint8_t* out) {
       });
 }
 
-// Sum of the activations of a row over a fold.
-inline float fold_sum(const Staged& s, int64_t row, const FoldCursor& at) {
-  const int64_t i = row * s.folds + at.fold;
-  if (s.compute != Compute::kByte) return s.float_sums[i];
-  const int32_t zero = s.zeros ? s.zeros[i] : s.unsigned_bytes ? 128 : 0;
-  return float(s.sums[i] - int32_t(at.length()) * zero) * s.scales[i];
-}
-
 // Codes as floats with their zero point taken off; exact but for NF4, whose levels are fp32.
 // value<J>(line) is byte j of an 8-bit line, or nibble position J of a 4-bit line, whose k is kOrder[J].
 template <int Dtype>

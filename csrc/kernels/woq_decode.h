@@ -51,9 +51,8 @@ IPEX_QUANT_INLINE inline void decode_bytes(const DecodeFold& f) {
     unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
       const vi zero = f.head.zero(column + v * kLanes);
       code_sums[v] = mul_i(zero, set1_i(-int32_t(f.length)));
-      unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
-        acc[m][v] = mul_i(zero, set1_i(-s.sums[(f.pass.row + m) * s.folds + f.fold]));
-      });
+      unroll<Rows>([&](auto m)
+                       IPEX_QUANT_INLINE { acc[m][v] = mul_i(zero, set1_i(-s.sums[s.at(f.fold, f.pass.row + m)])); });
     });
     const uint8_t* set = f.codes;
     const uint8_t* x = static_cast<const uint8_t*>(s.data) + f.pass.row * stride + f.start;
@@ -80,7 +79,7 @@ IPEX_QUANT_INLINE inline void decode_bytes(const DecodeFold& f) {
       const int64_t at = column + v * kLanes;
       const vf scale = integer_scale<Dtype>(f.head, at);
       unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
-        const int64_t i = (f.pass.row + m) * s.folds + f.fold;
+        const int64_t i = s.at(f.fold, f.pass.row + m);
         vi total = acc[m][v];
         if constexpr (!Symmetric) total = sub_i(total, mul_i(code_sums[v], set1_i(s.zeros[i])));
         float* out = f.pass.acc + m * kTileN + at;
@@ -201,7 +200,7 @@ IPEX_QUANT_INLINE inline void decode_bf16(const DecodeFold& f) {
       vf total = acc[m][v][0];
       if constexpr (kChains == 2) total = add_f(total, acc[m][v][1]);
       if constexpr (Dtype != kNf4)
-        total = sub_f(total, mul_f(offset, set1_f(s.float_sums[(f.pass.row + m) * s.folds + f.fold])));
+        total = sub_f(total, mul_f(offset, set1_f(s.float_sums[s.at(f.fold, f.pass.row + m)])));
       float* out = f.pass.acc + m * kTileN + v * kLanes;
       store_f(out, fma_f(total, scale, load_f(out)));
     });
@@ -215,11 +214,12 @@ enum class DecodeKernel { kFloat, kBf16, kBytes, kSymmetricBytes };
 template <int Rows>
 inline void add_minimums(const DecodePass& pass, const FoldCursor& at) {
   const GroupHead head = at.head();
+  const Staged& staged = *pass.args.staged;
   for (int64_t column = 0; column < kTileN; column += kLanes) {
     const vf minimum = head.minimum(column);
     for (int64_t m = 0; m < Rows; ++m) {
       float* out = pass.acc + m * kTileN + column;
-      store_f(out, fma_f(minimum, set1_f(fold_sum(*pass.args.staged, pass.row + m, at)), load_f(out)));
+      store_f(out, fma_f(minimum, set1_f(staged.float_sums[staged.at(at.fold, pass.row + m)]), load_f(out)));
     }
   }
 }

@@ -18,7 +18,9 @@ constexpr int kFewerRows = Rows > 4 ? 4 : Rows / 2;
 struct BytePanel {
   int8_t* codes;
   int32_t* sums;       // [folds, kTileN] of the codes over each fold
-  int32_t* residuals;  // [groups, kTileN] zero points left in the codes; INT8 with zero points only
+  int32_t* residuals;  // [folds, kTileN] zero points left in the codes; INT8 with zero points only
+  float* scales;       // [folds, kTileN]
+  float* minimums;     // [folds, kTileN], null without
 };
 
 template <int Dtype>
@@ -32,8 +34,7 @@ inline void unpack_byte_panel(const GemmArgs& args, int64_t tile, const BytePane
       const vi zero = Dtype == kInt8 ? set1_i(symmetric_zero(Dtype)) : head.zero(column);
       const vi zero_bytes = mul_i(zero, set1_i(0x01010101));
       if (panel.residuals)
-        store_i(panel.residuals + at.group() * kTileN + column,
-                sub_i(head.zero(column), set1_i(symmetric_zero(Dtype))));
+        store_i(panel.residuals + at.fold * kTileN + column, sub_i(head.zero(column), set1_i(symmetric_zero(Dtype))));
       const uint8_t* set = at.codes();
       int8_t* to = panel.codes + at.start() * kTileN + 4 * column;
       vi sum = zero_i();
@@ -47,54 +48,59 @@ inline void unpack_byte_panel(const GemmArgs& args, int64_t tile, const BytePane
         });
       }
       store_i(panel.sums + at.fold * kTileN + column, sum);
+      store_f(panel.scales + at.fold * kTileN + column, integer_scale<Dtype>(head, column));
+      if (panel.minimums) store_f(panel.minimums + at.fold * kTileN + column, head.minimum(column));
     }
   }
 }
 
+// Columns that a block of rows does together: as many as leave room for the sums beside the accumulators.
+constexpr int kFoldVectors = 2;
+
 // Symmetric activations have the zero point 128; Residual tells whether the panel has residuals.
 template <int Dtype, int Rows, bool Symmetric, bool Residual>
 inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t row) {
+  constexpr int kColumns = kFoldVectors * kLanes;
   const Staged& s = *args.staged;
   const int64_t stride = args.geometry->padded_k;
   const uint8_t* x = static_cast<const uint8_t*>(s.data) + row * stride;
-  float out[Rows * kTileN] = {};
-  for (int64_t column = 0; column < kTileN; column += kTileVectors * kLanes) {
-    for (FoldCursor at(args, tile, s.max_fold); at.more(); at.advance()) {
+  float out[Rows * kTileN];
+  for (int64_t column = 0; column < kTileN; column += kColumns) {
+    vf sums[Rows][kFoldVectors];
+    unroll2<Rows, kFoldVectors>([&](auto m, auto v) IPEX_QUANT_INLINE { sums[m][v] = zero_f(); });
+    for (FoldRun at(*args.geometry, s.max_fold); at.more(); at.advance()) {
+      const int64_t start = at.start, length = at.length(), fold = at.fold;
+      const int64_t i = s.at(fold, row), parameters = fold * kTileN + column;
       // Start from what the zero points contribute, so that the end of the fold needs no correction.
-      vi acc[Rows][kTileVectors];
-      unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
-        const int64_t n = column + v * kLanes;
-        const vi sums = load_i(panel.sums + at.fold * kTileN + n);
+      vi acc[Rows][kFoldVectors];
+      unroll<kFoldVectors>([&](auto v) IPEX_QUANT_INLINE {
+        const vi codes = load_i(panel.sums + parameters + v * kLanes);
         unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
-          const int64_t i = (row + m) * s.folds + at.fold;
-          const int32_t zero = Symmetric ? 128 : s.zeros[i];
-          acc[m][v] = Symmetric ? sub_i(zero_i(), sll_i<7>(sums)) : mul_i(sums, set1_i(-zero));
+          const int32_t zero = Symmetric ? 128 : s.zeros[i + m];
+          acc[m][v] = Symmetric ? sub_i(zero_i(), sll_i<7>(codes)) : mul_i(codes, set1_i(-zero));
           if constexpr (Residual) {
-            const vi residual = load_i(panel.residuals + at.group() * kTileN + n);
-            acc[m][v] = sub_i(acc[m][v], mul_i(residual, set1_i(s.sums[i] - int32_t(at.length()) * zero)));
+            const vi residual = load_i(panel.residuals + parameters + v * kLanes);
+            const int32_t activations = s.sums[i + m] - int32_t(length) * zero;
+            acc[m][v] = sub_i(acc[m][v], mul_i(residual, set1_i(activations)));
           }
         });
       });
-      multiply_bytes<Rows, kTileVectors, is_narrow(Dtype)>(acc, x + at.start(), stride,
-                                                           panel.codes + at.start() * kTileN + 4 * column, at.length());
-      const GroupHead head = at.head();
-      float fold_sums[Rows] = {};
-      for (int m = 0; head.minimums && m < Rows; ++m) fold_sums[m] = fold_sum(s, row + m, at);
-      unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
-        const int64_t n = column + v * kLanes;
-        const vf scale = integer_scale<Dtype>(head, n);
-        vf sums[Rows];
+      multiply_bytes<Rows, kFoldVectors, is_narrow(Dtype)>(acc, x + start, stride,
+                                                           panel.codes + start * kTileN + 4 * column, length);
+      unroll<kFoldVectors>([&](auto v) IPEX_QUANT_INLINE {
+        const vf scale = load_f(panel.scales + parameters + v * kLanes);
         unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
-          const vf factor = mul_f(set1_f(s.scales[(row + m) * s.folds + at.fold]), scale);
-          sums[m] = fma_f(cvt_f(acc[m][v]), factor, load_f(out + m * kTileN + n));
+          const vf factor = mul_f(set1_f(s.scales[i + m]), scale);
+          sums[m][v] = fma_f(cvt_f(acc[m][v]), factor, sums[m][v]);
         });
-        if (head.minimums) {
-          const vf minimum = head.minimum(n);
-          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { sums[m] = fma_f(minimum, set1_f(fold_sums[m]), sums[m]); });
-        }
-        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { store_f(out + m * kTileN + n, sums[m]); });
+        if (!panel.minimums) return;
+        const vf minimum = load_f(panel.minimums + parameters + v * kLanes);
+        unroll<Rows>([&](auto m)
+                         IPEX_QUANT_INLINE { sums[m][v] = fma_f(minimum, set1_f(s.float_sums[i + m]), sums[m][v]); });
       });
     }
+    unroll2<Rows, kFoldVectors>([&](auto m, auto v)
+                                    IPEX_QUANT_INLINE { store_f(out + m * kTileN + column + v * kLanes, sums[m][v]); });
   }
   for (int m = 0; m < Rows; ++m) finish_row(args.output, row + m, tile * kTileN, out + m * kTileN);
 }
@@ -117,9 +123,12 @@ template <int Dtype>
 inline void prefill_bytes(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch) {
   const WoqGeometry& g = *args.geometry;
   int32_t* sums = reinterpret_cast<int32_t*>(scratch + kTileN * g.padded_k);
-  int32_t* residuals = sums + kTileN * args.staged->folds;
+  const int64_t parameters = kTileN * args.staged->folds;
+  float* scales = reinterpret_cast<float*>(sums + parameters);
+  int32_t* residuals = sums + 3 * parameters;
   const bool residual = Dtype == kInt8 && g.offsets == kZeroPoints;
-  const BytePanel panel{reinterpret_cast<int8_t*>(scratch), sums, residual ? residuals : nullptr};
+  const BytePanel panel{reinterpret_cast<int8_t*>(scratch), sums, residual ? residuals : nullptr, scales,
+                        g.offsets == kMinimums ? scales + parameters : nullptr};
   unpack_byte_panel<Dtype>(args, tile, panel);
   if constexpr (Dtype == kInt8) {
     if (residual) return multiply_byte_panel<Dtype, true>(args, tile, panel, begin, end);
@@ -203,7 +212,8 @@ inline void float_row_blocks(const FloatFold& f, int64_t row, int64_t end) {
         const vf minimum = head.minimum(column + v * kLanes);
         unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
           float* out = f.sums + (row + m) * kTileN + column + v * kLanes;
-          store_f(out, fma_f(minimum, set1_f(fold_sum(f.staged, f.first_row + row + m, f.at)), load_f(out)));
+          store_f(out, fma_f(minimum, set1_f(f.staged.float_sums[f.staged.at(f.at.fold, f.first_row + row + m)]),
+                             load_f(out)));
         });
       });
     }
