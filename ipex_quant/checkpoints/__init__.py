@@ -2,7 +2,7 @@
 
 from .awq import AwqFormat, read_awq
 from .checkpoint import Checkpoint, WeightsInMemory, open_checkpoint, open_directory, open_gguf_checkpoint, split_name
-from .file_tensors import FileTensor, Stored
+from .file_tensors import FileTensor, Joined, Stored
 from .files import find_quantization_config, load_low_precision_checkpoint, open_tensors
 from .format import Int8Input
 from .gguf_file import GgufFile, find_gguf, open_gguf
@@ -16,6 +16,7 @@ __all__ = [
     "FileTensor",
     "GgufFile",
     "Int8Input",
+    "Joined",
     "Stored",
     "WeightsInMemory",
     "checkpoint_methods",

@@ -85,6 +85,12 @@ def layer_of(name: str) -> int | None:
     return int(found["number"]) if found else None
 
 
+def part_of(name: str) -> str:
+    """The part of a layer, or of the model, that the file's tensor `name` is of, without the key."""
+    found = _BLOCK.match(name)
+    return (found["rest"] if found else name).rpartition(".")[0]
+
+
 def place_of(architecture: Architecture, name: str) -> Place | None:
     """The place of the file's tensor `name`; None if the architecture has none."""
     found = _BLOCK.match(name)
@@ -134,6 +140,17 @@ def _halves_of_heads(key: str) -> Rows:
         return torch.arange(count).view(heads, -1, 2).transpose(1, 2).flatten()
 
     return order
+
+
+def _halves_of_sized_heads(file: GgufFile, count: int) -> torch.Tensor:
+    """The order of rows of rotated heads of one size, of which layers have other numbers (Deci)."""
+    heads = file.metadata.get(f"{file.architecture}.attention.head_count", 0)
+    most = max((each for each in heads if type(each) is int), default=0) if isinstance(heads, list) else heads
+    usual = file.of_model("embedding_length") // most if type(most) is int and most > 0 else 0
+    size = file.of_model("attention.key_length", int, usual)
+    if size <= 0 or size % 2 or count % size:
+        raise ValueError(f"{file.path}: attention.key_length: expected a divisor of {count} rows, got {size}")
+    return torch.arange(count).view(-1, size // 2, 2).transpose(1, 2).flatten()
 
 
 def _together_by_heads(file: GgufFile, count: int) -> torch.Tensor:
@@ -208,6 +225,20 @@ _GEMMA = _ATTENTION | _NORMED_HEADS | _MLP | {"post_ffw_norm": "post_feedforward
 _GEMMA_NORMED_TWICE = _GEMMA | {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
+}
+_GEMMA4 = _GEMMA_NORMED_TWICE | {
+    "layer_output_scale.weight": "layer_scalar",
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+    "ffn_gate_inp": "router.proj",
+    "ffn_gate_inp.scale": "router.scale",
+    "ffn_down_exps.scale": "router.per_expert_scale",
+    **{f"ffn_{part}_exps": f"experts.*.{part}_proj" for part in ("gate", "up", "down")},
+    "ffn_gate_up_exps": "experts.*.gate_proj|up_proj",
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "post_ffw_norm_1": "post_feedforward_layernorm_1",
+    "post_ffw_norm_2": "post_feedforward_layernorm_2",
 }
 _GEMMA_NORMS = dict.fromkeys(
     ("output_norm", "attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm", "attn_q_norm", "attn_k_norm"),
@@ -301,10 +332,23 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             _BIG_BLOOM,
             rows={"attn_qkv": _together_by_heads},
         ),
+        "deci": Architecture(
+            _OUTER, _ATTENTION | _MLP, rows=dict.fromkeys(("attn_q", "attn_k"), _halves_of_sized_heads)
+        ),
         "falcon": _gpt(_TRANSFORMER, _BIG_BLOOM, rows={"attn_qkv": _together_by_heads}),
         "gemma": _gemma(_GEMMA),
         "gemma2": _gemma(_GEMMA_NORMED_TWICE),
         "gemma3": _gemma(_GEMMA_NORMED_TWICE),
+        "gemma4": Architecture(
+            _OUTER
+            | {
+                "per_layer_token_embd": "model.embed_tokens_per_layer",
+                "per_layer_model_proj": "model.per_layer_model_projection",
+                "per_layer_proj_norm": "model.per_layer_projection_norm",
+            },
+            _GEMMA4,
+            floats=_ROUTED,
+        ),
         "gpt2": _gpt(
             {
                 "token_embd": "transformer.wte",

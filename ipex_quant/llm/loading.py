@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,7 @@ class _Shell:
         return cls(file.path, model_class(file.path, {"architectures": config.architectures}), config)
 
     def with_layers(
-        self, dtype: torch.dtype, plan: Callable[[PreTrainedModel], LayerPlan], tensors: Mapping[str, Stored]
+        self, dtype: torch.dtype, plan: Callable[[PreTrainedModel], LayerPlan], tensors: dict[str, Stored]
     ) -> PreTrainedModel:
         """The model with the layers of `plan`, and the `tensors` that these do not take."""
         with transformers_errors(self.path):

@@ -15,6 +15,10 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ...checkpoints.files import find_quantization_config, indexed_files
 from ...reading import read_json, shown
+from ..gguf.deci import DeciForCausalLM
+
+_OWN = {DeciForCausalLM.__name__: DeciForCausalLM}
+"""Models that transformers has not, by the names of their classes."""
 
 
 def load_float_model(
@@ -73,7 +77,7 @@ def model_class(directory: Path, config: dict[str, Any], trust_remote_code: bool
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ValueError(f"{directory}: architectures in config.json: expected names of classes, got {shown(names)}")
     name = names[0]
-    found = getattr(transformers, name, None)
+    found = _OWN.get(name) or getattr(transformers, name, None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
     own = config.get("auto_map") if isinstance(config.get("auto_map"), dict) else {}

@@ -27,6 +27,7 @@ from ...conversion.swap import return_freed_memory, successor
 from ...conversion.tying import untie
 from ...nn import Placeholder
 from ...nn.multihead_attention import split_attentions
+from .checkpoint_experts import stack_float_experts
 
 METHOD = "ipex_quant_checkpoint"
 """Name of the method while a model is loaded; no configuration that is saved has it."""
@@ -62,7 +63,7 @@ class LayerSource(QuantizationConfigMixin):
     `tensors` are those of the other layers.
     """
 
-    def __init__(self, plan: Callable[[PreTrainedModel], LayerPlan], tensors: Mapping[str, Stored]) -> None:
+    def __init__(self, plan: Callable[[PreTrainedModel], LayerPlan], tensors: dict[str, Stored]) -> None:
         self.quant_method = METHOD
         self.plan, self.tensors = plan, tensors
 
@@ -100,7 +101,11 @@ class LayerLoader(HfQuantizer):
             place = Placeholder((), {}, {})
             place.stand_for(model.get_submodule(name))
             model.set_submodule(name, place)
-        check_room(model, self.quantization_config.tensors)
+        tensors = self.quantization_config.tensors
+        stacked = stack_float_experts(model, tensors)
+        tensors.clear()  # the dictionary that transformers reads
+        tensors.update(stacked)
+        check_room(model, tensors)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         replacements, sizes = self._plan.replacements, self._plan.sizes
@@ -116,6 +121,8 @@ class LayerLoader(HfQuantizer):
                     kept = 0
         return_freed_memory()
         self._plan.finish(model)
+        if not replacements:  # a float model, which is saved as one
+            self.remove_quantization_config(model)
         return model
 
     def is_serializable(self) -> bool:
