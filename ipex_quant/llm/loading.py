@@ -254,11 +254,11 @@ def load_rounded(
 ) -> PreTrainedModel:
     """The float model in `path`, quantized as `mapping_of` says of it, which needs no calibration, and optimized.
 
-    `mapping_of` gets the model without its weights. Weights that are rounded to nearest are so as they are read.
+    `path` is a directory or a GGUF file. `mapping_of` gets the model without its weights. Weights that are rounded to
+    nearest are so as they are read. Raises ValueError for a model that is quantized already.
     """
-    check_float(path)
-    shell = _Shell.of_directory(path, trust_remote_code)
-    return _rounded_model(shell, open_tensors(path), dtype, mapping_of, kv_cache_dtype)
+    shell, tensors = _float_source(path, trust_remote_code)
+    return _rounded_model(shell, tensors, dtype, mapping_of, kv_cache_dtype)
 
 
 def load_stored(
@@ -269,12 +269,34 @@ def load_stored(
 ) -> PreTrainedModel:
     """The float model in `path`, in which each linear layer that `mapping_of` quantizes is a `StoredLinear`.
 
-    `mapping_of` gets the model without its weights.
+    `path`, `mapping_of` and errors are those of `load_rounded`.
     """
-    check_float(path)
-    tensors = open_tensors(path)
-    shell = _Shell.of_directory(path, trust_remote_code)
+    shell, tensors = _float_source(path, trust_remote_code)
     return shell.with_layers(dtype, lambda model: plan_storage(model, tensors, mapping_of(model)), tensors)
+
+
+def load_float(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The float model in `path`, a directory or a GGUF file, as transformers has it; raises as `load_rounded`."""
+    if find_gguf(path) is None:
+        return load_float_model(path, dtype, trust_remote_code)
+    shell, tensors = _float_source(path, trust_remote_code)
+    return shell.with_layers(dtype, lambda model: FloatPlan({}, {}), tensors)
+
+
+def _float_source(path: Path, trust_remote_code: bool) -> tuple[_Shell, dict[str, Stored]]:
+    """The class, configuration and tensors of the float model in `path`."""
+    gguf = find_gguf(path)
+    if gguf is None:
+        check_float(path)
+        return _Shell.of_directory(path, trust_remote_code), open_tensors(path)
+    file = open_gguf(gguf)
+    kinds = sorted({tensor.kind for tensor in file.tensors.values()} - {""})
+    if kinds:
+        raise ValueError(
+            f"{gguf}: expected a float model, got one that is quantized already, as {', '.join(kinds)}; it runs as it "
+            "is, and `ipex-quant convert` writes it in other formats"
+        )
+    return _Shell.of_gguf(file), dict(open_gguf_checkpoint(file).tensors)
 
 
 def _rounded_model(

@@ -299,16 +299,21 @@ def written(arch, own, tensor, config):
 FLOATS = re.compile(r"norm|scale|rope|_inp|conv|ssm_a|ssm_d$|position|bias|rel_b|sinks|exp_probs")
 
 
+HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
 @pytest.fixture
 def gguf_of(tmp_path, write_gguf, blocks_of):
     """`gguf_of(model, variant, arch, kind)` writes a file of a model and gives its path.
 
-    `kind` is "F32", "Q8_0", or "values" for the values of Q8_0 in float32.
+    `kind` is "F32", "F16", "BF16", "Q8_0", or "values" for the values of Q8_0 in float32.
     """
 
     def write(model, variant, arch, kind="F32", **metadata):
         tensors = tensors_of(variant, arch, model)
-        for name, tensor in tensors.items() if kind != "F32" else ():
+        for name, tensor in tensors.items() if kind in HALVES else ():
+            tensors[name] = tensor.to(HALVES[kind]) if tensor.dim() > 1 else tensor
+        for name, tensor in tensors.items() if kind in ("Q8_0", "values") else ():
             if not FLOATS.search(name) and tensor.dim() > 1 and tensor.shape[-1] % 32 == 0:
                 blocks, values = blocks_of(tensor)
                 tensors[name] = blocks if kind == "Q8_0" else values
