@@ -32,6 +32,8 @@ class Values:
 
 _BLOCK = re.compile(r"^(?P<stack>(?:enc\.|dec\.)?)blk\.(?P<number>\d+)\.(?P<rest>.+)$")
 
+_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
+
 IGNORED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight", "attn_rot_embd.weight")
 """Ends of the names of tensors that are no weights; some tell the configuration."""
 
@@ -116,17 +118,21 @@ def place_of(architecture: Architecture, name: str) -> Place | None:
     )
 
 
-def name_in_file(architecture: Architecture, module: str, key: str) -> str | None:
-    """The file's name of the parameter `key` of `module`, as `place_of` places it; None if there is no such name."""
+def name_in_file(architecture: Architecture, module: str, key: str) -> tuple[str, int | None] | None:
+    """The file's name of the parameter `key` of `module`, as `place_of` places it, and the number of the expert.
+
+    The number is None for what is no part of a stack of experts. The result is None if there is no such name.
+    """
     start, _, end = architecture.layers.partition("{}")
     found = re.match(rf"{re.escape(start)}(\d+){re.escape(end)}(.+)$", module)
     own, parts = (found[2], architecture.inner) if found else (module, architecture.outer)
+    expert = _EXPERT.search(own)
+    own = _EXPERT.sub("*", own)
     block = f"blk.{found[1]}." if found else ""
     for part, owner in parts.items():
-        if owner == own:
-            return f"{block}{part}.{key}"
-        if owner == f"{own}.{key}":
-            return f"{block}{part}"
+        if owner in (own, f"{own}.{key}"):
+            name = f"{block}{part}" + (f".{key}" if owner == own else "")
+            return name, int(expert[0]) if expert else None
     return None
 
 
@@ -369,10 +375,10 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
         "gpt-oss": Architecture(
             _OUTER,
-            _ATTENTION
+            {"post_attention_norm": "post_attention_layernorm"}  # the name of those that is written
+            | _ATTENTION
             | _EXPERTS
             | {
-                "post_attention_norm": "post_attention_layernorm",
                 "ffn_gate_inp": "mlp.router",
                 "attn_sinks.weight": "self_attn.sinks",
             },
