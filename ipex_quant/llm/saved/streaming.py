@@ -71,18 +71,19 @@ class LayerSource(QuantizationConfigMixin):
         return self  # transformers copies configurations; the tensors stay where they are
 
 
-def check_room(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> None:
-    """ValueError if `model`, on the meta device, has far more parameters than `tensors` have elements.
+def check_room(model: PreTrainedModel, tensors: Mapping[str, Stored], what: str = "elements") -> None:
+    """ValueError if `model`, on the meta device, has far more elements, called `what`, than `tensors`.
 
     transformers makes those that are missing, or have another shape, before it tells.
     """
     tied = set(getattr(model, "all_tied_weights_keys", ()))
-    needed = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
+    own = (*model.named_parameters(), *model.named_buffers())
+    needed = sum(tensor.numel() for name, tensor in own if name not in tied)
     stored = sum(tensor.shape.numel() for tensor in tensors.values())
     if needed > 2 * stored + _COMPUTED_ELEMENTS:
         raise ValueError(
-            f"the configuration describes a {type(model).__name__} with {needed} elements in tensors that are not "
-            f"quantized, of which the checkpoint has {stored}; get a complete one, with its own configuration"
+            f"the configuration describes a {type(model).__name__} with {needed} {what}, of which the "
+            f"checkpoint has {stored}; get a complete one, with its own configuration"
         )
 
 
@@ -105,7 +106,7 @@ class LayerLoader(HfQuantizer):
         stacked = stack_float_experts(model, tensors)
         tensors.clear()  # the dictionary that transformers reads
         tensors.update(stacked)
-        check_room(model, tensors)
+        check_room(model, tensors, "elements in tensors that are not quantized")
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         replacements, sizes = self._plan.replacements, self._plan.sizes
