@@ -124,14 +124,15 @@ def name_in_file(architecture: Architecture, module: str, key: str) -> tuple[str
     The number is None for what is no part of a stack of experts. The result is None if there is no such name.
     """
     start, _, end = architecture.layers.partition("{}")
-    found = re.match(rf"{re.escape(start)}(\d+){re.escape(end)}(.+)$", module)
-    own, parts = (found[2], architecture.inner) if found else (module, architecture.outer)
+    whole = f"{module}.{key}"
+    found = re.match(rf"{re.escape(start)}(\d+){re.escape(end)}(.+)$", whole)
+    own, parts = (found[2], architecture.inner) if found else (whole, architecture.outer)
     expert = _EXPERT.search(own)
     own = _EXPERT.sub("*", own)
     block = f"blk.{found[1]}." if found else ""
     for part, owner in parts.items():
-        if owner in (own, f"{own}.{key}"):
-            name = f"{block}{part}" + (f".{key}" if owner == own else "")
+        if own in (owner, f"{owner}.{key}"):
+            name = f"{block}{part}" + ("" if own == owner else f".{key}")
             return name, int(expert[0]) if expert else None
     return None
 

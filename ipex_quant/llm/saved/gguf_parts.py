@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from ...reading import shown
 from ..gguf.configuration import query_scalar
+from .gguf_gemma4 import GEMMA4, gemma4_divisors, gemma4_metadata
 
 Entries = dict[str, Any]
 
@@ -27,7 +28,8 @@ class Written:
     """How models of a type are written: the `name` of their architecture, and what llama.cpp takes for granted.
 
     `activation` is that of the MLP. Of every `period` layers the last attends to all, the others to a window; 0 is for
-    models without windows. `own_head` says that the output layer may be another than the embedding. `assumed` are
+    models without windows, or whose metadata tell them, as `states_windows` says. `own_head` says that the output layer
+    may be another than the embedding. `assumed` are
     entries of the configuration that are the same in all of these models. `entries` makes metadata beside the usual.
     """
 
@@ -35,6 +37,7 @@ class Written:
     activation: str = _SILU
     period: int = 0
     own_head: bool = True
+    states_windows: bool = False
     assumed: Mapping[str, Any] = field(default_factory=dict)
     entries: Callable[[PreTrainedConfig], Entries] = lambda config: {}
 
@@ -49,7 +52,7 @@ def written_as(config: PreTrainedConfig) -> Written:
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != found.activation:
         raise ValueError(f"hidden_act: llama.cpp has {found.activation} in this model, got {shown(activation)}")
-    if not found.period and found.name != "phi3" and getattr(config, "sliding_window", None):
+    if not found.period and not found.states_windows and getattr(config, "sliding_window", None):
         raise ValueError(f"sliding_window: GGUF is written of models without it, got {shown(config.sliding_window)}")
     if found.period:
         kinds = ["sliding_attention"] * (found.period - 1) + ["full_attention"]
@@ -62,7 +65,7 @@ def written_as(config: PreTrainedConfig) -> Written:
     for key, expected in found.assumed.items():
         if getattr(config, key) != expected:
             raise ValueError(f"{key}: llama.cpp has {expected} in this model, got {shown(getattr(config, key))}")
-    if getattr(config, "use_bidirectional_attention", None):
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # of images, if at all
         raise ValueError("use_bidirectional_attention: GGUF is written of models without it")
     return found
 
@@ -70,27 +73,36 @@ def written_as(config: PreTrainedConfig) -> Written:
 def model_metadata(config: PreTrainedConfig) -> Entries:
     """Metadata of the model itself; ValueError as `written_as`, and for a scaling of positions that is not written."""
     written = written_as(config)
-    size = _head_size(config)
     own = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": size,
-        "attention.value_length": size,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        **_rope_metadata(config),
+        **({} if config.model_type == GEMMA4 else _usual(config)),
         **written.entries(config),
     }
     general = {"general.architecture": written.name, "general.quantization_version": 2}
     return general | {f"{written.name}.{key}": value for key, value in own.items()}
 
 
+def _usual(config: PreTrainedConfig) -> Entries:
+    """Sizes of heads and of the MLP, and how positions are rotated, of models whose layers are alike."""
+    size = _head_size(config)
+    return {
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": size,
+        "attention.value_length": size,
+        **_rope_metadata(config),
+    }
+
+
 def rope_tensors(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """Tensors of divisors of the frequencies that positions are rotated by, float32, by their names in the file."""
+    if config.model_type == GEMMA4:
+        return {"rope_freqs.weight": gemma4_divisors(config)}
     rope = _rope(config)
     if rope["rope_type"] == "longrope":
         return {f"rope_factors_{part}.weight": torch.tensor(rope[f"{part}_factor"]) for part in ("long", "short")}
@@ -224,10 +236,11 @@ WRITTEN: Mapping[str, Written] = {
     "mistral": Written("llama"),
     "qwen2": Written("qwen2"),
     "qwen3": Written("qwen3"),
-    "phi3": Written("phi3", entries=_phi3),
+    "phi3": Written("phi3", states_windows=True, entries=_phi3),
     "gemma": Written("gemma", _GELU, own_head=False),
     "gemma2": Written("gemma2", _GELU, 2, False, entries=_gemma),
     "gemma3_text": Written("gemma3", _GELU, 6, entries=_gemma),
+    GEMMA4: Written("gemma4", _GELU, states_windows=True, assumed={"attention_bias": False}, entries=gemma4_metadata),
     "mixtral": Written("llama", entries=_experts),
     "qwen2_moe": Written("qwen2moe", assumed={"norm_topk_prob": False, **_ALL_EXPERTS}, entries=_experts),
     "qwen3_moe": Written("qwen3moe", assumed={"norm_topk_prob": True, **_ALL_EXPERTS}, entries=_experts),

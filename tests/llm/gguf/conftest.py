@@ -120,7 +120,7 @@ def gemma4_metadata(config):
     windows = [kind == "sliding_attention" for kind in config.layer_types]
     layers = config.per_layer_config
     first = config.num_hidden_layers - config.num_kv_shared_layers
-    wide = [1 + (config.use_double_wide_mlp and layer >= first) for layer in range(config.num_hidden_layers)]
+    widths = [config.intermediate_size * (1 + (layer >= first)) for layer in range(config.num_hidden_layers)]
     full = layers[windows.index(False)].head_dim
     return {
         "attention.key_length": full,
@@ -129,7 +129,7 @@ def gemma4_metadata(config):
         "attention.sliding_window_pattern": windows,
         "attention.shared_kv_layers": config.num_kv_shared_layers,
         "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
-        "feed_forward_length": [config.intermediate_size * times for times in wide],
+        "feed_forward_length": widths if config.use_double_wide_mlp else config.intermediate_size,
         "final_logit_softcapping": config.final_logit_softcapping,
         "rope.freq_base": 1_000_000.0,
         "rope.freq_base_swa": 10_000.0,

@@ -1,4 +1,4 @@
-"""Models with experts are written to GGUF, and read back as they were."""
+"""Models with experts, and Gemma 4, are written to GGUF, and read back as they were."""
 
 from dataclasses import replace
 
@@ -12,8 +12,8 @@ from ipex_quant.llm.saved.gguf_parts import model_metadata
 from ipex_quant.nn import WeightOnlyQuantizedExperts
 from ipex_quant.quantization import WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
-VARIANTS = {"mixtral": "llama"}
-NAMES = ("gpt-oss", "minimax-m2", "mixtral", "qwen2moe", "qwen3moe")
+VARIANTS = {"mixtral": "llama", "gemma4-experts": "gemma4"}
+NAMES = ("gemma4", "gemma4-experts", "gpt-oss", "minimax-m2", "mixtral", "qwen2moe", "qwen3moe")
 IDS = torch.arange(3, 15).view(2, 6)
 
 
@@ -30,10 +30,15 @@ def raw(tensor):
 def test_a_file_becomes_the_same_file(name, make_tiny, gguf_of, tmp_path):
     source = open_gguf(gguf_of(make_tiny(name), name, VARIANTS.get(name, name), "Q8_0"))
     model = ipex.llm.from_pretrained(source.path, torch.float32)
-    assert any(isinstance(module, WeightOnlyQuantizedExperts) for module in model.modules())
+    assert any(isinstance(module, WeightOnlyQuantizedExperts) for module in model.modules()) == (name != "gemma4")
     written = export(model, tmp_path)
-    assert written.tensors.keys() == source.tensors.keys()
-    for key, tensor in source.tensors.items():
+    joined = {key: key.replace("gate_up", "{}") for key in source.tensors if "gate_up" in key}
+    parts = {name.format(part) for name in joined.values() for part in ("gate", "up")}
+    assert written.tensors.keys() == (source.tensors.keys() - joined.keys()) | parts
+    for key, name in joined.items():  # which llama.cpp reads in two tensors, too
+        both = [written.tensors[name.format(part)].stored[...] for part in ("gate", "up")]
+        assert torch.equal(torch.cat(both, dim=1), source.tensors[key].stored[...])
+    for key, tensor in ((key, tensor) for key, tensor in source.tensors.items() if key not in joined):
         assert (key, tensor.kind, tensor.stored.shape) == (
             key,
             written.tensors[key].kind,
@@ -85,6 +90,12 @@ def with_half_scales(module):
     return type(module).from_quantized_weight(replace(weight, scales=scales, zero_points=zeros), module.float_bias)
 
 
+SCALED = {
+    "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -97,6 +108,8 @@ def with_half_scales(module):
             {"layer_types": ["full_attention"] * 2},
             "layer_types: llama.cpp has 1 layers with a window before",
         ),
+        ("gemma4", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention: GGUF is written of models"),
+        ("gemma4", {"rope_parameters": SCALED}, "rope_parameters: GGUF is written of positions that are not scaled"),
         ("mixtral", {"sliding_window": 4}, "sliding_window: GGUF is written of models without it, got 4"),
     ],
 )
