@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.ao.quantization import QConfigMapping
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -41,7 +40,14 @@ from .cache.layers import NativeLayer
 from .gguf import gguf_config, gguf_tokenizer
 from .optimization import completed, optimize
 from .saved.checkpoint import plan_of
-from .saved.float_models import check_complete, check_float, concrete_class, load_float_model, model_class
+from .saved.float_models import (
+    check_complete,
+    check_float,
+    concrete_class,
+    config_of,
+    load_float_model,
+    model_class,
+)
 from .saved.repositories import Source, local_path
 from .saved.rounding import FloatPlan, plan_rounding, plan_storage
 from .saved.streaming import LayerPlan, LayerSource
@@ -167,7 +173,7 @@ class _Shell:
         kind = model_class(path, content, trust_remote_code)
         with transformers_errors(path):
             kind = concrete_class(kind, path, content)
-            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+            config = config_of(kind, path, trust_remote_code)
         return cls(path, kind, config)
 
     @classmethod

@@ -18,7 +18,7 @@ from ..checkpoints.files import indexed_files, open_tensors
 from ..nn import QuantizedModule
 from ..reading import read_json, shown
 from ..writing import replaced_directory
-from .saved.float_models import concrete_class, model_class
+from .saved.float_models import concrete_class, config_of, model_class
 from .saved.hf_quantizer import IpexQuantConfig, IpexQuantizer, describe_model
 from .saved.streaming import check_room
 
@@ -85,8 +85,7 @@ def _check_shapes(kind: Any, directory: Path, trust_remote_code: bool) -> None:
 
     Tensors by other names than the model's, and missing ones, are left to transformers, unless they are most of it.
     """
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    config = kind.config_class.from_pretrained(directory, **options)
+    config = config_of(kind, directory, trust_remote_code)
     tensors = open_tensors(directory)
     with torch.device("meta"):
         model = kind(config)

@@ -114,6 +114,8 @@ def deci_entries(file: GgufFile) -> Entries:
     if not count or {*heads} - {0, count} or not any(groups) or not any(widths):
         raise ValueError(f"{file.path}: deci.attention.head_count: expected one number, or 0, got {shown(heads)}")
     size = file.of_model("attention.key_length", int, entries["hidden_size"] // count)
+    if not 0 < size < 1 << 20:
+        raise ValueError(f"{file.path}: deci.attention.key_length: expected a size, got {size}")
     for own in {group for head, group in zip(heads, groups, strict=True) if head and group}:
         check_heads(file, count, own, size)
     entries |= {

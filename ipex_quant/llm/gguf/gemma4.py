@@ -43,12 +43,15 @@ def gemma4_entries(file: GgufFile) -> Entries:
     for own in groups.values():
         check_heads(file, heads, own, full)
     rotated = file.of_model("rope.dimension_count_swa", int, size)
-    if not 0 < full < 1 << 20 or rotated != size:
+    if not (0 < full < 1 << 20 and 0 < size < 1 << 20) or rotated != size:
         raise ValueError(f"{file.path}: expected whole heads to be rotated, got {rotated} of {size}, {full} in others")
     valued = [f"blk.{layer}.attn_v.weight" in file.tensors for layer in range(layers - shared) if not windows[layer]]
     if any(valued) and not all(valued):
         raise ValueError(f"{file.path}: expected attn_v in all layers without a window, or in none")
     width, double = _widths(file, layers, shared)
+    further = file.of_model("embedding_length_per_layer_input", int, 0)
+    if not 0 <= further < 1 << 31:
+        raise ValueError(f"{file.path}: embedding_length_per_layer_input: expected a size, got {further}")
     table = file.tensors.get("per_layer_token_embd.weight", file.tensors["token_embd.weight"])
     cap = file.of_model("final_logit_softcapping", float, 0.0)
     last = {"head_dim": full, "num_key_value_heads": groups[False]}
@@ -63,7 +66,7 @@ def gemma4_entries(file: GgufFile) -> Entries:
         "intermediate_size": width,
         "use_double_wide_mlp": double,
         "enable_moe_block": bool(experts),
-        "hidden_size_per_layer_input": file.of_model("embedding_length_per_layer_input", int, 0),
+        "hidden_size_per_layer_input": further,
         "vocab_size_per_layer_input": table.stored.shape[0],
         "final_logit_softcapping": cap if cap > 0 else None,
         "rope_parameters": _rope(file, full),

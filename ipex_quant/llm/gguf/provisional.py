@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ...checkpoints import GgufFile, GgufTensor
+from ...reading import shown
 from .configuration import gguf_config
 
 _TOKENS = "tokenizer.ggml.tokens"
@@ -24,19 +25,28 @@ def provisional_config(metadata: Mapping[str, Any], names: Collection[str]) -> P
 
     The tokens in `metadata` may be their number. Raises ValueError as `gguf_config` does.
     """
-    arch, tokens = f"{metadata['general.architecture']}", metadata.get(_TOKENS, 0)
-    rows = len(tokens) if isinstance(tokens, list) else tokens
-    rows = metadata.get(f"{arch}.vocab_size", 0) if rows == 0 else rows
+    tokens = metadata.get(_TOKENS, 0)
     file = GgufFile(Path("the GGUF file"), {key: value for key, value in metadata.items() if key != _TOKENS}, {})
-    heads = metadata.get(f"{arch}.attention.head_count", 1)
-    heads = max(heads) if isinstance(heads, list) else heads
-    size = file.of_model("embedding_length", int, 0) // max(heads, 1)
-    size = file.of_model("rope.dimension_count", int, file.of_model("attention.key_length", int, size))
+    rows = (len(tokens) if isinstance(tokens, list) else tokens) or file.of_model("vocab_size", int, 0)
+    if type(rows) is not int or not 0 < rows < 1 << 31:
+        raise ValueError(f"{file.path}: vocab_size: expected the number of tokens, got {shown(rows)}")
+    size = file.of_model("rope.dimension_count", int, file.of_model("attention.key_length", int, _usual_size(file)))
+    if not 0 <= size < 1 << 20:
+        raise ValueError(f"{file.path}: rope.dimension_count: expected a size, got {size}")
     # tables of embeddings have a row a token, divisors of frequencies are 1 until they are known
     tables = ("token_embd.weight", "per_layer_token_embd.weight")
     shapes = {name: (rows if name in tables else size // 2 if "rope" in name else 0,) for name in names}
     tensors = {name: GgufTensor("", torch.ones(1, device="cpu").expand(shape)) for name, shape in shapes.items()}
     return gguf_config(GgufFile(file.path, file.metadata, tensors))
+
+
+def _usual_size(file: GgufFile) -> int:
+    """The size of a head where nothing tells it."""
+    heads = file.metadata.get(f"{file.architecture}.attention.head_count", 1)
+    most = max(heads, default=1) if isinstance(heads, list) else heads
+    if type(most) is not int:
+        raise ValueError(f"{file.path}: attention.head_count: expected a number, got {shown(heads)}")
+    return file.of_model("embedding_length", int, 0) // max(most, 1)
 
 
 def correct_config(config: PreTrainedConfig, file: GgufFile) -> None:

@@ -113,6 +113,19 @@ def test_blocks_and_saving(deci_file, blocks_of, tmp_path):
     assert torch.equal(again(IDS).logits, loaded(IDS).logits)
 
 
+def test_an_export_comes_back(deci_file, tmp_path):
+    _, tensors = reduced(whole_llama())
+    loaded = ipex.llm.from_pretrained(deci_file(tensors, quantized=True), torch.float32)
+    ipex.llm.export(loaded, tmp_path / "out", "compressed-tensors")
+    again = ipex.llm.from_pretrained(tmp_path / "out")
+    assert type(again) is DeciForCausalLM
+    embedded = IDS.unique()  # embeddings are in float there
+    assert torch.equal(again.model.embed_tokens(embedded), loaded.model.embed_tokens(embedded))
+    torch.testing.assert_close(again(IDS).logits, loaded(IDS).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"GGUF is written of .* models, got a deci"):
+        ipex.llm.export(loaded, tmp_path / "gguf", "gguf")
+
+
 def test_layers_that_are_alike_are_a_llama(deci_file):
     model = whole_llama()
     same = {"attention.head_count": 4, "attention.head_count_kv": [2] * 5, "feed_forward_length": 128}

@@ -6,12 +6,14 @@ import transformers
 from transformers.quantizers import auto
 
 import ipex_quant as ipex
+from ipex_quant.llm.gguf import provisional_config
 from ipex_quant.nn import QuantizedModule
 
 configs = pytest.importorskip("transformers.integrations.gguf").GGUF_CONFIG_ARCHS
 pytest.importorskip("accelerate")  # which transformers asks for
 
 VARIANTS = {"mixtral": "llama", "gemma4-experts": "gemma4"}
+TOKENS = [f"<{number}>" for number in range(96)]
 IDS = torch.arange(3, 15).view(2, 6)
 
 
@@ -60,14 +62,23 @@ def test_what_only_tensors_tell_and_what_the_user_says(registered, make_tiny, gg
     torch.testing.assert_close(loaded.float()(IDS).logits, model(IDS).logits, rtol=0.1, atol=0.1)
 
 
-def test_dequantizing_stays_with_transformers(registered, make_tiny, gguf_of):
-    path = gguf_of(make_tiny("lfm2"), "lfm2", "lfm2", "Q8_0", **{"lfm2.vocab_size": 96})
+@pytest.mark.parametrize("name", ["lfm2", "qwen35", "qwen35moe"])
+def test_dequantizing_stays_with_transformers(name, registered, make_tiny, gguf_of):
+    numbers = {
+        f"{name}.vocab_size": 96,
+        f"{name}.rope.dimension_sections": [2, 1, 1, 0],
+        "tokenizer.ggml.tokens": TOKENS,
+    }
+    path = gguf_of(make_tiny(name), name, name, "values", **numbers)
     dequantize = transformers.GgufConfig(dequantize=True)
     options = {"gguf_file": path.name, "quantization_config": dequantize, "dtype": torch.float32}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
     assert not any(isinstance(each, QuantizedModule) for each in loaded.modules())
+    ipex.llm.unregister_from_transformers()
+    stock = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     expected = ipex.llm.from_pretrained(path, torch.float32)
-    torch.testing.assert_close(loaded(IDS).logits, expected(IDS).logits, rtol=1e-4, atol=1e-4)
+    for each in (loaded, stock):
+        torch.testing.assert_close(each(IDS).logits, expected(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_models_that_transformers_has_not(registered, write_gguf, tmp_path):
@@ -78,6 +89,22 @@ def test_models_that_transformers_has_not(registered, write_gguf, tmp_path):
     write_gguf(tmp_path / "deci.gguf", metadata, {"token_embd.weight": torch.ones(96, 64)})
     with pytest.raises(ValueError, match=r"no deci models; use ipex_quant\.llm\.from_pretrained\(file\)"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="deci.gguf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": -3}, "expected the number of tokens, got -3"),
+        ({"attention.head_count": "x"}, r"attention\.head_count: expected a number, got 'x'"),
+        ({"embedding_length": [1]}, r"embedding_length: expected a int"),
+        ({"rope.dimension_count": -(1 << 40)}, r"rope\.dimension_count: expected a size"),
+    ],
+)
+def test_what_is_absurd_is_named(changes, message):
+    metadata = {"general.architecture": "llama", "llama.embedding_length": 64, "llama.vocab_size": 96}
+    metadata |= {f"llama.{key}": value for key, value in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        provisional_config(metadata, ["token_embd.weight", "rope_freqs.weight"])
 
 
 def test_older_releases_say_what_to_use(monkeypatch):
