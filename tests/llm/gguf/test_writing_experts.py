@@ -10,7 +10,9 @@ from ipex_quant.checkpoints import open_gguf
 from ipex_quant.checkpoints.writers.gguf import GgufData, stacked_data
 from ipex_quant.llm.saved.gguf_parts import model_metadata
 from ipex_quant.nn import WeightOnlyQuantizedExperts
-from ipex_quant.quantization import WoqWeightDtype, get_weight_only_quant_qconfig_mapping
+from ipex_quant.quantization import WoqWeightDtype, WoqWeightQScheme, get_weight_only_quant_qconfig_mapping
+from ipex_quant.recipes.load import quantized
+from ipex_quant.recipes.recipe import Gptq, Recipe
 
 VARIANTS = {"mixtral": "llama", "gemma4-experts": "gemma4"}
 NAMES = ("gemma4", "gemma4-experts", "gpt-oss", "minimax-m2", "mixtral", "qwen2moe", "qwen3moe")
@@ -67,6 +69,19 @@ def test_experts_in_mxfp4(make_tiny, gguf_of, write_gguf, tmp_path):
     written = export(model, tmp_path)
     assert {tensor.kind for name, tensor in written.tensors.items() if "exps.weight" in name} == {"MXFP4"}
     assert all(torch.equal(raw(tensor), raw(written.tensors[name])) for name, tensor in source.tensors.items())
+    again = ipex.llm.from_pretrained(written.path, torch.float32)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore:(gptq|GPTQ)")
+def test_what_gptq_quantizes_here(make_tiny, tmp_path):
+    make_tiny("qwen3moe").save_pretrained(tmp_path / "float")
+    kind = {"weight_dtype": WoqWeightDtype.INT4, "weight_qscheme": WoqWeightQScheme.SYMMETRIC}
+    settings = Gptq(**kind, group_size=32, samples=2, sequence_length=16)
+    batches = [{"input_ids": IDS + number} for number in range(2)]
+    model, _ = quantized(Recipe("q4", settings, skip=("lm_head",)), tmp_path / "float", torch.float32, batches)
+    written = export(model, tmp_path)
+    assert {tensor.kind for name, tensor in written.tensors.items() if "exps" in name} == {"Q4_0"}
     again = ipex.llm.from_pretrained(written.path, torch.float32)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
