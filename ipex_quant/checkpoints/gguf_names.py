@@ -151,10 +151,7 @@ def _halves_of_heads(key: str) -> Rows:
 
 def _halves_of_sized_heads(file: GgufFile, count: int) -> torch.Tensor:
     """The order of rows of rotated heads of one size, of which layers have other numbers (Deci)."""
-    heads = file.metadata.get(f"{file.architecture}.attention.head_count", 0)
-    most = max((each for each in heads if type(each) is int), default=0) if isinstance(heads, list) else heads
-    usual = file.of_model("embedding_length") // most if type(most) is int and most > 0 else 0
-    size = file.of_model("attention.key_length", int, usual)
+    size = file.head_size()
     if size <= 0 or size % 2 or count % size:
         raise ValueError(f"{file.path}: attention.key_length: expected a divisor of {count} rows, got {size}")
     return torch.arange(count).view(-1, size // 2, 2).transpose(1, 2).flatten()

@@ -51,7 +51,7 @@ class LinearAttention(torch.nn.Module):
 class DeciLayer(LlamaDecoderLayer):
     """A layer of a Deci model, as its own `config` says; `whole` is that of the model, `cached` its place in a cache.
 
-    Layers without attention have no place in a cache: its first layer must be one that tokens are counted by.
+    Layers without attention have no place: tokens are counted in the first, which must not be one that stays empty.
     """
 
     def __init__(self, config: DeciConfig, whole: DeciConfig, cached: int) -> None:
@@ -113,7 +113,7 @@ def deci_entries(file: GgufFile) -> Entries:
     count = max(heads)
     if not count or {*heads} - {0, count} or not any(groups) or not any(widths):
         raise ValueError(f"{file.path}: deci.attention.head_count: expected one number, or 0, got {shown(heads)}")
-    size = file.of_model("attention.key_length", int, entries["hidden_size"] // count)
+    size = file.head_size()
     if not 0 < size < 1 << 20:
         raise ValueError(f"{file.path}: deci.attention.key_length: expected a size, got {size}")
     for own in {group for head, group in zip(heads, groups, strict=True) if head and group}:

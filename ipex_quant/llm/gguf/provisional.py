@@ -30,7 +30,7 @@ def provisional_config(metadata: Mapping[str, Any], names: Collection[str]) -> P
     rows = (len(tokens) if isinstance(tokens, list) else tokens) or file.of_model("vocab_size", int, 0)
     if type(rows) is not int or not 0 < rows < 1 << 31:
         raise ValueError(f"{file.path}: vocab_size: expected the number of tokens, got {shown(rows)}")
-    size = file.of_model("rope.dimension_count", int, file.of_model("attention.key_length", int, _usual_size(file)))
+    size = file.of_model("rope.dimension_count", int, file.head_size())
     if not 0 <= size < 1 << 20:
         raise ValueError(f"{file.path}: rope.dimension_count: expected a size, got {size}")
     # tables of embeddings have a row a token, divisors of frequencies are 1 until they are known
@@ -38,15 +38,6 @@ def provisional_config(metadata: Mapping[str, Any], names: Collection[str]) -> P
     shapes = {name: (rows if name in tables else size // 2 if "rope" in name else 0,) for name in names}
     tensors = {name: GgufTensor("", torch.ones(1, device="cpu").expand(shape)) for name, shape in shapes.items()}
     return gguf_config(GgufFile(file.path, file.metadata, tensors))
-
-
-def _usual_size(file: GgufFile) -> int:
-    """The size of a head where nothing tells it."""
-    heads = file.metadata.get(f"{file.architecture}.attention.head_count", 1)
-    most = max(heads, default=1) if isinstance(heads, list) else heads
-    if type(most) is not int:
-        raise ValueError(f"{file.path}: attention.head_count: expected a number, got {shown(heads)}")
-    return file.of_model("embedding_length", int, 0) // max(most, 1)
 
 
 def correct_config(config: PreTrainedConfig, file: GgufFile) -> None:

@@ -113,6 +113,7 @@ def test_blocks_and_saving(deci_file, blocks_of, tmp_path):
     assert torch.equal(again(IDS).logits, loaded(IDS).logits)
 
 
+@pytest.mark.filterwarnings("ignore:embeddings are in float")
 def test_an_export_comes_back(deci_file, tmp_path):
     _, tensors = reduced(whole_llama())
     loaded = ipex.llm.from_pretrained(deci_file(tensors, quantized=True), torch.float32)
