@@ -82,7 +82,10 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("quantize", _quantize, "Quantize a model directory and save the result.")
     sub.add_argument(
-        "model_dir", type=Path, metavar="MODEL_DIR", help="float model with its tokenizer, or its id in the hub"
+        "model_dir",
+        type=Path,
+        metavar="MODEL_DIR",
+        help="float model with its tokenizer, a GGUF file in float, or its id in the hub",
     )
     sub.add_argument(
         "--recipe", required=True, help=f"{', '.join(recipe_names())}, or a YAML file (see CONTRIBUTING.md)"
@@ -347,9 +350,9 @@ def _any_model(options: argparse.Namespace) -> PreTrainedModel:
 def _float_model(options: argparse.Namespace, directory: Path, dtype: str) -> PreTrainedModel:
     import torch
 
-    from .llm.saved.float_models import load_float_model
+    from .llm.loading import load_float
 
-    return load_float_model(directory, getattr(torch, dtype), options.trust_remote_code)
+    return load_float(directory, getattr(torch, dtype), options.trust_remote_code)
 
 
 def _tokenizer(options: argparse.Namespace, directory: Path) -> PreTrainedTokenizerBase | None:

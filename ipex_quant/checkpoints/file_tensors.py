@@ -10,7 +10,7 @@ end it. Nothing is allocated before the header is known to fit the file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -131,7 +131,29 @@ class Derived:
         return made[index] if isinstance(index, int) else made
 
 
-Stored = torch.Tensor | FileTensor | ExpertRows | Derived
+@dataclass(frozen=True)
+class Joined:
+    """A tensor whose entry i of the first dimension `make` makes of ``sources[i]`` when it is read by ``t[...]``."""
+
+    sources: Sequence[Sequence[Stored]]
+    shape: torch.Size
+    dtype: torch.dtype
+    make: Callable[[list[torch.Tensor]], torch.Tensor]
+
+    def dim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    def __getitem__(self, index: int | EllipsisType) -> torch.Tensor:
+        if isinstance(index, int):
+            return self.make([source[...] for source in self.sources[index]])
+        result = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        for entry, _ in enumerate(self.sources):
+            result[entry] = self[entry]
+        return result
+
+
+Stored = torch.Tensor | FileTensor | ExpertRows | Derived | Joined
 """A tensor, or one that is read when it is indexed: ``t[...]`` is the tensor in all cases."""
 
 

@@ -24,7 +24,7 @@ from .file_tensors import Derived, ExpertRows, Stored
 from .format import CheckpointFormat
 from .gguf_blocks import BLOCKS, float_rows, read_blocks
 from .gguf_file import GgufFile, GgufTensor
-from .gguf_names import ARCHITECTURES, IGNORED, Place, architecture_of, layer_of, place_of
+from .gguf_names import ARCHITECTURES, IGNORED, Place, architecture_of, layer_of, part_of, place_of
 from .tensors import check, check_rank, require
 
 MANY_LAYERS = 1 << 31
@@ -33,6 +33,9 @@ MANY_LAYERS = 1 << 31
 _WEIGHT = "qweight"
 _ORDER = "order"
 """The file's column in place of each of the model's."""
+
+_KEYS_AND_VALUES = ("attn_k", "attn_v", "attn_k_norm")
+"""Parts of a layer that one that shares keys and values does not use."""
 
 _FORMAT = re.compile(r"^(?P<family>i?q)(?P<bits>\d?)_(?P<variant>0|1|k|nl|xs)(?:_(?:xs|s|m|l))?$")
 
@@ -112,6 +115,7 @@ def gguf_tensors(file: GgufFile) -> dict[str, Stored]:
     layers = file.of_model("block_count", int, MANY_LAYERS)
     layers = max(layers, file.of_model("decoder_block_count", int, layers))
     extra = file.of_model("nextn_predict_layers", int, 0)
+    shared = file.of_model("attention.shared_kv_layers", int, 0)
     for name, tensor in file.tensors.items():
         place = place_of(architecture, name)
         if name.endswith(IGNORED):
@@ -119,6 +123,8 @@ def gguf_tensors(file: GgufFile) -> dict[str, Stored]:
         layer = layer_of(name)
         if layer is not None and layers - extra <= layer < layers:
             continue  # what predicts further tokens, which transformers has no place for
+        if layer is not None and layer >= layers - shared and part_of(name) in _KEYS_AND_VALUES:
+            continue  # of layers that have those of another
         if place is None or (layer or 0) >= layers:
             unknown.append(name)
             continue

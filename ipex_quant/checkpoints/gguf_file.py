@@ -106,6 +106,14 @@ class GgufFile:
         """`expect` of a key of the architecture, such as ``attention.head_count``."""
         return self.expect(f"{self.architecture}.{key}", kind, default)
 
+    def head_size(self) -> int:
+        """The size of a head of keys, also where layers differ in their heads; ValueError for what is no number."""
+        heads = self.metadata.get(f"{self.architecture}.attention.head_count", 1)
+        most = max((each for each in heads if type(each) is int), default=1) if isinstance(heads, list) else heads
+        if type(most) is not int:
+            raise ValueError(f"{self.path}: attention.head_count: expected a number, got {shown(heads)}")
+        return self.of_model("attention.key_length", int, self.of_model("embedding_length") // max(most, 1))
+
 
 def find_gguf(path: Path) -> Path | None:
     """The GGUF file that `path` is or, as a directory without another model, holds; None if there is none.

@@ -32,6 +32,8 @@ class Values:
 
 _BLOCK = re.compile(r"^(?P<stack>(?:enc\.|dec\.)?)blk\.(?P<number>\d+)\.(?P<rest>.+)$")
 
+_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
+
 IGNORED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight", "attn_rot_embd.weight")
 """Ends of the names of tensors that are no weights; some tell the configuration."""
 
@@ -85,6 +87,12 @@ def layer_of(name: str) -> int | None:
     return int(found["number"]) if found else None
 
 
+def part_of(name: str) -> str:
+    """The part of a layer, or of the model, that the file's tensor `name` is of, without the key."""
+    found = _BLOCK.match(name)
+    return (found["rest"] if found else name).rpartition(".")[0]
+
+
 def place_of(architecture: Architecture, name: str) -> Place | None:
     """The place of the file's tensor `name`; None if the architecture has none."""
     found = _BLOCK.match(name)
@@ -110,17 +118,22 @@ def place_of(architecture: Architecture, name: str) -> Place | None:
     )
 
 
-def name_in_file(architecture: Architecture, module: str, key: str) -> str | None:
-    """The file's name of the parameter `key` of `module`, as `place_of` places it; None if there is no such name."""
+def name_in_file(architecture: Architecture, module: str, key: str) -> tuple[str, int | None] | None:
+    """The file's name of the parameter `key` of `module`, as `place_of` places it, and the number of the expert.
+
+    The number is None for what is no part of a stack of experts. The result is None if there is no such name.
+    """
     start, _, end = architecture.layers.partition("{}")
-    found = re.match(rf"{re.escape(start)}(\d+){re.escape(end)}(.+)$", module)
-    own, parts = (found[2], architecture.inner) if found else (module, architecture.outer)
+    whole = f"{module}.{key}"
+    found = re.match(rf"{re.escape(start)}(\d+){re.escape(end)}(.+)$", whole)
+    own, parts = (found[2], architecture.inner) if found else (whole, architecture.outer)
+    expert = _EXPERT.search(own)
+    own = _EXPERT.sub("*", own)
     block = f"blk.{found[1]}." if found else ""
     for part, owner in parts.items():
-        if owner == own:
-            return f"{block}{part}.{key}"
-        if owner == f"{own}.{key}":
-            return f"{block}{part}"
+        if own in (owner, f"{owner}.{key}"):
+            name = f"{block}{part}" + ("" if own == owner else f".{key}")
+            return name, int(expert[0]) if expert else None
     return None
 
 
@@ -134,6 +147,14 @@ def _halves_of_heads(key: str) -> Rows:
         return torch.arange(count).view(heads, -1, 2).transpose(1, 2).flatten()
 
     return order
+
+
+def _halves_of_sized_heads(file: GgufFile, count: int) -> torch.Tensor:
+    """The order of rows of rotated heads of one size, of which layers have other numbers (Deci)."""
+    size = file.head_size()
+    if size <= 0 or size % 2 or count % size:
+        raise ValueError(f"{file.path}: attention.key_length: expected a divisor of {count} rows, got {size}")
+    return torch.arange(count).view(-1, size // 2, 2).transpose(1, 2).flatten()
 
 
 def _together_by_heads(file: GgufFile, count: int) -> torch.Tensor:
@@ -208,6 +229,20 @@ _GEMMA = _ATTENTION | _NORMED_HEADS | _MLP | {"post_ffw_norm": "post_feedforward
 _GEMMA_NORMED_TWICE = _GEMMA | {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
+}
+_GEMMA4 = _GEMMA_NORMED_TWICE | {
+    "layer_output_scale.weight": "layer_scalar",
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+    "ffn_gate_inp": "router.proj",
+    "ffn_gate_inp.scale": "router.scale",
+    "ffn_down_exps.scale": "router.per_expert_scale",
+    **{f"ffn_{part}_exps": f"experts.*.{part}_proj" for part in ("gate", "up", "down")},
+    "ffn_gate_up_exps": "experts.*.gate_proj|up_proj",
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "post_ffw_norm_1": "post_feedforward_layernorm_1",
+    "post_ffw_norm_2": "post_feedforward_layernorm_2",
 }
 _GEMMA_NORMS = dict.fromkeys(
     ("output_norm", "attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm", "attn_q_norm", "attn_k_norm"),
@@ -301,10 +336,23 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             _BIG_BLOOM,
             rows={"attn_qkv": _together_by_heads},
         ),
+        "deci": Architecture(
+            _OUTER, _ATTENTION | _MLP, rows=dict.fromkeys(("attn_q", "attn_k"), _halves_of_sized_heads)
+        ),
         "falcon": _gpt(_TRANSFORMER, _BIG_BLOOM, rows={"attn_qkv": _together_by_heads}),
         "gemma": _gemma(_GEMMA),
         "gemma2": _gemma(_GEMMA_NORMED_TWICE),
         "gemma3": _gemma(_GEMMA_NORMED_TWICE),
+        "gemma4": Architecture(
+            _OUTER
+            | {
+                "per_layer_token_embd": "model.embed_tokens_per_layer",
+                "per_layer_model_proj": "model.per_layer_model_projection",
+                "per_layer_proj_norm": "model.per_layer_projection_norm",
+            },
+            _GEMMA4,
+            floats=_ROUTED,
+        ),
         "gpt2": _gpt(
             {
                 "token_embd": "transformer.wte",
@@ -325,10 +373,10 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
         "gpt-oss": Architecture(
             _OUTER,
-            _ATTENTION
+            {"post_attention_norm": "post_attention_layernorm"}  # the name of those that is written
+            | _ATTENTION
             | _EXPERTS
             | {
-                "post_attention_norm": "post_attention_layernorm",
                 "ffn_gate_inp": "mlp.router",
                 "attn_sinks.weight": "self_attn.sinks",
             },

@@ -11,7 +11,7 @@ from .optimization import optimize
 from .saved import streaming
 from .saved.hf_quantizer import register
 from .saving import save
-from .transformers_methods import register_with_transformers
+from .transformers_methods import register_with_transformers, unregister_from_transformers
 
 __all__ = [
     "export",
@@ -25,6 +25,7 @@ __all__ = [
     "quantization",
     "register_with_transformers",
     "save",
+    "unregister_from_transformers",
     "utils",
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.ao.quantization import QConfigMapping
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -41,7 +40,14 @@ from .cache.layers import NativeLayer
 from .gguf import gguf_config, gguf_tokenizer
 from .optimization import completed, optimize
 from .saved.checkpoint import plan_of
-from .saved.float_models import check_complete, check_float, concrete_class, load_float_model, model_class
+from .saved.float_models import (
+    check_complete,
+    check_float,
+    concrete_class,
+    config_of,
+    load_float_model,
+    model_class,
+)
 from .saved.repositories import Source, local_path
 from .saved.rounding import FloatPlan, plan_rounding, plan_storage
 from .saved.streaming import LayerPlan, LayerSource
@@ -167,7 +173,7 @@ class _Shell:
         kind = model_class(path, content, trust_remote_code)
         with transformers_errors(path):
             kind = concrete_class(kind, path, content)
-            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+            config = config_of(kind, path, trust_remote_code)
         return cls(path, kind, config)
 
     @classmethod
@@ -177,7 +183,7 @@ class _Shell:
         return cls(file.path, model_class(file.path, {"architectures": config.architectures}), config)
 
     def with_layers(
-        self, dtype: torch.dtype, plan: Callable[[PreTrainedModel], LayerPlan], tensors: Mapping[str, Stored]
+        self, dtype: torch.dtype, plan: Callable[[PreTrainedModel], LayerPlan], tensors: dict[str, Stored]
     ) -> PreTrainedModel:
         """The model with the layers of `plan`, and the `tensors` that these do not take."""
         with transformers_errors(self.path):
@@ -254,11 +260,11 @@ def load_rounded(
 ) -> PreTrainedModel:
     """The float model in `path`, quantized as `mapping_of` says of it, which needs no calibration, and optimized.
 
-    `mapping_of` gets the model without its weights. Weights that are rounded to nearest are so as they are read.
+    `path` is a directory or a GGUF file. `mapping_of` gets the model without its weights. Weights that are rounded to
+    nearest are so as they are read. Raises ValueError for a model that is quantized already.
     """
-    check_float(path)
-    shell = _Shell.of_directory(path, trust_remote_code)
-    return _rounded_model(shell, open_tensors(path), dtype, mapping_of, kv_cache_dtype)
+    shell, tensors = _float_source(path, trust_remote_code)
+    return _rounded_model(shell, tensors, dtype, mapping_of, kv_cache_dtype)
 
 
 def load_stored(
@@ -269,12 +275,34 @@ def load_stored(
 ) -> PreTrainedModel:
     """The float model in `path`, in which each linear layer that `mapping_of` quantizes is a `StoredLinear`.
 
-    `mapping_of` gets the model without its weights.
+    `path`, `mapping_of` and errors are those of `load_rounded`.
     """
-    check_float(path)
-    tensors = open_tensors(path)
-    shell = _Shell.of_directory(path, trust_remote_code)
+    shell, tensors = _float_source(path, trust_remote_code)
     return shell.with_layers(dtype, lambda model: plan_storage(model, tensors, mapping_of(model)), tensors)
+
+
+def load_float(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The float model in `path`, a directory or a GGUF file, as transformers has it; raises as `load_rounded`."""
+    if find_gguf(path) is None:
+        return load_float_model(path, dtype, trust_remote_code)
+    shell, tensors = _float_source(path, trust_remote_code)
+    return shell.with_layers(dtype, lambda model: FloatPlan({}, {}), tensors)
+
+
+def _float_source(path: Path, trust_remote_code: bool) -> tuple[_Shell, dict[str, Stored]]:
+    """The class, configuration and tensors of the float model in `path`."""
+    gguf = find_gguf(path)
+    if gguf is None:
+        check_float(path)
+        return _Shell.of_directory(path, trust_remote_code), open_tensors(path)
+    file = open_gguf(gguf)
+    kinds = sorted({tensor.kind for tensor in file.tensors.values()} - {""})
+    if kinds:
+        raise ValueError(
+            f"{gguf}: expected a float model, got one that is quantized already, as {', '.join(kinds)}; it runs as it "
+            "is, and `ipex-quant convert` writes it in other formats"
+        )
+    return _Shell.of_gguf(file), dict(open_gguf_checkpoint(file).tensors)
 
 
 def _rounded_model(

@@ -14,12 +14,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ..checkpoints.files import indexed_files
+from ..checkpoints.files import indexed_files, open_tensors
 from ..nn import QuantizedModule
 from ..reading import read_json, shown
 from ..writing import replaced_directory
-from .saved.float_models import model_class
-from .saved.hf_quantizer import describe_model
+from .saved.float_models import concrete_class, config_of, model_class
+from .saved.hf_quantizer import IpexQuantConfig, IpexQuantizer, describe_model
+from .saved.streaming import check_room
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -62,6 +63,7 @@ def load_saved(directory: Path, dtype: torch.dtype | None = None, trust_remote_c
     for index in directory.glob("*.index.json"):  # transformers would read whatever it names
         indexed_files(index)
     with transformers_errors(directory):
+        _check_shapes(concrete_class(found, directory, config), directory, trust_remote_code)
         # Tensors of another shape are reported below, by name, like missing ones.
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         # The saved dtype, whatever config.json says besides.
@@ -76,6 +78,23 @@ def load_saved(directory: Path, dtype: torch.dtype | None = None, trust_remote_c
         if not parameter.is_floating_point():
             raise ValueError(f"{directory}: {name}: expected a float dtype, got {parameter.dtype}")
     return model
+
+
+def _check_shapes(kind: Any, directory: Path, trust_remote_code: bool) -> None:
+    """ValueError for tensors of other shapes than those of the model, before transformers makes any of that size.
+
+    Tensors by other names than the model's, and missing ones, are left to transformers, unless they are most of it.
+    """
+    config = config_of(kind, directory, trust_remote_code)
+    tensors = open_tensors(directory)
+    with torch.device("meta"):
+        model = kind(config)
+        IpexQuantizer(IpexQuantConfig(**config.quantization_config)).preprocess_model(model)
+    for name, expected in model.state_dict(keep_vars=True).items():
+        stored = tensors.get(name)
+        if stored is not None and stored.shape != expected.shape:
+            raise ValueError(f"{directory}: {name}: expected shape {list(expected.shape)}, got {list(stored.shape)}")
+    check_room(model, tensors)
 
 
 @contextmanager

@@ -10,8 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .. import evaluation
-from ..llm.loading import load_rounded, load_stored
-from ..llm.saved.float_models import load_float_model
+from ..llm.loading import load_float, load_rounded, load_stored
 from ..llm.saved.notes import note_recipe
 from . import inputs
 from .apply import apply_recipe
@@ -31,7 +30,7 @@ def quantized(
     Weights that are rounded to nearest are so as they are read. GPTQ and AWQ read the linear layers of one block at a
     time. Only recipes that observe activations have the float model in memory as a whole. `calibration` is that of
     `apply_recipe`; ``check(model)`` may raise for a model that cannot be calibrated on it. Raises as `apply_recipe` and
-    `load_float_model` do.
+    `load_float` do.
     """
     if not isinstance(recipe.settings, Calibrated | Dynamic):
         sizes: list[int] = []
@@ -46,7 +45,7 @@ def quantized(
     if isinstance(recipe.settings, Gptq | Awq | Dynamic):
         model = load_stored(directory, dtype, recipe.qconfig_mapping, trust_remote_code)
     else:
-        model = load_float_model(directory, dtype, trust_remote_code)
+        model = load_float(directory, dtype, trust_remote_code)
     if check is not None and isinstance(recipe.settings, Calibrated):
         check(model)
     before = evaluation.model_bytes(model)

@@ -403,7 +403,5 @@ def test_what_no_block_holds(tmp_path, llama, make_model):
     with pytest.raises(ValueError, match=r"GGUF has blocks of 32 input features, its groups have 16"):
         ipex.llm.export(model, tmp_path / "out", "gguf")
     model = ipex.llm.optimize(make_model("opt"), quantization_config=mapping)
-    with pytest.raises(
-        ValueError, match=r"format: GGUF is written of llama, mistral, .*, gemma3_text models, got a opt"
-    ):
+    with pytest.raises(ValueError, match=r"format: GGUF is written of llama, mistral, .*, .* models, got a opt"):
         ipex.llm.export(model, tmp_path / "out", "gguf")

@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers.quantizers import auto
 
 import ipex_quant as ipex
 import ipex_quant.llm.utils
@@ -102,15 +101,13 @@ def into_a_float_model(directory):
 
 
 def by_transformers(directory):
-    saved = dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
     try:
         ipex.llm.register_with_transformers()
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, output_loading_info=True
         )
     finally:
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.clear()
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.update(saved)
+        ipex.llm.unregister_from_transformers()
     assert not any(info.values())
     return model
 

@@ -432,10 +432,26 @@ def test_tensors_of_another_shape_raise(saved, name):
         ipex.llm.load(saved)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 1 << 33}, r"model\.embed_tokens\.weight: expected shape \[8589934592, 64\], got \[96, 64\]"),
+        ({"intermediate_size": 1 << 33}, r"mlp\.\w+_proj\.codes: expected shape \["),
+    ],
+)
+def test_nothing_is_made_that_no_tensor_could_fill(saved, change, message):
+    edit_config(saved, lambda config: config.update(change))
+    with pytest.raises(ValueError, match=message):
+        ipex.llm.load(saved)
+    edit_tensors(saved, lambda tensors: [tensors.pop(name) for name in list(tensors) if "layernorm" not in name])
+    with pytest.raises(ValueError, match="elements, of which the checkpoint has"):
+        ipex.llm.load(saved)
+
+
 def test_a_truncated_file_is_named(saved):
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=f"^{saved}: a safetensors file is damaged"):
+    with pytest.raises(ValueError, match=f"^{saved / 'model.safetensors'}: truncated or damaged"):
         ipex.llm.load(saved)
 
 

@@ -78,6 +78,19 @@ def layer_data(layer: Layer, order: torch.Tensor | None = None) -> GgufData:
     return GgufData(kind, weight.shape, make, size)
 
 
+def stacked_data(experts: Sequence[GgufData]) -> GgufData:
+    """The tensors of all `experts`, one after the other; ValueError unless their types and shapes are the same."""
+    first = experts[0]
+    for what, values in (("types", [each.kind for each in experts]), ("shapes", [each.shape for each in experts])):
+        if any(value != values[0] for value in values):
+            raise ValueError(f"their {what} are {', '.join(sorted({str(value) for value in values}))}")
+
+    def make() -> torch.Tensor:
+        return torch.cat([each.make() for each in experts])
+
+    return GgufData(first.kind, (len(experts), *first.shape), make, sum(each.nbytes for each in experts))
+
+
 def write_gguf(file: IO[bytes], metadata: Mapping[str, Any], tensors: Mapping[str, GgufData]) -> None:
     """Write a GGUF file of `metadata` (bools, integers, floats, strings, and lists of one of these) and `tensors`."""
     file.write(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata)))

@@ -37,28 +37,30 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
     tokenizers that transformers does not convert.
     """
     parts: dict[str, Any] = {}
-    for name, (key, kind) in _PARTS.items():
+    for name, (key, expected) in _PARTS.items():
         if f"tokenizer.ggml.{key}" in file.metadata:
-            parts[name] = file.expect(f"tokenizer.ggml.{key}", kind)
+            parts[name] = file.expect(f"tokenizer.ggml.{key}", expected)
     tokens = parts.get("tokens")
     if not tokens or not all(isinstance(token, str) for token in tokens):
         raise ValueError(f"{file.path}: tokenizer.ggml.tokens: expected the tokens of a vocabulary")
     if max(map(len, tokens)) > MAX_TOKEN:
         raise ValueError(f"{file.path}: tokenizer.ggml.tokens: expected at most {MAX_TOKEN} characters in each")
-    for name, kind in (("scores", (int, float)), ("token_type", int)):
+    for name, numbers in (("scores", (int, float)), ("token_type", int)):
         values = parts.get(name)
-        if values is not None and (len(values) != len(tokens) or not all(isinstance(each, kind) for each in values)):
+        if values is not None and (len(values) != len(tokens) or not all(isinstance(each, numbers) for each in values)):
             raise ValueError(f"{file.path}: tokenizer.ggml.{name}: expected a number for each of {len(tokens)} tokens")
     merges = parts.get("merges", [])
     if not all(isinstance(merge, str) and re.fullmatch(r"[^ ]+ [^ ]+", merge) for merge in merges):
         raise ValueError(f"{file.path}: tokenizer.ggml.merges: expected pairs of tokens")
     special = {name: _token(file, tokens, parts.get(f"{name}_id")) for name in _SPECIAL}
-    adds_bos = file.expect("tokenizer.ggml.add_bos_token", bool, parts.get("tokenizer_type") == "llama")
+    kind = parts.get("tokenizer_type")
+    # Gemma 4's chat template writes the first token itself; its files say that llama.cpp adds it.
+    adds_bos = file.expect("tokenizer.ggml.add_bos_token", bool, kind == "llama") and kind != "gemma4"
     try:
         backend, _ = _converter()(file.architecture, parts)
     except Exception as error:  # the tokenizers library raises no subclass of it
         raise ValueError(f"{file.path}: transformers makes no tokenizer of it ({error})") from error
-    if parts.get("tokenizer_type") == "gpt2":  # which transformers does not divide by the name that the file gives
+    if kind == "gpt2":  # which transformers does not divide by the name that the file gives
         divider = make_pre_tokenizer(parts.get("pre_tokenizer_type", ""))
         backend.pre_tokenizer = backend.pre_tokenizer if divider is None else divider
     tokenizer = PreTrainedTokenizerFast(

@@ -7,11 +7,12 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
-from ...checkpoints import Checkpoint, Stored, WeightsInMemory
+from ...checkpoints import Checkpoint, Joined, Stored, WeightsInMemory
 from ...nn import WeightOnlyQuantizedExperts
 from ...nn.linears import holds_experts
 from ...nn.stacked_experts import expert_layout, experts_obstacle, experts_shape
@@ -104,44 +105,75 @@ def _with_one_group_size(found: Mapping[str, Named | None]) -> dict[str, Named |
 
 
 def stack_float_experts(model: nn.Module, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """`tensors` by name, with the weights of single experts stacked as in `model`, where it has them in float.
+    """`tensors` by name, with those of single experts stacked as in `model`, where it has them in float.
 
-    Raises ValueError for a weight that is missing or has another shape than the others.
+    Stacks are read when they are needed. Raises ValueError for a part of an expert that is missing, one too many, or
+    of another shape than the model's.
     """
     result: dict[str, Stored] = {}
-    parts: dict[str, dict[tuple[str, int], Stored]] = defaultdict(dict)
+    parts: dict[str, dict[str, Stored]] = defaultdict(dict)
     quantized = {name for name, module in model.named_modules() if isinstance(module, WeightOnlyQuantizedExperts)}
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(".")
-        found = _EXPERT.match(owner)
-        if found and key in ("weight", "bias") and found["module"] in quantized:
+        found = _EXPERT.match(owner) if key in ("weight", "bias") else None
+        if found and found["module"] in quantized:
             continue  # the quantized experts have it
-        if found and key == "weight" and _is_stacked_plainly(model, found["module"]):
-            parts[found["module"]][found["part"], int(found["index"])] = tensor
+        if found and _has_known_layout(model, found["module"]):
+            parts[found["module"]][name] = tensor
         else:
             result[name] = tensor
     for name, own in parts.items():
-        module = model.get_submodule(name)
-        count, layout = experts_shape(module)[0], expert_layout(module)
-        projections = {layout.parameter("gate_up"): PARTS["gate_up"][2 - layout.blocks :], "down_proj": PARTS["down"]}
-        expected = {(part, expert) for names in projections.values() for part in names for expert in range(count)}
-        if own.keys() != expected:
-            raise ValueError(f"{name}: expected the weights of {count} experts, not of {sorted(own.keys() ^ expected)}")
-        for parameter, names in projections.items():
-            rows = [torch.cat([own[part, expert][...] for part in names]) for expert in range(count)]
-            result[f"{name}.{parameter}"] = torch.stack(rows)
+        result |= _stacks(name, model.get_submodule(name), own)
     return result
 
 
-def _is_stacked_plainly(model: nn.Module, name: str) -> bool:
+def _stacks(name: str, module: nn.Module, tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """The parameters of `module`, which holds the experts `name`, made of the `tensors` of single ones."""
+    layout, shapes = expert_layout(module), expert_shapes(name, module)
+    biased = any(each.endswith(".bias") for each in tensors)
+    result: dict[str, Stored] = {}
+    for projection, parts in zip(("gate_up", "down"), _projections(module), strict=True):
+        for key in ("weight", "bias")[: 1 + biased]:
+            sources = [
+                [_part(tensors, f"{name}.{expert}.{part}_proj", key, shapes) for part in parts]
+                for expert in range(experts_shape(module)[0])
+            ]
+            make = partial(
+                _in_one,
+                alternating=len(parts) == 2 and not layout.concatenated,
+                transposed=layout.transposed and key == "weight",
+            )
+            entry = make([torch.empty(each.shape, dtype=each.dtype, device="meta") for each in sources[0]])
+            parameter = f"{name}.{layout.parameter(projection)}{'_bias' if key == 'bias' else ''}"
+            result[parameter] = Joined(sources, torch.Size((len(sources), *entry.shape)), entry.dtype, make)
+    if tensors:
+        raise ValueError(f"{name}: expected {len(sources)} experts, got also {min(tensors)}")
+    return result
+
+
+def _part(tensors: dict[str, Stored], layer: str, key: str, shapes: Mapping[str, tuple[int, int]]) -> Stored:
+    """A tensor of one expert, taken out of `tensors`."""
+    shape = shapes[layer] if key == "weight" else shapes[layer][:1]
+    stored = tensors.pop(f"{layer}.{key}", None)
+    if stored is None:
+        raise ValueError(f"{layer}.{key}: missing, the checkpoint has other experts; get a complete one")
+    if tuple(stored.shape) != shape:
+        raise ValueError(f"{layer}.{key}: expected shape {list(shape)}, the checkpoint has {list(stored.shape)}")
+    return stored
+
+
+def _in_one(parts: list[torch.Tensor], alternating: bool, transposed: bool) -> torch.Tensor:
+    """Gate and up, or down alone, as a module has them for one expert."""
+    whole = torch.stack(parts, dim=1).flatten(0, 1) if alternating else torch.cat(parts)
+    return whole.t() if transposed else whole
+
+
+def _has_known_layout(model: nn.Module, name: str) -> bool:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         return False
-    if not holds_experts(module) or experts_obstacle(module) is not None:
-        return False
-    layout = expert_layout(module)
-    return layout.concatenated and not layout.transposed
+    return holds_experts(module) and experts_obstacle(module) is None
 
 
 def _rounded(

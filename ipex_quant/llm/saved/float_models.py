@@ -10,11 +10,15 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ...checkpoints.files import find_quantization_config, indexed_files
 from ...reading import read_json, shown
+from ..gguf.deci import DeciForCausalLM
+
+_OWN = {DeciForCausalLM.__name__: DeciForCausalLM}
+"""Models that transformers has not, by the names of their classes."""
 
 
 def load_float_model(
@@ -73,7 +77,7 @@ def model_class(directory: Path, config: dict[str, Any], trust_remote_code: bool
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ValueError(f"{directory}: architectures in config.json: expected names of classes, got {shown(names)}")
     name = names[0]
-    found = getattr(transformers, name, None)
+    found = _OWN.get(name) or getattr(transformers, name, None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
     own = config.get("auto_map") if isinstance(config.get("auto_map"), dict) else {}
@@ -93,3 +97,9 @@ def concrete_class(found: Any, directory: Path, config: dict[str, Any]) -> Any:
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
     return get_class_from_dynamic_module(config["auto_map"][found.__name__], directory, local_files_only=True)
+
+
+def config_of(found: Any, directory: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration in `directory`, of the kind that the model class `found` has; raises as transformers does."""
+    kind = found.config_class or AutoConfig  # classes of this package are in no table of transformers
+    return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)

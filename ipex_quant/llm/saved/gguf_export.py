@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from ...checkpoints.gguf_file import GgufFile
 from ...checkpoints.gguf_names import ARCHITECTURES, Architecture, Place, name_in_file, place_of
 from ...checkpoints.writers import Layer, LayerError
-from ...checkpoints.writers.gguf import FILE_TYPES, FLOATS, GgufData, float_data, layer_data, write_gguf
+from ...checkpoints.writers.gguf import FILE_TYPES, FLOATS, GgufData, float_data, layer_data, stacked_data, write_gguf
 from ...writing import replaced_file
 from .export_parts import ExportParts
 from .gguf_parts import model_metadata, rope_tensors, written_as
@@ -35,16 +35,16 @@ def write_model(path: Path, config: PreTrainedConfig, parts: ExportParts, tokeni
     written = written_as(config)
     metadata = model_metadata(config) | tokenizer_metadata(tokenizer, config.vocab_size)
     places = _Places(ARCHITECTURES[written.name], GgufFile(path, metadata, {}))
-    tensors: dict[str, GgufData] = {}
     for name, read in parts.others.items():
         module, _, key = name.rpartition(".")
-        tensors |= places.of_floats(module, key, read)
+        places.add_floats(module, key, read)
     for layer in parts.embeddings:
-        tensors |= places.of_layer(layer)
+        places.add_layer(layer)
     for layer, bias in tqdm(parts.layers, desc="reading", unit="layer", disable=len(parts.layers) < _MANY_LAYERS):
-        tensors |= places.of_layer(layer)
+        places.add_layer(layer)
         if bias is not None:
-            tensors |= places.of_floats(layer.name, "bias", partial(torch.Tensor.clone, bias))
+            places.add_floats(layer.name, "bias", partial(torch.Tensor.clone, bias))
+    tensors = places.tensors()
     if _HEAD in tensors and not written.own_head:
         raise LayerError(
             parts.head or _HEAD,
@@ -63,14 +63,16 @@ def write_model(path: Path, config: PreTrainedConfig, parts: ExportParts, tokeni
 
 @dataclass(frozen=True)
 class _Places:
-    """Names and orders of tensors in `file`, of which only the metadata are there."""
+    """Tensors by their names in `file`, of which only the metadata are there; those of experts are stacked."""
 
     architecture: Architecture
     file: GgufFile
+    _parts: dict[str, dict[int | None, GgufData]] = field(default_factory=dict, init=False)
+    """By name and number of the expert."""
 
-    def of_floats(self, module: str, key: str, read: Callable[[], torch.Tensor]) -> dict[str, GgufData]:
-        """A float tensor by its name in the file."""
-        name, place = self._find(module, key)
+    def add_floats(self, module: str, key: str, read: Callable[[], torch.Tensor]) -> None:
+        """Add a float tensor of `module`."""
+        name, expert, place = self._find(module, key)
         tensor = read()
         order, values = self._order(place, len(tensor)), place.values
 
@@ -79,19 +81,36 @@ class _Places:
             return made if order is None else made[order]
 
         shape = tensor.shape if values is None else values.write(tensor).shape
-        return {name: float_data(shape, tensor.dtype, make)}
+        # llama.cpp multiplies by what is never quantized, and adds biases of experts, in float32
+        dtype = tensor.dtype if place.quantizable else torch.float32
+        self._parts.setdefault(name, {})[expert] = float_data(shape, dtype, make)
 
-    def of_layer(self, layer: Layer) -> dict[str, GgufData]:
-        """The weight of a quantized layer by its name in the file."""
-        name, place = self._find(layer.name, "weight")
-        return {name: layer_data(layer, self._order(place, layer.read().shape[0]))}
+    def add_layer(self, layer: Layer) -> None:
+        """Add the weight of a quantized layer."""
+        name, expert, place = self._find(layer.name, "weight")
+        if not place.quantizable:
+            raise LayerError(layer.name, "llama.cpp has it in float; leave it in float, or write another format")
+        self._parts.setdefault(name, {})[expert] = layer_data(layer, self._order(place, layer.read().shape[0]))
 
-    def _find(self, module: str, key: str) -> tuple[str, Place]:
-        name = name_in_file(self.architecture, module, key)
-        place = None if name is None else place_of(self.architecture, name)
-        if name is None or place is None:
+    def tensors(self) -> dict[str, GgufData]:
+        """All tensors that were added; LayerError for experts of one layer that differ in their type."""
+        result = {}
+        for name, parts in self._parts.items():
+            if None in parts:
+                result[name] = parts[None]
+                continue
+            try:
+                result[name] = stacked_data([parts[expert] for expert in range(len(parts))])
+            except (KeyError, ValueError) as error:
+                raise LayerError(name, f"GGUF has all experts in one tensor ({error}); write another format") from error
+        return result
+
+    def _find(self, module: str, key: str) -> tuple[str, int | None, Place]:
+        found = name_in_file(self.architecture, module, key)
+        place = None if found is None else place_of(self.architecture, found[0])
+        if found is None or place is None:
             raise ValueError(f"{module}: GGUF has no place for it; write another format")
-        return name, place
+        return *found, place
 
     def _order(self, place: Place, rows: int) -> torch.Tensor | None:
         """The model's row at each row of the file."""

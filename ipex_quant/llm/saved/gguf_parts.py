@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from ...reading import shown
 from ..gguf.configuration import query_scalar
+from .gguf_gemma4 import GEMMA4, gemma4_divisors, gemma4_metadata
 
 Entries = dict[str, Any]
 
@@ -27,14 +28,17 @@ class Written:
     """How models of a type are written: the `name` of their architecture, and what llama.cpp takes for granted.
 
     `activation` is that of the MLP. Of every `period` layers the last attends to all, the others to a window; 0 is for
-    models without windows. `own_head` says that the output layer may be another than the embedding. `entries` makes
-    metadata beside those of all models.
+    models without windows, or whose metadata tell them, as `states_windows` says. `own_head` says that the output layer
+    may be another than the embedding. `assumed` are
+    entries of the configuration that are the same in all of these models. `entries` makes metadata beside the usual.
     """
 
     name: str
     activation: str = _SILU
     period: int = 0
     own_head: bool = True
+    states_windows: bool = False
+    assumed: Mapping[str, Any] = field(default_factory=dict)
     entries: Callable[[PreTrainedConfig], Entries] = lambda config: {}
 
 
@@ -48,7 +52,7 @@ def written_as(config: PreTrainedConfig) -> Written:
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != found.activation:
         raise ValueError(f"hidden_act: llama.cpp has {found.activation} in this model, got {shown(activation)}")
-    if not found.period and found.name != "phi3" and getattr(config, "sliding_window", None):
+    if not found.period and not found.states_windows and getattr(config, "sliding_window", None):
         raise ValueError(f"sliding_window: GGUF is written of models without it, got {shown(config.sliding_window)}")
     if found.period:
         kinds = ["sliding_attention"] * (found.period - 1) + ["full_attention"]
@@ -58,7 +62,10 @@ def written_as(config: PreTrainedConfig) -> Written:
                 f"layer_types: llama.cpp has {found.period - 1} layers with a window before one without in this model, "
                 f"got {shown(config.layer_types)}"
             )
-    if getattr(config, "use_bidirectional_attention", None):
+    for key, expected in found.assumed.items():
+        if getattr(config, key) != expected:
+            raise ValueError(f"{key}: llama.cpp has {expected} in this model, got {shown(getattr(config, key))}")
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # of images, if at all
         raise ValueError("use_bidirectional_attention: GGUF is written of models without it")
     return found
 
@@ -66,27 +73,36 @@ def written_as(config: PreTrainedConfig) -> Written:
 def model_metadata(config: PreTrainedConfig) -> Entries:
     """Metadata of the model itself; ValueError as `written_as`, and for a scaling of positions that is not written."""
     written = written_as(config)
-    size = _head_size(config)
     own = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": size,
-        "attention.value_length": size,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        **_rope_metadata(config),
+        **({} if config.model_type == GEMMA4 else _usual(config)),
         **written.entries(config),
     }
     general = {"general.architecture": written.name, "general.quantization_version": 2}
     return general | {f"{written.name}.{key}": value for key, value in own.items()}
 
 
+def _usual(config: PreTrainedConfig) -> Entries:
+    """Sizes of heads and of the MLP, and how positions are rotated, of models whose layers are alike."""
+    size = _head_size(config)
+    return {
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": size,
+        "attention.value_length": size,
+        **_rope_metadata(config),
+    }
+
+
 def rope_tensors(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """Tensors of divisors of the frequencies that positions are rotated by, float32, by their names in the file."""
+    if config.model_type == GEMMA4:
+        return {"rope_freqs.weight": gemma4_divisors(config)}
     rope = _rope(config)
     if rope["rope_type"] == "longrope":
         return {f"rope_factors_{part}.weight": torch.tensor(rope[f"{part}_factor"]) for part in ("long", "short")}
@@ -113,10 +129,12 @@ def _rope(config: PreTrainedConfig) -> Entries:
     if kind not in _ROPE_KEYS:
         raise ValueError(f"rope_type: GGUF is written of {', '.join(_ROPE_KEYS)}, got {shown(kind)}")
     allowed = {"rope_type", "rope_theta", *_ROPE_KEYS[kind]}
-    allowed |= {"partial_rotary_factor", "original_max_position_embeddings"} if config.model_type == "phi3" else set()
+    allowed |= _FURTHER_ROPE_KEYS.get(config.model_type, set())
     other = {key: value for key, value in rope.items() if key not in allowed}
     if other.get("partial_rotary_factor") == 1:
         del other["partial_rotary_factor"]
+    if config.model_type == "gpt_oss" and rope.get("truncate", True):
+        raise ValueError("rope_parameters: GGUF is written of gpt-oss with 'truncate' false, as it is published")
     if other:
         raise ValueError(f"rope_parameters: GGUF is written of {kind} without {sorted(other)}; write another format")
     return rope
@@ -130,6 +148,14 @@ _ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
     "longrope": ("factor", "original_max_position_embeddings", "long_factor", "short_factor", "attention_factor"),
 }
 """Keys of the kinds of scaling that are written."""
+
+
+_FURTHER_ROPE_KEYS: Mapping[str, set[str]] = {
+    "phi3": {"partial_rotary_factor", "original_max_position_embeddings"},
+    "minimax_m2": {"partial_rotary_factor"},
+    "gpt_oss": {"truncate"},
+}
+"""Keys that some models have besides, by `model_type`."""
 
 
 def _rope_metadata(config: PreTrainedConfig) -> Entries:
@@ -181,14 +207,44 @@ def _phi3(config: PreTrainedConfig) -> Entries:
     return entries | ({"attention.sliding_window": config.sliding_window} if config.sliding_window else {})
 
 
+def _experts(config: PreTrainedConfig) -> Entries:
+    """Numbers and widths of experts, and of the one that all tokens share, where there is one."""
+    width = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    shared = getattr(config, "shared_expert_intermediate_size", None)
+    return {
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        **({} if config.model_type == "mixtral" else {"expert_feed_forward_length": width}),
+        **({} if shared is None else {"expert_shared_feed_forward_length": shared}),
+    }
+
+
+def _gpt_oss(config: PreTrainedConfig) -> Entries:
+    return {**_experts(config), "attention.sliding_window": config.sliding_window}
+
+
+def _minimax(config: PreTrainedConfig) -> Entries:
+    return {**_experts(config), "expert_gating_func": _SIGMOID}
+
+
+_SIGMOID = 2
+_ALL_EXPERTS = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+"""Entries of models whose every layer has experts."""
+
 WRITTEN: Mapping[str, Written] = {
     "llama": Written("llama"),
     "mistral": Written("llama"),
     "qwen2": Written("qwen2"),
     "qwen3": Written("qwen3"),
-    "phi3": Written("phi3", entries=_phi3),
+    "phi3": Written("phi3", states_windows=True, entries=_phi3),
     "gemma": Written("gemma", _GELU, own_head=False),
-    "gemma2": Written("gemma2", _GELU, 2, False, _gemma),
+    "gemma2": Written("gemma2", _GELU, 2, False, entries=_gemma),
     "gemma3_text": Written("gemma3", _GELU, 6, entries=_gemma),
+    GEMMA4: Written("gemma4", _GELU, states_windows=True, assumed={"attention_bias": False}, entries=gemma4_metadata),
+    "mixtral": Written("llama", entries=_experts),
+    "qwen2_moe": Written("qwen2moe", assumed={"norm_topk_prob": False, **_ALL_EXPERTS}, entries=_experts),
+    "qwen3_moe": Written("qwen3moe", assumed={"norm_topk_prob": True, **_ALL_EXPERTS}, entries=_experts),
+    "gpt_oss": Written("gpt-oss", period=2, assumed={"swiglu_limit": 7.0, "swiglu_alpha": 1.702}, entries=_gpt_oss),
+    "minimax_m2": Written("minimax-m2", entries=_minimax),
 }
 """Models that are written, by `model_type`."""

@@ -27,6 +27,7 @@ from ...conversion.swap import return_freed_memory, successor
 from ...conversion.tying import untie
 from ...nn import Placeholder
 from ...nn.multihead_attention import split_attentions
+from .checkpoint_experts import stack_float_experts
 
 METHOD = "ipex_quant_checkpoint"
 """Name of the method while a model is loaded; no configuration that is saved has it."""
@@ -62,7 +63,7 @@ class LayerSource(QuantizationConfigMixin):
     `tensors` are those of the other layers.
     """
 
-    def __init__(self, plan: Callable[[PreTrainedModel], LayerPlan], tensors: Mapping[str, Stored]) -> None:
+    def __init__(self, plan: Callable[[PreTrainedModel], LayerPlan], tensors: dict[str, Stored]) -> None:
         self.quant_method = METHOD
         self.plan, self.tensors = plan, tensors
 
@@ -70,18 +71,19 @@ class LayerSource(QuantizationConfigMixin):
         return self  # transformers copies configurations; the tensors stay where they are
 
 
-def check_room(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> None:
-    """ValueError if `model`, on the meta device, has far more parameters than `tensors` have elements.
+def check_room(model: PreTrainedModel, tensors: Mapping[str, Stored], what: str = "elements") -> None:
+    """ValueError if `model`, on the meta device, has far more elements, called `what`, than `tensors`.
 
     transformers makes those that are missing, or have another shape, before it tells.
     """
     tied = set(getattr(model, "all_tied_weights_keys", ()))
-    needed = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
+    own = (*model.named_parameters(), *model.named_buffers())
+    needed = sum(tensor.numel() for name, tensor in own if name not in tied)
     stored = sum(tensor.shape.numel() for tensor in tensors.values())
     if needed > 2 * stored + _COMPUTED_ELEMENTS:
         raise ValueError(
-            f"the configuration describes a {type(model).__name__} with {needed} elements in tensors that are not "
-            f"quantized, of which the checkpoint has {stored}; get a complete one, with its own configuration"
+            f"the configuration describes a {type(model).__name__} with {needed} {what}, of which the "
+            f"checkpoint has {stored}; get a complete one, with its own configuration"
         )
 
 
@@ -100,7 +102,11 @@ class LayerLoader(HfQuantizer):
             place = Placeholder((), {}, {})
             place.stand_for(model.get_submodule(name))
             model.set_submodule(name, place)
-        check_room(model, self.quantization_config.tensors)
+        tensors = self.quantization_config.tensors
+        stacked = stack_float_experts(model, tensors)
+        tensors.clear()  # the dictionary that transformers reads
+        tensors.update(stacked)
+        check_room(model, tensors, "elements in tensors that are not quantized")
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         replacements, sizes = self._plan.replacements, self._plan.sizes
@@ -116,6 +122,8 @@ class LayerLoader(HfQuantizer):
                     kept = 0
         return_freed_memory()
         self._plan.finish(model)
+        if not replacements:  # a float model, which is saved as one
+            self.remove_quantization_config(model)
         return model
 
     def is_serializable(self) -> bool:

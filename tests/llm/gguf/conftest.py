@@ -26,6 +26,20 @@ DELTA = {
     **{"linear_num_value_heads": 6, "linear_key_head_dim": 32, "linear_value_head_dim": 16},
 }
 
+GEMMA4 = {
+    **{"num_hidden_layers": 6, "head_dim": 16, "global_head_dim": 32, "sliding_window": 4, "num_kv_shared_layers": 2},
+    **{
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "final_logit_softcapping": 30.0,
+    },
+    **{"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 32, "use_double_wide_mlp": True},
+}
+EXPERTS4 = {
+    **{"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    **{"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    **{"num_kv_shared_layers": 0, "use_double_wide_mlp": False},
+}
+
 MODELS = {
     "llama": ("LlamaForCausalLM", {**HEADS, "attention_bias": True, "mlp_bias": True}),
     "llama-tied": ("LlamaForCausalLM", {**HEADS, "tie_word_embeddings": True}),
@@ -38,6 +52,8 @@ MODELS = {
     "gemma": ("GemmaForCausalLM", {**HEADS, "head_dim": 32}),
     "gemma2": ("Gemma2ForCausalLM", WINDOWS),
     "gemma3": ("Gemma3ForCausalLM", {**WINDOWS, "num_hidden_layers": 6}),
+    "gemma4": ("Gemma4ForCausalLM", {**HEADS, **GEMMA4}),
+    "gemma4-experts": ("Gemma4ForCausalLM", {**HEADS, **GEMMA4, **EXPERTS4}),
     "phi3": ("Phi3ForCausalLM", HEADS),
     "starcoder2": ("Starcoder2ForCausalLM", HEADS),
     "stablelm": ("StableLmForCausalLM", {**HEADS, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
@@ -100,6 +116,29 @@ def groups_of(config):
     return 1 if config.multi_query and not config.new_decoder_architecture else config.num_kv_heads
 
 
+def gemma4_metadata(config):
+    windows = [kind == "sliding_attention" for kind in config.layer_types]
+    layers = config.per_layer_config
+    first = config.num_hidden_layers - config.num_kv_shared_layers
+    widths = [config.intermediate_size * (1 + (layer >= first)) for layer in range(config.num_hidden_layers)]
+    full = layers[windows.index(False)].head_dim
+    return {
+        "attention.key_length": full,
+        "attention.key_length_swa": layers[0].head_dim,
+        "attention.head_count_kv": [layer.num_key_value_heads for layer in layers],
+        "attention.sliding_window_pattern": windows,
+        "attention.shared_kv_layers": config.num_kv_shared_layers,
+        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "feed_forward_length": widths if config.use_double_wide_mlp else config.intermediate_size,
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "rope.freq_base": 1_000_000.0,
+        "rope.freq_base_swa": 10_000.0,
+        "rope.dimension_count": full,
+        "rope.dimension_count_swa": layers[0].head_dim,
+        "expert_used_count": config.top_k_experts,
+    }
+
+
 def metadata_of(arch, model):
     config = model.config.to_dict()
     rope = config.get("rope_parameters") or {}
@@ -130,6 +169,8 @@ def metadata_of(arch, model):
     if rope.get("partial_rotary_factor", 1) != 1:
         size = config.get("head_dim") or own["embedding_length"] // own["attention.head_count"]
         own["rope.dimension_count"] = int(size * rope["partial_rotary_factor"])
+    if arch == "gemma4":
+        own |= gemma4_metadata(model.config)
     if arch == "falcon":
         own["attention.head_count_kv"] = groups_of(model.config)
     if arch == "gpt2":
@@ -182,12 +223,18 @@ def tensors_of(variant, arch, model):
         if own.endswith("attn_sinks"):
             own += ".weight"
         result[own] = written(arch, own, tensor, config)
+    if arch == "gemma4":
+        result["rope_freqs.weight"] = torch.tensor([1.0] * 4 + [1e30] * 12)
     return result
 
 
 def experts_of(arch, name, tensor, start):
     if name.endswith("e_score_correction_bias"):
         return {f"{start}exp_probs_b.bias": tensor}
+    if "router" in name:
+        return {f"{start}{'ffn_down_exps' if 'per_expert' in name else 'ffn_gate_inp'}.scale": tensor}
+    if arch == "gemma4" and "gate_up" in name:
+        return {f"{start}ffn_gate_up_exps.weight": tensor}
     key = "bias" if name.endswith("_bias") else "weight"
     if arch == "gpt-oss" and key == "weight":
         tensor = tensor.transpose(1, 2)
@@ -230,7 +277,7 @@ def written(arch, own, tensor, config):
         heads = config.num_attention_heads
         groups = heads if arch == "bloom" else groups_of(config)
         return parts_of_heads(tensor, heads, groups)
-    if arch.startswith("gemma") and part.endswith("norm.weight"):
+    if arch in ("gemma", "gemma2", "gemma3") and part.endswith("norm.weight"):
         return tensor + 1
     if arch.startswith("qwen35"):
         return written_qwen35(part, tensor)
@@ -249,19 +296,24 @@ def written(arch, own, tensor, config):
     return tensor
 
 
-FLOATS = re.compile(r"norm|_inp|conv|ssm_a|ssm_d$|position|bias|rel_b|sinks|exp_probs")
+FLOATS = re.compile(r"norm|scale|rope|_inp|conv|ssm_a|ssm_d$|position|bias|rel_b|sinks|exp_probs")
+
+
+HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @pytest.fixture
 def gguf_of(tmp_path, write_gguf, blocks_of):
     """`gguf_of(model, variant, arch, kind)` writes a file of a model and gives its path.
 
-    `kind` is "F32", "Q8_0", or "values" for the values of Q8_0 in float32.
+    `kind` is "F32", "F16", "BF16", "Q8_0", or "values" for the values of Q8_0 in float32.
     """
 
     def write(model, variant, arch, kind="F32", **metadata):
         tensors = tensors_of(variant, arch, model)
-        for name, tensor in tensors.items() if kind != "F32" else ():
+        for name, tensor in tensors.items() if kind in HALVES else ():
+            tensors[name] = tensor.to(HALVES[kind]) if tensor.dim() > 1 else tensor
+        for name, tensor in tensors.items() if kind in ("Q8_0", "values") else ():
             if not FLOATS.search(name) and tensor.dim() > 1 and tensor.shape[-1] % 32 == 0:
                 blocks, values = blocks_of(tensor)
                 tensors[name] = blocks if kind == "Q8_0" else values

@@ -81,13 +81,22 @@ def test_what_is_absurd_is_named(config_of, metadata, message):
         ("phi3", {"attention.sliding_window": -1}, r"sliding_window: expected a size, got -1"),
         ("lfm2", {"rope.dimension_count": 8}, r"rope\.dimension_count: expected the 16 of a head, got 8"),
         ("lfm2", {"attention.head_count_kv": [0, 3]}, r"head_count_kv: expected a divisor of 4 heads, got 3"),
+        ("gemma4", {"attention.sliding_window_pattern": [True] * 6}, "the last has none, got"),
+        ("gemma4", {"attention.sliding_window_pattern": [False]}, "whether each of 6 layers has a window"),
+        ("gemma4", {"attention.shared_kv_layers": 6}, "shared_kv_layers: expected fewer than all, got 6"),
+        ("gemma4", {"attention.head_count_kv": [2, 1, 2, 2, 2, 2]}, "expected one number of layers of a kind"),
+        ("gemma4", {"feed_forward_length": [64, 128] * 3}, "expected one width, or twice of it in the last 2 layers"),
+        ("gemma4", {"rope.dimension_count_swa": 8}, "expected whole heads to be rotated, got 8 of 16"),
+        ("gemma4", {"attention.key_length": 64, "rope.dimension_count": 64}, r"rope_freqs\.weight: expected 32 floats"),
+        ("gemma4-experts", {"expert_used_count": 5}, "expert_used_count: expected at most 4, got 5"),
         ("qwen35", {"nextn_predict_layers": -(1 << 40)}, "nextn_predict_layers: expected fewer than all layers"),
         ("qwen35", {"rope.dimension_sections": [1 << 40]}, r"rope\.dimension_sections: expected sizes"),
     ],
 )
 def test_what_is_absurd_in_one_architecture(name, metadata, message, make_tiny, gguf_of):
-    own = {f"{name}.{key}": value for key, value in metadata.items()}
-    path = gguf_of(make_tiny(name), name, name, **own)
+    arch = name.removesuffix("-experts")
+    own = {f"{arch}.{key}": value for key, value in metadata.items()}
+    path = gguf_of(make_tiny(name), name, arch, **own)
     with pytest.raises(ValueError, match=message):
         gguf_config(open_gguf(path))
 

@@ -3,17 +3,33 @@
 import pytest
 import torch
 import transformers
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 import ipex_quant as ipex
 from ipex_quant.checkpoints import open_gguf
+from ipex_quant.checkpoints.gguf_names import ARCHITECTURES
 from ipex_quant.nn import QuantizedModule, WeightOnlyQuantizedLinear
 from ipex_quant.quantization import WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
-VARIANTS = {"llama-tied": "llama", "mixtral": "llama", "falcon-7b": "falcon"}
+VARIANTS = {"llama-tied": "llama", "mixtral": "llama", "falcon-7b": "falcon", "gemma4-experts": "gemma4"}
 """Variants of an architecture, by their name in `names.json`."""
 
 NAMES = (
-    *("bloom", "falcon", "falcon-7b", "gemma", "gemma2", "gemma3", "gpt-oss", "gpt2", "lfm2", "llama", "llama-tied"),
+    *(
+        "bloom",
+        "falcon",
+        "falcon-7b",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma4",
+        "gemma4-experts",
+        "gpt-oss",
+        "gpt2",
+        "lfm2",
+        "llama",
+        "llama-tied",
+    ),
     *(
         "mamba",
         "minimax-m2",
@@ -40,7 +56,7 @@ def logits_of(model):
     return model(**inputs).logits
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "gpt-oss"])
+@pytest.mark.parametrize("name", NAMES)
 def test_floats(name, make_tiny, gguf_of):
     model = make_tiny(name)
     expected = logits_of(model)
@@ -52,11 +68,8 @@ def test_floats(name, make_tiny, gguf_of):
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks(name, make_tiny, gguf_of):
     model, arch = make_tiny(name), VARIANTS.get(name, name)
-    if name == "gpt-oss":  # floats of its experts are not read
-        expected, error = logits_of(model), 0.05
-    else:
-        expected = logits_of(ipex.llm.from_pretrained(gguf_of(model, name, arch, "values"), torch.float32))
-        error = 1e-4
+    expected = logits_of(ipex.llm.from_pretrained(gguf_of(model, name, arch, "values"), torch.float32))
+    error = 1e-4
     loaded = ipex.llm.from_pretrained(gguf_of(model, name, arch, "Q8_0"), torch.float32)
     kinds = {type(module).__name__ for module in loaded.modules() if isinstance(module, QuantizedModule)}
     assert "QuantizedEmbedding" in kinds
@@ -102,3 +115,44 @@ def test_floats_are_quantized_as_asked(make_tiny, gguf_of):
     assert isinstance(layer, WeightOnlyQuantizedLinear)
     expected = ipex.llm.optimize(make_tiny("llama"), quantization_config=mapping)
     torch.testing.assert_close(logits_of(model), logits_of(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-experts"])
+def test_gemma_4_generates(name, make_tiny, gguf_of):
+    model = make_tiny(name)
+    loaded = ipex.llm.from_pretrained(gguf_of(model, name, "gemma4"), torch.float32)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    tokens = torch.arange(3, 15).view(2, 6)
+    assert torch.equal(loaded.generate(tokens, **options), model.generate(tokens, **options))
+
+
+def test_layers_that_share_keys_and_values_may_have_their_own_in_the_file(make_tiny, gguf_of, write_gguf, blocks_of):
+    model = make_tiny("gemma4")
+    path = gguf_of(model, "gemma4", "gemma4", "Q8_0")
+    file = open_gguf(path)
+    tensors = {
+        name: (tensor.kind, tensor.stored[...]) if tensor.kind else tensor.stored[...]
+        for name, tensor in file.tensors.items()
+    }
+    unused = {"blk.5.attn_k.weight": blocks_of(torch.ones(64, 64))[0], "blk.5.attn_k_norm.weight": torch.ones(32)}
+    loaded = ipex.llm.from_pretrained(path, torch.float32)
+    again = ipex.llm.from_pretrained(
+        write_gguf(path.with_name("m.gguf"), file.metadata, tensors | unused), torch.float32
+    )
+    assert torch.equal(logits_of(again), logits_of(loaded))
+
+
+def test_a_float_model_is_saved_as_one(make_tiny, gguf_of, tmp_path):
+    loaded = ipex.llm.from_pretrained(gguf_of(make_tiny("gpt-oss"), "gpt-oss", "gpt-oss"), torch.float32)
+    assert not hasattr(loaded.config, "quantization_config")
+    loaded.save_pretrained(tmp_path / "saved")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(logits_of(again), logits_of(loaded), rtol=1e-4, atol=1e-4)
+
+
+def test_every_architecture_that_transformers_maps_is_read():
+    names = {"mistral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "umt5": "t5"}
+    names["minimax_m2"] = "minimax-m2"
+    mapped = {names.get(name, name) for name in GGUF_CONFIG_MAPPING} - {"general", "tokenizer"}
+    newer = pytest.importorskip("transformers.integrations.gguf")
+    assert mapped | {*newer.GGUF_CONFIG_ARCHS} <= {*ARCHITECTURES}

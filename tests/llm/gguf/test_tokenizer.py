@@ -51,6 +51,16 @@ def test_the_first_token_is_added_where_the_file_says_so(tokenizer_of):
     assert tokenizer("the").input_ids == [256, 258]
 
 
+def test_gemma_4(tokenizer_of):
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "\u2581a"]
+    special = {"padding_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "unknown_token_id": 3}
+    parts = {"tokens": tokens, "token_type": [3] * 4 + [6] * 256 + [1] * 3, "merges": ["\u2581 a"]}
+    tokenizer = tokenizer_of(model="gemma4", pre=None, add_bos_token=True, add_space_prefix=False, **special, **parts)
+    ids = tokenizer("a a<eos>\n").input_ids
+    assert ids == [261, 262, 1, 4 + 10]
+    assert tokenizer.decode(ids) == "a a<eos>\n"
+
+
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
