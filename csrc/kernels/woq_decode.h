@@ -21,7 +21,7 @@ struct DecodePass {
   int64_t row;  // first
   float* acc;   // [rows, kTileN]
   int64_t folds;
-  bool prefetch;  // ask for the memory that follows a fold
+  int64_t ahead;  // ask for memory so many bytes before it is read; 0: leave that to the hardware
 };
 
 struct DecodeFold {
@@ -34,32 +34,40 @@ struct DecodeFold {
       : pass(p), head(at.head()), codes(code_lines), start(at.start()), length(at.length()), fold(at.fold) {}
 };
 
+// Asks for what will be read after `lines`.
+template <int Lines>
+IPEX_QUANT_INLINE inline void prefetch_lines(const DecodePass& pass, const uint8_t* lines) {
+  if (pass.ahead)
+    unroll<Lines>([&](auto i) IPEX_QUANT_INLINE { __builtin_prefetch(lines + pass.ahead + i * kLineBytes); });
+}
+
 // Sum over the fold of (x - zx) * (code - zw), exact in int32, then one fma into fp32.
 template <int Dtype, int Rows, bool Symmetric>
 IPEX_QUANT_INLINE inline void decode_bytes(const DecodeFold& f) {
   constexpr int kVectors = kPassVectors<Rows>;
+  // Independent sums hide the latency of a dot product where one row has few of them.
+  constexpr int kChains = Rows == 1 && kLanes == 16 ? 2 : 1;
   constexpr bool kNarrow = is_narrow(Dtype);
   const Staged& s = *f.pass.args.staged;
   const int64_t stride = f.pass.args.geometry->padded_k;
-  const int64_t ahead = f.pass.args.geometry->code_bytes(f.length);
   using Codes = CodeBytes<Dtype>;
   const Codes bytes(symmetric_zero(Dtype));
   const S8<kNarrow> ones = as_s8<kNarrow>(set1_i(0x01010101));
   for (int64_t column = 0; column < kTileN; column += kVectors * kLanes) {
     // Start from what the weight's zero point contributes.
-    vi acc[Rows][kVectors], code_sums[kVectors];
+    vi acc[Rows][kVectors][kChains], code_sums[kVectors];
     unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
       const vi zero = f.head.zero(column + v * kLanes);
       code_sums[v] = mul_i(zero, set1_i(-int32_t(f.length)));
-      unroll<Rows>([&](auto m)
-                       IPEX_QUANT_INLINE { acc[m][v] = mul_i(zero, set1_i(-s.sums[s.at(f.fold, f.pass.row + m)])); });
+      unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+        acc[m][v][0] = mul_i(zero, set1_i(-s.sums[s.at(f.fold, f.pass.row + m)]));
+        if constexpr (kChains == 2) acc[m][v][1] = zero_i();
+      });
     });
     const uint8_t* set = f.codes;
     const uint8_t* x = static_cast<const uint8_t*>(s.data) + f.pass.row * stride + f.start;
     for (int64_t k = 0; k < f.length; k += line_k(Dtype), set += line_set_bytes(Dtype)) {
-      if (f.pass.prefetch)
-        unroll<int(line_set_bytes(Dtype) / kLineBytes)>(
-            [&](auto v) IPEX_QUANT_INLINE { __builtin_prefetch(set + ahead + v * kLineBytes); });
+      prefetch_lines<int(line_set_bytes(Dtype) / kLineBytes)>(f.pass, set);
       // Lines are read in their order, as the hardware's prefetching expects: the pieces of one together.
       constexpr int kTogether = code_bits(Dtype) == 8 ? 1 : 2;
       unroll<Codes::kPieces / kTogether>([&](auto group) IPEX_QUANT_INLINE {
@@ -70,7 +78,7 @@ IPEX_QUANT_INLINE inline void decode_bytes(const DecodeFold& f) {
         unroll2<kVectors, kTogether>([&](auto v, auto p) IPEX_QUANT_INLINE {
           constexpr int kPiece = kTogether * decltype(group)::value + decltype(p)::value;
           const U8<kNarrow> codes = as_u8<kNarrow>(bytes.template piece<kPiece>(set, column + v * kLanes));
-          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot<kNarrow>(acc[m][v], codes, a[p][m]); });
+          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot<kNarrow>(acc[m][v][kPiece % kChains], codes, a[p][m]); });
           if constexpr (!Symmetric) dot<kNarrow>(code_sums[v], codes, ones);
         });
       });
@@ -80,7 +88,8 @@ IPEX_QUANT_INLINE inline void decode_bytes(const DecodeFold& f) {
       const vf scale = integer_scale<Dtype>(f.head, at);
       unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
         const int64_t i = s.at(f.fold, f.pass.row + m);
-        vi total = acc[m][v];
+        vi total = acc[m][v][0];
+        if constexpr (kChains == 2) total = add_i(total, acc[m][v][1]);
         if constexpr (!Symmetric) total = sub_i(total, mul_i(code_sums[v], set1_i(s.zeros[i])));
         float* out = f.pass.acc + m * kTileN + at;
         store_f(out, fma_f(cvt_f(total), mul_f(set1_f(s.scales[i]), scale), load_f(out)));
@@ -103,6 +112,7 @@ IPEX_QUANT_INLINE inline void decode_float(const DecodeFold& f) {
     const float* x = static_cast<const float*>(f.pass.args.staged->data) + f.pass.row * stride + f.start;
     for (int64_t k = 0; k < f.length; k += Codes::kPerLine, line += 256, x += Codes::kPerLine) {
       vi lines[kVectors];
+      prefetch_lines<kVectors * kVectorBytes / kLineBytes>(f.pass, line);
       unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE { lines[v] = load_i(line + v * kVectorBytes); });
       unroll<Codes::kPerLine>([&](auto j) IPEX_QUANT_INLINE {
         vf a[Rows];
@@ -180,6 +190,7 @@ IPEX_QUANT_INLINE inline void decode_bf16(const DecodeFold& f) {
   constexpr int64_t kStep = Dtype == kInt4 || Dtype == kNf4 ? 8 : 4;  // k of one line
   for (int64_t k = 0; k < f.length; k += kStep, line += 256, x += 2 * kStep) {
     vi lines[kVectors];
+    prefetch_lines<kVectors * kVectorBytes / kLineBytes>(f.pass, line);
     unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE { lines[v] = load_i(line + v * kVectorBytes); });
     unroll<Codes::kTerms>([&](auto j) IPEX_QUANT_INLINE {
       constexpr int kTerm = decltype(j)::value;
@@ -242,13 +253,15 @@ inline void decode_folds(const DecodePass& pass, FoldCursor cursor) {
 #else
   constexpr int kLines = kBytes ? Dtype : float_lines(Dtype);
 #endif
+  DecodePass widened = pass;
+  widened.ahead = 0;  // its lines are no longer where memory is read
   for (int64_t i = 0; i < pass.folds; ++i, cursor.advance()) {
     if constexpr (kLines == Dtype) {
       decode_fold<Dtype, Rows, Kernel>(DecodeFold(pass, cursor, cursor.codes()));
     } else {
       alignas(64) uint8_t wide[kFloatFold * kTileN];
       widen_codes<Dtype>(cursor.codes(), cursor.length(), wide);
-      decode_fold<kLines, Rows, Kernel>(DecodeFold(pass, cursor, wide));
+      decode_fold<kLines, Rows, Kernel>(DecodeFold(widened, cursor, wide));
     }
     if (cursor.head().minimums) add_minimums<Rows>(pass, cursor);
   }
@@ -286,14 +299,16 @@ inline void decode_tile(const GemmArgs& args, int64_t tile) {
   float acc[kDecodeRows * kTileN] = {};
   FoldCursor cursor(args, tile, s.max_fold);
   if (s.rows <= kPassRows) {
-    decode_rows<Dtype>({args, 0, acc, s.folds, false}, cursor, s.rows);
+    // Lines of less than 8 bits are met out of their order, or too slowly for the hardware to run far enough ahead.
+    constexpr int64_t kAhead = code_bits(Dtype) < 8 ? 4096 : 0;
+    decode_rows<Dtype>({args, 0, acc, s.folds, kAhead}, cursor, s.rows);
   } else {
     const int64_t half = s.rows / 2;
     for (; cursor.more(); cursor.advance()) {
-      // A single pass leaves prefetching to the hardware, which is better at it. Two passes leave the memory idle in
-      // between, so they ask for what follows.
-      decode_rows<Dtype>({args, 0, acc, 1, true}, cursor, half);
-      decode_rows<Dtype>({args, half, acc + half * kTileN, 1, true}, cursor, s.rows - half);
+      // Two passes leave the memory idle in between, so they ask for what follows.
+      const int64_t ahead = args.geometry->code_bytes(cursor.length());
+      decode_rows<Dtype>({args, 0, acc, 1, ahead}, cursor, half);
+      decode_rows<Dtype>({args, half, acc + half * kTileN, 1, ahead}, cursor, s.rows - half);
     }
   }
   for (int64_t m = 0; m < s.rows; ++m) finish_row(args.output, m, tile * kTileN, acc + m * kTileN);
