@@ -21,7 +21,6 @@ from ..llm.saved.notes import note_recipe
 from ..nn.embeddings import is_embedding
 from ..nn.linears import holds_experts, is_linear, output_head
 from ..quantization import awq, calibrate, calibration_dataloader, prepare
-from ..woq.gptq import GptqOptions
 from .recipe import Awq, Calibrated, Gptq, Recipe, layer_widths
 
 if TYPE_CHECKING:
@@ -78,9 +77,9 @@ def apply_recipe(
 def _apply_gptq(recipe: Recipe, model: nn.Module, calibration: Collection[Any], dtype: torch.dtype) -> nn.Module:
     settings: Any = recipe.settings
     scheme = replace(settings.qconfig().scheme, group_size=_group_size(recipe, model))
-    # float16 scales, as in GPTQ checkpoints
-    options = GptqOptions(percdamp=settings.percdamp, act_order=settings.act_order, scale_dtype=torch.float16)
-    run = GptqRun.of(model, calibration, scheme, options, Samples(settings.samples, settings.sequence_length))
+    run = GptqRun.of(
+        model, calibration, scheme, settings.options(), Samples(settings.samples, settings.sequence_length)
+    )
     return llm.optimize(
         model,
         dtype=dtype,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 import yaml
 from torch import nn
 from torch.ao.quantization import QConfigMapping
@@ -25,6 +26,7 @@ from ..quantization import (
     get_smooth_quant_qconfig_mapping,
     get_weight_only_quant_qconfig_mapping,
 )
+from ..woq.gptq import GptqOptions
 from . import FOLDER, recipe_names
 from .fields import Count, Fraction, Regex, parse
 
@@ -118,15 +120,24 @@ class WeightOnly(Settings):
 
 @dataclass(frozen=True)
 class Gptq(WeightOnly, Calibrated):
-    """`WeightOnly` with GPTQ for the weights in transformer blocks; `percdamp` damps the Hessian."""
+    """`WeightOnly` with GPTQ for the weights in transformer blocks; the other fields are those of `GptqOptions`."""
 
     samples: Count = 64
-    act_order: bool = False
-    percdamp: float = 0.01
+    act_order: bool = GptqOptions.act_order
+    static_groups: bool = GptqOptions.static_groups
+    percdamp: float = GptqOptions.percdamp
+    clip_steps: int = GptqOptions.clip_steps
+    lowest_clip: float = GptqOptions.lowest_clip
 
     def __post_init__(self) -> None:
         if not self.weight_dtype.has_integers:
             raise ValueError(f"weight_dtype: gptq writes integers, got {self.weight_dtype.name.lower()}")
+        self.options()
+
+    def options(self) -> GptqOptions:
+        """The options of GPTQ, with scales in float16, as in GPTQ checkpoints."""
+        names = ("act_order", "static_groups", "percdamp", "clip_steps", "lowest_clip")
+        return GptqOptions(**{name: getattr(self, name) for name in names}, scale_dtype=torch.float16)
 
 
 @dataclass(frozen=True)

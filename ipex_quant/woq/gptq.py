@@ -15,7 +15,7 @@ import torch
 from ..numerics.affine import code_offset, code_range, plain_codes, quantize
 from ..numerics.quantized_weight import QuantizedWeight, code_dtype
 from ..numerics.scheme import PER_CHANNEL, WeightScheme
-from .rtn import round_scales
+from .clip_search import clip_fractions, search_scales
 
 MAX_DAMPING = 10.0
 """Largest `percdamp` to accept, and to try on a Hessian that cannot be inverted."""
@@ -23,21 +23,26 @@ MAX_DAMPING = 10.0
 
 @dataclass(frozen=True)
 class GptqOptions:
-    """Options of GPTQ.
+    """Options of GPTQ; the defaults are the most accurate on trained models.
 
     - `percdamp`: value added to the Hessian's diagonal, as a fraction of the diagonal's mean.
     - `act_order`: quantize the features with the largest inputs first. Groups follow that order, which needs a `g_idx`,
       unless `static_groups` is set.
     - `static_groups`: compute scales and zero points from the original weight, before any error compensation.
+    - `clip_steps`: for every group, try the whole range and this many fractions of it, down to `lowest_clip`, and take
+      the one whose rounding errors are least, weighted by what later features cannot compensate; 0 takes the range.
     - `block_size`: number of features after which their errors are applied to all later blocks.
     - `scale_dtype`: dtype that scales are rounded to before they quantize the weight.
 
-    Raises ValueError for a `percdamp` outside 0..10 or a `block_size` below 1.
+    Raises ValueError for a `percdamp` outside 0..10, a `block_size` below 1, negative `clip_steps`, or a `lowest_clip`
+    outside 0..1.
     """
 
     percdamp: float = 0.01
-    act_order: bool = False
-    static_groups: bool = False
+    act_order: bool = True
+    static_groups: bool = True
+    clip_steps: int = 10
+    lowest_clip: float = 0.75
     block_size: int = 128
     scale_dtype: torch.dtype = torch.float32
 
@@ -46,6 +51,11 @@ class GptqOptions:
             raise ValueError(f"percdamp: expected 0 to {MAX_DAMPING:g}, usually 0.01, got {self.percdamp}")
         if self.block_size < 1:
             raise ValueError(f"block_size: expected at least 1, got {self.block_size}")
+        self.clip_fractions()
+
+    def clip_fractions(self) -> torch.Tensor:
+        """The fractions of a group's range that are tried."""
+        return clip_fractions(self.clip_steps, self.lowest_clip)
 
 
 class HessianAccumulator:
@@ -78,7 +88,7 @@ def quantize_weight(
     options = options or GptqOptions()
     if not scheme.dtype.has_integers:
         raise ValueError(f"dtype: GPTQ quantizes to integers, got {scheme.dtype.name}")
-    static = quantize(weight, scheme)  # also checks the weight
+    quantize(weight, scheme)  # checks the weight
     in_features = weight.shape[1]
     if tuple(hessian.shape) != (in_features, in_features):
         raise ValueError(f"hessian: expected shape {[in_features, in_features]}, got {list(hessian.shape)}")
@@ -91,7 +101,7 @@ def quantize_weight(
     factor = _inverse_factor(hessian.float()[features][:, features], options.percdamp)
     columns = weight.detach().float().t()[features].contiguous()
 
-    grid = _Grid(scheme, static, options)
+    grid = _Grid(weight, scheme, factor.diagonal() ** -2, features, options)
     for start in range(0, in_features, options.block_size):
         stop = min(start + options.block_size, in_features)
         errors = torch.empty(stop - start, columns.shape[1], dtype=torch.float32)
@@ -106,27 +116,43 @@ def quantize_weight(
 
 
 class _Grid:
-    """The codes of the features quantized so far, and the scale and zero point of the current feature's group."""
+    """The codes of the features quantized so far, and the scale and zero point of the current feature's group.
 
-    def __init__(self, scheme: WeightScheme, static: QuantizedWeight, options: GptqOptions) -> None:
-        self.scheme, self.shape = scheme, static.shape
-        self.group_size = static.shape[1] if scheme.group_size == PER_CHANNEL else scheme.group_size
-        self.scale_dtype = options.scale_dtype
-        self.scales = round_scales(static.scales, options.scale_dtype)
-        self.zero_points = None if static.zero_points is None else static.zero_points.clone()
+    `importance` ``[K]``, in the order `features` of quantization, says how much of a feature's squared error remains
+    after later features have compensated for it.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scheme: WeightScheme,
+        importance: torch.Tensor,
+        features: torch.Tensor,
+        options: GptqOptions,
+    ) -> None:
+        self.scheme, self.shape = scheme, (weight.shape[0], weight.shape[1])
+        self.group_size = self.shape[1] if scheme.group_size == PER_CHANNEL else scheme.group_size
+        self.importance, self.fractions, self.scale_dtype = importance, options.clip_fractions(), options.scale_dtype
+        self.scales, self.zero_points = self._search(weight, scheme, importance[features.argsort()])
         # With one group per row, no earlier group passes an error on.
         self.fixed = options.static_groups or self.scales.shape[1] == 1
         self.codes: list[torch.Tensor] = []
+
+    def _search(
+        self, weight: torch.Tensor, scheme: WeightScheme, importance: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return search_scales(weight, scheme, importance, self.fractions, self.scale_dtype)
 
     def enter(self, position: int, feature: int, columns: torch.Tensor) -> None:
         """Select the group of `feature`, the `position`-th in the order of quantization, as the current one."""
         group = (feature if self.fixed else position) // self.group_size
         if not self.fixed and position % self.group_size == 0:
-            members = columns[position : position + self.group_size].t()
-            found = quantize(members, WeightScheme(self.scheme.dtype, self.scheme.symmetric))
-            self.scales[:, group] = round_scales(found.scales[:, 0], self.scale_dtype)
-            if self.zero_points is not None:
-                self.zero_points[:, group] = found.zero_points[:, 0]
+            members = slice(position, position + self.group_size)
+            scheme = WeightScheme(self.scheme.dtype, self.scheme.symmetric)
+            scales, zero_points = self._search(columns[members].t(), scheme, self.importance[members])
+            self.scales[:, group] = scales[:, 0]
+            if self.zero_points is not None and zero_points is not None:
+                self.zero_points[:, group] = zero_points[:, 0]
         self.scale = self.scales[:, group]
         zero = code_offset(self.scheme.dtype)
         self.zero = zero if self.zero_points is None else self.zero_points[:, group].float()
