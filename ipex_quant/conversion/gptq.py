@@ -55,6 +55,7 @@ def gptq(
     lm_head: bool = False,
     static_groups: bool = False,
     clip_steps: int = GptqOptions.clip_steps,
+    correction: float = GptqOptions.correction,
 ) -> Path:
     """Quantize the linears and experts in the transformer blocks of `model` with GPTQ; write a checkpoint directory.
 
@@ -71,11 +72,12 @@ def gptq(
       sequences are used, each cut to its first `pad_max_length` tokens; `use_max_length` skips shorter ones. Batches
       with features of images or audio are not cut in length.
     - `group_size` -1 is one group per row; `wbits` is 2, 3, 4 or 8; `percdamp` and `act_order` are GPTQ's.
-    - `layer_wise` has no effect: only the inputs of one block are in memory at any time.
+    - `layer_wise` has no effect: only the inputs of one block are in memory at any time, quantized and in float.
     - `compression_dtype` must be int32 and `compression_dim` 1 (along in_features), as in the file format.
     - `scale_dtype` is float16 (which most tools expect), bfloat16 or float32.
     - `static_groups` keeps groups in the order of the features with `act_order` too, which is as accurate and loads
-      without a ``g_idx``; `clip_steps` is the number of smaller ranges to try for each group.
+      without a ``g_idx``; `clip_steps` is the number of smaller ranges to try for each group, and `correction` the
+      share of the errors of earlier layers that a layer corrects, with inputs of the float model too.
 
     Raises ValueError for other values, a dataloader without usable samples, and a weight whose scales `scale_dtype`
     cannot represent, which it names; OSError for a `save_dir` that cannot be written. Both come before any computation.
@@ -90,7 +92,14 @@ def gptq(
     if scale_dtype not in _SCALE_DTYPES:
         raise ValueError(f"scale_dtype: expected one of {_SCALE_DTYPES}, got {scale_dtype}")
     scheme = WeightScheme(dtypes[wbits], bool(sym), group_size)
-    options = GptqOptions(percdamp, bool(act_order), bool(static_groups), clip_steps, scale_dtype=scale_dtype)
+    options = GptqOptions(
+        percdamp,
+        bool(act_order),
+        bool(static_groups),
+        clip_steps,
+        correction=correction,
+        scale_dtype=scale_dtype,
+    )
     if layer_wise:
         logger.info("gptq: layer_wise=True needs nothing more, the walk holds one block's inputs at any time")
     run = GptqRun.of(model, dataloader, scheme, options, Samples(nsamples, pad_max_length, use_max_length), lm_head)

@@ -128,6 +128,7 @@ class Gptq(WeightOnly, Calibrated):
     percdamp: float = GptqOptions.percdamp
     clip_steps: int = GptqOptions.clip_steps
     lowest_clip: float = GptqOptions.lowest_clip
+    correction: Fraction = GptqOptions.correction
 
     def __post_init__(self) -> None:
         if not self.weight_dtype.has_integers:
@@ -136,7 +137,7 @@ class Gptq(WeightOnly, Calibrated):
 
     def options(self) -> GptqOptions:
         """The options of GPTQ, with scales in float16, as in GPTQ checkpoints."""
-        names = ("act_order", "static_groups", "percdamp", "clip_steps", "lowest_clip")
+        names = ("act_order", "static_groups", "percdamp", "clip_steps", "lowest_clip", "correction")
         return GptqOptions(**{name: getattr(self, name) for name in names}, scale_dtype=torch.float16)
 
 

@@ -232,6 +232,59 @@ def test_bad_options():
         GptqOptions(clip_steps=-1)
     with pytest.raises(ValueError, match="lowest_clip: expected a fraction"):
         GptqOptions(lowest_clip=0)
+    with pytest.raises(ValueError, match="correction: expected a number from 0 to 1, got 2"):
+        GptqOptions(correction=2)
+
+
+def _paired(inputs, seed=5):
+    """The inputs of the same layer in a float model."""
+    return (
+        inputs
+        + 0.2 * inputs.roll(1, 1)
+        + 0.1 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(seed))
+    )
+
+
+def test_a_shift_moves_the_weight_to_the_least_squares_solution(weight, inputs):
+    floats = _paired(inputs)
+    seen = HessianAccumulator(96)
+    seen.add(inputs, floats)
+    scheme = WeightScheme(INT8, True)  # fine enough to see the solution
+    qw = quantize_weight(weight, seen.hessian, scheme, GptqOptions(percdamp=0.0), seen.shift)
+    solution = torch.linalg.lstsq(inputs.double(), floats.double() @ weight.double().t()).solution.t().float()
+    target = floats @ weight.t()
+    least = (inputs @ solution.t() - target).norm()
+    found, plain = ((inputs @ dequantize(each).t() - target).norm() for each in (qw, rtn(weight, scheme)))
+    assert least < found < 1.02 * least
+    assert plain > 2 * least
+
+
+def test_a_share_of_the_shift(weight, inputs):
+    seen = HessianAccumulator(96)
+    seen.add(inputs, _paired(inputs))
+    scheme, target = WeightScheme(INT4, False, 32), _paired(inputs) @ weight.t()
+    errors = [
+        float((inputs @ dequantize(qw).t() - target).norm())
+        for share in (0.0, 0.5, 1.0)
+        for qw in [quantize_weight(weight, seen.hessian, scheme, GptqOptions(correction=share), seen.shift)]
+    ]
+    assert errors == sorted(errors, reverse=True)
+    none = quantize_weight(weight, seen.hessian, scheme, GptqOptions())
+    off = quantize_weight(weight, seen.hessian, scheme, GptqOptions(correction=0.0), seen.shift)
+    assert torch.equal(off.codes, none.codes)
+
+
+def test_shifts_are_means_of_products(inputs):
+    floats = _paired(inputs)
+    seen = HessianAccumulator(96)
+    seen.add(inputs[:100].view(4, 25, 96), floats[:100].view(4, 25, 96))
+    seen.add(inputs[100:150])  # not known in float
+    seen.add(inputs[150:200], floats[150:190])  # other positions
+    seen.add(inputs[200:], floats[200:])
+    known = torch.ones(600, 1)
+    known[100:200] = 0
+    expected = (known * (floats - inputs)).t() @ inputs / 600
+    torch.testing.assert_close(seen.shift, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_accumulation_is_the_mean_of_outer_products(inputs):
