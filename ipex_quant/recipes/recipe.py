@@ -18,6 +18,7 @@ from ..nn.linears import holds_experts, is_linear, linear_shape, output_head
 from ..nn.multihead_attention import named_layers
 from ..observers import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
 from ..quantization import (
+    AutoRoundOptions,
     AwqOptions,
     WoqActQuantMode,
     WoqLowpMode,
@@ -160,6 +161,29 @@ class Awq(WeightOnly, Calibrated):
 
 
 @dataclass(frozen=True)
+class AutoRound(WeightOnly, Calibrated):
+    """`WeightOnly` with AutoRound for the weights in transformer blocks; the others are those of `AutoRoundOptions`."""
+
+    samples: Count = 64
+    steps: Count = AutoRoundOptions.steps
+    batch_size: Count = AutoRoundOptions.batch_size
+    rate: float | None = AutoRoundOptions.rate
+    clip_rate: float = AutoRoundOptions.clip_rate
+    seed: int = AutoRoundOptions.seed
+
+    def __post_init__(self) -> None:
+        if not self.weight_dtype.has_integers:
+            raise ValueError(f"weight_dtype: auto_round tunes integers, got {self.weight_dtype.name.lower()}")
+        self.options()
+
+    def options(self) -> AutoRoundOptions:
+        """The options of AutoRound, with scales in float16, as checkpoints hold them."""
+        return AutoRoundOptions(
+            self.steps, self.batch_size, self.rate, self.clip_rate, self.seed, scale_dtype=torch.float16
+        )
+
+
+@dataclass(frozen=True)
 class Dynamic(Settings):
     """Per-channel INT8 weights; activations are quantized dynamically, per token."""
 
@@ -207,6 +231,7 @@ ALGORITHMS: dict[str, type[Settings]] = {
     "rtn": WeightOnly,
     "gptq": Gptq,
     "awq": Awq,
+    "auto_round": AutoRound,
     "smoothquant": SmoothQuant,
     "static": Static,
     "dynamic": Dynamic,

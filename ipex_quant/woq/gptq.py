@@ -36,8 +36,8 @@ class GptqOptions:
     - `block_size`: number of features after which their errors are applied to all later blocks.
     - `scale_dtype`: dtype that scales are rounded to before they quantize the weight.
 
-    Raises ValueError for a `percdamp` outside 0..10, a `block_size` below 1, negative `clip_steps`, and a `lowest_clip` or
-    `correction` outside 0..1.
+    Raises ValueError for a `percdamp` outside 0..10, a `block_size` below 1, negative `clip_steps`, and a `lowest_clip`
+    or `correction` outside 0..1.
     """
 
     percdamp: float = 0.01
