@@ -99,9 +99,7 @@ def test_no_text_is_read_for_a_recipe_that_does_not_calibrate(tokenizer):
     assert calibration_data(load_recipe("w8a8-dynamic"), tokenizer, "no such file") == ()
 
 
-@pytest.mark.parametrize(
-    "name", ["w4a8-gptq-g128", "w4a8-awq-g128", "w4a8-autoround-g128", "w8a8-smoothquant", "w8a8-static"]
-)
+@pytest.mark.parametrize("name", ["w4a8-gptq-g128", "w4a8-awq-g128", "w8a8-smoothquant", "w8a8-static"])
 def test_calibration_without_text_is_refused(name):
     with pytest.raises(ValueError, match=f"recipe {name}: it needs calibration text, got none"):
         apply_recipe(load_recipe(name), torch.nn.Linear(8, 8))
