@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--column", metavar="NAME", help="column of the dataset that holds the text")
     sub.add_argument("--samples", type=_positive, metavar="N", help="windows of the text (default: the recipe's)")
     inputs(sub, "what to calibrate a model on that is not called with text")
+    sub.add_argument("--work-dir", type=Path, metavar="DIR", help="keep tuned blocks there, to go on after a stop")
 
     sub = command("autotune", _autotune, "Find the best way to quantize a model within an accuracy budget.")
     sub.add_argument("model_dir", metavar="MODEL_DIR", help='float model with its tokenizer, or "embedded"')
@@ -180,7 +181,7 @@ def _quantize(options: argparse.Namespace) -> int:
     from .recipes import inputs
     from .recipes.apply import calibration_data
     from .recipes.load import quantized
-    from .recipes.recipe import Calibrated, load_recipe
+    from .recipes.recipe import AutoRound, Calibrated, load_recipe
 
     recipe = load_recipe(options.recipe)
     text = options.dataset or options.column or options.samples
@@ -190,6 +191,8 @@ def _quantize(options: argparse.Namespace) -> int:
         )
     if text and options.inputs:
         raise ValueError("--dataset, --column, --samples: they are for text; leave them out beside --inputs")
+    if options.work_dir and not isinstance(recipe.settings, AutoRound):
+        raise ValueError(f"--work-dir: recipe {recipe.name} keeps no unfinished work; leave it out")
     if options.samples:
         recipe = replace(recipe, settings=replace(recipe.settings, samples=options.samples))
     tokenizer = _tokenizer(options, options.model_dir)
@@ -198,8 +201,9 @@ def _quantize(options: argparse.Namespace) -> int:
         if not options.inputs and tokenizer is not None:
             calibration = _of_dataset(calibration_data, recipe, tokenizer, options.dataset, options.column)
         check = None if options.inputs else partial(inputs.check_takes_text, tokenizer=tokenizer)
+        dtype = getattr(torch, options.dtype)
         model, before = quantized(
-            recipe, options.model_dir, getattr(torch, options.dtype), calibration, check, options.trust_remote_code
+            recipe, options.model_dir, dtype, calibration, check, options.trust_remote_code, options.work_dir
         )
         _save(model, out, tokenizer, options.model_dir)
     after = evaluation.model_bytes(model)

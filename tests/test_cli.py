@@ -114,15 +114,16 @@ def test_explain_names_every_quantized_module(quantized_dir, capsys):
     assert "lm_head" in printed
 
 
-@pytest.mark.parametrize("algorithm", ["gptq", "awq"])
+@pytest.mark.parametrize("algorithm", ["gptq", "awq", "auto_round"])
 def test_weights_are_calibrated_on_the_given_text(float_dir, text_file, tmp_path, quantized_dir, algorithm):
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
         f"algorithm: {algorithm}\nweight_dtype: int4\nweight_qscheme: asymmetric\ngroup_size: 32\nlowp_mode: int8\n"
-        "head_dtype: int8\nembedding_dtype: int8\nsequence_length: 64\n"
+        "head_dtype: int8\nembedding_dtype: int8\nsequence_length: 64\n" + "steps: 5\n" * (algorithm == "auto_round")
     )
     out = tmp_path / "out"
     arguments = ["--recipe", str(recipe), "--out", str(out), "--dataset", str(text_file), "--samples", "4"]
+    arguments += ["--work-dir", str(tmp_path / "work")] * (algorithm == "auto_round")
     assert cli.main(["quantize", str(float_dir), *arguments]) == 0
     found, rtn = (load_file(next(d.glob("*.safetensors"))) for d in (out, quantized_dir))
     assert found.keys() == rtn.keys()
@@ -143,6 +144,10 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     [
         ("quantize {float} --recipe w3 --out {tmp}/out", "expected a file or one of"),
         ("quantize {tmp}/none --recipe w8a16 --out {tmp}/out", "with a config.json"),
+        (
+            "quantize {float} --recipe w4a8-gptq-g128 --work-dir {tmp}/work --out {tmp}/out",
+            "--work-dir: recipe w4a8-gptq-g128 keeps no unfinished work",
+        ),
         ("export {float} --format gptq --out {tmp}/out", "expected a quantized model, got a float one"),
         ("convert {float} --format gptq --out {tmp}/broken", "expected a quantized model, got a float one"),
         (

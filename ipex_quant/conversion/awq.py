@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 
-from ..nn.linears import is_linear, weight_matrix
-from ..numerics.scheme import QConfigWoq
+from ..nn.linears import is_linear
 from ..woq.awq import AwqOptions
 from ..woq.awq_blocks import awq_blocks
 from .calibration_batches import Samples, calibration_batches
 from .found import FoundWeights
 from .gptq import chosen_head, warn_of_rest
 from .prepare import convert_some, prepare
-from .rules import choose_qconfigs
+from .rules import choose_weight_only
 from .swap import with_split_attentions
 
 
@@ -48,19 +46,8 @@ def awq(
     dataloader without usable samples, a model without transformer blocks or with none to quantize, and NaN or Inf in a
     weight or in the input of a layer, which it names. `model` is then unchanged.
     """
-    if not isinstance(quantization_config, QConfigMapping):
-        raise TypeError(f"quantization_config: expected a QConfigMapping, got {type(quantization_config).__name__}")
-    chosen, _ = choose_qconfigs(quantization_config, model)
     walked = with_split_attentions(model)
-    for name, qconfig in chosen.items():
-        if not isinstance(qconfig, QConfigWoq):
-            raise ValueError(
-                f"quantization_config: AWQ quantizes weights only, use get_weight_only_quant_qconfig_mapping; {name} "
-                f"has a {type(qconfig).__name__}"
-            )
-        linear = walked.get_submodule(name)
-        if is_linear(linear) and not torch.isfinite(weight_matrix(linear)).all():
-            raise ValueError(f"{name}: weight: expected finite values, got NaN or Inf")
+    chosen = choose_weight_only(quantization_config, walked, "AWQ")
     also = chosen_head(model, lm_head)
     batches = calibration_batches(model, dataloader, Samples(nsamples, pad_max_length, use_max_length))
     found = awq_blocks(walked, batches, {name: qconfig.scheme for name, qconfig in chosen.items()}.get, options, also)

@@ -53,10 +53,13 @@ def gptq(
     scale_dtype: torch.dtype = torch.float16,
     save_dir: str | Path = "saved_results",
     lm_head: bool = False,
+    static_groups: bool = False,
+    clip_steps: int = GptqOptions.clip_steps,
+    correction: float = GptqOptions.correction,
 ) -> Path:
     """Quantize the linears and experts in the transformer blocks of `model` with GPTQ; write a checkpoint directory.
 
-    The signature is IPEX's. Returns `save_dir`, which must be empty or not exist yet; it loads with
+    The signature is IPEX's, up to `save_dir`. Returns `save_dir`, which must be empty or not exist yet; it loads with
     `load_low_precision_checkpoint` and other GPTQ tools, in GPTQ version 1, which all tools read, or where a zero point
     is 0 in version 2 (``gptq_v2``). Experts in 3-D parameters are calibrated with the tokens
     routed to them, and written one by one, as ``<experts>.3.gate_proj``, ``up_proj`` and ``down_proj``. GPTQ quantizes
@@ -69,9 +72,12 @@ def gptq(
       sequences are used, each cut to its first `pad_max_length` tokens; `use_max_length` skips shorter ones. Batches
       with features of images or audio are not cut in length.
     - `group_size` -1 is one group per row; `wbits` is 2, 3, 4 or 8; `percdamp` and `act_order` are GPTQ's.
-    - `layer_wise` has no effect: only the inputs of one block are in memory at any time.
+    - `layer_wise` has no effect: only the inputs of one block are in memory at any time, quantized and in float.
     - `compression_dtype` must be int32 and `compression_dim` 1 (along in_features), as in the file format.
     - `scale_dtype` is float16 (which most tools expect), bfloat16 or float32.
+    - `static_groups` keeps groups in the order of the features with `act_order` too, which is as accurate and loads
+      without a ``g_idx``; `clip_steps` is the number of smaller ranges to try for each group, and `correction` the
+      share of the errors of earlier layers that a layer corrects, with inputs of the float model too.
 
     Raises ValueError for other values, a dataloader without usable samples, and a weight whose scales `scale_dtype`
     cannot represent, which it names; OSError for a `save_dir` that cannot be written. Both come before any computation.
@@ -86,7 +92,14 @@ def gptq(
     if scale_dtype not in _SCALE_DTYPES:
         raise ValueError(f"scale_dtype: expected one of {_SCALE_DTYPES}, got {scale_dtype}")
     scheme = WeightScheme(dtypes[wbits], bool(sym), group_size)
-    options = GptqOptions(percdamp=percdamp, act_order=act_order, scale_dtype=scale_dtype)
+    options = GptqOptions(
+        percdamp,
+        bool(act_order),
+        bool(static_groups),
+        clip_steps,
+        correction=correction,
+        scale_dtype=scale_dtype,
+    )
     if layer_wise:
         logger.info("gptq: layer_wise=True needs nothing more, the walk holds one block's inputs at any time")
     run = GptqRun.of(model, dataloader, scheme, options, Samples(nsamples, pad_max_length, use_max_length), lm_head)
@@ -99,7 +112,7 @@ def gptq(
             output_head(model),
             scale_dtype=scale_dtype,
             percdamp=percdamp,
-            act_order=bool(act_order),
+            act_order=options.act_order and not options.static_groups,
         )
         _write(unfinished, model, writer, _other_tensors(model, weights))
     return Path(save_dir)

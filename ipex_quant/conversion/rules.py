@@ -11,7 +11,15 @@ from torch.ao.quantization import QConfigMapping
 
 from ..nn.embeddings import embedding_obstacle, is_embedding
 from ..nn.expert_linears import holds_expert_linears
-from ..nn.linears import conv_obstacle, holds_experts, is_convolution, is_linear, obstacle, weight_obstacle
+from ..nn.linears import (
+    conv_obstacle,
+    holds_experts,
+    is_convolution,
+    is_linear,
+    obstacle,
+    weight_matrix,
+    weight_obstacle,
+)
 from ..nn.multihead_attention import READ_BY_ATTENTION, attention_obstacle, is_split_attention, named_layers
 from ..nn.recurrent import is_recurrent, recurrent_obstacle, recurrent_weight_obstacle
 from ..nn.stacked_experts import experts_obstacle, experts_weight_obstacle
@@ -62,6 +70,27 @@ def choose_qconfigs(
         else:
             chosen[name] = qconfig
     return chosen, reasons
+
+
+def choose_weight_only(mapping: QConfigMapping, model: nn.Module, title: str) -> dict[str, QConfigWoq]:
+    """Configurations of the layers of `model` to quantize, by name, for an algorithm that quantizes weights only.
+
+    Raises TypeError for a `mapping` that is none, and ValueError for another kind of configuration, and for NaN or Inf
+    in a weight.
+    """
+    if not isinstance(mapping, QConfigMapping):
+        raise TypeError(f"quantization_config: expected a QConfigMapping, got {type(mapping).__name__}")
+    chosen, _ = choose_qconfigs(mapping, model)
+    for name, qconfig in chosen.items():
+        if not isinstance(qconfig, QConfigWoq):
+            raise ValueError(
+                f"quantization_config: {title} quantizes weights only, use get_weight_only_quant_qconfig_mapping; "
+                f"{name} has a {type(qconfig).__name__}"
+            )
+        layer = model.get_submodule(name)
+        if is_linear(layer) and not weight_matrix(layer).isfinite().all():
+            raise ValueError(f"{name}: weight: expected finite values, got NaN or Inf")
+    return chosen
 
 
 def _choose_embeddings(

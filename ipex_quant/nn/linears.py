@@ -53,7 +53,12 @@ def weight_matrix(module: nn.Module) -> torch.Tensor:
     """
     if isinstance(module, StoredLinear):
         return module.read_weight()
-    return module.weight.detach().t() if isinstance(module, _conv1d()) else module.weight.detach()
+    return oriented(module, module.weight.detach())
+
+
+def oriented(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """View ``[out_features, in_features]`` of `tensor`, which is laid out as the weight of a linear layer."""
+    return tensor.t() if isinstance(module, _conv1d()) else tensor
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

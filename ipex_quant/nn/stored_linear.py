@@ -38,7 +38,8 @@ class StoredLinear(nn.Linear):
         return self._read() if is_stand_in(self.weight) else self.weight.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.read_weight(), self.bias)
+        weight = self._read() if is_stand_in(self.weight) else self.weight  # one in memory may want a gradient
+        return F.linear(x, weight, self.bias)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -61,7 +61,7 @@ def quantize(
     parameters that do not fit the scheme.
     """
     check_plain(scheme)
-    grouped = _group(_check_weight(weight), scheme)
+    grouped = in_groups(_check_weight(weight), scheme)
     if scales is None:
         if zero_points is not None:
             raise ValueError("zero_points: given without scales; give both or neither")
@@ -138,7 +138,7 @@ def _check_weight(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().float()
 
 
-def _group(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
+def in_groups(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
     """Reshape float32 ``[N, K]`` to ``[N, groups, size]``; a ragged last group is padded with zeros."""
     groups = scheme.group_count(weight.shape[1])
     if scheme.group_size == PER_CHANNEL:

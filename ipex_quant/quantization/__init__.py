@@ -20,14 +20,17 @@ from ..conversion.quantize_tensors import (
     quantize_per_channel,
 )
 from ..numerics.scheme import QConfigWoq, WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
+from ..woq.auto_round import AutoRoundOptions
 from ..woq.awq import AwqOptions
 
 if TYPE_CHECKING:
     from ..autotune import autotune
+    from ..conversion.auto_round import auto_round
     from ..conversion.awq import awq
     from ..conversion.gptq import gptq
 
 __all__ = [
+    "AutoRoundOptions",
     "AwqOptions",
     "QConfigSmoothQuant",
     "QConfigWoq",
@@ -35,6 +38,7 @@ __all__ = [
     "WoqLowpMode",
     "WoqWeightDtype",
     "WoqWeightQScheme",
+    "auto_round",
     "autotune",
     "awq",
     "calibrate",
@@ -75,7 +79,7 @@ def __getattr__(name: str) -> Any:
     if name.removesuffix("_mapping") in _DEFAULTS:
         qconfig = getattr(_qconfig, name.removesuffix("_mapping"))()
         return QConfigMapping().set_global(qconfig) if name.endswith("_mapping") else qconfig
-    # These three bring transformers in, which quantizing a plain module does without.
+    # These four bring transformers in, which quantizing a plain module does without.
     if name == "gptq":
         from ..conversion.gptq import gptq
 
@@ -84,6 +88,10 @@ def __getattr__(name: str) -> Any:
         from ..conversion.awq import awq
 
         return awq
+    if name == "auto_round":
+        from ..conversion.auto_round import auto_round
+
+        return auto_round
     if name == "autotune":
         from ..autotune import autotune
 

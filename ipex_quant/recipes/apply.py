@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,8 @@ from ..conversion.prepare import convert_some
 from ..llm.saved.notes import note_recipe
 from ..nn.embeddings import is_embedding
 from ..nn.linears import holds_experts, is_linear, output_head
-from ..quantization import awq, calibrate, calibration_dataloader, prepare
-from ..woq.gptq import GptqOptions
-from .recipe import Awq, Calibrated, Gptq, Recipe, layer_widths
+from ..quantization import auto_round, awq, calibrate, calibration_dataloader, prepare
+from .recipe import AutoRound, Awq, Calibrated, Gptq, Recipe, layer_widths
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -50,21 +50,28 @@ def apply_recipe(
     model: nn.Module,
     calibration: Collection[Any] | DataLoader = (),
     dtype: torch.dtype = torch.bfloat16,
+    work_dir: str | Path | None = None,
 ) -> nn.Module:
     """Quantize a transformers model in place by `recipe` and return it, ready to generate in `dtype`.
 
-    `calibration` is the result of `calibration_data`, or other batches of arguments of `model`. With GPTQ and AWQ the
-    output layer is rounded to nearest. Raises ValueError if the recipe calibrates and `calibration` is empty.
+    `calibration` is the result of `calibration_data`, or other batches of arguments of `model`. With GPTQ, AWQ and
+    AutoRound the output layer is rounded to nearest. `work_dir` is that of `quantization.auto_round`. Raises ValueError
+    if the recipe calibrates and `calibration` is empty, and for a `work_dir` with another algorithm.
     """
+    if work_dir is not None and not isinstance(recipe.settings, AutoRound):
+        raise ValueError(f"work_dir: recipe {recipe.name} is quick, and keeps no unfinished work; leave it out")
     if isinstance(recipe.settings, Calibrated) and not len(calibration):
         raise ValueError(f"recipe {recipe.name}: it needs calibration text, got none")
     mapping = recipe.qconfig_mapping(model)
     if isinstance(recipe.settings, Gptq):
         model = _apply_gptq(recipe, model, calibration, dtype)
         mapping = mapping if _left_in_float(model, recipe) else None
-    elif isinstance(recipe.settings, Awq):
-        size = {"nsamples": recipe.settings.samples, "pad_max_length": recipe.settings.sequence_length}
-        model = awq(model, calibration, mapping, recipe.settings.options(), **size, inplace=True)
+    elif isinstance(recipe.settings, Awq | AutoRound):
+        size = {"nsamples": recipe.settings.samples, "pad_max_length": recipe.settings.sequence_length, "inplace": True}
+        if isinstance(recipe.settings, Awq):
+            model = awq(model, calibration, mapping, recipe.settings.options(), **size)
+        else:
+            model = auto_round(model, calibration, mapping, recipe.settings.options(), **size, work_dir=work_dir)
         mapping = None
     elif isinstance(recipe.settings, Calibrated):
         prepared = prepare(model, mapping, example_kwarg_inputs=dict(next(iter(calibration))), inplace=True)
@@ -78,9 +85,9 @@ def apply_recipe(
 def _apply_gptq(recipe: Recipe, model: nn.Module, calibration: Collection[Any], dtype: torch.dtype) -> nn.Module:
     settings: Any = recipe.settings
     scheme = replace(settings.qconfig().scheme, group_size=_group_size(recipe, model))
-    # float16 scales, as in GPTQ checkpoints
-    options = GptqOptions(percdamp=settings.percdamp, act_order=settings.act_order, scale_dtype=torch.float16)
-    run = GptqRun.of(model, calibration, scheme, options, Samples(settings.samples, settings.sequence_length))
+    run = GptqRun.of(
+        model, calibration, scheme, settings.options(), Samples(settings.samples, settings.sequence_length)
+    )
     return llm.optimize(
         model,
         dtype=dtype,

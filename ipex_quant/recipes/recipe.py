@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 import yaml
 from torch import nn
 from torch.ao.quantization import QConfigMapping
@@ -17,6 +18,7 @@ from ..nn.linears import holds_experts, is_linear, linear_shape, output_head
 from ..nn.multihead_attention import named_layers
 from ..observers import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
 from ..quantization import (
+    AutoRoundOptions,
     AwqOptions,
     WoqActQuantMode,
     WoqLowpMode,
@@ -25,6 +27,7 @@ from ..quantization import (
     get_smooth_quant_qconfig_mapping,
     get_weight_only_quant_qconfig_mapping,
 )
+from ..woq.gptq import GptqOptions
 from . import FOLDER, recipe_names
 from .fields import Count, Fraction, Regex, parse
 
@@ -118,15 +121,25 @@ class WeightOnly(Settings):
 
 @dataclass(frozen=True)
 class Gptq(WeightOnly, Calibrated):
-    """`WeightOnly` with GPTQ for the weights in transformer blocks; `percdamp` damps the Hessian."""
+    """`WeightOnly` with GPTQ for the weights in transformer blocks; the other fields are those of `GptqOptions`."""
 
     samples: Count = 64
-    act_order: bool = False
-    percdamp: float = 0.01
+    act_order: bool = GptqOptions.act_order
+    static_groups: bool = GptqOptions.static_groups
+    percdamp: float = GptqOptions.percdamp
+    clip_steps: int = GptqOptions.clip_steps
+    lowest_clip: float = GptqOptions.lowest_clip
+    correction: Fraction = GptqOptions.correction
 
     def __post_init__(self) -> None:
         if not self.weight_dtype.has_integers:
             raise ValueError(f"weight_dtype: gptq writes integers, got {self.weight_dtype.name.lower()}")
+        self.options()
+
+    def options(self) -> GptqOptions:
+        """The options of GPTQ, with scales in float16, as in GPTQ checkpoints."""
+        names = ("act_order", "static_groups", "percdamp", "clip_steps", "lowest_clip", "correction")
+        return GptqOptions(**{name: getattr(self, name) for name in names}, scale_dtype=torch.float16)
 
 
 @dataclass(frozen=True)
@@ -145,6 +158,29 @@ class Awq(WeightOnly, Calibrated):
     def options(self) -> AwqOptions:
         """The options of AWQ's search."""
         return AwqOptions(**{each.name: getattr(self, each.name) for each in fields(AwqOptions)})
+
+
+@dataclass(frozen=True)
+class AutoRound(WeightOnly, Calibrated):
+    """`WeightOnly` with AutoRound for the weights in transformer blocks; the others are those of `AutoRoundOptions`."""
+
+    samples: Count = 64
+    steps: Count = AutoRoundOptions.steps
+    batch_size: Count = AutoRoundOptions.batch_size
+    rate: float | None = AutoRoundOptions.rate
+    clip_rate: float = AutoRoundOptions.clip_rate
+    seed: int = AutoRoundOptions.seed
+
+    def __post_init__(self) -> None:
+        if not self.weight_dtype.has_integers:
+            raise ValueError(f"weight_dtype: auto_round tunes integers, got {self.weight_dtype.name.lower()}")
+        self.options()
+
+    def options(self) -> AutoRoundOptions:
+        """The options of AutoRound, with scales in float16, as checkpoints hold them."""
+        return AutoRoundOptions(
+            self.steps, self.batch_size, self.rate, self.clip_rate, self.seed, scale_dtype=torch.float16
+        )
 
 
 @dataclass(frozen=True)
@@ -195,6 +231,7 @@ ALGORITHMS: dict[str, type[Settings]] = {
     "rtn": WeightOnly,
     "gptq": Gptq,
     "awq": Awq,
+    "auto_round": AutoRound,
     "smoothquant": SmoothQuant,
     "static": Static,
     "dynamic": Dynamic,

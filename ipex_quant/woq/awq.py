@@ -16,6 +16,7 @@ import torch
 from ..numerics.affine import dequantize, quantize
 from ..numerics.reservoir import Reservoir
 from ..numerics.scheme import PER_CHANNEL, WeightScheme
+from .clip_search import clip_fractions
 
 _LEAST_MAGNITUDE = 1e-4
 """Least magnitude of a channel, relative to the largest one; it keeps scales away from 0."""
@@ -39,13 +40,10 @@ class AwqOptions:
     tokens: int = 1024
 
     def __post_init__(self) -> None:
-        for name, least in (("alpha_steps", 0), ("clip_steps", 0), ("tokens", 1)):
+        for name, least in (("alpha_steps", 0), ("tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        if not 0 < self.lowest_clip <= 1:
-            raise ValueError(
-                f"lowest_clip: expected a fraction of the range, above 0 and at most 1, got {self.lowest_clip}"
-            )
+        clip_fractions(self.clip_steps, self.lowest_clip)
 
 
 class InputSample:
@@ -147,7 +145,7 @@ def clipped(weight: torch.Tensor, scheme: WeightScheme, inputs: torch.Tensor, op
     """
     weight = weight.detach().float()
     size = weight.shape[1] if scheme.group_size == PER_CHANNEL else scheme.group_size
-    fractions = torch.linspace(1, options.lowest_clip, options.clip_steps + 1, dtype=torch.float32).tolist()
+    fractions = clip_fractions(options.clip_steps, options.lowest_clip).tolist()
     rows = torch.arange(len(weight))
     total = torch.zeros(len(weight), len(inputs), dtype=torch.float32)  # output change that earlier groups cause
     groups = []

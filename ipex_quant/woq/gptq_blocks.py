@@ -13,9 +13,9 @@ from ..nn.linears import weight_matrix
 from ..numerics.affine import dequantize
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme
-from .gptq import GptqOptions, HessianAccumulator, quantize_weight
+from .gptq import GptqOptions, HessianAccumulator, quantize_compensated
 from .gptq_experts import can_quantize_experts, quantize_experts
-from .layer_walk import SchemeOf, Walk, calibrate, find_stages, set_weight, walk_blocks
+from .layer_walk import SchemeOf, Walk, calibrate, calibrate_pairs, find_stages, set_weight, walk_blocks
 
 
 def quantize_blocks(
@@ -51,6 +51,28 @@ def named(name: str) -> Iterator[None]:
         raise type(error)(f"{name}: {error}") from error
 
 
+def compensate_block(
+    walk: Walk, index: int, schemes: Mapping[str, WeightScheme], options: GptqOptions
+) -> dict[str, tuple[QuantizedWeight, torch.Tensor]]:
+    """`quantize_compensated` for the linears of block `index`, by name, which get the dequantized weights.
+
+    With `options.correction`, `Walk.record_float` must have been called for all blocks so far.
+    """
+    block = walk.blocks[index]
+    collect = calibrate_pairs if options.correction else calibrate
+    found: dict[str, tuple[QuantizedWeight, torch.Tensor]] = {}
+    for stage in find_stages(walk, index, list(schemes)):
+        for members, seen in zip(stage.groups, collect(walk, index, stage, HessianAccumulator), strict=True):
+            for name in members if seen.count else ():
+                linear = block.get_submodule(name)
+                with named(walk.full_name(index, name)):
+                    found[name] = quantize_compensated(
+                        weight_matrix(linear), seen.hessian, schemes[name], options, seen.shift
+                    )
+                set_weight(linear, dequantize(found[name][0]))
+    return found
+
+
 class _GptqBlocks:
     title = "GPTQ"
 
@@ -61,15 +83,9 @@ class _GptqBlocks:
 
     def __call__(self, walk: Walk, index: int, schemes: Mapping[str, WeightScheme]) -> dict[str, QuantizedWeight]:
         block = walk.blocks[index]
-        found: dict[str, QuantizedWeight] = {}
-        for stage in find_stages(walk, index, list(schemes)):
-            for members, seen in zip(stage.groups, calibrate(walk, index, stage, HessianAccumulator), strict=True):
-                for name in members if seen.count else ():
-                    linear = block.get_submodule(name)
-                    weight = weight_matrix(linear)
-                    with named(walk.full_name(index, name)):
-                        found[name] = quantize_weight(weight, seen.hessian, schemes[name], self.options)
-                    set_weight(linear, dequantize(found[name]))
+        if self.options.correction:
+            walk.record_float(index)
+        found = {name: weight for name, (weight, _) in compensate_block(walk, index, schemes, self.options).items()}
         for name in [name for name, module in block.named_modules() if can_quantize_experts(module)]:
             scheme = self.scheme_of(walk.full_name(index, name))
             if scheme is not None:

@@ -12,13 +12,13 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from ..nn.fused_forward import restored_forwards
@@ -88,6 +88,10 @@ def walk_blocks(
     return quantized
 
 
+Recording = dict[str, dict[int, list[object]]]
+"""Outputs by tower and batch, of the tower's latest block or its holder."""
+
+
 class _Stop(Exception):  # noqa: N818 - no error, it ends a forward pass whose rest is not needed
     """Ends a forward pass."""
 
@@ -122,8 +126,12 @@ class Walk:
             for tower in towers
             if tower in self._last and tower_of[in_towers[-1]] != tower
         }
+        self._before: dict[nn.Parameter, torch.Tensor] = {}  # float parameters of the block that is changing
         self._kept: dict[nn.Parameter, torch.Tensor] = {}  # quantized parameters of a tower that has a holder
-        self._outputs: dict[str, dict[int, list[object]]] = {}  # by tower and batch, of its latest block or its holder
+        self._outputs: Recording = {}
+        self._float_outputs: Recording = {}  # if `record_float` is called
+        self._float_now: dict[int, list[object]] = {}  # of the block that is changing
+        self._in_float = False
         self._batch = 0
         self._played: Counter[nn.Module] = Counter()
         self._stacks = {tower: ExitStack() for tower in self._towers}
@@ -149,6 +157,44 @@ class Walk:
         """Outputs of every call of block `index` for one batch; a call that a hook stops has none."""
         return self._run(self.names[index], batch_index)
 
+    def calls(self, index: int, batch_index: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Positional and keyword arguments of every call of block `index` for one batch."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        count = self._counts[batch_index][self.names[index]]
+
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((_copied(args), _copied(kwargs)))
+            if len(calls) == count:
+                raise _Stop
+
+        handle = self.blocks[index].register_forward_pre_hook(see, with_kwargs=True)
+        try:
+            self._run_model(batch_index)
+        finally:
+            handle.remove()
+        return calls
+
+    def record_float(self, index: int) -> dict[int, list[object]]:
+        """Outputs of block `index` in the float model, by batch, which `advance` records for later ones.
+
+        To be called for every block in turn, or for none.
+        """
+        self._float_now = {batch: self.run_float(index, batch) for batch in self.reached(index)}
+        return self._float_now
+
+    def run_float(self, index: int, batch_index: int) -> list[object]:
+        """As `run`, with the weights and inputs that block `index` has in the float model."""
+        with _data_of(self._before), self._playing_float():
+            return self.run(index, batch_index)
+
+    @contextmanager
+    def _playing_float(self) -> Iterator[None]:
+        self._in_float = True
+        try:
+            yield
+        finally:
+            self._in_float = False
+
     def masks(self, index: int, batch_index: int) -> list[torch.Tensor]:
         """The 2-D masks of one batch, as bools, that may fit the inputs of block `index`."""
         batch = self.batches[batch_index]
@@ -162,22 +208,27 @@ class Walk:
     @contextmanager
     def changing(self, index: int) -> Iterator[None]:
         """Restore the current values of the parameters of block `index` at the exit of the context."""
-        before = {parameter: parameter.data for parameter in self.blocks[index].parameters()}
+        self._before = {parameter: parameter.data for parameter in self.blocks[index].parameters()}
         try:
             yield
         finally:
-            for parameter, data in before.items():
+            for parameter, data in self._before.items():
                 if self._holders.get(self._towers[index]) and parameter.data_ptr() != data.data_ptr():
                     self._kept[parameter] = parameter.data
                 parameter.data = data
+            self._before = {}
 
     def advance(self, index: int) -> None:
         """Record the outputs of block `index`, and replay them in later runs; does nothing for the last block."""
         if index + 1 == len(self.blocks):
             return
         tower = self._towers[index]
-        outputs = {batch: self.run(index, batch) for batch in self.reached(index)}
-        self._outputs[tower] = {**self._outputs.get(tower, {}), **outputs}
+        if self._float_now:
+            self._float_outputs[tower] = {**self._float_outputs.get(tower, {}), **self._float_now}
+            self._float_now = {}
+        outputs = self._outputs.setdefault(tower, {})
+        for batch in self.reached(index):  # one at a time: those of the block before are needed no more
+            outputs[batch] = self.run(index, batch)
         self._replay(tower, self.blocks[index])
 
     def leave(self, index: int) -> None:
@@ -190,11 +241,11 @@ class Walk:
         if self._last[tower] != index or name is None:
             return
         self._stacks[tower].close()
-        with ExitStack() as stack:
-            for parameter, data in self._kept.items():
-                stack.callback(setattr, parameter, "data", parameter.data)
-                parameter.data = data
-            batches = [batch for batch, calls in enumerate(self._counts) if name in calls]
+        batches = [batch for batch, calls in enumerate(self._counts) if name in calls]
+        if tower in self._float_outputs:
+            with self._playing_float():
+                self._float_outputs[tower] = {batch: self._run(name, batch) for batch in batches}
+        with _data_of(self._kept):
             self._outputs[tower] = {batch: self._run(name, batch) for batch in batches}
         self._kept.clear()
         self._replay(tower, self.model.get_submodule(name))
@@ -202,8 +253,6 @@ class Walk:
     def _run(self, name: str, batch_index: int) -> list[object]:
         """Outputs of every call of a module for one batch; a call that a hook stops has none."""
         outputs: list[object] = []
-        self._batch = batch_index
-        self._played.clear()
         count = self._counts[batch_index][name]
 
         def keep(module: nn.Module, args: object, output: object) -> None:
@@ -213,20 +262,36 @@ class Walk:
 
         hook = self.model.get_submodule(name).register_forward_hook(keep)
         try:
-            self.model(**{**self.batches[batch_index], **self._options})
-        except _Stop:
-            pass
+            self._run_model(batch_index)
         finally:
             hook.remove()
         return outputs
 
+    def _run_model(self, batch_index: int) -> None:
+        """Run the model on one batch, until a hook stops it."""
+        self._batch = batch_index
+        self._played.clear()
+        with suppress(_Stop):
+            self.model(**{**self.batches[batch_index], **self._options})
+
     def _replay(self, tower: str, module: nn.Module) -> None:
         def forward(*args: object, **kwargs: object) -> object:
-            outputs = self._outputs[tower][self._batch]
+            recording = self._float_outputs if self._in_float else self._outputs
+            outputs = recording[tower][self._batch]
             self._played[module] += 1
             return _copied(outputs[min(self._played[module], len(outputs)) - 1])
 
         self._stacks[tower].enter_context(_forward_replaced(module, forward))
+
+
+@contextmanager
+def _data_of(values: Mapping[nn.Parameter, torch.Tensor]) -> Iterator[None]:
+    """Give parameters other `values` within the context."""
+    with ExitStack() as stack:
+        for parameter, data in values.items():
+            stack.callback(setattr, parameter, "data", parameter.data)
+            parameter.data = data
+        yield
 
 
 def _copied(output: object) -> object:
@@ -332,7 +397,17 @@ class Statistics(Protocol):
         """Take in a batch of inputs ``[..., K]``."""
 
 
+class PairStatistics(Protocol):
+    """Statistics of the inputs of a share group in the quantized and in the float model."""
+
+    count: int
+
+    def add(self, inputs: torch.Tensor, float_inputs: torch.Tensor | None) -> None:
+        """Take in a batch of inputs ``[..., K]``, and what they are in the float model, or None if not known."""
+
+
 StatisticsT = TypeVar("StatisticsT", bound=Statistics)
+PairsT = TypeVar("PairsT", bound=PairStatistics)
 
 
 def calibrate(walk: Walk, index: int, stage: Stage, make: Callable[[int], StatisticsT]) -> list[StatisticsT]:
@@ -341,25 +416,89 @@ def calibrate(walk: Walk, index: int, stage: Stage, make: Callable[[int], Statis
     They leave out positions that a 2-D `attention_mask` masks (`decoder_attention_mask` in the decoder of an encoder-
     decoder model). A ValueError from the statistics is raised with the name of the linear.
     """
-    block = walk.blocks[index]
-    firsts = {members[0]: block.get_submodule(members[0]) for members in stage.groups}
-    sums = {name: make(linear_shape(linear)[1]) for name, linear in firsts.items()}
+    sums = _empty(walk.blocks[index], stage, make)
+    _see_inputs(walk, index, stage, lambda name, inputs, _: sums[name].add(inputs))
+    return list(sums.values())
+
+
+def calibrate_pairs(walk: Walk, index: int, stage: Stage, make: Callable[[int], PairsT]) -> list[PairsT]:
+    """As `calibrate`, with statistics that take each input with that of the float model.
+
+    `Walk.record_float` must have been called for all blocks before.
+    """
+    sums = _empty(walk.blocks[index], stage, make)
+    _see_inputs(walk, index, stage, lambda name, inputs, floats: sums[name].add(inputs, floats), in_pairs=True)
+    return list(sums.values())
+
+
+_T = TypeVar("_T")
+
+
+def _empty(block: nn.Module, stage: Stage, make: Callable[[int], _T]) -> dict[str, _T]:
+    return {members[0]: make(linear_shape(block.get_submodule(members[0]))[1]) for members in stage.groups}
+
+
+def _see_inputs(
+    walk: Walk,
+    index: int,
+    stage: Stage,
+    see: Callable[[str, torch.Tensor, torch.Tensor | None], None],
+    in_pairs: bool = False,
+) -> None:
+    """Call ``see(name, input, input in the float model)`` for the first linear of every share group and each call."""
+    firsts = {members[0]: walk.blocks[index].get_submodule(members[0]) for members in stage.groups}
     masks: list[torch.Tensor] = []
+    floats: dict[str, list[torch.Tensor]] = {}
 
     def add(name: str, tensor: torch.Tensor) -> None:
         mask = next((mask for mask in masks if mask.shape == tensor.shape[:-1]), None)
+        other = floats[name].pop(0) if floats.get(name) else None
+        if mask is not None:
+            tensor, other = tensor[mask], None if other is None else other[mask]
         try:
-            sums[name].add(tensor if mask is None else tensor[mask])
+            see(name, tensor, other)
         except ValueError as error:
             raise ValueError(f"{walk.full_name(index, name)}: {error}") from error
         if stage.once:
             raise _Stop  # nothing else in this block is needed
 
-    with input_hooks(firsts, add):
-        for batch_index in walk.reached(index):
-            masks = walk.masks(index, batch_index)
+    for batch_index in walk.reached(index):
+        masks = walk.masks(index, batch_index)
+        floats = _float_inputs(walk, index, batch_index, stage) if in_pairs else {}
+        with input_hooks(firsts, add):
             walk.run(index, batch_index)
-    return list(sums.values())
+
+
+def _float_inputs(walk: Walk, index: int, batch_index: int, stage: Stage) -> dict[str, list[torch.Tensor]]:
+    """Inputs of the first linears of a stage in the float model, of those that see all positions.
+
+    A linear that sees some of them, as an expert does, may see others in the quantized model.
+    """
+    block = walk.blocks[index]
+    inputs: dict[str, list[torch.Tensor]] = {}
+    positions: set[int] = set()
+
+    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        width = leaves[0].shape[-1:] if leaves else None  # of hidden states: its own, and those it attends to
+        positions.update(leaf.shape[:-1].numel() for leaf in leaves if leaf.shape[-1:] == width)
+
+    def see(name: str, tensor: torch.Tensor) -> None:
+        inputs.setdefault(name, []).append(tensor)
+        if stage.once:
+            raise _Stop  # nothing else in this block is needed
+
+    handle = block.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        with input_hooks({members[0]: block.get_submodule(members[0]) for members in stage.groups}, see):
+            walk.run_float(index, batch_index)
+    finally:
+        handle.remove()
+    return {
+        name: tensors
+        for name, tensors in inputs.items()
+        if all(tensor.shape[:-1].numel() in positions for tensor in tensors)
+    }
 
 
 @contextmanager

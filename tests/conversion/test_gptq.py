@@ -76,7 +76,7 @@ def test_the_directory_holds_exactly_what_was_quantized(model, samples, tmp_path
     )
     assert directory == tmp_path / "out" / "deep"
     scheme = WeightScheme(WoqWeightDtype.INT8 if bits == 8 else WoqWeightDtype.INT4, sym, 16)
-    options = GptqOptions(act_order=act_order, scale_dtype=torch.float16)
+    options = GptqOptions(act_order=act_order, static_groups=False, scale_dtype=torch.float16)
     expected = quantize_blocks(model, [{"input_ids": ids} for ids in samples], scheme, options)
 
     checkpoint = open_checkpoint(load_low_precision_checkpoint(directory))
@@ -129,6 +129,22 @@ def test_configuration_files(model, samples, tmp_path):
     }
     assert quantization.items() >= (expected | {"checkpoint_format": "gptq", "lm_head": False}).items()
     assert not hasattr(model.config, "quantization_config")
+
+
+def test_static_groups_need_no_order_in_the_file(model, samples, tmp_path):
+    directory = gptq(
+        model, samples, group_size=16, act_order=True, static_groups=True, clip_steps=3, save_dir=tmp_path / "out"
+    )
+    state_dict, config = load_low_precision_checkpoint(directory)
+    assert config["desc_act"] is False
+    options = GptqOptions(act_order=True, static_groups=True, clip_steps=3, scale_dtype=torch.float16)
+    scheme = WeightScheme(WoqWeightDtype.INT4, False, 16)
+    expected = quantize_blocks(model, [{"input_ids": ids} for ids in samples], scheme, options)
+    checkpoint = open_checkpoint((state_dict, config))
+    for name, qw in expected.items():
+        found = checkpoint[name][0]
+        assert found.g_idx is None
+        assert torch.equal(dequantize(found), dequantize(qw))
 
 
 def test_zero_points_of_0_are_written_in_version_2(model, samples, tmp_path):

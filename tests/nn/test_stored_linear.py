@@ -51,3 +51,13 @@ def test_it_is_read_once_within_the_context(pair):
         assert not stored(torch.zeros(1, 6) + 1).sub(0 if stored.bias is None else stored.bias).any()
     assert is_stand_in(stored.weight)
     assert torch.equal(stored.read_weight(), linear.weight)
+
+
+def test_a_weight_in_memory_takes_a_gradient(pair):
+    linear, stored, _ = pair
+    x = torch.randn(5, 6)
+    with in_memory(nn.Sequential(stored)):
+        for layer in (linear, stored):
+            layer.weight.requires_grad_(True)
+            layer(x).square().sum().backward()
+        assert torch.equal(stored.weight.grad, linear.weight.grad)

@@ -78,7 +78,7 @@ def test_gptqs_weights_are_those_of_the_directory_that_it_writes(model, tokenize
     calibration = calibration_data(recipe, tokenizer)
     mapping, float_model = recipe.qconfig_mapping(model), deepcopy(model)
     quantized = apply_recipe(recipe, model, calibration)
-    options = {"nsamples": 8, "pad_max_length": 64, "group_size": 32, "act_order": act_order}
+    options = {"nsamples": 8, "pad_max_length": 64, "group_size": 32, "act_order": act_order, "static_groups": True}
     directory = ipex.quantization.gptq(float_model, calibration, **options, save_dir=tmp_path / "gptq")
     checkpoint = ipex.llm.utils.load_low_precision_checkpoint(directory)
     expected = ipex.llm.optimize(

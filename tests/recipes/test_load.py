@@ -13,9 +13,10 @@ from ipex_quant.llm.saved import rounding
 from ipex_quant.llm.saved.float_models import load_float_model
 from ipex_quant.llm.saved.notes import recipe_note
 from ipex_quant.nn.stored_linear import StoredLinear
+from ipex_quant.quantization import WoqWeightDtype
 from ipex_quant.recipes import load
 from ipex_quant.recipes.apply import apply_recipe
-from ipex_quant.recipes.recipe import Awq, Dynamic, Gptq, Recipe, Static, WeightOnly
+from ipex_quant.recipes.recipe import AutoRound, Awq, Dynamic, Gptq, Recipe, Static, WeightOnly
 
 SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {
@@ -30,13 +31,16 @@ RECIPES = {
     "gptq": Recipe("gptq", Gptq(group_size=32, samples=2, sequence_length=16)),
     "gptq_skip": Recipe("gptq_skip", Gptq(group_size=32, samples=2, sequence_length=16), skip=(r".*\.down_proj",)),
     "awq": Recipe("awq", Awq(group_size=32, samples=2, sequence_length=16, tokens=16)),
+    "auto_round": Recipe(
+        "auto_round", AutoRound(weight_dtype=WoqWeightDtype.INT4, group_size=32, samples=2, sequence_length=16, steps=4)
+    ),
     "dynamic": Recipe("dynamic", Dynamic()),
     "static": Recipe("static", Static(samples=2, sequence_length=16)),
 }
 BATCHES = [{"input_ids": torch.randint(128, (1, 16), generator=torch.Generator().manual_seed(i))} for i in range(2)]
 
 
-@pytest.mark.filterwarnings("ignore:(gptq|awq|GPTQ|most weights)")
+@pytest.mark.filterwarnings("ignore:(gptq|awq|auto_round|GPTQ|most weights)")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", MODELS)

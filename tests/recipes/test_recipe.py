@@ -167,7 +167,8 @@ def test_a_static_recipe_names_its_observer(written, name, observer):
         ("group_size: true", "recipe mine: group_size: expected int, got True"),
         (
             "algorithm: qat",
-            "recipe mine: algorithm: expected one of rtn, gptq, awq, smoothquant, static, dynamic, got 'qat'",
+            "recipe mine: algorithm: expected one of rtn, gptq, awq, auto_round, smoothquant, static, dynamic, got "
+            "'qat'",
         ),
         ("algorithm: [rtn]", "recipe mine: algorithm: expected one of"),
         ("{algorithm: gptq, weight_dtype: nf4}", "recipe mine: weight_dtype: gptq writes integers"),

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -9,6 +10,7 @@ from ipex_quant.woq.gptq import GptqOptions, HessianAccumulator, quantize_weight
 from ipex_quant.woq.rtn import rtn
 
 INT4, INT8 = WoqWeightDtype.INT4, WoqWeightDtype.INT8
+PAPER = GptqOptions(act_order=False, static_groups=False, clip_steps=0)
 
 
 @pytest.fixture
@@ -58,7 +60,8 @@ def test_diagonal_hessian_is_round_to_nearest(dtype, symmetric, in_features, gro
     hessian = torch.diag(torch.rand(in_features) + 0.1)
     nearest = rtn(weight, scheme)
     for act_order, static_groups in ((False, False), (False, True), (True, True)):
-        qw = quantize_weight(weight, hessian, scheme, GptqOptions(act_order=act_order, static_groups=static_groups))
+        options = dataclasses.replace(PAPER, act_order=act_order, static_groups=static_groups)
+        qw = quantize_weight(weight, hessian, scheme, options)
         assert torch.equal(qw.codes, nearest.codes)
         assert torch.equal(qw.scales, nearest.scales)
         assert symmetric or torch.equal(qw.zero_points, nearest.zero_points)
@@ -83,7 +86,7 @@ def _obq(weight, hessian, percdamp, scales, zero_points):
 @pytest.mark.parametrize("block_size", [1, 20, 128])
 def test_agrees_with_the_recursion_of_the_paper(block_size, weight, hessian):
     scheme = WeightScheme(INT4, False, 32)
-    qw = quantize_weight(weight, hessian, scheme, GptqOptions(static_groups=True, block_size=block_size))
+    qw = quantize_weight(weight, hessian, scheme, dataclasses.replace(PAPER, block_size=block_size))
     expected = _obq(weight, hessian, 0.01, qw.scales, qw.zero_points)
     # Both round, and once in a while a value lies at a rounding boundary.
     assert ((dequantize(qw) - expected).abs() < 1e-5).float().mean() > 0.97
@@ -92,8 +95,8 @@ def test_agrees_with_the_recursion_of_the_paper(block_size, weight, hessian):
 def test_act_order_is_a_permutation_of_the_problem(weight, hessian):
     scheme = WeightScheme(INT4, True, 32)
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    qw = quantize_weight(weight, hessian, scheme, GptqOptions(act_order=True))
-    permuted = quantize_weight(weight[:, order], hessian[order][:, order], scheme)
+    qw = quantize_weight(weight, hessian, scheme, dataclasses.replace(PAPER, act_order=True))
+    permuted = quantize_weight(weight[:, order], hessian[order][:, order], scheme, PAPER)
     assert torch.equal(code_values(qw)[:, order], code_values(permuted))
     assert torch.equal(dequantize(qw)[:, order], dequantize(permuted))
     assert torch.equal(qw.g_idx[order], torch.arange(96, dtype=torch.int32) // 32)
@@ -109,10 +112,23 @@ def test_ragged_last_group(inputs, weight):
     x, w = inputs[:, :75], weight[:, :75]
     for act_order in (False, True):
         scheme = WeightScheme(INT4, False, 32)
-        qw = quantize_weight(w, x.t() @ x, scheme, GptqOptions(act_order=act_order))
+        qw = quantize_weight(w, x.t() @ x, scheme, GptqOptions(act_order=act_order, static_groups=False))
         assert _output_error(x, w, qw) < 0.6 * _output_error(x, w, rtn(w, scheme))
         if act_order:
             assert qw.g_idx.bincount().tolist() == [32, 32, 11]
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("static_groups", [False, True])
+@pytest.mark.parametrize("dtype", [WoqWeightDtype.INT3, INT4])
+def test_a_search_of_scales_lowers_the_error(dtype, static_groups, act_order, weight, inputs, hessian):
+    scheme = WeightScheme(dtype, True, 32)
+    options = GptqOptions(act_order=act_order, static_groups=static_groups, clip_steps=10)
+    whole, searched = (
+        _output_error(inputs, weight, quantize_weight(weight, hessian, scheme, each))
+        for each in (dataclasses.replace(options, clip_steps=0), options)
+    )
+    assert searched < 0.99 * whole
 
 
 def test_a_factor_of_the_hessian_does_not_matter(weight, hessian):
@@ -126,7 +142,7 @@ def test_features_without_input_are_rounded_to_nearest(weight, inputs):
     inputs[:, 5:20] = 0
     inputs[:, 90:] = 0
     scheme = WeightScheme(INT4, True)
-    qw = quantize_weight(weight, inputs.t() @ inputs, scheme)
+    qw = quantize_weight(weight, inputs.t() @ inputs, scheme, PAPER)
     nearest = rtn(weight, scheme)
     dead = [*range(5, 20), *range(90, 96)]
     assert torch.equal(code_values(qw)[:, dead], code_values(nearest)[:, dead])
@@ -212,6 +228,63 @@ def test_bad_options():
             GptqOptions(percdamp=percdamp)
     with pytest.raises(ValueError, match="block_size: expected at least 1, got 0"):
         GptqOptions(block_size=0)
+    with pytest.raises(ValueError, match="clip_steps: expected at least 0, got -1"):
+        GptqOptions(clip_steps=-1)
+    with pytest.raises(ValueError, match="lowest_clip: expected a fraction"):
+        GptqOptions(lowest_clip=0)
+    with pytest.raises(ValueError, match="correction: expected a number from 0 to 1, got 2"):
+        GptqOptions(correction=2)
+
+
+def _paired(inputs, seed=5):
+    """The inputs of the same layer in a float model."""
+    return (
+        inputs
+        + 0.2 * inputs.roll(1, 1)
+        + 0.1 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(seed))
+    )
+
+
+def test_a_shift_moves_the_weight_to_the_least_squares_solution(weight, inputs):
+    floats = _paired(inputs)
+    seen = HessianAccumulator(96)
+    seen.add(inputs, floats)
+    scheme = WeightScheme(INT8, True)  # fine enough to see the solution
+    qw = quantize_weight(weight, seen.hessian, scheme, GptqOptions(percdamp=0.0), seen.shift)
+    solution = torch.linalg.lstsq(inputs.double(), floats.double() @ weight.double().t()).solution.t().float()
+    target = floats @ weight.t()
+    least = (inputs @ solution.t() - target).norm()
+    found, plain = ((inputs @ dequantize(each).t() - target).norm() for each in (qw, rtn(weight, scheme)))
+    assert least < found < 1.02 * least
+    assert plain > 2 * least
+
+
+def test_a_share_of_the_shift(weight, inputs):
+    seen = HessianAccumulator(96)
+    seen.add(inputs, _paired(inputs))
+    scheme, target = WeightScheme(INT4, False, 32), _paired(inputs) @ weight.t()
+    errors = [
+        float((inputs @ dequantize(qw).t() - target).norm())
+        for share in (0.0, 0.5, 1.0)
+        for qw in [quantize_weight(weight, seen.hessian, scheme, GptqOptions(correction=share), seen.shift)]
+    ]
+    assert errors == sorted(errors, reverse=True)
+    none = quantize_weight(weight, seen.hessian, scheme, GptqOptions())
+    off = quantize_weight(weight, seen.hessian, scheme, GptqOptions(correction=0.0), seen.shift)
+    assert torch.equal(off.codes, none.codes)
+
+
+def test_shifts_are_means_of_products(inputs):
+    floats = _paired(inputs)
+    seen = HessianAccumulator(96)
+    seen.add(inputs[:100].view(4, 25, 96), floats[:100].view(4, 25, 96))
+    seen.add(inputs[100:150])  # not known in float
+    seen.add(inputs[150:200], floats[150:190])  # other positions
+    seen.add(inputs[200:], floats[200:])
+    known = torch.ones(600, 1)
+    known[100:200] = 0
+    expected = (known * (floats - inputs)).t() @ inputs / 600
+    torch.testing.assert_close(seen.shift, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_accumulation_is_the_mean_of_outer_products(inputs):

@@ -64,23 +64,29 @@ def test_every_linear_sees_the_quantized_ones_before_it(batches):
     model = _model()
     found = quantize_blocks(model, batches, SCHEME)
 
-    def quantize(linear, inputs):
+    def quantize(linear, inputs, floats):
         seen = HessianAccumulator(linear.in_features)
-        for x in inputs:
-            seen.add(x)
-        qw = quantize_weight(linear.weight, seen.hessian, SCHEME)
-        return qw, [nn.functional.linear(x, dequantize(qw), linear.bias) for x in inputs]
+        for x, y in zip(inputs, floats, strict=True):
+            seen.add(x, y)
+        qw = quantize_weight(linear.weight, seen.hessian, SCHEME, shift=seen.shift)
+        return qw, [nn.functional.linear(x, dequantize(qw), linear.bias) for x in inputs], [linear(y) for y in floats]
+
+    def inner(ups, gates):
+        return [torch.relu(u) * g for u, g in zip(ups, gates, strict=True)]
 
     expected = {}
     with torch.no_grad():
         hidden = [model.embed(batch["input_ids"]) for batch in batches]
+        floats = hidden
         for i, block in enumerate(model.layers):
             name = f"layers.{i}"
-            expected[f"{name}.up"], up = quantize(block.up, hidden)
-            expected[f"{name}.gate"], gate = quantize(block.gate, hidden)
-            inner = [torch.relu(u) * g for u, g in zip(up, gate, strict=True)]
-            expected[f"{name}.down"], down = quantize(block.down, inner)
-            hidden = [h + d + 0.1 * i for h, d in zip(hidden, down, strict=True)]
+            expected[f"{name}.up"], *up = quantize(block.up, hidden, floats)
+            expected[f"{name}.gate"], *gate = quantize(block.gate, hidden, floats)
+            expected[f"{name}.down"], *down = quantize(block.down, *map(inner, up, gate))
+            hidden, floats = (
+                [h + d + 0.1 * i for h, d in zip(before, added, strict=True)]
+                for before, added in zip((hidden, floats), down, strict=True)
+            )
     assert found.keys() == expected.keys()
     for name, qw in expected.items():
         assert _same_weight(found[name], qw), name
@@ -218,7 +224,23 @@ def test_a_pass_stops_at_the_linears_it_calibrates(batches):
     model, calls = _model(), []
     model.layers[0].down.register_forward_hook(lambda *_: calls.append(1))
     quantize_blocks(model, batches, SCHEME)
-    assert len(calls) == 2 + len(batches)  # the order of blocks and that of calls, and the block's outputs
+    # the order of blocks and that of calls, and the block's outputs, quantized and in float
+    assert len(calls) == 2 + 2 * len(batches)
+
+
+def test_corrected_layers_are_closer_to_the_float_model(batches):
+    model = _tiny("llama")
+    expected = [model(**batch).logits for batch in batches]
+    errors = []
+    for correction in (0.0, 1.0):
+        found = quantize_blocks(model, batches, SCHEME, GptqOptions(correction=correction))
+        changed = _tiny("llama")
+        for name, weight in found.items():
+            changed.get_submodule(name).weight.data = dequantize(weight)
+        errors.append(
+            sum(float((changed(**each).logits - y).norm()) for each, y in zip(batches, expected, strict=True))
+        )
+    assert errors[1] < 0.97 * errors[0]
 
 
 def _tiny(kind: str) -> nn.Module:
@@ -284,7 +306,7 @@ def test_the_models_output_is_closer_than_rounded_to_nearest(kind, batches):
 
 
 def test_linears_of_a_share_group_get_the_same_order(batches):
-    found = quantize_blocks(_tiny("llama"), batches, SCHEME, GptqOptions(act_order=True))
+    found = quantize_blocks(_tiny("llama"), batches, SCHEME, GptqOptions(act_order=True, static_groups=False))
     attention = [found[f"model.layers.1.self_attn.{name}_proj"].g_idx for name in "qkv"]
     assert all(torch.equal(attention[0], g_idx) for g_idx in attention)
     assert not torch.equal(attention[0], found["model.layers.1.mlp.gate_proj"].g_idx)

@@ -77,20 +77,28 @@ def _same_weight(left, right):
 
 
 def _expected(model, batches, found, name):
-    """GPTQ of one linear with the inputs that it gets when those that run before it are what was found."""
+    """GPTQ of one linear with its inputs when those that run before it are what was found, and those in float."""
     linear = model.get_submodule(name)
-    seen = HessianAccumulator(linear.in_features)
     kept = {each: model.get_submodule(each).weight.data for each in found if each != name}
-    handle = linear.register_forward_pre_hook(lambda module, args: seen.add(args[0]))
-    with torch.no_grad():
-        for each in kept:
-            model.get_submodule(each).weight.data = dequantize(found[each])
-        for batch in batches:
-            model(**batch)
+
+    def inputs():
+        seen = []
+        handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch)
+        handle.remove()
+        return seen
+
+    floats = inputs()
+    for each in kept:
+        model.get_submodule(each).weight.data = dequantize(found[each])
+    seen = HessianAccumulator(linear.in_features)
+    for x, y in zip(inputs(), floats, strict=True):
+        seen.add(x, y)
     for each, data in kept.items():
         model.get_submodule(each).weight.data = data
-    handle.remove()
-    return quantize_weight(linear.weight, seen.hessian, SCHEME)
+    return quantize_weight(linear.weight, seen.hessian, SCHEME, shift=seen.shift)
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
