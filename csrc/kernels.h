@@ -18,10 +18,11 @@ enum PostOp : int32_t { kNone, kRelu, kGelu, kNewGelu, kSilu, kAdd, kAddAdd, kMu
 // What the multiply-accumulate of a call runs in. kInt8 x FP8 weights computes in float on quantized activations.
 enum class Compute : int32_t { kFloat, kBf16, kByte };
 
-constexpr int64_t kDecodeRows = 8;       // up to here the packed weight is streamed, above it is unpacked tile by tile
-constexpr int64_t kActBlock = 128;       // activation block of a per-channel weight
-constexpr int64_t kMaxByteFold = 32768;  // 255 * 255 * 32768 fits int32
-constexpr int64_t kFloatFold = 256;      // short float sums keep fp32 error near that of one rounding
+constexpr int64_t kDecodeRows = 8;      // up to here the packed weight is streamed, above it is unpacked tile by tile
+constexpr int64_t kActBlock = 128;      // activation block of a per-channel weight
+constexpr int64_t kMaxByteFold = 8192;  // 255 * 255 * 8192 fits int32; that of a panel, at most
+constexpr int64_t kPanelK = 8192;       // k that prefill unpacks at a time: 512 KB, and what goes with it
+constexpr int64_t kFloatFold = 256;     // short float sums keep fp32 error near that of one rounding
 
 // The dtype whose code lines the kernels for floats read; others are widened to 8-bit codes first.
 constexpr int32_t float_lines(int32_t dtype) { return dtype <= kFp8 ? dtype : kInt8; }
@@ -76,7 +77,10 @@ struct GemmArgs {
 inline int64_t stage_scratch(const WoqGeometry& g, const Staged& s) { return (2 * g.padded_k + 2 * s.folds) * 4; }
 inline int64_t gemm_scratch(const WoqGeometry& g, const Staged& s, int64_t rows) {
   if (s.rows <= kDecodeRows) return 0;
-  if (s.compute == Compute::kByte) return kTileN * (g.padded_k + 16 * s.folds);
+  if (s.compute == Compute::kByte) {
+    const bool whole = g.padded_k <= kPanelK;
+    return kTileN * ((whole ? g.padded_k : kPanelK) + 16 * s.folds + (whole ? 0 : 4 * rows));
+  }
   return kTileN * 4 * (kFloatFold + rows);
 }
 

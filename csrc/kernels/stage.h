@@ -6,29 +6,30 @@
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
 
-// The walk over the folds of a staged row: runs of at most max_fold k that do not cross a group.
+// The walk over the folds of a staged row, or from one of them on: runs of at most max_fold k that do not cross a
+// group.
 class FoldRun {
  public:
-  int64_t start = 0, fold = 0;
+  int64_t start, fold;
 
-  FoldRun(const WoqGeometry& g, int64_t max_fold)
-      : full_(g.padded_full),
+  FoldRun(const WoqGeometry& g, int64_t max_fold, int64_t first_k = 0, int64_t first_fold = 0)
+      : start(first_k),
+        fold(first_fold),
+        full_(g.padded_full),
         last_(g.padded_k - g.padded_last),
         end_(g.padded_k),
         max_fold_(max_fold),
-        group_end_(next()) {}
+        group_end_(start < last_ ? start / full_ * full_ + full_ : end_) {}
 
   bool more() const { return start < end_; }
   int64_t length() const { return group_end_ - start < max_fold_ ? group_end_ - start : max_fold_; }
   void advance() {
     start += length();
     ++fold;
-    if (start == group_end_) group_end_ = next();
+    if (start == group_end_) group_end_ = start < last_ ? start + full_ : end_;
   }
 
  private:
-  int64_t next() const { return start < last_ ? start + full_ : end_; }
-
   int64_t full_, last_, end_, max_fold_, group_end_;
 };
 

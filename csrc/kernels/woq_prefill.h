@@ -14,29 +14,36 @@ template <int Rows>
 constexpr int kFewerRows = Rows > 4 ? 4 : Rows / 2;
 
 // ----------------------------------------------------------------------------------------------------------- bytes
-// Panel [padded_k / 4][kTileN][4] of s8 codes with their zero point (INT8: 128) taken off, or values of a table.
+// Panel [k / 4][kTileN][4] of s8 codes with their zero point (INT8: 128) taken off, or values of a table, of as many
+// folds as kPanelK allows.
 struct BytePanel {
   int8_t* codes;
   int32_t* sums;       // [folds, kTileN] of the codes over each fold
   int32_t* residuals;  // [folds, kTileN] zero points left in the codes; INT8 with zero points only
   float* scales;       // [folds, kTileN]
   float* minimums;     // [folds, kTileN], null without
+  float* partial;      // [rows, kTileN] of the folds before; null if a panel holds all of them
+  int64_t first_row;
+  int64_t start, end, fold;  // k in a staged row, and the first fold
 };
 
+// Fills the panel with the folds from `at` on.
 template <int Dtype>
-inline void unpack_byte_panel(const GemmArgs& args, int64_t tile, const BytePanel& panel) {
+inline void unpack_byte_panel(FoldCursor& at, BytePanel& panel) {
   using Codes = CodeBytes<Dtype>;
   const Codes bytes(0);
   const U8<true> ones = as_u8<true>(set1_i(0x01010101));
-  for (FoldCursor at(args, tile, args.staged->max_fold); at.more(); at.advance()) {
+  panel.start = panel.end = at.start(), panel.fold = at.fold;
+  for (; at.more() && panel.end + at.length() - panel.start <= kPanelK; at.advance()) {
     const GroupHead head = at.head();
     for (int64_t column = 0; column < kTileN; column += kLanes) {
+      const int64_t parameters = (at.fold - panel.fold) * kTileN + column;
       const vi zero = Dtype == kInt8 ? set1_i(symmetric_zero(Dtype)) : head.zero(column);
       const vi zero_bytes = mul_i(zero, set1_i(0x01010101));
       if (panel.residuals)
-        store_i(panel.residuals + at.fold * kTileN + column, sub_i(head.zero(column), set1_i(symmetric_zero(Dtype))));
+        store_i(panel.residuals + parameters, sub_i(head.zero(column), set1_i(symmetric_zero(Dtype))));
       const uint8_t* set = at.codes();
-      int8_t* to = panel.codes + at.start() * kTileN + 4 * column;
+      int8_t* to = panel.codes + (at.start() - panel.start) * kTileN + 4 * column;
       vi sum = zero_i();
       for (int64_t k = 0; k < at.length(); k += line_k(Dtype), set += line_set_bytes(Dtype)) {
         unroll<Codes::kPieces>([&](auto p) IPEX_QUANT_INLINE {
@@ -47,10 +54,11 @@ inline void unpack_byte_panel(const GemmArgs& args, int64_t tile, const BytePane
           to += 4 * kTileN;
         });
       }
-      store_i(panel.sums + at.fold * kTileN + column, sum);
-      store_f(panel.scales + at.fold * kTileN + column, integer_scale<Dtype>(head, column));
-      if (panel.minimums) store_f(panel.minimums + at.fold * kTileN + column, head.minimum(column));
+      store_i(panel.sums + parameters, sum);
+      store_f(panel.scales + parameters, integer_scale<Dtype>(head, column));
+      if (panel.minimums) store_f(panel.minimums + parameters, head.minimum(column));
     }
+    panel.end += at.length();
   }
 }
 
@@ -64,13 +72,16 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
   const Staged& s = *args.staged;
   const int64_t stride = args.geometry->padded_k;
   const uint8_t* x = static_cast<const uint8_t*>(s.data) + row * stride;
-  float out[Rows * kTileN];
+  float whole[Rows * kTileN];
+  float* out = panel.partial ? panel.partial + (row - panel.first_row) * kTileN : whole;
   for (int64_t column = 0; column < kTileN; column += kColumns) {
     vf sums[Rows][kFoldVectors];
-    unroll2<Rows, kFoldVectors>([&](auto m, auto v) IPEX_QUANT_INLINE { sums[m][v] = zero_f(); });
-    for (FoldRun at(*args.geometry, s.max_fold); at.more(); at.advance()) {
-      const int64_t start = at.start, length = at.length(), fold = at.fold;
-      const int64_t i = s.at(fold, row), parameters = fold * kTileN + column;
+    unroll2<Rows, kFoldVectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
+      sums[m][v] = panel.start ? load_f(out + m * kTileN + column + v * kLanes) : zero_f();
+    });
+    for (FoldRun at(*args.geometry, s.max_fold, panel.start, panel.fold); at.start < panel.end; at.advance()) {
+      const int64_t start = at.start - panel.start, length = at.length();
+      const int64_t i = s.at(at.fold, row), parameters = (at.fold - panel.fold) * kTileN + column;
       // Start from what the zero points contribute, so that the end of the fold needs no correction.
       vi acc[Rows][kFoldVectors];
       unroll<kFoldVectors>([&](auto v) IPEX_QUANT_INLINE {
@@ -85,7 +96,7 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
           }
         });
       });
-      multiply_bytes<Rows, kFoldVectors, is_narrow(Dtype)>(acc, x + start, stride,
+      multiply_bytes<Rows, kFoldVectors, is_narrow(Dtype)>(acc, x + at.start, stride,
                                                            panel.codes + start * kTileN + 4 * column, length);
       unroll<kFoldVectors>([&](auto v) IPEX_QUANT_INLINE {
         const vf scale = load_f(panel.scales + parameters + v * kLanes);
@@ -102,7 +113,8 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
     unroll2<Rows, kFoldVectors>([&](auto m, auto v)
                                     IPEX_QUANT_INLINE { store_f(out + m * kTileN + column + v * kLanes, sums[m][v]); });
   }
-  for (int m = 0; m < Rows; ++m) finish_row(args.output, row + m, tile * kTileN, out + m * kTileN);
+  for (int m = 0; m < Rows && panel.end == stride; ++m)
+    finish_row(args.output, row + m, tile * kTileN, out + m * kTileN);
 }
 
 template <int Dtype, int Rows, bool Symmetric, bool Residual>
@@ -122,18 +134,31 @@ inline void multiply_byte_panel(const GemmArgs& args, int64_t tile, const BytePa
 template <int Dtype>
 inline void prefill_bytes(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch) {
   const WoqGeometry& g = *args.geometry;
-  int32_t* sums = reinterpret_cast<int32_t*>(scratch + kTileN * g.padded_k);
+  const bool whole = g.padded_k <= kPanelK;
   const int64_t parameters = kTileN * args.staged->folds;
-  float* scales = reinterpret_cast<float*>(sums + parameters);
-  int32_t* residuals = sums + 3 * parameters;
+  int32_t* sums = reinterpret_cast<int32_t*>(scratch + kTileN * (whole ? g.padded_k : kPanelK));
+  float* scales = reinterpret_cast<float*>(sums + 2 * parameters);
   const bool residual = Dtype == kInt8 && g.offsets == kZeroPoints;
-  const BytePanel panel{reinterpret_cast<int8_t*>(scratch), sums, residual ? residuals : nullptr, scales,
-                        g.offsets == kMinimums ? scales + parameters : nullptr};
-  unpack_byte_panel<Dtype>(args, tile, panel);
-  if constexpr (Dtype == kInt8) {
-    if (residual) return multiply_byte_panel<Dtype, true>(args, tile, panel, begin, end);
+  BytePanel panel{reinterpret_cast<int8_t*>(scratch),
+                  sums,
+                  residual ? sums + parameters : nullptr,
+                  scales,
+                  g.offsets == kMinimums ? scales + parameters : nullptr,
+                  whole ? nullptr : scales + 2 * parameters,
+                  begin,
+                  0,
+                  0,
+                  0};
+  for (FoldCursor at(args, tile, args.staged->max_fold); at.more();) {
+    unpack_byte_panel<Dtype>(at, panel);
+    if constexpr (Dtype == kInt8) {
+      if (residual) {
+        multiply_byte_panel<Dtype, true>(args, tile, panel, begin, end);
+        continue;
+      }
+    }
+    multiply_byte_panel<byte_lines(Dtype), false>(args, tile, panel, begin, end);
   }
-  multiply_byte_panel<byte_lines(Dtype), false>(args, tile, panel, begin, end);
 }
 
 // ---------------------------------------------------------------------------------------------------------- floats

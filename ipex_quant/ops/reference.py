@@ -19,7 +19,7 @@ from .post_op import PostOp, apply_post_op
 ACT_BLOCK = 128
 """Input features that share an activation scale in the ``*_IC_BLOCK`` modes when the weight is per channel."""
 
-MAX_FOLD = 32768
+MAX_FOLD = 8192
 """Longest run of 8-bit products (at most 255 * 255 each) whose sum is sure to fit int32."""
 
 MIN_RANGE = 2.0**-118

@@ -52,6 +52,17 @@ def test_integer_compute_is_bit_equal_to_the_definition(n, k, rows, kind, group_
     )
 
 
+@pytest.mark.parametrize("mode", [WoqActQuantMode.PER_BATCH, WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM])
+@pytest.mark.parametrize(("k", "group_size"), [(16_500, -1), (8_300, 64), (16_404, 16_384)])
+@pytest.mark.parametrize("kind", INTEGER_KINDS)
+def test_features_of_several_panels(kind, k, group_size, mode) -> None:
+    minimums = not kind[1] and mode == WoqActQuantMode.PER_BATCH
+    qw, x = make(70, k, WeightScheme(*kind, group_size, minimums)), draw(15, k)
+    y = linear(x, qw, WoqLowpMode.INT8, mode)
+    assert torch.equal(y, reference.woq_linear(x, qw, None, WoqLowpMode.INT8, mode))
+    assert torch.equal(linear(x[4:6], qw, WoqLowpMode.INT8, mode), y[4:6])
+
+
 @pytest.mark.parametrize(("dtype", "symmetric"), KINDS)
 @pytest.mark.parametrize("rows", [1, 4, 9])
 @pytest.mark.parametrize("group_size", [-1, 128])
