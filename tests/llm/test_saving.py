@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import ipex_quant as ipex
+from ipex_quant.evaluation import model_bytes
 from ipex_quant.nn import Int8Conv, Int8Linear, Int8Recurrent, SplitMultiheadAttention, WeightOnlyQuantizedLinear
 from ipex_quant.quantization import (
     WoqLowpMode,
@@ -242,6 +243,30 @@ def test_the_files_hold_plain_tensors(saved):
     assert tensors["model.layers.0.mlp.up_proj.scales"].dtype == torch.float32
     assert "lm_head.weight" not in tensors
     assert not any("_packed" in name for name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("weight_dtype", "group_size"),
+    [
+        (WoqWeightDtype.INT2, 128),
+        (WoqWeightDtype.INT3, 32),
+        (WoqWeightDtype.INT4, 32),
+        (WoqWeightDtype.INT6, -1),
+        (WoqWeightDtype.NF4, 64),
+    ],
+)
+def test_files_have_no_more_bytes_than_the_weights(llama, tmp_path, weight_dtype, group_size):
+    model = optimized(llama, weight_dtype=weight_dtype, group_size=group_size)
+    ipex.llm.save(model, tmp_path / "model")
+    assert sum(tensor.nbytes for tensor in load_file(tmp_path / "model" / "model.safetensors").values()) <= model_bytes(
+        model
+    )
+
+
+def test_zero_points_of_two_bytes_are_read_too(saved, logits):
+    expected = logits(ipex.llm.load(saved))
+    edit_tensors(saved, lambda t: t.update({k: v.short() for k, v in t.items() if k.endswith(".zero_points")}))
+    assert torch.equal(logits(ipex.llm.load(saved)), expected)
 
 
 def test_a_large_model_is_sharded(llama, logits, tmp_path, monkeypatch):
