@@ -1,19 +1,15 @@
-"""Fields of 1 to 8 bits in a little-endian bit stream of int32 words: field i starts at bit ``bits * i``.
+"""Fields of 1 to 8 bits in int32 words, whose bytes are a stream as in `numerics/bit_streams.py`.
 
 GPTQ's 2, 4 and 8 bit words and its 3 bit triples of words (32 values in 96 bits, some across two words) are all such
-streams. Eight fields fill exactly `bits` bytes, so both directions are eight shifts over bytes, whatever the width.
+streams.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from ..numerics.nibbles import as_bytes, unpack_nibbles
-
-FIELDS = 8
-"""Fields in one unit of `bits` bytes."""
-
+from ..numerics.bit_streams import pack_stream, unpack_stream
+from ..numerics.nibbles import as_bytes
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """Widths of the planes of fields of 2 to 8 bits, the lowest bits first."""
@@ -26,23 +22,7 @@ def word_count(count: int, bits: int) -> int:
 
 def unpack_fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Unpack the fields of every row: int32 ``[M, word_count(count, bits)]`` to uint8 ``[M, count]``."""
-    stream = as_bytes(words)
-    if bits == 8:
-        return stream[:, :count]
-    if bits == 4:
-        return unpack_nibbles(stream[:, : (count + 1) // 2], count)
-    units = -(-count // FIELDS)
-    lacking = units * bits - stream.shape[1]
-    stream = F.pad(stream, (0, lacking)) if lacking > 0 else stream  # a pad of nothing copies
-    stream = stream[:, : units * bits].unflatten(1, (units, bits))
-    fields = stream.new_empty(len(words), units, FIELDS)
-    for field in range(FIELDS):
-        byte, shift = divmod(field * bits, 8)
-        value = stream[..., byte] >> shift
-        if shift + bits > 8:
-            value |= stream[..., byte + 1] << (8 - shift)
-        fields[..., field] = value & ((1 << bits) - 1)
-    return fields.flatten(1)[:, :count]
+    return unpack_stream(as_bytes(words), bits, count)
 
 
 def unpack_planes(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -66,16 +46,7 @@ def pack_fields(fields: torch.Tensor, bits: int) -> torch.Tensor:
 
     This is the inverse of `unpack_fields`; spare bits are 0.
     """
-    rows, count = fields.shape
-    units = -(-count // FIELDS)
-    fields = F.pad(fields, (0, units * FIELDS - count)).unflatten(1, (units, FIELDS))
-    stream = fields.new_zeros(rows, units, bits)
-    for field in range(FIELDS):
-        byte, shift = divmod(field * bits, 8)
-        stream[..., byte] |= fields[..., field] << shift
-        if shift + bits > 8:
-            stream[..., byte + 1] |= fields[..., field] >> (8 - shift)
-    words = fields.new_zeros(rows, 4 * word_count(count, bits))
-    width = min(words.shape[1], units * bits)
-    words[:, :width] = stream.flatten(1)[:, :width]
+    stream = pack_stream(fields, bits)
+    words = stream.new_zeros(len(stream), 4 * word_count(fields.shape[1], bits))
+    words[:, : stream.shape[1]] = stream
     return words.view(torch.int32)

@@ -21,6 +21,7 @@ from ..checkpoints.writers import GptqWriter, Layer
 from ..nn.linears import holds_experts, is_linear, output_head, weight_matrix
 from ..nn.multihead_attention import is_whole
 from ..nn.stacked_experts import PROJECTIONS, expert_bias, expert_layout, expert_weight
+from ..numerics.exact_scales import SCALE_DTYPES
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqWeightDtype
 from ..woq.gptq import GptqOptions
@@ -32,8 +33,6 @@ from ..writing import new_directory
 from .calibration_batches import Samples, calibration_batches
 
 logger = logging.getLogger("ipex_quant")
-
-_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def gptq(
@@ -89,8 +88,8 @@ def gptq(
         raise ValueError(f"compression_dtype: GPTQ files hold torch.int32 words, got {compression_dtype}")
     if compression_dim != 1:
         raise ValueError(f"compression_dim: GPTQ files are packed along in_features, expected 1, got {compression_dim}")
-    if scale_dtype not in _SCALE_DTYPES:
-        raise ValueError(f"scale_dtype: expected one of {_SCALE_DTYPES}, got {scale_dtype}")
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"scale_dtype: expected one of {SCALE_DTYPES}, got {scale_dtype}")
     scheme = WeightScheme(dtypes[wbits], bool(sym), group_size)
     options = GptqOptions(
         percdamp,

@@ -12,7 +12,8 @@ from torch import nn
 
 from .. import ops
 from ..numerics import affine
-from ..numerics.quantized_stack import QuantizedStack, stack_places
+from ..numerics.quantized_stack import QuantizedStack
+from ..numerics.saved_weight import SAVED_NAMES, saved_places, saved_stack, to_saved
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode
 from .quantized_module import Placeholder, QuantizedModule, autocast
 from .weight_only_linear import OPTIONAL_ENTRY, read_modes, read_scheme, scheme_entry
@@ -24,14 +25,14 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
     It replaces JetMoe's module with one 3-D parameter and is called like it: with `x` float32, bfloat16 or float16
     ``[T, K]``, sorted by expert, and the number of rows of each of E experts. The result ``[T, N]`` has the dtype of
     `x`, or autocast's under torch.autocast; weights of experts without rows are not read. Gradients reach `x`. The
-    state dict holds the plain tensors of `QuantizedStack`. Raises RuntimeError when called without weights or moved off
+    state dict holds the tensors of `saved_weight`. Raises RuntimeError when called without weights or moved off
     the CPU, ValueError for numbers of rows that do not fit.
     """
 
     kind = "weight_only_expert_linears"
     entry_names = frozenset(("weight_dtype", "symmetric", "group_size", "lowp_mode", "act_quant_mode"))
     optional_entry_names = OPTIONAL_ENTRY
-    weight_names = tuple(name for name in QuantizedStack.names if name != "g_idx")
+    weight_names = tuple(name for name in SAVED_NAMES if name != "g_idx")
 
     def __init__(self, shape: tuple[int, int, int], scheme: WeightScheme) -> None:
         """Make a module without weights for ``(experts, out_features, in_features)``; `load_state_dict` loads them."""
@@ -86,8 +87,8 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
         return 0 if self._packed is None else self._packed.nbytes
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of `quantized_stack` by name, without those that are None."""
-        return {} if self._packed is None else self.quantized_stack().tensors()
+        """The saved tensors of `quantized_stack` by name."""
+        return {} if self._packed is None else to_saved(self.quantized_stack())
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The dequantized weights ``[E, N, K]`` in a new tensor; RuntimeError when there are none."""
@@ -111,7 +112,7 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
             )
         scheme, _ = read_scheme(entry), read_modes(entry)
         experts, rows, columns = module.weight.shape
-        tensors = stack_places(scheme, (experts, rows, columns), False)
+        tensors = saved_places(scheme, (experts, rows, columns), False)
         del tensors["g_idx"]
         return Placeholder((experts, rows, columns), entry, tensors)
 
@@ -139,23 +140,20 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
         return None
 
     def _expected_names(self, given: dict[str, torch.Tensor]) -> list[str]:
-        return [name for name, place in stack_places(self.scheme, self.shape, False).items() if place is not None]
+        return [name for name, place in saved_places(self.scheme, self.shape, False).items() if place is not None]
 
     def _load_weight(self, tensors: dict[str, torch.Tensor | None]) -> None:
-        parts = {name: tensors.get(name) for name in QuantizedStack.names}
-        self._packed = ops.split_experts(
-            ops.pack_experts(QuantizedStack(**parts, scheme=self.scheme, shape=self.shape), 1)
-        )
+        self._packed = ops.split_experts(ops.pack_experts(saved_stack(tensors, self.scheme, self.shape), 1))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pickles may be read by another machine or version, so they hold the plain weights.
-        return {**self.__dict__, "_buffers": {**self._buffers, "_packed": None}, "_plain": self.plain_tensors()}
+        # Pickles may be read by another machine or version, so they hold the saved weights.
+        return {**self.__dict__, "_buffers": {**self._buffers, "_packed": None}, "_saved": self.plain_tensors()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        plain = state.pop("_plain")
+        saved = state.pop("_saved")
         super().__setstate__(state)
-        if plain:
-            self._load_weight(plain)
+        if saved:
+            self._load_weight(saved)
 
 
 def holds_expert_linears(module: nn.Module) -> bool:

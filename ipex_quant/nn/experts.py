@@ -10,7 +10,8 @@ from torch import nn
 
 from .. import ops
 from ..numerics import affine
-from ..numerics.quantized_stack import QuantizedStack, stack_places
+from ..numerics.quantized_stack import QuantizedStack
+from ..numerics.saved_weight import SAVED_NAMES, saved_places, saved_stack, to_saved
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode
 from ..ops import ExpertGate
 from .linears import holds_experts
@@ -35,9 +36,9 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
     with ``[E * T, H]``, T rows for each expert in turn. The result has the shape of `x` and its dtype, or autocast's
     under torch.autocast; only the weights of chosen experts are read. Gradients reach `x` and the routing weights.
 
-    The state dict holds plain tensors: those of `QuantizedStack` as ``gate_up_codes``, ``down_scales`` and so on, gate
-    above up (or up alone), and ``gate_up_bias`` and ``down_bias`` in float32, each if there is one; saving unpacks the
-    weights and loading packs them. `weight` is ``[E, 3 * I, H]``: gate, up and the transpose of down; without a gate
+    The state dict holds the tensors of `saved_weight` as ``gate_up_codes``, ``down_scales`` and so on, gate above up
+    (or up alone), and ``gate_up_bias`` and ``down_bias`` in float32, each if there is one; saving unpacks the weights
+    and loading packs them. `weight` is ``[E, 3 * I, H]``: gate, up and the transpose of down; without a gate
     ``[E, 2 * I, H]``. Raises RuntimeError when called without weights or moved off the CPU.
     """
 
@@ -46,9 +47,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         ("weight_dtype", "symmetric", "group_size", "act_order", "bias", "lowp_mode", "act_quant_mode")
     )
     optional_entry_names = OPTIONAL_ENTRY
-    weight_names = tuple(
-        f"{projection}_{name}" for projection in PROJECTIONS for name in (*QuantizedStack.names, "bias")
-    )
+    weight_names = tuple(f"{projection}_{name}" for projection in PROJECTIONS for name in (*SAVED_NAMES, "bias"))
 
     batched = False
     """Whether the module is called with rows for each expert in turn."""
@@ -183,7 +182,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         tensors = {}
         for projection in PROJECTIONS:
             if self._buffers[f"_{projection}_packed"] is not None:
-                own = self.quantized_stack(projection).tensors() | {"bias": self._buffers[f"_{projection}_bias"]}
+                own = to_saved(self.quantized_stack(projection)) | {"bias": self._buffers[f"_{projection}_bias"]}
                 tensors |= {f"{projection}_{name}": tensor for name, tensor in own.items() if tensor is not None}
         return tensors
 
@@ -219,7 +218,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         layout, tensors = expert_layout(module), {}
         sizes = (("gate_up", layout.blocks * width, hidden), ("down", hidden, width))
         for index, (projection, rows, columns) in enumerate(sizes):
-            places = stack_places(scheme, (experts, rows, columns), _flags(entry, "act_order")[index])
+            places = saved_places(scheme, (experts, rows, columns), _flags(entry, "act_order")[index])
             bias = (torch.float32, (experts, rows)) if _flags(entry, "bias")[index] else None
             tensors |= {f"{projection}_{name}": place for name, place in (places | {"bias": bias}).items()}
         place = Placeholder((experts, (layout.blocks + 1) * width, hidden), entry, tensors)
@@ -285,7 +284,7 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
             self._buffers[f"_{projection}_bias"] = bias
 
     def _expected_names(self, given: dict[str, torch.Tensor]) -> list[str]:
-        places = stack_places(self.scheme, (self.num_experts, self.hidden_dim, self.intermediate_dim), False)
+        places = saved_places(self.scheme, (self.num_experts, self.hidden_dim, self.intermediate_dim), False)
         needed = {name for name, place in places.items() if place is not None}
         present = {"g_idx": "perm", "bias": "bias"}  # if the module has them; without weights, if given
         empty = self._gate_up_packed is None
@@ -303,26 +302,24 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         experts, hidden, width = self.num_experts, self.hidden_dim, self.intermediate_dim
         shapes = {"gate_up": (experts, self.gate.blocks * width, hidden), "down": (experts, hidden, width)}
         stacks = tuple(
-            QuantizedStack(
-                **{name: tensors.get(f"{projection}_{name}") for name in QuantizedStack.names},
-                scheme=self.scheme,
-                shape=shapes[projection],
+            saved_stack(
+                {name: tensors.get(f"{projection}_{name}") for name in SAVED_NAMES}, self.scheme, shapes[projection]
             )
             for projection in PROJECTIONS
         )
         self._set_weights(stacks, tuple(tensors.get(f"{projection}_bias") for projection in PROJECTIONS))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pickles may be read by another machine or version, so they hold the plain weights.
+        # Pickles may be read by another machine or version, so they hold the saved weights.
         packed = {f"_{projection}_{name}" for projection in PROJECTIONS for name in ("packed", "perm", "bias")}
         buffers = {name: None if name in packed else buffer for name, buffer in self._buffers.items()}
-        return {**self.__dict__, "_buffers": buffers, "_plain": self.plain_tensors()}
+        return {**self.__dict__, "_buffers": buffers, "_saved": self.plain_tensors()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        plain = state.pop("_plain")
+        saved = state.pop("_saved")
         super().__setstate__(state)
-        if plain:
-            self._load_weight(plain)
+        if saved:
+            self._load_weight(saved)
 
 
 def _flags(entry: dict[str, Any], name: str) -> list[bool]:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..numerics.quantized_weight import QuantizedWeight, tensor_places
+from ..numerics.quantized_weight import QuantizedWeight
+from ..numerics.saved_weight import saved_places, saved_weight
 from .embeddings import PackedEmbedding, RowFactor, ScaledEmbedding, embedding_obstacle, is_embedding, row_factor
 from .quantized_module import Placeholder, QuantizedModule, flag
 from .weight_only_linear import OPTIONAL_ENTRY, SCHEME_ENTRY, WeightOnlyQuantizedLinear, read_scheme
@@ -22,8 +23,7 @@ class QuantizedEmbedding(QuantizedModule, PackedEmbedding):
     `ids` is int64 or int32 of any shape; the result ``[*ids.shape, embedding_dim]`` has the dtype of `weight`, which
     ``.to(dtype)`` changes, and no gradient. An id out of range raises RuntimeError. The packed weight belongs to
     `table`, a weight-only linear layer: the embedding's own or, if tied, the model's output layer; a weight loaded into
-    or written to one of the two is then the other's too. The state dict holds the plain tensors of `QuantizedWeight`,
-    each if there is one.
+    or written to one of the two is then the other's too. The state dict holds the tensors of `saved_weight`.
     """
 
     kind = "embedding"
@@ -90,7 +90,7 @@ class QuantizedEmbedding(QuantizedModule, PackedEmbedding):
         return 0 if self.tied else self.table.nbytes
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of `quantized_weight` by name, without those that are None."""
+        """The saved tensors of `quantized_weight` by name."""
         return {name: tensor for name, tensor in self.table.plain_tensors().items() if name in self.weight_names}
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
@@ -115,14 +115,14 @@ class QuantizedEmbedding(QuantizedModule, PackedEmbedding):
         if padding is not None and (type(padding) is not int or not 0 <= padding < shape[0]):
             raise ValueError(f"padding_idx: expected null or 0..{shape[0] - 1}, got {padding!r}")
         _read_factor(entry)
-        return Placeholder(shape, entry, tensor_places(read_scheme(entry), shape, flag(entry, "act_order")))
+        return Placeholder(shape, entry, saved_places(read_scheme(entry), shape, flag(entry, "act_order")))
 
     @classmethod
     def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[QuantizedEmbedding]:
         """Make one module of each placeholder; ValueError or TypeError for tensors that do not fit the scheme."""
         modules = []
         for place in loaded:
-            qw = QuantizedWeight(**place.tensors, scheme=read_scheme(place.entry), shape=place.shape)
+            qw = saved_weight(place.tensors, read_scheme(place.entry), place.shape)
             table = WeightOnlyQuantizedLinear.from_quantized_weight(qw)
             modules.append(cls(table, place.entry["padding_idx"], _read_factor(place.entry)))
         return modules

@@ -176,9 +176,10 @@ class QuantizedModule(nn.Module):
 class Placeholder(nn.Module):
     """Receives the plain tensors of one quantized module from transformers, before the module is made.
 
-    `tensors` gives dtype and shape of each, or None for one that the module does not have; `entry` is the module's
-    entry in a saved configuration, `shape` the shape of its weight. All other attributes are those of the float module
-    that is replaced: initializers of its parents read them, and write to its weight and bias without effect.
+    `tensors` gives dtype and shape of each, or None for one that the module does not have; what is loaded may have a
+    narrower dtype, which the module reads. `entry` is the module's entry in a saved configuration, `shape` the shape of
+    its weight. All other attributes are those of the float module that is replaced: initializers of its parents read
+    them, and write to its weight and bias without effect.
     """
 
     float_module: nn.Module | None = None

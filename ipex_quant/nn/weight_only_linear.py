@@ -14,7 +14,8 @@ from torch import nn
 from .. import ops
 from ..errors import ArgumentError
 from ..numerics import affine
-from ..numerics.quantized_weight import QuantizedWeight, code_dtype, tensor_places
+from ..numerics.quantized_weight import QuantizedWeight, code_dtype
+from ..numerics.saved_weight import FACTORS, SAVED_NAMES, saved_places, saved_weight, to_saved
 from ..numerics.scheme import (
     PER_CHANNEL,
     QConfigWoq,
@@ -42,8 +43,8 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
     `x` is float32, bfloat16 or float16 ``[..., in_features]`` on the CPU; the result ``[..., out_features]`` has its
     dtype, or autocast's under torch.autocast. Only `x` has a gradient. Values written to the whole `weight` are
     quantized by rounding to nearest, in the weight's scheme, but with zero points for minimums and plain scales for
-    those with super scales. The state dict holds plain tensors: those of `QuantizedWeight`, and `bias` in float32, each
-    if there is one; saving unpacks the weight and loading packs it. The constructor makes a module without a weight,
+    those with super scales. The state dict holds the tensors of `saved_weight`, and `bias` in float32, each if there is
+    one; saving unpacks the weight and loading packs it. The constructor makes a module without a weight,
     whose scheme `load_state_dict` infers from the tensors; `from_float` and `from_quantized_weight` make one with a
     weight. Raises RuntimeError when called without a weight or moved off the CPU.
     """
@@ -51,7 +52,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
     kind = "weight_only"
     entry_names = frozenset((*SCHEME_ENTRY, "bias", "lowp_mode", "act_quant_mode"))
     optional_entry_names = OPTIONAL_ENTRY
-    weight_names = QuantizedWeight.names
+    weight_names = SAVED_NAMES
 
     def __init__(
         self, in_features: int, out_features: int, bias_: bool = True, dtype: WoqWeightDtype = WoqWeightDtype.INT8
@@ -255,10 +256,8 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
         return sum(b.numel() * b.element_size() for b in (self._packed, self._bias, self._perm) if b is not None)
 
     def plain_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of `quantized_weight` and the bias by name, without those that are None."""
-        qw = None if self._packed is None else self.quantized_weight()
-        tensors = {name: getattr(qw, name, None) for name in self.weight_names} | {"bias": self._bias}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        """The saved tensors of `quantized_weight` and the bias by name, each if there is one."""
+        return self._saved_weight() | ({} if self._bias is None else {"bias": self._bias})
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The dequantized weight ``[out_features, in_features]`` in a new tensor; RuntimeError when there is none."""
@@ -283,7 +282,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
         scheme, _ = read_scheme(entry), read_modes(entry)
         shape = linear_shape(module)
         bias = (torch.float32, shape[:1]) if flag(entry, "bias") else None
-        return Placeholder(shape, entry, tensor_places(scheme, shape, flag(entry, "act_order")) | {"bias": bias})
+        return Placeholder(shape, entry, saved_places(scheme, shape, flag(entry, "act_order")) | {"bias": bias})
 
     @classmethod
     def from_placeholders(cls, loaded: Sequence[Placeholder]) -> list[WeightOnlyQuantizedLinear]:
@@ -292,7 +291,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
         for place in loaded:
             tensors = place.tensors
             bias = tensors.pop("bias")
-            qw = QuantizedWeight(**tensors, scheme=read_scheme(place.entry), shape=place.shape)
+            qw = saved_weight(tensors, read_scheme(place.entry), place.shape)
             modules.append(cls.from_quantized_weight(qw, bias, *read_modes(place.entry)))
         return modules
 
@@ -351,17 +350,15 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
 
     def _expected_names(self, given: dict[str, torch.Tensor]) -> list[str]:
         if self.scheme is None:
-            names = [name for name in QuantizedWeight.names if name in given or name in ("codes", "scales")]
+            needed = ("codes", FACTORS["scales"] if "super_scales" in given else "scales")
+            names = [name for name in SAVED_NAMES if name in given or name in needed]
         else:
-            places = tensor_places(self.scheme, self.weight_shape, self._perm is not None)
+            places = saved_places(self.scheme, self.weight_shape, self._perm is not None)
             names = [name for name, place in places.items() if place is not None]
         return [*names, "bias"] if self._has_bias else names
 
     def _load_weight(self, tensors: dict[str, torch.Tensor]) -> None:
-        scheme = self.scheme or self._find_scheme(tensors)
-        shape = (self.out_features, self.in_features)
-        parts = {name: tensors.get(name) for name in QuantizedWeight.names}
-        self._set_weight(QuantizedWeight(**parts, scheme=scheme, shape=shape))
+        self._set_weight(saved_weight(tensors, self.scheme or self._find_scheme(tensors), self.weight_shape))
 
     def _find_scheme(self, tensors: dict[str, torch.Tensor]) -> WeightScheme:
         """Infer the scheme of a plain weight: only one power of two as group size gives the number of groups."""
@@ -370,10 +367,11 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
                 f"codes: {self.dtype.name} has {code_dtype(self.dtype)}, got {tensors['codes'].dtype}; "
                 "give the module the right dtype"
             )
-        size = self._size_of("scales", tensors["scales"])
         supers = tensors.get("super_scales")
         super_size = None if supers is None else self._size_of("super_scales", supers)
-        minimums = "minimums" in tensors
+        scales = "scales" if supers is None else FACTORS["scales"]
+        size = self._size_of(scales, tensors[scales])
+        minimums = not {"minimums", FACTORS["minimums"]}.isdisjoint(tensors)
         return WeightScheme(self.dtype, "zero_points" not in tensors and not minimums, size, minimums, super_size)
 
     def _size_of(self, name: str, factors: torch.Tensor) -> int:
@@ -384,17 +382,19 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
                 return size
         raise ValueError(f"{name}: no group size divides {self.in_features} input features into {groups} groups")
 
+    def _saved_weight(self) -> dict[str, torch.Tensor]:
+        return {} if self._packed is None else to_saved(self.quantized_weight())
+
     def __getstate__(self) -> dict[str, Any]:
-        # Pickles may be read by another machine or version, so they hold the plain weight.
-        plain = None if self._packed is None else self.quantized_weight()
+        # Pickles may be read by another machine or version, so they hold the saved weight.
         buffers = {**self._buffers, "_packed": None, "_perm": None}
-        return {**self.__dict__, "_buffers": buffers, "_plain": plain}
+        return {**self.__dict__, "_buffers": buffers, "_saved": self._saved_weight()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        plain = state.pop("_plain")
+        saved = state.pop("_saved")
         super().__setstate__(state)
-        if plain is not None:
-            self._set_weight(plain)
+        if saved:
+            self._load_weight(saved)
 
 
 def _quantized_as(qw: QuantizedWeight, weight: torch.Tensor) -> QuantizedWeight:

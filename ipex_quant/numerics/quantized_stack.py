@@ -9,15 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from .affine import feature_groups
-from .quantized_weight import Place, QuantizedWeight, tensor_places
+from .quantized_weight import QuantizedWeight
 from .scheme import WeightScheme
-
-
-def stack_places(scheme: WeightScheme, shape: tuple[int, int, int], act_order: bool) -> dict[str, Place | None]:
-    """Dtype and shape of each tensor of a `QuantizedStack`, by name; None for those that the scheme has not."""
-    experts, *matrix = shape
-    places = tensor_places(scheme, (matrix[0], matrix[1]), act_order)
-    return {name: None if place is None else (place[0], (experts, *place[1])) for name, place in places.items()}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import ipex_quant as ipex
 import ipex_quant.llm.utils
 from ipex_quant.checkpoints import find_gguf, open_gguf
 from ipex_quant.checkpoints.registry import FORMATS
+from ipex_quant.evaluation import model_bytes
 from ipex_quant.llm.gguf import gguf_config
 from ipex_quant.quantization import WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
@@ -127,10 +128,11 @@ def test_logits_are_the_true_ones(name, way):
     torch.testing.assert_close(logits, truth["logits"].float(), **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["bnb_fp4", "ct_nvfp4a16", "gguf_q5_0"])
-def test_what_was_read_is_saved_and_comes_back(name, tmp_path):
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_read_is_saved_in_its_bytes_and_comes_back(name, tmp_path):
     model = from_directory(DATA / name)
     ipex.llm.save(model, tmp_path)
+    assert sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values()) <= model_bytes(model)
     tokens = load_file(DATA / name / "truth.safetensors")["input_ids"].long()
     with torch.inference_mode():
         assert torch.equal(ipex.llm.from_pretrained(tmp_path)(tokens).logits, model(tokens).logits)

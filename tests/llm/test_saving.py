@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import ipex_quant as ipex
+from ipex_quant.evaluation import model_bytes
+from ipex_quant.llm.saved.hf_quantizer import IpexQuantizer
 from ipex_quant.nn import Int8Conv, Int8Linear, Int8Recurrent, SplitMultiheadAttention, WeightOnlyQuantizedLinear
+from ipex_quant.numerics.scheme import PER_CHANNEL
 from ipex_quant.quantization import (
     WoqLowpMode,
     WoqWeightDtype,
@@ -242,6 +246,64 @@ def test_the_files_hold_plain_tensors(saved):
     assert tensors["model.layers.0.mlp.up_proj.scales"].dtype == torch.float32
     assert "lm_head.weight" not in tensors
     assert not any("_packed" in name for name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("weight_dtype", "group_size"),
+    [
+        (WoqWeightDtype.INT2, 128),
+        (WoqWeightDtype.INT3, 32),
+        (WoqWeightDtype.INT4, 32),
+        (WoqWeightDtype.INT6, -1),
+        (WoqWeightDtype.NF4, 64),
+    ],
+)
+def test_files_have_no_more_bytes_than_the_weights(llama, tmp_path, weight_dtype, group_size):
+    model = optimized(llama, weight_dtype=weight_dtype, group_size=group_size)
+    ipex.llm.save(model, tmp_path / "model")
+    assert sum(tensor.nbytes for tensor in load_file(tmp_path / "model" / "model.safetensors").values()) <= model_bytes(
+        model
+    )
+
+
+def with_scales(model, form):
+    """The FP4 linears of `model` with scales that a saved model holds in the dtype `form`."""
+    for module in model.modules():
+        if isinstance(module, WeightOnlyQuantizedLinear):
+            qw = module.quantized_weight()
+            if form == torch.float16:
+                qw = replace(qw, scales=qw.scales.half().float())
+            elif form == torch.float8_e5m2:
+                qw = replace(qw, scales=torch.exp2(qw.scales.log2().round()))
+            else:
+                supers = qw.scales.amax(1, keepdim=True) / 127
+                factors = (qw.scales / supers).round().to(form).float()
+                scheme = replace(qw.scheme, super_group_size=PER_CHANNEL)
+                qw = replace(qw, scales=factors * supers, super_scales=supers, scheme=scheme)
+            module._set_weight(qw)
+    return model
+
+
+@pytest.mark.parametrize("form", [torch.float16, torch.float8_e5m2, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("widened", [False, True])
+def test_every_form_of_scales(llama, logits, tmp_path, monkeypatch, form, widened):
+    model = with_scales(optimized(llama, weight_dtype=WoqWeightDtype.FP4, lowp_mode=WoqLowpMode.NONE), form)
+    ipex.llm.save(model, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    name = "scales" if form in (torch.float16, torch.float8_e5m2) else "scale_factors"
+    assert tensors[f"lm_head.{name}"].dtype == form
+    if widened:  # some releases of transformers do not ask for the dtype, and cast to the placeholder's
+        monkeypatch.setattr(IpexQuantizer, "get_new_dtype", lambda self, converter, param, dtype: dtype)
+    loaded = ipex.llm.load(tmp_path / "model")
+    state, loaded_state = model.state_dict(), loaded.state_dict()
+    assert all(torch.equal(tensor, loaded_state[name]) for name, tensor in state.items())
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_zero_points_of_two_bytes_are_read_too(saved, logits):
+    expected = logits(ipex.llm.load(saved))
+    edit_tensors(saved, lambda t: t.update({k: v.short() for k, v in t.items() if k.endswith(".zero_points")}))
+    assert torch.equal(logits(ipex.llm.load(saved)), expected)
 
 
 def test_a_large_model_is_sharded(llama, logits, tmp_path, monkeypatch):

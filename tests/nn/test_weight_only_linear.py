@@ -15,6 +15,7 @@ from ipex_quant import ops
 from ipex_quant.nn import QuantMethod, WeightOnlyQuantizedLinear
 from ipex_quant.numerics import affine
 from ipex_quant.numerics.quantized_weight import QuantizedWeight
+from ipex_quant.numerics.saved_weight import saved_weight
 from ipex_quant.numerics.scheme import (
     WeightScheme,
     WoqActQuantMode,
@@ -63,6 +64,11 @@ def layer_of(qw, bias=True, **compute):
 @pytest.fixture
 def layer():
     return layer_of(quantized(SCHEMES[3]))
+
+
+def assert_same(a, b):
+    assert (a.scheme, a.shape, a.tensors().keys()) == (b.scheme, b.shape, b.tensors().keys())
+    assert all(torch.equal(tensor, b.tensors()[name]) for name, tensor in a.tensors().items())
 
 
 def with_qconfig(linear, **options):
@@ -148,6 +154,7 @@ class TestStateDict:
         other = WeightOnlyQuantizedLinear(128, 10, False, WoqWeightDtype.INT4)
         other.load_state_dict(layer.state_dict())
         assert other.scheme == qw.scheme
+        assert_same(copy.deepcopy(layer).quantized_weight(), qw)
         x = torch.randn(3, 128)
         assert torch.equal(other(x), layer(x))
 
@@ -158,11 +165,21 @@ class TestStateDict:
         assert torch.equal(layer.weight + 0, affine.dequantize(affine.quantize(values, layer.scheme)))
 
     def test_holds_the_plain_weight(self, layer):
-        qw = layer.quantized_weight()
         state = layer.state_dict(prefix="a.")
-        assert torch.equal(state["a.codes"], qw.codes)
-        assert torch.equal(state["a.scales"], qw.scales)
+        weight = saved_weight({name.removeprefix("a."): tensor for name, tensor in state.items()}, SCHEMES[3], (24, 70))
+        assert_same(weight, layer.quantized_weight())
         assert state["a.bias"].dtype == torch.float32
+
+    @pytest.mark.parametrize("dtype", [WoqWeightDtype.INT2, WoqWeightDtype.INT3, WoqWeightDtype.INT6])
+    def test_a_stream_of_codes_loads_into_an_empty_layer(self, dtype):
+        layer = layer_of(quantized(WeightScheme(dtype, False, 16), in_features=67))
+        state = layer.state_dict()
+        assert state["codes"].shape == (24, -(-67 * dtype.bits // 8))
+        other = WeightOnlyQuantizedLinear(67, 24, True, dtype)
+        other.load_state_dict(state)
+        assert_same(other.quantized_weight(), layer.quantized_weight())
+        with pytest.raises(RuntimeError, match=r"codes: expected shape \[24, \d+\], got \[24, 67\]"):
+            other.load_state_dict(state | {"codes": torch.zeros(24, 67, dtype=torch.uint8)})
 
     def test_replaces_the_weight_of_a_full_layer(self, layer):
         other = layer_of(quantized(SCHEMES[3]))

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from ...numerics.affine import code_offset
+from ...numerics.exact_scales import exact_scales
 from ...numerics.nibbles import unpack_nibbles
 from ...numerics.scheme import WoqWeightDtype
 from ..awq import BITS, FIELDS, ORDER
 from ..bit_fields import pack_fields
-from .writer import CheckpointWriter, Layer, LayerError, check_dtype, check_one_level, exact_scales, most_common
+from .writer import CheckpointWriter, Layer, LayerError, check_dtype, check_one_level, most_common
 
 HELD = (WoqWeightDtype.INT4,)
 """Weight dtypes that the format holds."""

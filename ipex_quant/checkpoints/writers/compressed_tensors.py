@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ...numerics.affine import stored_codes
+from ...numerics.exact_scales import exact_scales
 from ...numerics.int8 import StaticActivation
 from ...numerics.quantized_weight import QuantizedWeight
 from ...numerics.scheme import PER_CHANNEL, WoqWeightDtype
@@ -22,7 +23,7 @@ from ..bit_fields import pack_fields, word_count
 from ..format import Int8Input
 from ..gptq import INT8_OFFSET
 from ..tensors import LINEAR, e8m0_exponents
-from .writer import CheckpointWriter, Layer, LayerError, check_dtype, check_one_level, exact_scales, name_patterns
+from .writer import CheckpointWriter, Layer, LayerError, check_dtype, check_one_level, name_patterns
 
 PACKED = tuple(dict.fromkeys(LINEAR.values()))
 """Weight dtypes that `pack-quantized` holds."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ...numerics.affine import stored_codes
+from ...numerics.exact_scales import super_quotients
 from ...numerics.quantized_weight import QuantizedWeight
 from ...numerics.scheme import PER_CHANNEL
 from ..gguf_blocks import BLOCKS, SLICE_ELEMENTS, Blocks
@@ -149,8 +150,7 @@ def _minimums(weight: QuantizedWeight) -> torch.Tensor:
 
 def _steps(values: torch.Tensor, supers: torch.Tensor) -> torch.Tensor:
     """How many times ``[N, supers, groups]`` its super scale each value is; 0 where that is 0."""
-    by_super = values.unflatten(1, (supers.shape[1], -1))
-    return (by_super / supers.unsqueeze(2)).nan_to_num(0, 0, 0).round()
+    return super_quotients(values, supers).round()
 
 
 def _raw(numbers: torch.Tensor) -> torch.Tensor:

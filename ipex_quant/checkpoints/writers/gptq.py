@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ...numerics.affine import code_offset, stored_codes
+from ...numerics.exact_scales import exact_scales
 from ...numerics.quantized_weight import QuantizedWeight
 from ...numerics.scheme import WoqWeightDtype
 from ..gptq import INT8_OFFSET, gptq_tensors
@@ -23,7 +24,6 @@ from .writer import (
     LayerError,
     check_dtype,
     check_one_level,
-    exact_scales,
     most_common,
     name_patterns,
 )

@@ -17,9 +17,6 @@ from ..format import Int8Input
 
 H = TypeVar("H", bound=Hashable)
 
-SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""Dtypes of scales in files, the one that all tools read first."""
-
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -83,15 +80,6 @@ def check_one_level(layer: Layer, weight: QuantizedWeight, advice: str) -> None:
         reason = "its scales are integers or float8 numbers times super scales, the format has one float for each group"
     if reason is not None:
         raise LayerError(layer.name, f"{reason}; {advice}")
-
-
-def exact_scales(scales: torch.Tensor) -> torch.Tensor:
-    """`scales`, float32, in the first of `SCALE_DTYPES` that has every value of them."""
-    for dtype in SCALE_DTYPES[:-1]:
-        narrow = scales.to(dtype)
-        if torch.equal(narrow.float(), scales):
-            return narrow
-    return scales
 
 
 def most_common(values: Iterable[H]) -> H:
