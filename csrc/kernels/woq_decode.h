@@ -253,6 +253,7 @@ inline void decode_folds(const DecodePass& pass, FoldCursor cursor) {
 #else
   constexpr int kLines = kBytes ? Dtype : float_lines(Dtype);
 #endif
+  const bool minimums = pass.args.geometry->offsets == kMinimums;
   DecodePass widened = pass;
   widened.ahead = 0;  // its lines are no longer where memory is read
   for (int64_t i = 0; i < pass.folds; ++i, cursor.advance()) {
@@ -263,7 +264,7 @@ inline void decode_folds(const DecodePass& pass, FoldCursor cursor) {
       widen_codes<Dtype>(cursor.codes(), cursor.length(), wide);
       decode_fold<kLines, Rows, Kernel>(DecodeFold(widened, cursor, wide));
     }
-    if (cursor.head().minimums) add_minimums<Rows>(pass, cursor);
+    if (minimums) add_minimums<Rows>(pass, cursor);
   }
 }
 
