@@ -232,7 +232,7 @@ def _instance_exceeds(options: argparse.Namespace, available: Collection[int]) -
     """Whether torch's launcher would start no instance at all, and say nothing, for want of cores for one."""
     cores = available if options.use_logical_core else one_a_core(available)
     asked = _LATENCY_CORES if options.latency_mode else options.ncores_per_instance
-    return options.ninstances < 0 and asked > len(cores) or options.ninstances > len(cores)
+    return (options.ninstances < 0 and asked > len(cores)) or options.ninstances > len(cores)
 
 
 def _run_in_shell(options: argparse.Namespace, status: Path) -> None:
