@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -12,10 +11,12 @@ from torch.optim import Optimizer
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertLayer, BertModel
 
 from ..frontend.activations import activate_in_place
+from ..frontend.casting import is_cast
 from ..frontend.prepacking import prepack_for_training, prepack_weights
-from ..frontend.training import prepare_training
+from ..frontend.training import check_optimizer, copy_together, prepare_training
 from ..nn.fused_forward import fused_forward, restore_forwards
 from ..nn.prepacked import Prepacked, restore_prepacked
+from ..optim import masters_of
 from .dropout import FastDropout
 from .layer import FastLayer
 from .model import FastBert, fuse_bert
@@ -43,11 +44,12 @@ def fast_bert(
 
     Call it after weights were loaded and before DistributedDataParallel. A decoder, or another model, computes as
     before, and a UserWarning says so. Raises ValueError for another `dtype` or `seed`; TypeError when ``.bert`` has
-    embeddings, an encoder or layers of another class than transformers' own; RuntimeError when the model has been
-    optimized by this package in another way.
+    embeddings, an encoder or layers of another class than transformers' own, and for an `optimizer` that is none;
+    RuntimeError when the model has been optimized by this package in another way, or to train in another dtype.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: fast_bert computes in torch.float32 or torch.bfloat16, got {dtype}")
+    check_optimizer(optimizer)
     number = read_seed(seed)
     bert = find_bert(model)
     if bert is None:
@@ -57,8 +59,8 @@ def fast_bert(
             stacklevel=2,
         )
         return model if optimizer is None else (model, optimizer)
-    check_parts(model, bert)
-    model, optimizer = copy.deepcopy((model, optimizer))
+    check_parts(model, bert, dtype)
+    model, optimizer = copy_together(model, optimizer)
     restore_forwards(model, *OWN)
     restore_prepacked(model)
     cast(model, optimizer, dtype)
@@ -80,12 +82,17 @@ def find_bert(model: Any) -> BertModel | None:
     return next((each for each in (model, getattr(model, "bert", None)) if isinstance(each, BertModel)), None)
 
 
-def check_parts(model: nn.Module, bert: BertModel) -> None:
-    """TypeError unless `bert` computes as transformers wrote it; RuntimeError if `model` was optimized before."""
+def check_parts(model: nn.Module, bert: BertModel, dtype: torch.dtype) -> None:
+    """TypeError unless `bert` computes as transformers wrote it; RuntimeError if `model` was optimized before.
+
+    What `fast_bert` made is taken again, except in float32 a model that it made to train in bfloat16.
+    """
     own = (*OWN, Prepacked) if isinstance(fused_forward(bert), FastBert) else ()
     for name, module in model.named_modules():
         fused = fused_forward(module)
-        if type(module).__module__.startswith("ipex_quant.") or (fused and not isinstance(fused, own)):
+        foreign = type(module).__module__.startswith("ipex_quant.") or (fused and not isinstance(fused, own))
+        trained = masters_of(module) and (dtype == torch.float32 or not own)
+        if foreign or trained or is_cast(module):
             raise RuntimeError(
                 f"fast_bert: {name or 'the model'} was optimized by ipex_quant before; give it the original model"
             )

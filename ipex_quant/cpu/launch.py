@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ipexrun", description=__doc__)
+    # Abbreviations would be looked for in the arguments of the program, too.
+    parser = argparse.ArgumentParser(prog="ipexrun", description=__doc__, allow_abbrev=False)
     group = parser.add_argument_group("IPEX's names", "for options that torch names otherwise, below")
 
     def add(name: str, **settings: Any) -> None:
@@ -197,7 +198,11 @@ def _choose_cores(options: argparse.Namespace) -> None:
     elif (
         options.core_list is None
         and options.node_id == -1
-        and (options.nprocs_per_node or available < {c for n in nodes.values() for c in n})
+        and (
+            options.nprocs_per_node
+            or available < {c for n in nodes.values() for c in n}
+            or _instance_exceeds(options, available)
+        )
     ):
         cores = sorted(available)
     else:
@@ -221,6 +226,13 @@ def _choose_cores(options: argparse.Namespace) -> None:
         )
     used = options.ninstances * options.ncores_per_instance if options.ninstances > 0 else len(cores)
     options.core_list = ",".join(map(str, cores[:used]))  # torch's launcher would start more instances on the rest
+
+
+def _instance_exceeds(options: argparse.Namespace, available: Collection[int]) -> bool:
+    """Whether torch's launcher would start no instance at all, and say nothing, for want of cores for one."""
+    cores = available if options.use_logical_core else one_a_core(available)
+    asked = _LATENCY_CORES if options.latency_mode else options.ncores_per_instance
+    return (options.ninstances < 0 and asked > len(cores)) or options.ninstances > len(cores)
 
 
 def _run_in_shell(options: argparse.Namespace, status: Path) -> None:

@@ -57,6 +57,11 @@ def cast_for_inference(model: nn.Module, dtype: torch.dtype) -> None:
     _save_in_float32(model, {name for name, p in model.named_parameters(remove_duplicate=False) if p in cast})
 
 
+def is_cast(module: nn.Module) -> bool:
+    """Whether `cast_for_inference` cast parameters of `module`, or of parts of it."""
+    return bool(getattr(module, _FLOAT32_NAMES, None))
+
+
 def _save_in_float32(model: nn.Module, names: set[str]) -> None:
     """Let the state dict of `model` have float32 values of the parameters `names`; it is copied and pickled with it."""
     if not hasattr(model, _FLOAT32_NAMES):

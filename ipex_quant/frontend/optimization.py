@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +26,7 @@ from .graph_mode import CompiledForward, use_graphs
 from .kernel_selection import select_kernels
 from .options import Options
 from .prepacking import prepack_for_training, prepack_lstms, prepack_weights
-from .training import prepare_training
+from .training import check_optimizer, copy_together, prepare_training
 
 
 def optimize(
@@ -53,7 +52,8 @@ def optimize(
     Returns the model, or with an optimizer both. `level` "O1" makes the optimizations that are True below, "O0" none;
     an option that is not None counts instead. Modules keep their class, names and parameters, except that dropouts and
     folded BatchNorms become an ``nn.Identity``; they may be copied, saved, loaded, traced, scripted, compiled,
-    differentiated, and optimized again.
+    differentiated, and optimized again. Graphs that ``torch.jit.trace`` makes of transformers models optimized for
+    inference are for inference: the native attention in them passes no gradients.
 
     For inference:
 
@@ -68,7 +68,8 @@ def optimize(
       that alone reads a layer's results writes over them.
     - `optimize_lstm` (True): LSTMs do the same on such CPUs; elsewhere torch's are oneDNN's.
     - `concat_linear` (False): linear layers with one parent that read one tensor are one matrix product.
-    - `auto_kernel_selection` (False): layers for which prepacking is slower in a run of `sample_input` do without.
+    - `auto_kernel_selection` (False): layers for which prepacking is slower in a run of `sample_input` do without. No
+      kernel is selected without a `sample_input`, and a warning says so.
     - `graph_mode` (False): the model runs as graphs that ``torch.compile`` makes, or, with a warning, as it is.
 
     For training:
@@ -88,10 +89,11 @@ def optimize(
 
     Raises RuntimeError for an unknown `level`; ValueError for another `dtype`, a `sample_input` that does not fit, a
     model in training mode without an optimizer, and an optimizer with a model in evaluation mode (these two are
-    AssertionErrors too); TypeError if `model` is no module.
+    AssertionErrors too); TypeError if `model` is no module or `optimizer` no optimizer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_optimizer(optimizer)
     if isinstance(model, torch.jit.ScriptModule):
         return model if optimizer is None else (model, optimizer)
     if model.training and optimizer is None:
@@ -157,6 +159,8 @@ def _optimize_inference(model: nn.Module, dtype: torch.dtype | None, options: Op
         concat_linears(model, example)
     if options.auto_kernel_selection and example is not None:
         select_kernels(model, example)
+    elif options.auto_kernel_selection:
+        warnings.warn("auto_kernel_selection: nothing to time kernels on; give it a sample_input", stacklevel=4)
     if options.weights_prepack:
         activate_in_place(model, example)
 
@@ -175,7 +179,7 @@ def _optimize_training(
 def _copied(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:
     """Copies that belong together; the originals, with a warning, if they cannot be copied."""
     try:
-        return copy.deepcopy((model, optimizer))
+        return copy_together(model, optimizer)
     except Exception as error:  # foreign code
         warnings.warn(f"the model cannot be copied, and is optimized in place: {error}", stacklevel=4)
         return model, optimizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import torch
@@ -10,6 +11,25 @@ from torch.optim import Optimizer
 
 from ..optim import RULES, FullMaster, Master, SplitMaster, attach_master, masters_of, plain_class, prepare_optimizer
 from .casting import CAST_FOR_TRAINING, castable_parameters
+
+
+def check_optimizer(optimizer: Optimizer | None) -> None:
+    """Raise TypeError for what is neither an optimizer nor None."""
+    if not isinstance(optimizer, Optimizer | None):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+
+
+def copy_together(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:
+    """Copies of both that belong together, with all that the optimizer is made of.
+
+    Torch's own copies of optimizers lack what a class has beside groups and state, without which LBFGS cannot step.
+    """
+    memo: dict[int, object] = {}
+    model, copied = copy.deepcopy((model, optimizer), memo)
+    if optimizer is not None:
+        own = vars(optimizer).keys() - vars(copied).keys() - {"step"}  # which a scheduler bound to the original
+        vars(copied).update({name: copy.deepcopy(vars(optimizer)[name], memo) for name in own})
+    return model, copied
 
 
 def prepare_training(

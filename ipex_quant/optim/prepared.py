@@ -122,7 +122,7 @@ class PreparedOptimizer(Optimizer):
             write_values()
             with self._exchanged({value: p for p, value in values.items()}):
                 loss = closure()
-            read_gradients()
+                read_gradients()
             return loss
 
         read_gradients()

@@ -36,11 +36,22 @@ SINCE = {
         __version__ _get_compiler_backend _set_compiler_backend _enable_dnnl _disable_dnnl
         _set_optimized_model_for_generation
     """,
+    "_init_on_device": "OnDevice",
     "_C": "get_current_cpu_pool set_cpu_pool onednn_has_bf16_support onednn_has_fp16_support onednn_has_fp8_support",
     "cpu._auto_kernel_selection": "_enable_tpp _disable_tpp",
+    "cpu.onednn_fusion": "enable_onednn_fusion",
+    "cpu.utils.verbose": "verbose",
     "cpu.runtime": "get_default_num_streams _MultiStreamBenchmarkModule",
     "llm.functional": "add_rms_norm add_layer_norm silu_mul gelu_mul",
     "llm.functional.fusions": "bgmv_shrink bgmv_expand bgmv_expand_slice sgmv_shrink sgmv_expand sgmv_expand_slice",
+    "frontend": """
+        FP32MathMode disable_auto_channels_last enable_auto_channels_last get_fp32_math_mode optimize
+        set_fp32_math_mode
+    """,
+    "llm.modules.linear_fusion": "LinearSilu LinearSiluMul Linear2SiluMul GatedMLPMOE",
+    "llm.modules.mha_fusion": "RotaryEmbedding RMSNorm FastLayerNorm PagedAttention VarlenAttention MambaMixer",
+    "llm.quantization.utils": "QuantDtype QuantMethod",
+    "llm.quantization.woq_linear": "IPEXWeightOnlyQuantizedLinear",
     "llm.generation": "hf_greedy_search hf_sample hf_beam_search hf_beam_sample",
     "llm.modules": """
         GatedMLPMOE MambaMixer linearSilu linearSiluMul linear2SiluMul linearRelu linearNewGelu linearGelu linearMul
@@ -50,7 +61,7 @@ SINCE = {
     "llm.quantization": "IPEXWeightOnlyQuantizedLinear QuantDtype QuantMethod",
     "llm.utils": "load_low_precision_checkpoint",
     "nn.functional": "interaction",
-    "nn.modules": "WeightOnlyQuantizedLinear",
+    "nn.modules": "WeightOnlyQuantizedLinear WoqWeightFormat",
     "nn.modules.weight_only_quantization": "WeightOnlyQuantizedLinear WoqWeightFormat",
     "nn.utils._lstm_convert": "replace_lstm_with_ipex_lstm",
     "nn.utils._model_convert": "replace_dropout_with_identity",
@@ -60,6 +71,8 @@ SINCE = {
         dequantize_per_channel get_smooth_quant_static_qconfig get_weight_only_quant_qconfig_mapping gptq
         quantize_per_block quantize_per_channel
     """,
+    "quantization._autotune": "autotune",
+    "quantization._smooth_quant": "SmoothQuantActivationObserver SmoothQuantWeightObserver",
     "utils.channels_last_1d": "to_channels_last_1d is_contiguous_channels_last_1d",
 }
 """What else IPEX 2.8 had and its tests and examples use."""

@@ -87,6 +87,36 @@ def test_after_another_optimization(small_model):
     assert again.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_after_optimize(dtype, small_model):
+    """As IPEX's document says; also where modules still look as they did."""
+    refused = pytest.raises(RuntimeError, match="was optimized by ipex_quant before")
+    for options in ({}, {"dtype": torch.bfloat16, "weights_prepack": False}):
+        with refused:
+            ipex.fast_bert(ipex.optimize(small_model(), **options), dtype=dtype)
+    model = small_model().train()
+    optimized, optimizer = ipex.optimize(model, torch.bfloat16, torch.optim.AdamW(model.parameters()))
+    with refused:
+        ipex.fast_bert(optimized, dtype=dtype, optimizer=optimizer)
+    with refused:
+        ipex.fast_bert(optimized.eval(), dtype=dtype)
+
+
+def test_after_training_in_another_dtype(small_model):
+    model = small_model().train()
+    fast, optimizer = ipex.fast_bert(model, torch.bfloat16, torch.optim.AdamW(model.parameters()))
+    for arguments in ((torch.float32, optimizer), (torch.float32,)):
+        with pytest.raises(RuntimeError, match="give it the original model"):
+            ipex.fast_bert(fast, *arguments)
+    again, _ = ipex.fast_bert(fast, torch.bfloat16, optimizer)
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_what_is_no_optimizer(small_model):
+    with pytest.raises(TypeError, match=r"optimizer: expected a torch\.optim\.Optimizer, got str"):
+        ipex.fast_bert(small_model().train(), optimizer="AdamW")
+
+
 @torch.inference_mode()
 def test_decoders_stay_stock(small_model, batch):
     for options in ({"is_decoder": True}, {"is_decoder": True, "add_cross_attention": True}):

@@ -85,6 +85,23 @@ def test_only_what_the_process_may_use(launched, monkeypatch):
     assert (options.core_list, options.ncores_per_instance) == ("2,3,4", 1)
 
 
+def test_small_machines_run_one_instance_for_latency(launched, monkeypatch):
+    """Torch's launcher starts none where there are not four cores, and returns as if it had."""
+    monkeypatch.setattr(launch, "numa_nodes", lambda: {0: [0, 1, 2, 3]})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    options = launched("--latency-mode")
+    assert (options.core_list, options.ncores_per_instance) == ("0,2", 2)
+
+
+def test_options_of_the_program_are_its_own(launched, monkeypatch):
+    calls = []
+    monkeypatch.setattr(launch.run_cpu, "main", calls.append)
+    assert launch.main(["--ninstances", "2", "script.py", "--b", "--ninst", "3", "--benchmark"]) == 0
+    assert calls[0].program_args[-5:] == ["script.py", "--b", "--ninst", "3", "--benchmark"]
+    assert calls[0].ninstances == 2
+    assert not calls[0].benchmark
+
+
 def test_benchmark_configures_jemalloc(launched, monkeypatch):
     monkeypatch.setenv("MALLOC_CONF", "mine")
     launched("--benchmark")
@@ -115,6 +132,8 @@ def test_what_torch_cannot_do_is_warned_of(launched, caplog, line):
         ("--cores-list 7-9", "cores [8, 9] do not exist, or this process may not use them"),
         ("--cores-list 0-1 --ninstances 3", "at most 2 cores in all instances, got --ninstances 3"),
         ("--cores-list 0-1 --ninstances 2 --ncores-per-instance 2", "at most 2 cores"),
+        ("--ncores-per-instance 5", "at most 4 cores in all instances, got --ninstances -1, --ncores-per-instance 5"),
+        ("--ninstances 5", "at most 4 cores in all instances, got --ninstances 5"),
         ("--cores-list all", "invalid literal"),
         ("--memory-allocator malloc", "invalid choice"),
     ],

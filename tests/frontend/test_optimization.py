@@ -166,6 +166,8 @@ def test_errors(model):
         ipex.optimize(model, level="O2")
     with pytest.raises(ValueError, match=r"dtype: expected .* got torch\.int8"):
         ipex.optimize(model, dtype=torch.int8)
+    with pytest.raises(TypeError, match=r"optimizer: expected a torch\.optim\.Optimizer, got str"):
+        ipex.optimize(nn.Linear(2, 2).train(), optimizer="SGD")
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got str"):
         ipex.optimize("model")
 
@@ -187,6 +189,18 @@ def test_a_model_that_cannot_be_copied_is_changed_in_place(model):
 BERT = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=60)
 IDS = torch.arange(24).view(2, 12)
 MASK = torch.tensor([[1] * 12, [1] * 7 + [0] * 5])
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_transformers_models_are_traced_with_gradients_on_or_off(grad):
+    """`torch.jit.trace` checks its graph without gradients, and refuses one that it then finds another for."""
+    model = BertModel(BERT).eval()
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(ipex.optimize(model), (IDS, MASK), strict=False)
+    with torch.no_grad():
+        expected = model(IDS, MASK).last_hidden_state
+        torch.testing.assert_close(traced(IDS, MASK)["last_hidden_state"][MASK.bool()], expected[MASK.bool()])
 
 
 @pytest.mark.parametrize("mask", [torch.ones_like(MASK), MASK])

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
+from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, RMSprop
 from torch.optim.lr_scheduler import StepLR
 
 import ipex_quant as ipex
@@ -22,6 +22,10 @@ OPTIMIZERS = {
     "Adagrad": lambda params: Adagrad(params, 0.1),
     "Lamb": lambda params: Lamb(params, 0.01, weight_decay=0.1),
     "Lars": lambda params: Lars(params, 0.1, momentum=0.9, eeta=0.1),
+}
+WITHOUT_FUSED = {
+    "RMSprop": lambda params: RMSprop(params, 0.01),
+    "NAdam": lambda params: NAdam(params, 0.01),
 }
 
 
@@ -119,8 +123,10 @@ def test_options_of_optimizers(kind, options, model):
     )
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_closures_schedulers_and_hooks(name, model):
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.filterwarnings("ignore:.*(split master weights|no fused update)")
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *WITHOUT_FUSED])
+def test_closures_schedulers_and_hooks(name, fuse, model):
     def run(model, optimizer, by_closure):
         scheduler = StepLR(optimizer, 1, gamma=0.5)
         calls = []
@@ -146,10 +152,34 @@ def test_closures_schedulers_and_hooks(name, model):
         return model.state_dict()
 
     results = []
+    make = (OPTIMIZERS | WITHOUT_FUSED)[name]
     for by_closure in (False, True):
-        pair = ipex.optimize(model, torch.bfloat16, OPTIMIZERS[name](model.parameters()))
+        pair = ipex.optimize(model, torch.bfloat16, make(model.parameters()), fuse_update_step=fuse)
         results.append(run(*pair, by_closure))
     same(*results)
+    assert not torch.equal(results[0]["norm.weight"], model.norm.weight)
+    assert not torch.equal(results[0]["head.weight"], model.head.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*(split master weights|no fused update)")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_lbfgs(dtype, model):
+    """An optimizer that has more than groups and state, and calls its closure several times a step."""
+    optimized, optimizer = ipex.optimize(model, dtype, LBFGS(model.parameters(), lr=0.1, max_iter=4))
+    assert optimizer._params[0] is optimized.embedding.weight
+    pairs = ((optimized, optimizer), (model, LBFGS(model.parameters(), lr=0.1, max_iter=4)))
+    losses = []
+    for trained, stepping in pairs:
+
+        def closure(trained=trained, stepping=stepping):
+            stepping.zero_grad()
+            loss = loss_of(trained, torch.bfloat16 if trained is optimized else torch.float32)
+            loss.backward()
+            return loss
+
+        losses.append([stepping.step(closure).item() for _ in range(3)])
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.05, atol=0)
+    assert losses[0][2] < 0.9 * losses[0][0]
 
 
 @pytest.mark.parametrize("fuse", [False, True])

@@ -89,10 +89,11 @@ class _Streams(nn.Module):
 class MultiStreamModule(_Streams):
     """Runs `model` on parts of a batch in several streams at the same time, for throughput.
 
-    There are `num_streams` streams, or one a core with "AUTO". The cores of `cpu_pool` (default: ``CPUPool()``) are
-    dealt out to them evenly, one extra core to each of the first ones if they do not divide; so are the rows of the
-    inputs, along the dimensions that `input_split_hint` names. With fewer rows than streams, the first streams get one
-    row each. What the hint does not name goes to every stream as it is, and may not hold tensors.
+    There are `num_streams` streams, or one a core with "AUTO", in any case. The cores of `cpu_pool` (default:
+    ``CPUPool()``) are dealt out to them evenly, one extra core to each of the first ones if they do not divide; so are
+    the rows of the inputs, along the dimensions that `input_split_hint` names. With fewer rows than streams, the first
+    streams get one row each. What the hint does not name goes to every stream as it is, and may not hold tensors. A
+    single stream gets the inputs as they are, and its result is not joined, whatever the hints say.
 
     The results are joined along the dimensions of `output_concat_hint`, whose one argument, or whose keywords, are for
     the model's result; without `concat_output` they are returned as a list, one item for each stream that had rows.
@@ -129,6 +130,9 @@ class MultiStreamModule(_Streams):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result for the whole batch, or the list of the streams' results."""
+        if len(self._streams) == 1:
+            results = self._run([(args, kwargs)])
+            return results[0] if self.concat_output else results
         hint = self.input_split_hint
         arguments: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         hints: dict[Any, Hint] = {**dict(enumerate(hint.args)), **hint.kwargs}
@@ -153,7 +157,7 @@ class MultiStreamBenchmarkModule(_Streams):
 
 def _make_streams(num_streams: int | str, cpu_pool: CPUPool) -> list[Stream]:
     cores = cpu_pool.core_ids
-    if num_streams == "AUTO":
+    if isinstance(num_streams, str) and num_streams.upper() == "AUTO":
         num_streams = get_default_num_streams(cpu_pool)
     if not isinstance(num_streams, int):
         raise TypeError(f'num_streams: expected "AUTO" or an int, got {num_streams!r}')

@@ -9,7 +9,7 @@ import torch
 
 from ...nn.deferred import DeferredTensor
 from ...ops import attention
-from ...ops.gradient import needs_gradient
+from ...ops.gradient import needs_function
 from ...ops.reference_attention import attention as differentiable_attention
 
 
@@ -112,13 +112,14 @@ def attend(query: torch.Tensor, keys: Storage, values: Storage, **options: Any) 
     """Attention of `query` ``[B, H, Lq, D]`` over stored keys and values; `options` are those of `ops.attention`.
 
     Returns ``[B, Lq, H, Dv]`` in the dtype of `query`. If keys and values have another float dtype than the query, it
-    computes in theirs. If gradients are needed, or with the further option `dropout`, it runs in plain torch.
+    computes in theirs. If gradients are needed, outside of `torch.jit.trace`, or with the further option `dropout`, it
+    runs in plain torch.
     """
     dtype = query.dtype
     if keys.scales is None:
         query = query.to(keys.stored.dtype)
     tensors = (query, keys.stored, values.stored, options.get("mask"))
-    differentiable = needs_gradient(*tensors)
+    differentiable = needs_function(*tensors)
     run = differentiable_attention if differentiable or options.get("dropout") else attention
     options |= {"key_scales": keys.scales, "value_scales": values.scales, "key_factors": keys.factors}
     out = run(query, keys.stored, values.stored, rows=keys.rows, **options)

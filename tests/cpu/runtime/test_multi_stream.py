@@ -68,6 +68,18 @@ def test_the_batch_is_dealt_out():
     assert several_streams(lambda x: x)(torch.arange(8)).tolist() == list(range(8))
 
 
+def test_a_single_stream_needs_no_hints():
+    """IPEX calls the model as it is, so that scripts run on one core, whatever they pass."""
+    x, y = torch.randn(4, 2), torch.randn(3)
+    model = Apply(lambda x, y, *, scale: (x.sum() * scale, float(y.sum())))
+    expected = model(x, y, scale=x)
+    for concat in (True, False):
+        got = several_streams(model, 1, concat_output=concat)(x, y, scale=x)
+        (got,) = (got,) if concat else got
+        assert torch.equal(got[0], expected[0])
+        assert got[1] == expected[1]
+
+
 def test_streams_run_at_the_same_time():
     meet = threading.Barrier(3)
     module = several_streams(lambda x: x + meet.wait(60) * 0)
@@ -81,7 +93,9 @@ def test_number_of_streams(processors):
     assert MultiStreamModule(nn.ReLU()).get_stream_number() == cores
     with pytest.warns(UserWarning, match=f"num_streams: {cores + 1} is more than the cores of .*; using {cores}"):
         assert MultiStreamModule(nn.ReLU(), cores + 1).get_stream_number() == cores
-    for wrong in ("auto", 1.0, None):
+    for automatic in ("AUTO", "auto"):
+        assert MultiStreamModule(nn.ReLU(), automatic).get_stream_number() == cores
+    for wrong in ("all", 1.0, None):
         with pytest.raises(TypeError, match='expected "AUTO" or an int'):
             MultiStreamModule(nn.ReLU(), wrong)
     for wrong in (0, -1):
