@@ -67,6 +67,7 @@ def optimize(
       that share an input, where activations are quantized; the default is transformers' dummy inputs.
     - With `deployment_mode` the result has a `trace_graph`, which is the model itself until it is saved: `TraceGraph`.
     - `cache_weight_for_large_batch` exists for IPEX's signature; nothing is cached.
+    - `device` is "cpu", or "xpu" where torch finds one, to which the model is moved as transformers has it.
     - `kv_cache_dtype` is the dtype of stored keys and values: torch.int8 (one scale per token and head), a float dtype,
       or None for ``model.config.kv_cache_dtype``, or else the model's dtype.
 
@@ -75,8 +76,8 @@ def optimize(
     Raises ValueError for an unsupported `dtype`, `kv_cache_dtype` or configuration, for quantization of a model in
     training mode, a summary file of another model, NaN or Inf in a weight, and when quantization was asked for and no
     layer could be quantized (`ipex_quant.explain` tells more); OSError for a summary file that cannot be read;
-    RuntimeError for another device. Without quantization, a model in training mode or with an optimizer is returned
-    unchanged as (model, optimizer), with a warning.
+    RuntimeError for another device, and for quantization on "xpu". Without quantization, a model in training mode or
+    with an optimizer is returned unchanged as (model, optimizer), with a warning.
     """
     quantize = quantization_config is not None or low_precision_checkpoint is not None
     _check(model, dtype, device, quantize, cache_weight_for_large_batch)
@@ -92,6 +93,10 @@ def optimize(
             )
         warnings.warn("llm.optimize is for inference: a model in training mode is returned as it is", stacklevel=2)
         return model, optimizer
+    if str(device) == "xpu":
+        model = model if inplace else copy.deepcopy(model)
+        cast_float(model, dtype)
+        return model.to(device)
     if low_precision_checkpoint is not None:
         checkpoint = open_checkpoint(low_precision_checkpoint)
         mapping = quantization_config or get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4)
@@ -158,10 +163,12 @@ def _quantized(model: nn.Module) -> list[nn.Module]:
 def _check(model: nn.Module, dtype: torch.dtype, device: str, quantize: bool, cache_weights: bool) -> None:
     if not isinstance(model, nn.Module) or (quantize and isinstance(model, torch.jit.ScriptModule)):
         raise TypeError(f"model: expected a torch.nn.Module that is not scripted, got {type(model).__name__}")
-    if str(device) == "xpu":
-        raise RuntimeError("Device [xpu] is not available: ipex_quant runs on the cpu only")
-    if str(device) != "cpu":
-        raise RuntimeError(f"Device [{device}] is not supported in ipex_quant, options are [cpu]")
+    if str(device) not in ("cpu", "xpu"):
+        raise RuntimeError(f"Device [{device}] is not supported in ipex_quant, options are [cpu, xpu]")
+    if str(device) == "xpu" and not torch.xpu.is_available():
+        raise RuntimeError("Device [xpu] is not available: torch finds none; leave device at cpu")
+    if str(device) == "xpu" and quantize:
+        raise RuntimeError("Device [xpu] has no quantized layers: leave the quantization out, or device at cpu")
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     if cache_weights and not quantize and dtype != torch.bfloat16:

@@ -218,6 +218,20 @@ def test_bad_arguments_raise(llama, options, error, message):
         ipex.llm.optimize(llama, **options)
 
 
+def test_an_xpu_gets_the_model_as_it_is(llama, monkeypatch):
+    moved = []
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(type(llama), "to", lambda self, device: moved.append(device) or self)
+    with pytest.raises(RuntimeError, match=r"Device \[xpu\] has no quantized layers"):
+        ipex.llm.optimize(llama, device="xpu", quantization_config=int4())
+    result = ipex.llm.optimize(llama, dtype=torch.bfloat16, device="xpu")
+    assert moved == ["xpu"]
+    assert result is not llama
+    assert result.dtype == torch.bfloat16
+    assert "forward" not in vars(result)
+    assert result.config._attn_implementation == llama.config._attn_implementation
+
+
 def test_a_weight_that_is_not_finite_is_named(llama):
     llama.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: .*NaN"):
