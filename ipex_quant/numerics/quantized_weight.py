@@ -92,7 +92,7 @@ class QuantizedWeight:
             if (tensor is None) != (place is None):
                 raise ValueError(f"{name}: a {self.scheme} weight must {'not ' if place is None else ''}have them")
             if tensor is not None and place is not None:
-                _check_tensor(name, tensor, *place)
+                check_tensor(name, tensor, (place[0],), place[1])
                 if tensor.dtype == torch.float32 and not torch.isfinite(tensor).all():
                     raise ValueError(
                         f"{name}: expected finite values, got NaN or Inf; check where the weight comes from"
@@ -147,8 +147,9 @@ def _check_group_order(g_idx: torch.Tensor, scheme: WeightScheme) -> None:
         )
 
 
-def _check_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+def check_tensor(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
+    """Raise TypeError unless `tensor` has one of `dtypes`, and ValueError unless it has `shape`."""
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")

@@ -23,7 +23,7 @@ from .bit_streams import pack_stream, stream_bytes, unpack_stream
 from .exact_scales import exact_scales, super_quotients
 from .nibbles import pack_nibbles, unpack_nibbles
 from .quantized_stack import QuantizedStack
-from .quantized_weight import Place, QuantizedWeight, code_columns, code_dtype, tensor_places
+from .quantized_weight import Place, QuantizedWeight, check_tensor, code_columns, code_dtype, tensor_places
 from .scheme import WeightScheme, WoqWeightDtype
 
 FLOATS = (torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32)
@@ -38,7 +38,7 @@ SAVED_NAMES = (*QuantizedWeight.names, *FACTORS.values())
 _SUPERS = {"scales": "super_scales", "minimums": "super_minimums"}
 _FACTOR_DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float32)
 _DTYPES = {
-    **dict.fromkeys(("scales", "minimums", "super_scales", "super_minimums"), FLOATS),
+    **dict.fromkeys((*_SUPERS, *_SUPERS.values()), FLOATS),
     **dict.fromkeys(FACTORS.values(), _FACTOR_DTYPES),
     "zero_points": (torch.int8, torch.int16),
     "g_idx": (torch.int32,),
@@ -102,21 +102,14 @@ def _plain(tensors: Mapping[str, torch.Tensor | None], scheme: WeightScheme, sha
         if (tensor is None) != (place is None):
             raise ValueError(f"{name}: a {scheme} weight must {'not ' if place is None else ''}have them")
         if tensor is not None and place is not None:
-            plain[name] = _checked(name, tensor, *place)
+            dtype, own_shape = place
+            check_tensor(name, tensor, _DTYPES.get(name, (dtype,)), own_shape)
+            plain[name] = tensor.to(dtype)
     for name, saved_name in FACTORS.items():
         if (factors := plain.pop(saved_name, None)) is not None:
             plain[name] = _products(factors, plain[_SUPERS[name]])
     plain["codes"] = _unstreamed(plain["codes"], scheme.dtype, shape[-1])
     return plain
-
-
-def _checked(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    dtypes = _DTYPES.get(name, (dtype,))
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-    return tensor.to(dtype)
 
 
 def _factors(name: str, values: torch.Tensor, supers: torch.Tensor) -> torch.Tensor:

@@ -34,12 +34,6 @@ def model():
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.fixture
-def samples():
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 64, (2, 24), generator=generator) for _ in range(4)]
-
-
 def test_the_result_has_the_tuned_weights(model, samples, tmp_path):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     scheme = MAPPING.global_qconfig.scheme

@@ -42,12 +42,6 @@ def model():
     return model
 
 
-@pytest.fixture
-def samples():
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 64, (2, 24), generator=generator) for _ in range(4)]
-
-
 @torch.no_grad()
 def test_the_result_holds_what_the_search_found(model, samples):
     batches = calibration_batches(model, samples, Samples())

@@ -47,12 +47,6 @@ def model():
     return LlamaForCausalLM(config)
 
 
-@pytest.fixture
-def samples():
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 64, (2, 24), generator=generator) for _ in range(4)]
-
-
 def _dequantize_as_specified(tensors: dict, name: str, bits: int, v2: bool) -> torch.Tensor:
     """The weight [N, K] of one module, value by value from the description of the format."""
     qweight, qzeros = tensors[f"{name}.qweight"].tolist(), tensors[f"{name}.qzeros"].tolist()
