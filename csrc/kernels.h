@@ -73,14 +73,15 @@ struct GemmArgs {
   Output output;
 };
 
+// k of the largest panel of a weight.
+inline int64_t panel_k(const WoqGeometry& g) { return g.padded_k < kPanelK ? g.padded_k : kPanelK; }
+
 // Bytes of scratch that one thread needs, at any ISA level.
 inline int64_t stage_scratch(const WoqGeometry& g, const Staged& s) { return (2 * g.padded_k + 2 * s.folds) * 4; }
 inline int64_t gemm_scratch(const WoqGeometry& g, const Staged& s, int64_t rows) {
   if (s.rows <= kDecodeRows) return 0;
-  if (s.compute == Compute::kByte) {
-    const bool whole = g.padded_k <= kPanelK;
-    return kTileN * ((whole ? g.padded_k : kPanelK) + 16 * s.folds + (whole ? 0 : 4 * rows));
-  }
+  if (s.compute == Compute::kByte)
+    return kTileN * (panel_k(g) + 16 * s.folds + (panel_k(g) < g.padded_k ? 4 * rows : 0));
   return kTileN * 4 * (kFloatFold + rows);
 }
 

@@ -134,9 +134,8 @@ inline void multiply_byte_panel(const GemmArgs& args, int64_t tile, const BytePa
 template <int Dtype>
 inline void prefill_bytes(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch) {
   const WoqGeometry& g = *args.geometry;
-  const bool whole = g.padded_k <= kPanelK;
   const int64_t parameters = kTileN * args.staged->folds;
-  int32_t* sums = reinterpret_cast<int32_t*>(scratch + kTileN * (whole ? g.padded_k : kPanelK));
+  int32_t* sums = reinterpret_cast<int32_t*>(scratch + kTileN * panel_k(g));
   float* scales = reinterpret_cast<float*>(sums + 2 * parameters);
   const bool residual = Dtype == kInt8 && g.offsets == kZeroPoints;
   BytePanel panel{reinterpret_cast<int8_t*>(scratch),
@@ -144,7 +143,7 @@ inline void prefill_bytes(const GemmArgs& args, int64_t tile, int64_t begin, int
                   residual ? sums + parameters : nullptr,
                   scales,
                   g.offsets == kMinimums ? scales + parameters : nullptr,
-                  whole ? nullptr : scales + 2 * parameters,
+                  panel_k(g) < g.padded_k ? scales + 2 * parameters : nullptr,
                   begin,
                   0,
                   0,
