@@ -1,8 +1,9 @@
 """4-bit checkpoints here and in the CPU runtimes of their producers, GPTQModel and auto-round, in one run.
 
 One random Llama in GPTQ's layout is written once, to `build/peers/models`, with the configuration of either producer.
-Loading is timed first, in rounds of new processes with the files in the page cache; its memory is the peak of a
-process minus what it held before. `engine_rounds.py` documents how generation is measured. The first round of both
+Loading is timed first, in rounds of new processes with the files in the page cache, until the model is there and until
+the first token of an answer: some packages put off a part of the work till then. Memory is the peak of a process minus
+what it held before. `engine_rounds.py` documents how generation is measured. The first round of both
 warms up: GPTQModel compiles its kernels then, for minutes on a machine that has not done so yet.
 """
 
@@ -38,7 +39,7 @@ AUTO_ROUND = {
 """What auto-round's configuration has beside the entries that it shares with GPTQ's."""
 
 SHARED = ("bits", "group_size", "sym")
-LOADING = ("loading_seconds", "loading_peak_bytes")
+LOADING = ("loading_seconds", "loading_peak_bytes", "answer_seconds", "answer_peak_bytes")
 
 
 def write_models(shape: str) -> dict[str, Path]:
@@ -76,7 +77,10 @@ def specs(name: str, path: Path) -> list[EngineSpec]:
 def loadings(
     engines: Sequence[EngineSpec], shape: str, path: Path, rounds: int, threads: int
 ) -> dict[str, dict[str, Any]]:
-    """Medians of `LOADING` by engine, and how many times as fast the first is; nothing for an engine that fails."""
+    """Medians of `LOADING` by engine, and how many times as fast the first is; nothing for an engine that fails.
+
+    An answer is the first token after a prompt of 16.
+    """
     samples: dict[str, list[dict[str, float]]] = {spec.name: [] for spec in engines}
     turns = [(number, spec) for number in range(rounds + 1) for spec in engines]
     for number, spec in tqdm(turns, desc=f"{path.name}: loading"):
@@ -84,29 +88,39 @@ def loadings(
             file.read_bytes()  # into the page cache
         try:
             engine = Engine(spec, shape, {"shape": vars(SHAPES[shape]), "threads": threads, **spec.options})
+            answer = engine.ask("generate", prompt=16, new_tokens=2, seed=number)
         except EngineError:
             continue  # `measure` reports it
         engine.close()
+        about = engine.about | {
+            "answer_seconds": engine.about["loading_seconds"] + answer["prefill"],
+            "answer_peak_bytes": engine.memory["peak"],
+        }
         if number > 0:
-            samples[spec.name].append({key: engine.about[key] for key in LOADING})
+            samples[spec.name].append({key: about[key] for key in LOADING})
     first = samples[engines[0].name]
     found = {}
     for name, own in samples.items():
         if len(own) == len(first) == rounds:
-            ratios = [s["loading_seconds"] / f["loading_seconds"] for s, f in zip(own, first, strict=True)]
-            medians = {key: statistics.median(sample[key] for sample in own) for key in LOADING}
-            found[name] = medians | {"loading_first_over_this": statistics.median(ratios), "loading_samples": own}
+            found[name] = {key: statistics.median(sample[key] for sample in own) for key in LOADING}
+            for what in ("loading", "answer"):
+                ratios = [s[f"{what}_seconds"] / f[f"{what}_seconds"] for s, f in zip(own, first, strict=True)]
+                found[name][f"{what}_first_over_this"] = statistics.median(ratios)
+            found[name]["loading_samples"] = own
     return found
 
 
 def print_loading(records: Sequence[dict[str, Any]]) -> None:
     """Print a line for each engine: how it loads, and in which linear layers it computes."""
-    print(f"\n{'loading':34s}{'seconds':>10s}{'1st/this':>10s}{'peak GB':>10s}  linear layers")
+    titles = "".join(f"{title:>12s}{'1st/this':>10s}{'peak GB':>10s}" for title in ("seconds", "to answer s"))
+    print(f"\n{'loading':34s}{titles}  linear layers")
     for r in records:
         if "loading_first_over_this" in r:
-            kernel = r.get("kernel", "")
-            numbers = f"{r['loading_seconds']:>10.2f}{r['loading_first_over_this']:>9.2f}x"
-            print(f"{r['engine']:34s}{numbers}{r['loading_peak_bytes'] / 1e9:>10.2f}  {kernel}")
+            numbers = ""
+            for what in ("loading", "answer"):
+                seconds, ratio, peak = (r[f"{what}_{key}"] for key in ("seconds", "first_over_this", "peak_bytes"))
+                numbers += f"{seconds:>12.2f}{ratio:>9.2f}x{peak / 1e9:>10.2f}"
+            print(f"{r['engine']:34s}{numbers}  {r.get('kernel', '')}")
 
 
 def main() -> None:

@@ -33,11 +33,13 @@ GENERATION = {
     },
     "checkpoints": {
         "loading s": ("loading_seconds", "loading_first_over_this"),
-        "loading peak": "loading_peak_bytes",
+        "peak": "loading_peak_bytes",
+        "first token s": ("answer_seconds", "answer_first_over_this"),
+        "peak then": "answer_peak_bytes",
         "prefill token/s": ("prefill_tokens_per_second", "prefill_first_over_this"),
         "decode token/s": ("decode_tokens_per_second", "decode_first_over_this"),
         "weights": "weight_bytes",
-        "peak": "peak_bytes",
+        "peak at last": "peak_bytes",
     },
 }
 """Columns by benchmark, with the keys of a record that they show; a pair is a value and a ratio."""

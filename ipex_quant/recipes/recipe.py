@@ -129,6 +129,7 @@ class Gptq(WeightOnly, Calibrated):
     percdamp: float = GptqOptions.percdamp
     clip_steps: int = GptqOptions.clip_steps
     lowest_clip: float = GptqOptions.lowest_clip
+    refit: bool = GptqOptions.refit
     correction: Fraction = GptqOptions.correction
 
     def __post_init__(self) -> None:
@@ -138,7 +139,7 @@ class Gptq(WeightOnly, Calibrated):
 
     def options(self) -> GptqOptions:
         """The options of GPTQ, with scales in float16, as in GPTQ checkpoints."""
-        names = ("act_order", "static_groups", "percdamp", "clip_steps", "lowest_clip", "correction")
+        names = ("act_order", "static_groups", "percdamp", "clip_steps", "lowest_clip", "refit", "correction")
         return GptqOptions(**{name: getattr(self, name) for name in names}, scale_dtype=torch.float16)
 
 

@@ -105,7 +105,8 @@ class _AutoRoundBlocks:
 
     def __init__(self, options: AutoRoundOptions, finished: FinishedBlocks | None) -> None:
         self.options, self.finished = options, finished
-        self._gptq = GptqOptions(scale_dtype=options.scale_dtype)
+        # Tuning moves weights from the values that were rounded, with the scales that rounded them.
+        self._gptq = GptqOptions(scale_dtype=options.scale_dtype, refit=False)
 
     def __call__(self, walk: Walk, index: int, schemes: Mapping[str, WeightScheme]) -> dict[str, QuantizedWeight]:
         block, name = walk.blocks[index], walk.names[index]

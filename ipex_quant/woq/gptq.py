@@ -8,7 +8,7 @@ feature can compensate for another, and the result is exactly round to nearest.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,7 @@ from ..numerics.affine import code_offset, code_range, plain_codes, quantize
 from ..numerics.quantized_weight import QuantizedWeight, code_dtype
 from ..numerics.scheme import PER_CHANNEL, WeightScheme
 from .clip_search import clip_fractions, search_scales
+from .scale_refit import refit_scales
 
 MAX_DAMPING = 10.0
 """Largest `percdamp` to accept, and to try on a Hessian that cannot be inverted."""
@@ -31,6 +32,7 @@ class GptqOptions:
     - `static_groups`: compute scales and zero points from the original weight, before any error compensation.
     - `clip_steps`: for every group, try the whole range and this many fractions of it, down to `lowest_clip`, and take
       the one whose rounding errors are least, weighted by what later features cannot compensate; 0 takes the range.
+    - `refit`: once all codes are known, find the scales with which they come closest to the weight.
     - `correction`: share of the error from quantized layers before that this one corrects, where their float outputs
       are known; 0 quantizes each layer for itself.
     - `block_size`: number of features after which their errors are applied to all later blocks.
@@ -45,6 +47,7 @@ class GptqOptions:
     static_groups: bool = True
     clip_steps: int = 10
     lowest_clip: float = 0.75
+    refit: bool = True
     correction: float = 1.0
     block_size: int = 128
     scale_dtype: torch.dtype = torch.float32
@@ -154,7 +157,10 @@ def quantize_compensated(
             columns[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
             errors[i - start] = error
         columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
-    return grid.quantized_weight(features), columns[features.argsort()].t()
+    quantized = grid.quantized_weight(features)
+    if options.refit:
+        quantized = replace(quantized, scales=refit_scales(weight, hessian.float(), quantized, options.scale_dtype))
+    return quantized, columns[features.argsort()].t()
 
 
 class _Grid:

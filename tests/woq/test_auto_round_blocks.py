@@ -8,10 +8,12 @@ from ipex_quant.numerics.affine import dequantize
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
 from ipex_quant.woq.auto_round import AutoRoundOptions
 from ipex_quant.woq.auto_round_blocks import auto_round_blocks, merged_batches
+from ipex_quant.woq.gptq import GptqOptions
 from ipex_quant.woq.gptq_blocks import quantize_blocks
 from ipex_quant.woq.rtn import rtn
 
 SCHEME = WeightScheme(WoqWeightDtype.INT3, False, 16)
+START = GptqOptions(refit=False)
 FEW = AutoRoundOptions(steps=40, batch_size=2)
 
 
@@ -53,7 +55,7 @@ def _error(weights, batches):
 def test_a_tuned_model_is_closer_than_gptqs_and_rounding_to_nearest(dtype, symmetric, batches):
     scheme, model = WeightScheme(dtype, symmetric, 16), _llama()
     tuned = auto_round_blocks(model, batches, scheme, AutoRoundOptions(steps=100, batch_size=2, rate=0.01))
-    gptq = quantize_blocks(model, batches, scheme)
+    gptq = quantize_blocks(model, batches, scheme, START)
     nearest = {name: rtn(weight_matrix(model.get_submodule(name)), scheme) for name in gptq}
     assert tuned.keys() == gptq.keys()
     error = _error(tuned, batches)
@@ -63,7 +65,10 @@ def test_a_tuned_model_is_closer_than_gptqs_and_rounding_to_nearest(dtype, symme
 
 def test_what_tuning_makes_worse_stays_as_it_was(batches):
     options = AutoRoundOptions(steps=1, batch_size=8, rate=100.0)
-    tuned, gptq = auto_round_blocks(_llama(1), batches, SCHEME, options), quantize_blocks(_llama(1), batches, SCHEME)
+    tuned, gptq = (
+        auto_round_blocks(_llama(1), batches, SCHEME, options),
+        quantize_blocks(_llama(1), batches, SCHEME, START),
+    )
     assert all(torch.equal(tuned[name].codes, gptq[name].codes) for name in gptq)
 
 

@@ -10,7 +10,7 @@ from ipex_quant.woq.gptq import GptqOptions, HessianAccumulator, quantize_weight
 from ipex_quant.woq.rtn import rtn
 
 INT4, INT8 = WoqWeightDtype.INT4, WoqWeightDtype.INT8
-PAPER = GptqOptions(act_order=False, static_groups=False, clip_steps=0)
+PAPER = GptqOptions(act_order=False, static_groups=False, clip_steps=0, refit=False)
 
 
 @pytest.fixture
