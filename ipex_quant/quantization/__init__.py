@@ -19,6 +19,7 @@ from ..conversion.quantize_tensors import (
     quantize_per_block,
     quantize_per_channel,
 )
+from ..conversion.rotation import rotate
 from ..numerics.scheme import QConfigWoq, WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
 from ..woq.auto_round import AutoRoundOptions
 from ..woq.awq import AwqOptions
@@ -56,6 +57,7 @@ __all__ = [
     "prepare",
     "quantize_per_block",
     "quantize_per_channel",
+    "rotate",
 ]
 
 
