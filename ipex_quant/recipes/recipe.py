@@ -129,7 +129,7 @@ class Gptq(WeightOnly, Calibrated):
     percdamp: float = GptqOptions.percdamp
     clip_steps: int = GptqOptions.clip_steps
     lowest_clip: float = GptqOptions.lowest_clip
-    refit: bool = GptqOptions.refit
+    refit: bool | None = GptqOptions.refit
     correction: Fraction = GptqOptions.correction
 
     def __post_init__(self) -> None:

@@ -32,7 +32,8 @@ class GptqOptions:
     - `static_groups`: compute scales and zero points from the original weight, before any error compensation.
     - `clip_steps`: for every group, try the whole range and this many fractions of it, down to `lowest_clip`, and take
       the one whose rounding errors are least, weighted by what later features cannot compensate; 0 takes the range.
-    - `refit`: once all codes are known, find the scales with which they come closest to the weight.
+    - `refit`: once all codes are known, find the scales with which they come closest to the weight. None does it where
+      it pays: up to 3 bits.
     - `correction`: share of the error from quantized layers before that this one corrects, where their float outputs
       are known; 0 quantizes each layer for itself.
     - `block_size`: number of features after which their errors are applied to all later blocks.
@@ -47,7 +48,7 @@ class GptqOptions:
     static_groups: bool = True
     clip_steps: int = 10
     lowest_clip: float = 0.75
-    refit: bool = True
+    refit: bool | None = None
     correction: float = 1.0
     block_size: int = 128
     scale_dtype: torch.dtype = torch.float32
@@ -158,7 +159,7 @@ def quantize_compensated(
             errors[i - start] = error
         columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
     quantized = grid.quantized_weight(features)
-    if options.refit:
+    if options.refit if options.refit is not None else scheme.dtype.bits <= 3:
         quantized = replace(quantized, scales=refit_scales(weight, hessian.float(), quantized, options.scale_dtype))
     return quantized, columns[features.argsort()].t()
 

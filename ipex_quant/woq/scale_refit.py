@@ -25,7 +25,8 @@ def refit_scales(
     """
     groups = feature_groups(quantized)
     count = quantized.scales.shape[1]
-    members = [(groups == group).nonzero()[:, 0] for group in range(count)]
+    belongs = torch.nn.functional.one_hot(groups.long(), count).float()
+    members = [column.nonzero()[:, 0] for column in belongs.t()]
     values = code_values(quantized)
     if quantized.zero_points is not None:
         values = values - quantized.zero_points[:, groups]
@@ -38,8 +39,8 @@ def refit_scales(
         wanted = torch.empty(len(codes), count)
         for group, own in enumerate(members):
             curved = codes[:, own] @ hessian[own]
-            products[:, group] = torch.zeros(len(codes), count).index_add_(1, groups, curved * codes)
             wanted[:, group] = (curved * rest).sum(1)
+            products[:, group] = curved.mul_(codes) @ belongs
         damped = products + torch.diag_embed(_DAMPING * products.diagonal(dim1=1, dim2=2) + 1e-20)
         change = torch.linalg.solve_ex(damped, wanted)[0]
         after = (before + change).to(scale_dtype).float()

@@ -74,7 +74,11 @@ def test_codes_that_say_nothing_keep_their_scale(weight, hessian):
     assert (scales > 0).all()
 
 
-def test_gptq_refits_by_default(weight, hessian):
+def test_gptq_refits_few_bits_by_default(weight, hessian):
+    four = WeightScheme(WoqWeightDtype.INT4, False, 32)
+    without = quantize_weight(weight, hessian, four, GptqOptions(refit=False))
+    assert torch.equal(quantize_weight(weight, hessian, four).scales, without.scales)
+    assert not torch.equal(quantize_weight(weight, hessian, four, GptqOptions(refit=True)).scales, without.scales)
     scheme = WeightScheme(WoqWeightDtype.INT2, False, 32)
     plain = quantize_weight(weight, hessian, scheme, GptqOptions(refit=False))
     refitted = quantize_weight(weight, hessian, scheme)
