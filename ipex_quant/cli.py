@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ipex_quant as ipex
 
 from .recipes import recipe_names
-from .writing import new_directory
+from .writing import new_directory, write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ FAILED = 1
 BAD_INPUT = 2
 DTYPES = ("bfloat16", "float16", "float32")
 MESSAGE_LENGTH = 1000
+MAX_LOSS = 0.01
 MODEL_HELP = (
     "result of `ipex-quant quantize`, a checkpoint that another tool quantized, a GGUF file, or a float model; or its "
     "id in the hub"
@@ -104,29 +105,37 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("autotune", _autotune, "Find the best way to quantize a model within an accuracy budget.")
     sub.add_argument("model_dir", metavar="MODEL_DIR", help='float model with its tokenizer, or "embedded"')
-    sub.add_argument("--recipe", default="w8a8-smoothquant", help="recipe to tune around (default %(default)s)")
+    sub.add_argument(
+        "--recipe",
+        help="recipe to tune around (default: w8a8-smoothquant; with a budget integer weights of 2 to 8 bits, by GPTQ)",
+    )
+    sub.add_argument("--size", metavar="BYTES", help="budget: the size of all that is stored, as 120MB or 1.5GiB")
+    sub.add_argument("--max-kl", type=float, metavar="X", help="budget: KL divergence from float, in nats per token")
+    sub.add_argument("--tokens-per-second", type=float, metavar="X", help="budget: speed of decoding, on this machine")
+    sub.add_argument("--max-bytes-per-weight", type=float, metavar="X", help="budget: average over linear layers")
     sub.add_argument(
         "--max-loss",
         type=float,
-        default=0.01,
         metavar="X",
-        help="allowed rise of perplexity, relative; of models without one, squared error of the outputs, relative",
+        help="without --size, --max-kl and --tokens-per-second: allowed rise of perplexity, relative; of models that "
+        f"have none, squared error of the outputs, relative (default {MAX_LOSS})",
     )
-    sub.add_argument("--max-bytes-per-weight", type=float, metavar="X", help="budget of a weight-only recipe")
     sub.add_argument("--time", type=float, default=0, metavar="S", help="seconds; 0 ends at the first success")
-    sub.add_argument("--text", type=Path, metavar="FILE", help="text whose perplexity counts")
+    sub.add_argument("--text", type=Path, metavar="FILE", help="text whose perplexity, or divergence, counts")
     sub.add_argument("--max-tokens", type=_positive, default=8192, metavar="N", help="predict at most N of its tokens")
     sub.add_argument("--sequence-length", type=_positive, default=512, metavar="N")
     sub.add_argument("--dataset", metavar="FILE_OR_NAME", help="calibration text (default: Python's docs)")
     sub.add_argument("--column", metavar="NAME", help="column of the dataset that holds the text")
-    sub.add_argument("--samples", type=_positive, default=100, metavar="N", help="windows of it (default %(default)s)")
+    sub.add_argument("--samples", type=_positive, metavar="N", help="windows of it (default 100; with a budget 64)")
     inputs(sub, "what to calibrate a model on that is not called with text")
     sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations (default %(default)s)")
     sub.add_argument("--record", type=Path, metavar="FILE", help="keep the trials there, to go on after a stop")
     sub.add_argument(
         "--report", type=Path, action="append", metavar="FILE", help="write a report: .html, .json or .svg"
     )
-    sub.add_argument("--out", type=Path, metavar="DIR", help="new directory for the tuned model")
+    sub.add_argument(
+        "--out", type=Path, metavar="DIR", help="new directory for the tuned model, its recipe.yaml and report.html"
+    )
 
     for name, help, directory, what in (
         ("export", "Write a model that was quantized here in another tool's format.", "MODEL_DIR", MODEL_HELP),
@@ -219,13 +228,18 @@ def _autotune(options: argparse.Namespace) -> int:
     from . import data
     from .recipes.recipe import load_recipe
 
-    recipe = load_recipe(options.recipe)
+    budget = _has_budget(options)
+    if budget and options.max_loss is not None:
+        raise ValueError("--max-loss: it is no limit beside --size, --max-kl or --tokens-per-second; leave it out")
+    name = options.recipe or (None if budget or options.max_bytes_per_weight is not None else "w8a8-smoothquant")
+    recipe = None if name is None else load_recipe(name)
     embedded = options.model_dir == "embedded"
     directory = data.embedded_model_dir() if embedded else Path(options.model_dir)
-    if options.text is None:
-        text = data.held_out_text() if embedded else None
-    else:
+    if options.text is not None:
         text = options.text.read_text(encoding="utf-8")
+    else:
+        # The default calibration text and this one have no paragraph in common.
+        text = data.held_out_text() if embedded or (budget and options.dataset is None) else None
     with nullcontext() if options.out is None else new_directory(options.out, "--out") as out:
         report = _tune(options, recipe, directory, text, out)
     print(report.table())
@@ -234,13 +248,21 @@ def _autotune(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tune(options: argparse.Namespace, recipe: Recipe, directory: Path, text: str | None, out: Path | None) -> Report:
-    """Tune, and save the result in `out` if given; RuntimeError if no candidate is within the budget."""
+def _has_budget(options: argparse.Namespace) -> bool:
+    """Whether the divergence from the float model counts, which goes with budgets of size, divergence and speed."""
+    return any(each is not None for each in (options.size, options.max_kl, options.tokens_per_second))
+
+
+def _tune(
+    options: argparse.Namespace, recipe: Recipe | None, directory: Path, text: str | None, out: Path | None
+) -> Report:
+    """Tune, and save the result in `out` if given; RuntimeError if no candidate loses as little as wanted."""
     from .recipes import inputs
+    from .recipes.recipe import recipe_yaml
     from .recipes.tune import Tuning
 
-    tokenizer = _tokenizer(options, directory)
-    tuning = Tuning(recipe, tokenizer, options.samples, options.sequence_length)
+    tokenizer, budget = _tokenizer(options, directory), _has_budget(options)
+    tuning = Tuning(recipe, tokenizer, options.samples or (64 if budget else 100), options.sequence_length)
     calibration = inputs.read_inputs(options.inputs) if options.inputs else ()
     if not options.inputs and tokenizer is not None:
         calibration = _of_dataset(tuning.calibration, options.dataset, options.column)
@@ -250,25 +272,35 @@ def _tune(options: argparse.Namespace, recipe: Recipe, directory: Path, text: st
     metric = None
     if inputs.predicts_next_tokens(model) and not options.inputs:
         if text is None:
-            raise ValueError("--text: expected a file whose perplexity counts")
+            raise ValueError("--text: expected a file whose perplexity or divergence counts")
         metric = tuning.perplexity(text, options.max_tokens)
+        if budget:
+            metric = tuning.divergence(_float_model(options, directory, "float32"), text, options.max_tokens)
     elif options.text is not None:
         raise ValueError(f"--text: a {type(model).__name__} has no perplexity; leave it out")
+    max_loss = MAX_LOSS if options.max_loss is None else options.max_loss
     model, report = tuning.run(
         model,
         inputs.of_model(model, calibration),
         metric,
-        accuracy_criterion={"relative": options.max_loss},
+        accuracy_criterion=None if budget else {"relative": max_loss},
         max_bytes_per_weight=options.max_bytes_per_weight,
+        size=options.size,
+        max_kl=options.max_kl,
+        tokens_per_second=options.tokens_per_second,
         tuning_time=options.time,
         record=options.record,
         report=options.report or (),
     )
     if not report.met:
         print(report.table())
-        raise RuntimeError(f"no recipe is within --max-loss {options.max_loss}: allow more, or give it more --time")
+        limit = "the budget" if budget else f"--max-loss {max_loss}"
+        raise RuntimeError(f"no recipe is within {limit}: allow more, or give it more --time")
     if out is not None:
         _save(model, out, tokenizer, directory)
+        report.write(out / "report.html")
+        if report.weight_only:
+            write_whole(out / "recipe.yaml", recipe_yaml(tuning.recipe_of(report)))
     return report
 
 

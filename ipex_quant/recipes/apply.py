@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.ao.quantization import QConfigMapping
 from transformers import PreTrainedTokenizerBase
 
 from .. import data, llm
-from ..conversion.calibration_batches import Samples
+from ..autotune.candidate import WeightOnlyCandidate
+from ..autotune.weight_only import find_weights, quantized_model
+from ..conversion.calibration_batches import Samples, calibration_batches
 from ..conversion.calibration_text import text_documents
+from ..conversion.example import Example
 from ..conversion.gptq import GptqRun
 from ..conversion.prepare import convert_some
+from ..conversion.rules import choose_weight_only
 from ..llm.saved.notes import note_recipe
 from ..nn.embeddings import is_embedding
 from ..nn.linears import holds_experts, is_linear, output_head
 from ..quantization import auto_round, awq, calibrate, calibration_dataloader, prepare
-from .recipe import AutoRound, Awq, Calibrated, Gptq, Recipe, layer_widths
+from .recipe import ALGORITHMS, AutoRound, Awq, Calibrated, Gptq, Recipe, WeightOnly, layer_widths
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -63,7 +68,10 @@ def apply_recipe(
     if isinstance(recipe.settings, Calibrated) and not len(calibration):
         raise ValueError(f"recipe {recipe.name}: it needs calibration text, got none")
     mapping = recipe.qconfig_mapping(model)
-    if isinstance(recipe.settings, Gptq):
+    if isinstance(recipe.settings, WeightOnly) and recipe.settings.schemes:
+        model = _apply_schemes(recipe.settings, mapping, model, calibration)
+        mapping = mapping if _left_in_float(model, recipe) else None  # experts
+    elif isinstance(recipe.settings, Gptq):
         model = _apply_gptq(recipe, model, calibration, dtype)
         mapping = mapping if _left_in_float(model, recipe) else None
     elif isinstance(recipe.settings, Awq | AutoRound):
@@ -80,6 +88,26 @@ def apply_recipe(
     model = llm.optimize(model, dtype=dtype, quantization_config=mapping, inplace=True)
     note_recipe(model, recipe.note)
     return model
+
+
+def _apply_schemes(
+    settings: WeightOnly, mapping: QConfigMapping, model: nn.Module, calibration: Collection[Any]
+) -> nn.Module:
+    """Quantize the linear layers and embeddings of `model` as `autotune` does; AutoRound has its own way."""
+    if isinstance(settings, AutoRound):
+        raise ValueError("schemes: auto_round tunes all layers to one scheme; use gptq, awq or rtn")
+    chosen = choose_weight_only(mapping, model, "schemes")
+    layers = {name: qconfig for name, qconfig in chosen.items() if not holds_experts(model.get_submodule(name))}
+    algorithm = next(name for name, kind in ALGORITHMS.items() if kind is type(settings))
+    schemes = tuple((name, qconfig.scheme) for name, qconfig in layers.items())
+    candidate = WeightOnlyCandidate(algorithm, settings.lowp_mode, schemes)
+    batches: list[Example] = []
+    if isinstance(settings, Calibrated):
+        samples = Samples(settings.samples, settings.sequence_length)
+        batches = [Example(kwargs=each) for each in calibration_batches(model, calibration, samples)]
+    options = settings.options() if isinstance(settings, Gptq) else None
+    found = find_weights(model, batches, candidate, options)
+    return quantized_model(model, candidate, found, settings.act_quant_mode, inplace=True)
 
 
 def _apply_gptq(recipe: Recipe, model: nn.Module, calibration: Collection[Any], dtype: torch.dtype) -> nn.Module:

@@ -14,7 +14,7 @@ from ..llm.loading import load_float, load_rounded, load_stored
 from ..llm.saved.notes import note_recipe
 from . import inputs
 from .apply import apply_recipe
-from .recipe import AutoRound, Awq, Calibrated, Dynamic, Gptq, Recipe
+from .recipe import Calibrated, Dynamic, Recipe, WeightOnly
 
 
 def quantized(
@@ -33,7 +33,8 @@ def quantized(
     `work_dir` are those of `apply_recipe`; ``check(model)`` may raise for a model that cannot be calibrated on it.
     Raises as `apply_recipe` and `load_float` do.
     """
-    if not isinstance(recipe.settings, Calibrated | Dynamic):
+    mixed = isinstance(recipe.settings, WeightOnly) and bool(recipe.settings.schemes)
+    if not isinstance(recipe.settings, Calibrated | Dynamic) and not mixed:
         sizes: list[int] = []
 
         def mapping_of(model: PreTrainedModel) -> Any:
@@ -43,7 +44,7 @@ def quantized(
         model = load_rounded(directory, dtype, mapping_of, trust_remote_code=trust_remote_code)
         note_recipe(model, recipe.note)
         return model, sizes[0]
-    if isinstance(recipe.settings, Gptq | Awq | AutoRound | Dynamic):
+    if isinstance(recipe.settings, WeightOnly | Dynamic):
         model = load_stored(directory, dtype, recipe.qconfig_mapping, trust_remote_code)
     else:
         model = load_float(directory, dtype, trust_remote_code)
