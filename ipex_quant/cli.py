@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ipex_quant as ipex
 
 from .recipes import recipe_names
+from .recipes.best import BEST_RECIPES
 from .writing import new_directory, write_whole
 
 if TYPE_CHECKING:
@@ -88,9 +89,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODEL_DIR",
         help="float model with its tokenizer, a GGUF file in float, or its id in the hub",
     )
-    sub.add_argument(
-        "--recipe", required=True, help=f"{', '.join(recipe_names())}, or a YAML file (see CONTRIBUTING.md)"
-    )
+    chosen = sub.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--recipe", help=f"{', '.join(recipe_names())}, or a YAML file (see CONTRIBUTING.md)")
+    chosen.add_argument("--bits", type=int, choices=sorted(BEST_RECIPES), help="the best known recipe of that size")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the result")
     sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations (default %(default)s)")
     sub.add_argument(
@@ -192,7 +193,9 @@ def _quantize(options: argparse.Namespace) -> int:
     from .recipes.load import quantized
     from .recipes.recipe import AutoRound, Calibrated, load_recipe
 
-    recipe = load_recipe(options.recipe)
+    if options.bits is not None:
+        print(f"--bits {options.bits}: recipe {BEST_RECIPES[options.bits].name}: {BEST_RECIPES[options.bits].why}")
+    recipe = load_recipe(options.recipe or BEST_RECIPES[options.bits].name)
     text = options.dataset or options.column or options.samples
     if not isinstance(recipe.settings, Calibrated) and (text or options.inputs):
         raise ValueError(

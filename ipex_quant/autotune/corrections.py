@@ -27,6 +27,9 @@ from ..woq.towers import find_towers, pattern
 LOGITS = 1 << 26
 """Largest number of the float model's logits that are kept to compare with; one batch is, whatever its size."""
 
+TOKENS = 2048
+"""Number of predictions that are enough to compare."""
+
 _ROUNDS = 50
 _SPREAD = 8.0
 """Largest factor, and the inverse of the smallest: beyond it, noise was measured."""
@@ -58,7 +61,7 @@ def measured_factors(
         measured = {}
         for part in tqdm(_parts(block_of, kind_of), "measuring divergences"):
             measured[part] = measure(part)
-    return _fitted(errors, measured, block_of, kind_of)
+    return _fitted(errors, measured)
 
 
 def _parts(*keys: Mapping[str, str]) -> list[tuple[str, ...]]:
@@ -72,13 +75,8 @@ def _parts(*keys: Mapping[str, str]) -> list[tuple[str, ...]]:
     return list(found)
 
 
-def _fitted(
-    errors: Mapping[str, float],
-    measured: Mapping[tuple[str, ...], float],
-    block_of: Mapping[str, str],
-    kind_of: Mapping[str, str],
-) -> dict[str, float]:
-    """Factors, one for each block times one for each kind, with which sums of `errors` are as `measured`."""
+def _fitted(errors: Mapping[str, float], measured: Mapping[tuple[str, ...], float]) -> dict[str, float]:
+    """Factors, one for each set of names times another, with which sums of `errors` are as `measured`."""
     factors = dict.fromkeys(errors, 1.0)
     for _ in range(_ROUNDS):
         for names, divergence in measured.items():
@@ -86,7 +84,6 @@ def _fitted(
             ratio = divergence / total if total > 0 and divergence > 0 else 1.0
             for name in names:
                 factors[name] *= ratio
-    # Blocks and kinds do not sum up to quite the same; the fit has come to rest half way.
     return {name: min(max(factor, 1 / _SPREAD), _SPREAD) for name, factor in factors.items()}
 
 
@@ -105,6 +102,8 @@ class _Comparison:
                 break
             self.batches.append(batch)
             self.expected.append(expected)
+            if sum(map(len, self.expected)) >= TOKENS:
+                break
 
     def __call__(self) -> float:
         total = 0.0

@@ -94,13 +94,16 @@ class WeightOnlyQuantizer:
         """The search, which corrects its predictions by the trials; ValueError if no candidate is within the budget."""
         search = self._search()
         trial = None
+        trials: dict[Any, Trial] = {}
         while True:
             try:
                 candidate = search.send(trial)
             except StopIteration:
                 return
-            trial = yield candidate
-            self.fits[candidate.algorithm].add(self._estimate(candidate), trial.loss)
+            if candidate not in trials:
+                trials[candidate] = yield candidate
+                self.fits[candidate.algorithm].add(self._estimate(candidate), trials[candidate].loss)
+            trial = trials[candidate]
 
     def predicted(self, candidate: WeightOnlyCandidate) -> float:
         """The loss of a candidate that its estimate and the trials so far predict."""

@@ -10,7 +10,9 @@ from ipex_quant.autotune.trials import Trial, TrialRecord
 
 
 def trial(index, metric, size, met=True):
-    return Trial(index, {"n": index}, f"recipe <{index}>", metric, 1 - metric, None, met, size * 10**6, 0.5, 0.25, None, 2.0)
+    return Trial(
+        index, {"n": index}, f"recipe <{index}>", metric, 1 - metric, None, met, size * 10**6, 0.5, 0.25, None, 2.0
+    )
 
 
 @pytest.fixture
