@@ -102,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--column", metavar="NAME", help="column of the dataset that holds the text")
     sub.add_argument("--samples", type=_positive, metavar="N", help="windows of the text (default: the recipe's)")
     inputs(sub, "what to calibrate a model on that is not called with text")
+    sub.add_argument(
+        "--imatrix",
+        type=Path,
+        metavar="FILE",
+        help="importance matrix of llama.cpp (.gguf or .dat), by which recipes that round to nearest look for scales",
+    )
     sub.add_argument("--work-dir", type=Path, metavar="DIR", help="keep tuned blocks there, to go on after a stop")
 
     sub = command("autotune", _autotune, "Find the best way to quantize a model within an accuracy budget.")
@@ -188,6 +194,7 @@ def _quantize(options: argparse.Namespace) -> int:
     import torch
 
     from . import evaluation
+    from .conversion.calibration_imatrix import read_imatrix
     from .recipes import inputs
     from .recipes.apply import calibration_data
     from .recipes.load import quantized
@@ -207,6 +214,7 @@ def _quantize(options: argparse.Namespace) -> int:
         raise ValueError(f"--work-dir: recipe {recipe.name} keeps no unfinished work; leave it out")
     if options.samples:
         recipe = replace(recipe, settings=replace(recipe.settings, samples=options.samples))
+    imatrix = None if options.imatrix is None else read_imatrix(options.imatrix)
     tokenizer = _tokenizer(options, options.model_dir)
     with new_directory(options.out, "--out") as out:
         calibration = inputs.read_inputs(options.inputs) if options.inputs else ()
@@ -215,7 +223,7 @@ def _quantize(options: argparse.Namespace) -> int:
         check = None if options.inputs else partial(inputs.check_takes_text, tokenizer=tokenizer)
         dtype = getattr(torch, options.dtype)
         model, before = quantized(
-            recipe, options.model_dir, dtype, calibration, check, options.trust_remote_code, options.work_dir
+            recipe, options.model_dir, dtype, calibration, check, options.trust_remote_code, options.work_dir, imatrix
         )
         _save(model, out, tokenizer, options.model_dir)
     after = evaluation.model_bytes(model)
