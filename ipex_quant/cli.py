@@ -6,6 +6,7 @@ Commands import their modules when they run, so that `--help` and usage errors a
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 import textwrap
@@ -94,11 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     chosen.add_argument("--bits", type=int, choices=sorted(BEST_RECIPES), help="the best known recipe of that size")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the result")
     sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations (default %(default)s)")
-    sub.add_argument(
-        "--dataset",
-        metavar="FILE_OR_NAME",
-        help="calibration text: a .txt, .json, .jsonl or .parquet file, or a name on the hub (default: Python's docs)",
-    )
+    _add_dataset(sub)
     sub.add_argument("--column", metavar="NAME", help="column of the dataset that holds the text")
     sub.add_argument("--samples", type=_positive, metavar="N", help="windows of the text (default: the recipe's)")
     inputs(sub, "what to calibrate a model on that is not called with text")
@@ -131,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--text", type=Path, metavar="FILE", help="text whose perplexity, or divergence, counts")
     sub.add_argument("--max-tokens", type=_positive, default=8192, metavar="N", help="predict at most N of its tokens")
     sub.add_argument("--sequence-length", type=_positive, default=512, metavar="N")
-    sub.add_argument("--dataset", metavar="FILE_OR_NAME", help="calibration text (default: Python's docs)")
+    _add_dataset(sub)
     sub.add_argument("--column", metavar="NAME", help="column of the dataset that holds the text")
     sub.add_argument("--samples", type=_positive, metavar="N", help="windows of it (default 100; with a budget 64)")
     inputs(sub, "what to calibrate a model on that is not called with text")
@@ -219,7 +216,7 @@ def _quantize(options: argparse.Namespace) -> int:
     with new_directory(options.out, "--out") as out:
         calibration = inputs.read_inputs(options.inputs) if options.inputs else ()
         if not options.inputs and tokenizer is not None:
-            calibration = _of_dataset(calibration_data, recipe, tokenizer, options.dataset, options.column)
+            calibration = _of_dataset(calibration_data, recipe, tokenizer, _mixed(options.dataset), options.column)
         check = None if options.inputs else partial(inputs.check_takes_text, tokenizer=tokenizer)
         dtype = getattr(torch, options.dtype)
         model, before = quantized(
@@ -276,7 +273,7 @@ def _tune(
     tuning = Tuning(recipe, tokenizer, options.samples or (64 if budget else 100), options.sequence_length)
     calibration = inputs.read_inputs(options.inputs) if options.inputs else ()
     if not options.inputs and tokenizer is not None:
-        calibration = _of_dataset(tuning.calibration, options.dataset, options.column)
+        calibration = _of_dataset(tuning.calibration, _mixed(options.dataset), options.column)
     model = _float_model(options, directory, options.dtype)
     if not options.inputs:
         inputs.check_takes_text(model, tokenizer)
@@ -421,6 +418,31 @@ def _copy(source: Path, out: Path, patterns: Sequence[str]) -> None:
     for file in sorted({file for pattern in patterns for file in source.glob(pattern)}):
         if file.is_file() and not (out / file.name).exists():
             shutil.copy(file, out / file.name)
+
+
+def _add_dataset(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--dataset",
+        action="append",
+        metavar="FILE_OR_NAME[:WEIGHT]",
+        help="calibration text: a .txt, .json, .jsonl or .parquet file, of text or of conversations (messages), or a "
+        "name on the hub (default: Python's docs); several are mixed by their weights (default 1)",
+    )
+
+
+def _mixed(datasets: Sequence[str] | None) -> str | dict[str, float] | None:
+    """The source that the values of --dataset are: one by itself, or several with their weights."""
+    if not datasets:
+        return None
+    weights = {}
+    for each in datasets:
+        name, colon, weight = each.rpartition(":")
+        if not colon or Path(each).exists() or not re.fullmatch(r"\d+(\.\d+)?", weight):
+            name, weight = each, "1"
+        if name in weights:
+            raise ValueError(f"--dataset: {name} is given twice; give it a weight")
+        weights[name] = float(weight)
+    return next(iter(weights)) if len(weights) == 1 else weights
 
 
 def _of_dataset(read: Callable[..., Any], *arguments: Any) -> Any:

@@ -260,3 +260,14 @@ def test_quantize_takes_no_quantized_checkpoint(float_dir, tmp_path, capsys, con
     assert cli.main(["quantize", str(directory), "--recipe", "w8a16", "--out", str(tmp_path / "out")]) == 2
     assert "quantized already, by 'odd'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_datasets_are_mixed_by_their_weights(tmp_path):
+    odd = tmp_path / "a.txt:3"
+    odd.touch()
+    assert cli._mixed(None) is None
+    assert cli._mixed(["a.txt:2"]) == "a.txt"
+    assert cli._mixed(["a.txt:2", "b.jsonl", "org/name:0.5"]) == {"a.txt": 2, "b.jsonl": 1, "org/name": 0.5}
+    assert cli._mixed([str(odd), "c:\\x.txt"]) == {str(odd): 1, "c:\\x.txt": 1}
+    with pytest.raises(ValueError, match=r"--dataset: a\.txt is given twice"):
+        cli._mixed(["a.txt", "a.txt:2"])

@@ -1,10 +1,10 @@
 """`read_imatrix`: importance matrices of llama.cpp as mean squares of the inputs of linear layers.
 
 Source: llama.cpp's ``tools/imatrix``. The GGUF form has, for the weight NAME of a GGUF model, a tensor
-``NAME.in_sum2`` with sums of squares ``[matrices, K]`` and ``NAME.counts`` with their number ``[matrices, 1]``. The older
-binary form has an int32 number of entries, and of each the int32 length of its name, the name, the int32 numbers of
-calls and of values, and the values, float32: means of squares times the number of calls. What follows is no part of the
-statistics.
+``NAME.in_sum2`` with sums of squares ``[matrices, K]`` and ``NAME.counts`` with their number ``[matrices, 1]``. The
+older binary form has an int32 number of entries, and of each the int32 length of its name, the name, the int32 numbers
+of calls and of values, and the values, float32: means of squares times the number of calls. What follows is no part of
+the statistics.
 
 Files come from strangers: every count is compared with what is left of the file before anything of that size is read.
 """

@@ -33,7 +33,9 @@ def write_gguf(path, kind="imatrix", counts=(5.0, 4.0), suffix=".counts"):
             infos += text(name + key) + struct.pack("<IQQIQ", 2, len(numbers), 1, 0, len(data))
             content = numbers.numpy().astype("<f4").tobytes()
             data += content + bytes(-len(content) % 32)
-    header = b"GGUF" + struct.pack("<IQQ", 3, 2 * len(NAMES), 1) + text("general.type") + struct.pack("<I", 8) + text(kind)
+    header = (
+        b"GGUF" + struct.pack("<IQQ", 3, 2 * len(NAMES), 1) + text("general.type") + struct.pack("<I", 8) + text(kind)
+    )
     header += infos
     path.write_bytes(header + bytes(-len(header) % 32) + data)
     return path
