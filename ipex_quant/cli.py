@@ -6,6 +6,7 @@ Commands import their modules when they run, so that `--help` and usage errors a
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 import textwrap
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import ipex_quant as ipex
 
 from .recipes import recipe_names
-from .writing import new_directory
+from .recipes.best import BEST_RECIPES
+from .writing import new_directory, write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +30,7 @@ FAILED = 1
 BAD_INPUT = 2
 DTYPES = ("bfloat16", "float16", "float32")
 MESSAGE_LENGTH = 1000
+MAX_LOSS = 0.01
 MODEL_HELP = (
     "result of `ipex-quant quantize`, a checkpoint that another tool quantized, a GGUF file, or a float model; or its "
     "id in the hub"
@@ -87,46 +90,56 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODEL_DIR",
         help="float model with its tokenizer, a GGUF file in float, or its id in the hub",
     )
-    sub.add_argument(
-        "--recipe", required=True, help=f"{', '.join(recipe_names())}, or a YAML file (see CONTRIBUTING.md)"
-    )
+    chosen = sub.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--recipe", help=f"{', '.join(recipe_names())}, or a YAML file (see CONTRIBUTING.md)")
+    chosen.add_argument("--bits", type=int, choices=sorted(BEST_RECIPES), help="the best known recipe of that size")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the result")
     sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations (default %(default)s)")
-    sub.add_argument(
-        "--dataset",
-        metavar="FILE_OR_NAME",
-        help="calibration text: a .txt, .json, .jsonl or .parquet file, or a name on the hub (default: Python's docs)",
-    )
+    _add_dataset(sub)
     sub.add_argument("--column", metavar="NAME", help="column of the dataset that holds the text")
     sub.add_argument("--samples", type=_positive, metavar="N", help="windows of the text (default: the recipe's)")
     inputs(sub, "what to calibrate a model on that is not called with text")
+    sub.add_argument(
+        "--imatrix",
+        type=Path,
+        metavar="FILE",
+        help="importance matrix of llama.cpp (.gguf or .dat), by which recipes that round to nearest look for scales",
+    )
     sub.add_argument("--work-dir", type=Path, metavar="DIR", help="keep tuned blocks there, to go on after a stop")
 
     sub = command("autotune", _autotune, "Find the best way to quantize a model within an accuracy budget.")
     sub.add_argument("model_dir", metavar="MODEL_DIR", help='float model with its tokenizer, or "embedded"')
-    sub.add_argument("--recipe", default="w8a8-smoothquant", help="recipe to tune around (default %(default)s)")
+    sub.add_argument(
+        "--recipe",
+        help="recipe to tune around (default: w8a8-smoothquant; with a budget integer weights of 2 to 8 bits, by GPTQ)",
+    )
+    sub.add_argument("--size", metavar="BYTES", help="budget: the size of all that is stored, as 120MB or 1.5GiB")
+    sub.add_argument("--max-kl", type=float, metavar="X", help="budget: KL divergence from float, in nats per token")
+    sub.add_argument("--tokens-per-second", type=float, metavar="X", help="budget: speed of decoding, on this machine")
+    sub.add_argument("--max-bytes-per-weight", type=float, metavar="X", help="budget: average over linear layers")
     sub.add_argument(
         "--max-loss",
         type=float,
-        default=0.01,
         metavar="X",
-        help="allowed rise of perplexity, relative; of models without one, squared error of the outputs, relative",
+        help="without --size, --max-kl and --tokens-per-second: allowed rise of perplexity, relative; of models that "
+        f"have none, squared error of the outputs, relative (default {MAX_LOSS})",
     )
-    sub.add_argument("--max-bytes-per-weight", type=float, metavar="X", help="budget of a weight-only recipe")
     sub.add_argument("--time", type=float, default=0, metavar="S", help="seconds; 0 ends at the first success")
-    sub.add_argument("--text", type=Path, metavar="FILE", help="text whose perplexity counts")
+    sub.add_argument("--text", type=Path, metavar="FILE", help="text whose perplexity, or divergence, counts")
     sub.add_argument("--max-tokens", type=_positive, default=8192, metavar="N", help="predict at most N of its tokens")
     sub.add_argument("--sequence-length", type=_positive, default=512, metavar="N")
-    sub.add_argument("--dataset", metavar="FILE_OR_NAME", help="calibration text (default: Python's docs)")
+    _add_dataset(sub)
     sub.add_argument("--column", metavar="NAME", help="column of the dataset that holds the text")
-    sub.add_argument("--samples", type=_positive, default=100, metavar="N", help="windows of it (default %(default)s)")
+    sub.add_argument("--samples", type=_positive, metavar="N", help="windows of it (default 100; with a budget 64)")
     inputs(sub, "what to calibrate a model on that is not called with text")
     sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations (default %(default)s)")
     sub.add_argument("--record", type=Path, metavar="FILE", help="keep the trials there, to go on after a stop")
     sub.add_argument(
         "--report", type=Path, action="append", metavar="FILE", help="write a report: .html, .json or .svg"
     )
-    sub.add_argument("--out", type=Path, metavar="DIR", help="new directory for the tuned model")
+    sub.add_argument(
+        "--out", type=Path, metavar="DIR", help="new directory for the tuned model, its recipe.yaml and report.html"
+    )
 
     for name, help, directory, what in (
         ("export", "Write a model that was quantized here in another tool's format.", "MODEL_DIR", MODEL_HELP),
@@ -178,12 +191,15 @@ def _quantize(options: argparse.Namespace) -> int:
     import torch
 
     from . import evaluation
+    from .conversion.calibration_imatrix import read_imatrix
     from .recipes import inputs
     from .recipes.apply import calibration_data
     from .recipes.load import quantized
     from .recipes.recipe import AutoRound, Calibrated, load_recipe
 
-    recipe = load_recipe(options.recipe)
+    if options.bits is not None:
+        print(f"--bits {options.bits}: recipe {BEST_RECIPES[options.bits].name}: {BEST_RECIPES[options.bits].why}")
+    recipe = load_recipe(options.recipe or BEST_RECIPES[options.bits].name)
     text = options.dataset or options.column or options.samples
     if not isinstance(recipe.settings, Calibrated) and (text or options.inputs):
         raise ValueError(
@@ -195,15 +211,16 @@ def _quantize(options: argparse.Namespace) -> int:
         raise ValueError(f"--work-dir: recipe {recipe.name} keeps no unfinished work; leave it out")
     if options.samples:
         recipe = replace(recipe, settings=replace(recipe.settings, samples=options.samples))
+    imatrix = None if options.imatrix is None else read_imatrix(options.imatrix)
     tokenizer = _tokenizer(options, options.model_dir)
     with new_directory(options.out, "--out") as out:
         calibration = inputs.read_inputs(options.inputs) if options.inputs else ()
         if not options.inputs and tokenizer is not None:
-            calibration = _of_dataset(calibration_data, recipe, tokenizer, options.dataset, options.column)
+            calibration = _of_dataset(calibration_data, recipe, tokenizer, _mixed(options.dataset), options.column)
         check = None if options.inputs else partial(inputs.check_takes_text, tokenizer=tokenizer)
         dtype = getattr(torch, options.dtype)
         model, before = quantized(
-            recipe, options.model_dir, dtype, calibration, check, options.trust_remote_code, options.work_dir
+            recipe, options.model_dir, dtype, calibration, check, options.trust_remote_code, options.work_dir, imatrix
         )
         _save(model, out, tokenizer, options.model_dir)
     after = evaluation.model_bytes(model)
@@ -219,13 +236,18 @@ def _autotune(options: argparse.Namespace) -> int:
     from . import data
     from .recipes.recipe import load_recipe
 
-    recipe = load_recipe(options.recipe)
+    budget = _has_budget(options)
+    if budget and options.max_loss is not None:
+        raise ValueError("--max-loss: it is no limit beside --size, --max-kl or --tokens-per-second; leave it out")
+    name = options.recipe or (None if budget or options.max_bytes_per_weight is not None else "w8a8-smoothquant")
+    recipe = None if name is None else load_recipe(name)
     embedded = options.model_dir == "embedded"
     directory = data.embedded_model_dir() if embedded else Path(options.model_dir)
-    if options.text is None:
-        text = data.held_out_text() if embedded else None
-    else:
+    if options.text is not None:
         text = options.text.read_text(encoding="utf-8")
+    else:
+        # The default calibration text and this one have no paragraph in common.
+        text = data.held_out_text() if embedded or (budget and options.dataset is None) else None
     with nullcontext() if options.out is None else new_directory(options.out, "--out") as out:
         report = _tune(options, recipe, directory, text, out)
     print(report.table())
@@ -234,41 +256,59 @@ def _autotune(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tune(options: argparse.Namespace, recipe: Recipe, directory: Path, text: str | None, out: Path | None) -> Report:
-    """Tune, and save the result in `out` if given; RuntimeError if no candidate is within the budget."""
+def _has_budget(options: argparse.Namespace) -> bool:
+    """Whether the divergence from the float model counts, which goes with budgets of size, divergence and speed."""
+    return any(each is not None for each in (options.size, options.max_kl, options.tokens_per_second))
+
+
+def _tune(
+    options: argparse.Namespace, recipe: Recipe | None, directory: Path, text: str | None, out: Path | None
+) -> Report:
+    """Tune, and save the result in `out` if given; RuntimeError if no candidate loses as little as wanted."""
     from .recipes import inputs
+    from .recipes.recipe import recipe_yaml
     from .recipes.tune import Tuning
 
-    tokenizer = _tokenizer(options, directory)
-    tuning = Tuning(recipe, tokenizer, options.samples, options.sequence_length)
+    tokenizer, budget = _tokenizer(options, directory), _has_budget(options)
+    tuning = Tuning(recipe, tokenizer, options.samples or (64 if budget else 100), options.sequence_length)
     calibration = inputs.read_inputs(options.inputs) if options.inputs else ()
     if not options.inputs and tokenizer is not None:
-        calibration = _of_dataset(tuning.calibration, options.dataset, options.column)
+        calibration = _of_dataset(tuning.calibration, _mixed(options.dataset), options.column)
     model = _float_model(options, directory, options.dtype)
     if not options.inputs:
         inputs.check_takes_text(model, tokenizer)
     metric = None
     if inputs.predicts_next_tokens(model) and not options.inputs:
         if text is None:
-            raise ValueError("--text: expected a file whose perplexity counts")
+            raise ValueError("--text: expected a file whose perplexity or divergence counts")
         metric = tuning.perplexity(text, options.max_tokens)
+        if budget:
+            metric = tuning.divergence(_float_model(options, directory, "float32"), text, options.max_tokens)
     elif options.text is not None:
         raise ValueError(f"--text: a {type(model).__name__} has no perplexity; leave it out")
+    max_loss = MAX_LOSS if options.max_loss is None else options.max_loss
     model, report = tuning.run(
         model,
         inputs.of_model(model, calibration),
         metric,
-        accuracy_criterion={"relative": options.max_loss},
+        accuracy_criterion=None if budget else {"relative": max_loss},
         max_bytes_per_weight=options.max_bytes_per_weight,
+        size=options.size,
+        max_kl=options.max_kl,
+        tokens_per_second=options.tokens_per_second,
         tuning_time=options.time,
         record=options.record,
         report=options.report or (),
     )
     if not report.met:
         print(report.table())
-        raise RuntimeError(f"no recipe is within --max-loss {options.max_loss}: allow more, or give it more --time")
+        limit = "the budget" if budget else f"--max-loss {max_loss}"
+        raise RuntimeError(f"no recipe is within {limit}: allow more, or give it more --time")
     if out is not None:
         _save(model, out, tokenizer, directory)
+        report.write(out / "report.html")
+        if report.weight_only:
+            write_whole(out / "recipe.yaml", recipe_yaml(tuning.recipe_of(report)))
     return report
 
 
@@ -378,6 +418,31 @@ def _copy(source: Path, out: Path, patterns: Sequence[str]) -> None:
     for file in sorted({file for pattern in patterns for file in source.glob(pattern)}):
         if file.is_file() and not (out / file.name).exists():
             shutil.copy(file, out / file.name)
+
+
+def _add_dataset(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--dataset",
+        action="append",
+        metavar="FILE_OR_NAME[:WEIGHT]",
+        help="calibration text: a .txt, .json, .jsonl or .parquet file, of text or of conversations (messages), or a "
+        "name on the hub (default: Python's docs); several are mixed by their weights (default 1)",
+    )
+
+
+def _mixed(datasets: Sequence[str] | None) -> str | dict[str, float] | None:
+    """The source that the values of --dataset are: one by itself, or several with their weights."""
+    if not datasets:
+        return None
+    weights = {}
+    for each in datasets:
+        name, colon, weight = each.rpartition(":")
+        if not colon or Path(each).exists() or not re.fullmatch(r"\d+(\.\d+)?", weight):
+            name, weight = each, "1"
+        if name in weights:
+            raise ValueError(f"--dataset: {name} is given twice; give it a weight")
+        weights[name] = float(weight)
+    return next(iter(weights)) if len(weights) == 1 else weights
 
 
 def _of_dataset(read: Callable[..., Any], *arguments: Any) -> Any:

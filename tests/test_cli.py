@@ -12,6 +12,7 @@ from ipex_quant import cli, data
 from ipex_quant.checkpoints import open_gguf
 from ipex_quant.llm import exporting
 from ipex_quant.nn.linears import is_linear
+from ipex_quant.recipes.best import BEST_RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,18 @@ def test_quantize_writes_a_smaller_directory_that_loads(quantized_dir, float_dir
     assert 0 < size[quantized_dir] < size[float_dir]
     model = ipex.llm.load(quantized_dir)
     assert not any(is_linear(module) for module in model.modules())
+
+
+def test_bits_choose_a_recipe_and_say_why(float_dir, text_file, tmp_path, capsys):
+    options = ["--dataset", str(text_file), "--samples", "1", "--out", str(tmp_path / "out")]
+    assert cli.main(["quantize", str(float_dir), "--bits", "3", *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"--bits 3: recipe {BEST_RECIPES[3].name}: {BEST_RECIPES[3].why}\n")
+    modules = ipex.llm.load(tmp_path / "out").model.layers.modules()
+    assert {module.scheme.dtype.bits for module in modules if hasattr(module, "scheme")} == {3}
+    for wrong in (["--bits", "7"], ["--bits", "4", "--recipe", "w8a16"], []):
+        with pytest.raises(SystemExit):
+            cli.main(["quantize", str(float_dir), *wrong, "--out", str(tmp_path / "other")])
 
 
 def test_nothing_is_there_without_the_tokenizer(float_dir, tmp_path, monkeypatch, capsys):
@@ -247,3 +260,14 @@ def test_quantize_takes_no_quantized_checkpoint(float_dir, tmp_path, capsys, con
     assert cli.main(["quantize", str(directory), "--recipe", "w8a16", "--out", str(tmp_path / "out")]) == 2
     assert "quantized already, by 'odd'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_datasets_are_mixed_by_their_weights(tmp_path):
+    odd = tmp_path / "a.txt:3"
+    odd.touch()
+    assert cli._mixed(None) is None
+    assert cli._mixed(["a.txt:2"]) == "a.txt"
+    assert cli._mixed(["a.txt:2", "b.jsonl", "org/name:0.5"]) == {"a.txt": 2, "b.jsonl": 1, "org/name": 0.5}
+    assert cli._mixed([str(odd), "c:\\x.txt"]) == {str(odd): 1, "c:\\x.txt": 1}
+    with pytest.raises(ValueError, match=r"--dataset: a\.txt is given twice"):
+        cli._mixed(["a.txt", "a.txt:2"])

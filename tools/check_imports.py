@@ -23,7 +23,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("nn", "optim", "cpu"),
     ("observers", "smoothquant", "woq", "evaluation"),
     ("conversion",),
-    ("llm", "autotune"),
+    ("llm",),
+    ("autotune",),
     ("frontend",),
     ("bert",),
     ("quantization", "settings", "verbosity"),  # the faces: these, which IPEX names, and `ipex_quant/__init__.py`

@@ -1,4 +1,4 @@
-"""The default metric, without an `eval_func`: how close a model's outputs are to the float model's."""
+"""The default metrics, without an `eval_func`: how close a model's outputs are to the float model's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..conversion.example import Example
-from ..evaluation import main_output
+from ..evaluation import compare_outputs, main_output
 from ..nn.modes import evaluating
 
 
@@ -29,3 +29,25 @@ def agreement(reference: nn.Module, batches: Sequence[Example]) -> Callable[[nn.
         return 1 - error / max(power, torch.finfo(torch.float32).tiny)
 
     return measure
+
+
+def divergence(reference: nn.Module, batches: Sequence[Example]) -> Callable[[nn.Module], float]:
+    """A metric of a model with logits: minus their KL divergence from those of `reference`, in nats a prediction.
+
+    Raises ValueError for a model without logits.
+    """
+    inputs = [batch.by_name(reference) for batch in batches]
+
+    def measure(model: nn.Module) -> float:
+        found = compare_outputs(reference, model, ((each, each) for each in inputs)).kl_divergence
+        if found is None:
+            raise ValueError(f"max_kl: a {type(model).__name__} has no logits, whose divergence it could be")
+        return -found
+
+    return measure
+
+
+def has_logits(model: nn.Module, batch: Example) -> bool:
+    """Whether the main output of `model` for `batch` is logits."""
+    with torch.no_grad(), evaluating(model):
+        return main_output(batch.run(model))[1]

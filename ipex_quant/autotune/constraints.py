@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..nn.embeddings import is_embedding
 from ..nn.linears import is_convolution, is_linear
 from ..nn.multihead_attention import named_layers
 
@@ -16,11 +17,12 @@ _TYPES = {
     "conv1d": lambda module: isinstance(module, nn.Conv1d) or (is_linear(module) and not isinstance(module, nn.Linear)),
     "conv2d": lambda module: isinstance(module, nn.Conv2d),
     "conv3d": lambda module: isinstance(module, nn.Conv3d),
+    "embedding": is_embedding,
 }
 _NEVER_QUANTIZED = {
     *("add", "matmul", "bmm", "relu", "flatten", "embeddingbag", "embedding_bag", "lstm", "convtranspose2d"),
     *("convtranspose3d", "maxpool2d", "max_pool2d", "avgpool2d", "avg_pool2d", "adaptiveavgpool2d", "interaction"),
-    *("adaptive_avg_pool2d", "layernorm", "embedding", "gelu", "silu", "softmax"),
+    *("adaptive_avg_pool2d", "layernorm", "gelu", "silu", "softmax"),
 }
 """Operator types of neural-compressor that are never quantized here."""
 
@@ -40,7 +42,8 @@ def float_layers(model: nn.Module, op_type_dict: Mapping[str, Any] | None) -> fr
         return frozenset()
     if not isinstance(op_type_dict, Mapping):
         raise TypeError(f"op_type_dict: expected a dict of operator types, got {type(op_type_dict).__name__}")
-    layers = {name: module for name, module in named_layers(model) if is_linear(module) or is_convolution(module)}
+    kinds = is_linear, is_convolution, is_embedding
+    layers = {name: module for name, module in named_layers(model) if any(is_kind(module) for is_kind in kinds)}
     left = set()
     for key, constraint in op_type_dict.items():
         chosen = _chosen(key, layers)

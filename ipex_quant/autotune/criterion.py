@@ -17,17 +17,11 @@ DEFAULT = {"relative": 0.01}
 class Criterion:
     """The largest allowed loss: the float model's metric minus the metric, if `relative` divided by the former.
 
-    A higher metric is better. Raises TypeError or ValueError for a tolerance that is no finite number.
+    A higher metric is better. The default allows any loss.
     """
 
-    relative: bool
-    tolerance: float
-
-    def __post_init__(self) -> None:
-        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, Real):
-            raise TypeError(f"accuracy_criterion: expected a number as largest loss, got {self.tolerance!r}")
-        if not math.isfinite(self.tolerance):
-            raise ValueError(f"accuracy_criterion: expected a finite largest loss, got {self.tolerance}")
+    relative: bool = False
+    tolerance: float = math.inf
 
     @classmethod
     def of(cls, value: Mapping[str, float] | None) -> Criterion:
@@ -38,7 +32,11 @@ class Criterion:
         if len(value) != 1 or next(iter(value)) not in ("relative", "absolute"):
             raise ValueError(f'accuracy_criterion: expected one key, "relative" or "absolute", got {dict(value)!r}')
         ((kind, tolerance),) = value.items()
-        return cls(kind == "relative", tolerance)
+        if isinstance(tolerance, bool) or not isinstance(tolerance, Real):
+            raise TypeError(f"accuracy_criterion: expected a number as largest loss, got {tolerance!r}")
+        if not math.isfinite(tolerance):
+            raise ValueError(f"accuracy_criterion: expected a finite largest loss, got {tolerance}")
+        return cls(kind == "relative", float(tolerance))
 
     def loss(self, baseline: float, metric: float) -> float:
         """How much worse `metric` is than `baseline`; negative when it is better."""
@@ -56,6 +54,8 @@ class Criterion:
             )
 
     def __str__(self) -> str:
+        if self.tolerance == math.inf:
+            return "any"
         return f"{self.tolerance:g} {'relative' if self.relative else 'absolute'}"
 
 

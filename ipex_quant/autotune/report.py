@@ -20,7 +20,10 @@ _WRITERS = {".html": "to_html", ".json": "to_json_text", ".svg": "to_svg"}
 """Methods that make the content of a file, by its suffix."""
 
 
-_COLUMNS = ("", "candidate", "metric", "loss", "met", "MB", "bytes a weight", "predicted ms", "measured ms", "s")
+_COLUMNS = (
+    *("", "candidate", "metric", "loss", "predicted", "met", "MB", "bytes a weight", "predicted ms", "measured ms"),
+    "s",
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Report:
         return any(trial.met for trial in self.trials if trial.index == self.best)
 
     @property
+    def weight_only(self) -> bool:
+        """Whether only weights are quantized."""
+        return any(trial.recipe.get("kind") == "weight_only" for trial in self.trials)
+
+    @property
     def pareto_front(self) -> list[Trial]:
         """The trials that no other trial beats in both size and metric, smallest first."""
         front: list[Trial] = []
@@ -63,14 +71,15 @@ class Report:
     def table(self) -> str:
         """A text table with a line for each trial; a star marks the result, a p the Pareto front."""
         label_width = max(len(trial.label) for trial in self.trials)
-        head = f"    {'candidate':<{label_width}}{'metric':>12}{'loss':>10}{'met':>5}{'MB':>10}{'B/weight':>10}"
-        lines = [f"{head}{'predicted ms':>14}{'measured ms':>13}{'s':>8}"]
+        head = f"    {'candidate':<{label_width}}{'metric':>12}{'loss':>10}{'predicted':>11}{'met':>5}"
+        lines = [f"{head}{'MB':>10}{'B/weight':>10}{'predicted ms':>14}{'measured ms':>13}{'s':>8}"]
         front = self.pareto_front
         for trial in self.trials:
             marks = f"{'*' * (trial.index == self.best):<1}{'p' * (trial in front):<2}"
             lines.append(
                 f"{marks} {trial.label:<{label_width}}{trial.metric:>12.5g}{trial.loss:>10.3g}"
-                f"{'yes' if trial.met else 'no':>5}{trial.model_bytes / 1e6:>10.2f}{trial.bytes_per_weight:>10.4f}"
+                f"{_number(trial.predicted_loss):>11}{'yes' if trial.met else 'no':>5}"
+                f"{trial.model_bytes / 1e6:>10.2f}{trial.bytes_per_weight:>10.4f}"
                 f"{_number(trial.predicted_ms):>14}{_number(trial.measured_ms):>13}{trial.seconds:>8.1f}"
             )
         lines.append(f"float model: {self.baseline:.5g}; allowed loss: {self.criterion}; * the result, p Pareto front")

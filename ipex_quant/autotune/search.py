@@ -14,6 +14,9 @@ Search = Generator[Int8Candidate | WeightOnlyCandidate, Trial, Any]
 TYPE_SHARE = 0.25
 """Share of the total error from which on all layers of one type are left in float together."""
 
+GUESSES = 4
+"""Attempts at sizes that are predicted; a prediction that has not closed in on one by then is a bad one."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -58,12 +61,14 @@ def search_int8(candidates: Sequence[Int8Candidate], layers_of: Callable[[Int8Ca
         lowest, highest = (lowest, middle) if trial.met else (middle, highest)
 
 
-def search_weight_only(candidates: Sequence[Sequence[WeightOnlyCandidate]]) -> Search:
-    """Find the smallest size whose first candidate meets the criterion; then try all candidates from this size down.
+def search_weight_only(
+    candidates: Sequence[Sequence[WeightOnlyCandidate]], guess: Callable[[], int], thorough: bool = True
+) -> Search:
+    """Find the smallest size whose first candidate meets the criterion; then, if `thorough`, try what else may do.
 
-    `candidates` are lists of candidates of one size each, smallest first. Sizes grow in doubling steps until one meets
-    the criterion; bisection finds the smallest. Then all candidates of this and of smaller sizes are tried, until none
-    of a size meets the criterion.
+    `candidates` are lists of candidates of one size each, smallest first. ``guess()`` predicts, from the trials so far,
+    which size is the smallest. If `thorough`, all candidates of this and of smaller sizes are tried, until none of a
+    size meets the criterion.
     """
     met: dict[WeightOnlyCandidate, bool] = {}
 
@@ -73,20 +78,40 @@ def search_weight_only(candidates: Sequence[Sequence[WeightOnlyCandidate]]) -> S
             met[candidate] = trial.met
         return met[candidate]
 
-    last = len(candidates) - 1
-    lowest, highest, step = -1, 0, 1
-    while not (yield from attempt(candidates[highest][0])) and highest < last:
-        lowest, highest, step = highest, min(highest + step, last), 2 * step
-    while highest - lowest > 1 and met[candidates[highest][0]]:
-        middle = (lowest + highest) // 2
-        found = yield from attempt(candidates[middle][0])
-        lowest, highest = (lowest, middle) if found else (middle, highest)
-    for of_one_size in reversed(candidates[: highest + 1]):
+    highest = yield from first_success(len(candidates), lambda index: attempt(candidates[index][0]), guess)
+    for of_one_size in reversed(candidates[: highest + 1] if thorough else []):
         outcomes = []
         for candidate in of_one_size:
             outcomes.append((yield from attempt(candidate)))
         if not any(outcomes):
             return
+
+
+def search_largest(candidates: Sequence[Sequence[WeightOnlyCandidate]], thorough: bool = True) -> Search:
+    """Try the `candidates` of the largest size, all of them if `thorough`; smaller sizes only where none is met."""
+    for of_one_size in reversed(candidates):
+        any_met = False
+        for candidate in of_one_size:
+            trial = yield candidate
+            any_met = any_met or trial.met
+            if any_met and not thorough:
+                return
+        if any_met:
+            return
+
+
+def first_success(count: int, attempt: Callable[[int], Search], guess: Callable[[], int]) -> Search:
+    """Return the first index below `count` whose `attempt` returns true, if all later ones' do; `count` if none does.
+
+    What ``guess()`` predicts is attempted first; after `GUESSES` attempts, bisection goes on.
+    """
+    lowest, highest, attempts = -1, count, 0
+    while highest - lowest > 1:
+        index = guess() if attempts < GUESSES else (lowest + highest) // 2
+        index = min(max(index, lowest + 1), highest - 1)
+        lowest, highest = (lowest, index) if (yield from attempt(index)) else (index, highest)
+        attempts += 1
+    return highest
 
 
 def float_sets(layers: Sequence[Layer]) -> list[tuple[Sequence[Layer], bool]]:

@@ -78,6 +78,9 @@ class StaticQuantizer:
         candidates.sort(key=lambda candidate: sum(self.plan(candidate).errors.values()))
         return search_int8(candidates, self._searched_layers)
 
+    def predicted(self, candidate: Int8Candidate) -> None:
+        """None: errors of layers order candidates, and say nothing of the loss."""
+
     def cost(self, trial: Trial) -> float:
         """The number of layers in float, which counts before accuracy."""
         return len(trial.recipe["float_modules"])

@@ -13,14 +13,15 @@ from typing import Any
 from ..reading import parse_json, shown
 from ..writing import check_writable, write_whole
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class Trial:
     """A measured candidate.
 
-    - `loss` is how much worse `metric` is than the float model's, and `met` whether the criterion allows that.
+    - `loss` is how much worse `metric` is than the float model's, and `predicted_loss` what was expected before, None
+      where nothing was. `met` says whether the criterion and the budget allow that.
     - `model_bytes` counts all parameters and buffers; `bytes_per_weight` is the average over quantized layers and
       linear layers in float.
     - `predicted_ms` is the time to read the weights of a decode step from memory, its lower bound, and `measured_ms`
@@ -33,6 +34,7 @@ class Trial:
     label: str
     metric: float
     loss: float
+    predicted_loss: float | None
     met: bool
     model_bytes: int
     bytes_per_weight: float
@@ -179,6 +181,7 @@ _TRIAL: dict[str, Callable[[Any], bool]] = {
     "label": _is_text,
     "metric": _is_number,
     "loss": _is_number,
+    "predicted_loss": lambda value: value is None or _is_number(value),
     "met": lambda value: isinstance(value, bool),
     "model_bytes": _is_count,
     "bytes_per_weight": _is_duration,

@@ -1,111 +1,54 @@
-"""Weight-only quantization within a budget of bytes: the space of schemes, their estimated errors, and the models."""
+"""Weight-only quantization within a budget: the estimated errors of schemes, the search and the models."""
 
 from __future__ import annotations
 
-import itertools
+import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.ao.quantization import QConfigMapping
-from tqdm import tqdm
 
-from .. import ops
 from ..conversion.example import Example
 from ..conversion.found import FoundWeights
 from ..conversion.prepare import convert, prepare
-from ..conversion.qconfig import DEFAULT_ACT_QUANT_MODE, get_weight_only_quant_qconfig_mapping
+from ..conversion.qconfig import get_weight_only_quant_qconfig_mapping
 from ..conversion.rules import choose_qconfigs
 from ..conversion.swap import with_split_attentions
+from ..conversion.tying import tied_modules
+from ..evaluation import model_bytes
+from ..nn.embeddings import is_embedding
 from ..nn.fused_forward import restored_forwards
 from ..nn.linears import is_linear, output_head, weight_matrix
-from ..numerics.affine import dequantize
-from ..numerics.scheme import QConfigWoq, WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
+from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode
 from ..smoothquant.tracing import trace_groups
 from ..woq.awq_blocks import awq_blocks
+from ..woq.gptq import GptqOptions
 from ..woq.gptq_blocks import quantize_blocks
 from ..woq.towers import find_blocks
 from .allocation import Option, allocate
+from .budget import Budget
 from .candidate import WeightOnlyCandidate
+from .costs import SchemeCosts, fits_half, matrix_of, rounded
 from .divergence import sample_layers
-from .search import Search, search_weight_only
+from .fit import MonotoneFit
+from .search import Search, first_success, search_largest, search_weight_only
+from .space import ALGORITHMS, WeightOnlySpace, layer_qconfig
 from .trials import Trial
 
-ALGORITHMS = ("gptq", "awq", "rtn")
 SIZE_STEP = 1.05
-"""Ratio of consecutive sizes that are tried without a budget."""
-
-
-@dataclass(frozen=True)
-class WeightOnlySpace:
-    """The search space of weight-only quantization: all valid combinations of the fields.
-
-    `algorithms` ("gptq", "awq" or "rtn") are tried in the order given. `lm_head` lists whether the output layer may be
-    quantized (True), may stay in float (False), or both. With `mixed`, layers may get different schemes. Raises
-    ValueError for an empty field and an unknown algorithm.
-    """
-
-    weight_dtypes: Sequence[WoqWeightDtype] = (WoqWeightDtype.INT4, WoqWeightDtype.INT8)
-    group_sizes: Sequence[int] = (128, 64, 32, -1)
-    qschemes: Sequence[WoqWeightQScheme] = (WoqWeightQScheme.ASYMMETRIC, WoqWeightQScheme.SYMMETRIC)
-    algorithms: Sequence[str] = ALGORITHMS
-    lowp_modes: Sequence[WoqLowpMode] = (WoqLowpMode.INT8,)
-    act_quant_mode: WoqActQuantMode = DEFAULT_ACT_QUANT_MODE
-    lm_head: Sequence[bool] = (True,)
-    mixed: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("weight_dtypes", "group_sizes", "qschemes", "algorithms", "lowp_modes", "lm_head"):
-            values = getattr(self, name)
-            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-                raise ValueError(f"quantization_config: {name}: expected at least one value in a list, got {values!r}")
-            object.__setattr__(self, name, tuple(dict.fromkeys(values)))
-        unknown = [name for name in self.algorithms if name not in ALGORITHMS]
-        if unknown:
-            raise ValueError(f"quantization_config: algorithms: expected some of {ALGORITHMS}, got {unknown}")
-
-    @classmethod
-    def of(cls, value: Any) -> WeightOnlySpace:
-        """`value` if it is a space, the default space for None, or the space of a weight-only mapping.
-
-        The space of a mapping has its global configuration alone. Raises TypeError for anything else.
-        """
-        if value is None or isinstance(value, WeightOnlySpace):
-            return value or cls()
-        qconfig = value.global_qconfig if isinstance(value, QConfigMapping) else value
-        if not isinstance(qconfig, QConfigWoq):
-            raise TypeError(
-                "quantization_config: expected a WeightOnlySpace, or what get_weight_only_quant_qconfig_mapping makes, "
-                f"got {type(value).__name__}"
-            )
-        return cls(
-            weight_dtypes=(qconfig.weight_dtype,),
-            group_sizes=(qconfig.group_size,),
-            qschemes=(qconfig.weight_qscheme,),
-            lowp_modes=(qconfig.lowp_mode,),
-            act_quant_mode=qconfig.act_quant_mode,
-        )
-
-    def schemes(self, lowp_mode: WoqLowpMode) -> list[WeightScheme]:
-        """All schemes that can be computed in `lowp_mode`; ValueError if there is none."""
-        found: dict[WeightScheme, None] = {}
-        for dtype, group_size, qscheme in itertools.product(self.weight_dtypes, self.group_sizes, self.qschemes):
-            with suppress(ValueError):  # no such combination
-                found[_qconfig(dtype, group_size, qscheme, lowp_mode, self.act_quant_mode).scheme] = None
-        if not found:
-            raise ValueError(f"quantization_config: none of its combinations exists for lowp_mode {lowp_mode.name}")
-        return list(found)
+"""Ratio of consecutive sizes that are tried where no budget says the size."""
 
 
 class WeightOnlyQuantizer:
     """Makes weight-only models, with schemes chosen by errors that are estimated on a few batches.
 
-    Layers that consume the same tensor get the same scheme, so that their GEMMs can be fused. Layers in `always_float`
-    stay in float.
+    Layers that consume the same tensor get the same scheme, so that their GEMMs can be fused, and so do an embedding
+    and an output layer that are one weight. Layers in `always_float` stay in float. `tolerance` is the loss that the
+    criterion allows. If not `thorough`, the search ends with the first success.
     """
 
     def __init__(
@@ -113,49 +56,63 @@ class WeightOnlyQuantizer:
         model: nn.Module,
         batches: Sequence[Example],
         space: WeightOnlySpace,
-        max_bytes_per_weight: float | None,
+        budget: Budget,
         always_float: frozenset[str],
         seed: int,
+        tolerance: float = math.inf,
+        thorough: bool = True,
     ) -> None:
         model = with_split_attentions(model)
-        self.model, self.batches, self.space = model, batches, space
-        self.max_bytes_per_weight = max_bytes_per_weight
-        chosen, _ = choose_qconfigs(get_weight_only_quant_qconfig_mapping(), model)
+        self.model, self.batches, self.space, self.budget = model, batches, space, budget
+        self.tolerance, self.thorough = tolerance, thorough
+        mapping = get_weight_only_quant_qconfig_mapping()
+        if space.embeddings:
+            mapping.set_object_type(nn.Embedding, mapping.global_qconfig)
+        chosen, _ = choose_qconfigs(mapping, model)
         self.layers = [name for name in chosen if is_linear(model.get_submodule(name))]
         self.head = output_head(model)
-        self.always_float = always_float & set(self.layers)
-        self.groups = self._share_groups()
-        if set(self.groups) == self.always_float:
+        self.always_float = always_float & set(chosen)
+        self.groups = self._share_groups([name for name in chosen if is_embedding(model.get_submodule(name))])
+        if set(self.groups) <= self.always_float:
             raise ValueError("op_type_dict: it leaves all layers in float, so that there is nothing to tune")
-        samples = sample_layers(model, batches, self.layers, seed)
-        missed = [name for name in self.layers if name not in samples]
+        members = [name for group in self.groups.values() for name in group]
+        samples = sample_layers(model, batches, members, seed)
+        missed = [name for name in members if name not in samples]
         if missed:
             warnings.warn(f"autotune: no batch reached {', '.join(missed)}: they get the smallest scheme", stacklevel=4)
-        every = dict.fromkeys(scheme for mode in space.lowp_modes for scheme in space.schemes(mode))
-        self.options = {
-            name: [self._option(group, samples, scheme) for scheme in (*every, None)]
-            for name, group in tqdm(self.groups.items(), "estimating errors")
-        }
+        counted = members if self._counts_all else self.layers
+        self.costs = SchemeCosts(model, space, self.groups, counted, samples)
+        tuned = [name for name in self.groups if name not in self.always_float]
+        if self.costs.blocks and all(sample.is_divergence for sample in samples.values()):
+            self.costs.correct(batches, tuned)
         self.weights = sum(weight_matrix(model.get_submodule(name)).numel() for name in self.layers)
+        self.rest = self._other_bytes(members) if self._counts_all else 0
+        self.fits = {algorithm: MonotoneFit() for algorithm in ALGORITHMS}
         self._found: tuple[Any, FoundWeights] = (None, FoundWeights())
 
     def search(self) -> Search:
-        """The search; ValueError if no candidate is within the budget."""
-        candidates = [
-            [candidate for lowp_mode in self.space.lowp_modes for candidate in self._candidates(budget, lowp_mode)]
-            for budget in self._budgets()
-        ]
-        candidates = [of_one_size for of_one_size in candidates if of_one_size]
-        if not candidates:
-            raise ValueError(
-                f"max_bytes_per_weight: {self.max_bytes_per_weight:g} is too few for all of the schemes; the smallest "
-                f"take {self._smallest():.4f}"
-            )
-        return search_weight_only(candidates)
+        """The search, which corrects its predictions by the trials; ValueError if no candidate is within the budget."""
+        search = self._search()
+        trial = None
+        trials: dict[Any, Trial] = {}
+        while True:
+            try:
+                candidate = search.send(trial)
+            except StopIteration:
+                return
+            if candidate not in trials:
+                trials[candidate] = yield candidate
+                self.fits[candidate.algorithm].add(self._estimate(candidate), trials[candidate].loss)
+            trial = trials[candidate]
+
+    def predicted(self, candidate: WeightOnlyCandidate) -> float:
+        """The loss of a candidate that its estimate and the trials so far predict."""
+        return self.fits[candidate.algorithm](self._estimate(candidate))
 
     def cost(self, trial: Trial) -> float:
-        """The size in bytes per weight, which counts before accuracy; 0 if there is a budget."""
-        return trial.bytes_per_weight if self.max_bytes_per_weight is None else 0.0
+        """The size in bytes, which counts before accuracy; 0 where the budget says the size."""
+        fixed = self.budget.max_bytes_per_weight is not None or self.budget.without_accuracy
+        return 0.0 if fixed else float(trial.model_bytes)
 
     def quantized(self, candidate: WeightOnlyCandidate) -> nn.Module:
         """A new model quantized by `candidate`."""
@@ -170,75 +127,159 @@ class WeightOnlyQuantizer:
 
     def sensitivity(self, candidate: WeightOnlyCandidate) -> dict[str, dict[str, Any]]:
         """Scheme and estimated error of every share group, by the name of its first layer."""
+        chosen = self._chosen(candidate)
+        return {name: {"error": o.error, "scheme": str(o.scheme or "float")} for name, o in chosen.items()}
+
+    def _search(self) -> Search:
+        limits = self._limits()
+        sizes = [[each for mode in self.space.lowp_modes for each in self._candidates(x, mode)] for x in limits]
+        sizes = [of_one_size for of_one_size in sizes if of_one_size]
+        if not sizes:
+            raise ValueError(self._too_small())
+        if self.budget.tokens_per_second is not None:
+            sizes = yield from self._fast_enough(sizes)
+        if len(sizes) == 1 or self.budget.without_accuracy:
+            yield from search_largest(sizes, self.thorough)
+        else:
+            yield from search_weight_only(sizes, partial(self._smallest_predicted, sizes), self.thorough)
+
+    def _fast_enough(self, sizes: Sequence[Sequence[WeightOnlyCandidate]]) -> Search:
+        """The `sizes` that decode as fast as the budget says; what rounds to nearest is measured, which is quick."""
+        wanted = self.budget.tokens_per_second or 0.0
+        falling = [WeightOnlyCandidate("rtn", each[0].lowp_mode, each[0].schemes) for each in reversed(sizes)]
+        byte_counts = [self._bytes(candidate) for candidate in falling]
+        times = MonotoneFit()
+        fastest: list[Trial] = []
+
+        def attempt(index: int) -> Search:
+            trial = yield falling[index]
+            if trial.measured_ms is None:
+                raise ValueError(
+                    f"tokens_per_second: a {type(self.model).__name__} does not decode token by token; leave it out"
+                )
+            times.add(byte_counts[index], trial.measured_ms)
+            fastest.append(trial)
+            return trial.measured_ms * wanted <= 1e3
+
+        def guess() -> int:
+            return next((i for i, size in enumerate(byte_counts) if times(size) * wanted <= 1e3), len(falling))
+
+        first = yield from first_success(len(falling), attempt, guess)
+        if first == len(falling):
+            best = min(fastest, key=lambda trial: trial.measured_ms or math.inf)
+            raise ValueError(
+                f"tokens_per_second: {wanted:g} is more than any scheme reaches on this machine: the fastest, "
+                f"{best.label}, {best.model_bytes / 1e6:.1f} MB, decodes {1e3 / (best.measured_ms or math.inf):.1f}"
+            )
+        return sizes[: len(sizes) - first]
+
+    def _smallest_predicted(self, sizes: Sequence[Sequence[WeightOnlyCandidate]]) -> int:
+        """Index of the first size whose first candidate is predicted to meet the criterion."""
+        return next((i for i, each in enumerate(sizes) if self.predicted(each[0]) <= self.tolerance), len(sizes))
+
+    def _estimate(self, candidate: WeightOnlyCandidate) -> float:
+        return sum(option.error for option in self._chosen(candidate).values())
+
+    def _bytes(self, candidate: WeightOnlyCandidate) -> int:
+        return self.rest + sum(option.bytes for option in self._chosen(candidate).values())
+
+    def _chosen(self, candidate: WeightOnlyCandidate) -> dict[str, Option]:
+        """The option of every group that `candidate` takes."""
         schemes = dict(candidate.schemes)
-        found = {}
-        for name, options in self.options.items():
-            option = next(option for option in options if option.scheme == schemes[name])
-            found[name] = {"error": option.error, "scheme": str(option.scheme or "float")}
-        return found
+        options = {n: self.costs.options(n, candidate.lowp_mode, candidate.algorithm) for n in self.groups}
+        return {name: next(o for o in each if o.scheme == schemes[name]) for name, each in options.items()}
 
-    def _option(self, group: Sequence[str], samples: Mapping[str, Any], scheme: WeightScheme | None) -> Option:
-        size, error = 0, 0.0
-        for name in group:
-            module = self.model.get_submodule(name)
-            weight = weight_matrix(module)
-            if scheme is None:
-                size += weight.numel() * weight.element_size()
-                continue
-            quantized = ops.quantize_weight(weight, scheme)
-            size += ops.pack_weight(quantized).nbytes + (0 if module.bias is None else 4 * len(weight))
-            if name in samples:
-                error += samples[name].error(module, dequantize(quantized))
-        return Option(scheme, size, error)
-
-    def _allowed(self, name: str, lowp_mode: WoqLowpMode) -> list[Option]:
+    def _allowed(self, name: str, lowp_mode: WoqLowpMode, algorithm: str) -> list[Option]:
         """The options of a group that the space, the compute mode and `op_type_dict` allow."""
+        options = self.costs.options(name, lowp_mode, algorithm)
         if name in self.always_float:
-            return [option for option in self.options[name] if option.scheme is None]
+            return [option for option in options if option.scheme is None]
         schemes: list[WeightScheme | None] = list(self.space.schemes(lowp_mode))
         if self.head in self.groups[name]:
             schemes = [
                 *(schemes if True in self.space.lm_head else []),
                 *([None] if False in self.space.lm_head else []),
             ]
-        return [option for option in self.options[name] if option.scheme in schemes]
+        return [option for option in options if option.scheme in schemes]
 
-    def _budgets(self) -> list[float]:
-        """Budgets in bytes for all layers: the given one, or steps from the smallest to the largest uniform choice."""
-        if self.max_bytes_per_weight is not None:
-            return [self.max_bytes_per_weight * self.weights]
-        budgets = [self._smallest() * self.weights]
+    def _share_groups(self, tables: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Groups of modules with one scheme, by the first name; layers that stay in float are alone.
+
+        They are the layers that consume the same tensor, and a layer with the embeddings of `tables` that share its
+        weight. An embedding that shares the weight of a layer in float stays in float.
+        """
+        with restored_forwards(self.model):
+            traced = trace_groups(self.model, self.layers, (), partial(self.batches[0].run, self.model))
+        together = [[name for name in group.members if name not in self.always_float] for group in traced]
+        grouped = {name for members in together for name in members}
+        together += [[name] for name in self.layers if name not in grouped]
+        free = [name for name in tables if name not in self.always_float]
+        for tied in tied_modules(self.model, [*self.layers, *free]):
+            own, layers = ([name for name in tied if name in names] for names in (free, self.layers))
+            free = [name for name in free if name not in own]
+            if not layers:
+                together.append(own)
+            elif layers[0] not in self.always_float and (layers[0] != self.head or True in self.space.lm_head):
+                next(members for members in together if layers[0] in members).extend(own)
+        together += [[name] for name in free]
+        return {members[0]: tuple(members) for members in together if members}
+
+    # ----------------------------------------------------------------------------------------------- sizes and choices
+    @property
+    def _counts_all(self) -> bool:
+        """Whether sizes count all of the model; those of `max_bytes_per_weight` count linear layers only."""
+        return self.budget.max_bytes_per_weight is None
+
+    def _other_bytes(self, members: Sequence[str]) -> int:
+        """Bytes of the model without the weights of `members`."""
+        weights = {id(w): w.nbytes for w in (self.model.get_submodule(name).weight for name in members)}
+        return model_bytes(self.model) - sum(weights.values())
+
+    def _limits(self) -> list[float]:
+        """Bytes for all groups to try: the budget's, or steps from the smallest to the largest uniform choice."""
+        if self.budget.max_bytes_per_weight is not None:
+            return [self.budget.max_bytes_per_weight * self.weights]
         largest = max(
-            sum(option.bytes for option in choice.values())
+            self.rest + sum(option.bytes for option in choice.values())
             for lowp_mode in self.space.lowp_modes
-            for choice in self._uniform(lowp_mode)
+            for choice in self._uniform(lowp_mode, "rtn")
         )
-        while budgets[-1] < largest:
-            budgets.append(min(budgets[-1] * SIZE_STEP, largest))
-        return budgets
+        highest = largest if self.budget.size is None else min(largest, self.budget.size)
+        if self.budget.size is not None and self.budget == Budget(size=self.budget.size):
+            sizes = [float(highest)]
+        else:
+            sizes = [float(self.rest + self._smallest())]
+            while sizes[-1] < highest:
+                sizes.append(min(sizes[-1] * SIZE_STEP, highest))
+        return [size - self.rest for size in sizes]
 
-    def _uniform(self, lowp_mode: WoqLowpMode) -> Iterator[dict[str, Option]]:
+    def _uniform(self, lowp_mode: WoqLowpMode, algorithm: str) -> Iterator[dict[str, Option]]:
         """Choices with one scheme for all layers, and each allowed choice for the output layer."""
+        every = {name: self._allowed(name, lowp_mode, algorithm) for name in self.groups}
         for scheme in self.space.schemes(lowp_mode):
             for head_quantized in self.space.lm_head:
                 choice = {}
-                for name in self.groups:
-                    allowed = {option.scheme: option for option in self._allowed(name, lowp_mode)}
-                    quantized = scheme in allowed and (head_quantized or name != self.head)
+                for name, options in every.items():
+                    allowed = {option.scheme: option for option in options}
+                    quantized = scheme in allowed and (head_quantized or self.head not in self.groups[name])
                     choice[name] = allowed[scheme if quantized else None]
                 yield choice
 
-    def _candidates(self, budget: float, lowp_mode: WoqLowpMode) -> Iterator[WeightOnlyCandidate]:
-        """The mixed and the uniform choice of least estimated error within `budget` bytes, with each algorithm."""
-        fitting = [each for each in self._uniform(lowp_mode) if sum(o.bytes for o in each.values()) <= budget]
-        choices = [min(fitting, key=lambda each: sum(o.error for o in each.values()))] if fitting else []
-        if self.space.mixed:
-            mixed = allocate({name: self._allowed(name, lowp_mode) for name in self.groups}, budget)
-            choices = [*([] if mixed is None else [mixed]), *choices]
-        for choice in choices:
-            schemes = tuple((name, choice[first].scheme) for first, group in self.groups.items() for name in group)
-            for algorithm in self._algorithms():
-                yield WeightOnlyCandidate(algorithm, lowp_mode, schemes)
+    def _candidates(self, limit: float, lowp_mode: WoqLowpMode) -> Iterator[WeightOnlyCandidate]:
+        """The mixed choice of least estimated error within `limit` bytes, then the uniform one, with each algorithm."""
+        found: list[list[WeightOnlyCandidate]] = [[], []]
+        for algorithm in self._algorithms():
+            mixed = None
+            if self.space.mixed:
+                mixed = allocate({n: self._allowed(n, lowp_mode, algorithm) for n in self.groups}, limit)
+            every = self._uniform(lowp_mode, algorithm)
+            fitting = [each for each in every if sum(o.bytes for o in each.values()) <= limit]
+            uniform = min(fitting, key=lambda each: sum(o.error for o in each.values())) if fitting else None
+            for candidates, choice in zip(found, (mixed, uniform), strict=True):
+                if choice is not None:
+                    schemes = tuple((name, choice[n].scheme) for n, group in self.groups.items() for name in group)
+                    candidates.append(WeightOnlyCandidate(algorithm, lowp_mode, schemes))
+        yield from (candidate for candidates in found for candidate in candidates)
 
     def _algorithms(self) -> Sequence[str]:
         """The space's algorithms; if these are the default and the model has no transformer blocks, "rtn" alone."""
@@ -249,38 +290,51 @@ class WeightOnlyQuantizer:
                 return ("rtn",)
         return self.space.algorithms
 
-    def _smallest(self) -> float:
-        """Bytes per weight of the smallest choice."""
-        smallest = [
-            sum(min(option.bytes for option in self._allowed(name, lowp_mode)) for name in self.groups)
+    def _smallest(self) -> int:
+        """Bytes of the groups' smallest options."""
+        return min(
+            sum(min(option.bytes for option in self._allowed(name, lowp_mode, "rtn")) for name in self.groups)
             for lowp_mode in self.space.lowp_modes
-        ]
-        return min(smallest) / self.weights
+        )
 
-    def _share_groups(self) -> dict[str, tuple[str, ...]]:
-        """Groups of layers that consume the same tensor, by the first name; layers that stay in float are alone."""
-        with restored_forwards(self.model):
-            traced = trace_groups(self.model, self.layers, (), partial(self.batches[0].run, self.model))
-        together = [[name for name in group.members if name not in self.always_float] for group in traced]
-        grouped = {name for members in together for name in members}
-        together += [[name] for name in self.layers if name not in grouped]
-        return {members[0]: tuple(members) for members in together if members}
+    def _too_small(self) -> str:
+        """Why there is no candidate."""
+        if self.budget.max_bytes_per_weight is not None:
+            return (
+                f"max_bytes_per_weight: {self.budget.max_bytes_per_weight:g} is too few for all of the schemes; the "
+                f"smallest take {self._smallest() / self.weights:.4f}"
+            )
+        return (
+            f"size: {self.budget.size} bytes are too few for all of the schemes; the smallest take "
+            f"{self.rest + self._smallest()}, {self.rest / 1e6:.1f} MB of them for what stays in float"
+        )
 
 
-def find_weights(model: nn.Module, batches: Sequence[Example], candidate: WeightOnlyCandidate) -> FoundWeights:
-    """The weights that the algorithm of `candidate` finds for layers in transformer blocks; none for "rtn".
+def find_weights(
+    model: nn.Module,
+    batches: Sequence[Example],
+    candidate: WeightOnlyCandidate,
+    options: GptqOptions | None = None,
+) -> FoundWeights:
+    """The weights of the layers and embeddings of `candidate`: those that its algorithm finds, the others rounded.
 
-    GPTQ skips layers whose dtype it does not support, which are then rounded to nearest.
+    GPTQ and AWQ find those of layers in transformer blocks. GPTQ skips layers whose dtype it does not support.
     """
     schemes = {name: scheme for name, scheme in candidate.schemes if scheme is not None}
-    if candidate.algorithm == "rtn":
-        return FoundWeights()
-    inputs = [batch.by_name(model) for batch in batches]
-    if candidate.algorithm == "awq":
-        result = awq_blocks(model, inputs, schemes.get)
-        return FoundWeights(result.weights, result.parameters)
-    suited = {name: scheme for name, scheme in schemes.items() if scheme.dtype.has_integers}
-    return FoundWeights(quantize_blocks(model, inputs, suited.get))
+    found = FoundWeights()
+    if candidate.algorithm != "rtn":
+        inputs = [batch.by_name(model) for batch in batches]
+        if candidate.algorithm == "awq":
+            result = awq_blocks(model, inputs, schemes.get)
+            found = FoundWeights(result.weights, result.parameters)
+        else:
+            suited = {name: scheme for name, scheme in schemes.items() if scheme.dtype.has_integers}
+            narrow = all(fits_half(matrix_of(model.get_submodule(name)), scheme) for name, scheme in suited.items())
+            options = options or GptqOptions(scale_dtype=torch.float16 if narrow else torch.float32)
+            found = FoundWeights(quantize_blocks(model, inputs, suited.get, options))
+    others = {name: scheme for name, scheme in schemes.items() if name not in found.weights}
+    weights = {name: rounded(matrix_of(model.get_submodule(name)), scheme) for name, scheme in others.items()}
+    return FoundWeights({**found.weights, **weights}, found.parameters)
 
 
 def quantized_model(
@@ -295,27 +349,10 @@ def quantized_model(
     for name, scheme in candidate.schemes:
         qconfig = None
         if scheme is not None:
-            qconfig = _qconfig(scheme.dtype, scheme.group_size, scheme.qscheme, candidate.lowp_mode, act_quant_mode)
+            qconfig = layer_qconfig(
+                scheme.dtype, scheme.group_size, scheme.qscheme, candidate.lowp_mode, act_quant_mode
+            )
         mapping.set_module_name(name, qconfig)
     prepared = prepare(model, mapping, inplace=inplace)
     found.put_into(prepared)
     return convert(prepared, inplace=True)
-
-
-def _qconfig(
-    dtype: WoqWeightDtype,
-    group_size: int,
-    qscheme: WoqWeightQScheme,
-    lowp_mode: WoqLowpMode,
-    act_quant_mode: WoqActQuantMode,
-) -> QConfigWoq:
-    """The configuration of one layer; ValueError for a combination that does not exist."""
-    # Other compute modes than INT8 quantize no activations; a mapping with one has the mode NONE.
-    quantizes = lowp_mode == WoqLowpMode.INT8 and act_quant_mode != WoqActQuantMode.NONE
-    return get_weight_only_quant_qconfig_mapping(
-        weight_dtype=dtype,
-        group_size=group_size,
-        weight_qscheme=qscheme,
-        lowp_mode=lowp_mode,
-        act_quant_mode=act_quant_mode if quantizes else DEFAULT_ACT_QUANT_MODE,
-    ).global_qconfig

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader
@@ -14,13 +15,29 @@ from torch.utils.data import DataLoader
 if TYPE_CHECKING:
     import datasets
 
-    Source: TypeAlias = datasets.Dataset | datasets.IterableDataset | str | Path | Sequence[str | Path] | Iterator[str]
+    Source: TypeAlias = (
+        datasets.Dataset
+        | datasets.IterableDataset
+        | str
+        | Path
+        | Sequence[str | Path]
+        | Iterator[str]
+        | Mapping[str | Path, float]
+    )
 
 SHUFFLE_BUFFER = 1000
 """Number of documents in the buffer from which the next one is drawn at random."""
 
 TEXT_DOCUMENT_BYTES = 1 << 14
 """Least size of a document: a text is cut at the next blank line after it, or at any line after eight times it."""
+
+
+class Document(NamedTuple):
+    """A text to calibrate on; `complete` if it has the special tokens that it should begin with."""
+
+    text: str
+    complete: bool = False
+
 
 _EMPTY = "source: the dataset is empty"
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -41,36 +58,75 @@ def calibration_dataloader(
 
     - `source` is a `datasets.Dataset` or `IterableDataset`, the name of one on the hub (its split "train" is streamed),
       one or more local files (.txt, .json, .jsonl or .parquet), or an iterator of documents, which is read whole.
-    - `column` is the column with the text; None is the only column of strings, or else "text".
+      A mapping mixes datasets and files, by name or path, as many windows of each as its weight says.
+    - `column` is the column with the text, or with conversations, lists of messages with "role" and "content" that the
+      tokenizer's chat template makes text of; None is "messages" if there is such a one, the only column of strings, or
+      else "text".
     - `seed` sets the order of the documents, which are joined by the tokenizer's end-of-sequence token and then cut
       into windows. Datasets and files are read only as far as needed.
 
-    Raises ValueError for a source that is missing, empty or too short for one window, RuntimeError if the hub does not
-    deliver, and ImportError without `datasets`. Warns if there are fewer windows than `samples`.
+    Raises ValueError for a source that is missing, empty or too short for one window, weights that are not above 0, and
+    conversations that the tokenizer has no template for, RuntimeError if the hub does not deliver, and ImportError
+    without `datasets`. Warns if there are fewer windows than `samples`.
     """
     for name, value in (("samples", samples), ("sequence_length", sequence_length), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-    windows: list[dict[str, torch.Tensor]] = []
-    tokens = 0
-    for ids in _windows(_documents(source, column, seed), tokenizer, sequence_length):
-        tokens += len(ids)
-        if len(ids) == sequence_length:
-            windows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-        if len(windows) == samples:
-            break
-    if not windows:
-        raise ValueError(
-            f"source: too little text for one window of {sequence_length} tokens, it has {tokens}; give more text or a "
-            "smaller sequence_length"
-        )
-    if len(windows) < samples:
-        warnings.warn(f"source: the text gives {len(windows)} windows, fewer than samples={samples}", stacklevel=2)
+    parts = {None: (source, samples)}
+    if isinstance(source, Mapping) and not hasattr(source, "column_names"):  # which dicts of splits have
+        parts = {str(name): (name, count) for name, count in _shares(source, samples).items() if count}
+    found = []
+    for name, (part, count) in parts.items():
+        where = "source" if name is None else f"source {name}"
+        windows = _read_windows(where, _documents(part, tokenizer, column, seed), tokenizer, count, sequence_length)
+        if len(windows) < count:
+            what = f"samples={count}" if name is None else f"its share of {count}"
+            warnings.warn(f"{where}: the text gives {len(windows)} windows, fewer than {what}", stacklevel=2)
+        found += windows
+    if len(parts) > 1:
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
+        found = [found[i] for i in order]
+    windows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in found]
     # Without a generator of its own, iterating would draw from the global one.
     return DataLoader(windows, batch_size=batch_size, generator=torch.Generator().manual_seed(seed))
 
 
-def _documents(source: Source, column: str | None, seed: int) -> Iterator[str]:
+def _read_windows(
+    where: str, documents: Iterable[Document], tokenizer: Any, count: int, sequence_length: int
+) -> list[torch.Tensor]:
+    """The first `count` windows, or all; ValueError if there is none."""
+    windows: list[torch.Tensor] = []
+    tokens = 0
+    for ids in _windows(documents, tokenizer, sequence_length):
+        tokens += len(ids)
+        if len(ids) == sequence_length:
+            windows.append(ids)
+        if len(windows) == count:
+            break
+    if not windows:
+        raise ValueError(
+            f"{where}: too little text for one window of {sequence_length} tokens, it has {tokens}; give more text or "
+            "a smaller sequence_length"
+        )
+    return windows
+
+
+def _shares(weights: Mapping[Any, float], samples: int) -> dict[Any, int]:
+    """`samples` divided by `weights`, with the largest remainders rounded up; ValueError for a weight not above 0."""
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            raise ValueError(f"source {name}: expected a weight above 0, got {weight!r}")
+    if not weights:
+        raise ValueError("source: expected at least one dataset or file, got an empty mapping")
+    exact = {name: samples * weight / sum(weights.values()) for name, weight in weights.items()}
+    shares = {name: int(each) for name, each in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: shares[name] - exact[name])
+    for name in by_remainder[: samples - sum(shares.values())]:
+        shares[name] += 1
+    return shares
+
+
+def _documents(source: Source, tokenizer: Any, column: str | None, seed: int) -> Iterator[Document]:
     """Yield the texts of `source`, shuffled by `seed`."""
     rows = _open(source)
     try:
@@ -80,9 +136,10 @@ def _documents(source: Source, column: str | None, seed: int) -> Iterator[str]:
     if first is None:
         raise ValueError(_EMPTY)
     column = _text_column(first, column)
+    is_chat = not isinstance(first[column], str)
     for row in rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
         if row[column]:
-            yield row[column]
+            yield Document(_templated(tokenizer, row[column]), True) if is_chat else Document(row[column])
 
 
 def _open(source: Source) -> datasets.IterableDataset:
@@ -173,6 +230,11 @@ def text_documents(lines: Iterable[str]) -> Iterator[str]:
 
 def _text_column(row: Mapping[str, Any], column: str | None) -> str:
     strings = [name for name, value in row.items() if isinstance(value, str)]
+    chats = [name for name, value in row.items() if _is_conversation(value)]
+    if column is None and "messages" in chats:
+        column = "messages"
+    if column in chats:
+        return column
     if column is None:
         column = strings[0] if len(strings) == 1 else "text"
     if column not in strings:
@@ -183,12 +245,29 @@ def _text_column(row: Mapping[str, Any], column: str | None) -> str:
     return column
 
 
-def _windows(documents: Iterable[str], tokenizer: Any, sequence_length: int) -> Iterator[torch.Tensor]:
+def _is_conversation(value: Any) -> bool:
+    messages = isinstance(value, list) and bool(value)
+    return messages and all(isinstance(each, Mapping) and "role" in each for each in value)
+
+
+def _templated(tokenizer: Any, messages: list[Mapping[str, Any]]) -> str:
+    """The text that the chat template of `tokenizer` makes of `messages`; ValueError without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "source: it has conversations, and the tokenizer no chat template; give text, or another column"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # templates are programs, which raise what they like
+        raise ValueError(f"source: the tokenizer's chat template does not take a conversation: {error}") from error
+
+
+def _windows(documents: Iterable[Document], tokenizer: Any, sequence_length: int) -> Iterator[torch.Tensor]:
     """Token ids of the joined documents in pieces of `sequence_length`; the last one may be shorter."""
     end = getattr(tokenizer, "eos_token_id", None)
     rest: list[int] = []
     for document in documents:
-        ids = tokenizer(document, verbose=False)["input_ids"]
+        ids = tokenizer(document.text, add_special_tokens=not document.complete, verbose=False)["input_ids"]
         rest += ids if end is None or ids[-1:] == [end] else [*ids, end]
         while len(rest) >= sequence_length:
             yield torch.tensor(rest[:sequence_length])

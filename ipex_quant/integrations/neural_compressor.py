@@ -16,10 +16,12 @@ from .. import quantization
 from ..autotune.calibration_pass import collect
 from ..autotune.candidate import AUTO, Int8Candidate, WeightOnlyCandidate
 from ..autotune.smoothquant_args import read_smoothquant_args
+from ..autotune.space import ALGORITHMS
 from ..autotune.static import StaticQuantizer
-from ..autotune.weight_only import ALGORITHMS, DEFAULT_ACT_QUANT_MODE, find_weights, quantized_model
+from ..autotune.weight_only import find_weights, quantized_model
 from ..conversion.example import Example
 from ..conversion.found import FoundWeights
+from ..conversion.qconfig import DEFAULT_ACT_QUANT_MODE
 from ..nn.linears import is_linear
 from ..numerics.scheme import WeightScheme, WoqLowpMode, WoqWeightDtype
 from ..quantization import convert, get_smooth_quant_qconfig_mapping, prepare

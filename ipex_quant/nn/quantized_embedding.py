@@ -50,7 +50,12 @@ class QuantizedEmbedding(QuantizedModule, PackedEmbedding):
         reason = embedding_obstacle(mod)
         if reason:
             raise ValueError(f"{type(mod).__name__}: {reason}")
-        table = WeightOnlyQuantizedLinear.from_quantized_weight(ops.quantize_weight(mod.weight, mod.qconfig.scheme))
+        return cls.replacing(mod, ops.quantize_weight(mod.weight, mod.qconfig.scheme))
+
+    @classmethod
+    def replacing(cls, mod: nn.Embedding, qw: QuantizedWeight) -> QuantizedEmbedding:
+        """Make an embedding with the weight `qw` to replace the float embedding `mod`."""
+        table = WeightOnlyQuantizedLinear.from_quantized_weight(qw)
         return cls(table, mod.padding_idx, row_factor(mod)).train(mod.training).to(mod.weight.dtype)
 
     def share(self, table: WeightOnlyQuantizedLinear) -> None:

@@ -7,12 +7,17 @@ from enum import IntEnum
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
+from ..numerics.scheme import PER_CHANNEL, WeightScheme, WoqWeightDtype
+
+_SCHEME = re.compile(r"(\w+) (sym|asym) (?:g(\d{1,9})|per-channel)")
+
 
 def parse(annotation: Any, value: Any) -> Any:
     """`value` converted to the type `annotation`; ValueError if it does not fit.
 
-    Annotations are str, bool, int, float, an IntEnum (by its names in lower case), ``X | None``, ``tuple[X, ...]`` (a
-    list), ``dict[X, Y]``, and ``Annotated[X, check]`` with functions that raise ValueError.
+    Annotations are str, bool, int, float, an IntEnum (by its names in lower case), a `WeightScheme` (as it prints),
+    ``X | None``, ``tuple[X, ...]`` (a list), ``dict[X, Y]``, and ``Annotated[X, check]`` with functions that raise
+    ValueError.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
@@ -26,12 +31,35 @@ def parse(annotation: Any, value: Any) -> Any:
         return tuple(parse(arguments[0], each) for each in _of_type(list, value))
     if origin is dict:
         return {parse(arguments[0], key): parse(arguments[1], each) for key, each in _of_type(dict, value).items()}
+    if annotation is WeightScheme:
+        return _scheme(_of_type(str, value))
     if issubclass(annotation, IntEnum):
         names = {member.name.lower(): member for member in annotation}
         if not isinstance(value, str) or value not in names:
             raise ValueError(f"expected one of {', '.join(names)}, got {value!r}")
         return names[value]
     return _of_type(annotation, value)
+
+
+def written(value: Any) -> Any:
+    """What `parse` makes `value` of again, as plain data for YAML."""
+    if isinstance(value, IntEnum):
+        return value.name.lower()
+    if isinstance(value, WeightScheme):
+        return str(value)
+    if isinstance(value, tuple):
+        return [written(each) for each in value]
+    if isinstance(value, dict):
+        return {key: written(each) for key, each in value.items()}
+    return value
+
+
+def _scheme(text: str) -> WeightScheme:
+    match = _SCHEME.fullmatch(text)
+    if match is None or match[1].upper() not in WoqWeightDtype.__members__:
+        raise ValueError(f"expected a scheme as 'int4 asym g64' or 'int8 sym per-channel', got {text[:60]!r}")
+    size = PER_CHANNEL if match[3] is None else int(match[3])
+    return WeightScheme(WoqWeightDtype[match[1].upper()], match[2] == "sym", size)
 
 
 def _of_type(kind: type, value: Any) -> Any:

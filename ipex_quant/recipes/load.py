@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..llm.loading import load_float, load_rounded, load_stored
 from ..llm.saved.notes import note_recipe
 from . import inputs
 from .apply import apply_recipe
-from .recipe import AutoRound, Awq, Calibrated, Dynamic, Gptq, Recipe
+from .recipe import Calibrated, Dynamic, Recipe, WeightOnly
 
 
 def quantized(
@@ -25,15 +25,17 @@ def quantized(
     check: Callable[[PreTrainedModel], None] | None = None,
     trust_remote_code: bool = False,
     work_dir: Path | None = None,
+    imatrix: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[PreTrainedModel, int]:
     """The float model in `directory`, quantized by `recipe` for inference in `dtype`, and the bytes that it had.
 
     Weights that are rounded to nearest are so as they are read. GPTQ, AWQ and AutoRound read the linear layers of one
-    block at a time. Only recipes that observe activations have the float model in memory as a whole. `calibration` and
-    `work_dir` are those of `apply_recipe`; ``check(model)`` may raise for a model that cannot be calibrated on it.
-    Raises as `apply_recipe` and `load_float` do.
+    block at a time. Only recipes that observe activations have the float model in memory as a whole. `calibration`,
+    `work_dir` and `imatrix` are those of `apply_recipe`; ``check(model)`` may raise for a model that cannot be
+    calibrated on it. Raises as `apply_recipe` and `load_float` do.
     """
-    if not isinstance(recipe.settings, Calibrated | Dynamic):
+    mixed = isinstance(recipe.settings, WeightOnly) and bool(recipe.settings.schemes)
+    if not isinstance(recipe.settings, Calibrated | Dynamic) and not mixed and imatrix is None:
         sizes: list[int] = []
 
         def mapping_of(model: PreTrainedModel) -> Any:
@@ -43,14 +45,15 @@ def quantized(
         model = load_rounded(directory, dtype, mapping_of, trust_remote_code=trust_remote_code)
         note_recipe(model, recipe.note)
         return model, sizes[0]
-    if isinstance(recipe.settings, Gptq | Awq | AutoRound | Dynamic):
+    if isinstance(recipe.settings, WeightOnly | Dynamic):
         model = load_stored(directory, dtype, recipe.qconfig_mapping, trust_remote_code)
     else:
         model = load_float(directory, dtype, trust_remote_code)
     if check is not None and isinstance(recipe.settings, Calibrated):
         check(model)
     before = evaluation.model_bytes(model)
-    return apply_recipe(recipe, model, inputs.of_model(model, calibration), model.dtype, work_dir), before
+    calls = inputs.of_model(model, calibration)
+    return apply_recipe(recipe, model, calls, model.dtype, work_dir, imatrix), before
 
 
 def _bytes_in_memory(model: PreTrainedModel) -> int:

@@ -14,8 +14,10 @@ from torch import nn
 from torch.ao.quantization import QConfigMapping
 
 from .. import quantization
+from ..nn.embeddings import is_embedding
 from ..nn.linears import holds_experts, is_linear, linear_shape, output_head
 from ..nn.multihead_attention import named_layers
+from ..numerics.scheme import WeightScheme
 from ..observers import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
 from ..quantization import (
     AutoRoundOptions,
@@ -29,7 +31,7 @@ from ..quantization import (
 )
 from ..woq.gptq import GptqOptions
 from . import FOLDER, recipe_names
-from .fields import Count, Fraction, Regex, parse
+from .fields import Count, Fraction, Regex, parse, written
 
 SMALLEST_GROUP = 32
 
@@ -76,7 +78,8 @@ class WeightOnly(Settings):
     With `min_groups`, a layer with fewer groups per row than that, or whose width `group_size` does not divide, has
     smaller groups, of at least 32 features: rounding errors of narrow layers average out less. `head_dtype` is the
     dtype of the output layer's weight, per channel, if it differs from `weight_dtype`. `embedding_dtype` is the dtype
-    of embeddings, with one scale per row; without it they stay in float.
+    of embeddings, with one scale per row; without it they stay in float. `schemes`, which go first, are those of linear
+    layers and embeddings by regular expressions of their names; the first that matches applies.
     """
 
     weight_dtype: WoqWeightDtype = WoqWeightDtype.INT8
@@ -87,6 +90,7 @@ class WeightOnly(Settings):
     min_groups: int = 0
     head_dtype: WoqWeightDtype | None = None
     embedding_dtype: WoqWeightDtype | None = None
+    schemes: dict[Regex, WeightScheme] = field(default_factory=dict)
 
     def qconfig(self) -> Any:
         return self._with()
@@ -98,6 +102,13 @@ class WeightOnly(Settings):
         head = output_head(model)
         if self.head_dtype is not None and head is not None:
             found[head] = self._per_channel(self.head_dtype)
+        tables = (name for name, module in model.named_modules() if is_embedding(module))
+        for name in (*widths, *tables) if self.schemes else ():
+            scheme = next((each for pattern, each in self.schemes.items() if re.match(pattern, name)), None)
+            if scheme is not None:
+                found[name] = self._with(
+                    weight_dtype=scheme.dtype, group_size=scheme.group_size, weight_qscheme=scheme.qscheme
+                )
         return found
 
     def types(self) -> dict[type[nn.Module], Any]:
@@ -305,6 +316,16 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         return _parsed(path.stem, yaml.safe_load(path.read_text(encoding="utf-8")))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"recipe {path.stem}: {error}") from error
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """YAML that `load_recipe` reads as `recipe`, but for its name."""
+    algorithm = next(name for name, kind in ALGORITHMS.items() if kind is type(recipe.settings))
+    content: dict[str, Any] = {"description": recipe.description, "algorithm": algorithm}
+    default: dict[str, Any] = vars(ALGORITHMS[algorithm]())
+    content |= {key: written(value) for key, value in vars(recipe.settings).items() if value != default[key]}
+    content |= {"skip": written(recipe.skip)} if recipe.skip else {}
+    return yaml.safe_dump(content, sort_keys=False, width=100, allow_unicode=True)
 
 
 _OWN_KEYS = ("description", "skip")

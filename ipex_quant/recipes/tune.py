@@ -1,9 +1,9 @@
-"""`Tuning`: run `autotune` on the settings that a recipe leaves open."""
+"""`Tuning`: run `autotune` on the settings that a recipe leaves open, or on all weight-only schemes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -11,9 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import evaluation
 from ..autotune import Report, TuningOptions, WeightOnlySpace, tune
-from ..quantization import WoqWeightDtype, convert
+from ..autotune.space import INTEGERS
+from ..quantization import WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme, convert
 from .apply import calibration_data
 from .recipe import Awq, Gptq, Recipe, SmoothQuant, Static, WeightOnly
+from .tuned import tuned_recipe
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -22,24 +24,51 @@ if TYPE_CHECKING:
 
 _ALGORITHMS = {"gptq": Gptq, "awq": Awq}
 
+EVERY_SCHEME = WeightOnlySpace(
+    weight_dtypes=INTEGERS,
+    group_sizes=(128, 64, 32),
+    qschemes=(WoqWeightQScheme.UNDEFINED,),
+    algorithms=("gptq", "rtn"),
+    lowp_modes=(WoqLowpMode.INT8,),
+    act_quant_mode=WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM,
+)
+"""What is tuned without a recipe: integers of 2 to 8 bits, with zero points where there are less than 8."""
+
 
 @dataclass(frozen=True)
 class Tuning:
-    """Runs `autotune` around `recipe`, calibrating on `samples` windows of `sequence_length` tokens."""
+    """Runs `autotune` around `recipe`, or on `EVERY_SCHEME` without one.
 
-    recipe: Recipe
+    It calibrates on `samples` windows of `sequence_length` tokens.
+    """
+
+    recipe: Recipe | None
     tokenizer: PreTrainedTokenizerBase
     samples: int = 100
     sequence_length: int = 512
 
     def calibration(self, source: Source | None = None, column: str | None = None) -> DataLoader:
         """The windows to calibrate on, from `calibration_data`."""
-        settings = Static(self.samples, self.sequence_length)
-        return calibration_data(replace(self.recipe, settings=settings), self.tokenizer, source, column)
+        recipe = Recipe("calibration", Static(self.samples, self.sequence_length))
+        return calibration_data(recipe, self.tokenizer, source, column)
 
     def perplexity(self, text: str, max_tokens: int) -> Callable[[nn.Module], float]:
         """A metric of a causal language model: its negative perplexity on the beginning of `text`."""
         return lambda model: -evaluation.perplexity(model, self.tokenizer, text, self.sequence_length, max_tokens)
+
+    def divergence(self, reference: nn.Module, text: str, max_tokens: int) -> Callable[[nn.Module], float]:
+        """A metric of a causal language model: its negative divergence from `reference` on the beginning of `text`."""
+
+        def measure(model: nn.Module) -> float:
+            found = evaluation.compare(reference, model, self.tokenizer, text, self.sequence_length, max_tokens)
+            return -found.kl_divergence
+
+        return measure
+
+    def recipe_of(self, report: Report) -> Recipe:
+        """The recipe of the result of a weight-only search that `run` made."""
+        space = tuning_arguments(self.recipe)["quantization_config"]
+        return tuned_recipe(report, space.act_quant_mode, self.samples, self.sequence_length)
 
     def run(
         self,
@@ -56,17 +85,19 @@ class Tuning:
         tuned, report = tune(
             model, calibration, TuningOptions(eval_func=eval_func, sampling_sizes=[self.samples], **arguments)
         )
-        return (tuned if isinstance(self.recipe.settings, WeightOnly) else convert(tuned)), report
+        return (tuned if "quantization_config" in arguments else convert(tuned)), report
 
 
-def tuning_arguments(recipe: Recipe) -> dict[str, Any]:
-    """The arguments of `autotune` for tuning around `recipe`.
+def tuning_arguments(recipe: Recipe | None) -> dict[str, Any]:
+    """The arguments of `autotune` for tuning around `recipe`, or on `EVERY_SCHEME` without one.
 
     For SmoothQuant they try "auto" and the recipe's alpha, for other static recipes no smoothing. For weight-only
     recipes they fix the dtype (and INT8 for layers that need it), the compute mode and the algorithm (or "rtn"); group
     sizes and zero points are tuned. Modules that the recipe skips stay in float. Raises ValueError for a dynamic
     recipe, which has nothing to tune.
     """
+    if recipe is None:
+        return {"quantization_config": EVERY_SCHEME}
     settings = recipe.settings
     fp32 = {"weight": {"dtype": ["fp32"]}}
     arguments: dict[str, Any] = {"op_type_dict": {f"(?:{pattern}).*": fp32 for pattern in recipe.skip} or None}
@@ -80,5 +111,6 @@ def tuning_arguments(recipe: Recipe) -> dict[str, Any]:
         algorithms=[*(name for name, kind in _ALGORITHMS.items() if isinstance(settings, kind)), "rtn"],
         lowp_modes=[settings.lowp_mode],
         act_quant_mode=settings.act_quant_mode,
+        embeddings=settings.embedding_dtype is not None,
     )
     return {**arguments, "quantization_config": space}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..numerics.affine import code_offset, code_range, in_groups, quantize
+from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme
 from .rtn import round_scales
 
@@ -63,3 +64,20 @@ def search_scales(
             least = torch.where(better, total, least)
             scales[rows] = torch.where(better, candidate[rows], scales[rows])
     return scales, nearest.zero_points
+
+
+def rtn_searched(
+    weight: torch.Tensor,
+    scheme: WeightScheme,
+    importance: torch.Tensor,
+    scale_dtype: torch.dtype = torch.float32,
+) -> QuantizedWeight:
+    """`rtn.rtn` with the scales that `search_scales` finds for the `importance` ``[K]`` of features; raises as they do.
+
+    Features without importance count a little, so that groups of them keep their range.
+    """
+    importance = importance.float()
+    floor = 1e-3 * importance.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    fractions = clip_fractions(clip_steps=20, lowest_clip=0.6)
+    scales, zero_points = search_scales(weight, scheme, importance.clamp(min=floor), fractions, scale_dtype)
+    return quantize(weight, scheme, scales, zero_points)

@@ -14,7 +14,7 @@ def search():
 
 def measure(recipe, index):
     loss = 5 - recipe.samples
-    return Trial(index, recipe.to_json(), str(recipe), 0.0, loss, loss <= 2, 1, 1.0, None, None, 10.0)
+    return Trial(index, recipe.to_json(), str(recipe), 0.0, loss, None, loss <= 2, 1, 1.0, None, None, 10.0)
 
 
 @pytest.mark.parametrize("count", [1, 3, 5, 9])

@@ -10,7 +10,9 @@ from ipex_quant.autotune.trials import Trial, TrialRecord
 
 
 def trial(index, metric, size, met=True):
-    return Trial(index, {"n": index}, f"recipe <{index}>", metric, 1 - metric, met, size * 10**6, 0.5, 0.25, None, 2.0)
+    return Trial(
+        index, {"n": index}, f"recipe <{index}>", metric, 1 - metric, None, met, size * 10**6, 0.5, 0.25, None, 2.0
+    )
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def test_the_table(report):
     assert len(lines) == 4
     assert len({len(line) for line in (head, *lines)}) == 1
     assert [line[:3].strip() for line in lines] == ["p", "*p", "", "p"]
-    assert lines[1].split()[-8:] == ["0.95", "0.05", "yes", "12.00", "0.5000", "0.25", "-", "2.0"]
+    assert lines[1].split()[-9:] == ["0.95", "0.05", "-", "yes", "12.00", "0.5000", "0.25", "-", "2.0"]
     assert "float model: 1; allowed loss: 0.1 relative" in foot
 
 

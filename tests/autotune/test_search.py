@@ -1,7 +1,14 @@
 import pytest
 
 from ipex_quant.autotune.candidate import Int8Candidate, WeightOnlyCandidate
-from ipex_quant.autotune.search import Layer, best_trial, float_sets, search_int8, search_weight_only
+from ipex_quant.autotune.search import (
+    Layer,
+    best_trial,
+    float_sets,
+    search_int8,
+    search_largest,
+    search_weight_only,
+)
 from ipex_quant.autotune.trials import Trial
 from ipex_quant.numerics.scheme import WeightScheme, WoqLowpMode, WoqWeightDtype
 
@@ -9,7 +16,7 @@ BASE = Int8Candidate("auto", 100)
 
 
 def trial(loss=0.0, met=False, size=1, index=0, recipe=BASE):
-    return Trial(index, recipe.to_json(), str(recipe), 1 - loss, loss, met, size, 1.0, None, None, 0.0)
+    return Trial(index, recipe.to_json(), str(recipe), 1 - loss, loss, None, met, size, 1.0, None, None, 0.0)
 
 
 def layers(errors, kind=lambda i: f"type{i}"):
@@ -78,30 +85,44 @@ def weight_only_recipes(sizes):
     return [[WeightOnlyCandidate(a, WoqLowpMode.INT8, (("x", s),)) for a in ("gptq", "rtn")] for s in schemes]
 
 
+@pytest.mark.parametrize("guess", [0, 7, 14, "right", "one off"])
 @pytest.mark.parametrize("smallest", range(15))
-def test_the_smallest_weight_only_size_is_found(smallest):
+def test_the_smallest_weight_only_size_is_found(smallest, guess):
     recipes = weight_only_recipes(15)
     fine = [recipe for of_one_size in recipes[smallest:] for recipe in of_one_size]
-    tried = run(search_weight_only(recipes), lambda recipe: recipe in fine)
-    assert len(set(tried)) == len(tried) <= 12
-    assert set(recipes[smallest]) <= set(tried)
-    assert set(recipes[max(smallest - 1, 0)]) <= set(tried), "another algorithm may do with less"
+    guess = {"right": smallest, "one off": smallest + 1}.get(guess, guess)
+    tried = run(search_weight_only(recipes, lambda: guess, thorough=False), lambda recipe: recipe in fine)
+    assert len(set(tried)) == len(tried) <= 8
+    assert recipes[smallest][0] in tried
+    assert smallest == 0 or recipes[smallest - 1][0] in tried, "a smaller size may do"
+    if guess == smallest:
+        assert len(tried) <= 2
+    thorough = run(search_weight_only(recipes, lambda: guess), lambda recipe: recipe in fine)
+    assert thorough[: len(tried)] == tried
+    assert set(recipes[smallest]) <= set(thorough)
+    assert set(recipes[max(smallest - 1, 0)]) <= set(thorough), "another algorithm may do with less"
 
 
 def test_another_algorithm_may_do_with_less():
     recipes = weight_only_recipes(8)
     fine = [recipes[6][0], recipes[7][0], *(of_one_size[1] for of_one_size in recipes[3:])]
-    tried = run(search_weight_only(recipes), lambda recipe: recipe in fine)
+    tried = run(search_weight_only(recipes, lambda: 6), lambda recipe: recipe in fine)
     assert recipes[3][1] in tried
 
 
-def test_one_size_and_no_success():
-    recipes = weight_only_recipes(1)
-    assert run(search_weight_only(recipes), lambda recipe: False) == recipes[0]
-    assert run(search_weight_only(recipes), lambda recipe: True) == recipes[0]
+def test_no_size_is_a_success():
     recipes = weight_only_recipes(4)
-    tried = run(search_weight_only(recipes), lambda recipe: False)
-    assert tried == [recipes[0][0], recipes[1][0], recipes[3][0], recipes[3][1]]
+    tried = run(search_weight_only(recipes, lambda: 2), lambda recipe: False)
+    assert tried == [recipes[2][0], recipes[3][0], recipes[3][1]]
+
+
+def test_the_largest_size():
+    recipes = weight_only_recipes(3)
+    assert run(search_largest(recipes), lambda recipe: True) == recipes[2]
+    assert run(search_largest(recipes, thorough=False), lambda recipe: True) == recipes[2][:1]
+    tried = run(search_largest(recipes, thorough=False), lambda recipe: recipe == recipes[1][1])
+    assert tried == [*recipes[2], *recipes[1]], "smaller ones where none is met"
+    assert run(search_largest(recipes), lambda recipe: False) == [*recipes[2], *recipes[1], *recipes[0]]
 
 
 def test_the_best_trial():

@@ -9,7 +9,7 @@ IDENTITY = {"seed": 0, "model": "abc"}
 
 
 def trial(index):
-    return Trial(index, {"alpha": index}, f"recipe {index}", 0.5, 0.1, True, 1000, 1.0, 0.5, None, 2.0)
+    return Trial(index, {"alpha": index}, f"recipe {index}", 0.5, 0.1, None, True, 1000, 1.0, 0.5, None, 2.0)
 
 
 def test_a_record_is_resumed(tmp_path):

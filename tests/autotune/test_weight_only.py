@@ -6,8 +6,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ipex_quant import data, evaluation, llm
 from ipex_quant.autotune import Report, WeightOnlySpace, autotune
 from ipex_quant.autotune.batches import read_batches
+from ipex_quant.autotune.budget import Budget
 from ipex_quant.autotune.weight_only import WeightOnlyQuantizer
-from ipex_quant.nn import QuantizedModule
+from ipex_quant.nn import QuantizedModule, WeightOnlyQuantizedLinear
 from ipex_quant.numerics.scheme import WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
 from ipex_quant.quantization import get_smooth_quant_qconfig_mapping, get_weight_only_quant_qconfig_mapping
 from ipex_quant.woq.awq_blocks import awq_blocks
@@ -47,10 +48,10 @@ def test_mixed_precision_within_a_budget_beats_uniform_int4(tuned):
     report = Report.of(folder / "trials.jsonl")
     kl = {trial.label.split(",")[0]: -trial.metric for trial in report.trials}
     assert all(trial.bytes_per_weight <= 0.56 for trial in report.trials)
-    assert kl["RTN mixed"] < 0.85 * kl["RTN int4 asym g128"]
-    assert kl["GPTQ mixed"] < 0.85 * kl["GPTQ int4 asym g128"]
+    assert kl["RTN mixed"] < 0.85 * kl["RTN int4 asym g64"]
+    assert kl["GPTQ mixed"] < 0.85 * kl["GPTQ int4 asym g64"]
     assert kl["GPTQ mixed"] < 0.8 * kl["RTN mixed"]
-    assert kl["GPTQ int4 asym g128"] < 0.8 * kl["RTN int4 asym g128"]
+    assert kl["GPTQ int4 asym g64"] < 0.8 * kl["RTN int4 asym g64"]
     assert report.trials[report.best].label.startswith("GPTQ mixed")
     assert (folder / "report.html").stat().st_size > 5000
 
@@ -63,7 +64,7 @@ def test_the_reports_figures_are_those_of_the_saved_model(tuned, compare, tmp_pa
     loaded = llm.load(tmp_path / "model")
     assert -compare(loaded).kl_divergence == best.metric
     assert evaluation.model_bytes(loaded) == best.model_bytes
-    modules = [module for module in loaded.modules() if isinstance(module, QuantizedModule)]
+    modules = [module for module in loaded.modules() if isinstance(module, WeightOnlyQuantizedLinear)]
     weights = sum(module.weight_shape[0] * module.weight_shape[1] for module in modules)
     assert sum(module.nbytes for module in modules) / weights == best.bytes_per_weight
 
@@ -72,10 +73,10 @@ def test_at_equal_size_mixed_precision_beats_every_uniform_choice(make_model, ba
     space = WeightOnlySpace(algorithms=["rtn"])
     model = make_model(outliers=False)
     examples = read_batches(model, batches, SAMPLES)
-    quantizer = WeightOnlyQuantizer(model, examples, space, None, frozenset(), 0)
+    quantizer = WeightOnlyQuantizer(model, examples, space, Budget(), frozenset(), 0)
     uniform = {
         str(choice["lm_head"].scheme): sum(option.bytes for option in choice.values())
-        for choice in quantizer._uniform(WoqLowpMode.INT8)
+        for choice in quantizer._uniform(WoqLowpMode.INT8, "rtn")
     }
     size = uniform["int4 asym g128"]
     mixed, same = quantizer._candidates(size, WoqLowpMode.INT8)
@@ -84,7 +85,7 @@ def test_at_equal_size_mixed_precision_beats_every_uniform_choice(make_model, ba
     assert kl[mixed] < 0.9 * kl[same]
     estimated = {r: sum(layer["error"] for layer in quantizer.sensitivity(r).values()) for r in (mixed, same)}
     for recipe, divergence in kl.items():
-        assert estimated[recipe] == pytest.approx(divergence, rel=0.25), "the estimate is in nats a token"
+        assert estimated[recipe] == pytest.approx(divergence, rel=0.15), "the estimate is in nats a token"
 
 
 def test_layers_that_share_their_input_have_one_scheme(tuned):
@@ -93,7 +94,7 @@ def test_layers_that_share_their_input_have_one_scheme(tuned):
         attention, mlp = layer.self_attn, layer.mlp
         assert attention.q_proj.scheme == attention.k_proj.scheme == attention.v_proj.scheme
         assert mlp.gate_proj.scheme == mlp.up_proj.scheme
-    assert len({module.scheme for module in model.modules() if isinstance(module, QuantizedModule)}) > 1
+    assert len({module.scheme for module in model.modules() if isinstance(module, WeightOnlyQuantizedLinear)}) > 1
 
 
 def test_awq_scales_norms_of_a_copy_only():
@@ -106,7 +107,7 @@ def test_awq_scales_norms_of_a_copy_only():
     ids = [torch.randint(0, 96, (2, 24)) for _ in range(3)]
     examples = read_batches(model, ids, 6)
     space = WeightOnlySpace([WoqWeightDtype.INT4], [32], algorithms=["rtn", "awq"], lowp_modes=[WoqLowpMode.NONE])
-    quantizer = WeightOnlyQuantizer(model, examples, space, None, frozenset(), 0)
+    quantizer = WeightOnlyQuantizer(model, examples, space, Budget(), frozenset(), 0)
     recipes = {recipe.algorithm: recipe for recipe in quantizer._candidates(1e9, WoqLowpMode.NONE)}
     found = quantizer.quantized(recipes["awq"])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -174,7 +175,7 @@ def test_one_member_of_a_share_group_may_stay_in_float(make_model, batches):
     name = "model.layers.0.self_attn.q_proj"
     model = make_model(outliers=False)
     space = WeightOnlySpace(algorithms=["rtn"])
-    quantizer = WeightOnlyQuantizer(model, read_batches(model, batches, 1), space, None, frozenset([name]), 0)
+    quantizer = WeightOnlyQuantizer(model, read_batches(model, batches, 1), space, Budget(), frozenset([name]), 0)
     assert quantizer.groups[name] == (name,)
     for recipe in quantizer._candidates(1e9, WoqLowpMode.INT8):
         assert [each for each, scheme in recipe.schemes if scheme is None] == [name]
@@ -185,12 +186,12 @@ def test_a_fused_model_is_sampled_too(make_model, batches):
     fused = llm.optimize(model, dtype=torch.float32)
     quantizers = [
         WeightOnlyQuantizer(
-            each, read_batches(each, batches, 2), WeightOnlySpace(algorithms=["rtn"]), None, frozenset(), 0
+            each, read_batches(each, batches, 2), WeightOnlySpace(algorithms=["rtn"]), Budget(), frozenset(), 0
         )
         for each in (model, fused)
     ]
     assert quantizers[0].groups == quantizers[1].groups
-    plain, native = ([option.error for choices in each.options.values() for option in choices] for each in quantizers)
+    plain, native = ([c.weight_error for costs in each.costs.costs.values() for c in costs] for each in quantizers)
     assert native == pytest.approx(plain, rel=1e-3)
 
 
@@ -199,8 +200,8 @@ def test_the_output_layer_may_stay_in_float(make_model, batches):
     space = WeightOnlySpace(algorithms=["rtn"], lm_head=[False], mixed=False)
     tuned = autotune(model, batches[:2], quantization_config=space, accuracy_criterion={"absolute": 1.0})
     both = WeightOnlySpace(algorithms=["rtn"], lm_head=[True, False])
-    quantizer = WeightOnlyQuantizer(model, read_batches(model, batches, 1), both, None, frozenset(), 0)
-    heads = [choice["lm_head"].scheme is None for choice in quantizer._uniform(WoqLowpMode.INT8)]
+    quantizer = WeightOnlyQuantizer(model, read_batches(model, batches, 1), both, Budget(), frozenset(), 0)
+    heads = [choice["lm_head"].scheme is None for choice in quantizer._uniform(WoqLowpMode.INT8, "rtn")]
     assert heads == [False, True] * len(both.schemes(WoqLowpMode.INT8))
     assert type(tuned.lm_head) is nn.Linear
     assert isinstance(tuned.model.layers[0].self_attn.q_proj, QuantizedModule)
@@ -210,19 +211,20 @@ def test_gradients_leave_no_trace(make_model, batches):
     model = make_model(outliers=False)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     quantizer = WeightOnlyQuantizer(
-        model, read_batches(model, batches, 1), WeightOnlySpace(algorithms=["rtn"]), None, frozenset(), 0
+        model, read_batches(model, batches, 1), WeightOnlySpace(algorithms=["rtn"]), Budget(), frozenset(), 0
     )
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
-    int8 = next(o for o in quantizer.options["lm_head"] if o.scheme and o.scheme.dtype == WoqWeightDtype.INT8)
-    assert 0 < int8.error < min(o.error for o in quantizer.options["lm_head"] if "int4" in str(o.scheme)) / 10
+    options = quantizer.costs.options("lm_head", WoqLowpMode.INT8, "rtn")
+    int8 = next(o for o in options if o.scheme and o.scheme.dtype == WoqWeightDtype.INT8)
+    assert 0 < int8.error < min(o.error for o in options if "int4" in str(o.scheme)) / 10
 
 
 def test_bad_arguments(tiny, tiny_batches):
     for error, match, options in (
         (ValueError, "max_bytes_per_weight: expected a number above 0", {"max_bytes_per_weight": 0}),
-        (ValueError, r"max_bytes_per_weight: 0.1 is too few.*smallest take 0\.7", {"max_bytes_per_weight": 0.1}),
+        (ValueError, r"max_bytes_per_weight: 0.1 is too few.*smallest take 0\.67", {"max_bytes_per_weight": 0.1}),
         (TypeError, "quantization_config: expected a WeightOnlySpace", {"quantization_config": "int4"}),
         (
             TypeError,

@@ -1,6 +1,7 @@
 """`quantized`: the same model as `apply_recipe` makes of the whole float model, in less memory."""
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from ipex_quant.llm.saved import rounding
 from ipex_quant.llm.saved.float_models import load_float_model
 from ipex_quant.llm.saved.notes import recipe_note
 from ipex_quant.nn.stored_linear import StoredLinear
-from ipex_quant.quantization import WoqWeightDtype
+from ipex_quant.numerics.scheme import WeightScheme
+from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
 from ipex_quant.recipes import load
 from ipex_quant.recipes.apply import apply_recipe
 from ipex_quant.recipes.recipe import AutoRound, Awq, Dynamic, Gptq, Recipe, Static, WeightOnly
@@ -29,6 +31,21 @@ MODELS = {
 RECIPES = {
     "rtn": Recipe("rtn", WeightOnly(group_size=32)),
     "gptq": Recipe("gptq", Gptq(group_size=32, samples=2, sequence_length=16)),
+    **{
+        name: Recipe(
+            name,
+            kind(
+                group_size=32,
+                lowp_mode=WoqLowpMode.INT8,
+                weight_qscheme=WoqWeightQScheme.SYMMETRIC,
+                schemes={
+                    r".*\.1\.mlp": WeightScheme(WoqWeightDtype.INT4, False, 16),
+                    r"lm_head|.*embed_tokens": WeightScheme(WoqWeightDtype.INT5, False, 32),
+                },
+            ),
+        )
+        for name, kind in (("rtn_schemes", WeightOnly), ("gptq_schemes", partial(Gptq, samples=2, sequence_length=16)))
+    },
     "gptq_skip": Recipe("gptq_skip", Gptq(group_size=32, samples=2, sequence_length=16), skip=(r".*\.down_proj",)),
     "awq": Recipe("awq", Awq(group_size=32, samples=2, sequence_length=16, tokens=16)),
     "auto_round": Recipe(

@@ -5,6 +5,7 @@ import pytest
 from torch import nn
 
 from ipex_quant.conversion.rules import choose_qconfigs
+from ipex_quant.numerics.scheme import WeightScheme
 from ipex_quant.observers import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
 from ipex_quant.quantization import AwqOptions, WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
 from ipex_quant.recipes import recipe_names
@@ -18,6 +19,7 @@ from ipex_quant.recipes.recipe import (
     Static,
     WeightOnly,
     load_recipe,
+    recipe_yaml,
 )
 
 
@@ -149,6 +151,40 @@ def test_a_static_recipe_names_its_observer(written, name, observer):
     assert type(qconfig.activation()) is observer
 
 
+def test_schemes_of_layers_go_first(written):
+    path = written(
+        "{weight_dtype: int4, group_size: 32, head_dtype: int8, skip: [a.1], "
+        "schemes: {a.0: int3 asym g64, lm: int6 sym per-channel, 'a|emb': int5 asym g32}}\n"
+    )
+    recipe = load_recipe(path)
+    assert recipe.settings.schemes["lm"] == WeightScheme(WoqWeightDtype.INT6, True, -1)
+    block = nn.ModuleDict({name: nn.Linear(64, 64) for name in "012"})
+    model = nn.ModuleDict({"a": block, "lm_head": nn.Linear(64, 9), "emb": nn.Embedding(9, 64), "b": nn.Linear(64, 4)})
+    chosen, reasons = choose_qconfigs(recipe.qconfig_mapping(model), model)
+    assert {name: str(qconfig.scheme) for name, qconfig in chosen.items()} == {
+        "a.0": "int3 asym g64",
+        "a.2": "int5 asym g32",
+        "lm_head": "int6 sym per-channel",
+        "emb": "int5 asym g32",
+        "b": "int4 asym g32",
+    }
+    assert reasons.keys() == {"a.1"}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_written_as_it_is_read(name, tmp_path):
+    recipe = load_recipe(name)
+    (tmp_path / f"{name}.yaml").write_text(recipe_yaml(recipe))
+    assert load_recipe(tmp_path / f"{name}.yaml") == recipe
+
+
+def test_schemes_are_written(tmp_path):
+    scheme = WeightScheme(WoqWeightDtype.INT8, True, -1)
+    recipe = Recipe("own", Gptq(schemes={r"a\.(0|1)$": scheme}, samples=3), "Mine: a & b.", (r"c\.d$",))
+    (tmp_path / "own.yaml").write_text(recipe_yaml(recipe))
+    assert load_recipe(tmp_path / "own.yaml") == recipe
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -159,6 +195,11 @@ def test_a_static_recipe_names_its_observer(written, name, observer):
         ("{algorithm: gptq, damp: 1}", "recipe mine: unknown key 'damp', gptq takes act_order"),
         ("samples: 3", "recipe mine: unknown key 'samples', rtn takes"),
         ("{algorithm: dynamic, alpha: 1}", "recipe mine: unknown key 'alpha', dynamic takes algorithm, desc.*, skip$"),
+        ("{schemes: {a: int4}}", "recipe mine: schemes: expected a scheme as 'int4 asym g64' .*, got 'int4'"),
+        ("{schemes: {a: int9 sym g32}}", "recipe mine: schemes: expected a scheme"),
+        ("{schemes: {a: nf4 asym g32}}", "recipe mine: schemes: symmetric: NF4 weights have no zero points"),
+        ("{schemes: {a: int4 asym g48}}", "recipe mine: schemes: group_size: .*48"),
+        ("{schemes: {'(': int4 asym g32}}", "recipe mine: schemes: .* is no regular expression"),
         ("weight_dtype: int7", "recipe mine: weight_dtype: expected one of int8, int4, nf4, .*, iq4, got 'int7'"),
         ("weight_dtype: 2", "recipe mine: weight_dtype: expected one of int8, int4, nf4, .*, iq4, got 2"),
         ("lowp_mode: bf17", "recipe mine: lowp_mode: expected one of none, fp16, bf16, int8, got 'bf17'"),

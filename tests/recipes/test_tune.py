@@ -4,11 +4,13 @@ from dataclasses import replace
 import datasets  # noqa: F401 - its logger keeps the stderr that it finds when imported, which must not be a test's
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import ipex_quant as ipex
 from ipex_quant import cli, data, evaluation
+from ipex_quant.autotune import Report
 from ipex_quant.autotune.constraints import float_layers
 from ipex_quant.nn import QuantizedModule
 from ipex_quant.recipes.recipe import load_recipe
@@ -56,10 +58,32 @@ def test_the_command_tunes_reports_and_saves(float_dir, tmp_path, capsys, recipe
     assert best["met"]
     assert "<svg" in (tmp_path / "o.html").read_text()
     model = ipex.llm.load(tmp_path / "out")
-    assert sum(isinstance(module, QuantizedModule) for module in model.modules()) == 8
+    assert sum(isinstance(module, QuantizedModule) for module in model.modules()) == (9 if options else 8)
     assert evaluation.model_bytes(model) == best["model_bytes"]
     if options:
         assert best["bytes_per_weight"] <= 0.56
+
+
+def test_a_size_gives_a_recipe_a_report_and_a_model(float_dir, tmp_path, capsys):
+    out, record = tmp_path / "out", tmp_path / "trials.jsonl"
+    sizes = ["--samples", "4", "--sequence-length", "128", "--max-tokens", "256"]
+    command = ["autotune", str(float_dir), "--size", "1.5MB", *sizes, "--record", str(record), "--out", str(out)]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "GPTQ mixed" in printed
+    assert "allowed loss: any" in printed
+    (trial,) = Report.of(record).trials
+    model = ipex.llm.load(out)
+    assert evaluation.model_bytes(model) == trial.model_bytes <= 1_500_000
+    tokenizer, reference = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(float_dir)
+    found = evaluation.compare(reference.float(), model, tokenizer, data.held_out_text(), 128, 256)
+    assert found.kl_divergence == pytest.approx(-trial.metric, rel=0.05)
+    assert "<svg" in (out / "report.html").read_text()
+    again = ["quantize", str(float_dir), "--recipe", str(out / "recipe.yaml"), "--out", str(tmp_path / "again")]
+    assert cli.main(again) == 0
+    tensors, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", out))
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 def test_bad_input(float_dir, tmp_path, capsys):
@@ -70,6 +94,15 @@ def test_bad_input(float_dir, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert cli.main(["autotune", "embedded", "--out", str(tmp_path)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
+    for options, message in (
+        (["--size", "many"], "size: expected a number of bytes, or one as 120MB"),
+        (["--size", "3MB", "--max-loss", "1"], "--max-loss: it is no limit beside --size"),
+        (["--max-kl", "0"], "max_kl: expected a number above 0"),
+        (["--size", "3MB", "--recipe", "w8a8-static"], "smoothquant_args, calib_func: they are for static INT8"),
+        (["--size", "1MB", "--max-bytes-per-weight", "1"], "size, max_bytes_per_weight: both say how large"),
+    ):
+        assert cli.main(["autotune", "embedded", "--samples", "1", *options]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_modules_that_a_recipe_skips_stay_in_float():

@@ -3,7 +3,7 @@ import torch
 
 from ipex_quant.numerics.affine import dequantize, quantize
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
-from ipex_quant.woq.clip_search import clip_fractions, search_scales
+from ipex_quant.woq.clip_search import clip_fractions, rtn_searched, search_scales
 from ipex_quant.woq.rtn import rtn
 
 INTEGERS = [dtype for dtype in WoqWeightDtype if dtype.has_integers]
@@ -86,3 +86,18 @@ def test_bad_fractions(steps, lowest, message):
 def test_a_table_of_values_is_refused(weight):
     with pytest.raises(ValueError, match="only integers have a range to clip, got NF4"):
         search_scales(weight, WeightScheme(WoqWeightDtype.NF4), torch.ones(75), clip_fractions(1, 0.5))
+
+
+def test_rounding_with_searched_scales_keeps_what_counts():
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(16, 64), torch.randn(500, 64)
+    inputs[:, ::3] *= 10
+    inputs[:, 1] = 0
+    scheme = WeightScheme(WoqWeightDtype.INT3, False, 32)
+    importance = inputs.square().mean(0)
+    errors = [
+        (inputs @ (dequantize(found) - weight).T).square().sum()
+        for found in (rtn(weight, scheme, torch.float16), rtn_searched(weight, scheme, importance, torch.float16))
+    ]
+    assert errors[1] < 0.9 * errors[0]
+    assert dequantize(rtn_searched(weight, scheme, torch.zeros(64))).isfinite().all()
