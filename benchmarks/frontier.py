@@ -23,14 +23,13 @@ from typing import Any
 
 import torch
 from frontier_candidates import OURS, PRODUCERS, Candidate, candidates
-from frontier_measure import measure
+from frontier_measure import Reference, measure
 from frontier_models import BUILD, EMBEDDED, NAMES, Model, clear, prepare
-from frontier_report import print_table
+from frontier_report import print_comparison, print_table
 from machine import ROOT, describe
 from produce import Task
 from rounds import write_json
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from ipex_quant import data
 
@@ -100,7 +99,7 @@ class Records:
 
 
 def run(
-    candidate: Candidate, model: Model, reference: PreTrainedModel, records: Records, options: argparse.Namespace
+    candidate: Candidate, model: Model, reference: Reference, records: Records, options: argparse.Namespace
 ) -> dict[str, Any]:
     """The record of a candidate, which has an "error" if it failed."""
     path = records.path(candidate)
@@ -134,7 +133,7 @@ def measured(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     for candidate in tqdm(selected(options), desc=name):
         record = records.read(candidate)
         if record is None or ("error" in record and options.retry):
-            reference = reference or model.load()
+            reference = reference or Reference(model.load())
             record = run(candidate, model, reference, records, options)
             tqdm.write(" ".join(f"{key}={value}" for key, value in record.items()))
         found.append(record | {"texts": source})
@@ -181,6 +180,7 @@ def main() -> None:
     for name in options.models:
         records = measured(name, options)
         print_table(records)
+        print_comparison(records, OURS)
         if options.json is not None:
             write_json(options.json, {"machine": machine, "frontier": merged(options.json, records)})
 

@@ -14,9 +14,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from frontier_report import Record, frontier
+from frontier_report import Record, frontier, parts
 
-SIZES = {"linear_bytes_per_weight": "linear layers alone", "bytes_per_weight": "the whole model"}
+WAYS = 2
+"""Ways to count bytes."""
+
 OURS = "ipex_quant"
 STYLES = {
     OURS: ("#1f6fb4", "o"),
@@ -32,11 +34,9 @@ STYLES = {
 def draw(records: Sequence[Record], path: Path) -> None:
     """Draw a panel for each model and way to count, with the frontier of each producer as a line."""
     models = list(dict.fromkeys(record["model"] for record in records))
-    figure, panels = plt.subplots(len(models), len(SIZES), figsize=(11, 4.2 * len(models)), squeeze=False)
+    figure, panels = plt.subplots(len(models), WAYS, figsize=(11, 4.2 * len(models)), squeeze=False)
     for row, model in zip(panels, models, strict=True):
-        for panel, (size, what) in zip(row, SIZES.items(), strict=True):
-            linears = size == "linear_bytes_per_weight"
-            own = [r for r in records if r["model"] == model and r["tables_in_float"] >= linears]
+        for panel, (title, size, own) in zip(row, parts([r for r in records if r["model"] == model]), strict=True):
             for producer, (color, marker) in STYLES.items():
                 points = [r for r in own if r["producer"] == producer]
                 if not points:
@@ -45,7 +45,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
                 best = frontier(points, size)
                 line = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.8 if producer == OURS else 1}
                 panel.plot([8 * r[size] for r in best], [r["kl"] for r in best], label=producer, **line)
-            panel.set(title=f"{model}: {what}", xlabel="bits a weight", ylabel="KL divergence from float, nats")
+            panel.set(title=f"{model}: {title}", xlabel="bits a weight", ylabel="KL divergence from float, nats")
             panel.set_yscale("log")
             panel.grid(alpha=0.3)
             panel.spines[["top", "right"]].set_visible(False)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -131,6 +132,21 @@ def gguf_sizes(file: Path) -> Sizes:
     return Sizes(sizes, in_float)
 
 
+class Reference(nn.Module):
+    """A float model that computes its last hidden states once for each window, and keeps them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.hidden: dict[bytes, torch.Tensor] = {}
+
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        key = input_ids.numpy().tobytes()
+        if key not in self.hidden:
+            self.hidden[key] = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        return SimpleNamespace(logits=self.model.get_output_embeddings()(self.hidden[key]))
+
+
 def load_result(path: Path) -> PreTrainedModel:
     """The model in float32 with the weights that a producer wrote to `path`, as transformers computes it."""
     if (path / SIZES).is_file():
@@ -140,10 +156,10 @@ def load_result(path: Path) -> PreTrainedModel:
     return model
 
 
-def measure(model: Model, reference: PreTrainedModel, path: Path, tokens: int, ours: bool) -> dict[str, Any]:
+def measure(model: Model, reference: Reference, path: Path, tokens: int, ours: bool) -> dict[str, Any]:
     """The entries of a record for what a producer wrote to `path`."""
-    counts = weight_counts(reference)
-    sizes = gguf_sizes(path / SIZES) if (path / SIZES).is_file() else directory_sizes(path, reference, ours)
+    counts = weight_counts(reference.model)
+    sizes = gguf_sizes(path / SIZES) if (path / SIZES).is_file() else directory_sizes(path, reference.model, ours)
     result = evaluation.compare(reference, load_result(path), model.tokenizer(), model.text, model.length, tokens)
     return sizes.record(counts) | {
         "kl": float(f"{result.kl_divergence:.4g}"),
