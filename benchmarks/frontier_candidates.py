@@ -49,11 +49,19 @@ def _title(algorithm: str, bits: int, group: int, sym: bool) -> str:
 
 SIZES = (
     *((2, 32), (2, 64), (3, 32), (3, 64), (3, 128), (4, 32), (4, 64), (4, 128)),
-    *((5, 32), (5, 64), (6, 64), (6, 128), (8, 128)),
+    *((5, 32), (5, 64), (6, 64), (6, 128), (8, 64), (8, 128)),
 )
 """Bits and groups of weights with zero points."""
 
-PEER_SIZES = ((2, 32, False), (3, 64, False), (4, 128, False), (4, 128, True), (4, 32, False), (8, 128, True))
+TABLES_TOO = ((2, 32), (3, 32), (3, 128), (4, 32), (4, 128), (5, 64), (6, 64), (8, 128))
+"""Bits and groups of the linear layers where embedding and head are in INT8."""
+
+IN_INT8 = {"head_dtype": "int8", "embedding_dtype": "int8"}
+
+PEER_SIZES = (
+    *((2, 32, False), (3, 64, False), (4, 128, False), (4, 128, True), (4, 64, False), (4, 32, False)),
+    (8, 128, True),
+)
 """Bits, groups and symmetry for those peers that take them."""
 
 IN_FLOAT = {"skip": ["lm_head"]}
@@ -69,9 +77,12 @@ def _ours() -> list[Candidate]:
     for algorithm, title, sym in (("gptq", "GPTQ", True), ("auto_round", "AutoRound", True), ("awq", "AWQ", False)):
         settings = {"algorithm": algorithm, **_integers(4, 128, sym), **IN_FLOAT}
         found.append(Candidate(OURS, _title(title, 4, 128, sym), settings, algorithm == "gptq"))
-    found.append(
-        Candidate(OURS, "RTN, 8 bits per channel sym", {"algorithm": "rtn", **_integers(8, -1, True), **IN_FLOAT})
-    )
+    for algorithm, title in (("rtn", "RTN"), ("gptq", "GPTQ")):
+        settings = {"algorithm": algorithm, **_integers(8, -1, True), **IN_FLOAT}
+        found.append(Candidate(OURS, _title(title, 8, -1, True), settings))
+    for bits, group in TABLES_TOO:
+        settings = {"algorithm": "gptq", **_integers(bits, group), **IN_INT8}
+        found.append(Candidate(OURS, f"{_title('GPTQ', bits, group, False)}, tables too", settings))
     return found
 
 
@@ -100,6 +111,8 @@ def _auto_round() -> list[Candidate]:
     for bits, group, sym in PEER_SIZES:
         settings = {"bits": bits, "group_size": group, "sym": sym, "iters": 200, "batch_size": 8}
         found.append(Candidate("auto-round", _title("200 steps", bits, group, sym), settings, False))
+    settings = {"bits": 4, "group_size": 64, "sym": False, "iters": 50, "batch_size": 4}
+    found.append(Candidate("auto-round", _title("50 steps of 4", 4, 64, False), settings, False))
     settings = {"bits": 4, "group_size": 128, "sym": True, "iters": 0}
     return [*found, Candidate("auto-round", _title("RTN", 4, 128, True), settings, False)]
 
@@ -125,8 +138,9 @@ def _nncf() -> list[Candidate]:
     found = []
     for mode, extra, title in (
         ("INT4_ASYM", {}, "RTN, 4 bits g128"),
+        ("INT4_ASYM", {"scale_estimation": True}, "scale estimation, 4 bits g128"),
         ("INT4_ASYM", {"awq": True, "scale_estimation": True}, "AWQ and scale estimation, 4 bits g128"),
-        ("INT4_ASYM", {"awq": True, "gptq": True}, "AWQ and GPTQ, 4 bits g128"),
+        ("INT4_ASYM", {"gptq": True}, "GPTQ, 4 bits g128"),
         ("INT8_ASYM", {}, "RTN, 8 bits per channel"),
     ):
         settings = {"mode": mode, "group_size": -1 if mode == "INT8_ASYM" else 128, **extra}

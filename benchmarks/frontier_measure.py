@@ -1,7 +1,8 @@
 """Bytes and accuracy of a quantized model that any producer wrote, for frontier.py.
 
-A result is a directory that this package reads, whose weights are dequantized to float32, or a float GGUF file of
-weights that its producer dequantized, with `sizes.json` beside it: bytes of each quantized tensor by its name there.
+A result is a directory that this package reads, whose weights are dequantized to float32; or a float model, in
+`float.gguf` or as a directory, of weights that its producer dequantized, and `sizes.json`: type, bytes and numbers of
+each tensor by its name.
 Both run in transformers' own code, so that producers differ by their weights only.
 """
 
@@ -31,9 +32,10 @@ FLOAT_BYTES = 2
 """Bytes of a number in float: models are stored in bfloat16 or float16, whatever a producer was given."""
 
 LINEARS, TABLES, REST = "linears", "embedding and head", "rest"
-GGUF_LINEAR = re.compile(r"blk\.\d+\.(attn_[qkv]|attn_output|ffn_(gate|up|down))\.weight")
-GGUF_TABLE = re.compile(r"(token_embd|output)\.weight")
+LINEAR_NAME = re.compile(r"(blk\.\d+\.(attn_([qkv]|output)|ffn_(gate|up|down))|model\.layers\..+_proj)\.weight")
+TABLE_NAME = re.compile(r"(token_embd|output|model\.embed_tokens|lm_head)\.weight")
 SIZES = "sizes.json"
+FLOATS = ("F32", "F16", "BF16", "torch.float32")
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,13 @@ def _parents(name: str) -> Iterator[str]:
         yield name
 
 
-def gguf_sizes(file: Path) -> Sizes:
+def told_sizes(file: Path) -> Sizes:
     """Bytes of the tensors that `file`, a `SIZES`, tells."""
     sizes: Counter[str] = Counter()
     in_float = True
     for name, (kind, nbytes, count) in json.loads(file.read_text(encoding="utf-8")).items():
-        is_float = kind in ("F32", "F16", "BF16")
-        place = LINEARS if GGUF_LINEAR.fullmatch(name) else TABLES if GGUF_TABLE.fullmatch(name) else REST
+        is_float = kind in FLOATS
+        place = LINEARS if LINEAR_NAME.fullmatch(name) else TABLES if TABLE_NAME.fullmatch(name) else REST
         in_float &= is_float or place != TABLES
         sizes[place] += count * FLOAT_BYTES if is_float else nbytes
     return Sizes(sizes, in_float)
@@ -150,7 +152,8 @@ class Reference(nn.Module):
 def load_result(path: Path) -> PreTrainedModel:
     """The model in float32 with the weights that a producer wrote to `path`, as transformers computes it."""
     if (path / SIZES).is_file():
-        return load_float(path / "float.gguf", torch.float32)
+        file = path / "float.gguf"
+        return load_float(file if file.is_file() else path, torch.float32)
     model = dequantize_model(llm.from_pretrained(path, torch.float32), torch.float32)
     restore_forwards(model)
     return model
@@ -159,7 +162,7 @@ def load_result(path: Path) -> PreTrainedModel:
 def measure(model: Model, reference: Reference, path: Path, tokens: int, ours: bool) -> dict[str, Any]:
     """The entries of a record for what a producer wrote to `path`."""
     counts = weight_counts(reference.model)
-    sizes = gguf_sizes(path / SIZES) if (path / SIZES).is_file() else directory_sizes(path, reference.model, ours)
+    sizes = told_sizes(path / SIZES) if (path / SIZES).is_file() else directory_sizes(path, reference.model, ours)
     result = evaluation.compare(reference, load_result(path), model.tokenizer(), model.text, model.length, tokens)
     return sizes.record(counts) | {
         "kl": float(f"{result.kl_divergence:.4g}"),

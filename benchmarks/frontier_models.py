@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -90,8 +91,12 @@ def _write_float(name: str, packages: Path | None, out: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(data.embedded_model_dir())
     else:
         file = model_file(FILES[name], packages or ROOT / "build" / "real-models" / "packages")
-        model = dequantize_model(llm.from_pretrained(file, torch.float32), torch.float32)
-        restore_forwards(model)
+        dequantized = dequantize_model(llm.from_pretrained(file, torch.float32), torch.float32)
+        restore_forwards(dequantized)
+        config = copy.deepcopy(dequantized.config)
+        vars(config).pop("quantization_config", None)
+        model = type(dequantized)(config)
+        model.load_state_dict(dequantized.state_dict())
         tokenizer = llm.load_tokenizer(file)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -16,7 +16,7 @@ def main() -> None:
     job = task()
     torch.set_num_threads(job.threads)
     config = QuantizeConfig(device="cpu", **job.settings)
-    model = GPTQModel.load(job.directory, config, device="cpu", dtype=torch.float32)
+    model = GPTQModel.load(job.directory, config, dtype=torch.float32)
     windows = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in job.read_windows()]
     model.quantize(windows, batch_size=1)
     model.save(job.out)

@@ -79,20 +79,21 @@ def test_another_tools_float32_scales_count_as_halves_and_no_order_as_nothing(me
     assert measure.directory_sizes(tmp_path, model(), False).bytes == {measure.LINEARS: codes + 2 * scales + 4 * 64}
 
 
-def test_bytes_of_gguf_are_by_tensor(measure, tmp_path):
+def test_bytes_that_a_producer_tells_are_by_tensor(measure, tmp_path):
     tensors = {
         "blk.0.attn_q.weight": ("Q4_K", 144, 256),
         "blk.10.ffn_down.weight": ("Q6_K", 210, 256),
+        "model.layers.0.mlp.up_proj.weight": ("INT4", 130, 256),
         "token_embd.weight": ("F32", 1024, 256),
         "blk.0.attn_norm.weight": ("F32", 128, 32),
     }
     (tmp_path / "sizes.json").write_text(json.dumps(tensors))
-    sizes = measure.gguf_sizes(tmp_path / "sizes.json")
-    assert sizes.bytes == {measure.LINEARS: 354, measure.TABLES: 512, measure.REST: 64}
+    sizes = measure.told_sizes(tmp_path / "sizes.json")
+    assert sizes.bytes == {measure.LINEARS: 484, measure.TABLES: 512, measure.REST: 64}
     assert sizes.tables_in_float
     tensors["token_embd.weight"] = ("Q8_0", 272, 256)
     (tmp_path / "sizes.json").write_text(json.dumps(tensors))
-    assert not measure.gguf_sizes(tmp_path / "sizes.json").tables_in_float
+    assert not measure.told_sizes(tmp_path / "sizes.json").tables_in_float
 
 
 def test_the_frontier_is_what_nothing_smaller_beats(measure):
