@@ -96,6 +96,19 @@ def test_bytes_that_a_producer_tells_are_by_tensor(measure, tmp_path):
     assert not measure.told_sizes(tmp_path / "sizes.json").tables_in_float
 
 
+def test_the_reference_computes_each_window_once_and_as_the_model(measure):
+    plain, calls = model(), []
+    plain.get_decoder().register_forward_hook(lambda *arguments: calls.append(1))
+    reference = measure.Reference(plain)
+    windows = [torch.arange(5)[None], torch.arange(5, 9)[None]]
+    with torch.inference_mode():
+        expected = [plain(input_ids=window).logits for window in windows]
+        calls.clear()
+        for window, logits in zip(windows * 2, expected * 2, strict=True):
+            assert torch.equal(reference(input_ids=window).logits, logits)
+    assert len(calls) == 2
+
+
 def test_the_frontier_is_what_nothing_smaller_beats(measure):
     import frontier_report
 
