@@ -132,6 +132,8 @@ def measured(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     found, reference = [], None
     for candidate in tqdm(selected(options), desc=name):
         record = records.read(candidate)
+        if record is None and options.no_run:
+            continue
         if record is None or ("error" in record and options.retry):
             reference = reference or Reference(model.load())
             record = run(candidate, model, reference, records, options)
@@ -172,6 +174,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=7200, metavar="S", help="seconds for a candidate")
     parser.add_argument("--packages", type=Path, help="where the packages of the models are installed")
     parser.add_argument("--retry", action="store_true", help="run again what failed")
+    parser.add_argument("--no-run", action="store_true", help="show only what was measured before")
     parser.add_argument("--keep", action="store_true", help="keep the quantized models, in build/frontier")
     parser.add_argument("--json", type=Path, help="where to write the records")
     options = parser.parse_args()
@@ -179,6 +182,8 @@ def main() -> None:
     machine = describe(options.threads)
     for name in options.models:
         records = measured(name, options)
+        if not records:
+            continue
         print_table(records)
         print_comparison(records, OURS)
         if options.json is not None:

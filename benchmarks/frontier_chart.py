@@ -41,7 +41,8 @@ def draw(records: Sequence[Record], path: Path) -> None:
                 points = [r for r in own if r["producer"] == producer]
                 if not points:
                     continue
-                panel.scatter([8 * r[size] for r in points], [r["kl"] for r in points], 14, color, marker, alpha=0.5)
+                own_style = {"s": 14, "color": color, "marker": marker, "alpha": 0.5}
+                panel.scatter([8 * r[size] for r in points], [r["kl"] for r in points], **own_style)
                 best = frontier(points, size)
                 line = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.8 if producer == OURS else 1}
                 panel.plot([8 * r[size] for r in best], [r["kl"] for r in best], label=producer, **line)

@@ -1,4 +1,4 @@
-"""The table of frontier.py, and what is on its frontier."""
+"""The tables of frontier.py, and what is on its frontier."""
 
 from __future__ import annotations
 
@@ -62,3 +62,32 @@ def print_comparison(records: Sequence[Record], ours: str) -> None:
             print(
                 f"{name}   {8 * best[size]:6.2f} bits {best['name']:26s}{best['kl']:>9.5f}   {ratio:.2f} times the KL"
             )
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """Tables of the linear layers of each model: the frontier of each producer, in bold what no producer beats."""
+    lines = []
+    for model in dict.fromkeys(record["model"] for record in records):
+        own = [record for record in records if record["model"] == model]
+        _, size, linears = parts(own)[0]
+        producers = dict.fromkeys(record["producer"] for record in linears)
+        best = [r for name in producers for r in frontier([r for r in linears if r["producer"] == name], size)]
+        first = linears[0]
+        lines += [
+            f"`{model}`, {first['tokens']} tokens of {first['texts']}; perplexity in float "
+            f"{first['reference_perplexity']:.2f}:",
+            "",
+            "| bits a weight | quantizer | KL | of 99 % of the tokens at most | top-1 agreement | perplexity |",
+            "|--:|---|--:|--:|--:|--:|",
+        ]
+        for r in sorted(best, key=lambda r: (r[size], r["kl"])):
+            name = f"{r['producer']}: {r['name']}"
+            name = name if is_beaten(r, linears, size) else f"**{name}**"
+            lines.append(
+                f"| {8 * r[size]:.2f} | {name} | {r['kl']:.2g} | {r['kl_99th_percentile']:.2g} | "
+                f"{r['top1_agreement']:.1%} | {r['perplexity']:.2f} |"
+            )
+        lines.append("")
+        failed = [f"{r['producer']}: {r['name']} ({r['error']})" for r in own if "error" in r]
+        lines += [f"Failed: {'; '.join(failed)}.", ""] if failed else []
+    return "\n".join(lines).rstrip()
