@@ -84,7 +84,7 @@ def markdown(records: Sequence[Record]) -> str:
             name = f"{r['producer']}: {r['name']}"
             name = name if is_beaten(r, linears, size) else f"**{name}**"
             lines.append(
-                f"| {8 * r[size]:.2f} | {name} | {r['kl']:.2g} | {r['kl_99th_percentile']:.2g} | "
+                f"| {8 * r[size]:.2f} | {name} | {r['kl']:.3g} | {r['kl_99th_percentile']:.2g} | "
                 f"{r['top1_agreement']:.1%} | {r['perplexity']:.2f} |"
             )
         lines.append("")
