@@ -14,12 +14,13 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 # For test-torch: the version of torch, the newest one without it.
 VERSION ?=
-# For bench-peers, bench-checkpoints, bench-real-models and bench-gguf: how to name the result, and options such as --quick or --recipes.
+# For bench-peers, bench-checkpoints, bench-real-models, bench-gguf and bench-frontier: how to name the result, and options such as --quick or --recipes.
 MACHINE ?= local
 PEERS_ARGS ?=
 REAL_MODELS_ARGS ?=
 GGUF_ARGS ?=
 CHECKPOINTS_ARGS ?=
+FRONTIER_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -30,12 +31,15 @@ NATIVE_TESTS := $(wildcard tests/native/*.cpp)
 CXX ?= g++
 SANITIZE := $(CURDIR)/build/sanitize
 PEERS := build/peers
+FRONTIER_PEERS := llamacpp auto-round llm-compressor gptqmodel nncf neural-compressor
+LLAMA_CPP := llama-cpp-python==0.3.36
+FRONTIER := build/frontier
 REAL_MODELS := build/real-models
 DOCS := build/docs
 OTHER_TORCH := build/torch/$(or $(VERSION),newest)
 
 .PHONY: help env build demo test test-torch lint format docs sanitize bench bench-peers bench-checkpoints \
-    bench-real-models bench-gguf wheel clean
+    bench-real-models bench-gguf bench-frontier wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -144,6 +148,37 @@ bench-gguf: build $(PEERS)/llamacpp/.stamp  ## compare real GGUF files, which co
 	$(PIP) install --quiet --no-deps --target $(REAL_MODELS)/packages -r benchmarks/requirements/gguf.txt
 	$(BIN)/python benchmarks/gguf_files.py --packages $(REAL_MODELS)/packages \
 	    --json benchmarks/results/gguf-$(MACHINE).json $(GGUF_ARGS)
+
+bench-frontier: build $(PEERS)/chart/.stamp $(FRONTIER_PEERS:%=$(FRONTIER)/%/.stamp)  ## size against accuracy, here and of the peers' quantizers
+	$(PIP) install --quiet --no-deps --target $(REAL_MODELS)/packages -r benchmarks/requirements/gguf.txt
+	$(BIN)/python benchmarks/frontier.py --packages $(REAL_MODELS)/packages \
+	    --json benchmarks/results/frontier-$(MACHINE).json $(FRONTIER_ARGS)
+	-$(PEERS)/chart/bin/python benchmarks/frontier_chart.py benchmarks/results/frontier-$(MACHINE).json docs/images/frontier
+
+# llama.cpp's tools are in the sources of llama-cpp-python only.
+$(FRONTIER)/llamacpp/.stamp: benchmarks/requirements/frontier-llamacpp.txt
+	mkdir -p $(FRONTIER)/llamacpp
+	-{ $(PYTHON) -m venv $(FRONTIER)/llamacpp && \
+	    $(FRONTIER)/llamacpp/bin/python -m pip install -r $< && \
+	    $(FRONTIER)/llamacpp/bin/python -m pip download --no-deps --no-binary llama-cpp-python \
+	        --dest $(FRONTIER)/llamacpp $(LLAMA_CPP) && \
+	    mkdir -p $(FRONTIER)/llamacpp/source && \
+	    tar -xzf $(FRONTIER)/llamacpp/llama_cpp_python-*.tar.gz -C $(FRONTIER)/llamacpp/source --strip-components 1 && \
+	    cmake -S $(FRONTIER)/llamacpp/source/vendor/llama.cpp -B $(FRONTIER)/llamacpp/build \
+	        -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_OPENMP=OFF -DLLAMA_OPENSSL=OFF \
+	        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF && \
+	    cmake --build $(FRONTIER)/llamacpp/build -j $(JOBS) --target llama-quantize llama-imatrix && \
+	    touch $@; } > $(FRONTIER)/llamacpp.log 2>&1
+
+$(FRONTIER)/%/.stamp: benchmarks/requirements/frontier-%.txt
+	mkdir -p $(FRONTIER)
+	-{ $(PYTHON) -m venv $(FRONTIER)/$* && \
+	    $(FRONTIER)/$*/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)' && \
+	    $(FRONTIER)/$*/bin/python -m pip install -r $< && \
+	    if [ $* = gptqmodel ]; then \
+	        $(FRONTIER)/$*/bin/python -m pip install --no-deps -r benchmarks/requirements/checkpoints-no-deps.txt; \
+	    fi && \
+	    touch $@; } > $(FRONTIER)/$*.log 2>&1
 
 # Environments of their own. The table reports what cannot be installed, with the end of its log. No model here takes
 # images, and a torchvision that was made for another build of torch would break transformers. What asks for another

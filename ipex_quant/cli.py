@@ -155,12 +155,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", required=True)
     sub.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
 
-    sub = command("eval", _eval, "Compare a quantized model with its float model on a text or other inputs.")
+    sub = command("eval", _eval, "Compare a model with its float model, or another one, on a text or other inputs.")
     sub.add_argument("directory", type=Path, metavar="DIR", help=MODEL_HELP)
-    sub.add_argument("--reference", type=Path, required=True, metavar="FLOAT_DIR", help="the float model")
+    reference_help = "what to compare it with: the float model, in float32, or any other that DIR may be"
+    sub.add_argument("--reference", type=Path, required=True, metavar="DIR", help=reference_help)
     either = sub.add_mutually_exclusive_group(required=True)
     either.add_argument("--text", type=Path, metavar="FILE")
     inputs(either, "what a model is called with that is not called with text")
+    tasks_help = "count changed answers in the multiple-choice tasks of this folder (lm-evaluation-harness' YAML files)"
+    either.add_argument("--tasks", type=Path, metavar="DIR", help=tasks_help)
     sub.add_argument("--sequence-length", type=_positive, default=512, metavar="N")
     sub.add_argument("--max-tokens", type=_positive, metavar="N", help="predict at most N tokens of the text")
 
@@ -349,9 +352,11 @@ def _eval(options: argparse.Namespace) -> int:
     text = None if options.text is None else options.text.read_text(encoding="utf-8")
     calls = None if options.inputs is None else inputs.read_inputs(options.inputs)
     model, tokenizer = _any_model(options), _tokenizer(options, options.directory)
-    reference = _float_model(options, options.reference, "float32")
+    reference = _reference(options)
     if type(reference).__name__ != type(model).__name__:
         raise ValueError(f"--reference: expected a {type(model).__name__}, got a {type(reference).__name__}")
+    if options.tasks is not None:
+        return _flips(options, reference, model, tokenizer)
     float_size, size = (f"{evaluation.model_bytes(each) / 1e6:.1f} MB" for each in (reference, model))
     if calls is None and inputs.predicts_next_tokens(model):
         result = evaluation.compare(reference, model, tokenizer, text, options.sequence_length, options.max_tokens)
@@ -359,6 +364,8 @@ def _eval(options: argparse.Namespace) -> int:
         print(f"reference perplexity  {result.reference_perplexity:.4f}  ({float_size})")
         print(f"perplexity            {result.perplexity:.4f}  ({size})")
         print(f"KL(reference||model)  {result.kl_divergence:.6f} nats per token")
+        print(f"KL, 99th percentile   {result.kl_99th_percentile:.6f}")
+        print(f"KL, largest           {result.kl_largest:.6f}")
         print(f"top-1 agreement       {result.top1_agreement:.2%}")
         return 0
     if calls is None:
@@ -370,6 +377,25 @@ def _eval(options: argparse.Namespace) -> int:
     if outputs.top1_agreement is not None:
         print(f"KL(reference||model)  {outputs.kl_divergence:.6f} nats per prediction")
         print(f"top-1 agreement       {outputs.top1_agreement:.2%}")
+    return 0
+
+
+def _flips(
+    options: argparse.Namespace,
+    reference: PreTrainedModel,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> int:
+    try:
+        from .integrations.lm_eval import IpexQuantLM, flips
+    except ImportError as error:
+        raise ValueError("--tasks: expected lm-evaluation-harness; run `pip install ipex_quant[lm-eval]`") from error
+    reference, model = (IpexQuantLM(each, tokenizer=tokenizer) for each in (reference, model))
+    for task, found in flips(reference, model, options.tasks).items():
+        print(f"{task}: {found.changed} of {found.questions} answers changed ({found.changed / found.questions:.2%})")
+        print(f"  right before, wrong now  {found.lost}")
+        print(f"  wrong before, right now  {found.gained}")
+        print(f"  accuracy                 {found.reference_accuracy:.2%} before, {found.accuracy:.2%} now")
     return 0
 
 
@@ -389,6 +415,18 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _any_model(options: argparse.Namespace) -> PreTrainedModel:
     return ipex.llm.from_pretrained(options.directory, trust_remote_code=options.trust_remote_code)
+
+
+def _reference(options: argparse.Namespace) -> PreTrainedModel:
+    """The model to compare with: a float model in float32, another one as it runs, with activations in float32."""
+    import torch
+
+    from .checkpoints import find_gguf, find_quantization_config
+
+    path = options.reference
+    if find_gguf(path) is None and find_quantization_config(_model_directory(path)) is None:
+        return _float_model(options, path, "float32")
+    return ipex.llm.from_pretrained(path, torch.float32, trust_remote_code=options.trust_remote_code)
 
 
 def _float_model(options: argparse.Namespace, directory: Path, dtype: str) -> PreTrainedModel:

@@ -23,13 +23,16 @@ ROWS_AT_ONCE = 128
 class Comparison:
     """A model compared with its reference on a text.
 
-    `kl_divergence` is the mean of ``KL(reference || model)`` per token in nats; `top1_agreement` is the share of tokens
-    for which both models rank the same token first; `tokens` counts the predicted tokens.
+    `kl_divergence` is the mean of ``KL(reference || model)`` per token in nats, `kl_99th_percentile` what 99 % of the
+    tokens do not exceed, `kl_largest` that of the worst token; `top1_agreement` is the share of tokens for which both
+    models rank the same token first; `tokens` counts the predicted tokens.
     """
 
     reference_perplexity: float
     perplexity: float
     kl_divergence: float
+    kl_99th_percentile: float
+    kl_largest: float
     top1_agreement: float
     tokens: int
 
@@ -61,16 +64,17 @@ def perplexity(
 ) -> float:
     """Exponential of the mean negative log-likelihood of the tokens of `text`, in windows of `sequence_length` tokens.
 
-    At most `max_tokens` tokens are predicted. Raises ValueError when `text` has less than two tokens.
+    At most `max_tokens` tokens are predicted. Raises ValueError when `text` has less than two tokens, and for logits
+    that are not finite.
     """
     loss, tokens = 0.0, 0
     with evaluating(model), torch.inference_mode():
         for window in token_windows(tokenizer, text, sequence_length, max_tokens):
             targets = window[0, 1:]
-            for rows, (log_probs,) in _log_probs((model,), window):
+            for rows, (log_probs,) in _log_probs({"model": model}, window):
                 loss += _negative_log_likelihood(log_probs, targets[rows])
             tokens += len(targets)
-    return math.exp(loss / tokens)
+    return _perplexity("model", loss, tokens)
 
 
 def compare(
@@ -83,14 +87,16 @@ def compare(
 ) -> Comparison:
     """Run both models over the same windows of `text` and compare their distributions of the next token.
 
-    Both models must have the same vocabulary. Raises ValueError when they do not or `text` has less than two tokens.
+    Both models must have the same vocabulary. Raises ValueError when they do not, when `text` has less than two tokens,
+    and for logits or measures that are not finite.
     """
-    reference_loss = loss = divergence = 0.0
-    same = tokens = 0
+    reference_loss = loss = 0.0
+    same = 0
+    divergences = []
     with evaluating(reference, model), torch.inference_mode():
         for window in token_windows(tokenizer, text, sequence_length, max_tokens):
             targets = window[0, 1:]
-            for rows, (expected, actual) in _log_probs((reference, model), window):
+            for rows, (expected, actual) in _log_probs({"reference": reference, "model": model}, window):
                 if expected.shape != actual.shape:
                     raise ValueError(
                         f"model: expected the reference's vocabulary of {expected.shape[-1]} tokens, "
@@ -98,13 +104,16 @@ def compare(
                     )
                 reference_loss += _negative_log_likelihood(expected, targets[rows])
                 loss += _negative_log_likelihood(actual, targets[rows])
-                divergence += nn.functional.kl_div(actual, expected, reduction="sum", log_target=True).item()
+                divergences.append(_divergences(expected, actual))
                 same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
-            tokens += len(targets)
+    divergence = torch.cat(divergences)
+    tokens = len(divergence)
     return Comparison(
-        reference_perplexity=math.exp(reference_loss / tokens),
-        perplexity=math.exp(loss / tokens),
-        kl_divergence=divergence / tokens,
+        reference_perplexity=_perplexity("reference", reference_loss, tokens),
+        perplexity=_perplexity("model", loss, tokens),
+        kl_divergence=_finite("model: KL divergence", divergence.mean().item()),
+        kl_99th_percentile=divergence.quantile(0.99).item(),
+        kl_largest=divergence.max().item(),
         top1_agreement=same / tokens,
         tokens=tokens,
     )
@@ -130,8 +139,8 @@ def compare_outputs(
 ) -> OutputComparison:
     """Call `reference` and `model` with the keyword arguments of each pair in `calls`, and compare their outputs.
 
-    The outputs are those of `main_output`. Raises ValueError if there are no calls or the outputs differ in shape,
-    TypeError if there is no float output.
+    The outputs are those of `main_output`. Raises ValueError if there are no calls, the outputs differ in shape or are
+    not finite, TypeError if there is no float output.
     """
     error = power = divergence = 0.0
     same = predictions = samples = 0
@@ -140,12 +149,15 @@ def compare_outputs(
             (expected, are_logits), (actual, _) = (main_output(reference(**own)), main_output(model(**other)))
             if expected.shape != actual.shape:
                 raise ValueError(f"model: expected outputs of shape {list(expected.shape)}, got {list(actual.shape)}")
+            for name, values in (("reference", expected), ("model", actual)):
+                if not values.isfinite().all():
+                    raise ValueError(f"{name}: expected finite outputs, got NaN or infinity in call {samples}")
             error += (actual - expected).square().sum().item()
             power += expected.square().sum().item()
             samples += 1
             if are_logits:
                 expected, actual = (x.reshape(-1, x.shape[-1]).log_softmax(-1) for x in (expected, actual))
-                divergence += nn.functional.kl_div(actual, expected, reduction="sum", log_target=True).item()
+                divergence += _divergences(expected, actual).sum().item()
                 same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
                 predictions += len(expected)
     if not samples:
@@ -219,13 +231,43 @@ class _TokenClock(BaseStreamer):
         pass
 
 
-def _log_probs(models: tuple[nn.Module, ...], window: torch.Tensor) -> Iterator[tuple[slice, tuple[torch.Tensor, ...]]]:
-    """Yield slices of a window's targets with the models' float32 log-probabilities ``[rows, vocabulary]`` for them."""
-    logits = [model(input_ids=window[:, :-1]).logits[0] for model in models]
+def _log_probs(models: dict[str, nn.Module], window: torch.Tensor) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    """Yield slices of a window's targets with the models' float32 log-probabilities ``[rows, vocabulary]`` for them.
+
+    Raises ValueError, with the model's name, where they are NaN.
+    """
+    logits = {name: model(input_ids=window[:, :-1]).logits[0] for name, model in models.items()}
     for start in range(0, window.shape[1] - 1, ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
-        yield rows, tuple(torch.log_softmax(each[rows].float(), dim=-1) for each in logits)
+        found = [torch.log_softmax(each[rows].float(), dim=-1) for each in logits.values()]
+        for name, log_probs in zip(logits, found, strict=True):
+            bad = log_probs[:, 0].isnan().nonzero()  # of such logits the whole row is NaN
+            if len(bad):
+                place = f"token {start + int(bad[0])} of a window of {window.shape[1] - 1}"
+                raise ValueError(f"{name}: expected finite logits, got NaN or infinity at {place}")
+        yield rows, found
+
+
+def _divergences(expected: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
+    """``KL(expected || actual)`` of each row of log-probabilities, float64."""
+    return nn.functional.kl_div(actual, expected, reduction="none", log_target=True).sum(-1).double()
 
 
 def _negative_log_likelihood(log_probs: torch.Tensor, targets: torch.Tensor) -> float:
     return nn.functional.nll_loss(log_probs, targets, reduction="sum").item()
+
+
+def _perplexity(name: str, loss: float, tokens: int) -> float:
+    try:
+        return _finite(f"{name}: perplexity", math.exp(loss / tokens))
+    except OverflowError:
+        return _finite(f"{name}: perplexity", math.inf)
+
+
+def _finite(what: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{what}: expected a finite number, got {value}: a token that occurs has probability 0; look for a layer "
+            "whose weights are broken"
+        )
+    return value

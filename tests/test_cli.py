@@ -95,10 +95,29 @@ def test_eval_prints_every_measure(quantized_dir, float_dir, text_file, capsys):
     assert cli.main(["eval", str(quantized_dir), *arguments]) == 0
     printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     values = {name: float(value.split()[0].rstrip("%")) for name, value in printed.items()}
-    assert list(values) == ["tokens", "reference perplexity", "perplexity", "KL(reference||model)", "top-1 agreement"]
+    assert list(values) == [
+        *("tokens", "reference perplexity", "perplexity", "KL(reference||model)", "KL, 99th percentile"),
+        *("KL, largest", "top-1 agreement"),
+    ]
     assert values["tokens"] == 300
+    assert values["KL(reference||model)"] < values["KL, 99th percentile"] < values["KL, largest"]
     assert 0 < values["KL(reference||model)"] < 1
     assert 50 < values["top-1 agreement"] <= 100
+
+
+def test_eval_compares_with_a_quantized_model_and_a_gguf_file(quantized_dir, int8_dir, text_file, capsys):
+    folder = Path(__file__).parent / "llm" / "data" / "gguf_q5_0"
+    found = []
+    for model, reference in (
+        (quantized_dir, quantized_dir),
+        (folder, folder / "model.gguf"),
+        (quantized_dir, int8_dir),
+    ):
+        arguments = ["--reference", str(reference), "--text", str(text_file), "--max-tokens", "60"]
+        assert cli.main(["eval", str(model), *arguments]) == 0
+        printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+        found.append(float(printed["KL(reference||model)"].split()[0]))
+    assert max(found[:2]) < 0.1 * found[2]
 
 
 def test_an_int8_model_generates_is_measured_and_explained(int8_dir, float_dir, text_file, capsys):

@@ -10,7 +10,15 @@ from ipex_quant.recipes.recipe import load_recipe
 GOOD_TEXT = "The following statement " + "is a word " * 10
 
 
-RESULT = Comparison(reference_perplexity=20.0, perplexity=20.0, kl_divergence=0.001, top1_agreement=0.99, tokens=1000)
+RESULT = Comparison(
+    reference_perplexity=20.0,
+    perplexity=20.0,
+    kl_divergence=0.001,
+    kl_99th_percentile=0.01,
+    kl_largest=0.1,
+    top1_agreement=0.99,
+    tokens=1000,
+)
 GOOD = demo.Row(
     label="",
     recipe="",

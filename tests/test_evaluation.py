@@ -81,12 +81,14 @@ def test_compare_equals_the_definitions(tokenizer):
     reference, model, text = random_model(0), random_model(1), random_text(301)
     p, q = bigram_probabilities(reference), bigram_probabilities(model)
     seen = [int(word) for word in text.split()][:-1]
-    divergence = sum(sum(a * math.log(a / b) for a, b in zip(p[i], q[i], strict=True)) for i in seen) / len(seen)
+    divergences = sorted(sum(a * math.log(a / b) for a, b in zip(p[i], q[i], strict=True)) for i in seen)
     agreement = sum(p[i].index(max(p[i])) == q[i].index(max(q[i])) for i in seen) / len(seen)
 
     result = evaluation.compare(reference, model, tokenizer, text, sequence_length=64)
 
-    assert result.kl_divergence == pytest.approx(divergence, rel=1e-5)
+    assert result.kl_divergence == pytest.approx(sum(divergences) / len(seen), rel=1e-5)
+    assert result.kl_99th_percentile == pytest.approx(0.99 * divergences[296] + 0.01 * divergences[297])
+    assert result.kl_largest == pytest.approx(divergences[-1], rel=1e-5)
     assert result.top1_agreement == pytest.approx(agreement)
     assert 0 < agreement < 1
     assert result.tokens == 300
@@ -99,6 +101,41 @@ def test_compare_with_itself_is_perfect(tokenizer):
     result = evaluation.compare(model, model, tokenizer, random_text(40))
     assert (result.kl_divergence, result.top1_agreement) == (0.0, 1.0)
     assert result.perplexity == result.reference_perplexity
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("broken", ["reference", "model"])
+def test_logits_that_are_not_finite_are_refused_with_their_place(tokenizer, broken, value):
+    models = {"reference": random_model(0), "model": random_model(1)}
+    models[broken].table.data[7, 3] = value
+    with pytest.raises(ValueError, match=f"{broken}: expected finite logits, .* at token 2 of a window of 4"):
+        evaluation.compare(*models.values(), tokenizer, "1 2 7 3 4", 64)
+    with pytest.raises(ValueError, match="model: expected finite logits"):
+        evaluation.perplexity(models[broken], tokenizer, "1 2 7 3 4")
+
+
+@pytest.mark.parametrize("logit", [-math.inf, -1e5])
+def test_a_loss_without_a_perplexity_is_refused(tokenizer, logit):
+    model = random_model()
+    model.table.data[2, 3] = logit
+    with pytest.raises(ValueError, match="model: perplexity: expected a finite number, got inf"):
+        evaluation.perplexity(model, tokenizer, "1 2 3")
+
+
+def test_a_divergence_that_is_infinite_is_refused(tokenizer):
+    model = random_model()
+    model.table.data[2, 5] = -math.inf
+    with pytest.raises(ValueError, match="model: KL divergence: expected a finite number, got inf"):
+        evaluation.compare(random_model(), model, tokenizer, "1 2 3")
+
+
+@pytest.mark.parametrize("broken", ["reference", "model"])
+def test_outputs_that_are_not_finite_are_refused(broken):
+    models = {"reference": nn.Linear(2, 2), "model": nn.Linear(2, 2)}
+    models[broken].bias.data[1] = math.nan
+    call = {"input": torch.ones(1, 2)}
+    with pytest.raises(ValueError, match=f"{broken}: expected finite outputs, got NaN or infinity in call 0"):
+        evaluation.compare_outputs(*models.values(), [(call, call)])
 
 
 def test_compare_refuses_another_vocabulary(tokenizer):

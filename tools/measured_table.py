@@ -1,6 +1,6 @@
 """Write a table of measured speeds in docs/benchmarks.md from a result of the script of that name in benchmarks/.
 
-python tools/measured_table.py {linear,int8,generate,peers,checkpoints} benchmarks/results/FILE.json [--page FILE]
+python tools/measured_table.py {linear,int8,generate,peers,checkpoints,frontier} benchmarks/results/FILE.json
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ import argparse
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "benchmarks.md"
+FRONTIER = "frontier"
 OURS = {"linear": "four", "int8": "three"}
 """Number of the first lines that are kernels of this package, by benchmark."""
 SHAPE = (14336, 4096)
@@ -48,7 +51,7 @@ GENERATION = {
 def main() -> None:
     """Replace the text between the two marks in the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmark", choices=[*OURS, *GENERATION])
+    parser.add_argument("benchmark", choices=[*OURS, *GENERATION, FRONTIER])
     parser.add_argument("result", type=Path)
     parser.add_argument(
         "--shapes", nargs="+", help="of generate, peers and checkpoints: those to show; all, if not given"
@@ -59,6 +62,11 @@ def main() -> None:
     result = json.loads(options.result.read_text(encoding="utf-8"))
     if options.benchmark in OURS:
         table = section(result, OURS[options.benchmark])
+    elif options.benchmark == FRONTIER:
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+        from frontier_report import markdown
+
+        table = markdown(result["frontier"])
     else:
         measured = {r["shape"] for r in result["generate"]}
         if not measured.issuperset(options.shapes or ()):

@@ -4,23 +4,30 @@ From a shell, ``python -m ipex_quant.integrations.lm_eval`` runs the harness' ow
 
     python -m ipex_quant.integrations.lm_eval run --model ipex_quant \\
         --model_args pretrained=MODEL_DIR,recipe=w4a8-g128 --tasks lambada_openai
+
+`flips` compares the answers of two models to multiple-choice questions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import llm
+from ..checkpoints import find_gguf, find_quantization_config
 from ..llm.saved.float_models import load_float_model
 from ..numerics.scheme import FLOAT_DTYPES
-from ..reading import read_json
 from ..recipes.apply import apply_recipe, calibration_data
 from ..recipes.recipe import Recipe, load_recipe
 
@@ -32,7 +39,8 @@ _FLOAT_MODEL_ONLY = "recipe, dtype, dataset and column are for a directory with 
 class IpexQuantLM(HFLM):
     """A causal language model of this package for lm-evaluation-harness.
 
-    - `pretrained`: a directory that `ipex_quant.llm.save` wrote, or one with a float model; or a model in memory.
+    - `pretrained`: a directory with a float model, or what `ipex_quant.llm.load` reads: what `ipex_quant.llm.save` or
+      another tool wrote, or a GGUF file; or a model in memory.
     - `recipe`: the recipe to quantize a float model with, a name or a YAML file as in ``ipex-quant quantize``. Without
       one the model stays in float, with native ops around its linear layers.
     - `dtype`: the dtype of a float model's activations: bfloat16, float16 or float32.
@@ -71,8 +79,10 @@ class IpexQuantLM(HFLM):
             quantized = _is_quantized(directory)
             if quantized and for_float:
                 raise ValueError(f"pretrained: {_FLOAT_MODEL_ONLY}, {directory} holds a quantized one")
-            if _is_path(tokenizer):  # code beside it is never run
-                tokenizer = AutoTokenizer.from_pretrained(tokenizer or directory, trust_remote_code=False)
+            if tokenizer is None:
+                tokenizer = llm.load_tokenizer(directory)
+            elif isinstance(tokenizer, (str, Path)):  # code beside it is never run
+                tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
             if quantized:
                 model = llm.load(directory)
             else:
@@ -80,16 +90,71 @@ class IpexQuantLM(HFLM):
         super().__init__(model, backend="causal", tokenizer=tokenizer or directory, device="cpu", **options)
 
 
-def _is_path(tokenizer: str | PreTrainedTokenizerBase | None) -> bool:
-    return tokenizer is None or isinstance(tokenizer, (str, Path))
+@dataclass(frozen=True)
+class Flips:
+    """How a model and its reference answer the questions of a multiple-choice task.
+
+    Of `questions`, both have another answer to `changed`; the reference alone is right at `lost`, the model alone at
+    `gained`. Accuracies can be equal while answers flip (Dutta et al., "Accuracy is Not All You Need", arXiv
+    2407.09141).
+    """
+
+    questions: int
+    changed: int
+    lost: int
+    gained: int
+    reference_accuracy: float
+    accuracy: float
+
+
+def flips(reference: LM, model: LM, folder: str | Path, limit: int | None = None) -> dict[str, Flips]:
+    """`Flips` of `model` and `reference` by task, for the multiple-choice tasks that YAML files in `folder` define.
+
+    Both are models of the harness, such as `IpexQuantLM`. At most `limit` questions of a task count. Raises ValueError
+    for a folder without tasks, and for a task that is no multiple choice with the metric ``acc``.
+    """
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    if not manager.all_tasks:
+        raise ValueError(f"{folder}: expected YAML files of lm-evaluation-harness' tasks, found none")
+    expected, actual = (_samples(each, manager, limit) for each in (reference, model))
+    return {task: _flips(task, expected[task], actual[task]) for task in expected}
+
+
+def _samples(model: LM, manager: TaskManager, limit: int | None) -> Mapping[str, list[dict[str, Any]]]:
+    """The answered questions of every task."""
+    names = list(manager.all_tasks)
+    found = simple_evaluate(model, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0)
+    return found["samples"]
+
+
+def _flips(task: str, reference: list[dict[str, Any]], model: list[dict[str, Any]]) -> Flips:
+    changed = lost = gained = right_before = right = 0
+    after = {sample["doc_id"]: sample for sample in model}
+    for sample in reference:
+        other = after[sample["doc_id"]]
+        changed += _answer(task, sample) != _answer(task, other)
+        before, now = bool(sample["acc"]), bool(other["acc"])
+        lost, gained = lost + (before and not now), gained + (now and not before)
+        right_before, right = right_before + before, right + now
+    questions = len(reference)
+    return Flips(questions, changed, lost, gained, right_before / questions, right / questions)
+
+
+def _answer(task: str, sample: Mapping[str, Any]) -> int:
+    """The choice with the highest likelihood."""
+    scores = sample["filtered_resps"]
+    if "acc" not in sample or not all(isinstance(score, (tuple, list)) and len(score) == 2 for score in scores):
+        raise ValueError(f"{task}: expected a multiple-choice task with the metric acc")
+    return max(range(len(scores)), key=lambda choice: scores[choice][0])
 
 
 def _is_quantized(directory: str) -> bool:
-    config = Path(directory) / "config.json"
-    if not config.is_file():
+    path = Path(directory)
+    if find_gguf(path) is not None:
+        return True
+    if not (path / "config.json").is_file():
         raise ValueError(f"pretrained: expected a directory with a config.json, got {directory}")
-    description = read_json(config).get("quantization_config")
-    return isinstance(description, dict) and description.get("quant_method") == "ipex_quant"
+    return find_quantization_config(path) is not None
 
 
 def _float_model(

@@ -17,10 +17,11 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness (package lm_eval) i
 
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
-from ipex_quant.integrations.lm_eval import IpexQuantLM
+from ipex_quant.integrations.lm_eval import Flips, IpexQuantLM, flips
 
 FLOAT_DIR = data.embedded_model_dir()
 PASSAGES = [passage for passage in data.held_out_text().split("\n\n") if 300 < len(passage) < 500][:5]
@@ -119,6 +120,45 @@ def test_perplexity_is_that_of_our_own_evaluation(tasks, tokenizer, float_scores
         loss += tokens * math.log(evaluation.perplexity(float_model(), tokenizer, text, 256))
         size += len(passage.encode())
     assert float_scores["passages/byte_perplexity,none"] == pytest.approx(math.exp(loss / size), rel=1e-5)
+
+
+class Answers(LM):
+    """Answers question i with choice ``answers[i]``."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = answers
+
+    def loglikelihood(self, requests):
+        choices = len(requests) // len(self.answers)
+        return [(-float(self.answers[i // choices] != i % choices), False) for i in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests):
+        return [-1.0] * len(requests)
+
+    def generate_until(self, requests):
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="module")
+def choice_folder(tasks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("choice")
+    (folder / "choice.yaml").write_text((tasks / "choice.yaml").read_text())
+    return folder
+
+
+def test_flips_are_the_answers_that_change(choice_folder):
+    found = flips(Answers([0, 0, 0, 1, 1]), Answers([0, 1, 0, 2, 0]), choice_folder)
+    assert found == {"next_line": Flips(5, changed=3, lost=1, gained=1, reference_accuracy=0.6, accuracy=0.6)}
+    found = flips(Answers([0, 0]), Answers([0, 1]), choice_folder, limit=2)
+    assert found == {"next_line": Flips(2, changed=1, lost=1, gained=0, reference_accuracy=1.0, accuracy=0.5)}
+
+
+def test_flips_are_of_choices_only(tasks, tmp_path):
+    with pytest.raises(ValueError, match="passages: expected a multiple-choice task"):
+        flips(Answers([0] * 5), Answers([0] * 5), tasks)
+    with pytest.raises(ValueError, match="expected YAML files of lm-evaluation-harness' tasks, found none"):
+        flips(Answers([0]), Answers([0]), tmp_path)
 
 
 @pytest.fixture(scope="module")

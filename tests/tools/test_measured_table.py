@@ -41,6 +41,28 @@ def test_the_section_of_the_page_is_replaced(result, tmp_path):
     assert text.count("| 1 (90%) | 4 | 8 | 128 | 512 (80%) |") == 2
 
 
+def test_the_frontier_of_every_producer_is_shown(tmp_path):
+    common = {"model": "tiny", "tables_in_float": True, "tokens": 9, "texts": "a text", "reference_perplexity": 12.5}
+    measures = {"kl_99th_percentile": 0.5, "top1_agreement": 0.75, "perplexity": 13.0, "bytes_per_weight": 1}
+    points = [("a", "best", 0.5, 0.1), ("b", "own best", 0.5, 0.2), ("b", "large", 0.625, 0.3), ("a", "more", 1, 0.01)]
+    keys = ("producer", "name", "linear_bytes_per_weight", "kl")
+    records = [{**common, **measures, **dict(zip(keys, point, strict=True))} for point in points]
+    records.append({"model": "tiny", "producer": "c", "name": "none", "error": "out of memory"})
+    (tmp_path / "result.json").write_text(json.dumps({"machine": {}, "frontier": records}))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- measured: frontier -->\n<!-- end -->\n")
+    done = run(tmp_path / "result.json", page, "frontier")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ")[:3] for line in page.read_text().splitlines() if line.startswith("| ")][1:]
+    assert rows == [
+        ["| 4.00", "**a: best**", "0.1"],
+        ["| 4.00", "b: own best", "0.2"],
+        ["| 8.00", "**a: more**", "0.01"],
+    ]
+    assert "9 tokens of a text; perplexity in float 12.50" in page.read_text()
+    assert "Failed: c: none (out of memory)." in page.read_text()
+
+
 def test_a_page_without_the_marks_is_left_alone(result, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("nothing")
