@@ -77,9 +77,9 @@ def _ours() -> list[Candidate]:
     for algorithm, title, sym in (("gptq", "GPTQ", True), ("auto_round", "AutoRound", True), ("awq", "AWQ", False)):
         settings = {"algorithm": algorithm, **_integers(4, 128, sym), **IN_FLOAT}
         found.append(Candidate(OURS, _title(title, 4, 128, sym), settings, algorithm == "gptq"))
-    for algorithm, title in (("rtn", "RTN"), ("gptq", "GPTQ")):
-        settings = {"algorithm": algorithm, **_integers(8, -1, True), **IN_FLOAT}
-        found.append(Candidate(OURS, _title(title, 8, -1, True), settings))
+    for algorithm, title, bits, group in (("rtn", "RTN", 8, -1), ("gptq", "GPTQ", 8, -1), ("gptq", "GPTQ", 4, 64)):
+        settings = {"algorithm": algorithm, **_integers(bits, group, True), **IN_FLOAT}
+        found.append(Candidate(OURS, _title(title, bits, group, True), settings))
     for bits, group in TABLES_TOO:
         settings = {"algorithm": "gptq", **_integers(bits, group), **IN_INT8}
         found.append(Candidate(OURS, f"{_title('GPTQ', bits, group, False)}, tables too", settings))

@@ -28,7 +28,7 @@ from ..conversion.rules import choose_weight_only
 from ..llm.saved.notes import note_recipe
 from ..nn.embeddings import is_embedding
 from ..nn.linears import holds_experts, is_linear, output_head, weight_matrix
-from ..quantization import auto_round, awq, calibrate, calibration_dataloader, prepare
+from ..quantization import auto_round, awq, calibrate, calibration_dataloader, prepare, rotate
 from ..woq.clip_search import rtn_searched
 from .recipe import ALGORITHMS, AutoRound, Awq, Calibrated, Gptq, Recipe, WeightOnly, layer_widths
 
@@ -67,7 +67,7 @@ def apply_recipe(
     AutoRound the output layer is rounded to nearest. `work_dir` is that of `quantization.auto_round`. `imatrix`, which
     `read_imatrix` reads, says which input features count when rtn looks for scales. Raises ValueError if the recipe
     calibrates and `calibration` is empty, for a `work_dir` or `imatrix` with another algorithm, and as
-    `layer_importances` does.
+    `layer_importances` and, for a recipe that rotates, `rotate` do; rotate models in float32.
     """
     if imatrix is not None and type(recipe.settings) is not WeightOnly:
         raise ValueError(f"imatrix: recipe {recipe.name} has statistics of its own, it is for rtn; leave it out")
@@ -75,6 +75,8 @@ def apply_recipe(
         raise ValueError(f"work_dir: recipe {recipe.name} is quick, and keeps no unfinished work; leave it out")
     if isinstance(recipe.settings, Calibrated) and not len(calibration):
         raise ValueError(f"recipe {recipe.name}: it needs calibration text, got none")
+    if recipe.rotate:
+        model = rotate(model, inplace=True)
     mapping = recipe.qconfig_mapping(model)
     if isinstance(recipe.settings, WeightOnly) and (recipe.settings.schemes or imatrix is not None):
         model = _apply_schemes(recipe.settings, mapping, model, calibration, imatrix)

@@ -30,12 +30,12 @@ def quantized(
     """The float model in `directory`, quantized by `recipe` for inference in `dtype`, and the bytes that it had.
 
     Weights that are rounded to nearest are so as they are read. GPTQ, AWQ and AutoRound read the linear layers of one
-    block at a time. Only recipes that observe activations have the float model in memory as a whole. `calibration`,
-    `work_dir` and `imatrix` are those of `apply_recipe`; ``check(model)`` may raise for a model that cannot be
-    calibrated on it. Raises as `apply_recipe` and `load_float` do.
+    block at a time. Only recipes that observe activations have the float model in memory as a whole, and those that
+    rotate it, in float32. `calibration`, `work_dir` and `imatrix` are those of `apply_recipe`; ``check(model)`` may
+    raise for a model that cannot be calibrated on it. Raises as `apply_recipe` and `load_float` do.
     """
     mixed = isinstance(recipe.settings, WeightOnly) and bool(recipe.settings.schemes)
-    if not isinstance(recipe.settings, Calibrated | Dynamic) and not mixed and imatrix is None:
+    if not isinstance(recipe.settings, Calibrated | Dynamic) and not (mixed or recipe.rotate) and imatrix is None:
         sizes: list[int] = []
 
         def mapping_of(model: PreTrainedModel) -> Any:
@@ -45,7 +45,9 @@ def quantized(
         model = load_rounded(directory, dtype, mapping_of, trust_remote_code=trust_remote_code)
         note_recipe(model, recipe.note)
         return model, sizes[0]
-    if isinstance(recipe.settings, WeightOnly | Dynamic):
+    if recipe.rotate:
+        model = load_float(directory, torch.float32, trust_remote_code)
+    elif isinstance(recipe.settings, WeightOnly | Dynamic):
         model = load_stored(directory, dtype, recipe.qconfig_mapping, trust_remote_code)
     else:
         model = load_float(directory, dtype, trust_remote_code)
@@ -53,7 +55,8 @@ def quantized(
         check(model)
     before = evaluation.model_bytes(model)
     calls = inputs.of_model(model, calibration)
-    return apply_recipe(recipe, model, calls, model.dtype, work_dir, imatrix), before
+    dtype = dtype if recipe.rotate else model.dtype
+    return apply_recipe(recipe, model, calls, dtype, work_dir, imatrix), before
 
 
 def _bytes_in_memory(model: PreTrainedModel) -> int:

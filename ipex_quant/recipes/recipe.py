@@ -252,12 +252,16 @@ ALGORITHMS: dict[str, type[Settings]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to quantize a model. Modules whose name matches a regular expression in `skip` stay in float."""
+    """A way to quantize a model. Modules whose name matches a regular expression in `skip` stay in float.
+
+    With `rotate` the model is rotated first, as `quantization.rotate` does it.
+    """
 
     name: str
     settings: Settings
     description: str = ""
     skip: tuple[Regex, ...] = ()
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         self.qconfig_mapping()
@@ -328,7 +332,7 @@ def recipe_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(content, sort_keys=False, width=100, allow_unicode=True)
 
 
-_OWN_KEYS = ("description", "skip")
+_OWN_KEYS = ("description", "skip", "rotate")
 """Keys that recipes of all algorithms have."""
 
 

@@ -118,3 +118,20 @@ def test_one_block_is_in_memory_at_a_time(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(place, counted(original))
     load.quantized(RECIPES[recipe], tmp_path, torch.float32, BATCHES)
     assert (min(held), max(held)) == (0, 7)  # none while the model runs as a whole, then those of a block
+
+
+@pytest.mark.parametrize("settings", [Dynamic(), WeightOnly(group_size=32), RECIPES["gptq"].settings])
+def test_a_rotated_model(settings, tmp_path):
+    torch.manual_seed(0)
+    model = MODELS["tied"]().eval()
+    model.save_pretrained(tmp_path / "float")
+    loaded, _ = load.quantized(Recipe("rotated", settings, rotate=True), tmp_path / "float", torch.bfloat16, BATCHES)
+    plain, _ = load.quantized(Recipe("plain", settings), tmp_path / "float", torch.bfloat16, BATCHES)
+    ipex.llm.save(loaded, tmp_path / "saved")
+    with torch.inference_mode():
+        expected = model(**BATCHES[0]).logits
+        logits, without = (each(**BATCHES[0]).logits for each in (loaded, plain))
+        assert torch.equal(ipex.llm.load(tmp_path / "saved")(**BATCHES[0]).logits, logits)
+    assert not torch.equal(logits, without)
+    assert (logits.float() - expected).norm() < 0.05 * expected.norm()
+    assert loaded.dtype == torch.bfloat16
