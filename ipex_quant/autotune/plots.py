@@ -16,6 +16,9 @@ _SIZE = (8.6, 3.4)
 _MANY_BARS = 40
 """Number of bars from which their names would overlap, so that they are left out."""
 
+_LETTERS = 24
+"""Last letters of a name that leave room for its bar."""
+
 
 def check_matplotlib() -> None:
     """ImportError when matplotlib is not installed."""
@@ -58,7 +61,8 @@ def bar_plot(bars: Sequence[tuple[str, float]]) -> str:
     for index, bar in enumerate(axes.bar(range(len(values)), values, color=POINT)):
         bar.set_gid(f"error-{index}")
     axes.set_xticks(range(len(names)) if len(names) < _MANY_BARS else [])
-    axes.set_xticklabels(names if len(names) < _MANY_BARS else [], rotation=90)
+    shown = [name if len(name) <= _LETTERS else f"…{name[1 - _LETTERS :]}" for name in names]
+    axes.set_xticklabels(shown if len(names) < _MANY_BARS else [], rotation=90)
     return _svg(figure, "Sensitivity of every layer")
 
 
