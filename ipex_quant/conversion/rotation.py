@@ -24,9 +24,8 @@ from ..smoothquant.tracing import trace_groups
 from ..woq.hadamard import random_rotation
 from .tying import untie
 
-_TOLERANCE = {torch.float32: 1e-3}
-_ROUNDED_TOLERANCE = 0.1
-"""Largest change of the logits, relative, by which a rotated model still counts as the same."""
+_TOLERANCE, _ROUNDED_TOLERANCE = 1e-3, 0.1
+"""Largest change of the logits, relative, by which a rotated model still counts as the same: in float32, and else."""
 
 _LARGE = 2.0**20
 """An input beside which the epsilon of a norm is nothing."""
@@ -50,9 +49,7 @@ def rotate(
     Source: Ashkboos et al., "SliceGPT", arXiv 2401.15024; "QuaRot", arXiv 2404.00456, without its online rotations.
     """
     model = model if inplace else copy.deepcopy(model)
-    inputs = dict(example_kwarg_inputs or {"input_ids": torch.arange(8).unsqueeze(0)})
-    if "use_cache" not in inputs:
-        inputs["use_cache"] = False
+    inputs = {"use_cache": False, **(example_kwarg_inputs or {"input_ids": torch.arange(8).unsqueeze(0)})}
     with evaluating(model):
         stream = _Stream.of(model, inputs)
         before = model(**inputs).logits.float()
@@ -66,7 +63,7 @@ def rotate(
             stream.turn(model, random_rotation(stream.size, seed))
             after = model(**inputs).logits.float()
             change = float((after - before).norm() / before.norm())
-            if not change <= _TOLERANCE.get(head.weight.dtype, _ROUNDED_TOLERANCE):
+            if not change <= (_TOLERANCE if head.weight.dtype == torch.float32 else _ROUNDED_TOLERANCE):
                 raise ValueError(
                     f"{type(model).__name__}: its norms do not allow a rotation, the logits change by {change:.1%}; "
                     "quantize it as it is"
@@ -112,10 +109,7 @@ class _Stream:
         missed = set(linears) - {name for group in groups for name in group.members}
         if missed:
             raise ValueError(f"{min(missed)}: the example does not reach it; give one that does")
-        fed: dict[str, tuple[str, ...]] = {}
-        for group in groups:
-            if group.producer is not None:
-                fed[group.producer] = group.members
+        fed = {group.producer: group.members for group in groups if group.producer is not None}
         # The head reads a part of what the last norm gives, which is an output of the model too.
         rest = [name for name in norms if name not in fed]
         if len(rest) != 1 or any(head in members for members in fed.values()):
