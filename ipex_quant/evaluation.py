@@ -104,7 +104,7 @@ def compare(
                     )
                 reference_loss += _negative_log_likelihood(expected, targets[rows])
                 loss += _negative_log_likelihood(actual, targets[rows])
-                divergences.append(_divergences(expected, actual))
+                divergences.append(row_divergences(expected, actual))
                 same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
     divergence = torch.cat(divergences)
     tokens = len(divergence)
@@ -157,7 +157,7 @@ def compare_outputs(
             samples += 1
             if are_logits:
                 expected, actual = (x.reshape(-1, x.shape[-1]).log_softmax(-1) for x in (expected, actual))
-                divergence += _divergences(expected, actual).sum().item()
+                divergence += row_divergences(expected, actual).sum().item()
                 same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
                 predictions += len(expected)
     if not samples:
@@ -248,7 +248,7 @@ def _log_probs(models: dict[str, nn.Module], window: torch.Tensor) -> Iterator[t
         yield rows, found
 
 
-def _divergences(expected: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
+def row_divergences(expected: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
     """``KL(expected || actual)`` of each row of log-probabilities, float64."""
     return nn.functional.kl_div(actual, expected, reduction="none", log_target=True).sum(-1).double()
 

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..conversion.example import Example
-from ..evaluation import main_output
+from ..evaluation import main_output, row_divergences
 from ..nn.embeddings import is_embedding
 from ..nn.fused_forward import restored_forwards
 from ..nn.linears import oriented
@@ -109,7 +109,7 @@ class _Comparison:
         total = 0.0
         for batch, expected in zip(self.batches, self.expected, strict=True):
             actual = self._log_probs(batch)
-            total += float(nn.functional.kl_div(actual, expected, reduction="sum", log_target=True))
+            total += float(row_divergences(expected, actual).sum())
         return total / sum(map(len, self.expected))
 
     def _log_probs(self, batch: Example) -> torch.Tensor:

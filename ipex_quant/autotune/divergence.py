@@ -22,6 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..conversion.example import Example
+from ..evaluation import row_divergences
 from ..nn.embeddings import is_embedding, row_factor
 from ..nn.fused_forward import restored_forwards
 from ..nn.linears import weight_matrix
@@ -152,8 +153,7 @@ def _see(
 
 def _divergence(logits: torch.Tensor, change: torch.Tensor) -> float:
     """The sum of the KL divergences of predictions from `logits` ``[R, V]`` after a change of these."""
-    expected, actual = logits.log_softmax(-1), (logits + change).log_softmax(-1)
-    return float(nn.functional.kl_div(actual, expected, reduction="sum", log_target=True))
+    return float(row_divergences(logits.log_softmax(-1), (logits + change).log_softmax(-1)).sum())
 
 
 def _log_likelihood(logits: torch.Tensor, batch: Example, generator: torch.Generator) -> torch.Tensor:
