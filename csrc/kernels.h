@@ -19,6 +19,7 @@ enum PostOp : int32_t { kNone, kRelu, kGelu, kNewGelu, kSilu, kAdd, kAddAdd, kMu
 enum class Compute : int32_t { kFloat, kBf16, kByte };
 
 constexpr int64_t kDecodeRows = 8;      // up to here the packed weight is streamed, above it is unpacked tile by tile
+constexpr int64_t kStepRows = 64;       // of a call for whole layers
 constexpr int64_t kActBlock = 128;      // activation block of a per-channel weight
 constexpr int64_t kMaxByteFold = 8192;  // 255 * 255 * 8192 fits int32; that of a panel, at most
 constexpr int64_t kPanelK = 8192;       // k that prefill unpacks at a time: 512 KB, and what goes with it

@@ -103,6 +103,15 @@ std::vector<AttentionSequence> sequences_of(const RopeAttentionArgs& a, const ui
   const int64_t length = a.rotary.length, token = a.rotary.dim * float_size(a.rotary.type);
   const int64_t heads = a.attention.kv_heads * a.attention.group;
   std::vector<AttentionSequence> sequences;
+  if (a.pages) {
+    const PagedBatch& pages = *a.pages;
+    for (int64_t i = 0; i < pages.sequences(); ++i) {
+      const int64_t first = pages.starts[size_t(i)];
+      sequences.push_back({i, rotated + first * a.rotary.heads * token, a.output + first * heads * token,
+                           pages.queries(i), pages.lengths[size_t(i)], 0, 0, pages.table(i)});
+    }
+    return sequences;
+  }
   sequences.reserve(size_t(a.batch));
   for (int64_t b = 0; b < a.batch; ++b)
     sequences.push_back({b, rotated + b * length * a.rotary.heads * token, a.output + b * length * heads * token,
@@ -135,11 +144,25 @@ RopeAttention::RopeAttention(const RopeAttentionArgs& args, Buffer rotated)
 
 void RopeAttention::rotate_and_store(int64_t begin, int64_t end) const {
   kernels().rotate_positions(args_.rotary, begin, end);
+  if (args_.pages) return store_paged(*args_.pages, begin, end);
   for (int64_t position = begin; position < end; ++position) {
     const int64_t row = position / args_.rotary.length, token = position % args_.rotary.length;
     for (int64_t head = 0; head < args_.attention.kv_heads; ++head) {
       keys_.store(row, head, token, row, args_.start + token);
       values_.store(row, head, token, row, args_.start + token);
+    }
+  }
+}
+
+void RopeAttention::store_paged(const PagedBatch& pages, int64_t begin, int64_t end) const {
+  int64_t sequence = std::upper_bound(pages.starts.begin(), pages.starts.end(), begin) - pages.starts.begin() - 1;
+  for (int64_t token = begin; token < end; ++token) {
+    while (token >= pages.starts[size_t(sequence) + 1]) ++sequence;
+    const int64_t place = pages.lengths[size_t(sequence)] - (pages.starts[size_t(sequence) + 1] - token);
+    const int64_t block = pages.table(sequence)[place / pages.page];
+    for (int64_t head = 0; head < args_.attention.kv_heads; ++head) {
+      keys_.store(0, head, token, block, place % pages.page);
+      values_.store(0, head, token, block, place % pages.page);
     }
   }
 }

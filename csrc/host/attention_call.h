@@ -50,12 +50,25 @@ struct CacheWrite {
   void store(int64_t batch, int64_t head, int64_t token, int64_t row, int64_t place) const;
 };
 
+// The last tokens of several sequences, one after the other, and the blocks of paged caches where all their tokens are.
+struct PagedBatch {
+  std::vector<int64_t> starts;   // of the sequences' tokens, and the end of the last
+  std::vector<int64_t> lengths;  // of the sequences, with these tokens
+  std::vector<int32_t> tables;   // [sequences, width], block of every `page` tokens
+  int64_t width, page, blocks;   // of the caches at least
+
+  int64_t sequences() const { return int64_t(lengths.size()); }
+  int64_t queries(int64_t i) const { return starts[size_t(i) + 1] - starts[size_t(i)]; }
+  const int32_t* table(int64_t i) const { return tables.data() + i * width; }
+};
+
 // Rotary embedding, cache write and causal attention of the next tokens of every sequence.
 struct RopeAttentionArgs {
   RotaryArgs rotary;        // of queries and keys, whose heads it counts together; behind them in x are the values
   AttentionArgs attention;  // with the caches as keys and values, and a mask for start + length tokens
   int64_t batch, start;
-  uint8_t* output;  // [batch, length, heads, dim] contiguous
+  const PagedBatch* pages;  // of a batch of 1 whose tokens are those of several sequences, without a start; or null
+  uint8_t* output;          // [batch, length, heads, dim] contiguous
 };
 
 // rotary.y and what attention says of queries, max_rows and block are set here.
@@ -71,6 +84,7 @@ class RopeAttention {
  private:
   RopeAttention(const RopeAttentionArgs& args, Buffer rotated);
   static Buffer make_rotated(const RopeAttentionArgs& args);
+  void store_paged(const PagedBatch& pages, int64_t begin, int64_t end) const;
 
   RopeAttentionArgs args_;
   Buffer rotated_;  // queries and keys [batch, length, heads + kv_heads, dim]

@@ -63,6 +63,8 @@ void TeamLinears::add_to(WorkspaceSizes& sizes) const {
     widen(sizes.ranges, ranges_bytes(staging.plan));
     widen(sizes.scratch, stage_scratch(args_.weights[staging.weight].geometry, staging.plan.staged));
   }
+  for (const GemmArgs& weight : weights_)
+    widen(sizes.scratch, gemm_scratch(*weight.geometry, *weight.staged, weight.staged->rows));
   widen(sizes.staged, staged);
 }
 
@@ -112,12 +114,12 @@ LinesAhead TeamLinears::ahead(const TeamThread& thread) const {
   return lines;
 }
 
-void TeamLinears::multiply(const TeamThread& thread) {
+void TeamLinears::multiply(const TeamThread& thread, uint8_t* scratch) {
   const KernelTable& table = kernels();
   const int64_t rows = stagings_[0].plan.staged.rows;
   for (Tasks tasks = tasks_.next(thread.begin); tasks.begin < tasks.end; tasks = tasks_.next(thread.begin))
     for_each_weight(weights_, together_, tasks, [&](const GemmArgs& weight, Tasks own) {
-      for (int64_t tile = own.begin; tile < own.end; ++tile) table.gemm_tile(weight, tile, 0, rows, nullptr);
+      for (int64_t tile = own.begin; tile < own.end; ++tile) table.gemm_tile(weight, tile, 0, rows, scratch);
     });
 }
 
@@ -261,7 +263,7 @@ void DecoderLayer::run(const TeamThread& thread, Barrier& barrier, LinesAhead& l
   const auto multiply = [&](TeamLinears& linears, const NormArgs* norm, const TeamLinears* following) {
     prepare(linears, norm, thread);
     wait();
-    linears.multiply(thread);
+    linears.multiply(thread, workspace_->scratch[size_t(thread.begin)]);
     lines = following ? following->ahead(thread) : LinesAhead{nullptr, nullptr};
     wait();
   };

@@ -42,7 +42,7 @@ struct DecoderLayerArgs {
 struct DecoderArgs {
   FloatType type;
   int32_t lowp_mode, act_quant_mode;
-  int64_t rows;   // at most kDecodeRows
+  int64_t rows;   // at most kStepRows
   const void* x;  // [rows, k]
   void* y;        // likewise
 };
@@ -94,7 +94,7 @@ class TeamLinears {
   Tasks rows_of(const TeamThread& thread) const;
   void stage(Tasks rows, uint8_t* scratch) const;
   LinesAhead ahead(const TeamThread& thread) const;
-  void multiply(const TeamThread& thread);
+  void multiply(const TeamThread& thread, uint8_t* scratch);
 
   int64_t out_features(size_t i) const { return args_.weights[i].geometry.n; }
   size_t count() const { return args_.weights.size(); }

@@ -340,24 +340,55 @@ Tensor fused_rope_attention(Tensor qkv, Tensor cos, Tensor sin, int64_t rotary_d
   return output;
 }
 
+// For caches that the tokens of `pages` are written to.
+void check_writable(const PagedBatch& pages, const Tensor& cache) {
+  IPEX_QUANT_CHECK(pages.blocks <= cache.size(0), "block_tables: expected values in 0..", cache.size(0) - 1, ", got ",
+                   pages.blocks - 1);
+  IPEX_QUANT_CHECK(cache.size(2) == pages.page, "key_cache: expected blocks of ", pages.page, " tokens, got ",
+                   shape_of(cache));
+  for (int64_t i = 0; i < pages.sequences(); ++i)
+    IPEX_QUANT_CHECK(pages.queries(i) <= pages.lengths[size_t(i)], "lengths: expected at least the ", pages.queries(i),
+                     " new tokens of sequence ", i, ", got ", pages.lengths[size_t(i)]);
+}
+
+Tensor paged_rope_attention(Tensor qkv, Tensor cos, Tensor sin, int64_t rotary_dim, bool interleaved, Tensor key_cache,
+                            Tensor value_cache, std::optional<Tensor> key_scales, std::optional<Tensor> value_scales,
+                            Tensor block_tables, Tensor lengths, Tensor query_starts, double scale, int64_t window,
+                            double softcap, std::optional<Tensor> alibi) {
+  check_dim("qkv", qkv, 2);
+  qkv = with_unit_stride(qkv);
+  const int64_t tokens = qkv.size(0);
+  const PagedBatch pages = read_pages(block_tables, lengths, query_starts, tokens, key_cache);
+  const QkvInput input{qkv.const_data_ptr(), qkv.scalar_type(), 1, tokens, qkv.size(1), {0, qkv.stride(0)}};
+  RopeAttentionOptions options{cos,        sin,          rotary_dim,   interleaved, key_cache, value_cache,
+                               key_scales, value_scales, std::nullopt, /*start=*/0, scale,     std::nullopt,
+                               window,     softcap,      alibi,        &pages};
+  RopeAttentionArgs args = rope_attention_args(input, options);
+  Tensor output =
+      empty_in_dtype_of(qkv, {tokens, args.attention.kv_heads * args.attention.group * args.attention.value_dim});
+  if (output.numel() == 0) return output;
+  args.output = static_cast<uint8_t*>(output.mutable_data_ptr());
+  RopeAttention call(args);
+  run(call);
+  return output;
+}
+
+std::vector<int64_t> read_starts(const char* name, const Tensor& starts, int64_t tokens) {
+  IPEX_QUANT_CHECK(starts.dim() == 1 && starts.size(0) >= 1, name, ": expected one number more than sequences, got ",
+                   shape_of(starts));
+  std::vector<int64_t> values = integers(name, starts, starts.size(0));
+  IPEX_QUANT_CHECK(values.front() == 0 && values.back() == tokens && std::is_sorted(values.begin(), values.end()), name,
+                   ": expected numbers that rise from 0 to the ", tokens, " tokens");
+  return values;
+}
+
 // Queries of several sequences, concatenated along the tokens: [tokens, heads, dim].
 struct RaggedQueries {
   Tensor query;
   std::vector<int64_t> starts;
   Tensor output;
 
-  RaggedQueries(const Tensor& query_, const char* name, const Tensor& starts_)
-      : query(query_), starts(starts_of(name, starts_, query_)) {}
-
-  static std::vector<int64_t> starts_of(const char* name, const Tensor& starts, const Tensor& tokens) {
-    IPEX_QUANT_CHECK(starts.dim() == 1 && starts.size(0) >= 1, name, ": expected one number more than sequences, got ",
-                     shape_of(starts));
-    std::vector<int64_t> values = integers(name, starts, starts.size(0));
-    IPEX_QUANT_CHECK(
-        values.front() == 0 && values.back() == tokens.size(0) && std::is_sorted(values.begin(), values.end()), name,
-        ": expected numbers that rise from 0 to the ", tokens.size(0), " tokens");
-    return values;
-  }
+  RaggedQueries(const Tensor& query_, std::vector<int64_t> starts_) : query(query_), starts(std::move(starts_)) {}
 
   int64_t batch() const { return int64_t(starts.size()) - 1; }
 
@@ -390,33 +421,21 @@ Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, std::
                        double scale, bool causal, int64_t window, double softcap, std::optional<Tensor> alibi) {
   check_dim("query", query, 3);
   AttentionArgs args{};
-  RaggedQueries queries(query, "query_starts", query_starts);
+  const PagedBatch pages = read_pages(block_tables, lengths, query_starts, query.size(0), key_cache);
+  RaggedQueries queries(query, pages.starts);
   queries.describe(args, {scale, causal, window, softcap}, alibi);
   Cache cache{key_cache, value_cache, key_scales, value_scales};
   cache.describe(args, query.scalar_type());
   set_heads(args, query.size(1), key_cache.size(1));
   IPEX_QUANT_CHECK(key_cache.size(3) == args.key_dim, "key: expected the head size of query, ", args.key_dim, ", got ",
                    key_cache.size(3));
-  const int64_t batch = queries.batch(), blocks = key_cache.size(0);
-  args.page = key_cache.size(2);
-  IPEX_QUANT_CHECK(args.page > 0, "key: expected blocks of tokens, got ", shape_of(key_cache));
-  check_cpu("block_tables", block_tables);
-  check_dtype("block_tables", block_tables, ScalarType::Int);
-  IPEX_QUANT_CHECK(block_tables.dim() == 2 && block_tables.size(0) == batch, "block_tables: expected shape [", batch,
-                   ", blocks], got ", shape_of(block_tables));
-  block_tables = torch::stable::contiguous(block_tables);
-  const int32_t* tables = static_cast<const int32_t*>(block_tables.const_data_ptr());
-  const std::vector<int64_t> tokens = integers("lengths", lengths, batch);
+  args.page = pages.page;
   queries.output = empty_in_dtype_of(query, {query.size(0), query.size(1), args.value_dim});
   std::vector<AttentionSequence> sequences;
-  for (int64_t i = 0; i < batch; ++i) {
-    const int64_t width = block_tables.size(1), length = tokens[size_t(i)];
-    IPEX_QUANT_CHECK(length >= 0 && length <= width * args.page, "lengths: expected 0..", width * args.page,
-                     ", what block_tables have room for, got ", length);
+  for (int64_t i = 0; i < pages.sequences(); ++i) {
     AttentionSequence sequence = queries.sequence(args, i);
-    sequence.tokens = length;
-    sequence.table = tables + i * width;
-    check_indices("block_tables", sequence.table, (length + args.page - 1) / args.page, blocks);
+    sequence.tokens = pages.lengths[size_t(i)];
+    sequence.table = pages.table(i);
     sequences.push_back(sequence);
   }
   run(args, std::move(sequences));
@@ -429,7 +448,7 @@ Tensor varlen_attention(Tensor query, Tensor key, Tensor value, Tensor query_sta
   check_dim("key", key, 3);
   check_dim("value", value, 3);
   AttentionArgs args{};
-  RaggedQueries queries(query, "query_starts", query_starts);
+  RaggedQueries queries(query, read_starts("query_starts", query_starts, query.size(0)));
   queries.describe(args, {scale, causal, window, softcap}, alibi);
   check_dtype("key", key, query.scalar_type());
   check_dtype("value", value, query.scalar_type());
@@ -437,7 +456,7 @@ Tensor varlen_attention(Tensor query, Tensor key, Tensor value, Tensor query_sta
   check_sizes("value", value, {key.size(0), key.size(1), value.size(2)});
   IPEX_QUANT_CHECK(value.size(2) > 0, "value: expected a head size, got ", shape_of(value));
   set_heads(args, query.size(1), key.size(1));
-  const std::vector<int64_t> starts = RaggedQueries::starts_of("key_starts", key_starts, key);
+  const std::vector<int64_t> starts = read_starts("key_starts", key_starts, key.size(0));
   IPEX_QUANT_CHECK(starts.size() == queries.starts.size(), "key_starts: expected ", queries.starts.size(),
                    " numbers as query_starts has, got ", starts.size());
   key = with_unit_stride(key);
@@ -463,6 +482,36 @@ Tensor varlen_attention(Tensor query, Tensor key, Tensor value, Tensor query_sta
 
 }  // namespace
 
+PagedBatch read_pages(const Tensor& block_tables, const Tensor& lengths, const Tensor& query_starts, int64_t tokens,
+                      const Tensor& cache) {
+  check_dim("key", cache, 4);
+  const int64_t page = cache.size(2);
+  IPEX_QUANT_CHECK(page > 0 && page < kLargest, "key: expected blocks of tokens, got ", shape_of(cache));
+  PagedBatch batch{read_starts("query_starts", query_starts, tokens), {}, {}, 0, page, 0};
+  const int64_t sequences = int64_t(batch.starts.size()) - 1;
+  check_cpu("block_tables", block_tables);
+  check_dtype("block_tables", block_tables, ScalarType::Int);
+  IPEX_QUANT_CHECK(block_tables.dim() == 2 && block_tables.size(0) == sequences, "block_tables: expected shape [",
+                   sequences, ", blocks], got ", shape_of(block_tables));
+  const int64_t width = block_tables.size(1);
+  IPEX_QUANT_CHECK(width < kLargest, "block_tables: too many blocks, ", shape_of(block_tables));
+  const Tensor data = as_contiguous(block_tables);
+  const int32_t* tables = static_cast<const int32_t*>(data.const_data_ptr());
+  batch.width = width;
+  batch.lengths = integers("lengths", lengths, sequences);
+  batch.tables.assign(tables, tables + sequences * width);  // a copy, which no write to a cache can change
+  for (int64_t i = 0; i < sequences; ++i) {
+    const int64_t length = batch.lengths[size_t(i)];
+    IPEX_QUANT_CHECK(length >= 0 && length <= width * page, "lengths: expected 0..", width * page,
+                     ", what block_tables have room for, got ", length);
+    const int32_t* table = batch.table(i);
+    const int64_t used = (length + page - 1) / page;
+    check_indices("block_tables", table, used, cache.size(0));
+    if (used) batch.blocks = std::max<int64_t>(batch.blocks, *std::max_element(table, table + used) + 1);
+  }
+  return batch;
+}
+
 RopeAttentionArgs rope_attention_args(const QkvInput& qkv, RopeAttentionOptions& o) {
   check_dim("key_cache", o.key_cache, 4);
   const FloatType type = float_type("qkv", qkv.dtype);
@@ -484,14 +533,20 @@ RopeAttentionArgs rope_attention_args(const QkvInput& qkv, RopeAttentionOptions&
   const NewTokens tokens{{}, type, qkv.dtype, batch, kv_heads, length, dim};
   write_to("key_cache", o.key_cache, o.key_scales, tokens);
   write_to("value_cache", o.value_cache, o.value_scales, tokens);
-  IPEX_QUANT_CHECK(o.key_cache.size(0) == batch, "key_cache: expected the batch size of qkv, ", batch, ", got ",
-                   o.key_cache.size(0));
-  check_start(o.start, length, o.key_cache.size(2));
+  if (o.pages) {
+    check_writable(*o.pages, o.key_cache);
+    attention.page = o.pages->page;
+  } else {
+    IPEX_QUANT_CHECK(o.key_cache.size(0) == batch, "key_cache: expected the batch size of qkv, ", batch, ", got ",
+                     o.key_cache.size(0));
+    check_start(o.start, length, o.key_cache.size(2));
+  }
   Cache{o.key_cache, o.value_cache, o.key_scales, o.value_scales}.describe(attention, qkv.dtype);
   attention.key_factors = read_factors(o.key_factors, o.key_cache);
   if (o.mask) attention.mask = mask_of(*o.mask, {batch, heads, length, o.start + length});
   args.batch = batch;
   args.start = o.start;
+  args.pages = o.pages;
   return args;
 }
 
@@ -526,6 +581,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
       "Tensor block_tables, Tensor lengths, Tensor query_starts, float scale, bool causal, int window, float softcap, "
       "Tensor? alibi) -> Tensor");
   m.def(
+      "paged_rope_attention(Tensor qkv, Tensor cos, Tensor sin, int rotary_dim, bool interleaved, "
+      "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!)? key_scales, Tensor(d!)? value_scales, "
+      "Tensor block_tables, Tensor lengths, Tensor query_starts, float scale, int window, float softcap, "
+      "Tensor? alibi) -> Tensor");
+  m.def(
       "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor query_starts, Tensor key_starts, float scale, "
       "bool causal, int window, float softcap, Tensor? alibi) -> Tensor");
 }
@@ -536,6 +596,7 @@ STABLE_TORCH_LIBRARY_IMPL(ipex_quant, CPU, m) {
   m.impl("fused_rope_attention", TORCH_BOX(&fused_rope_attention));
   m.impl("write_paged_cache", TORCH_BOX(&write_paged_cache));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
+  m.impl("paged_rope_attention", TORCH_BOX(&paged_rope_attention));
   m.impl("varlen_attention", TORCH_BOX(&varlen_attention));
 }
 

@@ -40,7 +40,13 @@ struct RopeAttentionOptions {
   int64_t window;
   double softcap;
   std::optional<Tensor> alibi;
+  const PagedBatch* pages = nullptr;  // of paged caches, then without start and mask
 };
+
+// The sequences of `tokens` queries over caches like `cache`, [blocks, heads, page, dim]: tables [sequences, blocks].
+PagedBatch read_pages(const Tensor& block_tables, const Tensor& lengths, const Tensor& query_starts, int64_t tokens,
+                      const Tensor& cache);
+
 // The arguments but for the output.
 RopeAttentionArgs rope_attention_args(const QkvInput& qkv, RopeAttentionOptions& options);
 

@@ -25,6 +25,16 @@ struct Call {
   std::vector<Tensor> caches;
   std::vector<int64_t> starts;
   Optional mask, alibi;
+  std::vector<Tensor> pages;                       // block tables, lengths and starts of queries, or nothing
+  std::optional<PagedBatch> batch = std::nullopt;  // of pages
+
+  void read_pages(int64_t rows) {
+    if (pages.empty()) return;
+    IPEX_QUANT_CHECK(pages.size() == 3, "pages: expected block tables, lengths and starts of queries, got ",
+                     pages.size(), " tensors");
+    IPEX_QUANT_CHECK(!mask, "mask: expected none with pages");
+    batch = ipex_quant::read_pages(pages[0], pages[1], pages[2], rows, caches[0]);
+  }
 };
 
 struct Structure {  // common to all layers
@@ -57,7 +67,7 @@ struct Input {
     IPEX_QUANT_CHECK(x.dim() == 3 && x.size(2) > 0, "x: expected shape [batch, length, features], got ", shape_of(x));
     dtype = x.scalar_type();
     batch = x.size(0), length = x.size(1), features = x.size(2);
-    IPEX_QUANT_CHECK(rows() <= kDecodeRows, "x: expected at most ", kDecodeRows, " tokens, got ", rows());
+    IPEX_QUANT_CHECK(rows() <= kStepRows, "x: expected at most ", kStepRows, " tokens, got ", rows());
   }
   int64_t rows() const { return batch * length; }
 };
@@ -241,12 +251,14 @@ std::vector<DecoderLayerArgs> read_layers(const Input& input, const Weights& wei
   const int64_t parts = call.caches.size() == 5 * layers ? 5 : call.caches.size() == 4 * layers ? 4 : 2;
   const PerLayer<Tensor> cache("caches", call.caches, layers, parts);
   check_apart(weights.perms, cache, layers);
+  call.read_pages(input.rows());
+  IPEX_QUANT_CHECK(!call.batch || input.batch == 1, "x: expected a batch of 1 with pages, got ", input.batch);
   call.cos = as_contiguous(call.cos);
   call.sin = as_contiguous(call.sin);
   RopeAttentionOptions options{call.cos,       call.sin,          call.rotary_dim, structure.interleaved,
                                cache.at(0, 0), cache.at(0, 1),    std::nullopt,    std::nullopt,
                                std::nullopt,   /*start=*/0,       structure.scale, call.mask,
-                               /*window=*/0,   structure.softcap, call.alibi};
+                               /*window=*/0,   structure.softcap, call.alibi,      call.batch ? &*call.batch : nullptr};
   std::vector<DecoderLayerArgs> args;
   for (size_t i = 0; i < layers; ++i) {
     options.key_cache = cache.at(i, 0);
@@ -287,14 +299,14 @@ Tensor decoder_layers(Tensor x,
                       std::vector<Tensor> norms, std::vector<Optional> norm_biases, std::vector<Tensor> head_norms,
                       // call
                       Tensor cos, Tensor sin, int64_t rotary_dim, std::vector<Tensor> caches,
-                      std::vector<int64_t> starts, Optional mask, Optional alibi,
+                      std::vector<int64_t> starts, Optional mask, Optional alibi, std::vector<Tensor> pages,
                       // structure
                       int64_t projections, int64_t mlp_inputs, int64_t activation, bool gated, bool parallel,
                       bool sandwich, bool centered, double eps, double offset, int64_t lowp_mode,
                       int64_t act_quant_mode, bool interleaved, double scale, double softcap) {
   const Weights weights{std::move(packed), std::move(biases),      std::move(perms),
                         std::move(norms),  std::move(norm_biases), std::move(head_norms)};
-  Call call{cos, sin, rotary_dim, std::move(caches), std::move(starts), mask, alibi};
+  Call call{cos, sin, rotary_dim, std::move(caches), std::move(starts), mask, alibi, std::move(pages)};
   return run_layers(x, weights, call,
                     {projections, mlp_inputs, activation, gated, parallel, sandwich, centered, eps, offset, lowp_mode,
                      act_quant_mode, interleaved, scale, softcap});
@@ -310,6 +322,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
       "Tensor[] head_norms, "
       // call
       "Tensor cos, Tensor sin, int rotary_dim, Tensor(a!)[] caches, SymInt[] starts, Tensor? mask, Tensor? alibi, "
+      "Tensor[] pages, "
       // structure
       "int projections, int mlp_inputs, int activation, bool gated, bool parallel, bool sandwich, bool centered, "
       "float eps, float offset, int lowp_mode, int act_quant_mode, bool interleaved, float scale, float softcap) "

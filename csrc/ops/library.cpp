@@ -10,7 +10,7 @@ namespace {
 
 int64_t isa_active() { return active_isa(); }
 int64_t isa_supported() { return supported_isa(); }
-int64_t max_decode_tokens() { return kDecodeRows; }
+int64_t max_decode_tokens() { return kStepRows; }
 
 }  // namespace
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .fakes import check_shape, register_fake
@@ -172,6 +174,50 @@ def paged_attention(
     )
 
 
+def paged_rope_attention(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    pages: Sequence[torch.Tensor],
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+    *,
+    scale: float,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
+    alibi: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run `rotary` on queries and keys, write keys and values to their blocks, then causal `paged_attention`.
+
+    `qkv` is ``[tokens, (H + 2 * Hkv) * D]``, all queries, then keys, then values of the last tokens of every sequence,
+    prompts and single tokens in any mix; `cos` and `sin` are ``[1, tokens, columns]``. `pages` are the `block_tables`,
+    `lengths`, these tokens included, and `query_starts` of `paged_attention`: token i of the last L of a sequence is
+    written to position ``length - L + i``. The other arguments are those of the three ops. Returns ``[tokens, H * D]``.
+    Raises RuntimeError when an argument does not fit, with nothing written.
+    """
+    rotary_dim = key_cache.shape[-1] if rotary_dim is None else rotary_dim
+    return native.paged_rope_attention.default(
+        qkv,
+        cos,
+        sin,
+        rotary_dim,
+        interleaved,
+        key_cache,
+        value_cache,
+        key_scales,
+        value_scales,
+        *pages,
+        scale,
+        window,
+        softcap,
+        alibi,
+    )
+
+
 def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -231,6 +277,14 @@ def _(query, key_cache, value_cache, *options):
     check_shape("query", query, "[tokens, H, D]")
     check_shape("value_cache", value_cache, "[blocks, Hkv, block, Dv]")
     return query.new_empty(*query.shape[:2], value_cache.shape[3])
+
+
+@register_fake("paged_rope_attention")
+def _(qkv, cos, sin, rotary_dim, interleaved, key_cache, *options):
+    check_shape("qkv", qkv, "[tokens, (H + 2 * Hkv) * D]")
+    check_shape("key_cache", key_cache, "[blocks, Hkv, block, D]")
+    _, heads, _, dim = key_cache.shape
+    return qkv.new_empty(qkv.shape[0], (qkv.shape[1] // dim - 2 * heads) * dim)
 
 
 @register_fake("varlen_attention")

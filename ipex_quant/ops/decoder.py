@@ -20,7 +20,7 @@ from .post_op import PostOp
 _decoder_layers = native.decoder_layers.default
 
 MAX_TOKENS: int = native.max_decode_tokens()
-"""Most tokens in a call, all sequences together; the weights are read once for all of them."""
+"""Most tokens in a call, all sequences together."""
 
 
 class DecoderWeights(NamedTuple):
@@ -46,7 +46,8 @@ class DecoderCall(NamedTuple):
     """Arguments that change from call to call: rotation, caches and mask, as in `fused_rope_attention`.
 
     `caches` has 2, 4 or 5 tensors for each layer: keys and values, then their scales, then the key factors. They are
-    written from token ``starts[layer]`` on.
+    written from token ``starts[layer]`` on. With `pages`, those of `paged_rope_attention`, the caches are paged and
+    the tokens, in a batch of 1 without `mask`, are those of several sequences; `starts` only counts the layers.
     """
 
     cos: torch.Tensor
@@ -56,6 +57,7 @@ class DecoderCall(NamedTuple):
     starts: Sequence[int]
     mask: torch.Tensor | None = None
     alibi: torch.Tensor | None = None
+    pages: Sequence[torch.Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -112,17 +114,17 @@ def decoder_layers(
     """Run decoder layers with packed weights one after another in a single parallel region; returns a tensor like `x`.
 
     `x` is float32, bfloat16 or float16 ``[B, L, K]`` with ``B * L <= MAX_TOKENS``. The bits are those of separate calls
-    of `rms_norm` or `layer_norm`, `woq_linear_group`, `fused_rope_attention`, `woq_linear` and `woq_linear_gated`. Has
-    no gradient. Raises RuntimeError when an argument does not fit, with nothing written.
+    of `rms_norm` or `layer_norm`, `woq_linear_group`, `fused_rope_attention` (or `paged_rope_attention`), `woq_linear`
+    and `woq_linear_gated`. Has no gradient. Raises RuntimeError when an argument does not fit, with nothing written.
     """
     return _decoder_layers(*native_arguments(x, weights, call, structure))
 
 
 @register_fake("decoder_layers")
 def _(x, *arguments):
-    weights, call = DecoderWeights(*arguments[:6]), DecoderCall(*arguments[6:13])
-    projections, mlp_inputs, *_ = arguments[13:]
-    norms = 4 if arguments[18] else 2
+    weights, call = DecoderWeights(*arguments[:6]), DecoderCall(*arguments[6:14])
+    projections, mlp_inputs, *_ = arguments[14:]
+    norms = 4 if arguments[19] else 2
     check_shape("x", x, "[B, L, K]")
     layers, linears = len(call.starts), projections + mlp_inputs + 2
     torch._check(layers > 0, lambda: "starts: expected one for each layer")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -236,6 +236,34 @@ def paged_attention(
 def _of_blocks(cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
     """The first `length` tokens of one sequence, ``[1, Hkv, length, ...]``, from the blocks of a paged cache."""
     return cache[blocks].transpose(0, 1).flatten(1, 2)[None, :, :length]
+
+
+def paged_rope_attention(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    pages: Sequence[torch.Tensor],
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+    *,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+    **options: Any,
+) -> torch.Tensor:
+    """As `ipex_quant.ops.paged_rope_attention`."""
+    kv_heads, page, dim = key_cache.shape[1:]
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    states = qkv.unflatten(1, (-1, dim))
+    rotated = rotary(states[None, :, : heads + kv_heads], cos, sin, rotary_dim, interleaved)[0]
+    slots = []
+    for blocks, length, count in zip(*(each.tolist() for each in (*pages[:2], pages[2].diff())), strict=True):
+        slots += [blocks[i // page] * page + i % page for i in range(length - count, length)]
+    new = rotated[:, heads:], states[:, heads + kv_heads :]
+    write_paged_cache(*new, key_cache, value_cache, torch.tensor(slots), key_scales, value_scales)
+    options |= {"key_scales": key_scales, "value_scales": value_scales}
+    return paged_attention(rotated[:, :heads], key_cache, value_cache, *pages, **options).flatten(1)
 
 
 def varlen_attention(

@@ -10,7 +10,7 @@ from ..numerics.quantized_weight import QuantizedWeight
 from .decoder import DecoderCall, DecoderStructure, DecoderWeights
 from .post_op import ACTIVATIONS
 from .reference import woq_linear
-from .reference_attention import fused_rope_attention
+from .reference_attention import fused_rope_attention, paged_rope_attention
 from .reference_llm import layer_norm, rms_norm
 
 
@@ -70,6 +70,21 @@ class _Layer:
             heads = projected.unflatten(-1, (-1, dim))
             query, key, value = heads.split((heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads), 2)
             projected = torch.cat((self.norm(query, norms[0]), self.norm(key, norms[1]), value), 2).flatten(2)
+        if call.pages:
+            attended = paged_rope_attention(
+                projected[0],
+                call.cos,
+                call.sin,
+                *cache[:2],
+                call.pages,
+                *cache[2:4],
+                scale=structure.scale,
+                rotary_dim=call.rotary_dim,
+                interleaved=structure.interleaved,
+                softcap=structure.softcap,
+                alibi=call.alibi,
+            )[None]
+            return self.linear(attended)
         attended = fused_rope_attention(
             projected,
             call.cos,

@@ -68,6 +68,65 @@ def test_write_paged_cache(slots, skipped, dims, dtype, int8, index) -> None:
     assert equal(got, expected)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 30), st.sampled_from([0, 1, 3, 40])), min_size=1, max_size=4),
+    block=st.sampled_from([1, 4, 7, 32]),
+    heads=st.sampled_from([(2, 2), (8, 2), (5, 1)]),
+    dims=st.sampled_from([(32, 32), (64, 16), (24, 0)]),
+    dtype=st.sampled_from(DTYPES),
+    int8=st.booleans(),
+    interleaved=st.booleans(),
+    options=st.sampled_from([{}, {"window": 5}, {"softcap": 4.0}, {"alibi": True}]),
+)
+def test_paged_rope_attention(lengths, block, heads, dims, dtype, int8, interleaved, options) -> None:
+    """Prompts and single tokens together; what is written has the same bits in both, what is computed nearly."""
+    (heads, kv_heads), (dim, rotary_dim) = heads, dims
+    width = max(past + new for past, new in lengths) // block + 1
+    pages = caches((len(lengths) * width, kv_heads, block, dim), dtype, int8)
+    blocks = torch.randperm(len(lengths) * width, generator=generator(1)).int().view(len(lengths), width)
+    starts = torch.tensor([0, *(new for _, new in lengths)]).cumsum(0)
+    batch = blocks, torch.tensor([past + new for past, new in lengths]), starts
+    qkv = normal(int(starts[-1]), (heads + 2 * kv_heads) * dim, dtype=dtype)
+    angles = normal(1, len(qkv), rotary_dim // 2, seed=3)
+    if "alibi" in options:
+        options = {"alibi": torch.rand(heads, generator=generator(5)) / 8}
+    options |= {"scale": 0.2, "rotary_dim": rotary_dim, "interleaved": interleaved}
+    written = [copies(pages) for _ in range(2)]
+    results = [
+        function(qkv, angles.cos(), angles.sin(), *own[:2], batch, *own[2:], **options)
+        for function, own in zip((ops.paged_rope_attention, reference.paged_rope_attention), written, strict=True)
+    ]
+    for got, expected in zip(*written, strict=True):
+        assert got is expected is None or torch.allclose(
+            got.float(), expected.float(), rtol=0.02, atol=1.0 if int8 else 0.02
+        )
+    if int8:
+        torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
+    else:
+        close(*results)
+
+
+def test_paged_rope_attention_divides_what_two_calls_do() -> None:
+    """A prompt in one call, or in two chunks with another sequence's tokens between."""
+    qkv, angles = normal(12, 6 * 16, dtype=torch.bfloat16), normal(1, 12, 8, seed=3)
+    blocks, whole = caches((8, 1, 4, 16), torch.bfloat16, False), []
+    tables = torch.tensor([[5, 0, 3]], dtype=torch.int32)
+
+    def run(begin: int, end: int, pages: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        tokens = slice(begin, end)
+        tables = angles.cos()[:, tokens], angles.sin()[:, tokens]
+        return ops.paged_rope_attention(qkv[tokens], *tables, *blocks[:2], pages, scale=0.25)
+
+    whole = run(0, 12, (tables, torch.tensor([12]), torch.tensor([0, 12])))
+    first = run(0, 7, (tables, torch.tensor([7]), torch.tensor([0, 7])))
+    both = torch.tensor([[5, 0, 3], [6, 7, 7]], dtype=torch.int32), torch.tensor([12, 1])
+    qkv = torch.cat((qkv, qkv[:1]))
+    angles = torch.cat((angles, angles[:, :1]), 1)
+    second = run(7, 13, (*both, torch.tensor([0, 5, 6])))
+    close(torch.cat((first, second[:5])), whole)
+
+
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("queries", [1, 3, 40])
 @pytest.mark.parametrize("options", [{}, {"window": 1000}])
@@ -149,11 +208,13 @@ def test_opcheck() -> None:
     tokens, starts, options = torch.ones(4, 2, 16), torch.tensor([0, 3, 4]), (0.25, True, 0, 0.0, None)
     tables, lengths = torch.zeros(2, 3, dtype=torch.int32), torch.tensor([12, 5])
     slots = torch.tensor([3, -1, 5, 7])
+    angles, rope = torch.zeros(1, 4, 8), (pages, pages.clone(), None, None, tables, lengths, starts, 0.25, 0, 0.0, None)
     cases = [
         ("write_paged_cache", (tokens, tokens, pages8, pages8.clone(), scales, scales.clone(), slots)),
         ("write_paged_cache", (tokens, tokens, pages, pages.clone(), None, None, slots.int())),
         ("paged_attention", (tokens, pages, pages, None, None, tables, lengths, starts, *options)),
         ("paged_attention", (tokens, pages8, pages8, scales, scales, tables, lengths, starts.int(), *options)),
+        ("paged_rope_attention", (tokens.flatten(1).repeat(1, 3), angles, angles, 16, False, *rope)),
         ("varlen_attention", (tokens, tokens[:, :1], tokens[:, :1, :8], starts, starts, *options)),
     ]
     for name, arguments in cases:

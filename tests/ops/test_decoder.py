@@ -33,6 +33,17 @@ from .weights import shuffle_features
 INT4 = WeightScheme(WoqWeightDtype.INT4, False, 32)
 INT8_MODE = {"lowp_mode": WoqLowpMode.INT8, "act_quant_mode": WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM}
 CAPACITY = 20
+BLOCKS, PAGE = 9, 4
+
+
+def paged(lengths: Sequence[int], new: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """Block tables, lengths and starts of sequences that have no block in common, the last of whose tokens are new."""
+    width = max(-(-length // PAGE) for length in lengths)
+    blocks = torch.randperm(len(lengths) * width, generator=generator(2)).int()
+    return blocks.view(len(lengths), width), torch.tensor(lengths), torch.tensor([0, *new]).cumsum(0)
+
+
+PAGES = paged([5, 8, 11], [1, 3, 1])
 
 
 class Stack:
@@ -52,6 +63,7 @@ class Stack:
         heads: tuple[int, int, int] = (4, 2, 16),
         ordered: Collection[int] = (),
         rotary_dim: int = 16,
+        pages: Sequence[torch.Tensor] = (),
     ) -> None:
         """Inputs in `ordered` (of 4: projections, their output, MLP, its output) have weights in act-order.
 
@@ -88,7 +100,7 @@ class Stack:
         self.x = normal(*shape, features, dtype=dtype)
         angles = normal(1, shape[1], rotary_dim // 2, seed=3)
         self.tables, self.rotary_dim = (angles.cos(), angles.sin()), rotary_dim
-        size = (shape[0], kv, CAPACITY, dim)
+        size = (BLOCKS, kv, PAGE, dim) if pages else (shape[0], kv, CAPACITY, dim)
         self.caches = [normal(*size, dtype=dtype, seed=i) for i in range(2 * layers)]
         if int8:
             codes = [ops.reference_attention.quantize_token(cache) for cache in self.caches]
@@ -96,11 +108,11 @@ class Stack:
             self.caches = []
             for i in range(layers):
                 keys_and_values, scales = zip(*codes[2 * i : 2 * i + 2], strict=True)
-                self.caches += [*keys_and_values, *scales, factors]
-        self.starts = [start] * layers
+                self.caches += [*keys_and_values, *scales, *([] if pages else [factors])]
+        self.starts, self.pages = [start] * layers, pages
 
     def call(self, **options) -> DecoderCall:
-        return DecoderCall(*self.tables, self.rotary_dim, self.caches, self.starts, **options)
+        return DecoderCall(*self.tables, self.rotary_dim, self.caches, self.starts, pages=self.pages, **options)
 
     def run(self, function=decoder_layers, *first, **options):
         """The result and the caches after it."""
@@ -144,9 +156,13 @@ def in_parts(x, weights, call, structure):  # what the lean decoder calls where 
             heads = zip((query, key), weights.head_norms[2 * i :], strict=False)
             projected = torch.cat([*(norm_by(a.contiguous(), b) for a, b in heads), value], 2).flatten(2)
         options = {"rotary_dim": call.rotary_dim, "interleaved": structure.interleaved, "scale": structure.scale}
-        options |= {"softcap": structure.softcap, "mask": call.mask, "alibi": call.alibi, "start": start}
-        options |= {"key_factors": cache[4] if len(cache) > 4 else None}
-        attended = ops.fused_rope_attention(projected, call.cos, call.sin, *cache[:4], **options)
+        options |= {"softcap": structure.softcap, "alibi": call.alibi}
+        if call.pages:
+            arguments = (*cache[:2], call.pages, *cache[2:])
+            attended = ops.paged_rope_attention(projected[0], call.cos, call.sin, *arguments, **options)[None]
+        else:
+            options |= {"mask": call.mask, "start": start, "key_factors": cache[4] if len(cache) > 4 else None}
+            attended = ops.fused_rope_attention(projected, call.cos, call.sin, *cache[:4], **options)
         if structure.sandwich:
             second, after_attention, after_mlp = norms[:3]
             del norms[:3]
@@ -205,7 +221,7 @@ schemes = st.sampled_from(
     structure=structures,
     mode=modes,
     scheme=schemes,
-    shape=st.sampled_from([(1, 1), (3, 1), (1, 3), (2, 4)]),
+    shape=st.sampled_from([(1, 1), (3, 1), (1, 3), (2, 4), (9, 1), (1, 15), (64, 1), PAGES]),
     dtype=st.sampled_from(DTYPES),
     plain=st.booleans(),
     biased=st.booleans(),
@@ -223,10 +239,11 @@ def test_has_the_bits_of_its_parts(
     structure = dataclasses.replace(structure, parallel=structure.parallel and not structure.sandwich)
     if plain:
         structure = dataclasses.replace(structure, gated=False, mlp_inputs=1, activation=PostOp.RELU)
-    kinds = {"biased": biased, "head_norms": head_norms, "int8": int8, "ordered": ordered}
+    pages, shape = (shape, (1, int(shape[2][-1]))) if shape is PAGES else ((), shape)
+    kinds = {"pages": pages, "biased": biased, "head_norms": head_norms, "int8": int8, "ordered": ordered}
     stack = Stack(structure, shape, dtype, scheme=scheme, rotary_dim=rotary_dim, **kinds)
     options = {"alibi": torch.tensor([0.5, 0.25, 0.1, 0.3])} if alibi else {}
-    if masked:
+    if masked and not pages:
         options["mask"] = torch.rand(shape[0], 1, 1, 5 + shape[1], generator=generator(4)) < 0.8
     result, caches = stack.run(**options)
     expected, expected_caches = stack.run(in_parts, **options)
@@ -234,6 +251,20 @@ def test_has_the_bits_of_its_parts(
     assert torch.equal(result.nan_to_num(), expected.nan_to_num())
     for got, wanted in zip(caches, expected_caches, strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_paged_sequences_have_the_bits_of_each_alone(int8) -> None:
+    """Blocks that sequences share hold the same tokens: here the first one of all three."""
+    pages = paged([6, 9, 12], [1, 1, 1])
+    pages[0][:, 0] = pages[0][0, 0]
+    stack = Stack(DecoderStructure(**INT8_MODE), (1, 3), int8=int8, pages=pages)
+    together, x = stack.run()[0], stack.x
+    tables = stack.tables
+    for i in range(3):
+        stack.x, stack.tables = x[:, i : i + 1], tuple(table[:, i : i + 1] for table in tables)
+        stack.pages = pages[0][i : i + 1], pages[1][i : i + 1], torch.tensor([0, 1])
+        assert torch.equal(stack.run()[0], together[:, i : i + 1])
 
 
 @pytest.mark.parametrize("ordered", [(), (1,), range(4)])
@@ -268,9 +299,22 @@ def test_computes_what_is_defined(structure, mode, ordered) -> None:
     torch.testing.assert_close(caches, expected_caches, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_computes_what_is_defined_over_pages(int8) -> None:
+    stack = Stack(DecoderStructure(), (1, 5), head_norms=True, int8=int8, pages=PAGES)
+    result, caches = stack.run()
+    expected, expected_caches = stack.run(
+        lambda x, *arguments: reference_decoder.decoder_layers(x, stack.quantized, *arguments)
+    )
+    tolerance = 0.05 if int8 else 1e-4
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(caches, expected_caches, rtol=tolerance, atol=1 if int8 else tolerance)
+
+
 @pytest.mark.parametrize("threads", [2, 3, 7])
-def test_any_number_of_threads_gives_the_same(threads) -> None:
-    stack = Stack(DecoderStructure(**INT8_MODE), (1, 5), torch.bfloat16, layers=3)
+@pytest.mark.parametrize("rows", [5, 40])
+def test_any_number_of_threads_gives_the_same(threads, rows) -> None:
+    stack = Stack(DecoderStructure(**INT8_MODE), (rows, 1), torch.bfloat16, layers=3)
     expected = stack.run()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -366,6 +410,30 @@ def test_bad_arguments_write_nothing(change, message) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (changed("pages", lambda p: p[:2]), "pages: expected block tables, lengths and starts of queries, got 2"),
+        (changed("pages", lambda p: (p[0] + 1, *p[1:])), r"block_tables: expected values in 0\.\.8, got 9"),
+        (
+            changed("pages", lambda p: (p[0], p[1] - 5, p[2])),
+            "lengths: expected at least the 1 new tokens of sequence 0",
+        ),
+        (changed("pages", lambda p: (*p[:2], p[2] + 1)), "query_starts: expected numbers that rise"),
+        (changed("caches", lambda c: [c[0], c[1], *(t[:8] for t in c[2:])]), r"expected values in 0\.\.7, got 8"),
+        (changed("caches", lambda c: [*c[:2], *(t[:, :, :3] for t in c[2:])]), "key_cache: expected blocks of 4"),
+        (changed("x", lambda x: x.view(5, 1, -1)), "x: expected a batch of 1 with pages"),
+    ],
+)
+def test_bad_pages_write_nothing(change, message) -> None:
+    stack = Stack(DecoderStructure(), (1, 5), pages=PAGES)
+    change(stack)
+    kept = [cache.clone() for cache in stack.caches]
+    with pytest.raises(RuntimeError, match=message):
+        decoder_layers(stack.x, stack.weights, stack.call(), stack.structure)
+    assert all(map(torch.equal, stack.caches, kept))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         (changed("x", lambda x: x[0]), r"x: expected \[B, L, K\]"),
         (changed("packed", lambda p: p[:-1]), "packed: expected 7 for each of 2 layers, got 13"),
         (changed("biases", lambda b: [None]), "biases: expected 7 for each of 2 layers, got 1"),
@@ -389,9 +457,9 @@ def test_bad_shapes_are_refused_without_data(change, message) -> None:
 
 
 def test_opcheck() -> None:
-    stack = Stack(DecoderStructure(), layers=1)
-    arguments = native_arguments(stack.x, stack.weights, stack.call(), stack.structure)
-    torch.library.opcheck(torch.ops.ipex_quant.decoder_layers.default, arguments)
+    for stack in (Stack(DecoderStructure(), layers=1), Stack(DecoderStructure(), (1, 5), layers=1, pages=PAGES)):
+        arguments = native_arguments(stack.x, stack.weights, stack.call(), stack.structure)
+        torch.library.opcheck(torch.ops.ipex_quant.decoder_layers.default, arguments)
 
 
 def test_compiled_code_writes_to_the_caches_themselves_wherever_they_start() -> None:

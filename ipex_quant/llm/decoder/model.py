@@ -37,8 +37,8 @@ MODELS = (
 def fuse_model(model: nn.Module) -> list[str]:
     """Let every model in `model` whose class is in `MODELS` compute all its fused layers in one native call.
 
-    Returns the names of these models. One call computes a few tokens with native caches and without padding, if nothing
-    asks for the hidden states or attention weights of single layers. `restore_forwards` undoes it.
+    Returns the names of these models. One call computes a few tokens with native caches, of padded sequences
+    one each, if nothing asks for the hidden states or attention weights of single layers. `restore_forwards` undoes it.
     """
     restore_forwards(model, FusedModel)
     names = []
@@ -124,12 +124,11 @@ class FusedModel(FusedForward):
                 return None
             if attention_mask.shape[1] != past + length:
                 return None
-            if torch.compiler.is_compiling():  # traced code cannot depend on values
+            # Traced code cannot depend on values.
+            if torch.compiler.is_compiling() or not attention_mask.all():
                 if length > 1:
                     return None
                 mask = attention_mask[:, None, None].bool()
-            elif not attention_mask.all():
-                return None
         x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if any(parameters["weight"].dtype != x.dtype for parameters in step.find_tensors().norms):
             return None
