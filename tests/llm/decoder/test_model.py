@@ -149,7 +149,6 @@ def test_given_positions_count(calls):
         {"output_hidden_states": True},
         {"num_beams": 2},
         {"use_cache": False},
-        {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])},
     ],
 )
 def test_what_needs_the_layers_calls_them(options, calls):
@@ -161,6 +160,19 @@ def test_what_needs_the_layers_calls_them(options, calls):
     assert torch.equal(got.sequences, expected.sequences)
     for a, b in zip(got.hidden_states or (), expected.hidden_states or (), strict=True):
         assert all(map(torch.equal, a, b))
+
+
+def test_padded_sequences_are_computed_together(calls):
+    """Their first tokens layer by layer, the later ones, one of each, in one call."""
+    model = build()
+    options = {"batch": 3, "attention_mask": torch.ones(3, 6).long()}
+    options["attention_mask"][0, :2] = options["attention_mask"][2, :5] = 0
+    expected = generate(one_by_one(model), **options)
+    calls.clear()
+    got = generate(model, **options)
+    assert calls == [2] * 5
+    assert torch.equal(got.sequences, expected.sequences)
+    assert all(map(torch.equal, got.logits, expected.logits))
 
 
 def test_hooks_on_layers_are_called(calls):
