@@ -108,6 +108,10 @@ USED = {
     "transformers.quantizers.base.HfQuantizer._process_model_after_weight_loading": "self model kwargs",
     "transformers.quantizers.base.HfQuantizer._process_model_before_weight_loading": "self model kwargs",
     "transformers.utils.output_capturing._active_collector.get": None,
+    "vllm.model_executor.kernels.linear._POSSIBLE_INT8_KERNELS": None,
+    "vllm.model_executor.kernels.linear._POSSIBLE_KERNELS": None,
+    "vllm.model_executor.kernels.linear.MPLinearKernel._get_weight_params": "self layer",
+    "vllm.model_executor.kernels.linear.Int8ScaledMMLinearKernel._get_layer_params": "self layer",
 }
 IN_SOURCE = {
     # attributes that transformers sets on objects of any class: the module whose code has the name
@@ -120,13 +124,13 @@ IN_SOURCE = {
 # Buffers that are registered under a composed name, and what named tuples document.
 OWN = {"_down_bias", "_gate_up_bias", "_gate_up_packed", "_fields"}
 ROOT = Path(ipex_quant.__file__).parent
-OTHERS = ("argparse", "lm_eval", "neural_compressor", "torch", "transformers")
+OTHERS = ("argparse", "lm_eval", "neural_compressor", "torch", "transformers", "vllm")
 
 
 def resolve(path: str) -> Any:
     """The object at a dotted path, whose first parts are a module."""
     package, *names = path.split(".")
-    found = pytest.importorskip(package) if package in ("lm_eval", "neural_compressor") else None
+    found = pytest.importorskip(package) if package in ("lm_eval", "neural_compressor", "vllm") else None
     found = importlib.import_module(package) if found is None else found
     for name in names:
         package += f".{name}"
