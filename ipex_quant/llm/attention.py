@@ -14,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.utils.import_utils import is_tracing
 
 from ..nn.deferred import DeferredTensor, values_of
+from .cache.paged import PagedTensor
 from .cache.storage import Storage, attend
 
 NAME = "ipex_quant"
@@ -146,8 +147,9 @@ def attention_forward(
     """Attention of `query` ``[B, H, Lq, D]`` over `key` and `value` ``[B, Hkv, T, D]``, as transformers calls it.
 
     Returns (``[B, Lq, H, Dv]``, None). Keys and values of a `NativeLayer` are read from the cache without a copy or a
-    conversion. With gradients or `dropout` it runs in plain torch; under autocast it computes in autocast's dtype.
-    Raises ValueError for attention sinks, which are not supported.
+    conversion; those of a `PagedLayer` from its blocks, whatever the mask. With gradients or `dropout` it runs in plain
+    torch; under autocast it computes in autocast's dtype. Raises ValueError for attention sinks, which are not
+    supported.
     """
     if kwargs.get("s_aux") is not None:
         raise ValueError("attention sinks are not supported: call model.set_attn_implementation('eager')")
@@ -160,6 +162,8 @@ def attention_forward(
     options: dict[str, Any] = {"scale": query.shape[-1] ** -0.5 if scaling is None else scaling}
     if softcap is not None:
         options["softcap"] = softcap
+    if isinstance(key, PagedTensor):
+        return key.attention(query, **options), None
     if attention_mask is None:
         options["causal"] = getattr(module, "is_causal", True) if is_causal is None else is_causal
     elif isinstance(attention_mask, WindowMask):

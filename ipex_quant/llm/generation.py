@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 
 from .attention import NAME, is_attention, is_native
 from .cache.layers import NativeLayer, SlidingLayer
+from .cache.paged import unknown_release
 from .search import hf_beam_sample, hf_beam_search, hf_greedy_search, hf_sample
 
 __all__ = [
@@ -46,7 +47,8 @@ def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None 
     - `kv_cache_dtype` is the dtype of the stored keys and values: torch.int8, a float dtype, or None for
       ``model.config.kv_cache_dtype`` (a dtype or its name), or else the model's dtype.
     - In `generate`, the beams or returned sequences of a prompt share its prefill and its keys and values.
-    - `generate_batch` runs with torch's attention and transformers' paged cache, since it supports no other.
+    - `generate_batch`, and whatever else calls `init_continuous_batching`, reads the blocks of transformers' paged
+      cache natively; it has the model's dtype.
     - With ``model.config.token_latency = True``, `generate` returns (output, seconds per token), as IPEX does.
     - A model whose own code knows no such caches keeps its own tuples of tensors, and `generate` makes none for it.
     - Calls with gradients or under autocast, caches that already hold tokens, and cache layers of another kind (linear
@@ -76,6 +78,7 @@ def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None 
             model.generate = functools.partial(_generate, model)
             model._prefill = functools.partial(_prefill, model)
             model.generate_batch = functools.partial(_generate_batch, model)
+            model.init_continuous_batching = functools.partial(_init_continuous_batching, model)
     return [name for name, module in model.named_modules() if is_attention(module) and not is_native(module)]
 
 
@@ -106,15 +109,27 @@ def _no() -> bool:
 
 def _generate_batch(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """`generate_batch` of the model's class, outside inference mode: a thread without it writes to the paged cache."""
-    native = model.config._attn_implementation == NAME
     with torch.inference_mode(False), torch.no_grad():
-        if native:
-            type(model).set_attn_implementation(model, "sdpa")  # generate_batch refuses names it does not know
-        try:
-            return type(model).generate_batch(model, *args, **kwargs)
-        finally:
-            if native:
-                type(model).set_attn_implementation(model, NAME)
+        return type(model).generate_batch(model, *args, **kwargs)
+
+
+def _init_continuous_batching(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """`init_continuous_batching` of the model's class, over the native attention if the model has it."""
+    if model.config.get_text_config(decoder=True)._attn_implementation != NAME:
+        return type(model).init_continuous_batching(model, *args, **kwargs)
+    hook = next(hook for hook in model._forward_pre_hooks.values() if isinstance(hook, CacheHook))
+    dtype = hook.dtype or config_cache_dtype(model)
+    if dtype not in (None, model.dtype):
+        warnings.warn(
+            "kv_cache_dtype: continuous batching keeps keys and values in the model's dtype, not in "
+            f"{str(dtype).removeprefix('torch.')}",
+            stacklevel=2,
+        )
+    try:  # only here, since its release of transformers may have none, or another one
+        from .continuous import start_batching
+    except ImportError as error:
+        raise unknown_release() from error
+    return start_batching(model, *args, **kwargs)
 
 
 class CacheHook:
@@ -127,6 +142,10 @@ class CacheHook:
         self._position = names.index("past_key_values") if makes_caches and "past_key_values" in names else -1
 
     def __call__(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if "cache" in kwargs and model.config.get_text_config(decoder=True)._attn_implementation == NAME:
+            from .continuous import paged_arguments
+
+            return args, paged_arguments(kwargs)
         if torch.is_grad_enabled() and any(_differentiable(model, args, kwargs)):
             return args, kwargs
         cache = kwargs.get("past_key_values")
