@@ -20,6 +20,7 @@ from ..reading import read_json, shown
 from ..writing import replaced_directory
 from .saved.float_models import concrete_class, config_of, model_class
 from .saved.hf_quantizer import IpexQuantConfig, IpexQuantizer, describe_model
+from .saved.mark import mark
 from .saved.streaming import check_room
 
 MAX_SHARD_SIZE = "5GB"
@@ -29,6 +30,7 @@ def save(model: PreTrainedModel, directory: str | os.PathLike, tokenizer: Any = 
     """Write a model that `optimize` or `convert` quantized, and its `tokenizer` if given, to `directory`.
 
     The files are those of `save_pretrained`: config.json and plain tensors in safetensors, several files when large.
+    transformers refuses them where this package is not imported.
     A model in `directory` is replaced as a whole: after a kill at any moment it holds the old or the new one. Other
     files in it stay. Raises TypeError for another kind of model, ValueError for one that is not quantized, and OSError
     if a file cannot be written.
@@ -41,6 +43,7 @@ def save(model: PreTrainedModel, directory: str | os.PathLike, tokenizer: Any = 
     with replaced_directory(directory, stale=("model*.safetensors*",)) as staging:
         # Keep the model's names: transformers' conversions to the original checkpoint ignore quantized tensors.
         model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE, save_original_format=False)
+        mark(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         make_readable(staging)

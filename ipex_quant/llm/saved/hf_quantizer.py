@@ -37,6 +37,7 @@ from ..attention import NAME as NATIVE_ATTENTION
 from ..casting import cast_float
 from ..dequantize import dequantize_model
 from ..native import native_stack, use_native_stack
+from .mark import mark_what_is_saved, unmark
 from .notes import check_note, note_recipe, recipe_note
 
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -123,6 +124,7 @@ def attach(model: PreTrainedModel) -> None:
     """Register `model` as quantized with transformers, so that `save_pretrained` writes its current description."""
     model.config.quantization_config = describe_model(model)
     model.hf_quantizer = IpexQuantizer(IpexQuantConfig(**model.config.quantization_config), pre_quantized=True)
+    mark_what_is_saved(model)
     watch_head(model)
 
 
@@ -157,6 +159,7 @@ class IpexQuantizer(HfQuantizer):
         return dtype
 
     def update_attn_implementation(self, config: Any) -> Any:
+        unmark(config)  # before transformers looks for the files
         parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
         asked = {part._attn_implementation for part in parts if part is not None}
         self.native_attention = asked <= {None, NATIVE_ATTENTION}
@@ -243,6 +246,7 @@ class IpexQuantizer(HfQuantizer):
                 model.set_submodule(name, module.to(config.torch_dtype))
         share_tables(model, config.tied)
         self._cast(model)
+        mark_what_is_saved(model)
         watch_head(model)
         model.config.quantization_config = self.quantization_config.to_dict()
         if config.recipe is not None:
