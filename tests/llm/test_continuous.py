@@ -10,6 +10,7 @@ import ipex_quant as ipex
 from ipex_quant import ops
 from ipex_quant.llm import continuous
 from ipex_quant.llm.decoder import layer as decoder_layer
+from ipex_quant.llm.decoder import step
 
 SIZES = {
     "vocab_size": 97,
@@ -103,6 +104,20 @@ def test_fused_layers_take_part(monkeypatch):
     expected = alone(model, prompts)
     monkeypatch.setattr(decoder_layer.FusedLayer, "call_stock", None)
     assert together(model, prompts) == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "window of whole blocks"])
+def test_few_tokens_pass_all_layers_in_one_call(name, monkeypatch):
+    """Those that only decode, and short prompts; layers with windows only where their blocks are in order."""
+    model, calls = build(name, quantization_config=ipex.quantization.get_weight_only_quant_qconfig_mapping()), []
+    prompts = prompts_of(4, 7, 2, 30)
+    expected = alone(model, prompts)
+    native = step.decoder_layers
+    monkeypatch.setattr(step, "decoder_layers", lambda x, *args: calls.append(args[1]) or native(x, *args))
+    assert together(model, prompts) == expected
+    whole = [call for call in calls if len(call.starts) == model.config.num_hidden_layers]
+    assert all(call.pages for call in calls)
+    assert len(whole) >= 12 or name == "window of whole blocks"
 
 
 def test_prompts_with_a_common_beginning_share_blocks():

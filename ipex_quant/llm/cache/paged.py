@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -51,7 +51,8 @@ class BlockStep:
     """Stores new tokens in blocks and attends to the blocks of each sequence.
 
     `caches` give each layer's keys and values, ``[blocks, Hkv, block size, D]``; `slots`, `tables`, `lengths` and
-    `starts` are as `ops.write_paged_cache` and `ops.paged_attention` take them.
+    `starts` are as `ops.write_paged_cache` and `ops.paged_attention` take them. `pages` are the last three if the new
+    tokens go where `ops.paged_rope_attention` writes them, else None.
     """
 
     def __init__(
@@ -64,7 +65,15 @@ class BlockStep:
     ) -> None:
         self.caches, self.slots = caches, slots
         self.tables, self.lengths, self.starts = tables, lengths, starts
-        self.dtype = next(iter(caches.values()))[0].dtype
+        first, _ = next(iter(caches.values()))
+        self.dtype = first.dtype
+        self.pages = (tables, lengths, starts) if self._follow(first.shape[2]) else None
+
+    def _follow(self, page: int) -> bool:
+        counts = self.starts.diff()
+        sequences = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        places = torch.arange(len(sequences)) + (self.lengths - self.starts[1:])[sequences]
+        return torch.equal(self.tables[sequences, places // page] * page + places % page, self.slots)
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> Attend:
         keys, values = self.caches[layer]
@@ -139,6 +148,12 @@ class PagedCache(Cache):
 
     def __init__(self, steps: Mapping[int, Step]) -> None:
         super().__init__(layers=[PagedLayer(steps[index], index) for index in sorted(steps)])
+
+    def common_step(self, layers: Iterable[int]) -> BlockStep | None:
+        """The step that all these layers share, if it stores and reads blocks."""
+        steps = {id(self.layers[index].step): self.layers[index].step for index in layers}
+        step = steps.popitem()[1]
+        return step if isinstance(step, BlockStep) and not steps else None
 
 
 def unknown_release() -> RuntimeError:

@@ -12,6 +12,7 @@ from transformers.utils import output_capturing
 
 from ...nn.fused_forward import FusedForward, restore_forwards
 from ...ops.decoder import MAX_TOKENS
+from ..cache.paged import PagedCache
 from .call import LayerCall
 from .layer import FusedLayer
 from .step import LayerStep
@@ -75,8 +76,9 @@ class FusedModel(FusedForward):
         **others: Any,
     ) -> Any:
         hidden = None
+        paged = isinstance(past_key_values, PagedCache)  # whose engine asks for no other cache
         one_input = (input_ids is None) != (inputs_embeds is None)
-        if one_input and past_key_values is not None and self._suits(use_cache, others):
+        if one_input and past_key_values is not None and self._suits(use_cache or paged, others):
             hidden = self._all_layers(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         if hidden is not None:
             return BaseModelOutputWithPast(last_hidden_state=self.model.norm(hidden), past_key_values=past_key_values)

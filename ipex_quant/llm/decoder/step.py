@@ -10,7 +10,9 @@ import torch
 
 from ...ops.decoder import MAX_TOKENS, DecoderCall, DecoderStructure, DecoderWeights, decoder_layers
 from ...ops.post_op import GATES
-from .attention import FusedAttention, Slots
+from ..cache.layers import NativeLayer
+from ..cache.paged import PagedCache
+from .attention import FusedAttention
 from .call import LayerCall
 from .families import Residual, Rope
 from .linears import MLP_ACTIVATIONS, LinearGroup, WeightOnlyCall, WeightOnlyGroup
@@ -79,6 +81,15 @@ def _linears(group: LinearGroup | WeightOnlyCall) -> list[WeightOnlyCall] | None
     if not all(type(linear) is WeightOnlyCall for linear in linears):
         return None
     return linears if len(linears) == 1 or isinstance(group, WeightOnlyGroup) else None
+
+
+class Places(NamedTuple):
+    """Where keys and values go: arguments of `DecoderCall`, and the cache layers to tell of the new tokens."""
+
+    caches: list[torch.Tensor]
+    starts: list[int]
+    pages: tuple[torch.Tensor, ...]
+    layers: list[NativeLayer]
 
 
 class StepTensors(NamedTuple):
@@ -152,10 +163,10 @@ class LayerStep:
             return None
         if call.cache is None or (call.mask is not None and length > 1):
             return None
-        slots = self._reserve(x, call)
+        places = self._reserve(x, call)
         found = self.find_tensors()
         perms = _given([tensors["_perm"] for tensors in found.linears])
-        if slots is None or (perms and not all(group.one_order() for group in self.groups)):
+        if places is None or (perms and not all(group.one_order() for group in self.groups)):
             return None
         attention = self.attentions[0]
         weights = DecoderWeights(
@@ -168,24 +179,35 @@ class LayerStep:
         )
         native_call = DecoderCall(
             *attention.rotation(x, call),
-            [tensor for each in slots for tensor in each[1:6] if tensor is not None],
-            [each.start for each in slots],
+            places.caches,
+            places.starts,
             call.mask,
             attention.slopes,
+            places.pages,
         )
         result = decoder_layers(x, weights, native_call, self.structure)
-        for each in slots:
-            each.layer.commit(length)
+        for layer in places.layers:
+            layer.commit(length)
         return result
 
-    def _reserve(self, x: torch.Tensor, call: LayerCall) -> list[Slots] | None:
+    def _reserve(self, x: torch.Tensor, call: LayerCall) -> Places | None:
+        if isinstance(call.cache, PagedCache):
+            return self._paged(x, call.cache)
         reserved = []
         for attention in self.attentions:
             slots = attention.reserve(x, call)
             if slots is None:
                 return None
             reserved.append(slots)
-        return reserved
+        caches = [tensor for each in reserved for tensor in each[1:6] if tensor is not None]
+        return Places(caches, [each.start for each in reserved], (), [each.layer for each in reserved])
+
+    def _paged(self, x: torch.Tensor, cache: PagedCache) -> Places | None:
+        layers = [attention.layer_index for attention in self.attentions]
+        step = cache.common_step(layers)
+        if step is None or step.pages is None or step.dtype != x.dtype or x.shape[0] != 1:
+            return None
+        return Places([each for index in layers for each in step.caches[index]], [0] * len(layers), step.pages, [])
 
 
 def _given(tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
