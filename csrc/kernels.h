@@ -19,11 +19,13 @@ enum PostOp : int32_t { kNone, kRelu, kGelu, kNewGelu, kSilu, kAdd, kAddAdd, kMu
 enum class Compute : int32_t { kFloat, kBf16, kByte };
 
 constexpr int64_t kDecodeRows = 8;      // up to here the packed weight is streamed, above it is unpacked tile by tile
+constexpr int64_t kByteDecodeRows = 4;  // likewise where bytes are multiplied: one pass
 constexpr int64_t kStepRows = 64;       // of a call for whole layers
 constexpr int64_t kActBlock = 128;      // activation block of a per-channel weight
 constexpr int64_t kMaxByteFold = 8192;  // 255 * 255 * 8192 fits int32; that of a panel, at most
-constexpr int64_t kPanelK = 8192;       // k that prefill unpacks at a time: 512 KB, and what goes with it
-constexpr int64_t kFloatFold = 256;     // short float sums keep fp32 error near that of one rounding
+// k that prefill unpacks at a time: 512 KB that many rows meet in the second-level cache, or 16 KB in the first.
+constexpr int64_t kPanelK = 8192, kSmallPanelK = 256;
+constexpr int64_t kFloatFold = 256;  // short float sums keep fp32 error near that of one rounding
 
 // The dtype whose code lines the kernels for floats read; others are widened to 8-bit codes first.
 constexpr int32_t float_lines(int32_t dtype) { return dtype <= kFp8 ? dtype : kInt8; }
@@ -33,6 +35,7 @@ constexpr int32_t float_lines(int32_t dtype) { return dtype <= kFp8 ? dtype : kI
 struct Staged {
   Compute compute;
   FloatType rounding;   // what x was rounded to
+  bool streamed;        // decode, not prefill
   bool unsigned_bytes;  // bytes are stored as u8 = s8 + 128 (prefill) instead of s8 (decode)
   bool quantize, symmetric;
   int64_t rows;
@@ -74,15 +77,20 @@ struct GemmArgs {
   Output output;
 };
 
-// k of the largest panel of a weight.
-inline int64_t panel_k(const WoqGeometry& g) { return g.padded_k < kPanelK ? g.padded_k : kPanelK; }
+// k of the largest panel of a weight; it holds whole folds.
+inline int64_t panel_k(const WoqGeometry& g, const Staged& s) {
+  const int64_t group = g.padded_full > g.padded_last ? g.padded_full : g.padded_last;
+  const int64_t fold = group < s.max_fold ? group : s.max_fold;
+  const int64_t most = s.rows > kStepRows ? kPanelK : fold > kSmallPanelK ? fold : kSmallPanelK;
+  return g.padded_k < most ? g.padded_k : most;
+}
 
 // Bytes of scratch that one thread needs, at any ISA level.
 inline int64_t stage_scratch(const WoqGeometry& g, const Staged& s) { return (2 * g.padded_k + 2 * s.folds) * 4; }
 inline int64_t gemm_scratch(const WoqGeometry& g, const Staged& s, int64_t rows) {
-  if (s.rows <= kDecodeRows) return 0;
+  if (s.streamed) return 0;
   if (s.compute == Compute::kByte)
-    return kTileN * (panel_k(g) + 16 * s.folds + (panel_k(g) < g.padded_k ? 4 * rows : 0));
+    return kTileN * (panel_k(g, s) + 16 * s.folds + (panel_k(g, s) < g.padded_k ? 4 * rows : 0));
   return kTileN * 4 * (kFloatFold + rows);
 }
 

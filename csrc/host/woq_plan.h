@@ -36,7 +36,6 @@ inline WoqPlan make_plan(const WoqGeometry& g, const WoqCall& call) {
     s.symmetric = call.act_quant_mode >= kSymmetricActOffset;
     plan.range_scope = call.act_quant_mode % kSymmetricActOffset;
     s.compute = g.dtype == kFp8 ? Compute::kFloat : Compute::kByte;
-    s.unsigned_bytes = call.rows > kDecodeRows;
     const bool blocks = plan.range_scope == kPerIcBlock || plan.range_scope == kPerBatchIcBlock;
     s.max_fold = blocks && call.group_size < 0 ? kActBlock : kMaxByteFold;
   } else {
@@ -46,6 +45,8 @@ inline WoqPlan make_plan(const WoqGeometry& g, const WoqCall& call) {
     s.compute = bf16 ? Compute::kBf16 : Compute::kFloat;
     s.max_fold = kFloatFold;
   }
+  s.streamed = call.rows <= (s.compute == Compute::kByte ? kByteDecodeRows : kDecodeRows);
+  s.unsigned_bytes = s.quantize && !s.streamed;
   const auto folds = [&](int64_t padded) { return (padded + s.max_fold - 1) / s.max_fold; };
   s.folds = (g.groups - 1) * folds(g.padded_full) + folds(g.padded_last);
   const int64_t element = s.compute == Compute::kByte ? 1 : s.compute == Compute::kBf16 ? 2 : 4;

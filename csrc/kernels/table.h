@@ -21,7 +21,7 @@ namespace IPEX_QUANT_ISA_NS {
 
 template <int Dtype>
 inline void typed_tile(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch) {
-  if (args.staged->rows <= kDecodeRows)
+  if (args.staged->streamed)
     decode_tile<Dtype>(args, tile);
   else
     prefill_tile<Dtype>(args, tile, begin, end, scratch);

@@ -8,6 +8,18 @@
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
 
+// Lines of the weight that are asked for while those before them are multiplied, some at every `ask`.
+struct LinesToCome {
+  const uint8_t *at = nullptr, *end = nullptr;
+  int64_t bytes = 0;
+
+  LinesToCome(const uint8_t* first, int64_t size, int64_t asks)
+      : at(first), end(first + size), bytes((size / asks + kLineBytes) / kLineBytes * kLineBytes) {}
+  void ask() {
+    for (const uint8_t* stop = at + bytes; at < stop && at < end; at += kLineBytes) __builtin_prefetch(at, 0, 2);
+  }
+};
+
 constexpr int kFloatRows = 6;
 // What is left over after blocks of 6 rows is done by 4, 2 and 1.
 template <int Rows>
@@ -17,6 +29,7 @@ constexpr int kFewerRows = Rows > 4 ? 4 : Rows / 2;
 // Panel [k / 4][kTileN][4] of s8 codes with their zero point (INT8: 128) taken off, or values of a table, of as many
 // folds as kPanelK allows.
 struct BytePanel {
+  int64_t size;  // k, at most
   int8_t* codes;
   int32_t* sums;       // [folds, kTileN] of the codes over each fold
   int32_t* residuals;  // [folds, kTileN] zero points left in the codes; INT8 with zero points only
@@ -27,6 +40,9 @@ struct BytePanel {
   int64_t start, end, fold;  // k in a staged row, and the first fold
 };
 
+// Columns that are unpacked together: lines are read in their order, as the hardware's prefetching expects.
+constexpr int kUnpackVectors = 4;
+
 // Fills the panel with the folds from `at` on.
 template <int Dtype>
 inline void unpack_byte_panel(FoldCursor& at, BytePanel& panel) {
@@ -34,40 +50,56 @@ inline void unpack_byte_panel(FoldCursor& at, BytePanel& panel) {
   const Codes bytes(0);
   const U8<true> ones = as_u8<true>(set1_i(0x01010101));
   panel.start = panel.end = at.start(), panel.fold = at.fold;
-  for (; at.more() && panel.end + at.length() - panel.start <= kPanelK; at.advance()) {
+  for (; at.more() && panel.end + at.length() - panel.start <= panel.size; at.advance()) {
     const GroupHead head = at.head();
-    for (int64_t column = 0; column < kTileN; column += kLanes) {
+    for (int64_t column = 0; column < kTileN; column += kUnpackVectors * kLanes) {
       const int64_t parameters = (at.fold - panel.fold) * kTileN + column;
-      const vi zero = Dtype == kInt8 ? set1_i(symmetric_zero(Dtype)) : head.zero(column);
-      const vi zero_bytes = mul_i(zero, set1_i(0x01010101));
-      if (panel.residuals)
-        store_i(panel.residuals + parameters, sub_i(head.zero(column), set1_i(symmetric_zero(Dtype))));
+      vi zero_bytes[kUnpackVectors], sums[kUnpackVectors];
+      unroll<kUnpackVectors>([&](auto v) IPEX_QUANT_INLINE {
+        const int64_t own = column + v * kLanes;
+        const vi zero = Dtype == kInt8 ? set1_i(symmetric_zero(Dtype)) : head.zero(own);
+        zero_bytes[v] = mul_i(zero, set1_i(0x01010101));
+        sums[v] = zero_i();
+        if (panel.residuals)
+          store_i(panel.residuals + parameters + v * kLanes, sub_i(head.zero(own), set1_i(symmetric_zero(Dtype))));
+      });
       const uint8_t* set = at.codes();
       int8_t* to = panel.codes + (at.start() - panel.start) * kTileN + 4 * column;
-      vi sum = zero_i();
       for (int64_t k = 0; k < at.length(); k += line_k(Dtype), set += line_set_bytes(Dtype)) {
         unroll<Codes::kPieces>([&](auto p) IPEX_QUANT_INLINE {
-          vi codes = bytes.template piece<decltype(p)::value>(set, column);
-          if constexpr (!has_table(Dtype)) codes = sub_i8(codes, zero_bytes);
-          dot<true>(sum, ones, as_s8<true>(codes));
-          store_i(to, codes);
+          unroll<kUnpackVectors>([&](auto v) IPEX_QUANT_INLINE {
+            vi codes = bytes.template piece<decltype(p)::value>(set, column + v * kLanes);
+            if constexpr (!has_table(Dtype)) codes = sub_i8(codes, zero_bytes[v]);
+            dot<true>(sums[v], ones, as_s8<true>(codes));
+            store_i(to + v * kVectorBytes, codes);
+          });
           to += 4 * kTileN;
         });
       }
-      store_i(panel.sums + parameters, sum);
-      store_f(panel.scales + parameters, integer_scale<Dtype>(head, column));
-      if (panel.minimums) store_f(panel.minimums + parameters, head.minimum(column));
+      unroll<kUnpackVectors>([&](auto v) IPEX_QUANT_INLINE {
+        const int64_t own = parameters + v * kLanes;
+        store_i(panel.sums + own, sums[v]);
+        store_f(panel.scales + own, integer_scale<Dtype>(head, column + v * kLanes));
+        if (panel.minimums) store_f(panel.minimums + own, head.minimum(column + v * kLanes));
+      });
     }
     panel.end += at.length();
   }
 }
 
+// Where the panel after this one comes from, which is about as long.
+struct PanelSource {
+  const uint8_t* first;
+  int64_t bytes, folds;
+};
+
 // Columns that a block of rows does together: as many as leave room for the sums beside the accumulators.
 constexpr int kFoldVectors = 2;
 
-// Symmetric activations have the zero point 128; Residual tells whether the panel has residuals.
+// Rows [row, row + Rows). Symmetric activations have the zero point 128; Residual tells whether the panel has
+// residuals.
 template <int Dtype, int Rows, bool Symmetric, bool Residual>
-inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t row) {
+inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t row, LinesToCome& lines) {
   constexpr int kColumns = kFoldVectors * kLanes;
   const Staged& s = *args.staged;
   const int64_t stride = args.geometry->padded_k;
@@ -82,6 +114,7 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
     for (FoldRun at(*args.geometry, s.max_fold, panel.start, panel.fold); at.start < panel.end; at.advance()) {
       const int64_t start = at.start - panel.start, length = at.length();
       const int64_t i = s.at(at.fold, row), parameters = (at.fold - panel.fold) * kTileN + column;
+      lines.ask();
       // Start from what the zero points contribute, so that the end of the fold needs no correction.
       vi acc[Rows][kFoldVectors];
       unroll<kFoldVectors>([&](auto v) IPEX_QUANT_INLINE {
@@ -117,46 +150,61 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
     finish_row(args.output, row + m, tile * kTileN, out + m * kTileN);
 }
 
-template <int Dtype, int Rows, bool Symmetric, bool Residual>
-inline void byte_row_blocks(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t row, int64_t end) {
-  for (; row + Rows <= end; row += Rows) byte_rows<Dtype, Rows, Symmetric, Residual>(args, tile, panel, row);
-  if constexpr (Rows > 1) byte_row_blocks<Dtype, kFewerRows<Rows>, Symmetric, Residual>(args, tile, panel, row, end);
+// Divides the rows into blocks of equal size, nearly.
+template <int Dtype, bool Symmetric, bool Residual>
+inline void byte_row_blocks(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t end,
+                            const PanelSource& next) {
+  const int64_t rows = end - panel.first_row, blocks = (rows + kByteRows - 1) / kByteRows;
+  LinesToCome lines(next.first, next.bytes, blocks * next.folds * (kTileN / (kFoldVectors * kLanes)));
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t row = block * rows / blocks, count = (block + 1) * rows / blocks - row;
+    unroll<kByteRows>([&](auto i) {
+      if (count == i + 1)
+        byte_rows<Dtype, decltype(i)::value + 1, Symmetric, Residual>(args, tile, panel, panel.first_row + row, lines);
+    });
+  }
 }
 
 template <int Dtype, bool Residual>
-inline void multiply_byte_panel(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t row, int64_t end) {
+inline void multiply_byte_panel(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t end,
+                                const PanelSource& next) {
   if (args.staged->symmetric)
-    byte_row_blocks<Dtype, kByteRows, true, Residual>(args, tile, panel, row, end);
+    byte_row_blocks<Dtype, true, Residual>(args, tile, panel, end, next);
   else
-    byte_row_blocks<Dtype, kByteRows, false, Residual>(args, tile, panel, row, end);
+    byte_row_blocks<Dtype, false, Residual>(args, tile, panel, end, next);
 }
 
 template <int Dtype>
 inline void prefill_bytes(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch) {
   const WoqGeometry& g = *args.geometry;
-  const int64_t parameters = kTileN * args.staged->folds;
-  int32_t* sums = reinterpret_cast<int32_t*>(scratch + kTileN * panel_k(g));
+  const int64_t parameters = kTileN * args.staged->folds, size = panel_k(g, *args.staged);
+  int32_t* sums = reinterpret_cast<int32_t*>(scratch + kTileN * size);
   float* scales = reinterpret_cast<float*>(sums + 2 * parameters);
   const bool residual = Dtype == kInt8 && g.offsets == kZeroPoints;
-  BytePanel panel{reinterpret_cast<int8_t*>(scratch),
+  BytePanel panel{size,
+                  reinterpret_cast<int8_t*>(scratch),
                   sums,
                   residual ? sums + parameters : nullptr,
                   scales,
                   g.offsets == kMinimums ? scales + parameters : nullptr,
-                  panel_k(g) < g.padded_k ? scales + 2 * parameters : nullptr,
+                  size < g.padded_k ? scales + 2 * parameters : nullptr,
                   begin,
                   0,
                   0,
                   0};
+  const int64_t panel_bytes = g.tile_bytes * size / g.padded_k;
   for (FoldCursor at(args, tile, args.staged->max_fold); at.more();) {
+    const uint8_t* codes = at.codes();
+    const int64_t fold = at.fold;
     unpack_byte_panel<Dtype>(at, panel);
+    const PanelSource next{codes + panel_bytes, panel_bytes, at.fold - fold};
     if constexpr (Dtype == kInt8) {
       if (residual) {
-        multiply_byte_panel<Dtype, true>(args, tile, panel, begin, end);
+        multiply_byte_panel<Dtype, true>(args, tile, panel, end, next);
         continue;
       }
     }
-    multiply_byte_panel<byte_lines(Dtype), false>(args, tile, panel, begin, end);
+    multiply_byte_panel<byte_lines(Dtype), false>(args, tile, panel, end, next);
   }
 }
 

@@ -232,9 +232,8 @@ void multiply(const std::vector<GemmArgs>& weights, bool together) {
   const int64_t tiles = count_tiles(weights, together);
   if (tiles == 0) return;
   const int64_t threads = torch::stable::get_num_threads();
-  const bool decode = s.rows <= kDecodeRows;
   int64_t row_parts = 1;
-  if (!decode && tiles < 4 * threads)
+  if (!s.streamed && tiles < 4 * threads)
     row_parts = std::max<int64_t>(1, std::min((4 * threads + tiles - 1) / tiles, s.rows / 64));
   const auto multiply_tasks = [&](auto next) {
     const Buffer scratch = make_buffer(gemm_scratch(*weights[0].geometry, s, (s.rows + row_parts - 1) / row_parts));
@@ -247,7 +246,7 @@ void multiply(const std::vector<GemmArgs>& weights, bool together) {
       });
     }
   };
-  if (decode)
+  if (s.streamed)
     parallel_streams(tiles, multiply_tasks);
   else
     parallel_tasks(tiles * row_parts, 1, multiply_tasks);
