@@ -131,7 +131,7 @@ def test_parts_are_chosen(monkeypatch):
     monkeypatch.setenv("IPEX_QUANT_VLLM", "norms, kernels")
     assert chosen_parts(plugin.PARTS) == ("norms", "kernels")
     monkeypatch.setenv("IPEX_QUANT_VLLM", "norm")
-    with pytest.raises(ValueError, match="expected some of kernels, models, attention, norms, got norm"):
+    with pytest.raises(ValueError, match="expected some of kernels, models, attention, norms, decoder, got norm"):
         chosen_parts(plugin.PARTS)
 
 

@@ -13,8 +13,9 @@ from importlib import metadata
 OLDEST, NEXT_UNTESTED = (0, 32), (0, 33)
 """The versions of vLLM that the plugin is for: from the first, before the second."""
 
-PARTS = ("kernels", "models", "attention", "norms")
-"""Linear kernels for checkpoints that vLLM reads; checkpoints that it does not read; paged attention; and norms."""
+PARTS = ("kernels", "models", "attention", "norms", "decoder")
+"""Linear kernels for checkpoints that vLLM reads; checkpoints that it does not read; paged attention; norms and gated
+activations; and all layers of a Llama in one native call, for steps of few tokens."""
 
 
 def register() -> None:
@@ -52,8 +53,10 @@ def _register_part(part: str) -> None:
         from .config import register as register_part
     elif part == "attention":
         from .attention import register as register_part
-    else:
+    elif part == "norms":
         from .norms import register as register_part
+    else:
+        from .llama import register as register_part
     register_part()
 
 

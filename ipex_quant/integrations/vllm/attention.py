@@ -103,6 +103,7 @@ class PagedImpl(CPUAttentionBackendImpl):
         self._views: tuple[torch.Tensor, tuple[Any, ...]] | None = None
         window = 0 if self.sliding_window < 0 else self.sliding_window
         self._options = window, float(self.logits_soft_cap), self.alibi_slopes
+        self.is_plain = not window and self.alibi_slopes is None and self.kv_sharing_target_layer_name is None
 
     def forward(
         self,
@@ -129,9 +130,7 @@ class PagedImpl(CPUAttentionBackendImpl):
             query, output = query[:tokens], output[:tokens]
             if writes:
                 key, value = key[:tokens], value[:tokens]
-        if self._views is None or self._views[0] is not kv_cache:
-            self._views = kv_cache, self._cache_views(kv_cache)
-        keys, values, key_scales, value_scales = self._views[1]
+        keys, values, key_scales, value_scales = self.views(kv_cache)
         if writes:
             slots = attn_metadata.slot_mapping
             _write(
@@ -170,8 +169,13 @@ class PagedImpl(CPUAttentionBackendImpl):
             return f"a cache of {self.kv_cache_dtype}"
         return None
 
+    def views(self, cache: torch.Tensor) -> tuple[Any, ...]:
+        """Keys and values of `cache`, ``[blocks, heads, block size, head size]``, and their scales or None."""
+        if self._views is None or self._views[0] is not cache:
+            self._views = cache, self._cache_views(cache)
+        return self._views[1]
+
     def _cache_views(self, cache: torch.Tensor) -> tuple[Any, ...]:
-        """Keys and values, ``[blocks, heads, block size, head size]``, and their scales or None."""
         if not self.is_int8:
             blocks, heads, size, _ = cache.shape
             keys, values = cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)

@@ -25,7 +25,7 @@ Modes = tuple[WoqLowpMode, WoqActQuantMode]
 
 
 class PackedWoqLinear:
-    """A weight-only quantized linear; `data` is its packed weight."""
+    """A weight-only quantized linear; `data` and `perm` are those of its packed weight, `bias` is in float32."""
 
     def __init__(
         self,
@@ -34,10 +34,10 @@ class PackedWoqLinear:
         modes: Modes,
     ) -> None:
         packed = pack_weight(weight)
-        self.data, self._perm = packed.data, packed.perm
+        self.data, self.perm = packed.data, packed.perm
         self._in_features = weight.shape[1]
-        self._bias = None if bias is None else bias.detach().float()
-        self._modes = tuple(map(int, modes))
+        self.bias = None if bias is None else bias.detach().float()
+        self.modes = tuple(map(int, modes))
         self._out_features = weight.shape[0]
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -45,23 +45,23 @@ class PackedWoqLinear:
         return _woq_linear(
             x,
             self.data,
-            None if bias is None else self._bias,
-            self._perm,
+            None if bias is None else self.bias,
+            self.perm,
             (),
             self._out_features,
-            *self._modes,
+            *self.modes,
             _NO_POST_OP,
         )
 
     def with_modes(self, modes: Modes) -> PackedWoqLinear:
         """The same weight, multiplied in another way."""
         linear = copy.copy(self)
-        linear._modes = tuple(map(int, modes))
+        linear.modes = tuple(map(int, modes))
         return linear
 
     def rows(self, indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows of the weight, ``[*indices.shape, in_features]`` in `dtype`."""
-        return woq_embedding(self.data, indices, self._in_features, self._perm, dtype)
+        return woq_embedding(self.data, indices, self._in_features, self.perm, dtype)
 
 
 class PackedInt8Linear:

@@ -1,0 +1,198 @@
+"""Llama models whose layers run in one native call where a step has few tokens, as in decoding.
+
+A layer of vLLM in eager mode calls some 25 Python functions, which cost as much as its kernels where the step has one
+token. Everything else is vLLM's: longer steps, several ranks, adapters, and layers that are not what is expected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel
+from vllm.model_executor.models.registry import ModelRegistry
+
+from ...ops import DecoderStructure, DecoderWeights, rms_norm
+from ...ops.decoder import MAX_TOKENS
+from ...ops.library import native
+from .attention import PagedImpl
+from .norms import NativeRMSNorm
+from .options import logger
+from .packed import PackedWoqLinear
+
+_decoder_layers = native.decoder_layers.default
+_KINDS = (QKVParallelLinear, RowParallelLinear, MergedColumnParallelLinear, RowParallelLinear)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """All layers of a model as the native op takes them."""
+
+    attentions: tuple[Any, ...]
+    weights: DecoderWeights
+    structure: DecoderStructure
+    cos: torch.Tensor
+    sin: torch.Tensor
+    rotary_dim: int
+
+    @classmethod
+    def of(cls, layers: list[torch.nn.Module]) -> Stack:
+        """The stack of loaded `layers`; ValueError with a reason if they are not what the op computes."""
+        for layer in layers:
+            _check(layer)
+        first, linears = layers[0], [linear for layer in layers for linear in _linears(layer)]
+        attentions = tuple(layer.self_attn.attn for layer in layers)
+        norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        rope, impl = first.self_attn.rotary_emb, attentions[0].impl
+        settings = {linear.modes for linear in linears}, {norm.variance_epsilon for norm in norms}
+        scales = {(each.impl.scale, each.impl.logits_soft_cap) for each in attentions}
+        if any(len(each) > 1 for each in (*settings, scales)) or any(
+            layer.self_attn.rotary_emb is not rope for layer in layers
+        ):
+            raise ValueError("its layers differ in compute mode, norm, rotation or attention")
+        biases, perms = [linear.bias for linear in linears], [linear.perm for linear in linears]
+        weights = DecoderWeights(
+            [linear.data for linear in linears],
+            biases if any(bias is not None for bias in biases) else [],
+            perms if any(perm is not None for perm in perms) else [],
+            [norm.weight.data for norm in norms],
+            [],
+            [],
+        )
+        lowp_mode, act_quant_mode = linears[0].modes
+        structure = DecoderStructure(
+            projections=1,
+            mlp_inputs=1,
+            eps=norms[0].variance_epsilon,
+            lowp_mode=lowp_mode,
+            act_quant_mode=act_quant_mode,
+            interleaved=not rope.is_neox_style,
+            scale=impl.scale,
+            softcap=float(impl.logits_soft_cap),
+        )
+        cos, sin = (part.contiguous() for part in rope.cos_sin_cache.chunk(2, dim=-1))
+        return cls(attentions, weights, structure, cos, sin, rope.rotary_dim)
+
+    def caches(self) -> list[torch.Tensor]:
+        """The parts of all caches, layer after layer; empty before vLLM makes them."""
+        parts = []
+        for attention in self.attentions:
+            if attention.kv_cache.dim() != 4:
+                return []
+            parts += [part for part in attention.impl.views(attention.kv_cache) if part is not None]
+        return parts
+
+    def run(self, x: torch.Tensor, positions: torch.Tensor, pages: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """All layers for the tokens `x` ``[tokens, K]``, which are written to the caches."""
+        call = (self.cos[None, positions], self.sin[None, positions], self.rotary_dim, self.caches())
+        starts = [0] * len(self.attentions)
+        return _decoder_layers(x[None], *self.weights, *call, starts, None, None, pages, *self.structure.arguments)[0]
+
+
+class NativeLlamaModel(LlamaModel):
+    """`LlamaModel`."""
+
+    _stack: Stack | None = None
+    _looked = False
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any,
+        inputs_embeds: torch.Tensor | None = None,
+        **extra_layer_kwargs: Any,
+    ) -> Any:
+        """As of `LlamaModel`."""
+        pages = None
+        if len(positions) <= MAX_TOKENS and not extra_layer_kwargs and not torch.compiler.is_compiling():
+            pages = self._pages(len(positions))
+        if pages is None:
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **extra_layer_kwargs)
+        x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        return rms_norm(self._stack.run(x, positions, pages), self.norm.weight, self.norm.variance_epsilon)
+
+    def _pages(self, tokens: int) -> tuple[torch.Tensor, ...] | None:
+        """Block tables, lengths and starts of the step's sequences if the native call computes it."""
+        metadata = get_forward_context().attn_metadata
+        if not isinstance(metadata, dict):  # warming up, or speculating
+            return None
+        if not self._looked:
+            self._looked, self._stack = True, self._find_stack()
+        stack = self._stack
+        if stack is None:
+            return None
+        own = metadata[stack.attentions[0].layer_name]
+        one_step = all(metadata[each.layer_name] is own for each in stack.attentions)
+        if not one_step or own.num_actual_tokens != tokens or own.causal is not True:
+            return None
+        return own.block_table, own.seq_lens, own.query_start_loc
+
+    def _find_stack(self) -> Stack | None:
+        try:
+            if self.start_layer or self.end_layer != len(self.layers) or self.aux_hidden_state_layers:
+                raise ValueError("its layers are divided among ranks, or read by a drafter")
+            if not isinstance(self.norm, NativeRMSNorm):
+                raise ValueError("its norms are not native")
+            stack = Stack.of(list(self.layers))
+            return stack if stack.caches() else None
+        except ValueError as reason:
+            logger.info("Layers run one by one in vLLM: %s", reason)
+            return None
+
+
+class NativeLlamaForCausalLM(LlamaForCausalLM):
+    """`LlamaForCausalLM`."""
+
+    def _init_model(
+        self, vllm_config: VllmConfig, prefix: str = "", layer_type: type[torch.nn.Module] = LlamaDecoderLayer
+    ) -> LlamaModel:
+        alone = vllm_config.lora_config is None and vllm_config.kv_transfer_config is None
+        kind = NativeLlamaModel if alone else LlamaModel
+        return kind(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+
+
+def _check(layer: torch.nn.Module) -> None:
+    """ValueError with a reason unless the native op computes what `layer` does."""
+    if type(layer) is not LlamaDecoderLayer or type(layer.self_attn) is not LlamaAttention:
+        raise ValueError(f"{type(layer).__name__} is no layer of a plain Llama")
+    if type(layer.mlp) is not LlamaMLP or type(layer.self_attn.rotary_emb) not in (
+        RotaryEmbedding,
+        Llama3RotaryEmbedding,
+    ):
+        raise ValueError("its MLP or rotation is another")
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        if type(norm) is not NativeRMSNorm or norm.variance_size_override is not None or not norm.has_weight:
+            raise ValueError("its norms are not native")
+    for module, kind, linear in zip(_modules(layer), _KINDS, _linears(layer), strict=True):
+        if type(module) is not kind or module.tp_size > 1 or module.skip_bias_add:
+            raise ValueError(f"{type(module).__name__} is divided among ranks, or another layer than expected")
+        if not isinstance(linear, PackedWoqLinear):
+            raise ValueError(f"{module.prefix} is not weight-only quantized as a whole")
+    impl = layer.self_attn.attn.impl
+    if not isinstance(impl, PagedImpl) or not impl.native or not impl.is_plain:
+        raise ValueError("its attention has windows or slopes, or shares caches, or is not native")
+
+
+def _modules(layer: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
+    return layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj
+
+
+def _linears(layer: torch.nn.Module) -> list[Any]:
+    """The packed linears of a layer's modules; None for one that vLLM computes."""
+    found = []
+    for module in _modules(layer):
+        method = getattr(module, "scheme", module.quant_method)
+        found.append(getattr(getattr(method, "kernel", method), "linear", None))
+    return found
+
+
+def register() -> None:
+    """Make `NativeLlamaForCausalLM` vLLM's class for Llama; again without effect."""
+    ModelRegistry.register_model("LlamaForCausalLM", NativeLlamaForCausalLM)
