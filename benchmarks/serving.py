@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from engine_rounds import Engine, EngineError, EngineSpec
 from engines import SHAPES
+from gguf_files import model_file
 from machine import Limits, describe
 from rounds import write_json
 from tqdm import tqdm
@@ -40,6 +41,7 @@ ENGINES = [
 ]
 BATCHES = (1, 8, 32, 64)
 SLOTS = 32
+QUOTING = "SmolLM2-135M Q4_1"
 
 
 def lengths(count: int, seed: int) -> list[int]:
@@ -113,10 +115,13 @@ def start(spec: EngineSpec, shape: str, threads: int) -> Engine:
 def extra(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The tasks that are measured with this package alone."""
     records = []
-    for task, options in (("stall", {"weights": "int4"}), ("lookup", {"path": str(args.gguf)})):
-        if task not in args.tasks or (task == "lookup" and args.gguf is None):
+    own: dict[str, dict[str, Any]] = {"stall": {"weights": "int4"}}
+    if args.packages is not None:
+        own["lookup"] = {"path": str(model_file(QUOTING, args.packages))}
+    for task, options in own.items():
+        if task not in args.tasks:
             continue
-        shape = args.shape if task == "stall" else "SmolLM2-135M"
+        shape = args.shape if task == "stall" else QUOTING
         spec = EngineSpec(f"ours, {task}", OURS, options)
         sizes = {"shape": vars(SHAPES[shape])} if shape in SHAPES else {"shape": None}
         try:
@@ -155,7 +160,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="of decoding")
     parser.add_argument("--new-tokens", type=int, default=64, help="of each request")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--gguf", type=Path, help="file of SmolLM2-135M, for lookup")
+    parser.add_argument("--packages", type=Path, help="where the package of SmolLM2 is installed, for lookup")
     parser.add_argument("--json", type=Path, help="where to write the records")
     args = parser.parse_args()
 
