@@ -129,7 +129,7 @@ def extra(args: argparse.Namespace) -> list[dict[str, Any]]:
             found = [engine.ask(task, seed=number) for number in range(args.rounds)]
             engine.close()
         except EngineError as error:
-            records.append({"shape": shape, "task": task, "error": str(error)})
+            records.append({"shape": shape, "task": task, "engine": spec.name, "error": str(error)})
             continue
         values = {name: statistics.median(each[name] for each in found) for name in found[0]}
         records.append({"shape": shape, "task": task, "engine": "ours", **values, "samples": found})

@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipes",),
     ("demo_encoders", "integrations"),
     ("demo",),
+    ("cli_serving",),
     ("cli", "run"),
 )
 """Modules and subpackages of the package, lowest layer first. Parts of one layer do not import each other."""

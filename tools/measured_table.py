@@ -1,6 +1,6 @@
 """Write a table of measured speeds in docs/benchmarks.md from a result of the script of that name in benchmarks/.
 
-python tools/measured_table.py {linear,int8,generate,peers,checkpoints,frontier} benchmarks/results/FILE.json
+python tools/measured_table.py {linear,int8,generate,peers,checkpoints,frontier,serving} benchmarks/results/FILE.json
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
-FRONTIER = "frontier"
+FRONTIER, SERVING = "frontier", "serving"
 OURS = {"linear": "four", "int8": "three"}
 """Number of the first lines that are kernels of this package, by benchmark."""
 SHAPE = (14336, 4096)
@@ -51,7 +51,7 @@ GENERATION = {
 def main() -> None:
     """Replace the text between the two marks in the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmark", choices=[*OURS, *GENERATION, FRONTIER])
+    parser.add_argument("benchmark", choices=[*OURS, *GENERATION, FRONTIER, SERVING])
     parser.add_argument("result", type=Path)
     parser.add_argument(
         "--shapes", nargs="+", help="of generate, peers and checkpoints: those to show; all, if not given"
@@ -67,6 +67,8 @@ def main() -> None:
         from frontier_report import markdown
 
         table = markdown(result["frontier"])
+    elif options.benchmark == SERVING:
+        table = serving_section(result)
     else:
         measured = {r["shape"] for r in result["generate"]}
         if not measured.issuperset(options.shapes or ()):
@@ -125,6 +127,31 @@ def generation_section(result: dict, columns: dict[str, str | tuple[str, str]]) 
             ),
         ]
     return "\n".join(lines).rstrip()
+
+
+def serving_section(result: dict) -> str:
+    """Markdown: a line for each engine, a column for each task that several engines run."""
+    machine, records = result["machine"], [r for r in result["serving"] if "tokens_per_second" in r]
+    cells = {(r["engine"], r["task"]): r for r in records}
+    engines, tasks = (list(dict.fromkeys(r[key] for r in records)) for key in ("engine", "task"))
+    failed = {r["engine"]: r["error"] for r in result["serving"] if "error" in r}
+    lines = [
+        f"Tokens a second of `{records[0]['shape']}` on {machine['threads']} threads of {machine['cpu']}. In brackets: "
+        f"how many times as fast {engines[0]} was in the same rounds.",
+        "",
+        "| engine | " + " | ".join(tasks) + " |",
+        "|---" + "|--:" * len(tasks) + "|",
+        *(
+            f"| {engine} | " + " | ".join(_rate(cells.get((engine, task))) for task in tasks) + " |"
+            for engine in engines
+        ),
+        *(f"| {engine} | failed: {error.replace('|', '/')} |" for engine, error in failed.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _rate(record: dict | None) -> str:
+    return "" if record is None else f"{record['tokens_per_second']:.3g} ({record['first_over_this']:.2f}x)"
 
 
 def _generation_line(record: dict, columns: dict[str, str | tuple[str, str]]) -> str:

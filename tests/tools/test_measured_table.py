@@ -116,6 +116,31 @@ def test_checkpoints_have_columns_for_loading(tmp_path):
     )
 
 
+def test_serving_has_a_column_for_each_task(tmp_path):
+    def record(engine, task, rate, ratio):
+        return {"shape": "tiny", "engine": engine, "task": task, "tokens_per_second": rate, "first_over_this": ratio}
+
+    records = [
+        *(record("ours", task, rate, 1.0) for task, rate in (("decode 1", 50), ("decode 8", 234.4))),
+        *(record("theirs", task, rate, 2.0) for task, rate in (("decode 1", 25), ("decode 8", 60))),
+        {"shape": "tiny", "engine": "another", "task": "decode 1", "error": "not installed: a | b"},
+        {"shape": "tiny", "engine": "ours", "task": "stall", "longest_pause": 0.5},
+    ]
+    result, page = tmp_path / "result.json", tmp_path / "page.md"
+    result.write_text(json.dumps({"machine": {"threads": 2, "cpu": "A Fast One"}, "serving": records}))
+    page.write_text("<!-- measured: serving -->\n<!-- end -->\n")
+    assert run(result, page, "serving").returncode == 0
+    lines = page.read_text().splitlines()
+    assert lines[3:] == [
+        "| engine | decode 1 | decode 8 |",
+        "|---|--:|--:|",
+        "| ours | 50 (1.00x) | 234 (1.00x) |",
+        "| theirs | 25 (2.00x) | 60 (2.00x) |",
+        "| another | failed: not installed: a / b |",
+        "<!-- end -->",
+    ]
+
+
 def test_the_shapes_that_are_asked_for(tmp_path):
     common = {"prompt": 512, "new_tokens": 64, "beams": 1, "engine": "ours", "error": "none"}
     result, page = tmp_path / "result.json", tmp_path / "page.md"
