@@ -18,8 +18,9 @@ enum PostOp : int32_t { kNone, kRelu, kGelu, kNewGelu, kSilu, kAdd, kAddAdd, kMu
 // What the multiply-accumulate of a call runs in. kInt8 x FP8 weights computes in float on quantized activations.
 enum class Compute : int32_t { kFloat, kBf16, kByte };
 
-constexpr int64_t kDecodeRows = 8;      // up to here the packed weight is streamed, above it is unpacked tile by tile
-constexpr int64_t kByteDecodeRows = 4;  // likewise where bytes are multiplied: one pass
+// Up to here weights are streamed, above they are unpacked, or meet the rows, part by part.
+constexpr int64_t kDecodeRows = 8;
+constexpr int64_t kByteDecodeRows = 4;  // of packed weights that are multiplied as bytes: one pass
 constexpr int64_t kStepRows = 64;       // of a call for whole layers
 constexpr int64_t kActBlock = 128;      // activation block of a per-channel weight
 constexpr int64_t kMaxByteFold = 8192;  // 255 * 255 * 8192 fits int32; that of a panel, at most
@@ -265,6 +266,7 @@ struct WriteCacheArgs;
 
 struct KernelTable {
   bool bf16_dot;
+  int64_t float_decode_rows;  // kDecodeRows of packed weights that are multiplied in float
   // Ranges of rows [begin, end), then (after any reduction over rows) their staged form.
   void (*stage_ranges)(const StageArgs&, int64_t begin, int64_t end, uint8_t* scratch);
   void (*stage_rows)(const StageArgs&, int64_t begin, int64_t end, uint8_t* scratch);

@@ -3,6 +3,7 @@
 // call an out-of-line std:: template: the linker could keep the copy that was compiled for a newer CPU.
 //
 //   vf, vi            kLanes floats / kLanes int32 (or 4 * kLanes bytes)
+//   kPortable         no registers, so that unrolling gains nothing
 //   *_f, *_i          lane by lane; min_f and max_f return their second operand where either is NaN
 //   cvt_f, round_i    int32 to float and back, to nearest even
 //   U8, S8            byte operands of dot(acc, u8, s8), which adds four products to every lane; Narrow promises

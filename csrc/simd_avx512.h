@@ -9,6 +9,7 @@ namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
 
 constexpr int64_t kLanes = 16;
+constexpr bool kPortable = false;
 using vf = __m512;
 using vi = __m512i;
 

@@ -10,6 +10,7 @@ namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
 
 constexpr int64_t kLanes = 8;
+constexpr bool kPortable = true;
 struct vf {
   float v[kLanes];
 };

@@ -26,6 +26,15 @@ struct WoqPlan {
   int64_t data_bytes;
 };
 
+// Up to how many rows the packed weight is streamed: the more its codes cost to unpack, the fewer. What more rows meet
+// is unpacked once.
+inline int64_t streamed_rows(Compute compute, int32_t dtype) {
+  if (compute == Compute::kByte) return kByteDecodeRows;
+  if (compute == Compute::kFloat) return kernels().float_decode_rows;
+  if (code_bits(dtype) == 8 || dtype == kIq4) return kDecodeRows;
+  return dtype == kInt4 || dtype == kNf4 ? kStepRows : 2 * kDecodeRows;
+}
+
 inline WoqPlan make_plan(const WoqGeometry& g, const WoqCall& call) {
   WoqPlan plan{};
   Staged& s = plan.staged;
@@ -45,7 +54,7 @@ inline WoqPlan make_plan(const WoqGeometry& g, const WoqCall& call) {
     s.compute = bf16 ? Compute::kBf16 : Compute::kFloat;
     s.max_fold = kFloatFold;
   }
-  s.streamed = call.rows <= (s.compute == Compute::kByte ? kByteDecodeRows : kDecodeRows);
+  s.streamed = call.rows <= streamed_rows(s.compute, g.dtype);
   s.unsigned_bytes = s.quantize && !s.streamed;
   const auto folds = [&](int64_t padded) { return (padded + s.max_fold - 1) / s.max_fold; };
   s.folds = (g.groups - 1) * folds(g.padded_full) + folds(g.padded_last);

@@ -10,7 +10,23 @@ namespace IPEX_QUANT_ISA_NS {
 // Register tile. AVX-512: 6 x 4 accumulators + 4 weight vectors + 1 broadcast = 29 of 32 registers. AVX2 bytes:
 // 4 x 2 + 4 (even and odd halves) + 2 + temporaries of 16; AVX2 floats: 6 x 2 + 2 + 1 = 15 of 16.
 constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
-constexpr int kByteRows = kLanes == 16 ? 6 : 4;
+constexpr int kByteRows = kPortable ? 2 : kLanes == 16 ? 6 : 4;
+
+// Calls f(Index<count>, first row) for blocks of at most Most rows, as equal as can be: none is too low to be fast.
+template <int Most>
+constexpr int64_t block_count(int64_t rows) {
+  return (rows + Most - 1) / Most;
+}
+template <int Most, class F>
+inline void each_block(int64_t rows, F f) {
+  const int64_t blocks = block_count<Most>(rows);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t row = block * rows / blocks, count = (block + 1) * rows / blocks - row;
+    unroll<Most>([&](auto i) {
+      if (count == i + 1) f(Index<decltype(i)::value + 1>{}, row);
+    });
+  }
+}
 
 // Adds the sum over `length` of x * w, for unsigned x. With Prefetch it asks for what follows `length`.
 template <int Rows, int Vectors, bool Narrow, bool Prefetch = false>

@@ -28,19 +28,14 @@ inline void add_products(const uint8_t* x, int64_t stride, const int8_t* codes, 
   }
 }
 
-// The same for any number of rows, in register tiles as equal as can be: none is too low to be fast.
+// The same for any number of rows.
 template <bool Prefetch>
 inline void add_row_products(const uint8_t* x, int64_t stride, const int8_t* codes, int64_t length, int64_t rows,
                              int32_t* sums) {
-  const int64_t blocks = (rows + kByteRows - 1) / kByteRows;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t begin = block * rows / blocks, count = (block + 1) * rows / blocks - begin;
-    unroll<kByteRows>([&](auto i) {
-      constexpr int kRows = decltype(i)::value + 1;
-      if (count == kRows)
-        add_products<kRows, Prefetch && (kRows > 1)>(x + begin * stride, stride, codes, length, sums + begin * kTileN);
-    });
-  }
+  each_block<kByteRows>(rows, [&](auto count, int64_t row) {
+    constexpr int kRows = decltype(count)::value;
+    add_products<kRows, Prefetch && (kRows > 1)>(x + row * stride, stride, codes, length, sums + row * kTileN);
+  });
 }
 
 inline void int8_tile(const Int8Args& args, const Output& output, const uint8_t* tile, int64_t column, int64_t begin,

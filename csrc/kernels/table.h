@@ -38,10 +38,17 @@ constexpr bool kHasBf16Dot = false;
 #endif
 
 constexpr KernelTable make_table() {
-  return {kHasBf16Dot,    stage_ranges,     stage_rows,          gemm_tile,         stage_float_rows,
-          float_tile,     quantize_rows,    quantize_activation, int8_tile,         depthwise_row,
-          norm_rows,      rotate_positions, gated_product,       gather_rows,       attention_scratch,
-          attention_task, attention_merge,  quantize_token,      convolve_channels, scan_channels};
+  return {kHasBf16Dot,         kLanes == 16 ? kDecodeRows : 2 * kLookupPassRows,
+          stage_ranges,        stage_rows,
+          gemm_tile,           stage_float_rows,
+          float_tile,          quantize_rows,
+          quantize_activation, int8_tile,
+          depthwise_row,       norm_rows,
+          rotate_positions,    gated_product,
+          gather_rows,         attention_scratch,
+          attention_task,      attention_merge,
+          quantize_token,      convolve_channels,
+          scan_channels};
 }
 
 }  // namespace IPEX_QUANT_ISA_NS

@@ -1,5 +1,5 @@
-// Decode: up to kDecodeRows activation rows against one tile. The packed weight is streamed once; each group is met by
-// all rows while it is in the first-level cache.
+// Decode: few activation rows against one tile. The packed weight is streamed once; each group is met by all rows while
+// it is in the first-level cache.
 #pragma once
 
 #include "kernels/weights.h"
@@ -10,6 +10,7 @@ namespace IPEX_QUANT_ISA_NS {
 // Rows that share one pass over a fold, and column vectors a pass: accumulators + broadcasts + a line fit the registers
 // (32 with AVX-512, else 16).
 constexpr int kPassRows = 4;
+constexpr int kLookupPassRows = kLanes == 16 ? 4 : 3;  // lookups of codes take registers, too
 template <int Rows>
 constexpr int kPassVectors = kLanes == 16 ? 4
                              : Rows <= 2  ? 4
@@ -297,20 +298,23 @@ inline void decode_rows(const DecodePass& pass, const FoldCursor& cursor, int64_
 template <int Dtype>
 inline void decode_tile(const GemmArgs& args, int64_t tile) {
   const Staged& s = *args.staged;
-  float acc[kDecodeRows * kTileN] = {};
+  float acc[kStepRows * kTileN];
+  std::memset(acc, 0, size_t(s.rows * kTileN) * sizeof(float));
   FoldCursor cursor(args, tile, s.max_fold);
-  if (s.rows <= kPassRows) {
+  const int64_t most = s.compute == Compute::kFloat ? kLookupPassRows : kPassRows;
+  if (s.rows <= most) {
     // Lines of less than 8 bits are met out of their order, or too slowly for the hardware to run far enough ahead.
     constexpr int64_t kAhead = code_bits(Dtype) < 8 ? 4096 : 0;
     decode_rows<Dtype>({args, 0, acc, s.folds, kAhead}, cursor, s.rows);
   } else {
-    const int64_t half = s.rows / 2;
-    for (; cursor.more(); cursor.advance()) {
-      // Two passes leave the memory idle in between, so they ask for what follows.
-      const int64_t ahead = args.geometry->code_bytes(cursor.length());
-      decode_rows<Dtype>({args, 0, acc, 1, ahead}, cursor, half);
-      decode_rows<Dtype>({args, half, acc + half * kTileN, 1, ahead}, cursor, s.rows - half);
-    }
+    const int64_t passes = (s.rows + most - 1) / most;
+    for (; cursor.more(); cursor.advance())
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t row = pass * s.rows / passes, rows = (pass + 1) * s.rows / passes - row;
+        // Several passes leave the memory idle in between, so one of them asks for what follows.
+        const int64_t ahead = pass < 2 ? args.geometry->code_bytes(cursor.length()) : 0;
+        decode_rows<Dtype>({args, row, acc + row * kTileN, 1, ahead}, cursor, rows);
+      }
   }
   for (int64_t m = 0; m < s.rows; ++m) finish_row(args.output, m, tile * kTileN, acc + m * kTileN);
 }

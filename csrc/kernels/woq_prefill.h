@@ -20,11 +20,7 @@ struct LinesToCome {
   }
 };
 
-constexpr int kFloatRows = 6;
-// What is left over after blocks of 6 rows is done by 4, 2 and 1.
-template <int Rows>
-constexpr int kFewerRows = Rows > 4 ? 4 : Rows / 2;
-
+constexpr int kFloatRows = kPortable ? 2 : 6;
 // ----------------------------------------------------------------------------------------------------------- bytes
 // Panel [k / 4][kTileN][4] of s8 codes with their zero point (INT8: 128) taken off, or values of a table, of as many
 // folds as kPanelK allows.
@@ -41,7 +37,7 @@ struct BytePanel {
 };
 
 // Columns that are unpacked together: lines are read in their order, as the hardware's prefetching expects.
-constexpr int kUnpackVectors = 4;
+constexpr int kUnpackVectors = kPortable ? 1 : 4;
 
 // Fills the panel with the folds from `at` on.
 template <int Dtype>
@@ -150,19 +146,15 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
     finish_row(args.output, row + m, tile * kTileN, out + m * kTileN);
 }
 
-// Divides the rows into blocks of equal size, nearly.
 template <int Dtype, bool Symmetric, bool Residual>
 inline void byte_row_blocks(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t end,
                             const PanelSource& next) {
-  const int64_t rows = end - panel.first_row, blocks = (rows + kByteRows - 1) / kByteRows;
-  LinesToCome lines(next.first, next.bytes, blocks * next.folds * (kTileN / (kFoldVectors * kLanes)));
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t row = block * rows / blocks, count = (block + 1) * rows / blocks - row;
-    unroll<kByteRows>([&](auto i) {
-      if (count == i + 1)
-        byte_rows<Dtype, decltype(i)::value + 1, Symmetric, Residual>(args, tile, panel, panel.first_row + row, lines);
-    });
-  }
+  const int64_t rows = end - panel.first_row;
+  LinesToCome lines(next.first, next.bytes,
+                    block_count<kByteRows>(rows) * next.folds * (kTileN / (kFoldVectors * kLanes)));
+  each_block<kByteRows>(rows, [&](auto count, int64_t row) {
+    byte_rows<Dtype, decltype(count)::value, Symmetric, Residual>(args, tile, panel, panel.first_row + row, lines);
+  });
 }
 
 template <int Dtype, bool Residual>
@@ -214,27 +206,30 @@ template <int Dtype, bool Bf16>
 inline void unpack_float_panel(const GroupHead& head, const FloatCodes<Dtype>& codes, const uint8_t* lines,
                                int64_t length, float* panel) {
   using Codes = FloatCodes<Dtype>;
-  for (int64_t column = 0; column < kTileN; column += kLanes) {
-    const vf zero = cvt_f(head.zero(column));
+  for (int64_t column = 0; column < kTileN; column += kTileVectors * kLanes) {
+    vf zero[kTileVectors];
+    unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE { zero[v] = cvt_f(head.zero(column + v * kLanes)); });
     const uint8_t* line = lines + 4 * column;
-    for (int64_t k = 0; k < length; k += Codes::kPerLine, line += 256) {
-      const vi word = load_i(line);
-      if constexpr (Bf16) {
-        // Pair p of a line holds k = kPairs[p], kPairs[p] + 2: lane positions 4-bit (p, p + 4), 8-bit (p, p + 2).
-        constexpr int kHalf = Codes::kPerLine / 2;
-        unroll<kHalf>([&](auto p) {
-          const vi low = bf16_bits(codes.template value<decltype(p)::value>(word, zero));
-          const vi high = bf16_bits(codes.template value<decltype(p)::value + kHalf>(word, zero));
-          const vi pair = or_i(srl_i<16>(low), and_i(high, set1_i(int32_t(0xFFFF0000))));
-          store_i(panel + (k / 2 + p.value) * kTileN + column, pair);
-        });
-      } else {
-        unroll<Codes::kPerLine>([&](auto j) {
-          store_f(panel + (k + Codes::kOrder[j.value]) * kTileN + column,
-                  codes.template value<decltype(j)::value>(word, zero));
-        });
-      }
-    }
+    for (int64_t k = 0; k < length; k += Codes::kPerLine, line += 256)
+      unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
+        const vi word = load_i(line + v * kVectorBytes);
+        float* to = panel + column + v * kLanes;
+        if constexpr (Bf16) {
+          // Pair p of a line holds k = kPairs[p], kPairs[p] + 2: lane positions 4-bit (p, p + 4), 8-bit (p, p + 2). The
+          // values are numbers of bf16 already: integers of 8 bits and a sign, and rounded levels.
+          constexpr int kHalf = Codes::kPerLine / 2;
+          unroll<kHalf>([&](auto p) IPEX_QUANT_INLINE {
+            const vi low = as_i(codes.template value<decltype(p)::value>(word, zero[v]));
+            const vi high = as_i(codes.template value<decltype(p)::value + kHalf>(word, zero[v]));
+            store_i(to + (k / 2 + p.value) * kTileN, or_i(srl_i<16>(low), high));
+          });
+        } else {
+          unroll<Codes::kPerLine>([&](auto j) IPEX_QUANT_INLINE {
+            store_f(to + (k + Codes::kOrder[j.value]) * kTileN,
+                    codes.template value<decltype(j)::value>(word, zero[v]));
+          });
+        }
+      });
   }
 }
 
@@ -267,30 +262,35 @@ struct FloatFold {
 };
 
 template <int Rows, bool Bf16>
-inline void float_row_blocks(const FloatFold& f, int64_t row, int64_t end) {
-  const GroupHead head = f.at.head();
-  for (; row + Rows <= end; row += Rows) {
-    for (int64_t column = 0; column < kTileN; column += kTileVectors * kLanes) {
-      vf acc[Rows][kTileVectors];
-      unroll2<Rows, kTileVectors>([&](auto m, auto v) IPEX_QUANT_INLINE { acc[m][v] = zero_f(); });
-      multiply_floats<Rows, Bf16>(acc, f.x + row * f.stride, f.stride, f.panel + column, f.steps);
-      unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
-        const vf scale = head.scale(column + v * kLanes);
-        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
-          float* out = f.sums + (row + m) * kTileN + column + v * kLanes;
-          store_f(out, fma_f(acc[m][v], scale, load_f(out)));
-        });
-        if (!head.minimums) return;
-        const vf minimum = head.minimum(column + v * kLanes);
-        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
-          float* out = f.sums + (row + m) * kTileN + column + v * kLanes;
-          store_f(out, fma_f(minimum, set1_f(f.staged.float_sums[f.staged.at(f.at.fold, f.first_row + row + m)]),
-                             load_f(out)));
-        });
+inline void float_rows(const FloatFold& f, const GroupHead& head, int64_t row, LinesToCome& lines) {
+  for (int64_t column = 0; column < kTileN; column += kTileVectors * kLanes) {
+    lines.ask();
+    vf acc[Rows][kTileVectors];
+    unroll2<Rows, kTileVectors>([&](auto m, auto v) IPEX_QUANT_INLINE { acc[m][v] = zero_f(); });
+    multiply_floats<Rows, Bf16>(acc, f.x + row * f.stride, f.stride, f.panel + column, f.steps);
+    unroll<kTileVectors>([&](auto v) IPEX_QUANT_INLINE {
+      const vf scale = head.scale(column + v * kLanes);
+      unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+        float* out = f.sums + (row + m) * kTileN + column + v * kLanes;
+        store_f(out, fma_f(acc[m][v], scale, load_f(out)));
       });
-    }
+      if (!head.minimums) return;
+      const vf minimum = head.minimum(column + v * kLanes);
+      unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+        float* out = f.sums + (row + m) * kTileN + column + v * kLanes;
+        store_f(out, fma_f(minimum, set1_f(f.staged.float_sums[f.staged.at(f.at.fold, f.first_row + row + m)]),
+                           load_f(out)));
+      });
+    });
   }
-  if constexpr (Rows > 1) float_row_blocks<kFewerRows<Rows>, Bf16>(f, row, end);
+}
+
+template <bool Bf16>
+inline void float_row_blocks(const FloatFold& f, int64_t rows, const uint8_t* next, int64_t bytes) {
+  const GroupHead head = f.at.head();
+  LinesToCome lines(next, bytes, block_count<kFloatRows>(rows) * (kTileN / (kTileVectors * kLanes)));
+  each_block<kFloatRows>(
+      rows, [&](auto count, int64_t row) { float_rows<decltype(count)::value, Bf16>(f, head, row, lines); });
 }
 
 template <int Dtype, bool Bf16>
@@ -314,7 +314,8 @@ inline void prefill_floats(const GemmArgs& args, int64_t tile, int64_t begin, in
     }
     unpack_float_panel<kLines, Bf16>(at.head(), codes, lines, at.length(), panel);
     const FloatFold fold{s, at, begin, panel, rows + at.start() / kPerFloat, stride, at.length() / kPerFloat, sums};
-    float_row_blocks<kFloatRows, Bf16>(fold, 0, end - begin);
+    const int64_t bytes = g.code_bytes(at.length());
+    float_row_blocks<Bf16>(fold, end - begin, at.codes() + bytes, bytes);
   }
   for (int64_t m = begin; m < end; ++m) finish_row(args.output, m, tile * kTileN, sums + (m - begin) * kTileN);
 }
