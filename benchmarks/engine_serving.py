@@ -31,7 +31,9 @@ def prepare(shape: Shape, path: str, **_: Any) -> None:
         model.save_pretrained(path)
         return
     scheme = quantization.get_weight_only_quant_qconfig_mapping(
-        weight_dtype=quantization.WoqWeightDtype.INT4, group_size=128, symmetric=True
+        weight_dtype=quantization.WoqWeightDtype.INT4,
+        group_size=128,
+        weight_qscheme=quantization.WoqWeightQScheme.SYMMETRIC,
     )
     llm.export(llm.optimize(model, quantization_config=scheme, inplace=True), path, format="gptq")
 
