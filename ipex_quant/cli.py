@@ -1,4 +1,4 @@
-"""`ipex-quant`: quantize, autotune, export, convert, generate, eval, explain and demo from a shell.
+"""`ipex-quant`: quantize, autotune, export, convert, generate, eval, explain, serve, chat and demo from a shell.
 
 Commands import their modules when they run, so that `--help` and usage errors are fast.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipex_quant as ipex
 
+from . import cli_serving
 from .recipes import recipe_names
 from .recipes.best import BEST_RECIPES
 from .writing import new_directory, write_whole
@@ -48,7 +49,11 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_p
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 for a failure, or 2 for wrong usage or bad input."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    options.rest = rest
+    if rest and not hasattr(options, "passes_on"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         _find_models(options)
         return options.run(options)
@@ -70,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         sub.add_argument("--traceback", action="store_true", help="show where an error comes from")
-        if name != "demo":
+        if name not in ("chat", "demo"):
             sub.add_argument(
                 "--trust-remote-code", action="store_true", help="run code that lies in the model directory"
             )
@@ -169,6 +174,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("explain", _explain, "Show how each module of a model is computed.")
     sub.add_argument("directory", type=Path, metavar="DIR", help=MODEL_HELP)
+
+    cli_serving.add_commands(command)
 
     command("demo", _demo, "Quantize the embedded model in several ways and check the results.")
     return parser

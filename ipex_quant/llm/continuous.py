@@ -29,6 +29,14 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 from .cache.paged import BlockStep, PagedCache, Step, WindowStep, unknown_release
 
+_BASES: tuple[type[Exception], ...] = (ValueError,)
+try:  # transformers' server answers these with their status and text, and all others with 500 and nothing
+    from starlette.exceptions import HTTPException
+
+    _BASES = (HTTPException, ValueError)
+except ImportError:
+    pass
+
 MAX_BATCH_TOKENS = 512
 """Tokens of a step where none are given: more make a CPU no faster, and hold up the sequences that decode."""
 
@@ -37,6 +45,17 @@ _OF_THE_MODEL = {"input_ids", "attention_mask", "position_ids", "use_cache"}
 
 _READ = {"cache", "block_table", "cu_seq_lens_q", "cu_seq_lens_k", "read_index", "write_index", "position_ids"}
 """The arguments of a step that are read here."""
+
+
+class RefusedRequestError(*_BASES):
+    """A ValueError for a request that can never be served; transformers' server answers it with status 400."""
+
+    def __init__(self, reason: str) -> None:
+        Exception.__init__(self, reason)
+        self.status_code, self.detail, self.headers = 400, reason, None
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 class PagedManager(ContinuousBatchingManager):
@@ -56,31 +75,44 @@ class PagedManager(ContinuousBatchingManager):
         input_ids: list[int],
         request_id: str | None = None,
         max_new_tokens: int | None = None,
-        streaming: bool = False,
+        *args: Any,
         **options: Any,
     ) -> str | None:
         """Queue a request as transformers does.
 
-        One without tokens, with tokens that the model does not have, or with more than the cache holds fails with a
-        ValueError: it is raised if `streaming`, whose reader is not there yet, else it is the request's result.
+        Raises RefusedRequestError for one without tokens, with tokens that the model does not have, or with more, those
+        to generate among them, than the cache holds.
         """
-        limit = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        reason = self._reason_against(input_ids, limit)
-        if reason is None:
-            return super().add_request(input_ids, request_id, max_new_tokens, streaming, **options)
-        if streaming:
-            raise ValueError(reason)
-        if request_id is None:
-            with self._request_lock:
-                request_id = f"req_{self._request_counter}"
-                self._request_counter += 1
-        names = [f"{request_id}__child#{i}" for i in range(self.num_return_sequences - 1)]
-        for name in (*names, request_id):
-            self.output_router.fail_and_deliver(RequestState(name, list(input_ids)), ValueError(reason))
-        return request_id
+        reason = self._reason_against(input_ids, max_new_tokens)
+        if reason is not None:
+            self.output_router.result_handlers.pop(request_id, None)  # the server's, which would wait for it
+            raise RefusedRequestError(reason)
+        return super().add_request(input_ids, request_id, max_new_tokens, *args, **options)
+
+    def add_requests(
+        self, inputs: list[list[int]], max_new_tokens: int | None = None, *args: Any, **options: Any
+    ) -> list[str]:
+        """Queue requests; one that `add_request` would refuse gets a result with the error."""
+        reasons = [self._reason_against(each, max_new_tokens) for each in inputs]
+        good = [each for each, reason in zip(inputs, reasons, strict=True) if reason is None]
+        names = iter(super().add_requests(good, max_new_tokens, *args, **options))
+        return [
+            next(names) if reason is None else self._fail(each, reason)
+            for each, reason in zip(inputs, reasons, strict=True)
+        ]
+
+    def _fail(self, input_ids: list[int], reason: str) -> str:
+        """Deliver the `reason` as the result of a new request, and of each further sequence of it."""
+        with self._request_lock:
+            name = f"req_{self._request_counter}"
+            self._request_counter += 1
+        for each in (*(f"{name}__child#{i}" for i in range(self.num_return_sequences - 1)), name):
+            self.output_router.fail_and_deliver(RequestState(each, list(input_ids)), RefusedRequestError(reason))
+        return name
 
     def _reason_against(self, input_ids: list[int], limit: int | None) -> str | None:
-        """Why a request cannot be served; None if it can."""
+        """Why a request cannot be served; None if it can. A `limit` of None is that of the generation configuration."""
+        limit = self.generation_config.max_new_tokens if limit is None else limit
         if not len(input_ids):
             return "the prompt is empty: expected at least one token"
         size = self.model.config.get_text_config(decoder=True).vocab_size

@@ -174,11 +174,16 @@ def test_a_wrong_request_with_several_sequences_fails_alone():
     assert [bool(result.error) for result in results.values()] == [True, True, False, False]
 
 
-def test_a_wrong_request_that_streams_raises_before_anyone_waits():
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_wrong_request_by_itself_raises_before_anyone_waits(streaming):
     model = build("llama")
     manager = model.init_continuous_batching(options(), config())
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        manager.add_request([], streaming=True)
+    manager.output_router.result_handlers["mine"] = None
+    with pytest.raises(ValueError, match=r"^the prompt is empty"):
+        manager.add_request([], request_id="mine", streaming=streaming)
+    assert not manager.output_router.result_handlers
+    with pytest.raises(ValueError, match="need more than the 320 tokens of the cache"):
+        manager.add_request([5] * 20, max_new_tokens=301)
 
 
 def test_a_window_needs_no_more_than_itself():
