@@ -81,7 +81,8 @@ def _serve(options: argparse.Namespace) -> int:
     if reason is None and BATCHING not in rest and NO_BATCHING not in rest:
         rest.append(BATCHING)
     why = f" since {reason}" if reason else ""
-    batching = "requests in batches" if BATCHING in rest else f"one request after the other{why}"
+    sampled = "requests in batches, all sampled as the first one asks"  # transformers has one sampler for all of them
+    batching = sampled if BATCHING in rest else f"one request after the other{why}"
     name = str(path) if gguf is None else f"{gguf.parent}:{gguf.name}"
     return _serve_by_transformers(name, rest, batching)
 
@@ -90,9 +91,7 @@ def _serve_by_vllm(path: Path, rest: Sequence[str]) -> int:
     if not _installed("vllm"):
         raise ValueError("--engine vllm: vLLM is not installed; run `pip install ipex_quant[vllm]`, or leave it out")
     print(f"ipex-quant serve: vLLM serves {path}", flush=True)
-    # `python -m`, since the command of vLLM's CPU build does not start; the plugin comes by its entry point
-    module = "vllm.entrypoints.openai.api_server"
-    os.execv(sys.executable, [sys.executable, "-m", module, "--model", str(path), *rest])
+    os.execv(sys.executable, [sys.executable, "-m", "ipex_quant.integrations.vllm.serve", str(path), *rest])
 
 
 def _serve_by_transformers(name: str, rest: Sequence[str], batching: str) -> int:

@@ -53,7 +53,7 @@ def test_vllm_serves_where_it_is_installed(quantized_dir, monkeypatch, capsys):
     runs = []
     monkeypatch.setattr("os.execv", lambda path, arguments: runs.append((path, arguments)))
     cli.main(["serve", str(quantized_dir), "--port", "1234", "--trust-remote-code"])
-    module = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(quantized_dir)]
+    module = ["-m", "ipex_quant.integrations.vllm.serve", str(quantized_dir)]
     expected = [sys.executable, *module, "--port", "1234", "--trust-remote-code"]
     assert runs == [(sys.executable, expected)]
     assert "vLLM serves" in capsys.readouterr().out

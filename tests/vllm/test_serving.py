@@ -84,7 +84,7 @@ def test_two_ranks_refuse_act_order(gptq, prompts, tmp_path):
 def server(gptq, tmp_path_factory):
     """Address of a running server, and its model's directory."""
     directory = gptq(act_order=False)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
+    command = [sys.executable, "-m", "ipex_quant.integrations.vllm.serve", str(directory)]
     options = ["--port", str(PORT), "--host", "127.0.0.1", "--dtype", "bfloat16", "--enforce-eager"]
     options += ["--max-model-len", str(LENGTH), "--max-num-seqs", "8", "--served-model-name", "tiny"]
     log = tmp_path_factory.mktemp("server") / "log"
