@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Mapping
 from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import RequestState
+from transformers.generation.continuous_batching.utils import (
+    find_head_dim,
+    find_num_key_value_heads,
+    get_device_and_memory_breakdown,
+)
 
 from .cache.paged import BlockStep, PagedCache, Step, WindowStep, unknown_release
 
@@ -39,6 +45,12 @@ except ImportError:
 
 MAX_BATCH_TOKENS = 512
 """Tokens of a step where none are given: more make a CPU no faster, and hold up the sequences that decode."""
+
+MAX_CACHE_BYTES = 4 << 30
+"""Bytes of the cache, and of what transformers counts besides, where no size is given."""
+
+SAFETY_MARGIN = 0.15
+"""The free part of the cache from which transformers' scheduler lets no further requests in."""
 
 _OF_THE_MODEL = {"input_ids", "attention_mask", "position_ids", "use_cache"}
 """The arguments of a step that any call of a model may have; the others are about the cache."""
@@ -136,8 +148,9 @@ def start_batching(
 ) -> ContinuousBatchingManager:
     """`init_continuous_batching` of the class of `model`, which has the native attention, with a `PagedManager`.
 
-    The cache is allocated at once. Steps have `MAX_BATCH_TOKENS` tokens unless the configuration says otherwise. Raises
-    RuntimeError for a release of transformers whose cache is another one.
+    The cache is allocated at once. Steps have `MAX_BATCH_TOKENS` tokens and the cache what the requests of
+    `workload_hints` need, at most `MAX_CACHE_BYTES`, unless the configuration says otherwise. Raises RuntimeError for a
+    release of transformers whose cache is another one.
     """
     if isinstance(getattr(model, "_cached_continuous_batching_manager", None), ContinuousBatchingManager):
         return type(model).init_continuous_batching(model)
@@ -146,10 +159,8 @@ def start_batching(
         generation_config = copy.deepcopy(generation_config)
         generation_config.eos_token_id = -1  # none, for transformers
     old = getattr(generation_config, "continuous_batching_config", None)  # where it once was
-    chosen = copy.copy(continuous_batching_config or old or ContinuousBatchingConfig())
-    if chosen.max_batch_tokens is None:
-        chosen.max_batch_tokens = MAX_BATCH_TOKENS
     _check_release()
+    chosen = _sized(continuous_batching_config or old or ContinuousBatchingConfig(), model, workload_hints)
     with torch.inference_mode(False), torch.no_grad():  # a thread outside of inference mode writes to the cache
         manager = PagedManager(model, generation_config, chosen, workload_hints)
         manager.warmup()
@@ -157,6 +168,28 @@ def start_batching(
         _check_cache(cache)
         manager.capacity = _capacity(cache)
     return manager
+
+
+def _sized(config: ContinuousBatchingConfig, model: PreTrainedModel, hints: Any) -> ContinuousBatchingConfig:
+    """A copy of `config` with sizes where it has none; transformers would take, and write to, 60 % of the memory."""
+    config = copy.copy(config)
+    if config.max_batch_tokens is None:
+        config.max_batch_tokens = MAX_BATCH_TOKENS
+    if config.num_blocks is not None or config.max_memory_percent is not None:
+        return config
+    text = model.config.get_text_config()
+    sizes = find_num_key_value_heads(text), find_head_dim(text), model.dtype, config.page_size
+    block_bytes = text.num_hidden_layers * FullAttentionCacheAllocator.get_bytes_per_page(*sizes)
+    if hints is not None and hints.max_generated_length:
+        longest = hints.max_prompt_length + hints.max_generated_length
+        blocks = ceil(hints.num_requests * ceil(longest / config.page_size) / (1 - SAFETY_MARGIN)) + 1
+        if blocks * block_bytes <= MAX_CACHE_BYTES // 2:
+            config.num_blocks = blocks
+            return config
+    _, total, reserved, allocated = get_device_and_memory_breakdown()
+    if total > max(reserved, allocated):
+        config.max_memory_percent = min(0.6, MAX_CACHE_BYTES / (total - max(reserved, allocated)))
+    return config
 
 
 def paged_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

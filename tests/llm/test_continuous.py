@@ -227,6 +227,27 @@ def test_int8_caches_are_named():
     assert [len(result.generated_tokens) for result in results.values()] == [12]
 
 
+def test_the_cache_has_room_for_the_requests_that_are_known(monkeypatch):
+    model, made = build("llama"), []
+    start = continuous.PagedManager.start
+    monkeypatch.setattr(
+        continuous.PagedManager, "start", lambda self: made.append(self.batch_processor.cache) or start(self)
+    )
+    prompts = prompts_of(*range(1, 30))
+    assert together(model, prompts, num_blocks=None) == alone(model, prompts)
+    blocks = len(prompts) * 6  # of 29 + 12 tokens
+    assert blocks / 0.85 < made[0].num_blocks < blocks / 0.85 + 4
+
+
+def test_a_cache_without_a_size_is_limited(monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr(continuous, "MAX_CACHE_BYTES", 1 << 22)
+    small = model.init_continuous_batching(options(), config(num_blocks=None)).batch_processor.cache.cache_tensor
+    assert 1 << 20 < small.nbytes < 1 << 22
+    asked = config(num_blocks=None, max_memory_percent=0.001)
+    assert model.init_continuous_batching(options(), asked).batch_processor.cache.cache_tensor.nbytes > 1 << 22
+
+
 def test_steps_have_few_tokens_unless_asked_for_more():
     model = build("llama")
     manager = model.init_continuous_batching(options(), config(max_batch_tokens=None))
