@@ -89,7 +89,7 @@ test-vllm: vllm  ## test the plugin for vLLM, in an environment of its own of 3.
 	cd $(VLLM) && OMP_NUM_THREADS=1 bin/python -m pytest -q -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
 	    -p no:cacheprovider $(CURDIR)/tests/vllm $(PYTEST_ARGS)
 
-vllm: $(VLLM)/.stamp $(ENV_STAMP)
+vllm: $(VLLM)/.stamp $(ENV_STAMP)  ## make an environment of vLLM with the plugin
 	rm -rf $(VLLM)/wheel
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir $(VLLM)/wheel .
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --force-reinstall $(VLLM)/wheel/*.whl
