@@ -229,6 +229,11 @@ class IpexQuantizer(HfQuantizer):
         return config.modules
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if (getattr(model, "_tp_size", None) or 1) > 1:  # each process would hold, and compute, the whole model
+            raise ValueError(
+                "tensor parallelism: quantized layers are not divided among processes by transformers; leave out "
+                "distributed_config and tp_plan, or serve the model by vLLM with --tensor-parallel-size"
+            )
         config = self.quantization_config
         for name in config.modules:
             missing = model.get_submodule(name).missing

@@ -97,6 +97,12 @@ def test_a_dtype_that_nothing_computes_in_is_refused(saved):
         from_pretrained(saved, dtype=torch.float64)
 
 
+def test_tensor_parallelism_is_refused(saved, monkeypatch):
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_tp_size", 2)  # as `distributed_config` sets it on the model
+    with pytest.raises(ValueError, match="quantized layers are not divided among processes by transformers"):
+        from_pretrained(saved)
+
+
 @pytest.mark.parametrize("narrow", ["lm_head", "model.embed_tokens"])
 def test_a_mixture_of_dtypes_stays_one(llama, tmp_path, narrow):
     mapping = ipex.quantization.get_weight_only_quant_qconfig_mapping().set_module_name("lm_head", None)
