@@ -2,6 +2,7 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets  # noqa: F401  its log keeps the stream of its import: here one that outlives a test
 import pytest
 import torch
 from safetensors.torch import load_file
