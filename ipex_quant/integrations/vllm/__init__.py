@@ -15,7 +15,7 @@ OLDEST, NEXT_UNTESTED = (0, 32), (0, 33)
 
 PARTS = ("kernels", "models", "attention", "norms", "decoder")
 """Linear kernels for checkpoints that vLLM reads; checkpoints that it does not read; paged attention; norms and gated
-activations; and all layers of a Llama in one native call, for steps of few tokens."""
+activations; and all layers of a Llama and the like in one native call, for steps of few tokens."""
 
 
 def register() -> None:
@@ -56,7 +56,7 @@ def _register_part(part: str) -> None:
     elif part == "norms":
         from .norms import register as register_part
     else:
-        from .llama import register as register_part
+        from .decoder import register as register_part
     register_part()
 
 

@@ -1,4 +1,4 @@
-"""Llama models whose layers run in one native call where a step has few tokens, as in decoding.
+"""Models whose layers run in one native call where a step has few tokens, as in decoding: Llama and its like.
 
 A layer of vLLM in eager mode calls some 25 Python functions, which cost as much as its kernels where the step has one
 token. Everything else is vLLM's: longer steps, several ranks, adapters, and layers that are not what is expected.
@@ -14,8 +14,11 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
-from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
-from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
+from vllm.model_executor.models.mistral import MistralAttention, MistralDecoderLayer, MistralForCausalLM
+from vllm.model_executor.models.phi3 import Phi3ForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2MLP
+from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
 from vllm.model_executor.models.registry import ModelRegistry
 
 from ...ops import DecoderStructure, DecoderWeights, rms_norm
@@ -50,7 +53,8 @@ class Stack:
         attentions = tuple(layer.self_attn.attn for layer in layers)
         norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         rope, impl = first.self_attn.rotary_emb, attentions[0].impl
-        settings = {linear.modes for linear in linears}, {norm.variance_epsilon for norm in norms}
+        head_norms = [norm for layer in layers for norm in _head_norms(layer)]
+        settings = {linear.modes for linear in linears}, {norm.variance_epsilon for norm in (*norms, *head_norms)}
         scales = {(each.impl.scale, each.impl.logits_soft_cap) for each in attentions}
         if any(len(each) > 1 for each in (*settings, scales)) or any(
             layer.self_attn.rotary_emb is not rope for layer in layers
@@ -63,7 +67,7 @@ class Stack:
             perms if any(perm is not None for perm in perms) else [],
             [norm.weight.data for norm in norms],
             [],
-            [],
+            [norm.weight.data for norm in head_norms],
         )
         lowp_mode, act_quant_mode = linears[0].modes
         structure = DecoderStructure(
@@ -95,28 +99,33 @@ class Stack:
         return _decoder_layers(x[None], *self.weights, *call, starts, None, None, pages, *self.structure.arguments)[0]
 
 
-class NativeLlamaModel(LlamaModel):
-    """`LlamaModel`."""
+class NativeSteps:
+    """What the classes of `ARCHITECTURES` add to vLLM's: the native call, in eager mode."""
 
     _stack: Stack | None = None
     _looked = False
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **options: Any) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
+        alone = vllm_config.lora_config is None and vllm_config.kv_transfer_config is None
+        self._chosen = alone and self.model.do_not_compile
 
     def forward(
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
-        intermediate_tensors: Any,
+        intermediate_tensors: Any = None,
         inputs_embeds: torch.Tensor | None = None,
-        **extra_layer_kwargs: Any,
     ) -> Any:
-        """As of `LlamaModel`."""
+        """As of vLLM's class."""
         pages = None
-        if len(positions) <= MAX_TOKENS and not extra_layer_kwargs and not torch.compiler.is_compiling():
+        if self._chosen and positions.dim() == 1 and len(positions) <= MAX_TOKENS:
             pages = self._pages(len(positions))
         if pages is None:
-            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **extra_layer_kwargs)
-        x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        return rms_norm(self._stack.run(x, positions, pages), self.norm.weight, self.norm.variance_epsilon)
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+        x = self.model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        norm = self.model.norm
+        return rms_norm(self._stack.run(x, positions, pages), norm.weight, norm.variance_epsilon)
 
     def _pages(self, tokens: int) -> tuple[torch.Tensor, ...] | None:
         """Block tables, lengths and starts of the step's sequences if the native call computes it."""
@@ -135,41 +144,71 @@ class NativeLlamaModel(LlamaModel):
         return own.block_table, own.seq_lens, own.query_start_loc
 
     def _find_stack(self) -> Stack | None:
+        model = self.model
         try:
-            if self.start_layer or self.end_layer != len(self.layers) or self.aux_hidden_state_layers:
+            if model.start_layer or model.end_layer != len(model.layers) or model.aux_hidden_state_layers:
                 raise ValueError("its layers are divided among ranks, or read by a drafter")
-            if not isinstance(self.norm, NativeRMSNorm):
-                raise ValueError("its norms are not native")
-            stack = Stack.of(list(self.layers))
+            _check_norms([model.norm])
+            stack = Stack.of(list(model.layers))
             return stack if stack.caches() else None
         except ValueError as reason:
             logger.info("Layers run one by one in vLLM: %s", reason)
             return None
 
 
-class NativeLlamaForCausalLM(LlamaForCausalLM):
+class NativeLlamaForCausalLM(NativeSteps, LlamaForCausalLM):
     """`LlamaForCausalLM`."""
 
-    def _init_model(
-        self, vllm_config: VllmConfig, prefix: str = "", layer_type: type[torch.nn.Module] = LlamaDecoderLayer
-    ) -> LlamaModel:
-        alone = vllm_config.lora_config is None and vllm_config.kv_transfer_config is None
-        kind = NativeLlamaModel if alone else LlamaModel
-        return kind(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+
+class NativeMistralForCausalLM(NativeSteps, MistralForCausalLM):
+    """`MistralForCausalLM`."""
+
+
+class NativePhi3ForCausalLM(NativeSteps, Phi3ForCausalLM):
+    """`Phi3ForCausalLM`."""
+
+
+class NativeQwen2ForCausalLM(NativeSteps, Qwen2ForCausalLM):
+    """`Qwen2ForCausalLM`."""
+
+
+class NativeQwen3ForCausalLM(NativeSteps, Qwen3ForCausalLM):
+    """`Qwen3ForCausalLM`."""
+
+
+ARCHITECTURES: dict[str, type[torch.nn.Module]] = {
+    "InternLM3ForCausalLM": NativeLlamaForCausalLM,
+    "IQuestCoderForCausalLM": NativeLlamaForCausalLM,
+    "LLaMAForCausalLM": NativeLlamaForCausalLM,
+    "LlamaForCausalLM": NativeLlamaForCausalLM,
+    "Ministral3ForCausalLM": NativeMistralForCausalLM,
+    "MistralForCausalLM": NativeMistralForCausalLM,
+    "Phi3ForCausalLM": NativePhi3ForCausalLM,
+    "Qwen2ForCausalLM": NativeQwen2ForCausalLM,
+    "Qwen3ForCausalLM": NativeQwen3ForCausalLM,
+    "TeleChat3ForCausalLM": NativeLlamaForCausalLM,
+}
+"""The classes for architectures in a checkpoint's config.json."""
+
+# A layer's class, with those of its attention and MLP: their parts have the same names, and are called in one order.
+_LAYERS = {
+    LlamaDecoderLayer: (LlamaAttention, LlamaMLP),
+    MistralDecoderLayer: (MistralAttention, LlamaMLP),
+    Qwen2DecoderLayer: (Qwen2Attention, Qwen2MLP),
+    Qwen3DecoderLayer: (Qwen3Attention, Qwen2MLP),
+}
 
 
 def _check(layer: torch.nn.Module) -> None:
     """ValueError with a reason unless the native op computes what `layer` does."""
-    if type(layer) is not LlamaDecoderLayer or type(layer.self_attn) is not LlamaAttention:
-        raise ValueError(f"{type(layer).__name__} is no layer of a plain Llama")
-    if type(layer.mlp) is not LlamaMLP or type(layer.self_attn.rotary_emb) not in (
-        RotaryEmbedding,
-        Llama3RotaryEmbedding,
-    ):
-        raise ValueError("its MLP or rotation is another")
-    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-        if type(norm) is not NativeRMSNorm or norm.variance_size_override is not None or not norm.has_weight:
-            raise ValueError("its norms are not native")
+    attention = layer.self_attn
+    if (type(attention), type(layer.mlp)) != _LAYERS.get(type(layer)):
+        raise ValueError(f"{type(layer).__name__} is no layer that the native call knows")
+    if getattr(attention, "do_llama_4_scaling", False) or getattr(layer, "ada_rms_norm_t_cond", None) is not None:
+        raise ValueError("its queries or MLP inputs are scaled")
+    if not _rotates_plainly(attention.rotary_emb):
+        raise ValueError(f"its rotation is {type(attention.rotary_emb).__name__}")
+    _check_norms([layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(layer)])
     for module, kind, linear in zip(_modules(layer), _KINDS, _linears(layer), strict=True):
         if type(module) is not kind or module.tp_size > 1 or module.skip_bias_add:
             raise ValueError(f"{type(module).__name__} is divided among ranks, or another layer than expected")
@@ -178,6 +217,26 @@ def _check(layer: torch.nn.Module) -> None:
     impl = layer.self_attn.attn.impl
     if not isinstance(impl, PagedImpl) or not impl.native or not impl.is_plain:
         raise ValueError("its attention has windows or slopes, or shares caches, or is not native")
+
+
+def _check_norms(norms: list[torch.nn.Module]) -> None:
+    for norm in norms:
+        if type(norm) is not NativeRMSNorm or norm.variance_size_override is not None or not norm.has_weight:
+            raise ValueError("its norms are not native")
+
+
+def _rotates_plainly(rope: torch.nn.Module) -> bool:
+    """Whether `rope` rotates by rows of its table, as its base class does: kinds of scaling only make other tables."""
+    methods = ("forward", "forward_cpu", "forward_native")
+    return isinstance(rope, RotaryEmbedding) and all(
+        getattr(type(rope), name) is getattr(RotaryEmbedding, name) for name in methods
+    )
+
+
+def _head_norms(layer: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
+    """The norms of queries and keys, if it has any."""
+    names = ("q_norm", "k_norm")
+    return tuple(getattr(layer.self_attn, name) for name in names if hasattr(layer.self_attn, name))
 
 
 def _modules(layer: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
@@ -194,5 +253,6 @@ def _linears(layer: torch.nn.Module) -> list[Any]:
 
 
 def register() -> None:
-    """Make `NativeLlamaForCausalLM` vLLM's class for Llama; again without effect."""
-    ModelRegistry.register_model("LlamaForCausalLM", NativeLlamaForCausalLM)
+    """Give vLLM the classes of `ARCHITECTURES`; again without effect."""
+    for name, model in ARCHITECTURES.items():
+        ModelRegistry.register_model(name, model)
