@@ -20,6 +20,7 @@ from ..writing import new_directory
 from .saved.export_parts import ExportParts
 from .saved.gguf_export import write_model
 from .saved.gguf_parts import model_metadata
+from .saved.parallel import refuse_parts
 from .saving import make_readable
 
 GGUF = "gguf"
@@ -50,6 +51,7 @@ def export(model: PreTrainedModel, directory: str | os.PathLike, format: str, to
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {list(FORMATS)}, got {format!r}")
+    refuse_parts(model, "export")
     with new_directory(directory, "directory") as out:
         if format == GGUF:
             model_metadata(model.config)  # raises for one that is not written, before anything is unpacked

@@ -66,11 +66,12 @@ def from_pretrained(
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
     filename: str | None = None,
+    tp_plan: str | None = None,
 ) -> PreTrainedModel:
     """The model in `directory`, or in a GGUF file, quantized or not, optimized for inference as by `optimize`.
 
     `directory` may be the id of a repository of the Hugging Face hub, as in ``"organization/name"``, whose files are
-    downloaded to the hub's cache; the arguments from `revision` on are those of `Source`.
+    downloaded to the hub's cache; the arguments from `revision` to `filename` are those of `Source`.
 
     - A float model is quantized as `quantization_config` says, if given; each linear layer as it is read, if weights
       are only rounded to nearest.
@@ -82,16 +83,23 @@ def from_pretrained(
     - A model that `save` wrote comes back as it was, and takes no `quantization_config`.
 
     `dtype`, of activations and float weights, is float32, bfloat16 or float16; None is the dtype that the directory
-    states. `kv_cache_dtype` is that of `optimize`. Code in the directory is run with `trust_remote_code` only. Raises
-    OSError where the hub cannot be reached, and ValueError for a directory or repository without a model, formats and
-    options that are not supported, files that are damaged, and weights that are missing or do not fit the model.
+    states. `kv_cache_dtype` is that of `optimize`. With `tp_plan` "auto", the linear layers of a model that `save`
+    wrote are divided among the processes that torchrun started (tensor parallelism). Code in the directory is run with
+    `trust_remote_code` only. Raises OSError where the hub cannot be reached, and ValueError for a directory or
+    repository without a model, formats and options that are not supported, files that are damaged, weights that are
+    missing or do not fit the model, and layers that cannot be divided; RuntimeError for a transformers too old for
+    `tp_plan`.
     """
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     NativeLayer(kv_cache_dtype)  # raises for a bad dtype before anything is read
+    if tp_plan not in (None, "auto"):
+        raise ValueError(f"tp_plan: expected 'auto' or None, got {tp_plan!r}")
     source = Source(revision, token, cache_dir, local_files_only, filename)
     found = local_path(directory, source, trust_remote_code)
     gguf = find_gguf(found)
+    if tp_plan is not None and (gguf is not None or not _is_saved(found)):
+        raise ValueError(f"tp_plan: {found} holds no model that llm.save wrote; load it and save it first")
     if gguf is not None:
         return _gguf_model(gguf, _dtype(found, dtype), quantization_config, kv_cache_dtype)
     path = model_directory(found)
@@ -101,7 +109,7 @@ def from_pretrained(
     if quantization.get("quant_method") == METHOD:
         if quantization_config is not None:
             raise ValueError(f"quantization_config: the model in {path} is quantized already; leave it out")
-        model = load_saved(path, dtype, trust_remote_code)
+        model = load_saved(path, dtype, trust_remote_code, tp_plan)
         return model if kv_cache_dtype is None else completed(model, kv_cache_dtype)
     return _quantized_model(
         _Shell.of_directory(path, trust_remote_code),
@@ -112,7 +120,9 @@ def from_pretrained(
     )
 
 
-def load(directory: str | os.PathLike, trust_remote_code: bool = False, **source: Any) -> PreTrainedModel:
+def load(
+    directory: str | os.PathLike, trust_remote_code: bool = False, *, tp_plan: str | None = None, **source: Any
+) -> PreTrainedModel:
     """`from_pretrained` of a model that is quantized already, or in a GGUF file; raises ValueError for others, too.
 
     `source` are the arguments of `Source`, if `directory` is the id of a repository.
@@ -120,7 +130,7 @@ def load(directory: str | os.PathLike, trust_remote_code: bool = False, **source
     path = local_path(directory, Source(**source), trust_remote_code)
     if find_gguf(path) is None and find_quantization_config(model_directory(path)) is None:
         raise ValueError(f"{path}: expected a quantized model; llm.from_pretrained loads float models, too")
-    return from_pretrained(path, trust_remote_code=trust_remote_code)
+    return from_pretrained(path, trust_remote_code=trust_remote_code, tp_plan=tp_plan)
 
 
 def load_tokenizer(
@@ -144,6 +154,11 @@ def model_directory(directory: str | os.PathLike) -> Path:
     if not (path / "config.json").is_file():
         raise ValueError(f"{path}: expected a directory with a config.json, or a GGUF file")
     return path
+
+
+def _is_saved(directory: str | os.PathLike) -> bool:
+    quantization = find_quantization_config(model_directory(directory))
+    return quantization is not None and quantization.get("quant_method") == METHOD
 
 
 def _dtype(path: Path, dtype: torch.dtype | None) -> torch.dtype:

@@ -21,6 +21,7 @@ from ..writing import replaced_directory
 from .saved.float_models import concrete_class, config_of, model_class
 from .saved.hf_quantizer import IpexQuantConfig, IpexQuantizer, describe_model
 from .saved.mark import mark
+from .saved.parallel import tensor_parallelism
 from .saved.streaming import check_room
 
 MAX_SHARD_SIZE = "5GB"
@@ -55,11 +56,13 @@ def make_readable(directory: Path) -> None:
         file.chmod(stat.S_IMODE(directory.stat().st_mode) & 0o666)
 
 
-def load_saved(directory: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_saved(
+    directory: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False, tp_plan: str | None = None
+) -> PreTrainedModel:
     """Load a directory that `save` or the model's `save_pretrained` wrote, without making float weights.
 
-    `dtype` is the saved one if None. Raises ValueError for damaged files, and for missing, additional or unfitting
-    tensors.
+    `dtype` is the saved one if None, `tp_plan` that of `from_pretrained`. Raises ValueError for damaged files, and for
+    missing, additional or unfitting tensors.
     """
     config = read_json(directory / "config.json")
     found = model_class(directory, config, trust_remote_code)
@@ -67,10 +70,12 @@ def load_saved(directory: Path, dtype: torch.dtype | None = None, trust_remote_c
         indexed_files(index)
     with transformers_errors(directory):
         _check_shapes(concrete_class(found, directory, config), directory, trust_remote_code)
-        # Tensors of another shape are reported below, by name, like missing ones.
-        options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True}
+        options["ignore_mismatched_sizes"] = True  # they are reported below, by name, like missing tensors
         # The saved dtype, whatever config.json says besides.
         options["dtype"] = config["quantization_config"].get("dtype") if dtype is None else dtype
+        if tp_plan is not None:
+            options["distributed_config"] = tensor_parallelism(tp_plan)
         model, info = found.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
         if _lacks_pooler(model, info["missing_keys"]):
             model, info = found.from_pretrained(directory, add_pooling_layer=False, **options)

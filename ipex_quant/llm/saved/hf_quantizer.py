@@ -39,6 +39,7 @@ from ..dequantize import dequantize_model
 from ..native import native_stack, use_native_stack
 from .mark import mark_what_is_saved, unmark
 from .notes import check_note, note_recipe, recipe_note
+from .parallel import divide, ranks_of, refuse_parts, take_plan
 
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of `device_map` that let the library choose the device."""
@@ -137,6 +138,7 @@ class IpexQuantizer(HfQuantizer):
 
     requires_calibration = False
     native_attention = True
+    parallel_plan: dict[str, str] | None = None
     quantization_config: IpexQuantConfig
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -170,7 +172,12 @@ class IpexQuantizer(HfQuantizer):
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> None:
         """Return None: tensors are read in their saved dtype, and float ones cast after the modules are packed."""
 
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        if plan is model.tp_plan:
+            self.parallel_plan = take_plan(model)
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        refuse_parts(model, "save")
         scaled = scaled_layers(model)
         if scaled:
             raise ValueError(
@@ -198,6 +205,7 @@ class IpexQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        refuse_parts(model, "dequantize")
         dtype = _DTYPES.get(dtype, dtype)  # saved configurations have its name
         return dequantize_model(model, model.dtype if dtype is None else dtype)
 
@@ -229,10 +237,10 @@ class IpexQuantizer(HfQuantizer):
         return config.modules
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if (getattr(model, "_tp_size", None) or 1) > 1:  # each process would hold, and compute, the whole model
+        if ranks_of(model) > 1 and self.parallel_plan is None:  # an older transformers did not ask for the plan
             raise ValueError(
                 "tensor parallelism: quantized layers are not divided among processes by transformers; leave out "
-                "distributed_config and tp_plan, or serve the model by vLLM with --tensor-parallel-size"
+                "distributed_config and tp_plan, or install transformers 5.23 or later"
             )
         config = self.quantization_config
         for name in config.modules:
@@ -251,6 +259,8 @@ class IpexQuantizer(HfQuantizer):
                 model.set_submodule(name, module.to(config.torch_dtype))
         share_tables(model, config.tied)
         self._cast(model)
+        if self.parallel_plan is not None:
+            divide(model, self.parallel_plan)
         mark_what_is_saved(model)
         watch_head(model)
         model.config.quantization_config = self.quantization_config.to_dict()
