@@ -8,6 +8,7 @@ import torch
 
 from ipex_quant import llm, quantization
 from ipex_quant.conversion.qconfig import get_weight_only_quant_qconfig_mapping
+from ipex_quant.integrations.vllm.attention import PagedImpl
 from ipex_quant.numerics.scheme import WoqLowpMode, WoqWeightDtype
 from ipex_quant.recipes.apply import apply_recipe
 from ipex_quant.recipes.recipe import load_recipe
@@ -157,3 +158,23 @@ def test_int8_cache(dtype, gptq, generate_in_vllm, check_tokens, prompts):
     found = generate_in_vllm(gptq("act_order"), prompts, dtype=dtype, kv_cache_dtype="int8_per_token_head")
     model = llm.from_pretrained(gptq("act_order"), getattr(torch, dtype), mapping(4), kv_cache_dtype=torch.int8)
     check_tokens(model, prompts, found)
+
+
+@pytest.mark.parametrize(("chosen", "is_int8"), [("auto", True), ("bfloat16", False)])
+def test_saved_int8_cache(
+    chosen, is_int8, float_model, generate_in_vllm, check_tokens, prompts, tokenizer, tmp_path, monkeypatch
+):
+    own = {"dtype": torch.bfloat16, "quantization_config": mapping(4)}
+    llm.save(llm.optimize(float_model().eval(), kv_cache_dtype=torch.int8, **own), tmp_path, tokenizer)
+    caches = []
+    views = PagedImpl._cache_views
+
+    def recorded(self, cache):
+        caches.append(self.is_int8)
+        return views(self, cache)
+
+    monkeypatch.setattr(PagedImpl, "_cache_views", recorded)
+    found = generate_in_vllm(tmp_path, prompts, kv_cache_dtype=chosen)
+    assert set(caches) == {is_int8}
+    dtype = torch.int8 if is_int8 else torch.bfloat16
+    check_tokens(llm.optimize(float_model().eval(), kv_cache_dtype=dtype, **own), prompts, found)

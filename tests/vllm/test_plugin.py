@@ -4,11 +4,13 @@ import logging
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel, init_int8_linear_kernel
 from vllm.plugins import load_general_plugins
 from vllm.scalar_type import scalar_types
 
 import ipex_quant.integrations.vllm as plugin
+from ipex_quant.integrations.vllm import saved_cache
 from ipex_quant.integrations.vllm.attention import PagedBackend
 from ipex_quant.integrations.vllm.config import IpexQuantConfig
 from ipex_quant.integrations.vllm.linear import Int8Kernel, WoqKernel
@@ -143,3 +145,15 @@ def test_compute_modes(monkeypatch):
     monkeypatch.setenv("IPEX_QUANT_VLLM_LOWP", "int4")
     with pytest.raises(ValueError, match="IPEX_QUANT_VLLM_LOWP: expected one of int8, bf16, none, got 'int4'"):
         compute_modes(4)
+
+
+def test_a_saved_int8_cache_needs_an_option_where_vllm_decides_itself(monkeypatch):
+    messages = []
+    monkeypatch.setattr(saved_cache.logger, "info_once", lambda text, *values: messages.append(text % values))
+    config = {"quant_method": "ipex_quant", "kv_cache_dtype": "int8"}
+    for name in ("LlamaForCausalLM", "Gemma4ForCausalLM"):
+        saved_cache.log_unused(PretrainedConfig(architectures=[name], quantization_config=config))
+    saved_cache.log_unused(PretrainedConfig(architectures=["Gemma4ForCausalLM"]))
+    assert messages == [
+        "The model was saved with an INT8 cache: pass --kv-cache-dtype int8_per_token_head to use it",
+    ]

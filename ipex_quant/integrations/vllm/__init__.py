@@ -53,6 +53,9 @@ def _register_part(part: str) -> None:
         from .config import register as register_part
     elif part == "attention":
         from .attention import register as register_part
+        from .saved_cache import register as register_saved_cache
+
+        register_saved_cache()
     elif part == "norms":
         from .norms import register as register_part
     else:

@@ -33,7 +33,12 @@ class PagedBackend(CPUAttentionBackend):
     """vLLM's CPU attention backend, whose layers are `PagedImpl`."""
 
     forward_includes_kv_cache_update = True
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = [*CPUAttentionBackend.supported_kv_cache_dtypes, INT8_CACHE]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [
+        *CPUAttentionBackend.supported_kv_cache_dtypes,
+        "bfloat16",
+        "float16",
+        INT8_CACHE,
+    ]
 
     @staticmethod
     def get_impl_cls() -> type[PagedImpl]:
@@ -98,7 +103,9 @@ class PagedImpl(CPUAttentionBackendImpl):
         self.native = obstacle is None
         if obstacle is not None:
             if self.is_int8:
-                raise ValueError(f"kv_cache_dtype: {INT8_CACHE} is not supported with {obstacle}; leave it out")
+                raise ValueError(
+                    f"kv_cache_dtype: {INT8_CACHE} is not supported with {obstacle}; choose bfloat16 or float16"
+                )
             logger.info_once("vLLM's own attention runs layers with %s", obstacle)
         self._views: tuple[torch.Tensor, tuple[Any, ...]] | None = None
         window = 0 if self.sliding_window < 0 else self.sliding_window

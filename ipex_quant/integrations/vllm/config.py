@@ -18,6 +18,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from ...conversion.description import METHOD
 from .experts import ReadExpertsMethod
 from .methods import ReadEmbeddingMethod, ReadHeadMethod, ReadLinearMethod, UntiedHeadMethod
+from .saved_cache import log_unused
 from .sources import GptqSource, SavedSource, Source
 
 
@@ -71,8 +72,9 @@ class IpexQuantConfig(QuantizationConfig):
         self.source = self.source.renamed(hf_to_vllm_mapper.map_name)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Find the quantized modules, if the configuration does not name them."""
+        """Find the quantized modules, if the configuration does not name them; logs if its cache needs an option."""
         self.source.find_modules(model_name, revision)
+        log_unused(hf_config)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of a layer; None for one of no kind that is quantized."""

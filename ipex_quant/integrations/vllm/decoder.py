@@ -102,6 +102,7 @@ class Stack:
 class NativeSteps:
     """What the classes of `ARCHITECTURES` add to vLLM's: the native call, in eager mode."""
 
+    model: Any
     _stack: Stack | None = None
     _looked = False
 
