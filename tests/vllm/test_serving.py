@@ -19,6 +19,9 @@ ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": 
 PORT = 18_473
 START_SECONDS = 400
 LENGTH = 128
+BLOCK = 32
+BLOCKS = 10
+"""Of the server's cache: two sequences of `LENGTH` tokens, so that more are preempted. One block is never used."""
 
 TWO_RANKS = """
 import json, sys
@@ -87,6 +90,7 @@ def server(gptq, tmp_path_factory):
     command = [sys.executable, "-m", "ipex_quant.integrations.vllm.serve", str(directory)]
     options = ["--port", str(PORT), "--host", "127.0.0.1", "--dtype", "bfloat16", "--enforce-eager"]
     options += ["--max-model-len", str(LENGTH), "--max-num-seqs", "8", "--served-model-name", "tiny"]
+    options += ["--block-size", str(BLOCK), "--num-gpu-blocks-override", str(BLOCKS)]
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as file:
         process = subprocess.Popen([*command, *options], env=environment(), stdout=file, stderr=subprocess.STDOUT)
@@ -113,6 +117,14 @@ def _answers(address):
 def complete(address, prompt, **options):
     body = {"model": "tiny", "prompt": prompt, "max_tokens": 20, "temperature": 0, "ignore_eos": True} | options
     return requests.post(f"{address}/v1/completions", json=body, timeout=60)
+
+
+def metric(address, name):
+    """The sum of a metric of vLLM's over its labels."""
+    lines = requests.get(f"{address}/metrics", timeout=60).text.splitlines()
+    values = [float(line.split()[-1]) for line in lines if line.startswith(f"vllm:{name}{{")]
+    assert values, f"vLLM has no metric {name}"
+    return sum(values)
 
 
 def test_completion(server, check_tokens, prompts):
@@ -159,4 +171,45 @@ def test_a_request_that_is_too_long_fails_alone(server, prompts):
     assert [results[str(i)].status_code for i in range(len(prompts))] == [200] * len(prompts)
     assert all(results[str(i)].json()["choices"][0]["text"] for i in range(len(prompts)))
     # After the failure, alone as before it.
+    assert [complete(address, ids).json()["choices"][0]["text"] for ids in prompts] == expected
+
+
+def test_preempted_sequences_go_on_as_if_alone(server, check_tokens, calibration):
+    address, directory = server
+    prompts = [text[0, start : start + 10 + 3 * start].tolist() for text in calibration for start in range(6)]
+    before = metric(address, "num_preemptions_total")
+    results = [None] * len(prompts)
+
+    def ask(index):
+        results[index] = complete(address, prompts[index], max_tokens=80, return_token_ids=True)
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [result.status_code for result in results] == [200] * len(prompts)
+    assert metric(address, "num_preemptions_total") - before > len(prompts) / 4
+    found = [result.json()["choices"][0]["token_ids"] for result in results]
+    assert all(len(tokens) == 80 for tokens in found)
+    check_tokens(llm.from_pretrained(directory, torch.bfloat16, INT8), prompts, found)
+
+
+def test_clients_that_hang_up_leave_their_places(server, prompts):
+    address, _ = server
+    expected = [complete(address, ids).json()["choices"][0]["text"] for ids in prompts]
+    before = metric(address, "generation_tokens_total")
+    tokens, clients = LENGTH - 20, 8
+    for index in range(clients):
+        body = {"model": "tiny", "prompt": prompts[index % len(prompts)], "max_tokens": tokens, "ignore_eos": True}
+        with requests.post(
+            f"{address}/v1/completions", json=body | {"stream": True}, stream=True, timeout=60
+        ) as answer:
+            assert next(answer.iter_lines())
+    deadline = time.monotonic() + 60
+    while metric(address, "num_requests_running") or metric(address, "num_requests_waiting"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert metric(address, "kv_cache_usage_perc") == 0
+    assert metric(address, "generation_tokens_total") - before < clients * tokens
     assert [complete(address, ids).json()["choices"][0]["text"] for ids in prompts] == expected
