@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, Phi3Config, Qwen2C
 from ipex_quant import llm
 from ipex_quant.conversion.qconfig import get_weight_only_quant_qconfig_mapping
 from ipex_quant.integrations.vllm import decoder
+from ipex_quant.nn import WeightOnlyQuantizedLinear
 from ipex_quant.numerics.scheme import WoqLowpMode, WoqWeightDtype
 
 SHAPE = (
@@ -147,3 +148,24 @@ def test_layers_in_float_are_left_to_vllm(float_model, tokenizer, prompts, gener
     tokenizer.save_pretrained(tmp_path)
     assert len(generate_in_vllm(tmp_path, prompts)) == len(prompts)
     assert not steps
+
+
+def test_embeddings_of_a_model_whose_head_is_quantized(directory, model, prompts, steps):
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    assert isinstance(model.lm_head, WeightOnlyQuantizedLinear)
+    options = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 8}
+    embedder = LLM(str(directory), runner="pooling", kv_cache_memory_bytes=16 << 20, **options)
+    try:
+        results = embedder.embed([{"prompt_token_ids": ids} for ids in prompts], use_tqdm=False)
+    finally:
+        del embedder
+        cleanup_dist_env_and_memory()
+    assert steps
+    for ids, result in zip(prompts, results, strict=True):
+        with torch.no_grad():
+            own = model.model(torch.tensor([ids])).last_hidden_state[0, -1].float()
+        torch.testing.assert_close(
+            torch.tensor(result.outputs.embedding), own / own.norm(), atol=0.002, rtol=0, check_dtype=False
+        )

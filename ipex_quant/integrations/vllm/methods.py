@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.models.utils import StageMissingLayer
 
 from .packed import Modes, PackedWoqLinear
 from .weights import (
@@ -111,6 +112,8 @@ class ReadHeadMethod(ReadLinearMethod):
         return layer
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if isinstance(layer, StageMissingLayer):  # in place of the head of a model that embeds
+            return
         if self._embedding is None:
             super().process_weights_after_loading(layer)
         else:
