@@ -86,11 +86,19 @@ def test_explain(names, capsys):
     assert printed_names.issuperset(rows)
 
 
+def test_serving(names):
+    mapping = quantization.get_weight_only_quant_qconfig_mapping()
+    llm.save(llm.optimize(names["small"], quantization_config=mapping), "DIR")
+    (batch,) = run(DOCS / "serving.md", {"prompts": [[5, 6, 7], [8, 9]]})
+    assert [bool(result.generated_tokens) for result in batch["results"].values()] == [True, True]
+
+
 def test_every_page_with_code_is_run():
     assert {page.name for page in DOCS.rglob("*.md") if blocks_of(page)} == {
         "index.md",
         "explain.md",
         "migrating-from-ipex.md",
+        "serving.md",
     }
     assert run(DOCS / "migrating-from-ipex.md", {})[0]["ipex"] is ipex
 

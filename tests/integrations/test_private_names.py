@@ -19,6 +19,7 @@ USED = {
     "argparse._ActionsContainer": None,
     "lm_eval.__main__": None,
     "neural_compressor.common.base_config.BaseConfig._post_init": "self",
+    "os._exit": None,
     "torch._C._disabled_torch_function_impl": None,
     "torch._check": "cond message",
     "torch._C._are_functorch_transforms_active": None,
@@ -120,6 +121,11 @@ IN_SOURCE = {
     "_flat_weights_names": "torch.nn.modules.rnn",
     "_gradient_checkpointing_func": "transformers.modeling_utils",
     "_is_hf_initialized": "transformers.core_model_loading",
+    "_cached_continuous_batching_manager": "transformers.generation.continuous_batching.continuous_api",
+    "_device_mesh": "transformers.distributed.tensor_parallel",
+    "_tp_size": "transformers.modeling_utils",
+    "_request_lock": "transformers.generation.continuous_batching.continuous_api",
+    "_request_counter": "transformers.generation.continuous_batching.continuous_api",
 }
 # Buffers that are registered under a composed name, and what named tuples document.
 OWN = {"_down_bias", "_gate_up_bias", "_gate_up_packed", "_fields"}
