@@ -78,7 +78,7 @@ class FusedModel(FusedForward):
         hidden = None
         paged = isinstance(past_key_values, PagedCache)  # whose engine asks for no other cache
         one_input = (input_ids is None) != (inputs_embeds is None)
-        if one_input and past_key_values is not None and self._suits(use_cache or paged, others):
+        if one_input and past_key_values is not None and self._suits(True if paged else use_cache, others):
             hidden = self._all_layers(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         if hidden is not None:
             return BaseModelOutputWithPast(last_hidden_state=self.model.norm(hidden), past_key_values=past_key_values)
