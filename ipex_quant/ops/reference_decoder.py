@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -70,37 +71,17 @@ class _Layer:
             heads = projected.unflatten(-1, (-1, dim))
             query, key, value = heads.split((heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads), 2)
             projected = torch.cat((self.norm(query, norms[0]), self.norm(key, norms[1]), value), 2).flatten(2)
+        options: dict[str, Any] = {"scale": structure.scale, "softcap": structure.softcap, "alibi": call.alibi}
+        options |= {"rotary_dim": call.rotary_dim, "interleaved": structure.interleaved}
+        tables, scales = (call.cos, call.sin), cache[2:4] or (None, None)
         if call.pages:
             attended = paged_rope_attention(
-                projected[0],
-                call.cos,
-                call.sin,
-                cache[0],
-                cache[1],
-                call.pages,
-                cache[2] if len(cache) > 2 else None,
-                cache[3] if len(cache) > 2 else None,
-                scale=structure.scale,
-                rotary_dim=call.rotary_dim,
-                interleaved=structure.interleaved,
-                softcap=structure.softcap,
-                alibi=call.alibi,
+                projected[0], *tables, cache[0], cache[1], call.pages, scales[0], scales[1], **options
             )[None]
-            return self.linear(attended)
-        attended = fused_rope_attention(
-            projected,
-            call.cos,
-            call.sin,
-            *cache[:4],
-            start=start,
-            scale=structure.scale,
-            rotary_dim=call.rotary_dim,
-            interleaved=structure.interleaved,
-            mask=call.mask,
-            softcap=structure.softcap,
-            alibi=call.alibi,
-            key_factors=cache[4] if len(cache) > 4 else None,
-        )
+        else:
+            factors = cache[4] if len(cache) > 4 else None
+            options |= {"start": start, "mask": call.mask, "key_factors": factors}
+            attended = fused_rope_attention(projected, *tables, cache[0], cache[1], scales[0], scales[1], **options)
         return self.linear(attended)
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:

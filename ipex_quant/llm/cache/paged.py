@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -51,8 +52,7 @@ class BlockStep:
     """Stores new tokens in blocks and attends to the blocks of each sequence.
 
     `caches` give each layer's keys and values, ``[blocks, Hkv, block size, D]``; `slots`, `tables`, `lengths` and
-    `starts` are as `ops.write_paged_cache` and `ops.paged_attention` take them. `pages` are the last three if the new
-    tokens go where `ops.paged_rope_attention` writes them, else None.
+    `starts` are as `ops.write_paged_cache` and `ops.paged_attention` take them.
     """
 
     def __init__(
@@ -65,15 +65,17 @@ class BlockStep:
     ) -> None:
         self.caches, self.slots = caches, slots
         self.tables, self.lengths, self.starts = tables, lengths, starts
-        first, _ = next(iter(caches.values()))
-        self.dtype = first.dtype
-        self.pages = (tables, lengths, starts) if self._follow(first.shape[2]) else None
+        self.dtype = next(iter(caches.values()))[0].dtype
 
-    def _follow(self, page: int) -> bool:
+    @cached_property
+    def pages(self) -> tuple[torch.Tensor, ...] | None:
+        """Tables, lengths and starts if the new tokens go where `ops.paged_rope_attention` writes them, else None."""
+        page = next(iter(self.caches.values()))[0].shape[2]
         counts = self.starts.diff()
         sequences = torch.repeat_interleave(torch.arange(len(counts)), counts)
         places = torch.arange(len(sequences)) + (self.lengths - self.starts[1:])[sequences]
-        return torch.equal(self.tables[sequences, places // page] * page + places % page, self.slots)
+        follow = torch.equal(self.tables[sequences, places // page] * page + places % page, self.slots)
+        return (self.tables, self.lengths, self.starts) if follow else None
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> Attend:
         keys, values = self.caches[layer]
