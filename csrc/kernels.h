@@ -24,9 +24,11 @@ constexpr int64_t kByteDecodeRows = 4;  // of packed weights that are multiplied
 constexpr int64_t kStepRows = 64;       // of a call for whole layers
 constexpr int64_t kActBlock = 128;      // activation block of a per-channel weight
 constexpr int64_t kMaxByteFold = 8192;  // 255 * 255 * 8192 fits int32; that of a panel, at most
-// k that prefill unpacks at a time: 512 KB that many rows meet in the second-level cache, or 16 KB in the first.
-constexpr int64_t kPanelK = 8192, kSmallPanelK = 256;
-constexpr int64_t kFloatFold = 256;  // short float sums keep fp32 error near that of one rounding
+// k that prefill unpacks at a time: bytes that many rows meet in the second-level cache, up to 512 KB, or 16 KB in the
+// first. Codes that are not narrow can take two bytes there.
+constexpr int64_t kPanelK = 8192, kWidePanelK = 2048, kSmallPanelK = 256;
+constexpr int64_t kMostWordRows = 4;  // that are two bytes wide with them
+constexpr int64_t kFloatFold = 256;   // short float sums keep fp32 error near that of one rounding
 
 // The dtype whose code lines the kernels for floats read; others are widened to 8-bit codes first.
 constexpr int32_t float_lines(int32_t dtype) { return dtype <= kFp8 ? dtype : kInt8; }
@@ -82,7 +84,8 @@ struct GemmArgs {
 inline int64_t panel_k(const WoqGeometry& g, const Staged& s) {
   const int64_t group = g.padded_full > g.padded_last ? g.padded_full : g.padded_last;
   const int64_t fold = group < s.max_fold ? group : s.max_fold;
-  const int64_t most = s.rows > kStepRows ? kPanelK : fold > kSmallPanelK ? fold : kSmallPanelK;
+  const int64_t wanted = s.rows <= kStepRows ? kSmallPanelK : is_narrow(g.dtype) ? kPanelK : kWidePanelK;
+  const int64_t most = fold > wanted ? fold : wanted;
   return g.padded_k < most ? g.padded_k : most;
 }
 
@@ -90,8 +93,10 @@ inline int64_t panel_k(const WoqGeometry& g, const Staged& s) {
 inline int64_t stage_scratch(const WoqGeometry& g, const Staged& s) { return (2 * g.padded_k + 2 * s.folds) * 4; }
 inline int64_t gemm_scratch(const WoqGeometry& g, const Staged& s, int64_t rows) {
   if (s.streamed) return 0;
-  if (s.compute == Compute::kByte)
-    return kTileN * (panel_k(g, s) + 16 * s.folds + (panel_k(g, s) < g.padded_k ? 4 * rows : 0));
+  if (s.compute == Compute::kByte) {
+    const int64_t k = panel_k(g, s), codes = is_narrow(g.dtype) ? kTileN * k : 2 * (kTileN + kMostWordRows) * k;
+    return codes + kTileN * (16 * s.folds + (k < g.padded_k ? 4 * rows : 0));
+  }
   return kTileN * 4 * (kFloatFold + rows);
 }
 

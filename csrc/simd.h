@@ -8,6 +8,11 @@
 //   cvt_f, round_i    int32 to float and back, to nearest even
 //   U8, S8            byte operands of dot(acc, u8, s8), which adds four products to every lane; Narrow promises
 //                     |u8 * s8 + u8 * s8| < 2^15, which AVX2 can exploit
+//   dots              several narrow dot(): with kPairSums faster than one by one; the sum of |u8 * s8 + u8 * s8| over
+//                     all of them is below 2^15
+//   dot_words         with kPairSums: adds the products of two pairs of 16-bit words to every lane. Of four bytes the
+//   first
+//                     two words are 0 and 2, then 1 and 3: words_of_s8 and, for 16 bytes, store_words_u8 order them so
 //   Lut16, ByteLut16  16-entry tables indexed by the low four bits of a lane / of every byte
 //   transpose         kLanes vectors of int32: rows become columns
 //   reduce_lanes      lane i is the sum of vector i of kLanes
@@ -61,6 +66,19 @@ namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
 
 constexpr int64_t kVectorBytes = 4 * kLanes;
+
+#if defined(IPEX_QUANT_PAIR_SUMS)
+constexpr bool kPairSums = true;
+#else
+constexpr bool kPairSums = false;
+void dot_words(vi& acc, vi a, vi b);  // for branches that are never compiled
+void store_words_u8(void* out, const void* bytes);
+void words_of_s8(vi x, vi& first, vi& second);
+template <int Count>
+inline void dots(vi& acc, const U8<true> (&u8)[Count], const S8<true> (&s8)[Count]) {
+  unroll<Count>([&](auto i) IPEX_QUANT_INLINE { dot<true>(acc, u8[i], s8[i]); });
+}
+#endif
 
 inline vf zero_f() { return set1_f(0.0f); }
 inline vi zero_i() { return set1_i(0); }

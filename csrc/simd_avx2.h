@@ -226,6 +226,28 @@ inline void dot(vi& acc, const Bytes<Narrow>& u8, const Bytes<Narrow>& s8) {
     acc = _mm256_add_epi32(acc, _mm256_madd_epi16(u8.odd, s8.odd));
   }
 }
+
+// Sixteen-bit words, made once for many products, spare these the even and odd halves.
+inline void dot_words(vi& acc, vi a, vi b) { acc = _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+inline void store_words_u8(void* out, const void* bytes) {
+  const vi words = _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(bytes)));
+  const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+  store_i(out, _mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(order)));
+}
+inline void words_of_s8(vi x, vi& first, vi& second) {
+  const Bytes<false> words = as_s8<false>(x);
+  first = words.even, second = words.odd;
+}
+
+#define IPEX_QUANT_PAIR_SUMS 1
+template <int Count>
+inline void dots(vi& acc, const U8<true> (&u8)[Count], const S8<true> (&s8)[Count]) {
+  vi pairs = _mm256_maddubs_epi16(u8[0].all, s8[0].all);
+  unroll<Count - 1>([&](auto i) IPEX_QUANT_INLINE {
+    pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(u8[i + 1].all, s8[i + 1].all));
+  });
+  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
 #endif
 
 }  // namespace IPEX_QUANT_ISA_NS

@@ -28,19 +28,35 @@ inline void each_block(int64_t rows, F f) {
   }
 }
 
-// Adds the sum over `length` of x * w, for unsigned x. With Prefetch it asks for what follows `length`.
-template <int Rows, int Vectors, bool Narrow, bool Prefetch = false>
+// Adds the sum over `length` of x * w, for unsigned x. `Together` dots() of the products may go together; 0: they are
+// not narrow. With Prefetch it asks for what follows `length`.
+template <int Rows, int Vectors, int Together, bool Prefetch = false>
 IPEX_QUANT_INLINE inline void multiply_bytes(vi (&acc)[Rows][Vectors], const uint8_t* x, int64_t stride,
                                              const int8_t* panel, int64_t length) {
-  for (int64_t k = 0; k < length; k += 4, x += 4, panel += 4 * kTileN) {
+  constexpr bool kNarrow = Together > 0;
+  int64_t k = 0;
+  if constexpr (kPairSums && Together > 1) {
+    for (; k + 4 * Together <= length; k += 4 * Together, x += 4 * Together, panel += 4 * Together * kTileN)
+      unroll<Vectors>([&](auto v) IPEX_QUANT_INLINE {
+        S8<true> w[Together];
+        unroll<Together>(
+            [&](auto i) IPEX_QUANT_INLINE { w[i] = as_s8<true>(load_i(panel + 4 * i * kTileN + v * kVectorBytes)); });
+        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+          U8<true> a[Together];
+          unroll<Together>([&](auto i) IPEX_QUANT_INLINE { a[i] = as_u8<true>(broadcast4(x + m * stride + 4 * i)); });
+          dots(acc[m][v], a, w);
+        });
+      });
+  }
+  for (; k < length; k += 4, x += 4, panel += 4 * kTileN) {
     if constexpr (Prefetch)
       unroll<Vectors>([&](auto v)
                           IPEX_QUANT_INLINE { __builtin_prefetch(panel + length * kTileN + v * kVectorBytes); });
-    S8<Narrow> w[Vectors];
-    unroll<Vectors>([&](auto v) IPEX_QUANT_INLINE { w[v] = as_s8<Narrow>(load_i(panel + v * kVectorBytes)); });
+    S8<kNarrow> w[Vectors];
+    unroll<Vectors>([&](auto v) IPEX_QUANT_INLINE { w[v] = as_s8<kNarrow>(load_i(panel + v * kVectorBytes)); });
     unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
-      const U8<Narrow> a = as_u8<Narrow>(broadcast4(x + m * stride));
-      unroll<Vectors>([&](auto v) IPEX_QUANT_INLINE { dot<Narrow>(acc[m][v], a, w[v]); });
+      const U8<kNarrow> a = as_u8<kNarrow>(broadcast4(x + m * stride));
+      unroll<Vectors>([&](auto v) IPEX_QUANT_INLINE { dot<kNarrow>(acc[m][v], a, w[v]); });
     });
   }
 }

@@ -3,6 +3,7 @@
 
 #include "kernels/byte_tile.h"
 #include "kernels/elementwise.h"
+#include "kernels/word_tile.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
@@ -22,7 +23,7 @@ inline void add_products(const uint8_t* x, int64_t stride, const int8_t* codes, 
     vi acc[Rows][kVectors];
     unroll2<Rows, kVectors>([&](auto m, auto v)
                                 IPEX_QUANT_INLINE { acc[m][v] = load_i(sums + m * kTileN + column + v * kLanes); });
-    multiply_bytes<Rows, kVectors, false, Prefetch>(acc, x, stride, codes + 4 * column, length);
+    multiply_bytes<Rows, kVectors, 0, Prefetch>(acc, x, stride, codes + 4 * column, length);
     unroll2<Rows, kVectors>([&](auto m, auto v)
                                 IPEX_QUANT_INLINE { store_i(sums + m * kTileN + column + v * kLanes, acc[m][v]); });
   }
@@ -38,11 +39,35 @@ inline void add_row_products(const uint8_t* x, int64_t stride, const int8_t* cod
   });
 }
 
+// The same through words: of kInt8Words of k at most, 16 KB, which stay in the first-level cache.
+constexpr int64_t kInt8Words = 128;
+
+inline void add_word_products(const uint8_t* x, int64_t stride, const int8_t* codes, int64_t length, int64_t rows,
+                              int32_t* sums) {
+  constexpr int kVectors = 2;
+  alignas(64) int16_t panel[kInt8Words * kTileN];
+  alignas(64) uint16_t words[kWordRows * kInt8Words];
+  widen_panel(codes, length, panel);
+  each_block<kWordRows>(rows, [&](auto count, int64_t row) {
+    constexpr int kRows = decltype(count)::value;
+    for (int m = 0; m < kRows; ++m) widen_row(x + (row + m) * stride, length, words + m * kInt8Words);
+    for (int64_t column = 0; column < kTileN; column += kVectors * kLanes) {
+      int32_t* own = sums + row * kTileN + column;
+      vi acc[kRows][kVectors];
+      unroll2<kRows, kVectors>([&](auto m, auto v)
+                                   IPEX_QUANT_INLINE { acc[m][v] = load_i(own + m * kTileN + v * kLanes); });
+      multiply_words(acc, words, kInt8Words, panel + 2 * column, length);
+      unroll2<kRows, kVectors>([&](auto m, auto v)
+                                   IPEX_QUANT_INLINE { store_i(own + m * kTileN + v * kLanes, acc[m][v]); });
+    }
+  });
+}
+
 inline void int8_tile(const Int8Args& args, const Output& output, const uint8_t* tile, int64_t column, int64_t begin,
                       int64_t end, uint8_t* scratch) {
   const Int8Geometry& g = *args.geometry;
-  const bool by_page = kSplitLines && end - begin <= kDecodeRows;
-  const int64_t rows = end - begin, part = by_page ? kInt8Page : kInt8Part;
+  const bool few = end - begin <= kDecodeRows, by_page = kSplitLines && few, by_words = kPairSums && !few;
+  const int64_t rows = end - begin, part = by_page ? kInt8Page : by_words ? kInt8Words : kInt8Part;
   const float* scales = reinterpret_cast<const float*>(tile);
   const int32_t* code_sums = reinterpret_cast<const int32_t*>(tile) + kTileN;
   const int8_t* codes = reinterpret_cast<const int8_t*>(tile + g.head_bytes);
@@ -60,7 +85,8 @@ inline void int8_tile(const Int8Args& args, const Output& output, const uint8_t*
     }
     const int64_t fold_end = fold + 1 < g.folds ? (fold + 1) * kInt8Fold : g.padded_k;
     for (int64_t k = fold * kInt8Fold; k < fold_end; k += part) {
-      const auto add = by_page ? add_row_products<kSplitLines> : add_row_products<false>;
+      auto* add = by_page ? add_row_products<kSplitLines> : add_row_products<false>;
+      if constexpr (kPairSums) add = by_words ? add_word_products : add;
       add(args.x + begin * args.stride + k, args.stride, codes + k * kTileN, fold_end - k < part ? fold_end - k : part,
           rows, sums);
     }

@@ -28,9 +28,16 @@ constexpr int32_t symmetric_zero(int dtype) {
 }
 // Integer compute, for activations x with zero point zx and codes c with zero point zc over a fold of L:
 //   sum (x - zx) * (c - zc) = sum x * c - zc * sum x - zx * (sum c - L * zc)
-// exactly in int32, whatever operand is the unsigned one. Narrow codes keep sums of two products below 2^15.
-constexpr bool is_narrow(int dtype) { return (is_integer(dtype) && dtype != kInt8) || dtype == kFp4; }
-static_assert(2 * 255 * max_zero(kInt6) < 1 << 15, "u8 activations times codes less their zero point");
+// exactly in int32, whatever operand is the unsigned one.
+
+// How many dots() of u8 activations and codes less their zero point may go together, up to four; 0: they are not
+// narrow.
+constexpr int dots_together(int dtype) {
+  if (!is_narrow(dtype)) return 0;
+  const int most = 32767 / (2 * 255 * (dtype == kFp4 ? 12 : max_zero(dtype)));
+  return most < 4 ? most : 4;
+}
+static_assert(dots_together(kInt6) == 1 && dots_together(kInt4) == 4);
 static_assert(255 * 255 * kMaxByteFold < int64_t(1) << 31, "a fold fits int32");
 
 // QLoRA's 4-bit NormalFloat levels (Dettmers et al. 2023), as bitsandbytes rounds them.
@@ -216,7 +223,11 @@ struct CodeBytes {
 };
 
 // The dtype whose kernels multiply the unpacked bytes of a panel.
-constexpr int byte_lines(int dtype) { return dtype <= kFp8 ? dtype : is_narrow(dtype) ? kInt4 : kInt8; }
+constexpr int byte_lines(int dtype) {
+  if (dtype <= kFp8) return dtype;
+  if (!is_narrow(dtype)) return kInt8;
+  return kPairSums && dots_together(dtype) < dots_together(kInt4) ? dtype : kInt4;
+}
 
 // The code lines of a fold as those of 8-bit codes.
 template <int Dtype>

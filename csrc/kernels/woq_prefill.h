@@ -4,6 +4,7 @@
 
 #include "kernels/byte_tile.h"
 #include "kernels/weights.h"
+#include "kernels/word_tile.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
@@ -22,11 +23,15 @@ struct LinesToCome {
 
 constexpr int kFloatRows = kPortable ? 2 : 6;
 // ----------------------------------------------------------------------------------------------------------- bytes
+// Codes that are multiplied as words: what is not narrow, where kPairSums.
+constexpr bool by_words(int dtype) { return kPairSums && !is_narrow(dtype); }
+
 // Panel [k / 4][kTileN][4] of s8 codes with their zero point (INT8: 128) taken off, or values of a table, of as many
-// folds as kPanelK allows.
+// folds as panel_k() allows; or of their words (word_tile.h).
 struct BytePanel {
   int64_t size;  // k, at most
   int8_t* codes;
+  uint16_t* words;     // [kWordRows, size] of activations
   int32_t* sums;       // [folds, kTileN] of the codes over each fold
   int32_t* residuals;  // [folds, kTileN] zero points left in the codes; INT8 with zero points only
   float* scales;       // [folds, kTileN]
@@ -60,16 +65,20 @@ inline void unpack_byte_panel(FoldCursor& at, BytePanel& panel) {
           store_i(panel.residuals + parameters + v * kLanes, sub_i(head.zero(own), set1_i(symmetric_zero(Dtype))));
       });
       const uint8_t* set = at.codes();
-      int8_t* to = panel.codes + (at.start() - panel.start) * kTileN + 4 * column;
+      constexpr int64_t kElement = by_words(Dtype) ? 2 : 1;
+      int8_t* to = panel.codes + kElement * (at.start() - panel.start) * kTileN + 4 * column;
       for (int64_t k = 0; k < at.length(); k += line_k(Dtype), set += line_set_bytes(Dtype)) {
         unroll<Codes::kPieces>([&](auto p) IPEX_QUANT_INLINE {
           unroll<kUnpackVectors>([&](auto v) IPEX_QUANT_INLINE {
             vi codes = bytes.template piece<decltype(p)::value>(set, column + v * kLanes);
             if constexpr (!has_table(Dtype)) codes = sub_i8(codes, zero_bytes[v]);
             dot<true>(sums[v], ones, as_s8<true>(codes));
-            store_i(to + v * kVectorBytes, codes);
+            if constexpr (by_words(Dtype))
+              store_panel_words(reinterpret_cast<int16_t*>(to) + 2 * v * kLanes, codes);
+            else
+              store_i(to + v * kVectorBytes, codes);
           });
-          to += 4 * kTileN;
+          to += 4 * kElement * kTileN;
         });
       }
       unroll<kUnpackVectors>([&](auto v) IPEX_QUANT_INLINE {
@@ -102,6 +111,9 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
   const uint8_t* x = static_cast<const uint8_t*>(s.data) + row * stride;
   float whole[Rows * kTileN];
   float* out = panel.partial ? panel.partial + (row - panel.first_row) * kTileN : whole;
+  if constexpr (by_words(Dtype))
+    for (int m = 0; m < Rows; ++m)
+      widen_row(x + m * stride + panel.start, panel.end - panel.start, panel.words + m * panel.size);
   for (int64_t column = 0; column < kTileN; column += kColumns) {
     vf sums[Rows][kFoldVectors];
     unroll2<Rows, kFoldVectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
@@ -125,8 +137,12 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
           }
         });
       });
-      multiply_bytes<Rows, kFoldVectors, is_narrow(Dtype)>(acc, x + at.start, stride,
-                                                           panel.codes + start * kTileN + 4 * column, length);
+      if constexpr (by_words(Dtype))
+        multiply_words(acc, panel.words + start, panel.size,
+                       reinterpret_cast<const int16_t*>(panel.codes) + start * kTileN + 2 * column, length);
+      else
+        multiply_bytes<Rows, kFoldVectors, dots_together(Dtype)>(acc, x + at.start, stride,
+                                                                 panel.codes + start * kTileN + 4 * column, length);
       unroll<kFoldVectors>([&](auto v) IPEX_QUANT_INLINE {
         const vf scale = load_f(panel.scales + parameters + v * kLanes);
         unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
@@ -150,9 +166,9 @@ template <int Dtype, bool Symmetric, bool Residual>
 inline void byte_row_blocks(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t end,
                             const PanelSource& next) {
   const int64_t rows = end - panel.first_row;
-  LinesToCome lines(next.first, next.bytes,
-                    block_count<kByteRows>(rows) * next.folds * (kTileN / (kFoldVectors * kLanes)));
-  each_block<kByteRows>(rows, [&](auto count, int64_t row) {
+  constexpr int kRows = by_words(Dtype) ? kWordRows : kByteRows;
+  LinesToCome lines(next.first, next.bytes, block_count<kRows>(rows) * next.folds * (kTileN / (kFoldVectors * kLanes)));
+  each_block<kRows>(rows, [&](auto count, int64_t row) {
     byte_rows<Dtype, decltype(count)::value, Symmetric, Residual>(args, tile, panel, panel.first_row + row, lines);
   });
 }
@@ -170,11 +186,14 @@ template <int Dtype>
 inline void prefill_bytes(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch) {
   const WoqGeometry& g = *args.geometry;
   const int64_t parameters = kTileN * args.staged->folds, size = panel_k(g, *args.staged);
-  int32_t* sums = reinterpret_cast<int32_t*>(scratch + kTileN * size);
+  constexpr int64_t kElement = by_words(Dtype) ? 2 : 1, kWords = by_words(Dtype) ? kWordRows : 0;
+  uint8_t* words = scratch + kElement * kTileN * size;
+  int32_t* sums = reinterpret_cast<int32_t*>(words + 2 * kWords * size);
   float* scales = reinterpret_cast<float*>(sums + 2 * parameters);
   const bool residual = Dtype == kInt8 && g.offsets == kZeroPoints;
   BytePanel panel{size,
                   reinterpret_cast<int8_t*>(scratch),
+                  reinterpret_cast<uint16_t*>(words),
                   sums,
                   residual ? sums + parameters : nullptr,
                   scales,

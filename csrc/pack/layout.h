@@ -69,6 +69,8 @@ constexpr int64_t line_k(int32_t dtype) { return code_bits(dtype) % 4 ? 16 : 8; 
 constexpr int64_t line_set_bytes(int32_t dtype) { return line_k(dtype) * kTileN * code_bits(dtype) / 8; }
 // Highest zero point: GPTQ files write one above the largest code.
 constexpr int32_t max_zero(int32_t dtype) { return dtype == kInt8 ? 127 : 1 << code_bits(dtype); }
+// Codes whose products with u8 activations, less their zero point, fit int16 in pairs: narrow ones.
+constexpr bool is_narrow(int32_t dtype) { return (is_integer(dtype) && dtype != kInt8) || dtype == kFp4; }
 
 struct WoqHeader {
   static constexpr uint32_t kMagic = 0x31515749;  // "IWQ1"
