@@ -156,7 +156,7 @@ bench: build  ## measure the linear kernels against limits and peers, and what c
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/generate.py
 
-bench-peers: build $(addprefix $(PEERS)/,llamacpp/.stamp openvino/.stamp chart/.stamp)  ## compare generation with llama.cpp and OpenVINO
+bench-peers: build $(addprefix $(PEERS)/,llamacpp/.stamp ikllamacpp/.stamp openvino/.stamp chart/.stamp)  ## compare generation with llama.cpp, ik_llama.cpp and OpenVINO
 	$(BIN)/python benchmarks/peers.py --json benchmarks/results/peers-$(MACHINE).json $(PEERS_ARGS)
 	-$(PEERS)/chart/bin/python benchmarks/peers_chart.py benchmarks/results/peers-$(MACHINE).json
 

@@ -53,18 +53,21 @@ void multiply(int, int, void*) {
   sink = uint64_t(_mm_cvtsi128_si32(_mm512_castsi512_si128(acc[0])));
 }
 #else
-constexpr double kOpsPerRound = 10.0 * 64;
+// Without VNNI the products of bytes are exact only as words, sixteen in an instruction. Those of 4-bit codes may be
+// added up before they are widened, and reach 1.6 times this rate: five multiplying instructions for 128 products, not
+// eight.
+constexpr double kOpsPerRound = 12.0 * 32;
 void multiply(int, int, void*) {
-  __m256i acc[10] = {}, a = _mm256_set1_epi8(1), b = _mm256_set1_epi8(2), one = _mm256_set1_epi16(1), pair;
+  __m256i acc[12] = {}, a = _mm256_set1_epi16(1), b = _mm256_set1_epi16(2);
   for (int64_t i = 0; i < kRounds; ++i)
-#pragma GCC unroll 10
-    for (int j = 0; j < 10; ++j) {
-      asm volatile("vpmaddubsw %2, %1, %0" : "=x"(pair) : "x"(a), "x"(b));
-      asm volatile("vpmaddwd %2, %1, %0" : "=x"(pair) : "x"(pair), "x"(one));
+#pragma GCC unroll 12
+    for (int j = 0; j < 12; ++j) {
+      __m256i pair;
+      asm volatile("vpmaddwd %2, %1, %0" : "=x"(pair) : "x"(a), "x"(b));
       acc[j] = _mm256_add_epi32(acc[j], pair);
     }
-#pragma GCC unroll 10
-  for (int j = 1; j < 10; ++j) acc[0] = _mm256_add_epi32(acc[0], acc[j]);
+#pragma GCC unroll 12
+  for (int j = 1; j < 12; ++j) acc[0] = _mm256_add_epi32(acc[0], acc[j]);
   sink = uint64_t(_mm256_extract_epi64(acc[0], 0));
 }
 #endif

@@ -1,5 +1,6 @@
-"""Generation with this package, llama.cpp, OpenVINO and transformers, in one run; `make bench-peers` installs them.
+"""Generation with this package, llama.cpp, ik_llama.cpp, OpenVINO and transformers, in one run.
 
+`make bench-peers` installs the others.
 `engine_rounds.py` documents the measurement. All engines run a Llama of the same shape with random weights, every
 matrix of it in the engine's 4-bit or 8-bit type, on the same number of threads. The table gives the reason for an
 engine that cannot be installed, or fails. Models are written once, to `build/peers/models`.
@@ -18,13 +19,16 @@ from machine import Limits, describe
 from rounds import write_json
 
 LLAMACPP = {"script": "engine_llamacpp.py", "environment": "llamacpp"}
+IK_LLAMACPP = {"script": "engine_ikllamacpp.py", "environment": "ikllamacpp"}
 OPENVINO = {"script": "engine_openvino.py", "environment": "openvino"}
 ENGINES = [
     OURS_INT4,
     EngineSpec("llama.cpp, Q4_0", options={"weights_type": "Q4_0"}, file="{shape}-Q4_0.gguf", **LLAMACPP),
+    EngineSpec("ik_llama.cpp, Q4_0", options={"weights_type": "Q4_0"}, file="{shape}-Q4_0.gguf", **IK_LLAMACPP),
     EngineSpec("OpenVINO, int4", options={"weights_type": "int4"}, file="{shape}-int4-openvino", **OPENVINO),
     OURS_W8A8,
     EngineSpec("llama.cpp, Q8_0", options={"weights_type": "Q8_0"}, file="{shape}-Q8_0.gguf", **LLAMACPP),
+    EngineSpec("ik_llama.cpp, Q8_0", options={"weights_type": "Q8_0"}, file="{shape}-Q8_0.gguf", **IK_LLAMACPP),
     EngineSpec("OpenVINO, int8", options={"weights_type": "int8"}, file="{shape}-int8-openvino", **OPENVINO),
     STOCK_BF16,
 ]
