@@ -53,7 +53,7 @@ IPEX_QUANT_INLINE inline void decode_bytes(const DecodeFold& f) {
   const int64_t stride = f.pass.args.geometry->padded_k;
   using Codes = CodeBytes<Dtype>;
   const Codes bytes(symmetric_zero(Dtype));
-  const S8<kNarrow> ones = as_s8<kNarrow>(set1_i(0x01010101));
+  const S8<kNarrow> one = as_s8<kNarrow>(set1_i(0x01010101)), ones[2] = {one, one};
   for (int64_t column = 0; column < kTileN; column += kVectors * kLanes) {
     // Start from what the weight's zero point contributes.
     vi acc[Rows][kVectors][kChains], code_sums[kVectors];
@@ -72,15 +72,31 @@ IPEX_QUANT_INLINE inline void decode_bytes(const DecodeFold& f) {
       // Lines are read in their order, as the hardware's prefetching expects: the pieces of one together.
       constexpr int kTogether = code_bits(Dtype) == 8 ? 1 : 2;
       unroll<Codes::kPieces / kTogether>([&](auto group) IPEX_QUANT_INLINE {
-        S8<kNarrow> a[kTogether][Rows];
-        unroll2<kTogether, Rows>(
-            [&](auto p, auto m) IPEX_QUANT_INLINE { a[p][m] = as_s8<kNarrow>(broadcast4(x + m * stride + 4 * p)); });
+        S8<kNarrow> a[Rows][kTogether];
+        unroll2<Rows, kTogether>(
+            [&](auto m, auto p) IPEX_QUANT_INLINE { a[m][p] = as_s8<kNarrow>(broadcast4(x + m * stride + 4 * p)); });
         x += 4 * kTogether;
-        unroll2<kVectors, kTogether>([&](auto v, auto p) IPEX_QUANT_INLINE {
-          constexpr int kPiece = kTogether * decltype(group)::value + decltype(p)::value;
-          const U8<kNarrow> codes = as_u8<kNarrow>(bytes.template piece<kPiece>(set, column + v * kLanes));
-          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dot<kNarrow>(acc[m][v][kPiece % kChains], codes, a[p][m]); });
-          if constexpr (!Symmetric) dot<kNarrow>(code_sums[v], codes, ones);
+        constexpr int kFirst = kTogether * decltype(group)::value;
+        unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
+          if constexpr (kPairSums && kNarrow) {  // codes are below 64: the products of both pieces go together
+            U8<true> codes[kTogether];
+            unroll<kTogether>([&](auto p) IPEX_QUANT_INLINE {
+              constexpr int kPiece = kFirst + decltype(p)::value;
+              codes[p] = as_u8<true>(bytes.template piece<kPiece>(set, column + v * kLanes));
+            });
+            unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { dots(acc[m][v][0], codes, a[m]); });
+            if constexpr (!Symmetric) dots(code_sums[v], codes, ones);
+          } else {
+            unroll<kTogether>([&](auto p) IPEX_QUANT_INLINE {
+              constexpr int kPiece = kFirst + decltype(p)::value;
+              const U8<is_narrow(Dtype)> codes =
+                  as_u8<is_narrow(Dtype)>(bytes.template piece<kPiece>(set, column + v * kLanes));
+              unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+                dot<is_narrow(Dtype)>(acc[m][v][kPiece % kChains], codes, a[m][p]);
+              });
+              if constexpr (!Symmetric) dot<is_narrow(Dtype)>(code_sums[v], codes, ones[0]);
+            });
+          }
         });
       });
     }
