@@ -138,8 +138,9 @@ struct QuantizeActivationArgs {
   int64_t k;
   const float* multiplier;  // [k], or null: every row gets a scale and a zero point of its own
   int32_t zero_point;       // 0..255
-  uint8_t* codes;           // [rows, k]
-  float* scales;            // [rows], as the next only without a multiplier
+  uint8_t* codes;           // rows of k, `stride` bytes apart
+  int64_t stride;
+  float* scales;  // [rows], as the next only without a multiplier
   int32_t* zero_points;
 };
 

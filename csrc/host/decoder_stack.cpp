@@ -5,10 +5,7 @@
 namespace ipex_quant {
 namespace {
 
-// Most bytes that a thread prefetches while it waits: they stay in the L2 cache.
-constexpr int64_t kAheadBytes = int64_t(1) << 17;
-
-int64_t bytes_of(const DecoderArgs& call, int64_t columns) { return call.rows * columns * float_size(call.type); }
+int64_t bytes_of(const LinearsCall& call, int64_t columns) { return call.rows * columns * float_size(call.type); }
 
 void widen(int64_t& size, int64_t other) { size = std::max(size, other); }
 
@@ -27,104 +24,8 @@ Workspace WorkspaceSizes::take(Memory& memory) const {
           {}};
 }
 
-// ------------------------------------------------------------------------------------------------------ linears
-TeamLinears::TeamLinears(const LinearsArgs& args, const DecoderArgs& call, bool together, int64_t threads)
-    : args_(args),
-      stagings_(stagings_of(args_, call)),
-      together_(together),
-      weights_(gemms()),
-      tasks_(count_tiles(weights_, together_), threads) {}
-
-std::vector<TeamLinears::Staging> TeamLinears::stagings_of(const LinearsArgs& args, const DecoderArgs& call) {
-  std::vector<Staging> stagings;
-  for (size_t i = 0; i < args.weights.size(); ++i) {
-    const WeightArgs &own = args.weights[i], &last = args.weights[i ? i - 1 : 0];
-    if (i && own.geometry.dtype == last.geometry.dtype && own.group_size == last.group_size) continue;
-    const WoqCall woq{call.type, call.lowp_mode, call.act_quant_mode, own.group_size, call.rows, kernels().bf16_dot};
-    stagings.push_back({make_plan(own.geometry, woq), {}, i});
-  }
-  return stagings;
-}
-
-std::vector<GemmArgs> TeamLinears::gemms() const {
-  std::vector<GemmArgs> result;
-  auto staging = stagings_.begin();
-  for (size_t i = 0; i < args_.weights.size(); ++i) {
-    if (staging + 1 != stagings_.end() && (staging + 1)->weight == i) ++staging;
-    result.push_back({&args_.weights[i].geometry, args_.weights[i].tiles, &staging->plan.staged, {}});
-  }
-  return result;
-}
-
-void TeamLinears::add_to(WorkspaceSizes& sizes) const {
-  int64_t staged = 0;
-  for (const Staging& staging : stagings_) {
-    staged += staged_bytes(staging.plan);
-    widen(sizes.ranges, ranges_bytes(staging.plan));
-    widen(sizes.scratch, stage_scratch(args_.weights[staging.weight].geometry, staging.plan.staged));
-  }
-  for (const GemmArgs& weight : weights_)
-    widen(sizes.scratch, gemm_scratch(*weight.geometry, *weight.staged, weight.staged->rows));
-  widen(sizes.staged, staged);
-}
-
-void TeamLinears::bind(const void* x, const std::vector<Output>& outputs, const Workspace& workspace) {
-  uint8_t* staged = workspace.staged;
-  for (Staging& staging : stagings_) {
-    place_buffers(staging.plan, staged);
-    staged += staged_bytes(staging.plan);
-    staging.args = {x,
-                    outputs[0].type,
-                    args_.perm,
-                    staging.plan.range_scope,
-                    workspace.ranges,
-                    &args_.weights[staging.weight].geometry,
-                    &staging.plan.staged};
-  }
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    weights_[i].output = outputs[i];
-    weights_[i].output.n = weights_[i].output.stride = args_.weights[i].geometry.n;
-    weights_[i].output.bias = args_.weights[i].bias;
-  }
-}
-
-// If rows share a quantization range, the first thread stages them all.
-Tasks TeamLinears::rows_of(const TeamThread& thread) const {
-  const WoqPlan& plan = stagings_[0].plan;
-  if (!ranges_cross_rows(plan)) return thread.share(plan.staged.rows);
-  return {0, thread.begin == 0 ? plan.staged.rows : 0};
-}
-
-void TeamLinears::stage(Tasks rows, uint8_t* scratch) const {
-  if (rows.begin == rows.end) return;
-  for (const Staging& staging : stagings_)
-    stage_rows(staging.plan, staging.args, [&](auto stage_some) { stage_some(rows, scratch); });
-}
-
-LinesAhead TeamLinears::ahead(const TeamThread& thread) const {
-  LinesAhead lines{nullptr, nullptr};
-  const int64_t count = count_tiles(weights_, together_);
-  const Tasks tasks{thread.begin * count / thread.size, (thread.begin + 1) * count / thread.size};
-  for_each_weight(weights_, together_, tasks, [&](const GemmArgs& weight, Tasks own) {
-    if (lines.at) return;
-    const int64_t bytes = weight.geometry->tile_bytes;
-    lines.at = weight.tiles + own.begin * bytes;
-    lines.end = lines.at + std::min(kAheadBytes, (own.end - own.begin) * bytes);
-  });
-  return lines;
-}
-
-void TeamLinears::multiply(const TeamThread& thread, uint8_t* scratch) {
-  const KernelTable& table = kernels();
-  const int64_t rows = stagings_[0].plan.staged.rows;
-  for (Tasks tasks = tasks_.next(thread.begin); tasks.begin < tasks.end; tasks = tasks_.next(thread.begin))
-    for_each_weight(weights_, together_, tasks, [&](const GemmArgs& weight, Tasks own) {
-      for (int64_t tile = own.begin; tile < own.end; ++tile) table.gemm_tile(weight, tile, 0, rows, scratch);
-    });
-}
-
 // -------------------------------------------------------------------------------------------------------- layer
-DecoderLayer::DecoderLayer(const DecoderLayerArgs& args, const DecoderArgs& call, int64_t threads)
+DecoderLayer::DecoderLayer(const DecoderLayerArgs& args, const LinearsCall& call, int64_t threads)
     : args_(args),
       call_(call),
       projections_(args.projections, call, false, threads),
@@ -133,7 +34,12 @@ DecoderLayer::DecoderLayer(const DecoderLayerArgs& args, const DecoderArgs& call
       mlp_output_(args.mlp_output, call, false, threads) {}
 
 void DecoderLayer::add_to(WorkspaceSizes& sizes) const {
-  for (const TeamLinears* linears : {&projections_, &output_, &mlp_inputs_, &mlp_output_}) linears->add_to(sizes);
+  for (const TeamLinears* linears : {&projections_, &output_, &mlp_inputs_, &mlp_output_}) {
+    const StagingBytes bytes = linears->bytes();
+    widen(sizes.staged, bytes.staged);
+    widen(sizes.ranges, bytes.ranges);
+    widen(sizes.scratch, bytes.scratch);
+  }
   int64_t projected = 0;
   for (size_t i = 0; i < projections_.count(); ++i) projected += projections_.out_features(i);
   widen(sizes.features, bytes_of(call_, projections_.in_features()));
@@ -165,11 +71,11 @@ void DecoderLayer::bind(const void* x, void* y, const Workspace& workspace, int6
     outputs.push_back(output_to(to, kNone));
     to += bytes_of(call_, projections_.out_features(i));
   }
-  projections_.bind(w.normed, outputs, w);
+  projections_.bind(w.normed, outputs, w.staged, w.ranges);
   if (args_.sandwich) {
     for (NormArgs& norm : args_.after) norm.x = norm.y = w.normed;
-    output_.bind(w.attended, {output_to(w.normed, kNone)}, w);
-    mlp_output_.bind(w.inner, {output_to(w.normed, kNone)}, w);
+    output_.bind(w.attended, {output_to(w.normed, kNone)}, w.staged, w.ranges);
+    mlp_output_.bind(w.inner, {output_to(w.normed, kNone)}, w.staged, w.ranges);
     args_.norms[1].x = w.normed;
     args_.norms[1].residual = x;
     args_.norms[1].sum = w.hidden;
@@ -177,16 +83,16 @@ void DecoderLayer::bind(const void* x, void* y, const Workspace& workspace, int6
     result_.residual = w.hidden;
     result_.sum = y;
   } else if (args_.parallel) {
-    output_.bind(w.attended, {output_to(w.hidden, kNone)}, w);
-    mlp_output_.bind(w.inner, {output_to(y, kAddAdd, w.hidden, x)}, w);
+    output_.bind(w.attended, {output_to(w.hidden, kNone)}, w.staged, w.ranges);
+    mlp_output_.bind(w.inner, {output_to(y, kAddAdd, w.hidden, x)}, w.staged, w.ranges);
   } else {
     args_.norms[1].x = w.hidden;
-    output_.bind(w.attended, {output_to(w.hidden, kAdd, x)}, w);
-    mlp_output_.bind(w.inner, {output_to(y, kAdd, w.hidden)}, w);
+    output_.bind(w.attended, {output_to(w.hidden, kAdd, x)}, w.staged, w.ranges);
+    mlp_output_.bind(w.inner, {output_to(y, kAdd, w.hidden)}, w.staged, w.ranges);
   }
   outputs = {output_to(halves() ? w.gates : w.inner, halves() ? kNone : args_.activation)};
   if (mlp_inputs_.count() == 2) outputs.push_back(output_to(w.inner, kMul, w.inner));
-  mlp_inputs_.bind(w.normed, outputs, w);
+  mlp_inputs_.bind(w.normed, outputs, w.staged, w.ranges);
 
   args_.attention.rotary.x = call_.rows > 1 && projections_.count() > 1 ? w.joined : w.projected;
   args_.attention.output = w.attended;
@@ -285,7 +191,7 @@ void DecoderLayer::run(const TeamThread& thread, Barrier& barrier, LinesAhead& l
 DecoderStack::DecoderStack(const std::vector<DecoderLayerArgs>& layers, const DecoderArgs& call, int64_t threads) {
   WorkspaceSizes sizes;
   for (const DecoderLayerArgs& args : layers) {
-    layers_.emplace_back(args, call, threads);
+    layers_.emplace_back(args, call.linears, threads);
     layers_.back().add_to(sizes);
   }
   workspace_ = sizes.take(memory_);

@@ -6,23 +6,9 @@
 #include <vector>
 
 #include "host/attention_call.h"
-#include "host/team.h"
-#include "host/woq_plan.h"
+#include "host/team_linears.h"
 
 namespace ipex_quant {
-
-struct WeightArgs {
-  WoqGeometry geometry;
-  int64_t group_size;  // as in the header
-  const uint8_t* tiles;
-  const float* bias;  // [n] or null
-};
-
-// Weights of one input that see its features in one order.
-struct LinearsArgs {
-  std::vector<WeightArgs> weights;
-  const int32_t* perm;
-};
 
 // h = x + output(attention(projections(norm(x)))), then h + mlp_output(activation(mlp_inputs(norm(h)))); if `parallel`,
 // x + output(attention(projections(norm(x)))) + mlp_output(activation(mlp_inputs(norm(x)))); if `sandwich`, what is
@@ -40,20 +26,9 @@ struct DecoderLayerArgs {
 };
 
 struct DecoderArgs {
-  FloatType type;
-  int32_t lowp_mode, act_quant_mode;
-  int64_t rows;   // at most kStepRows
-  const void* x;  // [rows, k]
-  void* y;        // likewise
-};
-
-// Cache lines of a weight that a thread prefetches while it has to wait.
-struct LinesAhead {
-  const uint8_t *at, *end;
-
-  void ask() {
-    for (int i = 0; i < 4 && at < end; ++i, at += kLineBytes) __builtin_prefetch(at, 0, 2);
-  }
+  LinearsCall linears;  // at most kStepRows rows
+  const void* x;        // [rows, k]
+  void* y;              // likewise
 };
 
 // 64-byte aligned memory, which lives as long as this.
@@ -82,43 +57,9 @@ struct WorkspaceSizes {
   Workspace take(Memory& memory) const;  // without the scratch of the threads
 };
 
-// Matmuls of one input with some weights: first every thread prepares its rows, for each run of weights of one dtype
-// and group size, then all multiply.
-class TeamLinears {
- public:
-  TeamLinears(const LinearsArgs& args, const DecoderArgs& call, bool together, int64_t threads);
-
-  void add_to(WorkspaceSizes& sizes) const;
-  void bind(const void* x, const std::vector<Output>& outputs, const Workspace& workspace);
-
-  Tasks rows_of(const TeamThread& thread) const;
-  void stage(Tasks rows, uint8_t* scratch) const;
-  LinesAhead ahead(const TeamThread& thread) const;
-  void multiply(const TeamThread& thread, uint8_t* scratch);
-
-  int64_t out_features(size_t i) const { return args_.weights[i].geometry.n; }
-  size_t count() const { return args_.weights.size(); }
-  int64_t in_features() const { return args_.weights[0].geometry.k; }
-
- private:
-  struct Staging {
-    WoqPlan plan;
-    StageArgs args;
-    size_t weight;  // the first that reads it
-  };
-  static std::vector<Staging> stagings_of(const LinearsArgs& args, const DecoderArgs& call);
-  std::vector<GemmArgs> gemms() const;
-
-  LinearsArgs args_;
-  std::vector<Staging> stagings_;
-  const bool together_;
-  std::vector<GemmArgs> weights_;  // their outputs once they are bound
-  SharedTasks tasks_;
-};
-
 class DecoderLayer {
  public:
-  DecoderLayer(const DecoderLayerArgs& args, const DecoderArgs& call, int64_t threads);
+  DecoderLayer(const DecoderLayerArgs& args, const LinearsCall& call, int64_t threads);
 
   void add_to(WorkspaceSizes& sizes) const;
   void bind(const void* x, void* y, const Workspace& workspace, int64_t threads);
@@ -138,7 +79,7 @@ class DecoderLayer {
 
   DecoderLayerArgs args_;
   NormArgs result_{};  // whose sum is that of a sandwich
-  const DecoderArgs call_;
+  const LinearsCall call_;
   TeamLinears projections_, output_, mlp_inputs_, mlp_output_;
   const Workspace* workspace_ = nullptr;
   std::unique_ptr<RopeAttention> attention_;

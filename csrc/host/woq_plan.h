@@ -115,20 +115,23 @@ void stage_rows(const WoqPlan& plan, const StageArgs& args, Divide divide) {
   divide([&](Tasks rows, uint8_t* scratch) { table.stage_rows(args, rows.begin, rows.end, scratch); });
 }
 
+inline int64_t tile_count(const GemmArgs& weight) { return weight.geometry->tiles; }
+
 // Tiles of several weights as one list: those of one weight after those of another, or if `together`, one for the tiles
 // of all weights at the same place, which have one size then.
-inline int64_t count_tiles(const std::vector<GemmArgs>& weights, bool together) {
+template <class Weight>
+int64_t count_tiles(const std::vector<Weight>& weights, bool together) {
   int64_t tiles = 0;
-  for (const GemmArgs& weight : weights) tiles += weight.geometry->tiles;
-  return together ? weights[0].geometry->tiles : tiles;
+  for (const Weight& weight : weights) tiles += tile_count(weight);
+  return together ? tile_count(weights[0]) : tiles;
 }
 
 // Calls f(weight, its tiles) for each weight that has tiles in a run of the list.
-template <class F>
-void for_each_weight(const std::vector<GemmArgs>& weights, bool together, Tasks run, F f) {
+template <class Weight, class F>
+void for_each_weight(const std::vector<Weight>& weights, bool together, Tasks run, F f) {
   int64_t first = 0;  // tile of the weight in the list
-  for (const GemmArgs& weight : weights) {
-    const int64_t tiles = weight.geometry->tiles;
+  for (const Weight& weight : weights) {
+    const int64_t tiles = tile_count(weight);
     const Tasks own{std::max(run.begin - first, int64_t(0)), std::min(run.end - first, tiles)};
     if (own.begin < own.end) f(weight, own);
     if (!together) first += tiles;

@@ -19,7 +19,7 @@ IPEX_QUANT_INLINE inline void for_each_activation(const void* x, int64_t begin, 
 template <FloatType Type>
 inline void quantize_row_static(const QuantizeActivationArgs& args, int64_t row) {
   const CodeRange range(args.zero_point);
-  uint8_t* codes = args.codes + row * args.k;
+  uint8_t* codes = args.codes + row * args.stride;
   for_each_activation<Type>(args.x, row * args.k, args.k, [&](vf x, int64_t i, int64_t count) IPEX_QUANT_INLINE {
     const vf multiplier =
         count == kLanes ? load_f(args.multiplier + i) : load_tail(args.multiplier, kFloat32, i, count);
@@ -42,7 +42,7 @@ inline void quantize_row_dynamic(const QuantizeActivationArgs& args, int64_t row
   const ActQuantizer quantizer(range, false);
   args.scales[row] = quantizer.scale;
   args.zero_points[row] = quantizer.zero;
-  uint8_t* codes = args.codes + row * args.k;
+  uint8_t* codes = args.codes + row * args.stride;
   for_each_activation<Type>(args.x, row * args.k, args.k, [&](vf x, int64_t i, int64_t count) IPEX_QUANT_INLINE {
     store_codes(codes + i, quantizer(x), count);
   });

@@ -144,7 +144,7 @@ struct PatchProduct {
   const ConvShape& shape;
   const PackedGroup& weights;
   const uint8_t* x;
-  const uint8_t* tiles;
+  const uint8_t* data;
   Activation activation;
   Output output;
 
@@ -211,8 +211,8 @@ struct PatchProduct {
           const Int8Args args{&g, from, g.padded_k, &activation.scale, &activation.zero_point, 0};
           const Output part = part_of(output, begin, group * n, n);
           for (int64_t tile = first; tile < weights.first_tiles[size_t(group) + 1]; ++tile)
-            table.int8_tile(args, part, tiles + tile * g.tile_bytes, (tile - first) * kTileN, 0, end - begin,
-                            scratch.get());
+            table.int8_tile(args, part, data + weights.tile_offset(size_t(group), tile), (tile - first) * kTileN, 0,
+                            end - begin, scratch.get());
         }
     });
   }
@@ -235,13 +235,13 @@ Tensor int8_conv(Tensor x, double scale, int64_t zero_point, Tensor packed, std:
   const int64_t channels = shape.channels / groups;
   IPEX_QUANT_CHECK(shape.taps < kLargest / channels, "kernel: too large");
   const PackedGroup weights(features, shape.taps * channels);
-  const uint8_t* tiles = weights.tiles_of(packed);
+  const uint8_t* data = weights.data_of(packed);
   const float* bias_data = optional_vector("bias", bias, out_channels);
   const Activation activation(scale, zero_point);
   Tensor y = torch::stable::empty(shape.result_shape(x, out_channels), dtype);
   std::vector<Tensor> none;
   const Output output = make_output(y, dtype, bias_data, kNone, none);
-  PatchProduct{shape, weights, static_cast<const uint8_t*>(x.const_data_ptr()), tiles, activation, output}.run();
+  PatchProduct{shape, weights, static_cast<const uint8_t*>(x.const_data_ptr()), data, activation, output}.run();
   return y;
 }
 

@@ -3,6 +3,7 @@
 
 #include "host/decoder_stack.h"
 #include "ops/attention.h"
+#include "ops/int8_group.h"
 #include "ops/woq.h"
 
 namespace ipex_quant {
@@ -13,7 +14,7 @@ using Optional = std::optional<Tensor>;
 // The arguments of the op, in the three groups of its schema.
 struct Weights {  // lists over all layers, one layer after another
   std::vector<Tensor> packed;
-  std::vector<Optional> biases, perms;
+  std::vector<Optional> biases, perms, static_inputs;
   std::vector<Tensor> norms;
   std::vector<Optional> norm_biases;
   std::vector<Tensor> head_norms;
@@ -92,7 +93,7 @@ class PerLayer {
 
 struct LayerTensors {
   PerLayer<Tensor> packed;
-  PerLayer<Optional> biases, perms;
+  PerLayer<Optional> biases, perms, static_inputs;
   PerLayer<Tensor> norms;
   PerLayer<Optional> norm_biases;
   PerLayer<Tensor> head_norms;
@@ -101,6 +102,7 @@ struct LayerTensors {
       : packed("packed", w.packed, layers, structure.linears()),
         biases("biases", w.biases, layers, structure.linears(), true),
         perms("perms", w.perms, layers, 4, true),
+        static_inputs("static_inputs", w.static_inputs, layers, structure.linears(), true),
         norms("norms", w.norms, layers, structure.norms()),
         norm_biases("norm_biases", w.norm_biases, layers, structure.norms(), true),
         head_norms("head_norms", w.head_norms, layers, 2, true) {}
@@ -122,8 +124,8 @@ class LayerReader {
     args.projections = linears(structure_.projections, k);
     args.output = linears(1, -1, k);
     args.mlp_inputs = linears(structure_.mlp_inputs, k);
-    const int64_t inner = args.mlp_inputs.weights[0].geometry.n;
-    if (structure_.mlp_inputs == 2) expect("mlp input", args.mlp_inputs.weights[1].geometry.n, inner);
+    const int64_t inner = args.mlp_inputs.weights[0].n;
+    if (structure_.mlp_inputs == 2) expect("mlp input", args.mlp_inputs.weights[1].n, inner);
     const bool halves = structure_.gated && structure_.mlp_inputs == 1;
     IPEX_QUANT_CHECK(!halves || inner % 2 == 0, "packed: expected gates and as many factors, got ", inner, " features");
     args.mlp_output = linears(1, halves ? inner / 2 : inner, k);
@@ -148,20 +150,52 @@ class LayerReader {
     LinearsArgs args{{}, nullptr};
     for (int64_t i = 0; i < count; ++i, ++weight_) {
       const Tensor& packed = tensors_.packed.at(layer_, weight_);
-      const WoqHeader header = read_header(packed);
-      if (in >= 0) expect("in", header.in_features, in);
-      if (out >= 0) expect("out", header.out_features, out);
-      const float* bias = tensors_.biases.given()
-                              ? optional_vector("biases", tensors_.biases.at(layer_, weight_), header.out_features)
-                              : nullptr;
-      args.weights.push_back({geometry_of(header, packed), header.group_size,
-                              static_cast<const uint8_t*>(packed.const_data_ptr()) + sizeof header, bias});
-      IPEX_QUANT_CHECK(header.in_features == args.weights[0].geometry.k, "packed: expected weights of one input");
+      WeightArgs weight = holds_int8(packed) ? int8_weight(packed) : woq_weight(packed);
+      if (in >= 0) expect("in", weight.k, in);
+      if (out >= 0) expect("out", weight.n, out);
+      if (tensors_.biases.given())
+        weight.bias = optional_vector("biases", tensors_.biases.at(layer_, weight_), weight.n);
+      args.weights.push_back(weight);
+      IPEX_QUANT_CHECK(weight.k == args.weights[0].k, "packed: expected weights of one input");
     }
-    if (tensors_.perms.given())
-      args.perm = perm_data("perms", tensors_.perms.at(layer_, group_), args.weights[0].geometry.k);
+    if (tensors_.perms.given()) args.perm = perm_data("perms", tensors_.perms.at(layer_, group_), args.weights[0].k);
+    for (const WeightArgs& weight : args.weights)
+      IPEX_QUANT_CHECK(!args.perm || std::holds_alternative<WoqWeight>(weight.kind),
+                       "perms: expected none with an INT8 weight");
     ++group_;
     return args;
+  }
+
+  WeightArgs woq_weight(const Tensor& packed) const {
+    const WoqHeader header = read_header(packed);
+    const WoqGeometry geometry = geometry_of(header, packed);
+    IPEX_QUANT_CHECK(!static_input(), "static_inputs: expected None with a weight-only quantized weight");
+    const uint8_t* tiles = static_cast<const uint8_t*>(packed.const_data_ptr()) + sizeof header;
+    return {WoqWeight{geometry, header.group_size}, geometry.n, geometry.k, geometry.tile_bytes, tiles, nullptr};
+  }
+
+  WeightArgs int8_weight(const Tensor& packed) const {
+    const PackedGroup alone = packed_alone(packed);
+    const uint8_t* tiles = alone.data_of(packed) + sizeof(Int8Header);
+    const Int8Geometry& geometry = alone.geometry;
+    Int8Weight weight{geometry, nullptr, 0.0f, 0};
+    if (const Tensor* input = static_input()) {
+      check_tensor("static_inputs", *input, ScalarType::Float, 1);
+      IPEX_QUANT_CHECK(input->size(0) == 2 + geometry.k, "static_inputs: expected ", 2 + geometry.k, " elements, got ",
+                       input->size(0));
+      const float* values = static_cast<const float*>(input->const_data_ptr());
+      IPEX_QUANT_CHECK(values[1] >= 0 && values[1] <= 255 && values[1] == float(int32_t(values[1])),
+                       "static_inputs: expected a zero point of 0..255, got ", values[1]);
+      weight = {geometry, values + 2, values[0], int32_t(values[1])};
+    }
+    return {weight, alone.out_features[0], geometry.k, geometry.tile_bytes, tiles, nullptr};
+  }
+
+  // Of the next weight, or null.
+  const Tensor* static_input() const {
+    if (!tensors_.static_inputs.given()) return nullptr;
+    const Optional& input = tensors_.static_inputs.at(layer_, weight_);
+    return input ? &*input : nullptr;
   }
 
   NormArgs norm(const char* name, const Tensor& weight, int64_t k) const {
@@ -227,18 +261,18 @@ void check_apart(const std::vector<Optional>& perms, const PerLayer<Tensor>& cac
 // Reads the attention arguments of one layer, with its cache.
 void read_attention(DecoderLayerArgs& args, const Input& input, RopeAttentionOptions& options) {
   int64_t width = 0;
-  for (const WeightArgs& weight : args.projections.weights) width += weight.geometry.n;
+  for (const WeightArgs& weight : args.projections.weights) width += weight.n;
   const QkvInput qkv{nullptr, input.dtype, input.batch, input.length, width, {input.length * width, width}};
   args.attention = rope_attention_args(qkv, options);
   const AttentionArgs& attention = args.attention.attention;
   const int64_t heads = attention.kv_heads * attention.group, size = attention.key_dim;
   if (args.projections.weights.size() == 3)
-    IPEX_QUANT_CHECK(args.projections.weights[0].geometry.n == heads * size &&
-                         args.projections.weights[1].geometry.n == attention.kv_heads * size,
-                     "packed: expected projections to ", heads, ", ", attention.kv_heads, " and ", attention.kv_heads,
-                     " heads of ", size);
-  IPEX_QUANT_CHECK(args.output.weights[0].geometry.k == heads * size, "packed: expected an output projection of ",
-                   heads * size, " features, got ", args.output.weights[0].geometry.k);
+    IPEX_QUANT_CHECK(
+        args.projections.weights[0].n == heads * size && args.projections.weights[1].n == attention.kv_heads * size,
+        "packed: expected projections to ", heads, ", ", attention.kv_heads, " and ", attention.kv_heads, " heads of ",
+        size);
+  IPEX_QUANT_CHECK(args.output.weights[0].k == heads * size, "packed: expected an output projection of ", heads * size,
+                   " features, got ", args.output.weights[0].k);
 }
 
 // The checked arguments of all layers. `call` owns what they point to.
@@ -283,9 +317,9 @@ Tensor run_layers(const Tensor& x, const Weights& weights, Call& call, const Str
   const Tensor rows_of_x = as_contiguous(x);
   Tensor y = empty_in_dtype_of(x, {input.batch, input.length, input.features});
   if (input.rows() == 0) return y;
-  const DecoderArgs args{float_type("x", input.dtype),      int32_t(structure.lowp_mode),
-                         int32_t(structure.act_quant_mode), input.rows(),
-                         rows_of_x.const_data_ptr(),        y.mutable_data_ptr()};
+  const LinearsCall linears{float_type("x", input.dtype), int32_t(structure.lowp_mode),
+                            int32_t(structure.act_quant_mode), input.rows()};
+  const DecoderArgs args{linears, rows_of_x.const_data_ptr(), y.mutable_data_ptr()};
   const int64_t threads = int64_t(torch::stable::get_num_threads());
   DecoderStack stack(layers, args, threads);
   parallel(threads, 1, [&](int64_t begin, int64_t end) { stack.run({begin, end, threads}); });
@@ -296,7 +330,8 @@ Tensor run_layers(const Tensor& x, const Weights& weights, Call& call, const Str
 Tensor decoder_layers(Tensor x,
                       // weights
                       std::vector<Tensor> packed, std::vector<Optional> biases, std::vector<Optional> perms,
-                      std::vector<Tensor> norms, std::vector<Optional> norm_biases, std::vector<Tensor> head_norms,
+                      std::vector<Optional> static_inputs, std::vector<Tensor> norms, std::vector<Optional> norm_biases,
+                      std::vector<Tensor> head_norms,
                       // call
                       Tensor cos, Tensor sin, int64_t rotary_dim, std::vector<Tensor> caches,
                       std::vector<int64_t> starts, Optional mask, Optional alibi, std::vector<Tensor> pages,
@@ -304,7 +339,7 @@ Tensor decoder_layers(Tensor x,
                       int64_t projections, int64_t mlp_inputs, int64_t activation, bool gated, bool parallel,
                       bool sandwich, bool centered, double eps, double offset, int64_t lowp_mode,
                       int64_t act_quant_mode, bool interleaved, double scale, double softcap) {
-  const Weights weights{std::move(packed), std::move(biases),      std::move(perms),
+  const Weights weights{std::move(packed), std::move(biases),      std::move(perms),     std::move(static_inputs),
                         std::move(norms),  std::move(norm_biases), std::move(head_norms)};
   Call call{cos, sin, rotary_dim, std::move(caches), std::move(starts), mask, alibi, std::move(pages)};
   return run_layers(x, weights, call,
@@ -318,8 +353,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
   m.def(
       "decoder_layers(Tensor x, "
       // weights
-      "Tensor[] packed, Tensor?[] biases, Tensor?[] perms, Tensor[] norms, Tensor?[] norm_biases, "
-      "Tensor[] head_norms, "
+      "Tensor[] packed, Tensor?[] biases, Tensor?[] perms, Tensor?[] static_inputs, Tensor[] norms, "
+      "Tensor?[] norm_biases, Tensor[] head_norms, "
       // call
       "Tensor cos, Tensor sin, int rotary_dim, Tensor(a!)[] caches, SymInt[] starts, Tensor? mask, Tensor? alibi, "
       "Tensor[] pages, "

@@ -11,15 +11,6 @@ namespace {
 
 constexpr int64_t kTaskRows = 512;  // their sums of 64 columns and a tile fit the L2 cache
 
-Tensor new_packed(const PackedGroup& group) {
-  Tensor packed = empty({group.total_bytes()}, ScalarType::Byte);
-  uint8_t* data = static_cast<uint8_t*>(packed.mutable_data_ptr());
-  advise_huge_pages(data, group.total_bytes());
-  const Int8Header header = group.header();
-  std::memcpy(data, &header, sizeof header);
-  return packed;
-}
-
 Tensor int8_pack(Tensor codes, Tensor scales, std::vector<int64_t> out_features) {
   check_tensor("codes", codes, ScalarType::Char, 2);
   check_tensor("scales", scales, ScalarType::Float, 1);
@@ -28,12 +19,17 @@ Tensor int8_pack(Tensor codes, Tensor scales, std::vector<int64_t> out_features)
   const int64_t n = sum_of(out_features);
   check_shape("codes", codes, n, g.k);
   IPEX_QUANT_CHECK(scales.size(0) == n, "scales: expected ", n, " elements, got ", scales.size(0));
-  Tensor packed = new_packed(group);
+  Tensor packed = empty({group.total_bytes()}, ScalarType::Byte);
+  uint8_t* data = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  advise_huge_pages(data, group.total_bytes());
+  for (size_t i = 0; i < group.members(); ++i) {
+    const Int8Header header = group.header(i);
+    std::memcpy(data + group.offset(i), &header, sizeof header);
+  }
   const int8_t* code_data = static_cast<const int8_t*>(codes.const_data_ptr());
   const float* scale_data = static_cast<const float*>(scales.const_data_ptr());
-  uint8_t* tiles = static_cast<uint8_t*>(packed.mutable_data_ptr()) + sizeof(Int8Header);
-  group.for_each_tile([&](int64_t tile, int64_t row, int64_t rows) {
-    pack_int8_tile(g, code_data + row * g.k, scale_data + row, rows, tiles + tile * g.tile_bytes);
+  group.for_each_tile([&](int64_t offset, int64_t row, int64_t rows) {
+    pack_int8_tile(g, code_data + row * g.k, scale_data + row, rows, data + offset);
   });
   return packed;
 }
@@ -41,28 +37,15 @@ Tensor int8_pack(Tensor codes, Tensor scales, std::vector<int64_t> out_features)
 std::tuple<Tensor, Tensor> int8_unpack(Tensor packed, std::vector<int64_t> out_features, int64_t in_features) {
   const PackedGroup group(out_features, in_features);
   const Int8Geometry& g = group.geometry;
-  const uint8_t* tiles = group.tiles_of(packed);
+  const uint8_t* data = group.data_of(packed);
   const int64_t n = sum_of(out_features);
   Tensor codes = empty({n, g.k}, ScalarType::Char), scales = empty({n}, ScalarType::Float);
   int8_t* code_data = static_cast<int8_t*>(codes.mutable_data_ptr());
   float* scale_data = static_cast<float*>(scales.mutable_data_ptr());
-  group.for_each_tile([&](int64_t tile, int64_t row, int64_t rows) {
-    unpack_int8_tile(g, tiles + tile * g.tile_bytes, rows, code_data + row * g.k, scale_data + row);
+  group.for_each_tile([&](int64_t offset, int64_t row, int64_t rows) {
+    unpack_int8_tile(g, data + offset, rows, code_data + row * g.k, scale_data + row);
   });
   return {codes, scales};
-}
-
-Tensor int8_member(Tensor packed, std::vector<int64_t> out_features, int64_t in_features, int64_t index) {
-  const PackedGroup group(out_features, in_features);
-  const uint8_t* tiles = group.tiles_of(packed);
-  IPEX_QUANT_CHECK(index >= 0 && size_t(index) < out_features.size(), "index: expected 0..", out_features.size() - 1,
-                   ", got ", index);
-  const PackedGroup alone({out_features[size_t(index)]}, in_features);
-  Tensor member = new_packed(alone);
-  const int64_t bytes = group.geometry.tile_bytes;
-  std::memcpy(static_cast<uint8_t*>(member.mutable_data_ptr()) + sizeof(Int8Header),
-              tiles + group.first_tiles[size_t(index)] * bytes, size_t(alone.tiles() * bytes));
-  return member;
 }
 
 // ------------------------------------------------------------------------------------------------- activations
@@ -106,7 +89,7 @@ Tensor quantize_activation(Tensor x, Tensor multiplier, int64_t zero_point) {
   const Tensor rows = as_contiguous(x);
   Tensor codes = empty_codes(x);
   quantize_rows({rows.const_data_ptr(), type, k, multipliers.data, int32_t(zero_point),
-                 static_cast<uint8_t*>(codes.mutable_data_ptr()), nullptr, nullptr},
+                 static_cast<uint8_t*>(codes.mutable_data_ptr()), k, nullptr, nullptr},
                 x.numel() / k);
   return codes;
 }
@@ -117,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_activation_per_token(Tensor x) {
   const Tensor rows = as_contiguous(x);
   Tensor codes = empty_codes(x);
   Tensor scales = empty({x.numel() / k}, ScalarType::Float), zero_points = empty({x.numel() / k}, ScalarType::Int);
-  quantize_rows({rows.const_data_ptr(), type, k, nullptr, 0, static_cast<uint8_t*>(codes.mutable_data_ptr()),
+  quantize_rows({rows.const_data_ptr(), type, k, nullptr, 0, static_cast<uint8_t*>(codes.mutable_data_ptr()), k,
                  static_cast<float*>(scales.mutable_data_ptr()), static_cast<int32_t*>(zero_points.mutable_data_ptr())},
                 x.numel() / k);
   return {codes, scales, zero_points};
@@ -179,8 +162,8 @@ struct Activations {
 
 // A task is a tile of columns, or if `together`, the same tile of all weights, which then have one size. If there are
 // too few tiles to share evenly among threads, rows are divided as well.
-void multiply(const PackedGroup& group, const uint8_t* tiles, const Activations& act,
-              const std::vector<Output>& outputs, bool together = false) {
+void multiply(const PackedGroup& group, const uint8_t* data, const Activations& act, const std::vector<Output>& outputs,
+              bool together = false) {
   const KernelTable& table = kernels();
   const int64_t threads = torch::stable::get_num_threads(), rows = act.rows;
   const int64_t tile_count = together ? group.first_tiles[1] : group.tiles();
@@ -198,7 +181,7 @@ void multiply(const PackedGroup& group, const uint8_t* tiles, const Activations&
         for (int64_t task = tasks.begin; task < tasks.end; ++task) {
           const int64_t tile = first + task / row_parts, part = task % row_parts;
           const size_t member = group.member_of(tile);
-          table.int8_tile(act.args, outputs[member], tiles + tile * group.geometry.tile_bytes,
+          table.int8_tile(act.args, outputs[member], data + group.tile_offset(member, tile),
                           (tile - group.first_tiles[member]) * kTileN, part * rows / row_parts,
                           (part + 1) * rows / row_parts, scratch.get());
         }
@@ -215,7 +198,7 @@ std::vector<Tensor> int8_linear(Tensor x, Tensor scales, Tensor zero_points, Ten
                                 std::vector<Tensor> others, std::vector<int64_t> out_features, ScalarType dtype,
                                 int64_t post_op) {
   const PackedGroup group(out_features, check_activations(x));
-  const uint8_t* tiles = group.tiles_of(packed);
+  const uint8_t* data = group.data_of(packed);
   float_type("dtype", dtype);
   check_post_op(post_op, others.size());
   IPEX_QUANT_CHECK(out_features.size() == 1 || post_op == kNone,
@@ -229,7 +212,7 @@ std::vector<Tensor> int8_linear(Tensor x, Tensor scales, Tensor zero_points, Ten
     outputs.push_back(make_output(results.back(), dtype, bias_data, post_op, others));
     if (bias_data) bias_data += n;
   }
-  multiply(group, tiles, act, outputs);
+  multiply(group, data, act, outputs);
   return results;
 }
 
@@ -237,7 +220,7 @@ std::vector<Tensor> int8_linear(Tensor x, Tensor scales, Tensor zero_points, Ten
 Tensor int8_linear_gated(Tensor x, Tensor scales, Tensor zero_points, Tensor packed, std::optional<Tensor> bias,
                          int64_t out_features, ScalarType dtype, int64_t activation) {
   const PackedGroup group({out_features, out_features}, check_activations(x));
-  const uint8_t* tiles = group.tiles_of(packed);
+  const uint8_t* data = group.data_of(packed);
   float_type("dtype", dtype);
   check_activation(activation);
   const float* gate_bias = optional_vector("bias", bias, 2 * out_features);
@@ -247,7 +230,7 @@ Tensor int8_linear_gated(Tensor x, Tensor scales, Tensor zero_points, Tensor pac
   std::vector<Tensor> none, gated{y};
   const Output gate_output = make_output(y, dtype, gate_bias, activation, none);
   const Output up_output = make_output(y, dtype, up_bias, kMul, gated);
-  multiply(group, tiles, act, {gate_output, up_output}, true);
+  multiply(group, data, act, {gate_output, up_output}, true);
   return y;
 }
 
@@ -258,7 +241,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
   m.def("quantize_activation_per_token(Tensor x) -> (Tensor, Tensor, Tensor)");
   m.def("int8_pack(Tensor codes, Tensor scales, int[] out_features) -> Tensor");
   m.def("int8_unpack(Tensor packed, int[] out_features, int in_features) -> (Tensor, Tensor)");
-  m.def("int8_member(Tensor packed, int[] out_features, int in_features, int index) -> Tensor");
   m.def(
       "int8_linear(Tensor x, Tensor scales, Tensor zero_points, Tensor packed, Tensor? bias, Tensor[] others, "
       "int[] out_features, ScalarType dtype, int post_op) -> Tensor[]");
@@ -272,7 +254,6 @@ STABLE_TORCH_LIBRARY_IMPL(ipex_quant, CPU, m) {
   m.impl("quantize_activation_per_token", TORCH_BOX(&quantize_activation_per_token));
   m.impl("int8_pack", TORCH_BOX(&int8_pack));
   m.impl("int8_unpack", TORCH_BOX(&int8_unpack));
-  m.impl("int8_member", TORCH_BOX(&int8_member));
   m.impl("int8_linear", TORCH_BOX(&int8_linear));
   m.impl("int8_linear_gated", TORCH_BOX(&int8_linear_gated));
 }

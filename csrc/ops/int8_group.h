@@ -10,6 +10,15 @@
 
 namespace ipex_quant {
 
+// Whether a tensor of bytes begins with the header of packed INT8 weights.
+inline bool holds_int8(const Tensor& packed) {
+  uint32_t magic;
+  check_tensor("packed", packed, ScalarType::Byte, 1);
+  IPEX_QUANT_CHECK(packed.numel() >= int64_t(sizeof(Int8Header)), "packed: too short for a header");
+  std::memcpy(&magic, packed.const_data_ptr(), sizeof magic);
+  return magic == Int8Header::kMagic;
+}
+
 // The packed weights of a share group, checked against what the caller knows of them.
 struct PackedGroup {
   Int8Geometry geometry;
@@ -18,11 +27,9 @@ struct PackedGroup {
 
   PackedGroup(std::vector<int64_t> out_features_, int64_t in_features)
       : geometry(check_in_features(in_features)), out_features(std::move(out_features_)) {
-    constexpr int64_t kLargest = int64_t(1) << 31;
-    IPEX_QUANT_CHECK(!out_features.empty() && int64_t(out_features.size()) < kLargest,
-                     "out_features: expected one count or more, got ", out_features.size());
+    IPEX_QUANT_CHECK(!out_features.empty(), "out_features: expected one count or more");
     for (const int64_t n : out_features) {
-      IPEX_QUANT_CHECK(n >= 0 && n < kLargest, "out_features: expected 0 <= out_features < 2^31, got ", n);
+      IPEX_QUANT_CHECK(n >= 0 && n < int64_t(1) << 31, "out_features: expected 0 <= out_features < 2^31, got ", n);
       first_tiles.push_back(first_tiles.back() + Int8Geometry::tiles(n));
     }
     IPEX_QUANT_CHECK(tiles() < (int64_t(1) << 62) / geometry.tile_bytes, "out_features: sizes overflow");
@@ -32,35 +39,38 @@ struct PackedGroup {
     IPEX_QUANT_CHECK(k > 0 && k < int64_t(1) << 31, "expected 0 < in_features < 2^31, got ", k);
     return k;
   }
+  size_t members() const { return out_features.size(); }
   int64_t tiles() const { return first_tiles.back(); }
-  int64_t total_bytes() const { return int64_t(sizeof(Int8Header)) + tiles() * geometry.tile_bytes; }
+  // Of a member's header, from the start of the group; of the end.
+  int64_t offset(size_t member) const {
+    return int64_t(member * sizeof(Int8Header)) + first_tiles[member] * geometry.tile_bytes;
+  }
+  int64_t total_bytes() const { return offset(members()); }
   size_t member_of(int64_t tile) const {
     return size_t(std::upper_bound(first_tiles.begin(), first_tiles.end(), tile) - first_tiles.begin() - 1);
   }
-
-  Int8Header header() const {
-    Int8Header h{Int8Header::kMagic, int32_t(out_features.size()), geometry.k, 0xCBF29CE484222325u, {}};
-    for (const int64_t n : out_features) h.out_features_hash = (h.out_features_hash ^ uint64_t(n)) * 0x100000001B3u;
-    return h;
+  // Of a tile of a member, both counted in the group.
+  int64_t tile_offset(size_t member, int64_t tile) const {
+    return int64_t((member + 1) * sizeof(Int8Header)) + tile * geometry.tile_bytes;
   }
 
-  const uint8_t* tiles_of(const Tensor& packed) const {
-    check_tensor("packed", packed, ScalarType::Byte, 1);
-    Int8Header h;
-    const Int8Header expected = header();
-    IPEX_QUANT_CHECK(packed.numel() >= int64_t(sizeof h), "packed: too short for a header");
+  Int8Header header(size_t member) const { return {Int8Header::kMagic, int32_t(out_features[member]), geometry.k, {}}; }
+
+  // The data of packed weights whose headers are those of the members.
+  const uint8_t* data_of(const Tensor& packed) const {
+    IPEX_QUANT_CHECK(holds_int8(packed), "packed: not packed INT8 weights; use int8_pack");
+    IPEX_QUANT_CHECK(packed.numel() == total_bytes(), "packed: expected ", total_bytes(), " bytes of ", members(),
+                     " weights of ", geometry.k, " input features, got ", packed.numel());
     const uint8_t* data = static_cast<const uint8_t*>(packed.const_data_ptr());
-    std::memcpy(&h, data, sizeof h);
-    IPEX_QUANT_CHECK(h.magic == Int8Header::kMagic, "packed: not packed INT8 weights; use int8_pack");
-    IPEX_QUANT_CHECK(!std::memcmp(&h, &expected, sizeof h), "packed: holds ", h.members, " weights of ", h.in_features,
-                     " input features, which are not the ", out_features.size(), " weights of ", geometry.k,
-                     " input features that out_features names");
-    IPEX_QUANT_CHECK(packed.numel() == total_bytes(), "packed: expected ", total_bytes(), " bytes, got ",
-                     packed.numel());
-    return data + sizeof h;
+    for (size_t i = 0; i < members(); ++i) {
+      const Int8Header expected = header(i);
+      IPEX_QUANT_CHECK(!std::memcmp(data + offset(i), &expected, sizeof expected), "packed: weight ", i,
+                       " is not one of ", geometry.k, " input and ", out_features[i], " output features");
+    }
+    return data;
   }
 
-  // Calls f(tile, first row of the plain weights, count of rows), in parallel.
+  // Calls f(offset of a tile, first row of the plain weights, count of rows), in parallel.
   template <class F>
   void for_each_tile(F f) const {
     std::vector<int64_t> first_rows{0};
@@ -69,11 +79,19 @@ struct PackedGroup {
       for (int64_t tile = begin; tile < end; ++tile) {
         const size_t member = member_of(tile);
         const int64_t row = (tile - first_tiles[member]) * kTileN;
-        f(tile, first_rows[member] + row, std::min(kTileN, out_features[member] - row));
+        f(tile_offset(member, tile), first_rows[member] + row, std::min(kTileN, out_features[member] - row));
       }
     });
   }
 };
+
+// A packed weight that is no part of a larger group, with the sizes in its header.
+inline PackedGroup packed_alone(const Tensor& packed) {
+  Int8Header header;
+  IPEX_QUANT_CHECK(holds_int8(packed), "packed: not packed INT8 weights; use int8_pack");
+  std::memcpy(&header, packed.const_data_ptr(), sizeof header);
+  return PackedGroup({header.out_features}, header.in_features);
+}
 
 inline void check_zero_point(const char* name, int64_t zero_point) {
   IPEX_QUANT_CHECK(zero_point >= 0 && zero_point <= 255, name, ": expected 0..255, got ", zero_point);

@@ -1,12 +1,13 @@
 // The packed form of INT8 weights with one scale per output channel: what the W8A8 kernels stream. The members of a
-// share group, which multiply the same activations, follow each other in one buffer; each begins with a tile of its
-// own. As with layout.h, one layout serves every ISA level.
+// share group, which multiply the same activations, follow each other in one buffer, each as if it were alone. As with
+// layout.h, one layout serves every ISA level.
 //
-//   packed = [Int8Header | tile 0 | tile 1 | ...]
+//   group = [member | member | ...]
+//   member = [Int8Header | tile 0 | tile 1 | ...]
 //   tile = [scales, kTileN x f32 | sums of the codes, kTileN x i32 for every fold | code lines]
 //
-// A tile covers kTileN output features of one member and the whole of K. A fold is a run of k whose sums are sure to
-// fit int32. Code lines are those of 8-bit codes in layout.h, but signed.
+// A tile covers kTileN output features and the whole of K. A fold is a run of k whose sums are sure to fit int32. Code
+// lines are those of 8-bit codes in layout.h, but signed.
 #pragma once
 
 #include "pack/layout.h"
@@ -17,12 +18,11 @@ constexpr int64_t kInt8Fold = 65536;
 static_assert(255 * 128 * kInt8Fold < int64_t(1) << 31, "u8 activations less their zero point times s8 codes");
 
 struct Int8Header {
-  static constexpr uint32_t kMagic = 0x31384949;  // "II81"
+  static constexpr uint32_t kMagic = 0x32384949;  // "II82"
   uint32_t magic;
-  int32_t members;
+  int32_t out_features;
   int64_t in_features;
-  uint64_t out_features_hash;  // of every member's count, in order
-  uint8_t reserved[40];
+  uint8_t reserved[48];
 };
 static_assert(sizeof(Int8Header) == 64, "the header keeps the tiles 64-byte aligned");
 

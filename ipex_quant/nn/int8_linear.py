@@ -201,6 +201,12 @@ class QuantizedInput:
             return ops.quantize_activation_per_token(x)
         return ops.quantize_activation(x, self.multiplier, self.activation.zero_point), self.scale, self.zero_point
 
+    def joined(self, in_features: int) -> torch.Tensor | None:
+        """Scale, zero point and the multiplier of every feature, float32 ``[2 + K]``; None if it is per token."""
+        if self.activation is None:
+            return None
+        return torch.cat((self.scale, self.zero_point.float(), self.multiplier.expand(in_features)))
+
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
@@ -235,6 +241,7 @@ class ShareGroup:
 
     `inputs` has one entry per member. All are the same object unless members were loaded with different activations;
     then each computes alone. `packed` and `bias` are replaced, never written to, so that other threads can read on.
+    `tensors` has a dict per member, which stays the same: its weight, bias and static input alone, for ops of layers.
     """
 
     def __init__(
@@ -243,12 +250,14 @@ class ShareGroup:
         self.packed = ops.pack_int8(weights)
         self.inputs = inputs
         self.bias: torch.Tensor | None = None
+        self.tensors: list[dict[str, torch.Tensor | None]] = [{} for _ in weights]
         self._pending: _Pending | None = None  # one immutable object, so that threads see all of it or nothing
+        for each in inputs:
+            _check_smoothing(each.activation, self.packed.in_features)
         for member, bias in enumerate(biases):
             if bias is not None:
                 self.set_bias(member, bias)
-        for each in inputs:
-            _check_smoothing(each.activation, self.packed.in_features)
+        self._set_tensors()
 
     def output(self, member: int, x: torch.Tensor) -> torch.Tensor:
         """Return the result of one member for `x`."""
@@ -293,6 +302,7 @@ class ShareGroup:
         joined = torch.zeros(sum(counts), dtype=torch.float32) if self.bias is None else self.bias.clone()
         joined.split(counts)[member].copy_(check_bias(bias, counts[member]))
         self.bias = joined
+        self._set_tensors()
         self._pending = None
 
     def replace(self, member: int, weight: QuantizedWeight, activation: StaticActivation | None) -> None:
@@ -303,15 +313,25 @@ class ShareGroup:
         self.packed = ops.pack_int8(weights)
         same = [each for each in self.inputs if same_activation(each.activation, activation)]
         self.inputs[member] = same[0] if same else QuantizedInput(activation)
+        self._set_tensors()
         self._pending = None
 
     def nbytes(self, member: int) -> int:
         """Bytes of one member's part; the parts of all members add up to the group's tensors."""
         inputs = {id(each): each.nbytes for each in self.inputs}
-        total = self.packed.nbytes + (0 if self.bias is None else self.bias.nbytes) + sum(inputs.values())
+        joined = {id(each): each.nbytes for tensors in self.tensors if (each := tensors["_static_input"]) is not None}
+        held = self.packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        total = held + sum(inputs.values()) + sum(joined.values())
         counts = self.packed.out_features
         before, rows = sum(counts[:member]), max(sum(counts), 1)
         return total * (before + counts[member]) // rows - total * before // rows
+
+    def _set_tensors(self) -> None:
+        static = {id(each): each.joined(self.packed.in_features) for each in self.inputs}
+        for member, tensors in enumerate(self.tensors):
+            tensors["_packed"] = self.packed.member(member).data
+            tensors["_bias"] = self.bias_of(member)
+            tensors["_static_input"] = static[id(self.inputs[member])]
 
     def _alone(self, member: int, x: torch.Tensor) -> torch.Tensor:
         return self._multiply(self.inputs[member], x, self.packed.member(member), self.bias_of(member))[0]
@@ -329,6 +349,8 @@ class ShareGroup:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.packed = ops.pack_int8(state["weights"])
         self.inputs, self.bias, self._pending = state["inputs"], state["bias"], None
+        self.tensors = [{} for _ in self.inputs]
+        self._set_tensors()
 
     def process_state(self) -> dict[str, Any]:
         """State for another process of this machine, which shares the memory of the tensors."""

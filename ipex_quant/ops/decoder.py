@@ -27,8 +27,11 @@ class DecoderWeights(NamedTuple):
     """Weights of several layers, layer after layer; an empty list stands for None in every position.
 
     - `packed`: data of packed weights; in each layer Q/K/V projections, output projection, MLP inputs, MLP output.
-      Weights with the same input may differ in dtype and group size. `biases` are float32, one or None for each.
-    - `perms`: `PackedWeight.perm` of each of the four different inputs in a layer, or None.
+      Weights with the same input may differ in dtype and group size. `biases` are float32, one or None for each. An
+      INT8 weight, that of a `PackedInt8` alone, multiplies a quantized input.
+    - `perms`: `PackedWeight.perm` of each of the four different inputs in a layer, or None, as for INT8 weights.
+    - `static_inputs`: how the input of each INT8 weight is quantized, float32 ``[2 + K]``: scale, zero point, then the
+      multipliers of `quantize_activation`; None is per token. Weights given the same tensor quantize it once.
     - `norms`, `norm_biases`: of attention and MLP, and in a sandwich of the results of both, ``[K]``, in the dtype of
       the input or float32.
     - `head_norms`: of queries and keys, ``[D]``, RMS or layer norms like the others.
@@ -37,6 +40,7 @@ class DecoderWeights(NamedTuple):
     packed: Sequence[torch.Tensor]
     biases: Sequence[torch.Tensor | None]
     perms: Sequence[torch.Tensor | None]
+    static_inputs: Sequence[torch.Tensor | None]
     norms: Sequence[torch.Tensor]
     norm_biases: Sequence[torch.Tensor | None]
     head_norms: Sequence[torch.Tensor]
@@ -71,7 +75,7 @@ class DecoderStructure:
     - `sandwich`: the results of attention and MLP are normed before they are added; not if `parallel`.
     - `centered`: norms are layer norms, not RMS norms; `eps` is for both. `offset` is added to their weights, in
       float32.
-    - `lowp_mode`, `act_quant_mode`: those of `woq_linear`.
+    - `lowp_mode`, `act_quant_mode`: those of `woq_linear`, without effect on INT8 weights.
     - `interleaved`: that of `rotary`; `scale` and `softcap` those of `attention`.
     """
 
@@ -115,16 +119,17 @@ def decoder_layers(
 
     `x` is float32, bfloat16 or float16 ``[B, L, K]`` with ``B * L <= MAX_TOKENS``. The bits are those of separate calls
     of `rms_norm` or `layer_norm`, `woq_linear_group`, `fused_rope_attention` (or `paged_rope_attention`), `woq_linear`
-    and `woq_linear_gated`. Has no gradient. Raises RuntimeError when an argument does not fit, with nothing written.
+    and `woq_linear_gated`; with INT8 weights of `quantize_activation` or `quantize_activation_per_token`, `int8_linear`
+    and `int8_linear_gated`. Has no gradient. Raises RuntimeError when an argument does not fit, with nothing written.
     """
     return _decoder_layers(*native_arguments(x, weights, call, structure))
 
 
 @register_fake("decoder_layers")
 def _(x, *arguments):
-    weights, call = DecoderWeights(*arguments[:6]), DecoderCall(*arguments[6:14])
-    projections, mlp_inputs, *_ = arguments[14:]
-    norms = 4 if arguments[19] else 2
+    weights, call = DecoderWeights(*arguments[:7]), DecoderCall(*arguments[7:15])
+    projections, mlp_inputs, *_ = arguments[15:]
+    norms = 4 if arguments[20] else 2
     check_shape("x", x, "[B, L, K]")
     layers, linears = len(call.starts), projections + mlp_inputs + 2
     torch._check(layers > 0, lambda: "starts: expected one for each layer")
@@ -132,6 +137,7 @@ def _(x, *arguments):
         ("packed", linears, False),
         ("biases", linears, True),
         ("perms", 4, True),
+        ("static_inputs", linears, True),
         ("norms", norms, False),
         ("norm_biases", norms, True),
         ("head_norms", 2, True),
@@ -146,6 +152,9 @@ def _(x, *arguments):
         torch._check(
             norm.shape[0] == x.shape[2], lambda norm=norm: f"norms: expected [{x.shape[2]}], got {list(norm.shape)}"
         )
+    for static_input in weights.static_inputs:
+        if static_input is not None:
+            check_shape("static_inputs", static_input, "[2 + K]")
     buffers = len(call.caches) // layers
     torch._check(
         buffers in (2, 4, 5) and len(call.caches) == buffers * layers,

@@ -41,7 +41,8 @@ def quantize_activation_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.
 class PackedInt8:
     """The INT8 weights of a share group in the one buffer that the kernels read, the same at every ISA level.
 
-    `data` is uint8, one dimension, laid out as in ``csrc/pack/int8_layout.h``; `out_features` has one count per weight.
+    `data` is uint8, one dimension, laid out as in ``csrc/pack/int8_layout.h``: one weight after another. `out_features`
+    has one count per weight.
     """
 
     data: torch.Tensor
@@ -54,11 +55,13 @@ class PackedInt8:
         return self.data.nbytes
 
     def member(self, index: int) -> PackedInt8:
-        """Return weight `index` alone, in new memory. Raises IndexError for an index out of range."""
+        """Return weight `index` alone, a view of the buffer. Raises IndexError for an index out of range."""
         if not 0 <= index < len(self.out_features):
             raise IndexError(f"index: expected 0..{len(self.out_features) - 1}, got {index}")
-        data = native.int8_member(self.data, self.out_features, self.in_features, index)
-        return PackedInt8(data, (self.out_features[index],), self.in_features)
+        own = (self.out_features[index],)
+        begin = _packed_bytes(self.out_features[:index], self.in_features)
+        end = begin + _packed_bytes(own, self.in_features)
+        return PackedInt8(self.data[begin:end], own, self.in_features)
 
 
 def pack_int8(weights: Sequence[QuantizedWeight]) -> PackedInt8:
@@ -177,7 +180,7 @@ def _(data, factor, out_features, in_features, member, dtype):
 
 def _packed_bytes(out_features: Sequence[int], in_features: int) -> int:
     folds, lines = -(-in_features // 65536), -(-in_features // 4)
-    return 64 + sum(-(-n // 64) for n in out_features) * (256 * (1 + folds) + 256 * lines)
+    return sum(64 + -(-n // 64) * 256 * (1 + folds + lines) for n in out_features)
 
 
 @register_fake("int8_pack")
@@ -190,11 +193,6 @@ def _(codes, scales, out_features):
 def _(packed, out_features, in_features):
     rows = sum(out_features)
     return packed.new_empty(rows, in_features, dtype=torch.int8), packed.new_empty(rows, dtype=torch.float32)
-
-
-@register_fake("int8_member")
-def _(packed, out_features, in_features, index):
-    return packed.new_empty(_packed_bytes([out_features[index]], in_features))
 
 
 @register_fake("int8_linear")

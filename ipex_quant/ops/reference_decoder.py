@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,12 +12,19 @@ from .decoder import DecoderCall, DecoderStructure, DecoderWeights
 from .post_op import ACTIVATIONS
 from .reference import woq_linear
 from .reference_attention import fused_rope_attention, paged_rope_attention
+from .reference_int8 import int8_linear, quantize_activation, quantize_activation_per_token
 from .reference_llm import layer_norm, rms_norm
+
+
+class Int8Weight(NamedTuple):
+    """A weight whose input is quantized, in the place of one that is quantized alone."""
+
+    weight: QuantizedWeight
 
 
 def decoder_layers(
     x: torch.Tensor,
-    quantized: Sequence[QuantizedWeight],
+    quantized: Sequence[QuantizedWeight | Int8Weight],
     weights: DecoderWeights,
     call: DecoderCall,
     structure: DecoderStructure,
@@ -26,7 +33,9 @@ def decoder_layers(
     count, buffers = structure.projections + structure.mlp_inputs + 2, len(call.caches) // len(call.starts)
     kinds = 4 if structure.sandwich else 2
     for i, start in enumerate(call.starts):
-        layer = _Layer(quantized[i * count :], weights.biases[i * count :], structure)
+        layer = _Layer(
+            quantized[i * count :], weights.biases[i * count :], weights.static_inputs[i * count :], structure
+        )
         norms = weights.norms[kinds * i :]
         biases = weights.norm_biases[kinds * i :] or [None] * kinds
         attended = layer.attention(
@@ -49,14 +58,26 @@ class _Layer:
     """The parts of one layer; each call of `linear` uses the next weight."""
 
     def __init__(
-        self, weights: Sequence[QuantizedWeight], biases: Sequence[torch.Tensor | None], structure: DecoderStructure
+        self,
+        weights: Sequence[QuantizedWeight | Int8Weight],
+        biases: Sequence[torch.Tensor | None],
+        static_inputs: Sequence[torch.Tensor | None],
+        structure: DecoderStructure,
     ) -> None:
-        self.linears = iter(zip(weights, biases or [None] * len(weights), strict=True))
+        none = [None] * len(weights)
+        self.linears = iter(zip(weights, biases or none, static_inputs or none, strict=True))
         self.structure = structure
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = next(self.linears)
-        return woq_linear(x, weight, bias, self.structure.lowp_mode, self.structure.act_quant_mode)
+        weight, bias, static_input = next(self.linears)
+        if not isinstance(weight, Int8Weight):
+            return woq_linear(x, weight, bias, self.structure.lowp_mode, self.structure.act_quant_mode)
+        if static_input is None:
+            quantized = quantize_activation_per_token(x)
+        else:
+            scale, zero_point, multiplier = static_input.tensor_split((1, 2))
+            quantized = quantize_activation(x, multiplier, int(zero_point)), scale, zero_point.int()
+        return int8_linear(*quantized, [weight.weight], bias, x.dtype)[0]
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         eps, offset = self.structure.eps, self.structure.offset

@@ -209,6 +209,7 @@ class TestShareGroup:
             held.packed.data,
             held.bias,
             *(vars(held.inputs[0])[n] for n in ("multiplier", "scale", "zero_point")),
+            held.tensors[0]["_static_input"],
         )
         assert sum(member.nbytes for member in members) == sum(t.nbytes for t in tensors)
         assert members[1].nbytes > 256 * IN

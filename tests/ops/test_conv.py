@@ -159,8 +159,8 @@ def test_shapes_are_checked_without_data(changes) -> None:
     ("arguments", "message"),
     [
         (dense(groups=3), "groups: expected a divisor of the 16 output channels"),
-        (dense(x=codes_of(1, 5, 5, 4)), "packed: holds 1 weights of 72 input features"),
-        (dense(groups=2), "packed: holds 1 weights"),
+        (dense(x=codes_of(1, 5, 5, 4)), "packed: expected 2880 bytes of 1 weights of 36 input features, got 5184"),
+        (dense(groups=2), "packed: expected 5760 bytes of 2 weights"),
         (dense(out_channels=0), "groups: expected a divisor"),
         (dense(packed=torch.zeros(20, dtype=torch.uint8)), "packed: too short"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import struct
 from collections.abc import Collection, Sequence
 
 import pytest
@@ -15,6 +16,8 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._pytree import tree_map_only
 
 from ipex_quant import ops
+from ipex_quant.numerics.int8 import quantize_per_channel
+from ipex_quant.numerics.quantized_weight import QuantizedWeight
 from ipex_quant.numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
 from ipex_quant.ops import PostOp, reference_decoder
 from ipex_quant.ops.decoder import (
@@ -25,6 +28,7 @@ from ipex_quant.ops.decoder import (
     decoder_layers,
     native_arguments,
 )
+from ipex_quant.ops.reference_decoder import Int8Weight
 from ipex_quant.ops.woq_header import read_header
 
 from .test_attention import DTYPES, generator, normal
@@ -34,6 +38,8 @@ INT4 = WeightScheme(WoqWeightDtype.INT4, False, 32)
 INT8_MODE = {"lowp_mode": WoqLowpMode.INT8, "act_quant_mode": WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM}
 CAPACITY = 20
 BLOCKS, PAGE = 9, 4
+W8A8 = ("static", "static for each weight", "per token")
+"""Kinds of INT8 weights, where a scheme is expected: how their input is quantized."""
 
 
 def paged(lengths: Sequence[int], new: Sequence[int]) -> tuple[torch.Tensor, ...]:
@@ -46,6 +52,44 @@ def paged(lengths: Sequence[int], new: Sequence[int]) -> tuple[torch.Tensor, ...
 PAGES = paged([5, 8, 11], [1, 3, 1])
 
 
+def in_turn(scheme: WeightScheme | str | Sequence[WeightScheme | str]) -> Sequence[WeightScheme | str]:
+    return [scheme] if isinstance(scheme, (str, WeightScheme)) else scheme
+
+
+def pack(weights: Sequence[QuantizedWeight | Int8Weight], each: int) -> list[ops.PackedWeight | ops.PackedInt8]:
+    """The weights of layers that have `each`; INT8 weights of a layer are views of one buffer, as in a share group."""
+    packed: list[ops.PackedWeight | ops.PackedInt8] = []
+    for first in range(0, len(weights), each):
+        layer = weights[first : first + each]
+        groups: dict[int, list[int]] = {}
+        for i, weight in enumerate(layer):
+            if isinstance(weight, Int8Weight):
+                groups.setdefault(weight.weight.shape[1], []).append(i)
+        views = {}
+        for places in groups.values():
+            group = ops.pack_int8([layer[i].weight for i in places])
+            views |= {i: group.member(member) for member, i in enumerate(places)}
+        packed += [views[i] if i in views else ops.pack_weight(weight) for i, weight in enumerate(layer)]
+    return packed
+
+
+def static_inputs(
+    kinds: Sequence[WeightScheme | str], inputs: Sequence[int], weights: Sequence[torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """Scale, zero point and multipliers of static inputs, one tensor for each input or, if so named, each weight."""
+    found: list[torch.Tensor | None] = []
+    for i, (kind, weight) in enumerate(zip(kinds, weights, strict=True)):
+        place = i % len(inputs)
+        if not isinstance(kind, str) or kind == "per token":
+            found.append(None)
+        elif kind == "static" and place and inputs[place] == inputs[place - 1] and kinds[i - 1] == kind:
+            found.append(found[-1])
+        else:
+            factors = torch.rand(weight.shape[1], generator=generator(i)) + 0.5
+            found.append(torch.cat((torch.tensor([0.03, 110 + i]), factors / 0.03)))
+    return found if any(each is not None for each in found) else []
+
+
 class Stack:
     """Layers of random weights, and what they are called with."""
 
@@ -55,7 +99,7 @@ class Stack:
         shape: tuple[int, int] = (1, 1),
         dtype: torch.dtype = torch.float32,
         layers: int = 2,
-        scheme: WeightScheme | Sequence[WeightScheme] = INT4,
+        scheme: WeightScheme | str | Sequence[WeightScheme | str] = INT4,
         biased: bool = False,
         head_norms: bool = False,
         int8: bool = False,
@@ -64,34 +108,41 @@ class Stack:
         ordered: Collection[int] = (),
         rotary_dim: int = 16,
         pages: Sequence[torch.Tensor] = (),
+        sizes: tuple[int, int] = (80, 72),
     ) -> None:
-        """Inputs in `ordered` (of 4: projections, their output, MLP, its output) have weights in act-order.
+        """`sizes` are those of the hidden states and within the MLP.
 
-        Several schemes are those of the weights in turn.
+        Inputs in `ordered` (of 4: projections, their output, MLP, its output) have weights in act-order.
+
+        Several schemes are those of the weights in turn; one of `W8A8` is that of INT8 weights.
         """
         query, kv, dim = heads
-        features, inner, width = 80, 72, (query + 2 * kv) * dim
+        (features, inner), width = sizes, (query + 2 * kv) * dim
         projections = [query * dim, kv * dim, kv * dim] if structure.projections == 3 else [width]
         joined = structure.gated and structure.mlp_inputs == 1
-        sizes = [(n, features) for n in projections] + [(features, query * dim)]
-        sizes += [(2 * inner if joined else inner, features)] * structure.mlp_inputs + [(features, inner)]
-        weights = [normal(*size, seed=i) * 0.1 for i, size in enumerate(sizes * layers)]
-        turns = itertools.cycle([scheme] if isinstance(scheme, WeightScheme) else scheme)
-        self.quantized = [ops.quantize_weight(weight, own) for weight, own in zip(weights, turns, strict=False)]
+        shapes = [(n, features) for n in projections] + [(features, query * dim)]
+        shapes += [(2 * inner if joined else inner, features)] * structure.mlp_inputs + [(features, inner)]
+        weights = [normal(*shape, seed=i) * 0.1 for i, shape in enumerate(shapes * layers)]
+        kinds = list(itertools.islice(itertools.cycle(in_turn(scheme)), len(weights)))
+        self.quantized = [
+            Int8Weight(quantize_per_channel(weight)) if own in W8A8 else ops.quantize_weight(weight, own)
+            for weight, own in zip(weights, kinds, strict=True)
+        ]
         self.inputs = [0] * len(projections) + [1] + [2] * structure.mlp_inputs + [3]  # of the weights of a layer
         for i, weight in enumerate(self.quantized):
             layer, place = divmod(i, len(self.inputs))
             if self.inputs[place] in ordered:  # one order for all that share an input
                 self.quantized[i] = shuffle_features(weight, seed=4 * layer + self.inputs[place])
-        packed = [ops.pack_weight(weight) for weight in self.quantized]
+        packed = pack(self.quantized, len(self.inputs))
         firsts = [layer * len(self.inputs) + self.inputs.index(i) for layer in range(layers) for i in range(4)]
-        kinds = 4 if structure.sandwich else 2
+        norms = 4 if structure.sandwich else 2
         self.weights = DecoderWeights(
             packed=[weight.data for weight in packed],
             perms=[packed[first].perm for first in firsts] if ordered else [],
+            static_inputs=static_inputs(kinds, self.inputs, weights),
             biases=[normal(len(w), seed=i) if i % 3 else None for i, w in enumerate(weights)] if biased else [],
-            norms=[1 + 0.1 * normal(features, dtype=dtype, seed=i) for i in range(kinds * layers)],
-            norm_biases=[normal(features, dtype=dtype, seed=i) for i in range(kinds * layers)] if biased else [],
+            norms=[1 + 0.1 * normal(features, dtype=dtype, seed=i) for i in range(norms * layers)],
+            norm_biases=[normal(features, dtype=dtype, seed=i) for i in range(norms * layers)] if biased else [],
             head_norms=[1 + 0.1 * normal(dim, dtype=dtype, seed=i) for i in range(2 * layers if head_norms else 0)],
         )
         if biased and not structure.centered:
@@ -121,19 +172,34 @@ class Stack:
         return function(self.x, *first, self.weights, call, self.structure), caches
 
 
+def packed_int8(data: torch.Tensor) -> ops.PackedInt8 | None:
+    magic, out_features, in_features = struct.unpack("4siq", bytes(data[:16].tolist()))
+    return ops.PackedInt8(data, (out_features,), in_features) if magic == b"II82" else None
+
+
+def quantize(x: torch.Tensor, static_input: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    if static_input is None:
+        return ops.quantize_activation_per_token(x)
+    scale, zero_point, multiplier = static_input.tensor_split((1, 2))
+    return ops.quantize_activation(x, multiplier.clone(), int(zero_point)), scale, zero_point.int()
+
+
 def in_parts(x, weights, call, structure):  # what the lean decoder calls where one call does not do
     caches, starts = call.caches, call.starts
     modes, eps = (structure.lowp_mode, structure.act_quant_mode), structure.eps
-    linears = iter(zip(weights.packed, weights.biases or [None] * len(weights.packed), strict=True))
+    none = [None] * len(weights.packed)
+    linears = iter(zip(weights.packed, weights.biases or none, weights.static_inputs or none, strict=True))
     norms = list(zip(weights.norms, weights.norm_biases or [None] * len(weights.norms), strict=True))
     each, perms = len(caches) // len(starts), weights.perms or [None] * 4 * len(starts)
     inputs = [0] * structure.projections + [1] + [2] * structure.mlp_inputs + [3]
     orders = iter([perms[4 * layer + i] for layer in range(len(starts)) for i in inputs])
 
     def linear(value, post_op=PostOp.NONE, *others):
-        data, bias = next(linears)
-        size = read_header(data).out_features
-        return ops.woq_linear(value, data, size, bias, next(orders), *modes, post_op, others)
+        data, bias, static_input = next(linears)
+        order = next(orders)
+        if int8 := packed_int8(data):
+            return ops.int8_linear(*quantize(value, static_input), int8, bias, value.dtype, post_op, others)[0]
+        return ops.woq_linear(value, data, read_header(data).out_features, bias, order, *modes, post_op, others)
 
     def raised(weight):
         return weight.float() + structure.offset if structure.offset and weight is not None else weight
@@ -212,11 +278,12 @@ schemes = st.sampled_from(
         *(INT4, WeightScheme(WoqWeightDtype.INT8, True, -1), WeightScheme(WoqWeightDtype.NF4, True, 16)),
         (INT4, INT4, INT6),
         (INT6, INT4, WeightScheme(WoqWeightDtype.FP8, True, 32)),
+        *(*W8A8, (W8A8[2], INT4), (W8A8[0], W8A8[0], INT6, INT4)),
     ]
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     structure=structures,
     mode=modes,
@@ -231,17 +298,20 @@ schemes = st.sampled_from(
     alibi=st.booleans(),
     ordered=st.sets(st.integers(0, 3)),
     rotary_dim=st.sampled_from([0, 4, 16]),
+    sizes=st.sampled_from([(80, 72), (75, 130), (33, 7)]),
 )
 def test_has_the_bits_of_its_parts(
-    structure, mode, scheme, shape, dtype, plain, biased, head_norms, int8, masked, alibi, ordered, rotary_dim
+    structure, mode, scheme, shape, dtype, plain, biased, head_norms, int8, masked, alibi, ordered, rotary_dim, sizes
 ) -> None:
     structure = dataclasses.replace(structure, **mode)
     structure = dataclasses.replace(structure, parallel=structure.parallel and not structure.sandwich)
     if plain:
         structure = dataclasses.replace(structure, gated=False, mlp_inputs=1, activation=PostOp.RELU)
     pages, shape = (shape, (1, int(shape[2][-1]))) if shape is PAGES else ((), shape)
+    if any(kind in W8A8 for kind in in_turn(scheme)):
+        ordered = ()  # INT8 weights have no order of features
     kinds = {"pages": pages, "biased": biased, "head_norms": head_norms, "int8": int8, "ordered": ordered}
-    stack = Stack(structure, shape, dtype, scheme=scheme, rotary_dim=rotary_dim, **kinds)
+    stack = Stack(structure, shape, dtype, scheme=scheme, rotary_dim=rotary_dim, sizes=sizes, **kinds)
     options = {"alibi": torch.tensor([0.5, 0.25, 0.1, 0.3])} if alibi else {}
     if masked and not pages:
         options["mask"] = torch.rand(shape[0], 1, 1, 5 + shape[1], generator=generator(4)) < 0.8

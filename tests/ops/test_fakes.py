@@ -61,7 +61,7 @@ CALLS = {
         None,
     ),
     "decoder_layers": (
-        *(QKV, [BYTES] * 4, [], [], [QKV[0, 0]] * 2, [], [], NONE, NONE, 0, [HEADS, HEADS], [0], None, None, []),
+        *(QKV, [BYTES] * 4, [], [], [], [QKV[0, 0]] * 2, [], [], NONE, NONE, 0, [HEADS, HEADS], [0], None, None, []),
         *DecoderStructure(projections=1, mlp_inputs=1).arguments,
     ),
     "float_linear": (X, X, X[:, 0], [], 0),

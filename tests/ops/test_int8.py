@@ -315,7 +315,6 @@ def test_opcheck() -> None:
         "quantize_activation_per_token": (floats,),
         "int8_pack": (codes, scales, [10, 70]),
         "int8_unpack": (packed.data, [10, 70], 18),
-        "int8_member": (packed.data, [10, 70], 18, 1),
         "int8_linear": linear,
         "int8_linear_gated": (*x, ops.pack_int8([weights[1]] * 2).data, None, 70, torch.float16, int(PostOp.SILU)),
     }

@@ -166,6 +166,7 @@ def test_ops_pass_their_tests(level: str) -> None:
             "attention_ragged",
             "conv",
             "decoder",
+            "decoder_int8",
             "embedding",
             "experts",
             "float_linear",

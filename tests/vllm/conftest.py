@@ -1,5 +1,6 @@
 """Fixtures for vLLM in this process, beside this package's own `generate`; without vLLM there are no tests here."""
 
+import copy
 import gc
 import importlib.util
 import math
@@ -54,6 +55,30 @@ def calibration(tokenizer):
 
     ids = tokenizer(calibration_text()[:20_000], return_tensors="pt").input_ids
     return list(ids[:, : 4 * 128].reshape(4, 1, 128))
+
+
+@pytest.fixture(scope="session")
+def int8_model(float_model, calibration):
+    """`int8_model(kind)`: the embedded model in W8A8, its activations "static", "smoothed" before, or "dynamic"."""
+    from ipex_quant import llm, quantization
+
+    def make(kind):
+        if kind == "dynamic":
+            chosen = copy.deepcopy(quantization.default_dynamic_qconfig_mapping)
+            chosen.set_module_name("lm_head", None)  # vLLM reads no W8A8 output layer of compressed-tensors
+            return llm.optimize(float_model().eval(), dtype=torch.bfloat16, quantization_config=chosen)
+        mappings = {
+            "static": quantization.default_static_qconfig_mapping,
+            "smoothed": quantization.get_smooth_quant_qconfig_mapping(),
+        }
+        model = float_model().float().eval()
+        prepared = quantization.prepare(model, mappings[kind], example_inputs=calibration[0], inplace=True)
+        with torch.no_grad():
+            for batch in calibration:
+                prepared(batch)
+        return llm.optimize(quantization.convert(prepared), dtype=torch.bfloat16)
+
+    return make
 
 
 @pytest.fixture(scope="session")

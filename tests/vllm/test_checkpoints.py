@@ -1,6 +1,5 @@
 """Checkpoints of every kind: vLLM with the plugin gives the tokens of this package's own `generate`."""
 
-import copy
 import json
 
 import pytest
@@ -69,36 +68,16 @@ def test_bf16_arithmetic(gptq, generate_in_vllm, check_tokens, prompts, monkeypa
     check_tokens(llm.from_pretrained(gptq("symmetric"), torch.bfloat16, arithmetic), prompts, found)
 
 
-def int8_model(float_model, calibration, kind):
-    """The embedded model in W8A8, with activations quantized by static ranges, smoothed before, or per token."""
-    if kind == "dynamic":
-        chosen = copy.deepcopy(quantization.default_dynamic_qconfig_mapping)
-        chosen.set_module_name("lm_head", None)  # vLLM reads no W8A8 output layer of compressed-tensors
-        return llm.optimize(float_model().eval(), dtype=torch.bfloat16, quantization_config=chosen)
-    mappings = {
-        "static": quantization.default_static_qconfig_mapping,
-        "smoothed": quantization.get_smooth_quant_qconfig_mapping(),
-    }
-    model = float_model().float().eval()
-    prepared = quantization.prepare(model, mappings[kind], example_inputs=calibration[0], inplace=True)
-    with torch.no_grad():
-        for batch in calibration:
-            prepared(batch)
-    return llm.optimize(quantization.convert(prepared), dtype=torch.bfloat16)
-
-
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
-def test_compressed_tensors_w8a8(
-    kind, float_model, calibration, generate_in_vllm, check_tokens, prompts, tokenizer, tmp_path
-):
-    model = int8_model(float_model, calibration, kind)
+def test_compressed_tensors_w8a8(kind, int8_model, generate_in_vllm, check_tokens, prompts, tokenizer, tmp_path):
+    model = int8_model(kind)
     llm.export(model, tmp_path / "model", "compressed-tensors", tokenizer)
     check_tokens(model, prompts, generate_in_vllm(tmp_path / "model", prompts))
 
 
 @pytest.mark.parametrize("kind", ["static", "smoothed", "dynamic"])
-def test_saved_w8a8(kind, float_model, calibration, generate_in_vllm, check_tokens, prompts, tokenizer, tmp_path):
-    model = int8_model(float_model, calibration, kind)
+def test_saved_w8a8(kind, int8_model, generate_in_vllm, check_tokens, prompts, tokenizer, tmp_path):
+    model = int8_model(kind)
     llm.save(model, tmp_path, tokenizer)
     check_tokens(model, prompts, generate_in_vllm(tmp_path, prompts))
 

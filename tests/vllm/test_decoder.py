@@ -124,6 +124,19 @@ def test_families(
     assert not steps
 
 
+@pytest.mark.parametrize("kind", ["static", "smoothed", "dynamic"])
+def test_w8a8(kind, int8_model, tokenizer, prompts, generate_in_vllm, check_tokens, steps, monkeypatch, tmp_path):
+    model = int8_model(kind)
+    llm.save(model, tmp_path, tokenizer)
+    found = generate_in_vllm(tmp_path, prompts)
+    assert len(steps) >= 19
+    check_tokens(model, prompts, found)
+    del steps[:]
+    monkeypatch.setattr(decoder, "MAX_TOKENS", 0)
+    assert generate_in_vllm(tmp_path, prompts) == found
+    assert not steps
+
+
 def test_sliding_windows_are_left_to_vllm(
     float_model, tokenizer, prompts, generate_in_vllm, check_tokens, steps, tmp_path
 ):

@@ -21,13 +21,14 @@ from vllm.model_executor.models.qwen2 import Qwen2Attention, Qwen2DecoderLayer, 
 from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
 from vllm.model_executor.models.registry import ModelRegistry
 
+from ...numerics.scheme import WoqActQuantMode, WoqLowpMode
 from ...ops import DecoderStructure, DecoderWeights, rms_norm
 from ...ops.decoder import MAX_TOKENS
 from ...ops.library import native
 from .attention import PagedImpl
 from .norms import NativeRMSNorm
 from .options import logger
-from .packed import PackedWoqLinear
+from .packed import PackedInt8Linear, PackedWoqLinear
 
 _decoder_layers = native.decoder_layers.default
 _KINDS = (QKVParallelLinear, RowParallelLinear, MergedColumnParallelLinear, RowParallelLinear)
@@ -54,22 +55,23 @@ class Stack:
         norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         rope, impl = first.self_attn.rotary_emb, attentions[0].impl
         head_norms = [norm for layer in layers for norm in _head_norms(layer)]
-        settings = {linear.modes for linear in linears}, {norm.variance_epsilon for norm in (*norms, *head_norms)}
+        modes = {linear.modes for linear in linears} - {None}
+        settings = modes, {norm.variance_epsilon for norm in (*norms, *head_norms)}
         scales = {(each.impl.scale, each.impl.logits_soft_cap) for each in attentions}
         if any(len(each) > 1 for each in (*settings, scales)) or any(
             layer.self_attn.rotary_emb is not rope for layer in layers
         ):
             raise ValueError("its layers differ in compute mode, norm, rotation or attention")
-        biases, perms = [linear.bias for linear in linears], [linear.perm for linear in linears]
         weights = DecoderWeights(
             [linear.data for linear in linears],
-            biases if any(bias is not None for bias in biases) else [],
-            perms if any(perm is not None for perm in perms) else [],
+            _given([linear.bias for linear in linears]),
+            _given([linear.perm for linear in linears]),
+            _given([linear.static_input for linear in linears]),
             [norm.weight.data for norm in norms],
             [],
             [norm.weight.data for norm in head_norms],
         )
-        lowp_mode, act_quant_mode = linears[0].modes
+        lowp_mode, act_quant_mode = modes.pop() if modes else (WoqLowpMode.NONE, WoqActQuantMode.NONE)
         structure = DecoderStructure(
             projections=1,
             mlp_inputs=1,
@@ -213,8 +215,8 @@ def _check(layer: torch.nn.Module) -> None:
     for module, kind, linear in zip(_modules(layer), _KINDS, _linears(layer), strict=True):
         if type(module) is not kind or module.tp_size > 1 or module.skip_bias_add:
             raise ValueError(f"{type(module).__name__} is divided among ranks, or another layer than expected")
-        if not isinstance(linear, PackedWoqLinear):
-            raise ValueError(f"{module.prefix} is not weight-only quantized as a whole")
+        if not isinstance(linear, (PackedWoqLinear, PackedInt8Linear)):
+            raise ValueError(f"{module.prefix} is not quantized as a whole")
     impl = layer.self_attn.attn.impl
     if not isinstance(impl, PagedImpl) or not impl.native or not impl.is_plain:
         raise ValueError("its attention has windows or slopes, or shares caches, or is not native")
@@ -251,6 +253,11 @@ def _linears(layer: torch.nn.Module) -> list[Any]:
         method = getattr(module, "scheme", module.quant_method)
         found.append(getattr(getattr(method, "kernel", method), "linear", None))
     return found
+
+
+def _given(tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """`tensors`, or an empty list if all are None."""
+    return tensors if any(tensor is not None for tensor in tensors) else []
 
 
 def register() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from ...nn.int8_linear import QuantizedInput
 from ...numerics.int8 import StaticActivation
 from ...numerics.quantized_weight import QuantizedWeight
 from ...numerics.scheme import WoqActQuantMode, WoqLowpMode
@@ -26,6 +27,8 @@ Modes = tuple[WoqLowpMode, WoqActQuantMode]
 
 class PackedWoqLinear:
     """A weight-only quantized linear; `data` and `perm` are those of its packed weight, `bias` is in float32."""
+
+    static_input = None  # of a W8A8 one
 
     def __init__(
         self,
@@ -65,20 +68,22 @@ class PackedWoqLinear:
 
 
 class PackedInt8Linear:
-    """A W8A8 linear; `data` is its packed weight.
+    """A W8A8 linear; `data` is its packed weight, `bias` in float32, `static_input` that of `DecoderWeights`.
 
     `activation` is the static quantization of the input; None quantizes every token to its own range.
     """
 
+    perm = modes = None  # of a weight-only quantized one
+
     def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None, activation: StaticActivation | None) -> None:
         self.data = pack_int8([weight]).data
-        self._bias = None if bias is None else bias.detach().float()
+        self.bias = None if bias is None else bias.detach().float()
         self._out_features = (weight.shape[0],)
-        self._static = None
+        self._static = self.static_input = None
         if activation is not None:
-            scale = torch.tensor([activation.scale], dtype=torch.float32)
-            zero_point = torch.tensor([activation.zero_point], dtype=torch.int32)
-            self._static = activation.multiplier, activation.zero_point, scale, zero_point
+            quantized = QuantizedInput(activation)
+            self._static = quantized.multiplier, activation.zero_point, quantized.scale, quantized.zero_point
+            self.static_input = quantized.joined(weight.shape[1])
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x @ weight.T``, plus the bias unless `bias` is None."""
@@ -87,7 +92,7 @@ class PackedInt8Linear:
         else:
             multiplier, zero_point, scales, zero_points = self._static
             codes = _quantize(x, multiplier, zero_point)
-        own_bias = None if bias is None else self._bias
+        own_bias = None if bias is None else self.bias
         return _int8_linear(
             codes, scales, zero_points, self.data, own_bias, (), self._out_features, x.dtype, _NO_POST_OP
         )[0]

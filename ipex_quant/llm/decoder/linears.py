@@ -41,7 +41,7 @@ def linear_call(module: nn.Module) -> LinearCall:
         return LinearCall(module)
     if type(module) is WeightOnlyQuantizedLinear and module._packed is not None:
         return WeightOnlyCall(module)
-    if type(module) is Int8Linear and len(module.share_group.inputs) == 1:
+    if type(module) is Int8Linear:
         return Int8Call(module)
     return FloatCall(module) if is_linear(module) and _plain(module) else LinearCall(module)
 
@@ -81,6 +81,10 @@ class WeightOnlyCall(LinearCall):
         super().__init__(module)
         self.options = module.out_features, int(module.lowp_mode), int(module.act_quant_mode)
 
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """The module's own dict of tensors by name."""
+        return self.module._buffers
+
     def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
         tensors = self.module._buffers
         return _woq_linear(
@@ -89,10 +93,17 @@ class WeightOnlyCall(LinearCall):
 
 
 class Int8Call(LinearCall):
-    """An `Int8Linear` that shares its input with no other, whose op has the post op in its epilogue."""
+    """An `Int8Linear`, whose op has the post op in its epilogue if it shares its input with no other."""
+
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """The dict of tensors by name that the share group keeps for the module."""
+        return self.module.share_group.tensors[self.module.member]
 
     def __call__(self, x: torch.Tensor, post_op: PostOp = PostOp.NONE, *others: torch.Tensor) -> torch.Tensor:
-        return self.module.share_group.multiply(x, post_op, others)[0]
+        group = self.module.share_group
+        if len(group.inputs) > 1:
+            return super().__call__(x, post_op, *others)
+        return group.multiply(x, post_op, others)[0]
 
 
 class LinearGroup:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...numerics.scheme import WoqActQuantMode, WoqLowpMode
 from ...ops.decoder import MAX_TOKENS, DecoderCall, DecoderStructure, DecoderWeights, decoder_layers
 from ...ops.post_op import GATES
 from ..cache.layers import NativeLayer
@@ -15,7 +16,7 @@ from ..cache.paged import PagedCache
 from .attention import FusedAttention
 from .call import LayerCall
 from .families import Residual, Rope
-from .linears import MLP_ACTIVATIONS, LinearGroup, WeightOnlyCall, WeightOnlyGroup
+from .linears import MLP_ACTIVATIONS, Int8Call, LinearCall, LinearGroup, WeightOnlyCall, WeightOnlyGroup
 from .norms import LayerNorm, Norm, OffsetNorm, Scale
 from .parts import LayerParts
 
@@ -40,10 +41,10 @@ def layer_step(parts: LayerParts) -> LayerStep | None:
     groups = [_linears(group) for group in (attention.project, attention.output, mlp.inputs, mlp.output)]
     if not all(groups) or mlp.post_op not in (GATES if mlp.gated else MLP_ACTIVATIONS):
         return None
-    modes = {linear.options[1:] for linear in chain(*groups)}
-    if len(modes) != 1:
+    modes = {linear.options[1:] for linear in chain(*groups) if isinstance(linear, WeightOnlyCall)}
+    if len(modes) > 1:
         return None
-    lowp_mode, act_quant_mode = modes.pop()
+    lowp_mode, act_quant_mode = modes.pop() if modes else (WoqLowpMode.NONE, WoqActQuantMode.NONE)
     structure = DecoderStructure(
         projections=len(groups[0]),
         mlp_inputs=len(groups[2]),
@@ -75,12 +76,13 @@ def _known_attention(attention: FusedAttention) -> bool:
     return attention.in_blocks and attention.is_causal and not unknown
 
 
-def _linears(group: LinearGroup | WeightOnlyCall) -> list[WeightOnlyCall] | None:
-    """The weight-only linears of `group`, if one native call can compute them; else None."""
-    linears = [group] if not isinstance(group, LinearGroup) else group.linears
-    if not all(type(linear) is WeightOnlyCall for linear in linears):
-        return None
-    return linears if len(linears) == 1 or isinstance(group, WeightOnlyGroup) else None
+def _linears(group: LinearGroup | LinearCall) -> list[WeightOnlyCall | Int8Call] | None:
+    """The linears of `group` if they are all W8A8, or weight-only ones that one native call can compute; else None."""
+    linears = group.linears if isinstance(group, LinearGroup) else [group]
+    kinds = {type(linear) for linear in linears}
+    if kinds == {WeightOnlyCall}:
+        return linears if len(linears) == 1 or isinstance(group, WeightOnlyGroup) else None
+    return linears if kinds == {Int8Call} else None
 
 
 class Places(NamedTuple):
@@ -105,7 +107,7 @@ class StepLayer(NamedTuple):
 
     structure: DecoderStructure
     attention: FusedAttention
-    linears: list[list[WeightOnlyCall]]
+    linears: list[list[WeightOnlyCall | Int8Call]]
     groups: list[WeightOnlyGroup]
     norms: list[Norm]
 
@@ -126,7 +128,7 @@ class LayerStep:
         self.attentions = [layer.attention for layer in layers]
         self.groups = [group for layer in layers for group in layer.groups]
         inputs = [linears for layer in layers for linears in layer.linears]
-        self.modules = [linear.module for linears in inputs for linear in linears]
+        self.linears = [linear for linears in inputs for linear in linears]
         self.is_first = [linear is linears[0] for linears in inputs for linear in linears]
         self.norm_modules = [norm.module for layer in layers for norm in layer.norms]
         self.head_norm_modules = [norm.module for attention in self.attentions for norm in attention.norms]
@@ -151,7 +153,7 @@ class LayerStep:
     def _keep_tensors(self) -> None:
         if self.tensors is None:
             self.tensors = StepTensors(
-                [module._buffers for module in self.modules],
+                [linear.tensors() for linear in self.linears],
                 [module._parameters for module in self.norm_modules],
                 [module._parameters for module in self.head_norm_modules],
             )
@@ -165,7 +167,7 @@ class LayerStep:
             return None
         places = self._reserve(x, call)
         found = self.find_tensors()
-        perms = _given([tensors["_perm"] for tensors in found.linears])
+        perms = _given([tensors.get("_perm") for tensors in found.linears])
         if places is None or (perms and not all(group.one_order() for group in self.groups)):
             return None
         attention = self.attentions[0]
@@ -173,6 +175,7 @@ class LayerStep:
             [tensors["_packed"] for tensors in found.linears],
             _given([tensors["_bias"] for tensors in found.linears]),
             list(compress(perms, self.is_first)),
+            _given([tensors.get("_static_input") for tensors in found.linears]),
             [parameters["weight"] for parameters in found.norms],
             _given([parameters.get("bias") for parameters in found.norms]),
             [parameters["weight"] for parameters in found.head_norms],

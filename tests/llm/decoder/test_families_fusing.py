@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 from ipex_quant import ops
 from ipex_quant.llm.decoder.linears import (
     FloatCall,
+    Int8Call,
     Int8Group,
     LinearCall,
     LinearGroup,
@@ -137,8 +138,8 @@ def test_gated_products(kind, activation):
     [
         (nn.Linear(64, 48), FloatCall),
         (weight_only(48), WeightOnlyCall),
-        (int8_group((48,))[0], None),
-        (int8_group()[0], LinearCall),
+        (int8_group((48,))[0], Int8Call),
+        (int8_group()[0], Int8Call),
         (nn.Sequential(nn.Linear(64, 48)), LinearCall),
     ],
 )
@@ -149,7 +150,7 @@ def test_post_ops_are_applied_after_the_result_is_rounded(module, kind):
         module.bfloat16()
     result = module(x.clone())
 
-    assert kind is None or type(linear) is kind
+    assert type(linear) is kind
     torch.testing.assert_close(linear(x, PostOp.ADD, a), result + a, rtol=0, atol=0)
     torch.testing.assert_close(linear(x, PostOp.ADD_ADD, a, b), result + a + b, rtol=0, atol=0)
     torch.testing.assert_close(linear(x, PostOp.MUL, a), result * a, rtol=0, atol=0)
