@@ -28,7 +28,11 @@ namespace IPEX_QUANT_ISA_NS {
 
 // Loops over the registers of a tile, unrolled by templates: an accumulator array stays in registers only if every
 // index is a constant before the compiler's first passes. A lambda body is marked with IPEX_QUANT_INLINE.
+#if defined(IPEX_QUANT_EMULATED)  // which has no registers
+#define IPEX_QUANT_INLINE
+#else
 #define IPEX_QUANT_INLINE __attribute__((always_inline))
+#endif
 template <int I>
 struct Index {
   static constexpr int value = I;
@@ -61,6 +65,11 @@ namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
 
 constexpr int64_t kVectorBytes = 4 * kLanes;
+#if defined(IPEX_QUANT_EMULATED)
+constexpr bool kOnlyBf16 = true;  // the generic level has the rest
+#else
+constexpr bool kOnlyBf16 = false;
+#endif
 
 inline vf zero_f() { return set1_f(0.0f); }
 inline vi zero_i() { return set1_i(0); }

@@ -29,6 +29,11 @@ inline void add_products(const uint8_t* x, int64_t stride, const int8_t* codes, 
 }
 
 // The same for any number of rows.
+#if defined(IPEX_QUANT_TILES)  // linear_tiles.h has it
+template <bool Prefetch>
+inline void add_row_products(const uint8_t* x, int64_t stride, const int8_t* codes, int64_t length, int64_t rows,
+                             int32_t* sums);
+#else
 template <bool Prefetch>
 inline void add_row_products(const uint8_t* x, int64_t stride, const int8_t* codes, int64_t length, int64_t rows,
                              int32_t* sums) {
@@ -37,6 +42,7 @@ inline void add_row_products(const uint8_t* x, int64_t stride, const int8_t* cod
     add_products<kRows, Prefetch && (kRows > 1)>(x + row * stride, stride, codes, length, sums + row * kTileN);
   });
 }
+#endif
 
 inline void int8_tile(const Int8Args& args, const Output& output, const uint8_t* tile, int64_t column, int64_t begin,
                       int64_t end, uint8_t* scratch) {
