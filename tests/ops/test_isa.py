@@ -153,14 +153,14 @@ print(hashlib.sha256(b"".join(x.view(torch.uint8).numpy().tobytes() for x in (hi
 # From few rows to several blocks of a tile's, and k of no whole tile, of several parts and of two folds.
 INTEGERS = """
 import hashlib, itertools, torch
-from ipex_quant import ops
+import ipex_quant.ops
 torch.manual_seed(0)
 digest = hashlib.sha256()
 shapes = [*itertools.product((15, 16, 17, 31, 33, 65, 97), (1, 70), (36, 204, 256)), (19, 65, 4097), (40, 64, 65700)]
 for rows, n, k in shapes:
     x = torch.randint(0, 256, (rows, k)).to(torch.uint8)
     codes = torch.randint(-128, 128, (n, k)).to(torch.int8)
-    packed = ops.pack_int8(codes, torch.rand(n), [n])
+    packed = torch.ops.ipex_quant.int8_pack(codes, torch.rand(n), [n])
     for count in (1, rows):
         scales, zeros = torch.rand(count), torch.randint(0, 256, (count,)).to(torch.int32)
         (y,) = torch.ops.ipex_quant.int8_linear(x, scales, zeros, packed, None, [], [n], torch.float32, 0)
@@ -175,28 +175,15 @@ def test_the_same_bits_at_every_level(code: str) -> None:
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("level", [*LEVELS[:-1], EMULATED_ISA])  # the highest one runs them anyway
+TILED = ("attention", "attention_fused", "attention_ragged", "conv", "decoder", "experts", "int8", "woq_group")
+OTHERS = ("attention_float8", "embedding", "float_linear", "gated", "mamba", "norm", "rope")
+
+
+# The highest level runs them anyway; emulated are only the kernels that tiles have.
+@pytest.mark.parametrize("level", [*LEVELS[:-1], EMULATED_ISA])
 def test_ops_pass_their_tests(level: str) -> None:
-    tests = [
-        str(Path(__file__).with_name(f"test_{name}.py"))
-        for name in (
-            "attention",
-            "attention_float8",
-            "attention_fused",
-            "attention_ragged",
-            "conv",
-            "decoder",
-            "embedding",
-            "experts",
-            "float_linear",
-            "gated",
-            "int8",
-            "mamba",
-            "norm",
-            "rope",
-            "woq_group",
-        )
-    ]
+    names = TILED if level == EMULATED_ISA else (*TILED, *OTHERS)
+    tests = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
     done = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, level=level, capture_output=True)
     assert done.returncode == 0, done.stdout
 

@@ -1,4 +1,4 @@
-"""Tiles of AMX: both twins of csrc/tile.h against the manual's formulas, and where in the library their instructions are.
+"""Tiles of AMX: both twins of csrc/tile.h against the manual's formulas, and where the library has the instructions.
 
 The instructions run on any x86-64 processor: where they do not exist, tests/native/tile_trap.cpp carries them out.
 """
@@ -82,7 +82,7 @@ def product(library: ctypes.CDLL, a: torch.Tensor, b: torch.Tensor, c: torch.Ten
         buffer[:, : data.shape[1]] = data
         buffers.append(buffer)
         pointers += [ctypes.c_void_p(buffer.data_ptr()), ctypes.c_int64(buffer.shape[1])]
-    dot = [types for types in DOTS.values()].index((a.dtype, b.dtype))
+    dot = list(DOTS.values()).index((a.dtype, b.dtype))
     library.tile_product(
         dot, columns // 16, c is not None, *pointers[:4], ctypes.c_int64(rows), ctypes.c_int64(k * size), *pointers[4:]
     )
