@@ -3,22 +3,29 @@
 #include <stdexcept>
 #include <string>
 
+#include "host/self_test.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace ipex_quant {
 
 extern const KernelTable kGenericTable;
+extern const KernelPatch kAmxEmulatedKernels;
 #if defined(__x86_64__)
 extern const KernelTable kAvx2Table, kAvx2VnniTable, kAvx512VnniTable, kAvx512Bf16Table;
+extern const KernelPatch kAmxKernels;
 #endif
 
 namespace {
 
-constexpr const char* kNames[kIsaLevels] = {"generic", "avx2", "avx512_vnni", "avx512_bf16"};
+constexpr const char* kNames[kIsaLevels] = {"generic", "avx2", "avx512_vnni", "avx512_bf16", "amx", "amx_emulated"};
 
 #if defined(__x86_64__)
 // Leaf 7, subleaf 1, of a processor whose operating system saves the wide registers (checked through AVX2).
@@ -36,22 +43,51 @@ bool has_avx512_vnni() {
          __builtin_cpu_supports("avx512vnni");
 }
 bool has_avx512_bf16() { return has_avx512_vnni() && has_leaf7_1(5); }
+bool has_amx() {
+  constexpr uint32_t kBf16 = 1u << 22, kTile = 1u << 24, kInt8Dot = 1u << 25, kAll = kBf16 | kTile | kInt8Dot;
+  uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kAll) != kAll) return false;
+  constexpr uint32_t kTileState = 3u << 17;  // that the operating system saves
+  asm("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+  return (eax & kTileState) == kTileState;
+}
 #endif
 
-const KernelTable& table_of(IsaLevel level) {
+// Asks the operating system for the tiles, which a process has only from then on.
+bool request_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+KernelTable with_tiles(KernelTable table, const KernelPatch& own) {
+  table.gemm_tile = own.gemm_tile;
+  table.int8_tile = own.int8_tile;
+  table.attention_scratch = own.attention_scratch;
+  table.attention_task = own.attention_task;
+  table.bf16_dot = table.tiles = true;
+  return table;
+}
+
+KernelTable table_of(IsaLevel level) {
+  if (level == kAmxEmulated) return with_tiles(kGenericTable, kAmxEmulatedKernels);
 #if defined(__x86_64__)
+  if (level == kAmx) return with_tiles(kAvx512Bf16Table, kAmxKernels);
   if (level == kAvx512Bf16) return kAvx512Bf16Table;
   if (level == kAvx512Vnni) return kAvx512VnniTable;
   if (level == kAvx2) return has_avx_vnni() ? kAvx2VnniTable : kAvx2Table;
 #endif
-  (void)level;
   return kGenericTable;
 }
 
-IsaLevel choose_isa() {
+IsaLevel wanted_isa() {
   const IsaLevel best = supported_isa();
   const char* wanted = std::getenv("IPEX_QUANT_ISA");
   if (!wanted || !*wanted) return best;
+  if (!std::strcmp(wanted, kNames[kAmxEmulated])) return kAmxEmulated;
   std::string choices;
   for (int32_t level = 0; level <= best; ++level) {
     if (!std::strcmp(wanted, kNames[level])) return IsaLevel(level);
@@ -61,10 +97,35 @@ IsaLevel choose_isa() {
                            "'");
 }
 
+struct Choice {
+  IsaLevel level;
+  std::string lowered;
+};
+
+// Tiles have to be permitted, and to compute what the other levels do.
+Choice choose_isa() {
+  const IsaLevel level = wanted_isa();
+  if (level < kAmx) return {level, ""};
+  const char* why = nullptr;
+  if (level == kAmx && !request_tiles())
+    why = "the operating system does not permit its tiles";
+  else if (!same_product(table_of(level), kGenericTable))
+    why = "a product by its tiles is not what it should be";
+  if (!why) return {level, ""};
+  const IsaLevel below = level == kAmx ? kAvx512Bf16 : kGeneric;
+  return {below, std::string("instruction set ") + kNames[level] + ": " + why + "; " + kNames[below] + " is used"};
+}
+
+const Choice& chosen_isa() {
+  static const Choice choice = choose_isa();  // a throw leaves it unset, so that the next call throws again
+  return choice;
+}
+
 }  // namespace
 
 IsaLevel supported_isa() {
 #if defined(__x86_64__)
+  if (has_amx()) return kAmx;
   if (has_avx512_bf16()) return kAvx512Bf16;
   if (has_avx512_vnni()) return kAvx512Vnni;
   if (has_avx2()) return kAvx2;
@@ -72,13 +133,11 @@ IsaLevel supported_isa() {
   return kGeneric;
 }
 
-IsaLevel active_isa() {
-  static const IsaLevel level = choose_isa();  // a throw leaves it unset, so that the next call throws again
-  return level;
-}
+IsaLevel active_isa() { return chosen_isa().level; }
+const char* lowered_isa() { return chosen_isa().lowered.c_str(); }
 
 const KernelTable& kernels() {
-  static const KernelTable& table = table_of(active_isa());
+  static const KernelTable table = table_of(active_isa());
   return table;
 }
 

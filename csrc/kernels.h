@@ -93,11 +93,12 @@ inline int64_t panel_k(const WoqGeometry& g, const Staged& s) {
 inline int64_t stage_scratch(const WoqGeometry& g, const Staged& s) { return (2 * g.padded_k + 2 * s.folds) * 4; }
 inline int64_t gemm_scratch(const WoqGeometry& g, const Staged& s, int64_t rows) {
   if (s.streamed) return 0;
+  constexpr int64_t kAlign = 64;  // what a kernel that loads whole cache lines skips
   if (s.compute == Compute::kByte) {
     const int64_t k = panel_k(g, s), codes = is_narrow(g.dtype) ? kTileN * k : 2 * (kTileN + kMostWordRows) * k;
-    return codes + kTileN * (16 * s.folds + (k < g.padded_k ? 4 * rows : 0));
+    return codes + kTileN * (16 * s.folds + (k < g.padded_k ? 4 * rows : 0)) + kAlign;
   }
-  return kTileN * 4 * (kFloatFold + rows);
+  return kTileN * 4 * (kFloatFold + rows) + kAlign;
 }
 
 // A linear with a float weight [n, k] as torch keeps it; bias [n] or null. Both are of the type of the output, which
@@ -298,13 +299,28 @@ struct KernelTable {
   // Channels [begin, end) of a sequence, at most kScanChannels; those of a scan are of one group.
   void (*convolve_channels)(const ConvolveArgs&, int64_t batch, int64_t begin, int64_t end, uint8_t* scratch);
   void (*scan_channels)(const ScanArgs&, int64_t batch, int64_t begin, int64_t end, uint8_t* scratch);
+  bool tiles = false;  // whether products of kMinTileRows rows and more go through the tiles of tile.h
 };
 
-enum IsaLevel : int32_t { kGeneric, kAvx2, kAvx512Vnni, kAvx512Bf16, kIsaLevels };
+// What a level has of its own where the rest of its table is that of another one.
+struct KernelPatch {
+  decltype(KernelTable::gemm_tile) gemm_tile;
+  decltype(KernelTable::int8_tile) int8_tile;
+  decltype(KernelTable::attention_scratch) attention_scratch;
+  decltype(KernelTable::attention_task) attention_task;
+};
+
+// Fewer rows than a tile holds leave part of it empty, while it takes as long to load the weight.
+constexpr int64_t kMinTileRows = 16;
+
+// Each includes those before it. The last one, which tests choose, has the kernels of kAmx on any machine.
+enum IsaLevel : int32_t { kGeneric, kAvx2, kAvx512Vnni, kAvx512Bf16, kAmx, kAmxEmulated, kIsaLevels };
 IsaLevel supported_isa();
-// The level that runs: the best supported one, or what IPEX_QUANT_ISA names. Throws std::runtime_error that lists the
-// choices when it names anything else.
+// The level that runs: the best supported one, or what IPEX_QUANT_ISA names, or the one below if that cannot run after
+// all. Throws std::runtime_error that lists the choices when it names anything else.
 IsaLevel active_isa();
+// Why it is the one below; empty if it is not.
+const char* lowered_isa();
 const KernelTable& kernels();
 
 }  // namespace ipex_quant

@@ -33,7 +33,11 @@ namespace IPEX_QUANT_ISA_NS {
 
 // Loops over the registers of a tile, unrolled by templates: an accumulator array stays in registers only if every
 // index is a constant before the compiler's first passes. A lambda body is marked with IPEX_QUANT_INLINE.
+#if defined(IPEX_QUANT_EMULATED)  // which has no registers
+#define IPEX_QUANT_INLINE
+#else
 #define IPEX_QUANT_INLINE __attribute__((always_inline))
+#endif
 template <int I>
 struct Index {
   static constexpr int value = I;
@@ -66,6 +70,11 @@ namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
 
 constexpr int64_t kVectorBytes = 4 * kLanes;
+#if defined(IPEX_QUANT_EMULATED)
+constexpr bool kOnlyBf16 = true;  // the generic level has the rest
+#else
+constexpr bool kOnlyBf16 = false;
+#endif
 
 #if defined(IPEX_QUANT_PAIR_SUMS)
 constexpr bool kPairSums = true;

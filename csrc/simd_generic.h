@@ -1,15 +1,21 @@
-// simd.h in portable C++: the oracle of the other levels, and what other architectures run.
+// simd.h in portable C++: the oracle of the other levels, and what other architectures run. With IPEX_QUANT_EMULATED it
+// has the vectors of AVX-512 with BF16, so that the kernels over these run on any machine.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#include "bf16.h"
 #include "half.h"
 
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
 
+#if defined(IPEX_QUANT_EMULATED)
+constexpr int64_t kLanes = 16;
+#else
 constexpr int64_t kLanes = 8;
+#endif
 constexpr bool kPortable = true;
 struct vf {
   float v[kLanes];
@@ -188,11 +194,17 @@ template <int I>
 inline vi spread_quads(vi x) {
   IPEX_QUANT_EACH(vi, x.v[i / 4 * 4 + I]);
 }
-inline vi columns_of_quads(vi x) { IPEX_QUANT_EACH(vi, x.v[i % 2 * 4 + i / 2]); }
-inline vi sum_quads(const vi (&x)[kLanes / 4]) { IPEX_QUANT_EACH(vi, x[i / 4].v[i % 4] + x[i / 4].v[i % 4 + 4]); }
+inline vi columns_of_quads(vi x) { IPEX_QUANT_EACH(vi, x.v[i % (kLanes / 4) * 4 + i / (kLanes / 4)]); }
+inline vi sum_quads(const vi (&x)[kLanes / 4]) {
+  vi r{};
+  for (int i = 0; i < kLanes; ++i)
+    for (int q = 0; q < kLanes; q += 4) r.v[i] += x[i / 4].v[i % 4 + q];
+  return r;
+}
 inline vi sum_quads(const vf (&x)[kLanes / 4]) {
-  vf r;
-  for (int i = 0; i < kLanes; ++i) r.v[i] = x[i / 4].v[i % 4] + x[i / 4].v[i % 4 + 4];
+  vf r{};
+  for (int i = 0; i < kLanes; ++i)
+    for (int q = 0; q < kLanes; q += 4) r.v[i] += x[i / 4].v[i % 4 + q];
   return as_i(r);
 }
 inline vi reduce_lanes(const vi (&x)[kLanes]) { IPEX_QUANT_EACH(vi, uint32_t(reduce_add(x[i]))); }
@@ -223,6 +235,44 @@ inline void dot(vi& acc, const vi& u8, const vi& s8) {
     for (int shift = 0; shift < 32; shift += 8)
       acc.v[i] += uint32_t(int32_t(u8.v[i] >> shift & 0xFF) * int32_t(int8_t(s8.v[i] >> shift & 0xFF)));
 }
+
+#if defined(IPEX_QUANT_EMULATED)
+#define IPEX_QUANT_BF16_DOT 1
+struct Halves {
+  uint16_t v[2 * kLanes];
+};
+inline Halves load_halves(const void* p) {
+  Halves r;
+  std::memcpy(r.v, p, sizeof r.v);
+  return r;
+}
+inline vi and_or_i(vi x, vi mask, vi bits) { return or_i(and_i(x, mask), bits); }
+inline vi make_bf16_lut32(const uint16_t* table) { return load_i(table); }
+inline vi lookup_bf16(vi table, vi index) {
+  const Halves levels = load_halves(table.v);
+  Halves r = load_halves(index.v);
+  for (uint16_t& half : r.v) half = levels.v[half & 31];
+  return load_i(r.v);
+}
+inline void dot_bf16(vf& acc, vi a, vi b) {  // the upper products first, as VDPBF16PS
+  for (int i = 0; i < kLanes; ++i) {
+    acc.v[i] = fma_bf16(a.v[i] >> 16, b.v[i] >> 16, acc.v[i]);
+    acc.v[i] = fma_bf16(a.v[i] & 0xFFFF, b.v[i] & 0xFFFF, acc.v[i]);
+  }
+}
+inline void interleave_bf16(const void* a, const void* b, vi& first, vi& second) {
+  const Halves x = load_halves(a), y = load_halves(b);
+  for (int i = 0; i < kLanes; ++i) {
+    first.v[i] = x.v[i] | uint32_t(y.v[i]) << 16;
+    second.v[i] = x.v[kLanes + i] | uint32_t(y.v[kLanes + i]) << 16;
+  }
+}
+inline void store_bf16_operand(void* p, vf x) {
+  uint16_t h[kLanes];
+  for (int i = 0; i < kLanes; ++i) h[i] = uint16_t(float_to_bf16(flush_denormal(x.v[i])));
+  std::memcpy(p, h, sizeof h);
+}
+#endif
 #undef IPEX_QUANT_EACH
 
 }  // namespace IPEX_QUANT_ISA_NS

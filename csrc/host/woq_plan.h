@@ -31,6 +31,7 @@ struct WoqPlan {
 inline int64_t streamed_rows(Compute compute, int32_t dtype) {
   if (compute == Compute::kByte) return kByteDecodeRows;
   if (compute == Compute::kFloat) return kernels().float_decode_rows;
+  if (kernels().tiles && code_bits(dtype) < 8 && dtype != kIq4) return kMinTileRows - 1;
   if (code_bits(dtype) == 8 || dtype == kIq4) return kDecodeRows;
   return dtype == kInt4 || dtype == kNf4 ? kStepRows : 2 * kDecodeRows;
 }

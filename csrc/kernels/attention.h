@@ -103,7 +103,7 @@ class AttentionRun {
     pack_queries();
     std::memset(sums_, 0, size_t(task_.rows * columns_) * sizeof(float));
     for (int64_t r = 0; r < task_.rows; ++r) maximum_[r] = kMinusInfinity, total_[r] = 0.0f;
-    const bool stream = can_stream<Path>(task_.rows, args_.key_dim, args_.value_dim);
+    const bool stream = !Path::kTiles && can_stream<Path>(task_.rows, args_.key_dim, args_.value_dim);
     if (stream && task_.rows > 2)
       task_.rows > 4 ? pack_query_quads<8>(query_, query_words_, steps(), keys_)
                      : pack_query_quads<4>(query_, query_words_, steps(), keys_);
@@ -117,21 +117,27 @@ class AttentionRun {
 
  private:
   void pack_block() {
-    const int64_t tiles = (task_.rows + Path::kRows - 1) / Path::kRows;
     pack(args_.key_dim, key_rows_, keys_, block_, true);
-    for (int64_t tile = 0; tile < tiles; ++tile)
-      each_tile(tile, tiles, [&](auto rows, int64_t row, Span span) {
-        score<decltype(rows)::value>(row, span);
-        softmax(row, rows, span);
-      });
+    each_tile([&](int64_t row, int64_t count, Span span) {
+      if constexpr (Path::kTiles)
+        Path::score({query_ + row * query_words_, query_words_}, {keys_, block_}, words(kSource, args_.key_dim), count,
+                    span, query_offset_ + row, {scores_ + row * block_, block_});
+      else
+        with_rows(count, [&](auto rows) { score<decltype(rows)::value>(row, span); });
+      softmax(row, count, span);
+    });
     pack(args_.value_dim, value_rows_, values_, columns_, false);
-    for (int64_t tile = 0; tile < tiles; ++tile)
-      each_tile(tile, tiles, [&](auto rows, int64_t row, Span span) {
-        accumulate<decltype(rows)::value, kTileVectors>(row, span, 0);
-      });
+    each_tile([&](int64_t row, int64_t count, Span span) {
+      if constexpr (Path::kTiles)
+        Path::accumulate({probabilities_ + row * probability_stride(), probability_stride()}, {values_, columns_},
+                         count, span, correction_ + row, value_factor_ + row, {sums_ + row * columns_, columns_});
+      else
+        with_rows(count, [&](auto rows) { accumulate<decltype(rows)::value, kTileVectors>(row, span, 0); });
+    });
   }
 
   void stream_block() {
+    if constexpr (Path::kTiles) return;  // which are for many rows
     find_ahead();
     const Span span = span_of_rows(0, task_.rows);
     if (span.begin >= span.end) return;
@@ -184,14 +190,23 @@ class AttentionRun {
     return {span_of(row).begin / kLanes * kLanes, (span_of(row + count - 1).end + kLanes - 1) / kLanes * kLanes};
   }
 
-  // Calls f(Index<count>, first row, tokens that they see, in whole vectors) unless they see none.
+  // Calls f(first row, count, tokens that they see, in whole vectors) for rows that are met together, unless they see
+  // none.
   template <class F>
-  void each_tile(int64_t tile, int64_t tiles, F f) {
-    const int64_t row = tile * task_.rows / tiles, count = (tile + 1) * task_.rows / tiles - row;
-    const Span span = span_of_rows(row, count);
-    if (span.begin >= span.end) return;
+  void each_tile(F f) const {
+    const int64_t tiles = (task_.rows + Path::kRows - 1) / Path::kRows;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t row = tile * task_.rows / tiles, count = (tile + 1) * task_.rows / tiles - row;
+      const Span span = span_of_rows(row, count);
+      if (span.begin < span.end) f(row, count, span);
+    }
+  }
+
+  // Calls f(Index<count>).
+  template <class F>
+  static void with_rows(int64_t count, F f) {
     unroll<Path::kRows>([&](auto i) {
-      if (count == i + 1) f(Index<decltype(i)::value + 1>{}, row, span);
+      if (count == i + 1) f(Index<decltype(i)::value + 1>{});
     });
   }
 

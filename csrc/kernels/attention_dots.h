@@ -44,22 +44,25 @@ struct ProbabilityValueDot {
   static void add(vi& sum, U8<false> a, S8<false> b) { dot<false>(sum, a, b); }
 };
 
-// What the products are made of.
+// What the products are made of. With kTiles a path has functions of its own for them, those of attention_tiles.h.
 struct FloatPath {
   using Scores = FloatDot;
   using Values = FloatDot;
+  static constexpr bool kTiles = false;
   static constexpr int kElements = 1, kRows = 6;
 };
 #if defined(IPEX_QUANT_BF16_DOT)
 struct PairPath {
   using Scores = PairDot;
   using Values = PairDot;
+  static constexpr bool kTiles = false;
   static constexpr int kElements = 2, kRows = 6;
 };
 #endif
 struct BytePath {
   using Scores = QueryKeyDot;
   using Values = ProbabilityValueDot;
+  static constexpr bool kTiles = false;
   static constexpr int kElements = 4, kRows = kByteRows;
 };
 

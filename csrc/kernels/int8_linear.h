@@ -30,6 +30,11 @@ inline void add_products(const uint8_t* x, int64_t stride, const int8_t* codes, 
 }
 
 // The same for any number of rows.
+#if defined(IPEX_QUANT_TILES)  // linear_tiles.h has it
+template <bool Prefetch>
+inline void add_row_products(const uint8_t* x, int64_t stride, const int8_t* codes, int64_t length, int64_t rows,
+                             int32_t* sums);
+#else
 template <bool Prefetch>
 inline void add_row_products(const uint8_t* x, int64_t stride, const int8_t* codes, int64_t length, int64_t rows,
                              int32_t* sums) {
@@ -38,6 +43,7 @@ inline void add_row_products(const uint8_t* x, int64_t stride, const int8_t* cod
     add_products<kRows, Prefetch && (kRows > 1)>(x + row * stride, stride, codes, length, sums + row * kTileN);
   });
 }
+#endif
 
 // The same through words: of kInt8Words of k at most, 16 KB, which stay in the first-level cache.
 constexpr int64_t kInt8Words = 128;

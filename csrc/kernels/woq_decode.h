@@ -288,6 +288,7 @@ inline void decode_folds(const DecodePass& pass, FoldCursor cursor) {
 template <int Dtype, int Rows>
 inline void decode_pass(const DecodePass& pass, const FoldCursor& cursor) {
   if constexpr (Dtype != kFp8) {
+    if constexpr (kOnlyBf16) return decode_folds<Dtype, Rows, DecodeKernel::kBf16>(pass, cursor);
     const Staged& s = *pass.args.staged;
     if (s.compute == Compute::kByte)
       return s.symmetric ? decode_folds<Dtype, Rows, DecodeKernel::kSymmetricBytes>(pass, cursor)

@@ -162,6 +162,11 @@ inline void byte_rows(const GemmArgs& args, int64_t tile, const BytePanel& panel
     finish_row(args.output, row + m, tile * kTileN, out + m * kTileN);
 }
 
+#if defined(IPEX_QUANT_TILES)  // linear_tiles.h has it
+template <int Dtype, bool Symmetric, bool Residual>
+inline void byte_row_blocks(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t end,
+                            const PanelSource& next);
+#else
 template <int Dtype, bool Symmetric, bool Residual>
 inline void byte_row_blocks(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t end,
                             const PanelSource& next) {
@@ -172,6 +177,7 @@ inline void byte_row_blocks(const GemmArgs& args, int64_t tile, const BytePanel&
     byte_rows<Dtype, decltype(count)::value, Symmetric, Residual>(args, tile, panel, panel.first_row + row, lines);
   });
 }
+#endif
 
 template <int Dtype, bool Residual>
 inline void multiply_byte_panel(const GemmArgs& args, int64_t tile, const BytePanel& panel, int64_t end,
@@ -304,6 +310,10 @@ inline void float_rows(const FloatFold& f, const GroupHead& head, int64_t row, L
   }
 }
 
+#if defined(IPEX_QUANT_TILES)  // linear_tiles.h has it
+template <bool Bf16>
+inline void float_row_blocks(const FloatFold& f, int64_t rows, const uint8_t* next, int64_t bytes);
+#else
 template <bool Bf16>
 inline void float_row_blocks(const FloatFold& f, int64_t rows, const uint8_t* next, int64_t bytes) {
   const GroupHead head = f.at.head();
@@ -311,6 +321,7 @@ inline void float_row_blocks(const FloatFold& f, int64_t rows, const uint8_t* ne
   each_block<kFloatRows>(
       rows, [&](auto count, int64_t row) { float_rows<decltype(count)::value, Bf16>(f, head, row, lines); });
 }
+#endif
 
 template <int Dtype, bool Bf16>
 inline void prefill_floats(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch) {

@@ -3,6 +3,8 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 #include "kernels.h"
 
 namespace ipex_quant {
@@ -10,6 +12,7 @@ namespace {
 
 int64_t isa_active() { return active_isa(); }
 int64_t isa_supported() { return supported_isa(); }
+std::string isa_lowered() { return lowered_isa(); }
 int64_t max_decode_tokens() { return kStepRows; }
 
 }  // namespace
@@ -17,12 +20,14 @@ int64_t max_decode_tokens() { return kStepRows; }
 STABLE_TORCH_LIBRARY(ipex_quant, m) {
   m.def("isa_active() -> int");
   m.def("isa_supported() -> int");
+  m.def("isa_lowered() -> str");
   m.def("max_decode_tokens() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ipex_quant, CompositeExplicitAutograd, m) {
   m.impl("isa_active", TORCH_BOX(&isa_active));
   m.impl("isa_supported", TORCH_BOX(&isa_supported));
+  m.impl("isa_lowered", TORCH_BOX(&isa_lowered));
   m.impl("max_decode_tokens", TORCH_BOX(&max_decode_tokens));
 }
 

@@ -39,7 +39,7 @@ from .int8 import (
     quantize_activation_per_token,
     unpack_int8,
 )
-from .isa import ISA_LEVELS, isa_name, supported_isas
+from .isa import ISA_LEVELS, isa_name, multiplies_bfloat16, supported_isas
 from .mamba import causal_conv1d, causal_conv1d_update, selective_scan
 from .nibbles import transpose_nibbles
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -90,6 +90,7 @@ __all__ = [
     "join_halves",
     "kernel_name",
     "layer_norm",
+    "multiplies_bfloat16",
     "pack_conv",
     "pack_experts",
     "pack_int8",

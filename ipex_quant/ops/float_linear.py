@@ -14,7 +14,7 @@ from .isa import supported_isas
 from .library import native
 from .post_op import PostOp, apply_post_op
 
-_MULTIPLIES_BFLOAT16 = supported_isas()[-1] == "avx512_bf16"  # then torch's operator does so, which the native does not
+_MULTIPLIES_BFLOAT16 = "avx512_bf16" in supported_isas()  # then torch's operator does so, which the native does not
 
 MAX_ROWS = {torch.float32: 8, torch.float16: 8, torch.bfloat16: 2 if _MULTIPLIES_BFLOAT16 else 8}
 """The most rows of x with which the native op is faster than torch's, by dtype (`benchmarks/float_linear.py`)."""

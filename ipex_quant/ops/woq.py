@@ -12,7 +12,7 @@ from ..numerics.quantized_weight import QuantizedWeight, code_columns, code_dtyp
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype
 from .fakes import check_shape, register_fake
 from .gradient import needs_function, needs_gradient
-from .isa import isa_name
+from .isa import multiplies_bfloat16
 from .library import native
 from .post_op import PostOp
 from .woq_header import Offsets, offsets_of, read_header
@@ -216,7 +216,7 @@ def kernel_name(scheme: WeightScheme, lowp_mode: WoqLowpMode, dtype: torch.dtype
     if lowp_mode == WoqLowpMode.INT8:
         return "fp32 fma, int8 activations" if scheme.dtype == WoqWeightDtype.FP8 else "int8 dot"
     compute = {WoqLowpMode.FP16: torch.float16, WoqLowpMode.BF16: torch.bfloat16}.get(lowp_mode, dtype)
-    bf16_dot = compute == torch.bfloat16 and isa_name() == "avx512_bf16" and scheme.dtype != WoqWeightDtype.FP8
+    bf16_dot = compute == torch.bfloat16 and multiplies_bfloat16() and scheme.dtype != WoqWeightDtype.FP8
     return "bf16 dot" if bf16_dot else "fp32 fma"
 
 

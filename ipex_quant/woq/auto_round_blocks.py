@@ -94,7 +94,7 @@ class _Call:
 
     def loss(self, block: nn.Module) -> torch.Tensor:
         """Mean squared error of the output; matmuls are in bfloat16 where that is faster."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=ops.isa_name() == "avx512_bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=ops.multiplies_bfloat16()):
             output = _hidden(block(*self.args, **self.kwargs))
         errors = (output.float() - self.target).square()
         return errors.mean() if self.mask is None else errors[self.mask].mean()

@@ -30,7 +30,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NEWER_GROUP_SIZES = [-1, 4, 32, 128]
 """Of the dtypes that IPEX does not have, which share most code."""
 
-ROWS = [0, 1, 2, 3, 5, 7, 8, 9, 13, 33, 130]
+ROWS = [0, 1, 2, 3, 5, 7, 8, 9, 13, 16, 31, 33, 130]
 FEATURES = [(1, 1), (64, 128), (65, 96), (3, 257), (130, 64), (31, 31), (127, 300), (64, 4), (40, 513), (200, 8)]
 LONG_MODES = [WoqActQuantMode.PER_TENSOR, WoqActQuantMode.PER_BATCH_SYM, WoqActQuantMode.PER_IC_BLOCK]
 # "signs" and "ones" make every code and every sum of products as large as can be.

@@ -15,10 +15,12 @@ from safetensors import safe_open
 import ipex_quant
 from ipex_quant import ops
 from ipex_quant.ops import library
+from ipex_quant.ops.isa import EMULATED_ISA
 
 Results = dict[str, torch.Tensor]
 
 LEVELS = ops.supported_isas()
+RUN = (*LEVELS, EMULATED_ISA)
 # The sums are of unit variance and made in float32, in any order; then comes one rounding to the result's dtype. A post
 # op starts from the rounded sum, whose last bit may have fallen either way, and can cancel all but the difference.
 RTOL = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -56,8 +58,8 @@ def expected(directory: Path) -> Results:
 
 @pytest.fixture(scope="module")
 def results(directory: Path) -> dict[str, Results]:
-    computed = {level: run_worker("native", directory / level, level) for level in LEVELS}
-    assert {level: isa for level, (_, isa) in computed.items()} == {level: level for level in LEVELS}
+    computed = {level: run_worker("native", directory / level, level) for level in RUN}
+    assert {level: isa for level, (_, isa) in computed.items()} == {level: level for level in RUN}
     return {level: tensors for level, (tensors, _) in computed.items()}
 
 
@@ -86,7 +88,7 @@ def check(mismatches: list[str], total: int) -> None:
     assert not mismatches, f"{len(mismatches)} of {total} differ, among them " + "; ".join(mismatches[:5])
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", RUN)
 def test_quantized_weight_is_bit_equal_to_the_definition(results, expected: Results, level: str) -> None:
     names = [name for name in expected if not name.endswith("/y")]
     got = results[level]
@@ -94,13 +96,13 @@ def test_quantized_weight_is_bit_equal_to_the_definition(results, expected: Resu
     check([name for name, (a, b) in as_bytes.items() if not torch.equal(a, b)], len(names))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", RUN)
 def test_integer_compute_is_bit_equal_to_the_definition(results, expected: Results, level: str) -> None:
     names = [name for name in expected if name.endswith("/y") and is_integer(name) and has_exact_post_op(name)]
     check([name for name in names if not torch.equal(results[level][name], expected[name])], len(names))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", RUN)
 def test_every_result_is_close_to_the_definition(results, expected: Results, level: str) -> None:
     names = [name for name in expected if name.endswith("/y")]
     mismatches = []
@@ -114,13 +116,12 @@ def test_every_result_is_close_to_the_definition(results, expected: Results, lev
     check(mismatches, len(names))
 
 
-@pytest.mark.skipif(len(LEVELS) < 2, reason="this machine runs one level")
-@pytest.mark.parametrize("level", LEVELS[1:])
+@pytest.mark.parametrize("level", RUN[1:])
 def test_packed_bytes_and_integer_results_do_not_depend_on_the_level(results, level: str) -> None:
     names = [
-        name for name in results[LEVELS[0]] if name.endswith("/packed") or (name.endswith("/y") and is_integer(name))
+        name for name in results["generic"] if name.endswith("/packed") or (name.endswith("/y") and is_integer(name))
     ]
-    generic, other = results[LEVELS[0]], results[level]
+    generic, other = results["generic"], results[level]
     exact = [name for name in names if name.endswith("/packed") or has_exact_post_op(name)]
     check([name for name in exact if not torch.equal(generic[name], other[name])], len(exact))
 
@@ -149,35 +150,50 @@ print(hashlib.sha256(b"".join(x.view(torch.uint8).numpy().tobytes() for x in (hi
 """
 
 
-@pytest.mark.parametrize("code", [FLOAT_LINEARS, HALVES], ids=["float_linears", "halves"])
+# From few rows to several blocks of a tile's, and k of no whole tile, of several parts and of two folds.
+INTEGERS = """
+import hashlib, itertools, torch
+import ipex_quant.ops
+torch.manual_seed(0)
+digest = hashlib.sha256()
+shapes = [*itertools.product((15, 16, 17, 31, 33, 65, 97), (1, 70), (36, 204, 256)), (19, 65, 4097), (40, 64, 65700)]
+for rows, n, k in shapes:
+    x = torch.randint(0, 256, (rows, k)).to(torch.uint8)
+    codes = torch.randint(-128, 128, (n, k)).to(torch.int8)
+    packed = torch.ops.ipex_quant.int8_pack(codes, torch.rand(n), [n])
+    for count in (1, rows):
+        scales, zeros = torch.rand(count), torch.randint(0, 256, (count,)).to(torch.int32)
+        (y,) = torch.ops.ipex_quant.int8_linear(x, scales, zeros, packed, None, [], [n], torch.float32, 0)
+        digest.update(y.view(torch.uint8).numpy())
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("code", [FLOAT_LINEARS, HALVES, INTEGERS], ids=["float_linears", "halves", "integers"])
 def test_the_same_bits_at_every_level(code: str) -> None:
-    digests = {run_python("-c", code, level=level, check=True, capture_output=True).stdout for level in LEVELS}
+    digests = {run_python("-c", code, level=level, check=True, capture_output=True).stdout for level in RUN}
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("level", LEVELS[:-1])  # the highest one runs them anyway
+TILED = (
+    "attention",
+    "attention_fused",
+    "attention_ragged",
+    "conv",
+    "decoder",
+    "decoder_int8",
+    "experts",
+    "int8",
+    "woq_group",
+)
+OTHERS = ("attention_float8", "embedding", "float_linear", "gated", "mamba", "norm", "rope")
+
+
+# The highest level runs them anyway; emulated are only the kernels that tiles have.
+@pytest.mark.parametrize("level", [*LEVELS[:-1], EMULATED_ISA])
 def test_ops_pass_their_tests(level: str) -> None:
-    tests = [
-        str(Path(__file__).with_name(f"test_{name}.py"))
-        for name in (
-            "attention",
-            "attention_float8",
-            "attention_fused",
-            "attention_ragged",
-            "conv",
-            "decoder",
-            "decoder_int8",
-            "embedding",
-            "experts",
-            "float_linear",
-            "gated",
-            "int8",
-            "mamba",
-            "norm",
-            "rope",
-            "woq_group",
-        )
-    ]
+    names = TILED if level == EMULATED_ISA else (*TILED, *OTHERS)
+    tests = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
     done = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, level=level, capture_output=True)
     assert done.returncode == 0, done.stdout
 
