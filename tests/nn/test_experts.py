@@ -211,12 +211,15 @@ def test_a_graph_traced_where_gradients_are_recorded_can_be_saved():
 
 
 def test_rows_of_zeros_need_no_weights():
-    """Llama 4's way of not choosing an expert; the result has their bits whether they are skipped or not."""
+    """Llama 4's way of not choosing an expert; the result is the same whether they are skipped or not.
+
+    Its bits may not be: fewer rows can take another kernel, which adds floats in another order.
+    """
     packed = quantized(llama4())
     (rows,) = arguments(module=llama4())
     experts = torch.arange(EXPERTS).repeat_interleave(7)[:, None]
     result, whole = packed(rows), packed._run(rows, experts, torch.ones(len(rows), 1))
-    assert torch.equal(result, whole)
+    torch.testing.assert_close(result, whole)
     assert not result.view(EXPERTS, 7, HIDDEN)[:2, 1:].any()
     assert not packed(torch.zeros_like(rows)).any()
     rows[3] = torch.nan
