@@ -22,7 +22,7 @@ from rounds import write_json
 from tqdm import tqdm
 
 ENGINES = {"ours, INT4": OURS_INT4, "ours, W8A8": OURS_W8A8, "transformers, bfloat16": STOCK_BF16}
-TASKS = {"decode": (16, 64), "prefill": (512, 2)}  # tokens of the prompt, and new ones
+TASKS = {"decode": (16, 64), "prefill": (128, 2)}  # tokens of the prompt, and new ones
 
 
 def seconds(engines: list[Engine], prompt: int, new_tokens: int, together: bool) -> float:

@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument(
         "--shapes", nargs="+", help="of generate, peers and checkpoints: those to show; all, if not given"
     )
+    parser.add_argument("--machine", help="part of the mark, where a page has several tables of a benchmark")
     parser.add_argument("--page", type=Path, default=PAGE, help="the Markdown file with the marks")
     options = parser.parse_args()
     text = options.page.read_text(encoding="utf-8")
@@ -75,7 +76,7 @@ def main() -> None:
             parser.error(f"--shapes: expected some of {sorted(measured)}, got {options.shapes}")
         result["generate"] = [r for r in result["generate"] if r["shape"] in (options.shapes or measured)]
         table = generation_section(result, GENERATION[options.benchmark])
-    mark = f"<!-- measured: {options.benchmark} -->"
+    mark = f"<!-- measured: {' '.join(filter(None, (options.benchmark, options.machine)))} -->"
     pattern = re.compile(rf"({mark}\n).*?(<!-- end -->)", re.DOTALL)
     changed, count = pattern.subn(lambda found: f"{found[1]}{table}\n{found[2]}", text)
     if count != 1:

@@ -1,8 +1,15 @@
 // Threads that run one function at the same time, meet at barriers in it, and divide tasks. No torch here.
 #pragma once
 
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
+#include <climits>
 #include <cstdint>
 #include <memory>
 #include <thread>
@@ -54,32 +61,37 @@ struct TeamThread {
   Tasks share(int64_t count) const { return {begin * count / size, end * count / size}; }
 };
 
-// All threads of a team wait here for each other.
+// All threads of a team wait here for each other: they spin for as long as threads that run take to arrive, and then
+// sleep, since another process may have the processor of those that they wait for. The system gives one that wakes up
+// its turn at once, where one that yields comes after a process that spins.
 class Barrier {
  public:
-  // Calls idle() again and again while it waits.
+  // Calls idle() again and again while it spins.
   template <class F>
   void wait(const TeamThread& thread, F idle) {
-    const int64_t round = round_.load(std::memory_order_acquire), count = thread.end - thread.begin;
+    const uint32_t round = round_.load(std::memory_order_acquire);
+    const int64_t count = thread.end - thread.begin;
     if (arrived_.fetch_add(count, std::memory_order_acq_rel) + count == thread.size) {
       arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
+      round_.store(round + 1);
+      if (sleepers_.load() > 0) wake();
       return;
     }
-    for (int64_t i = 0; round_.load(std::memory_order_acquire) == round; ++i) {
+    for (int64_t i = 0; i < kSpins; ++i) {
+      if (round_.load(std::memory_order_acquire) != round) return;
       idle();
-      if (i < kSpins)
-        pause();
-      else
-        std::this_thread::yield();  // another process may have the processor that they need
+      pause();
     }
+    sleepers_.fetch_add(1);
+    while (round_.load() == round) sleep(round);
+    sleepers_.fetch_sub(1);
   }
   void wait(const TeamThread& thread) {
     wait(thread, [] {});
   }
 
  private:
-  static constexpr int64_t kSpins = 4096;
+  static constexpr int64_t kSpins = 2048;
   static void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -87,9 +99,19 @@ class Barrier {
     asm volatile("yield");
 #endif
   }
+#if defined(__linux__)
+  static_assert(sizeof(std::atomic<uint32_t>) == 4, "the system waits for a word of memory");
+  // Returns at once if the round is over.
+  void sleep(uint32_t round) { syscall(SYS_futex, &round_, FUTEX_WAIT_PRIVATE, round, nullptr, nullptr, 0); }
+  void wake() { syscall(SYS_futex, &round_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
+#else
+  void sleep(uint32_t) { std::this_thread::yield(); }
+  void wake() {}
+#endif
 
   alignas(64) std::atomic<int64_t> arrived_{0};
-  alignas(64) std::atomic<int64_t> round_{0};
+  alignas(64) std::atomic<uint32_t> round_{0};
+  std::atomic<int32_t> sleepers_{0};
 };
 
 }  // namespace ipex_quant

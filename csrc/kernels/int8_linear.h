@@ -18,7 +18,7 @@ constexpr int64_t kInt8Page = 64;
 // Adds x * w over `length` of k to Rows rows of int32 sums [.., kTileN].
 template <int Rows, bool Prefetch>
 inline void add_products(const uint8_t* x, int64_t stride, const int8_t* codes, int64_t length, int32_t* sums) {
-  constexpr int kVectors = kLanes == 16 || Rows == 1 ? 4 : 2;
+  constexpr int kVectors = kLanes == 16 ? 4 : Rows == 1 && !kPortable ? 8 : 2;
   for (int64_t column = 0; column < kTileN; column += kVectors * kLanes) {
     vi acc[Rows][kVectors];
     unroll2<Rows, kVectors>([&](auto m, auto v)
@@ -40,7 +40,7 @@ inline void add_row_products(const uint8_t* x, int64_t stride, const int8_t* cod
                              int32_t* sums) {
   each_block<kByteRows>(rows, [&](auto count, int64_t row) {
     constexpr int kRows = decltype(count)::value;
-    add_products<kRows, Prefetch && (kRows > 1)>(x + row * stride, stride, codes, length, sums + row * kTileN);
+    add_products<kRows, Prefetch>(x + row * stride, stride, codes, length, sums + row * kTileN);
   });
 }
 #endif

@@ -15,6 +15,8 @@ template <int Rows>
 constexpr int kPassVectors = kLanes == 16 ? 4
                              : Rows <= 2  ? 4
                                           : 2;
+// One row of bytes reads all columns in one pass, as memory likes it, where that fits the registers, too.
+constexpr bool one_pass(int rows, bool symmetric) { return kLanes == 8 && !kPortable && rows == 1 && symmetric; }
 
 // Some rows over some folds of a tile.
 struct DecodePass {
@@ -45,7 +47,7 @@ IPEX_QUANT_INLINE inline void prefetch_lines(const DecodePass& pass, const uint8
 // Sum over the fold of (x - zx) * (code - zw), exact in int32, then one fma into fp32.
 template <int Dtype, int Rows, bool Symmetric>
 IPEX_QUANT_INLINE inline void decode_bytes(const DecodeFold& f) {
-  constexpr int kVectors = kPassVectors<Rows>;
+  constexpr int kVectors = one_pass(Rows, Symmetric) ? 8 : kPassVectors<Rows>;
   // Independent sums hide the latency of a dot product where one row has few of them.
   constexpr int kChains = Rows == 1 && kLanes == 16 ? 2 : 1;
   constexpr bool kNarrow = is_narrow(Dtype);
@@ -320,9 +322,11 @@ inline void decode_tile(const GemmArgs& args, int64_t tile) {
   FoldCursor cursor(args, tile, s.max_fold);
   const int64_t most = s.compute == Compute::kFloat ? kLookupPassRows : kPassRows;
   if (s.rows <= most) {
-    // Lines of less than 8 bits are met out of their order, or too slowly for the hardware to run far enough ahead.
-    constexpr int64_t kAhead = code_bits(Dtype) < 8 ? 4096 : 0;
-    decode_rows<Dtype>({args, 0, acc, s.folds, kAhead}, cursor, s.rows);
+    // Lines of less than 8 bits are met out of their order, or too slowly for the hardware to run far enough ahead;
+    // those of one pass are met faster than it runs.
+    const bool single = one_pass(int(s.rows), s.symmetric) && s.compute == Compute::kByte;
+    const int64_t ahead = single ? 2048 : code_bits(Dtype) < 8 ? 4096 : 0;
+    decode_rows<Dtype>({args, 0, acc, s.folds, ahead}, cursor, s.rows);
   } else {
     const int64_t passes = (s.rows + most - 1) / most;
     for (; cursor.more(); cursor.advance())
