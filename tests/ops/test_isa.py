@@ -175,18 +175,23 @@ def test_the_same_bits_at_every_level(code: str) -> None:
     assert len(digests) == 1
 
 
-TILED = (
+# What has tiles, and is quick enough where they are emulated; test_tiles.py has the kernels themselves.
+TILED = ("attention_ragged", "int8", "woq_group")
+OTHERS = (
     "attention",
+    "attention_float8",
     "attention_fused",
-    "attention_ragged",
     "conv",
     "decoder",
     "decoder_int8",
+    "embedding",
     "experts",
-    "int8",
-    "woq_group",
+    "float_linear",
+    "gated",
+    "mamba",
+    "norm",
+    "rope",
 )
-OTHERS = ("attention_float8", "embedding", "float_linear", "gated", "mamba", "norm", "rope")
 
 
 # The highest level runs them anyway; emulated are only the kernels that tiles have.

@@ -133,7 +133,7 @@ def test_w8a8(kind, int8_model, tokenizer, prompts, generate_in_vllm, check_toke
     check_tokens(model, prompts, found)
     del steps[:]
     monkeypatch.setattr(decoder, "MAX_TOKENS", 0)
-    assert generate_in_vllm(tmp_path, prompts) == found
+    check_tokens(model, prompts, generate_in_vllm(tmp_path, prompts))  # other norms and rotations, so other ties
     assert not steps
 
 
