@@ -381,10 +381,8 @@ def test_computes_what_is_defined_over_pages(int8) -> None:
     torch.testing.assert_close(caches, expected_caches, rtol=tolerance, atol=1 if int8 else tolerance)
 
 
-@pytest.mark.parametrize("threads", [2, 3, 7])
-@pytest.mark.parametrize("rows", [5, 40])
-def test_any_number_of_threads_gives_the_same(threads, rows) -> None:
-    stack = Stack(DecoderStructure(**INT8_MODE), (rows, 1), torch.bfloat16, layers=3)
+def check_threads(stack: Stack, threads: int) -> None:
+    """The bits do not depend on the number of threads."""
     expected = stack.run()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -395,6 +393,13 @@ def test_any_number_of_threads_gives_the_same(threads, rows) -> None:
             assert all(map(torch.equal, result[1], expected[1]))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize("rows", [5, 40])
+def test_any_number_of_threads_gives_the_same(threads, rows) -> None:
+    stack = Stack(DecoderStructure(**INT8_MODE), (rows, 1), torch.bfloat16, layers=3)
+    check_threads(stack, threads)
 
 
 @pytest.mark.parametrize("place", range(4))

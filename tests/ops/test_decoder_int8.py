@@ -12,7 +12,7 @@ from ipex_quant import ops
 from ipex_quant.ops import PostOp, reference_decoder
 from ipex_quant.ops.decoder import DecoderStructure, decoder_layers, native_arguments
 
-from .test_decoder import DTYPES, INT4, PAGES, W8A8, Stack, changed, in_parts
+from .test_decoder import DTYPES, INT4, PAGES, W8A8, Stack, changed, check_threads, in_parts
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9, 16, 33, 64])
@@ -50,16 +50,7 @@ def test_computes_what_is_defined(structure, kind) -> None:
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_any_number_of_threads_gives_the_same(threads, kind) -> None:
     stack = Stack(DecoderStructure(), (13, 1), torch.bfloat16, layers=3, scheme=kind)
-    expected = stack.run()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for _ in range(5):
-            result = stack.run()
-            assert torch.equal(result[0], expected[0])
-            assert all(map(torch.equal, result[1], expected[1]))
-    finally:
-        torch.set_num_threads(before)
+    check_threads(stack, threads)
 
 
 @pytest.mark.parametrize("kind", W8A8)
