@@ -6,7 +6,10 @@ that are quantized, in the file or here, are taken out meanwhile; then each is r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +43,9 @@ _COMPUTED_ELEMENTS = 1 << 26
 _KEPT_BYTES = 1 << 27
 """Bytes read before freed memory goes back to the system: to fault it in again for each layer takes a third of the
 time."""
+
+_WORKERS = 2
+"""Layers that are made at a time: one is read while another is packed."""
 
 
 class LayerPlan(Protocol):
@@ -113,8 +119,8 @@ class LayerLoader(HfQuantizer):
         hidden = len(replacements) < _MANY_LAYERS or not any(sizes.values())
         with tqdm(total=sum(sizes.values()), desc="packing", unit="B", unit_scale=True, disable=hidden) as progress:
             kept = 0
-            for name, make in replacements.items():
-                model.set_submodule(name, successor(model.get_submodule(name).float_module, make).eval())
+            for name, layer in made_ahead(model, replacements):
+                model.set_submodule(name, layer.eval())
                 progress.update(sizes[name])
                 kept += sizes[name]
                 if kept > _KEPT_BYTES:
@@ -132,6 +138,25 @@ class LayerLoader(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def made_ahead(
+    model: nn.Module, replacements: Mapping[str, Callable[[nn.Module], nn.Module]]
+) -> Iterator[tuple[str, nn.Module]]:
+    """The successors of the layers by name, in order; while one is put in, `_WORKERS` others are made."""
+
+    def made(name: str) -> nn.Module:
+        with torch.no_grad():  # a mode of the calling thread alone
+            return successor(model.get_submodule(name).float_module, replacements[name])
+
+    names = iter(replacements)
+    with ThreadPoolExecutor(_WORKERS) as workers:
+        ahead = deque((name, workers.submit(made, name)) for name in islice(names, _WORKERS))
+        while ahead:
+            name, layer = ahead.popleft()
+            done = layer.result()
+            ahead.extend((each, workers.submit(made, each)) for each in islice(names, 1))
+            yield name, done
 
 
 def register() -> None:
