@@ -19,13 +19,14 @@ namespace ipex_quant {
 extern const KernelTable kGenericTable;
 extern const KernelPatch kAmxEmulatedKernels;
 #if defined(__x86_64__)
-extern const KernelTable kAvx2Table, kAvx2VnniTable, kAvx512VnniTable, kAvx512Bf16Table;
+extern const KernelTable kAvx2Table, kAvx2VnniTable, kAvx2VnniEmulatedTable, kAvx512VnniTable, kAvx512Bf16Table;
 extern const KernelPatch kAmxKernels;
 #endif
 
 namespace {
 
-constexpr const char* kNames[kIsaLevels] = {"generic", "avx2", "avx512_vnni", "avx512_bf16", "amx", "amx_emulated"};
+constexpr const char* kNames[kIsaLevels] = {"generic",     "avx2", "avx2_vnni",          "avx512_vnni",
+                                            "avx512_bf16", "amx",  "avx2_vnni_emulated", "amx_emulated"};
 
 #if defined(__x86_64__)
 // Leaf 7, subleaf 1, of a processor whose operating system saves the wide registers (checked through AVX2).
@@ -78,21 +79,27 @@ KernelTable table_of(IsaLevel level) {
   if (level == kAmx) return with_tiles(kAvx512Bf16Table, kAmxKernels);
   if (level == kAvx512Bf16) return kAvx512Bf16Table;
   if (level == kAvx512Vnni) return kAvx512VnniTable;
-  if (level == kAvx2) return has_avx_vnni() ? kAvx2VnniTable : kAvx2Table;
+  if (level == kAvx2Vnni) return kAvx2VnniTable;
+  if (level == kAvx2VnniEmulated) return kAvx2VnniEmulatedTable;
+  if (level == kAvx2) return kAvx2Table;
 #endif
   return kGenericTable;
 }
 
 IsaLevel wanted_isa() {
-  const IsaLevel best = supported_isa();
   const char* wanted = std::getenv("IPEX_QUANT_ISA");
-  if (!wanted || !*wanted) return best;
-  if (!std::strcmp(wanted, kNames[kAmxEmulated])) return kAmxEmulated;
+  const bool any = !wanted || !*wanted;
   std::string choices;
-  for (int32_t level = 0; level <= best; ++level) {
-    if (!std::strcmp(wanted, kNames[level])) return IsaLevel(level);
+  IsaLevel best = kGeneric;
+  for (int32_t i = 0; i < kIsaLevels; ++i) {
+    const IsaLevel level = IsaLevel(i);
+    if (!supports(level)) continue;
+    if (!any && !std::strcmp(wanted, kNames[level])) return level;
+    if (level > kAmx) continue;
+    best = level;
     choices += std::string(level ? ", " : "") + kNames[level];
   }
+  if (any) return best;
   throw std::runtime_error(std::string("IPEX_QUANT_ISA: expected one of ") + choices + " on this CPU, got '" + wanted +
                            "'");
 }
@@ -105,7 +112,7 @@ struct Choice {
 // Tiles have to be permitted, and to compute what the other levels do.
 Choice choose_isa() {
   const IsaLevel level = wanted_isa();
-  if (level < kAmx) return {level, ""};
+  if (level != kAmx && level != kAmxEmulated) return {level, ""};
   const char* why = nullptr;
   if (level == kAmx && !request_tiles())
     why = "the operating system does not permit its tiles";
@@ -123,14 +130,27 @@ const Choice& chosen_isa() {
 
 }  // namespace
 
-IsaLevel supported_isa() {
+bool supports(IsaLevel level) {
+  switch (level) {
+    case kGeneric:
+    case kAmxEmulated:
+      return true;
 #if defined(__x86_64__)
-  if (has_amx()) return kAmx;
-  if (has_avx512_bf16()) return kAvx512Bf16;
-  if (has_avx512_vnni()) return kAvx512Vnni;
-  if (has_avx2()) return kAvx2;
+    case kAvx2:
+    case kAvx2VnniEmulated:
+      return has_avx2();
+    case kAvx2Vnni:
+      return has_avx_vnni();
+    case kAvx512Vnni:
+      return has_avx512_vnni();
+    case kAvx512Bf16:
+      return has_avx512_bf16();
+    case kAmx:
+      return has_amx();
 #endif
-  return kGeneric;
+    default:
+      return false;
+  }
 }
 
 IsaLevel active_isa() { return chosen_isa().level; }

@@ -125,6 +125,7 @@ struct QuantizeArgs {
   FloatType type;
   int32_t dtype;
   bool symmetric;
+  bool half_scales;  // round scales to half precision where they are normal numbers there
   int64_t n, k, group;
   uint8_t* codes;        // as in QuantizedWeight
   float* scales;         // [n, groups]
@@ -313,11 +314,22 @@ struct KernelPatch {
 // Fewer rows than a tile holds leave part of it empty, while it takes as long to load the weight.
 constexpr int64_t kMinTileRows = 16;
 
-// Each includes those before it. The last one, which tests choose, has the kernels of kAmx on any machine.
-enum IsaLevel : int32_t { kGeneric, kAvx2, kAvx512Vnni, kAvx512Bf16, kAmx, kAmxEmulated, kIsaLevels };
-IsaLevel supported_isa();
-// The level that runs: the best supported one, or what IPEX_QUANT_ISA names, or the one below if that cannot run after
-// all. Throws std::runtime_error that lists the choices when it names anything else.
+// Each includes those before it, but for kAvx2Vnni, whose encoding of VNNI processors with AVX-512 may lack. The last
+// two, which tests choose, have the kernels of others without their instructions.
+enum IsaLevel : int32_t {
+  kGeneric,
+  kAvx2,
+  kAvx2Vnni,
+  kAvx512Vnni,
+  kAvx512Bf16,
+  kAmx,
+  kAvx2VnniEmulated,
+  kAmxEmulated,
+  kIsaLevels
+};
+bool supports(IsaLevel level);
+// The level that runs: the best that the CPU has, or what IPEX_QUANT_ISA names, or the one below if that cannot run
+// after all. Throws std::runtime_error that lists the choices when it names anything else.
 IsaLevel active_isa();
 // Why it is the one below; empty if it is not.
 const char* lowered_isa();

@@ -1,4 +1,4 @@
-// simd.h for AVX2 with FMA and F16C, and AVX-VNNI where the file is compiled for it.
+// simd.h for AVX2 with FMA and F16C, and AVX-VNNI where the file is compiled for it or for its emulation.
 #pragma once
 
 #include <immintrin.h>
@@ -170,7 +170,17 @@ inline vi load_quads(const void* a, const void* b, const void* c, const void* d)
   return _mm256_set_m128i(_mm_unpackhi_epi16(ab, cd), _mm_unpacklo_epi16(ab, cd));
 }
 
-#if defined(__AVXVNNI__)
+#if defined(__AVXVNNI__) || defined(IPEX_QUANT_EMULATED_VNNI)
+#if defined(IPEX_QUANT_EMULATED_VNNI)
+inline vi dpbusd(vi acc, vi u8, vi s8) {  // the products of bytes 0 and 2 of every lane, then those of 1 and 3
+  const vi even =
+      _mm256_madd_epi16(_mm256_and_si256(u8, _mm256_set1_epi16(0xFF)), _mm256_srai_epi16(_mm256_slli_epi16(s8, 8), 8));
+  const vi odd = _mm256_madd_epi16(_mm256_srli_epi16(u8, 8), _mm256_srai_epi16(s8, 8));
+  return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+}
+#else
+inline vi dpbusd(vi acc, vi u8, vi s8) { return _mm256_dpbusd_avx_epi32(acc, u8, s8); }
+#endif
 template <bool Narrow>
 using U8 = vi;
 template <bool Narrow>
@@ -185,7 +195,7 @@ inline vi as_s8(vi x) {
 }
 template <bool Narrow>
 inline void dot(vi& acc, vi u8, vi s8) {
-  acc = _mm256_dpbusd_avx_epi32(acc, u8, s8);
+  acc = dpbusd(acc, u8, s8);
 }
 #else
 // Without VNNI vpmaddubsw does narrow products; its int16 pair sums would saturate on wide ones, which go through

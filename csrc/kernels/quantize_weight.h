@@ -7,8 +7,9 @@
 namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
 
-constexpr float kZeroScale = 1.1920928955078125e-7f;  // of a group of zeros
-constexpr float kLowestScale = 0x1p-126f;             // whose inverse is finite
+constexpr float kZeroScale = 1.1920928955078125e-7f;              // of a group of zeros
+constexpr float kLowestScale = 0x1p-126f;                         // whose inverse is finite
+constexpr float kLowestHalf = 0x1p-14f, kHighestHalf = 65504.0f;  // of its normal numbers
 
 // Magnitudes of the values that the ends of a group get.
 struct GroupEnds {
@@ -97,6 +98,8 @@ inline bool quantize_group(const QuantizeArgs& args, int64_t row, int64_t group,
   const float low = -mn / ends.low, high = mx / ends.high;
   float scale = args.symmetric ? (low > high ? low : high) : span / float((1 << code_bits(args.dtype)) - 1);
   if (scale < kLowestScale) scale = span > 0.0f ? kLowestScale : kZeroScale;
+  if (args.half_scales && scale >= kLowestHalf && scale <= kHighestHalf)
+    scale = reduce_max(round_to_half(set1_f(scale)));
   int32_t zero = args.dtype == kInt8 ? 0 : 1 << (code_bits(args.dtype) - 1);
   if (!args.symmetric) {
     zero = (args.dtype == kInt8 ? -128 : 0) - int32_t(__builtin_rintf(mn / scale));

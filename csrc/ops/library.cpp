@@ -11,7 +11,7 @@ namespace ipex_quant {
 namespace {
 
 int64_t isa_active() { return active_isa(); }
-int64_t isa_supported() { return supported_isa(); }
+bool isa_supported(int64_t level) { return level >= 0 && level < kIsaLevels && supports(IsaLevel(level)); }
 std::string isa_lowered() { return lowered_isa(); }
 int64_t max_decode_tokens() { return kStepRows; }
 
@@ -19,7 +19,7 @@ int64_t max_decode_tokens() { return kStepRows; }
 
 STABLE_TORCH_LIBRARY(ipex_quant, m) {
   m.def("isa_active() -> int");
-  m.def("isa_supported() -> int");
+  m.def("isa_supported(int level) -> bool");
   m.def("isa_lowered() -> str");
   m.def("max_decode_tokens() -> int");
 }

@@ -356,7 +356,8 @@ Tensor woq_linear_gated(Tensor x, Tensor gate, Tensor up, std::optional<Tensor> 
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> woq_quantize(Tensor weight, int64_t dtype, int64_t group_size, bool symmetric) {
+std::tuple<Tensor, Tensor, Tensor> woq_quantize(Tensor weight, int64_t dtype, int64_t group_size, bool symmetric,
+                                                bool half_scales) {
   check_cpu("weight", weight);
   IPEX_QUANT_CHECK(weight.dim() == 2, "weight: expected 2 dimensions, got shape ", shape_of(weight));
   const FloatType type = float_type("weight", weight.scalar_type());
@@ -371,6 +372,7 @@ std::tuple<Tensor, Tensor, Tensor> woq_quantize(Tensor weight, int64_t dtype, in
                           type,
                           g.dtype,
                           symmetric,
+                          half_scales,
                           n,
                           k,
                           g.group,
@@ -406,7 +408,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ipex_quant, m) {
   m.def(
       "woq_linear_gated(Tensor x, Tensor gate, Tensor up, Tensor? gate_bias, Tensor? up_bias, Tensor? perm, "
       "int out_features, int lowp_mode, int act_quant_mode, int activation) -> Tensor");
-  m.def("woq_quantize(Tensor weight, int dtype, int group_size, bool symmetric) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "woq_quantize(Tensor weight, int dtype, int group_size, bool symmetric, bool half_scales) -> (Tensor, Tensor, "
+      "Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ipex_quant, CPU, m) {

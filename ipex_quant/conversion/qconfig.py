@@ -11,6 +11,7 @@ import torch
 from torch.ao.quantization import PlaceholderObserver, QConfig, QConfigMapping
 
 from ..errors import ArgumentError
+from ..numerics.affine import has_half_scales
 from ..numerics.scheme import (
     PER_CHANNEL,
     QConfigWoq,
@@ -130,13 +131,16 @@ def get_weight_only_quant_qconfig_mapping(
     act_quant_mode: WoqActQuantMode = DEFAULT_ACT_QUANT_MODE,
     group_size: int = PER_CHANNEL,
     weight_qscheme: WoqWeightQScheme = WoqWeightQScheme.UNDEFINED,
+    scale_dtype: torch.dtype = torch.float32,
 ) -> QConfigMapping:
     """Mapping whose global configuration quantizes the weight of every linear layer.
 
     `group_size` input features share one scale: a power of two, or -1 for one scale per output channel.
     `act_quant_mode` applies to ``lowp_mode=INT8`` only; without it, a mode that is not the default warns. An UNDEFINED
     `weight_qscheme` becomes SYMMETRIC for dtypes that are no integers and for INT8 weights computed in INT8, which have
-    no zero points, and ASYMMETRIC otherwise. Raises ValueError for a value or a combination that does not exist.
+    no zero points, and ASYMMETRIC otherwise. With `scale_dtype` float16, scales of weights that are rounded to nearest
+    are numbers of it, where it has them as normal ones: IPEX's are float32. Raises ValueError for a value or a
+    combination that does not exist.
     """
     if weight_dtype in _TORCH_DTYPES:
         named = _TORCH_DTYPES[weight_dtype]
@@ -159,6 +163,7 @@ def get_weight_only_quant_qconfig_mapping(
     for (name, value), enum in zip(choices.items(), (WoqLowpMode, WoqActQuantMode, WoqWeightQScheme), strict=True):
         if value not in enum.__members__.values():
             raise ValueError(f"{name}: expected one of {[str(each) for each in enum.__members__]}, got {value!r}")
+    has_half_scales(scale_dtype)  # raises for another dtype
     weight_dtype, lowp_mode = WoqWeightDtype(weight_dtype), WoqLowpMode(lowp_mode)
     if lowp_mode != WoqLowpMode.INT8 and act_quant_mode not in (DEFAULT_ACT_QUANT_MODE, WoqActQuantMode.NONE):
         warnings.warn(
@@ -178,6 +183,7 @@ def get_weight_only_quant_qconfig_mapping(
         group_size=group_size,
         cache_weight_for_large_batch=False,
         weight_qscheme=_resolve_qscheme(WoqWeightQScheme(weight_qscheme), weight_dtype, lowp_mode),
+        scale_dtype=scale_dtype,
     )
     return QConfigMapping().set_global(qconfig)
 

@@ -48,7 +48,8 @@ class WeightOnlyQuantizedExpertLinears(QuantizedModule):
         """Quantize the weights of `mod` as its attribute `qconfig`, a `QConfigWoq`, says; ValueError for NaN or Inf."""
         qconfig = mod.qconfig
         scheme = qconfig.scheme
-        stack = QuantizedStack.of([ops.quantize_weight(weight, scheme) for weight in mod.weight.detach()])
+        weights = mod.weight.detach()
+        stack = QuantizedStack.of([ops.quantize_weight(weight, scheme, qconfig.scale_dtype) for weight in weights])
         module = cls(stack.shape, scheme)
         module.lowp_mode, module.act_quant_mode = WoqLowpMode(qconfig.lowp_mode), qconfig.act_quant_mode
         module._packed = ops.split_experts(ops.pack_experts(stack, 1))

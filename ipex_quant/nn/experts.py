@@ -95,10 +95,10 @@ class WeightOnlyQuantizedExperts(QuantizedModule):
         Biases of zeros are dropped. Raises ValueError when the weights hold NaN or Inf.
         """
         qconfig = mod.qconfig
-        scheme = qconfig.scheme
+        experts, scheme, scale_dtype = experts_shape(mod)[0], qconfig.scheme, qconfig.scale_dtype
         stacks = [
             QuantizedStack.of(
-                [ops.quantize_weight(expert_weight(mod, name, index), scheme) for index in range(experts_shape(mod)[0])]
+                [ops.quantize_weight(expert_weight(mod, name, e), scheme, scale_dtype) for e in range(experts)]
             )
             for name in PROJECTIONS
         ]

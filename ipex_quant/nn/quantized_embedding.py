@@ -50,7 +50,7 @@ class QuantizedEmbedding(QuantizedModule, PackedEmbedding):
         reason = embedding_obstacle(mod)
         if reason:
             raise ValueError(f"{type(mod).__name__}: {reason}")
-        return cls.replacing(mod, ops.quantize_weight(mod.weight, mod.qconfig.scheme))
+        return cls.replacing(mod, ops.quantize_weight(mod.weight, mod.qconfig.scheme, mod.qconfig.scale_dtype))
 
     @classmethod
     def replacing(cls, mod: nn.Embedding, qw: QuantizedWeight) -> QuantizedEmbedding:

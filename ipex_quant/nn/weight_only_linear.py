@@ -104,7 +104,7 @@ class WeightOnlyQuantizedLinear(QuantizedModule, PackedLinear):
         weight = weight_matrix(mod)
         scheme = qconfig.scheme
         if scales is None:
-            qw = ops.quantize_weight(weight, scheme)
+            qw = ops.quantize_weight(weight, scheme, qconfig.scale_dtype)
         else:
             rows = len(weight)
             zero_points = None if zero_points is None else zero_points.reshape(rows, -1).to(torch.int16)

@@ -158,7 +158,8 @@ class QConfigWoq(NamedTuple):
     """How the weight of a linear layer is quantized, and the precision of its matmuls.
 
     `activation` and `weight` are placeholders for the fields of torch's QConfig; `cache_weight_for_large_batch` has no
-    effect and is kept for old code: the kernels need no second copy of a weight.
+    effect and is kept for old code: the kernels need no second copy of a weight. `scale_dtype` is what the scales of
+    weights that are rounded to nearest can be held in: float32, or float16 where that has them as normal numbers.
     """
 
     activation: Any
@@ -169,6 +170,7 @@ class QConfigWoq(NamedTuple):
     group_size: int
     cache_weight_for_large_batch: bool
     weight_qscheme: WoqWeightQScheme
+    scale_dtype: torch.dtype = torch.float32
 
     @property
     def scheme(self) -> WeightScheme:

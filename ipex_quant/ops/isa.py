@@ -6,16 +6,24 @@ import warnings
 
 from .library import native
 
-ISA_LEVELS = ("generic", "avx2", "avx512_vnni", "avx512_bf16", "amx")
-"""All levels, lowest first; each includes those before it. ``avx2`` uses AVX-VNNI where the CPU has it."""
+ISA_LEVELS = ("generic", "avx2", "avx2_vnni", "avx512_vnni", "avx512_bf16", "amx")
+"""All levels, lowest first. Each includes those before it, but for ``avx2_vnni``, AVX-VNNI, which CPUs with AVX-512 may
+lack."""
 
-EMULATED_ISA = "amx_emulated"
-"""The kernels of ``amx`` without any of its instructions: for tests on CPUs that lack them, and slow."""
+EMULATED_ISAS = ("avx2_vnni_emulated", "amx_emulated")
+"""The kernels of two levels without the instructions that these add: for tests on CPUs that lack them, and slow."""
 
 
-def supported_isas() -> tuple[str, ...]:
-    """Levels that this CPU can run, lowest first; ``IPEX_QUANT_ISA`` may be any of them."""
-    return ISA_LEVELS[: native.isa_supported() + 1]
+_LEVELS = (*ISA_LEVELS, *EMULATED_ISAS)
+
+
+def supported_isas(emulated: bool = False) -> tuple[str, ...]:
+    """Levels that this CPU can run, lowest first, and then, if asked for, those that are `emulated`.
+
+    ``IPEX_QUANT_ISA`` may be any of them.
+    """
+    levels = _LEVELS if emulated else ISA_LEVELS
+    return tuple(level for level in levels if native.isa_supported(_LEVELS.index(level)))
 
 
 def isa_name() -> str:
@@ -24,14 +32,14 @@ def isa_name() -> str:
     The variable is read once per process. Raises ValueError when it names a level that is unknown or not supported.
     """
     try:
-        return (*ISA_LEVELS, EMULATED_ISA)[native.isa_active()]
+        return _LEVELS[native.isa_active()]
     except RuntimeError as error:
         raise ValueError(str(error)) from None
 
 
 def multiplies_bfloat16() -> bool:
     """Whether the level in use has products of bfloat16. Raises ValueError as `isa_name` does."""
-    return isa_name() in ("avx512_bf16", "amx", EMULATED_ISA)
+    return isa_name() in ("avx512_bf16", "amx", "amx_emulated")
 
 
 def warn_if_lowered() -> None:
@@ -44,5 +52,5 @@ def warn_if_lowered() -> None:
         warnings.warn(reason, RuntimeWarning, stacklevel=2)
 
 
-if native.isa_supported() >= ISA_LEVELS.index("amx"):
+if native.isa_supported(ISA_LEVELS.index("amx")):
     warn_if_lowered()

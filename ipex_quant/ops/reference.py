@@ -28,9 +28,11 @@ MIN_RANGE = 2.0**-118
 _COMPUTE_DTYPE = {WoqLowpMode.FP16: torch.float16, WoqLowpMode.BF16: torch.bfloat16}
 
 
-def quantize_weight(weight: torch.Tensor, scheme: WeightScheme) -> QuantizedWeight:
+def quantize_weight(
+    weight: torch.Tensor, scheme: WeightScheme, scale_dtype: torch.dtype = torch.float32
+) -> QuantizedWeight:
     """Quantize ``[N, K]`` by rounding to nearest; raises as `ipex_quant.numerics.affine.quantize` does."""
-    return affine.quantize(weight, scheme)
+    return affine.quantize(weight, scheme, scale_dtype=scale_dtype)
 
 
 def woq_linear(

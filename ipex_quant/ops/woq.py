@@ -39,11 +39,13 @@ class PackedWeight:
         return self.data.nbytes + (0 if self.perm is None else self.perm.nbytes)
 
 
-def quantize_weight(weight: torch.Tensor, scheme: WeightScheme) -> QuantizedWeight:
+def quantize_weight(
+    weight: torch.Tensor, scheme: WeightScheme, scale_dtype: torch.dtype = torch.float32
+) -> QuantizedWeight:
     """Quantize a weight by rounding to nearest, with the bits of `ipex_quant.numerics.affine.quantize`, but faster.
 
-    `weight` is float32, bfloat16 or float16 ``[N, K]`` on the CPU. Raises TypeError for another dtype, ValueError for
-    another shape or device and for NaN or Inf.
+    `weight` is float32, bfloat16 or float16 ``[N, K]`` on the CPU; `scale_dtype` is that of `affine.quantize`. Raises
+    TypeError for another dtype, ValueError for another shape or device, NaN or Inf, and another `scale_dtype`.
     """
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"weight: expected float32, bfloat16 or float16, got {weight.dtype}")
@@ -52,9 +54,10 @@ def quantize_weight(weight: torch.Tensor, scheme: WeightScheme) -> QuantizedWeig
             f"weight: expected a CPU tensor [N, K] with K > 0, got {list(weight.shape)} on {weight.device}"
         )
     affine.check_plain(scheme)
+    half = affine.has_half_scales(scale_dtype)
     try:
         codes, scales, zero_points = native.woq_quantize(
-            weight.detach(), scheme.dtype, scheme.group_size, scheme.symmetric
+            weight.detach(), scheme.dtype, scheme.group_size, scheme.symmetric, half
         )
     except RuntimeError as error:
         raise ValueError(str(error)) from None
@@ -262,7 +265,7 @@ def _(packed, perm, out_features, in_features, dtype, group_size, offsets, super
 
 
 @register_fake("woq_quantize")
-def _(weight, dtype, group_size, symmetric):
+def _(weight, dtype, group_size, symmetric, half_scales):
     check_shape("weight", weight, "[N, K]")
     offsets = Offsets.NONE if symmetric else Offsets.ZERO_POINTS
     return _fake_plain(weight, weight.shape[0], weight.shape[1], dtype, group_size, offsets)

@@ -24,7 +24,7 @@ def test_the_defaults_are_ipexs():
     assert isinstance(mapping, QConfigMapping)
     result = mapping.global_qconfig
     assert isinstance(result, QConfigWoq)
-    assert result[2:] == (L.NONE, A.NONE, D.INT8, -1, False, S.ASYMMETRIC)
+    assert result[2:] == (L.NONE, A.NONE, D.INT8, -1, False, S.ASYMMETRIC, torch.float32)
     assert result._fields == (
         "activation",
         "weight",
@@ -34,6 +34,7 @@ def test_the_defaults_are_ipexs():
         "group_size",
         "cache_weight_for_large_batch",
         "weight_qscheme",
+        "scale_dtype",  # not in IPEX
     )
 
 
@@ -83,6 +84,12 @@ def test_a_group_size_is_a_power_of_two(group_size):
     message = f"Group size must be -1 or a positive power of 2, but got {group_size}"
     with pytest.raises(ValueError, match=message):
         qconfig(group_size=group_size)
+
+
+def test_scales_are_in_float32_or_float16():
+    assert qconfig(scale_dtype=torch.float16).scale_dtype == torch.float16
+    with pytest.raises(ValueError, match=r"scale_dtype: expected torch\.float32 or torch\.float16, got torch\.int8"):
+        qconfig(scale_dtype=torch.int8)
 
 
 @pytest.mark.parametrize("group_size", [-1, 1, 4, 1024])

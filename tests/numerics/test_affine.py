@@ -89,6 +89,35 @@ def test_error_is_at_most_half_a_step(n: int, k: int, scheme: WeightScheme, seed
 
 
 @settings(deadline=None)
+@given(n=st.integers(1, 9), k=st.integers(1, 300), scheme=schemes, seed=st.integers(0, 9))
+def test_scales_in_float16_cost_next_to_nothing(n: int, k: int, scheme: WeightScheme, seed: int) -> None:
+    weight = random_weight(n, k, seed)
+    exact, half = quantize(weight, scheme), quantize(weight, scheme, scale_dtype=torch.float16)
+    held = half.scales >= torch.finfo(torch.float16).tiny
+    assert torch.equal(half.scales[held], exact.scales[held].half().float())
+    assert torch.equal(half.scales[~held], exact.scales[~held])
+    errors = [(dequantize(each) - weight).abs().max(1).values for each in (exact, half)]
+    assert (errors[1] <= errors[0] + weight.abs().amax(1) * 2.0**-9).all()
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-4, 1.0, 1e7, 1e30])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_scale_that_float16_lacks_stays(size: float, symmetric: bool) -> None:
+    weight = random_weight(3, 40) * size
+    scheme = WeightScheme(WoqWeightDtype.INT8, symmetric)
+    exact, half = quantize(weight, scheme), quantize(weight, scheme, scale_dtype=torch.float16)
+    assert torch.equal(exact.scales, half.scales) == (size != 1.0)
+    assert torch.isfinite(dequantize(half)).all()
+
+
+def test_scales_have_no_other_dtype() -> None:
+    with pytest.raises(
+        ValueError, match=r"scale_dtype: expected torch\.float32 or torch\.float16, got torch\.bfloat16"
+    ):
+        quantize(random_weight(2, 4), WeightScheme(WoqWeightDtype.INT8, True), scale_dtype=torch.bfloat16)
+
+
+@settings(deadline=None)
 @given(n=st.integers(1, 5), k=st.integers(1, 70), scheme=schemes)
 def test_groups_are_independent(n: int, k: int, scheme: WeightScheme) -> None:
     weight = random_weight(n, k)

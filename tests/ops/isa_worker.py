@@ -55,6 +55,7 @@ class Case:
         self.post_op = chance.choice([PostOp.NONE, chance.choice(list(PostOp))])
         self.has_bias = chance.random() < 0.8
         self.act_order = chance.random() < 0.25
+        self.scale_dtype = chance.choice([torch.float32, torch.float16])
 
     @property
     def name(self) -> str:
@@ -114,7 +115,8 @@ def run(case: Case, native: bool) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(case.index)
     quantize = ops.quantize_weight if native else reference.quantize_weight
     scheme = case.scheme
-    qw = quantize(weight_of(case, generator), WeightScheme(scheme.dtype, scheme.symmetric, scheme.group_size))
+    plain = WeightScheme(scheme.dtype, scheme.symmetric, scheme.group_size)
+    qw = quantize(weight_of(case, generator), plain, case.scale_dtype)
     qw = dress(qw, scheme) if scheme.minimums or scheme.super_group_size is not None else qw
     results = {"codes": qw.codes, "scales": qw.scales}
     if qw.zero_points is not None:

@@ -252,7 +252,7 @@ def test_opcheck_of_the_other_ops(symmetric: bool) -> None:
     qw = shuffle_features(make(10, 16, scheme))
     packed = ops.pack_weight(qw)
     namespace = torch.ops.ipex_quant
-    torch.library.opcheck(namespace.woq_quantize.default, (draw(10, 16), int(scheme.dtype), 4, symmetric))
+    torch.library.opcheck(namespace.woq_quantize.default, (draw(10, 16), int(scheme.dtype), 4, symmetric, True))
     pack = (qw.codes, qw.scales, qw.zero_points, None, None, None, packed.perm, 16, int(scheme.dtype), 4)
     torch.library.opcheck(namespace.woq_pack.default, pack, test_utils=("test_schema",))
     unpack = (packed.data, packed.perm, 10, 16, int(scheme.dtype), 4, int(not symmetric), 0)

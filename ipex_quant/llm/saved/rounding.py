@@ -25,7 +25,7 @@ from ...nn.linears import holds_experts
 from ...nn.stacked_experts import expert_layout, experts_obstacle
 from ...nn.stored_linear import StoredLinear
 from ...numerics.quantized_weight import QuantizedWeight
-from ...numerics.scheme import QConfigWoq, WeightScheme
+from ...numerics.scheme import QConfigWoq
 from .checkpoint_experts import expert_shapes, experts_from_checkpoint
 from .checkpoint_names import model_names
 
@@ -136,11 +136,12 @@ def _rounded(tensors: Mapping[str, Stored], qconfig: Any, module: nn.Module) -> 
 class _RoundedWeights(Mapping[str, QuantizedWeight]):
     """Weights by name that are read, and rounded to nearest, when they are asked for."""
 
-    def __init__(self, stored: Mapping[str, Stored], scheme: WeightScheme, dtype: torch.dtype) -> None:
-        self._stored, self._scheme, self._dtype = stored, scheme, dtype
+    def __init__(self, stored: Mapping[str, Stored], qconfig: QConfigWoq, dtype: torch.dtype) -> None:
+        self._stored, self._qconfig, self._dtype = stored, qconfig, dtype
 
     def __getitem__(self, name: str) -> QuantizedWeight:
-        return ops.quantize_weight(_read(self._stored[name], self._dtype), self._scheme)
+        weight = _read(self._stored[name], self._dtype)
+        return ops.quantize_weight(weight, self._qconfig.scheme, self._qconfig.scale_dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -152,7 +153,7 @@ class _RoundedWeights(Mapping[str, QuantizedWeight]):
 def _rounded_experts(
     stored: Mapping[str, Stored], name: str, qconfig: QConfigWoq, module: nn.Module
 ) -> WeightOnlyQuantizedExperts:
-    weights = _RoundedWeights(stored, qconfig.scheme, module.get_parameter("down_proj").dtype)
+    weights = _RoundedWeights(stored, qconfig, module.get_parameter("down_proj").dtype)
     return experts_from_checkpoint(WeightsInMemory(weights), name, qconfig, module)
 
 
