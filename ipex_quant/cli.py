@@ -130,6 +130,13 @@ def _parser() -> argparse.ArgumentParser:
         f"have none, squared error of the outputs, relative (default {MAX_LOSS})",
     )
     sub.add_argument("--time", type=float, default=0, metavar="S", help="seconds; 0 ends at the first success")
+    sub.add_argument(
+        "--algorithms",
+        nargs="+",
+        metavar="NAME",
+        help="gptq, awq, auto_round or rtn: what finds the weights, tried in this order; all but the first need --time "
+        "(default: the recipe's own, or gptq, and rtn)",
+    )
     sub.add_argument("--text", type=Path, metavar="FILE", help="text whose perplexity, or divergence, counts")
     sub.add_argument("--max-tokens", type=_positive, default=8192, metavar="N", help="predict at most N of its tokens")
     sub.add_argument("--sequence-length", type=_positive, default=512, metavar="N")
@@ -280,7 +287,8 @@ def _tune(
     from .recipes.tune import Tuning
 
     tokenizer, budget = _tokenizer(options, directory), _has_budget(options)
-    tuning = Tuning(recipe, tokenizer, options.samples or (64 if budget else 100), options.sequence_length)
+    samples = options.samples or (64 if budget else 100)
+    tuning = Tuning(recipe, tokenizer, samples, options.sequence_length, options.algorithms)
     calibration = inputs.read_inputs(options.inputs) if options.inputs else ()
     if not options.inputs and tokenizer is not None:
         calibration = _of_dataset(tuning.calibration, _mixed(options.dataset), options.column)

@@ -14,6 +14,10 @@ from ..conversion.qconfig import DEFAULT_ACT_QUANT_MODE, get_weight_only_quant_q
 from ..numerics.scheme import QConfigWoq, WeightScheme, WoqActQuantMode, WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
 
 ALGORITHMS = ("gptq", "awq", "rtn")
+"""Algorithms that a search tries unless others are named."""
+
+SLOW_ALGORITHMS = ("auto_round",)
+"""Algorithms that a search tries only where they are named: they take many times as long."""
 
 INTEGERS = tuple(sorted((dtype for dtype in WoqWeightDtype if dtype.has_integers), key=lambda dtype: dtype.bits))
 """The dtypes that GPTQ writes, smallest first."""
@@ -23,10 +27,11 @@ INTEGERS = tuple(sorted((dtype for dtype in WoqWeightDtype if dtype.has_integers
 class WeightOnlySpace:
     """The search space of weight-only quantization: all valid combinations of the fields.
 
-    `algorithms` ("gptq", "awq" or "rtn") are tried in the order given. `lm_head` lists whether the output layer may be
-    quantized (True), may stay in float (False), or both. With `embeddings`, embeddings get schemes too, and those that
-    share their weight with the output layer the same one. With `mixed`, layers may get different schemes. Raises
-    ValueError for an empty field and an unknown algorithm.
+    `algorithms` ("gptq", "awq", "rtn" or "auto_round") are tried in the order given; "auto_round" takes minutes for a
+    trial, so that a quick one should come first. `lm_head` lists whether the output layer may be quantized (True), may
+    stay in float (False), or both. With `embeddings`, embeddings get schemes too, and those that share their weight
+    with the output layer the same one. With `mixed`, layers may get different schemes. Raises ValueError for an empty
+    field and an unknown algorithm.
     """
 
     weight_dtypes: Sequence[WoqWeightDtype] = (WoqWeightDtype.INT4, WoqWeightDtype.INT8)
@@ -45,9 +50,10 @@ class WeightOnlySpace:
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise ValueError(f"quantization_config: {name}: expected at least one value in a list, got {values!r}")
             object.__setattr__(self, name, tuple(dict.fromkeys(values)))
-        unknown = [name for name in self.algorithms if name not in ALGORITHMS]
+        known = ALGORITHMS + SLOW_ALGORITHMS
+        unknown = [name for name in self.algorithms if name not in known]
         if unknown:
-            raise ValueError(f"quantization_config: algorithms: expected some of {ALGORITHMS}, got {unknown}")
+            raise ValueError(f"quantization_config: algorithms: expected some of {', '.join(known)}, got {unknown}")
 
     @classmethod
     def of(cls, value: Any) -> WeightOnlySpace:

@@ -262,11 +262,15 @@ def tune(
     for path in reports:
         report.write(path)
     if not best.met:
-        warnings.warn(
-            f"autotune: no candidate of {len(done)} meets the criterion, a loss of at most {criterion}: the best, "
-            f"{best.label}, loses {best.loss:.4g}, {best.loss - criterion.tolerance:.4g} too much",
-            stacklevel=3,
-        )
+        lacks = f"is within the budget: the best, {best.label}, takes {best.model_bytes / 1e6:.2f} MB"
+        if not criterion.met(best.loss):
+            lacks = (
+                f"meets the criterion, a loss of at most {criterion}: the best, {best.label}, loses {best.loss:.4g}, "
+                f"{best.loss - criterion.tolerance:.4g} too much"
+            )
+        elif best.measured_ms is not None:
+            lacks += f" and {best.measured_ms:.3g} ms for a token"
+        warnings.warn(f"autotune: no candidate of {len(done)} {lacks}", stacklevel=3)
     return quantizer.result(model, candidate, options.inplace), report
 
 

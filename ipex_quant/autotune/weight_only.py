@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from ..nn.fused_forward import restored_forwards
 from ..nn.linears import is_linear, output_head, weight_matrix
 from ..numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMode
 from ..smoothquant.tracing import trace_groups
+from ..woq.auto_round import AutoRoundOptions
+from ..woq.auto_round_blocks import auto_round_blocks
+from ..woq.awq import AwqOptions
 from ..woq.awq_blocks import awq_blocks
 from ..woq.gptq import GptqOptions
 from ..woq.gptq_blocks import quantize_blocks
@@ -87,7 +91,7 @@ class WeightOnlyQuantizer:
             self.costs.correct(batches, tuned)
         self.weights = sum(weight_matrix(model.get_submodule(name)).numel() for name in self.layers)
         self.rest = self._other_bytes(members) if self._counts_all else 0
-        self.fits = {algorithm: MonotoneFit() for algorithm in ALGORITHMS}
+        self.fits = {algorithm: MonotoneFit() for algorithm in space.algorithms}
         self._found: tuple[Any, FoundWeights] = (None, FoundWeights())
 
     def search(self) -> Search:
@@ -314,23 +318,29 @@ def find_weights(
     model: nn.Module,
     batches: Sequence[Example],
     candidate: WeightOnlyCandidate,
-    options: GptqOptions | None = None,
+    options: Any = None,
+    work_dir: Path | None = None,
 ) -> FoundWeights:
     """The weights of the layers and embeddings of `candidate`: those that its algorithm finds, the others rounded.
 
-    GPTQ and AWQ find those of layers in transformer blocks. GPTQ skips layers whose dtype it does not support.
+    GPTQ, AWQ and AutoRound find those of layers in transformer blocks, with `options` of their own; GPTQ and AutoRound
+    skip layers whose dtype they do not support. `work_dir` is that of `auto_round_blocks`.
     """
     schemes = {name: scheme for name, scheme in candidate.schemes if scheme is not None}
     found = FoundWeights()
     if candidate.algorithm != "rtn":
         inputs = [batch.by_name(model) for batch in batches]
+        suited = {name: scheme for name, scheme in schemes.items() if scheme.dtype.has_integers}
+        narrow = all(fits_half(matrix_of(model.get_submodule(name)), scheme) for name, scheme in suited.items())
+        scale_dtype = torch.float16 if narrow else torch.float32
         if candidate.algorithm == "awq":
-            result = awq_blocks(model, inputs, schemes.get)
+            result = awq_blocks(model, inputs, schemes.get, options or AwqOptions(scale_dtype=scale_dtype))
             found = FoundWeights(result.weights, result.parameters)
+        elif candidate.algorithm == "auto_round":
+            options = options or AutoRoundOptions(scale_dtype=scale_dtype)
+            found = FoundWeights(auto_round_blocks(model, inputs, suited.get, options, work_dir))
         else:
-            suited = {name: scheme for name, scheme in schemes.items() if scheme.dtype.has_integers}
-            narrow = all(fits_half(matrix_of(model.get_submodule(name)), scheme) for name, scheme in suited.items())
-            options = options or GptqOptions(scale_dtype=torch.float16 if narrow else torch.float32)
+            options = options or GptqOptions(scale_dtype=scale_dtype)
             found = FoundWeights(quantize_blocks(model, inputs, suited.get, options))
     others = {name: scheme for name, scheme in schemes.items() if name not in found.weights}
     weights = {name: rounded(matrix_of(model.get_submodule(name)), scheme) for name, scheme in others.items()}

@@ -39,7 +39,7 @@ def awq(
     with a warning that names the linears. So is the head, unless `lm_head` has its range clipped by calibration.
 
     - `dataloader`, `nsamples`, `use_max_length` and `pad_max_length` are those of `gptq`.
-    - `options` sets how AWQ searches.
+    - `options` sets how AWQ searches, and with its `gptq`, how GPTQ rounds the scaled weights.
     - Without `inplace` the result is a copy and `model` is unchanged.
 
     Raises TypeError for a `quantization_config` that is no mapping, and ValueError for one that is not weight-only, a

@@ -79,7 +79,7 @@ def apply_recipe(
         model = rotate(model, inplace=True)
     mapping = recipe.qconfig_mapping(model)
     if isinstance(recipe.settings, WeightOnly) and (recipe.settings.schemes or imatrix is not None):
-        model = _apply_schemes(recipe.settings, mapping, model, calibration, imatrix)
+        model = _apply_schemes(recipe.settings, mapping, model, calibration, imatrix, work_dir)
         mapping = mapping if _left_in_float(model, recipe) else None  # experts
     elif isinstance(recipe.settings, Gptq):
         model = _apply_gptq(recipe, model, calibration, dtype)
@@ -106,10 +106,9 @@ def _apply_schemes(
     model: nn.Module,
     calibration: Collection[Any],
     imatrix: Mapping[str, torch.Tensor] | None,
+    work_dir: str | Path | None,
 ) -> nn.Module:
-    """Quantize the linear layers and embeddings of `model` as `autotune` does; AutoRound has its own way."""
-    if isinstance(settings, AutoRound):
-        raise ValueError("schemes: auto_round tunes all layers to one scheme; use gptq, awq or rtn")
+    """Quantize the linear layers and embeddings of `model` as `autotune` does."""
     chosen = choose_weight_only(mapping, model, "schemes")
     layers = {name: qconfig for name, qconfig in chosen.items() if not holds_experts(model.get_submodule(name))}
     algorithm = next(name for name, kind in ALGORITHMS.items() if kind is type(settings))
@@ -119,8 +118,8 @@ def _apply_schemes(
     if isinstance(settings, Calibrated):
         samples = Samples(settings.samples, settings.sequence_length)
         batches = [Example(kwargs=each) for each in calibration_batches(model, calibration, samples)]
-    options = settings.options() if isinstance(settings, Gptq) else None
-    found = find_weights(model, batches, candidate, options)
+    options = settings.options() if isinstance(settings, Gptq | Awq | AutoRound) else None
+    found = find_weights(model, batches, candidate, options, None if work_dir is None else Path(work_dir))
     if imatrix is not None:
         searched = {
             name: rtn_searched(weight_matrix(model.get_submodule(name)), layers[name].scheme, each, torch.float16)

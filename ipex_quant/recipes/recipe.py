@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -127,7 +127,7 @@ class WeightOnly(Settings):
     def _with(self, **changes: Any) -> Any:
         names = ("weight_dtype", "weight_qscheme", "group_size", "lowp_mode", "act_quant_mode")
         settings = {name: getattr(self, name) for name in names} | changes
-        return get_weight_only_quant_qconfig_mapping(**settings).global_qconfig
+        return get_weight_only_quant_qconfig_mapping(**settings, scale_dtype=torch.float16).global_qconfig
 
 
 @dataclass(frozen=True)
@@ -156,20 +156,29 @@ class Gptq(WeightOnly, Calibrated):
 
 @dataclass(frozen=True)
 class Awq(WeightOnly, Calibrated):
-    """`WeightOnly` with AWQ for the weights in transformer blocks; the other fields are those of `AwqOptions`."""
+    """`WeightOnly` with AWQ for the weights in transformer blocks; the other fields are those of `AwqOptions`.
+
+    With `gptq`, GPTQ with its default options rounds the scaled weights.
+    """
 
     samples: Count = 64
     alpha_steps: int = AwqOptions.alpha_steps
     clip_steps: int = AwqOptions.clip_steps
     lowest_clip: float = AwqOptions.lowest_clip
     tokens: int = AwqOptions.tokens
+    gptq: bool = False
 
     def __post_init__(self) -> None:
+        if self.gptq and not self.weight_dtype.has_integers:
+            raise ValueError(f"gptq: it writes integers, got {self.weight_dtype.name.lower()}")
         self.options()
 
     def options(self) -> AwqOptions:
-        """The options of AWQ's search."""
-        return AwqOptions(**{each.name: getattr(self, each.name) for each in fields(AwqOptions)})
+        """The options of AWQ's search, with scales in float16, as checkpoints hold them."""
+        gptq = GptqOptions(scale_dtype=torch.float16) if self.gptq else None
+        return AwqOptions(
+            self.alpha_steps, self.clip_steps, self.lowest_clip, self.tokens, gptq, scale_dtype=torch.float16
+        )
 
 
 @dataclass(frozen=True)

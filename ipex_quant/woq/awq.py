@@ -17,6 +17,7 @@ from ..numerics.affine import dequantize, quantize
 from ..numerics.reservoir import Reservoir
 from ..numerics.scheme import PER_CHANNEL, WeightScheme
 from .clip_search import clip_fractions
+from .gptq import GptqOptions
 
 _LEAST_MAGNITUDE = 1e-4
 """Least magnitude of a channel, relative to the largest one; it keeps scales away from 0."""
@@ -30,6 +31,8 @@ class AwqOptions:
     - `clip_steps`: the search tries no clipping and this many bounds, evenly spaced fractions of a group's largest
       magnitude down to `lowest_clip`; 0 turns clipping off.
     - `tokens`: number of input vectors, drawn at random from the whole calibration, for comparing outputs.
+    - `gptq`: how GPTQ rounds the scaled weights; without it they are clipped and rounded to nearest.
+    - `scale_dtype`: dtype that quantization scales are rounded to; `gptq` has its own.
 
     Raises ValueError for a negative number of steps, a `lowest_clip` outside 0..1, and no tokens.
     """
@@ -38,6 +41,8 @@ class AwqOptions:
     clip_steps: int = 10
     lowest_clip: float = 0.5
     tokens: int = 1024
+    gptq: GptqOptions | None = None
+    scale_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         for name, least in (("alpha_steps", 0), ("tokens", 1)):
@@ -68,6 +73,11 @@ class InputSample:
     def magnitude(self) -> torch.Tensor:
         """Mean of ``|x|`` over the vectors seen, float32 ``[K]``."""
         return (self._sum / max(self.count, 1)).float()
+
+    @property
+    def power(self) -> torch.Tensor:
+        """Sum of ``|x|`` over the vectors seen, float64 ``[K]``."""
+        return self._sum
 
     def add(self, inputs: torch.Tensor) -> None:
         """Take in a batch of inputs ``[..., K]``; raises ValueError for another K, NaN or Inf."""

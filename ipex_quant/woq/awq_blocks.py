@@ -14,12 +14,15 @@ from torch import nn
 
 from ..nn.linears import weight_matrix
 from ..nn.norms import is_norm, scaled_vectors
-from ..numerics.affine import dequantize, quantize
+from ..numerics.affine import dequantize
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme
 from .absorbers import Absorber, find_absorber
 from .awq import AwqOptions, InputSample, ScaleSearch, clipped, search_scale
-from .layer_walk import SchemeOf, Walk, calibrate, find_stages, set_weight, walk_blocks
+from .gptq import HessianAccumulator, quantize_weight
+from .gptq_blocks import named
+from .layer_walk import SchemeOf, Walk, calibrate, calibrate_pairs, find_stages, first_names, set_weight, walk_blocks
+from .rtn import round_scales, rtn
 
 logger = logging.getLogger("ipex_quant")
 
@@ -62,18 +65,17 @@ def awq_blocks(
     """AWQ for every linear in the transformer blocks of `model` and those of `also`, as `walk_blocks` takes them.
 
     A share group's reciprocal scale goes into the norm before it, or into the row scales and the bias of a linear that
-    is already quantized. A group without such a module is only clipped. Raises as `walk_blocks` does, and ValueError
-    for inputs that are NaN or Inf, naming the linear.
+    is already quantized. A group without such a module is only clipped, or rounded by GPTQ. Raises as `walk_blocks`
+    and, where it rounds, GPTQ's `quantize_weight` do, and ValueError for inputs that are NaN or Inf, naming the linear.
     """
     blocks = _AwqBlocks(model, options or AwqOptions())
-    weights = walk_blocks(model, batches, scheme, blocks, also=also)
+    weights = walk_blocks(model, batches, scheme, blocks, blocks.scale_dtype, also)
     scaled = sum(scaling.scale is not None for scaling in blocks.scalings)
     logger.info("AWQ: %d of %d share groups are scaled", scaled, len(blocks.scalings))
     if blocks.only_clipped:
-        names, more = blocks.only_clipped[:8], ", ..." * (len(blocks.only_clipped) > 8)
         warnings.warn(
             f"AWQ: nothing in {len(blocks.only_clipped)} blocks can absorb a scale, so that their layers are only "
-            f"clipped: {', '.join(names)}{more}",
+            f"clipped: {first_names(blocks.only_clipped)}",
             stacklevel=3,
         )
     return AwqResult(weights, blocks.parameters, blocks.scalings)
@@ -84,6 +86,7 @@ class _AwqBlocks:
 
     def __init__(self, model: nn.Module, options: AwqOptions) -> None:
         self.options = options
+        self.scale_dtype = (options.gptq or options).scale_dtype
         self.parameters: dict[str, torch.Tensor] = {}
         self.scalings: list[Scaling] = []
         self.only_clipped: list[str] = []  # first layers of blocks in which nothing can be scaled
@@ -93,11 +96,15 @@ class _AwqBlocks:
     def __call__(self, walk: Walk, index: int, schemes: Mapping[str, WeightScheme]) -> dict[str, QuantizedWeight]:
         found: dict[str, QuantizedWeight] = {}
         before = len(self.scalings)
+        corrects = self.options.gptq is not None and self.options.gptq.correction > 0
+        if corrects:
+            walk.record_float(index)
+        collect = calibrate_pairs if corrects else calibrate
         for stage in find_stages(walk, index, list(schemes)):
-            samples = calibrate(walk, index, stage, partial(InputSample, capacity=self.options.tokens))
-            for members, sample in zip(stage.groups, samples, strict=True):
-                if sample.count:
-                    _Group(self, walk, index, members, sample).quantize(schemes, found)
+            seen = collect(walk, index, stage, partial(_Inputs, options=self.options))
+            for members, inputs in zip(stage.groups, seen, strict=True):
+                if inputs.count:
+                    _Group(self, walk, index, members, inputs).quantize(schemes, found)
         own = self.scalings[before:]
         if own and self.options.alpha_steps and all(scaling.search is None for scaling in own):
             self.only_clipped.append(own[0].members[0])
@@ -108,25 +115,56 @@ class _AwqBlocks:
         return any(id(parameter) in self._shared for parameter in module.parameters(recurse=False))
 
 
+class _Inputs:
+    """What AWQ and, if it rounds, GPTQ need to know of the inputs of a share group."""
+
+    def __init__(self, in_features: int, options: AwqOptions) -> None:
+        self.sample = InputSample(in_features, options.tokens)
+        self.products = None if options.gptq is None else HessianAccumulator(in_features)
+
+    @property
+    def count(self) -> int:
+        """Number of input vectors so far."""
+        return self.sample.count
+
+    @property
+    def power(self) -> torch.Tensor:
+        """A number ``[K]`` for each input channel that is 0 if all its inputs were, else above 0."""
+        return self.sample.power
+
+    def add(self, inputs: torch.Tensor, float_inputs: torch.Tensor | None = None) -> None:
+        """Take in a batch of inputs ``[..., K]``, and what they are in the float model, if known."""
+        self.sample.add(inputs)
+        if self.products is not None:
+            self.products.add(inputs, float_inputs)
+
+
 class _Group:
     """One share group of a block, from the search of its scale to its quantized weights."""
 
-    def __init__(self, owner: _AwqBlocks, walk: Walk, index: int, members: Sequence[str], sample: InputSample) -> None:
+    def __init__(self, owner: _AwqBlocks, walk: Walk, index: int, members: Sequence[str], inputs: _Inputs) -> None:
         self.owner, self.options = owner, owner.options
         self.walk, self.index, self.block = walk, index, walk.blocks[index]
-        self.members, self.sample = members, sample
+        self.members, self.sample, self.products = members, inputs.sample, inputs.products
         self.weights = [weight_matrix(self.block.get_submodule(name)).float() for name in members]
 
     def quantize(self, schemes: Mapping[str, WeightScheme], found: dict[str, QuantizedWeight]) -> None:
         """Put the quantized weights of the members into `found`, and update that of a linear that absorbs the scale."""
         scaling = self._scaling([schemes[name] for name in self.members], found)
         self.owner.scalings.append(scaling)
-        inputs, weights = self.sample.vectors, self.weights
-        if scaling.scale is not None:
-            inputs, weights = inputs / scaling.scale, [weight * scaling.scale for weight in weights]
-        for name, weight in zip(self.members, weights, strict=True):
-            found[name] = quantize(clipped(weight, schemes[name], inputs, self.options), schemes[name])
+        scale = torch.ones_like(self.sample.magnitude) if scaling.scale is None else scaling.scale
+        for name, weight in zip(self.members, self.weights, strict=True):
+            with named(self.walk.full_name(self.index, name)):
+                found[name] = self._rounded(weight * scale, schemes[name], scale)
             set_weight(self.block.get_submodule(name), dequantize(found[name]))
+
+    def _rounded(self, weight: torch.Tensor, scheme: WeightScheme, scale: torch.Tensor) -> QuantizedWeight:
+        """The quantized `weight` ``[N, K]``, whose inputs are divided by `scale`."""
+        if self.products is None:
+            cut = clipped(weight, scheme, self.sample.vectors / scale, self.options)
+            return rtn(cut, scheme, self.options.scale_dtype)
+        hessian, shift = (each / scale / scale.unsqueeze(1) for each in (self.products.hessian, self.products.shift))
+        return quantize_weight(weight, hessian, scheme, self.options.gptq, shift)
 
     def _scaling(self, schemes: list[WeightScheme], found: dict[str, QuantizedWeight]) -> Scaling:
         names = tuple(self.walk.full_name(self.index, name) for name in self.members)
@@ -141,10 +179,8 @@ class _Group:
         factor = torch.ones(absorber.width, dtype=torch.float32)
         used = absorber.sources >= 0
         factor[absorber.sources[used]] = 1 / search.scale[used]
-        if absorber.name in found:
-            self._divide_linear(absorber.name, factor, found)
-        else:
-            factor = self._multiply_norm(absorber.name, factor)
+        absorb = partial(self._divide_linear, found=found) if absorber.name in found else self._multiply_norm
+        factor = absorb(absorber.name, factor)
         if factor is None:
             return Scaling(names, search=search)
         scale = torch.where(used, 1 / factor[absorber.sources], 1.0)
@@ -157,13 +193,21 @@ class _Group:
         candidates = [name for name in candidates if not self.owner.is_shared(self.block.get_submodule(name))]
         return find_absorber(self.block, lambda: self.walk.run(self.index, batch), self.members, candidates)
 
-    def _divide_linear(self, name: str, factor: torch.Tensor, found: dict[str, QuantizedWeight]) -> None:
-        """Multiply the output channels of a quantized linear through its row scales and bias; its codes stay."""
+    def _divide_linear(self, name: str, factor: torch.Tensor, found: dict[str, QuantizedWeight]) -> torch.Tensor | None:
+        """Multiply the output channels of a quantized linear through its row scales and bias; its codes stay.
+
+        Returns the factor, None if scales cannot hold it.
+        """
         linear = self.block.get_submodule(name)
-        found[name] = replace(found[name], scales=found[name].scales * factor.unsqueeze(1))
+        try:
+            scales = round_scales(found[name].scales * factor.unsqueeze(1), self.owner.scale_dtype)
+        except ValueError:
+            return None
+        found[name] = replace(found[name], scales=scales)
         set_weight(linear, dequantize(found[name]))
         if linear.bias is not None:
             self._set_parameter(name, "bias", (linear.bias.float() * factor).to(linear.bias.dtype))
+        return factor
 
     def _multiply_norm(self, name: str, factor: torch.Tensor) -> torch.Tensor | None:
         """Multiply a norm's output by `factor`; return the factor as the norm's dtype rounds it, None if impossible."""

@@ -78,6 +78,11 @@ class HessianAccumulator:
         self.shift = torch.zeros_like(self.hessian)
         self.count = 0
 
+    @property
+    def power(self) -> torch.Tensor:
+        """Mean square of each input feature, float32 ``[K]``."""
+        return self.hessian.diagonal()
+
     def add(self, inputs: torch.Tensor, float_inputs: torch.Tensor | None = None) -> None:
         """Take in a batch of inputs ``[..., K]``; ValueError for another K.
 

@@ -15,7 +15,7 @@ from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme
 from .gptq import GptqOptions, HessianAccumulator, quantize_compensated
 from .gptq_experts import can_quantize_experts, quantize_experts
-from .layer_walk import SchemeOf, Walk, calibrate, calibrate_pairs, find_stages, set_weight, walk_blocks
+from .layer_walk import SchemeOf, Walk, calibrate, calibrate_pairs, find_stages, first_names, set_weight, walk_blocks
 
 
 def quantize_blocks(
@@ -35,8 +35,8 @@ def quantize_blocks(
     weights = walk_blocks(model, batches, scheme_of, blocks, options.scale_dtype, also)
     if blocks.idle:
         warnings.warn(
-            f"GPTQ: no calibration token is routed to {', '.join(blocks.idle[:8])}"
-            + f"{', ...' * (len(blocks.idle) > 8)} ({len(blocks.idle)} experts); rounded to nearest instead",
+            f"GPTQ: no calibration token is routed to {len(blocks.idle)} experts ({first_names(blocks.idle)}); they "
+            "are rounded to nearest. Calibrate on more text, or text of more kinds",
             stacklevel=4,
         )
     return weights

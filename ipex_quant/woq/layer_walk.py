@@ -83,9 +83,23 @@ def walk_blocks(
         quantized[name] = rtn(weight_matrix(model.get_submodule(name)), scheme_of(name), scale_dtype)
     if missed:
         warnings.warn(
-            f"{title}: no calibration sample reached {', '.join(missed)}; rounded to nearest instead", stacklevel=4
+            f"{title}: no calibration sample reached {first_names(missed)}; rounded to nearest instead", stacklevel=4
+        )
+    if walk.silent:
+        count = sum(channels for channels, _ in walk.silent.values())
+        told = [f"{name}: {channels} of {all_of_them}" for name, (channels, all_of_them) in walk.silent.items()]
+        warnings.warn(
+            f"{title}: calibration leaves {count} input channels of {len(told)} layers at zero ({first_names(told)}); "
+            "their weights are rounded to nearest. Calibrate on more text, or text of more kinds",
+            stacklevel=4,
         )
     return quantized
+
+
+def first_names(names: Sequence[str], most: int = 8) -> str:
+    """The first of `names` for a message, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 Recording = dict[str, dict[int, list[object]]]
@@ -126,6 +140,7 @@ class Walk:
             for tower in towers
             if tower in self._last and tower_of[in_towers[-1]] != tower
         }
+        self.silent: dict[str, tuple[int, int]] = {}  # input channels that are always 0, and all, by linear
         self._before: dict[nn.Parameter, torch.Tensor] = {}  # float parameters of the block that is changing
         self._kept: dict[nn.Parameter, torch.Tensor] = {}  # quantized parameters of a tower that has a holder
         self._outputs: Recording = {}
@@ -389,9 +404,15 @@ def _stages(block: nn.Module, calls: Sequence[tuple[str, int]]) -> list[Stage]:
 
 
 class Statistics(Protocol):
-    """Statistics of the inputs of a share group; `count` is the number of input vectors so far."""
+    """Statistics of the inputs of a share group."""
 
-    count: int
+    @property
+    def count(self) -> int:
+        """Number of input vectors so far."""
+
+    @property
+    def power(self) -> torch.Tensor:
+        """A number ``[K]`` for each input channel that is 0 if all its inputs were, else above 0."""
 
     def add(self, inputs: torch.Tensor) -> None:
         """Take in a batch of inputs ``[..., K]``."""
@@ -400,7 +421,13 @@ class Statistics(Protocol):
 class PairStatistics(Protocol):
     """Statistics of the inputs of a share group in the quantized and in the float model."""
 
-    count: int
+    @property
+    def count(self) -> int:
+        """Number of input vectors so far."""
+
+    @property
+    def power(self) -> torch.Tensor:
+        """A number ``[K]`` for each input channel that is 0 if all its inputs were, else above 0."""
 
     def add(self, inputs: torch.Tensor, float_inputs: torch.Tensor | None) -> None:
         """Take in a batch of inputs ``[..., K]``, and what they are in the float model, or None if not known."""
@@ -418,6 +445,7 @@ def calibrate(walk: Walk, index: int, stage: Stage, make: Callable[[int], Statis
     """
     sums = _empty(walk.blocks[index], stage, make)
     _see_inputs(walk, index, stage, lambda name, inputs, _: sums[name].add(inputs))
+    _note_silent(walk, index, sums)
     return list(sums.values())
 
 
@@ -428,7 +456,16 @@ def calibrate_pairs(walk: Walk, index: int, stage: Stage, make: Callable[[int], 
     """
     sums = _empty(walk.blocks[index], stage, make)
     _see_inputs(walk, index, stage, lambda name, inputs, floats: sums[name].add(inputs, floats), in_pairs=True)
+    _note_silent(walk, index, sums)
     return list(sums.values())
+
+
+def _note_silent(walk: Walk, index: int, sums: Mapping[str, Statistics | PairStatistics]) -> None:
+    """Let `walk` know which linears have input channels that are always 0."""
+    for name, seen in sums.items():
+        silent = int((seen.power == 0).sum()) if seen.count else 0
+        if silent:
+            walk.silent[walk.full_name(index, name)] = silent, len(seen.power)
 
 
 _T = TypeVar("_T")

@@ -105,6 +105,35 @@ def test_the_most_accurate_model_of_a_speed(llama, batches, steps):
     assert three.trials[three.best].model_bytes < best.model_bytes
 
 
+@pytest.mark.filterwarnings("error:autotune")
+def test_every_algorithm_keeps_to_a_size(llama, batches):
+    for algorithm in ("awq", "gptq", "rtn"):
+        space = WeightOnlySpace(INTEGERS, [32], [WoqWeightQScheme.UNDEFINED], [algorithm])
+        found, report = tune(llama, batches, TuningOptions(quantization_config=space, size=60_000))
+        assert evaluation.model_bytes(found) <= 60_000
+        assert report.met
+
+
+def test_auto_round_is_tried_where_it_is_asked_for(llama, batches):
+    space = WeightOnlySpace(INTEGERS, [32], [WoqWeightQScheme.UNDEFINED], ["gptq", "auto_round"])
+    _, quick = tune(llama, batches, TuningOptions(quantization_config=space, size=60_000))
+    assert [trial.recipe["algorithm"] for trial in quick.trials] == ["gptq"], "no time, no more than the first"
+    found, report = tune(llama, batches, TuningOptions(quantization_config=space, size=60_000, tuning_time=1000))
+    tried = {trial.recipe["algorithm"]: trial.loss for trial in report.trials if "mixed" in trial.label}
+    assert tried.keys() == {"gptq", "auto_round"}
+    assert tried["auto_round"] != tried["gptq"]
+    assert evaluation.model_bytes(found) <= 60_000
+    assert "auto_round" not in WeightOnlySpace().algorithms
+
+
+def test_what_turns_out_larger_than_was_counted_is_told(llama, batches, steps, monkeypatch):
+    monkeypatch.setattr(tuner, "model_bytes", lambda model: 70_000)
+    told = r"no candidate of \d+ is within the budget: the best, .*, takes 0\.07 MB and \d[\d.]* ms for a token"
+    with pytest.warns(UserWarning, match=told):
+        _, report = tune(llama, batches, TuningOptions(quantization_config=SPACE, size=60_000))
+    assert not report.met
+
+
 def test_budgets_that_nothing_keeps_to(llama, batches, steps):
     with pytest.raises(ValueError, match=r"size: 1000 bytes are too few for all of the schemes; the smallest take \d+"):
         autotune(llama, batches, quantization_config=SPACE, size=1000)

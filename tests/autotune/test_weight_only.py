@@ -11,6 +11,7 @@ from ipex_quant.autotune.weight_only import WeightOnlyQuantizer
 from ipex_quant.nn import QuantizedModule, WeightOnlyQuantizedLinear
 from ipex_quant.numerics.scheme import WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
 from ipex_quant.quantization import get_smooth_quant_qconfig_mapping, get_weight_only_quant_qconfig_mapping
+from ipex_quant.woq.awq import AwqOptions
 from ipex_quant.woq.awq_blocks import awq_blocks
 
 from .conftest import SAMPLES, SEQUENCE_LENGTH, TUNING_TOKENS
@@ -111,11 +112,14 @@ def test_awq_scales_norms_of_a_copy_only():
     recipes = {recipe.algorithm: recipe for recipe in quantizer._candidates(1e9, WoqLowpMode.NONE)}
     found = quantizer.quantized(recipes["awq"])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    expected = awq_blocks(model, [{"input_ids": each} for each in ids], dict(recipes["awq"].schemes).get)
+    in_half = AwqOptions(scale_dtype=torch.float16)
+    expected = awq_blocks(model, [{"input_ids": each} for each in ids], dict(recipes["awq"].schemes).get, in_half)
     assert expected.parameters, "some group is scaled"
     assert all(torch.equal(found.get_parameter(name), value) for name, value in expected.parameters.items())
     for name, weight in expected.weights.items():
-        assert torch.equal(found.get_submodule(name).quantized_weight().codes, weight.codes)
+        packed = found.get_submodule(name).quantized_weight()
+        assert torch.equal(packed.codes, weight.codes)
+        assert torch.equal(packed.scales, packed.scales.half().float())
     logits = model(ids[0]).logits
     error = {name: (quantizer.quantized(r)(ids[0]).logits - logits).norm() for name, r in recipes.items()}
     assert error["awq"] < 0.9 * error["rtn"]

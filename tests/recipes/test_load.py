@@ -48,6 +48,7 @@ RECIPES = {
     },
     "gptq_skip": Recipe("gptq_skip", Gptq(group_size=32, samples=2, sequence_length=16), skip=(r".*\.down_proj",)),
     "awq": Recipe("awq", Awq(group_size=32, samples=2, sequence_length=16, tokens=16)),
+    "awq_gptq": Recipe("awq_gptq", Awq(group_size=32, samples=2, sequence_length=16, tokens=16, gptq=True)),
     "auto_round": Recipe(
         "auto_round", AutoRound(weight_dtype=WoqWeightDtype.INT4, group_size=32, samples=2, sequence_length=16, steps=4)
     ),

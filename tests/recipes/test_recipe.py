@@ -2,6 +2,7 @@ import dataclasses
 import re
 
 import pytest
+import torch
 from torch import nn
 
 from ipex_quant.conversion.rules import choose_qconfigs
@@ -21,6 +22,7 @@ from ipex_quant.recipes.recipe import (
     load_recipe,
     recipe_yaml,
 )
+from ipex_quant.woq.gptq import GptqOptions
 
 
 @pytest.fixture
@@ -115,7 +117,15 @@ def test_awq_takes_its_options(written):
     path = written("algorithm: awq\nweight_dtype: nf4\nalpha_steps: 5\nclip_steps: 0\nlowest_clip: 1\ntokens: 7\n")
     settings = load_recipe(path).settings
     assert isinstance(settings, Awq)
-    assert settings.options() == AwqOptions(alpha_steps=5, clip_steps=0, lowest_clip=1.0, tokens=7)
+    assert settings.options() == AwqOptions(5, 0, 1.0, tokens=7, scale_dtype=torch.float16)
+
+
+def test_awq_with_gptq(written):
+    settings = load_recipe(written("algorithm: awq\nweight_dtype: int4\ngptq: true\n")).settings
+    assert settings.options() == AwqOptions(gptq=GptqOptions(scale_dtype=torch.float16), scale_dtype=torch.float16)
+    assert settings.options().gptq == Gptq(weight_dtype=WoqWeightDtype.INT4).options()
+    with pytest.raises(ValueError, match="recipe mine: gptq: it writes integers, got nf4"):
+        load_recipe(written("algorithm: awq\nweight_dtype: nf4\ngptq: true\n"))
 
 
 def test_skip_and_the_first_alpha_that_matches_count(written):

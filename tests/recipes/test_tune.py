@@ -13,7 +13,8 @@ from ipex_quant import cli, data, evaluation
 from ipex_quant.autotune import Report
 from ipex_quant.autotune.constraints import float_layers
 from ipex_quant.nn import QuantizedModule
-from ipex_quant.recipes.recipe import load_recipe
+from ipex_quant.numerics.scheme import WoqWeightDtype
+from ipex_quant.recipes.recipe import AutoRound, load_recipe
 from ipex_quant.recipes.tune import tuning_arguments
 
 
@@ -100,9 +101,24 @@ def test_bad_input(float_dir, tmp_path, capsys):
         (["--max-kl", "0"], "max_kl: expected a number above 0"),
         (["--size", "3MB", "--recipe", "w8a8-static"], "smoothquant_args, calib_func: they are for static INT8"),
         (["--size", "1MB", "--max-bytes-per-weight", "1"], "size, max_bytes_per_weight: both say how large"),
+        (["--size", "1MB", "--algorithms", "gptq", "other"], "algorithms: expected some of gptq, awq, rtn, auto_round"),
+        (["--algorithms", "gptq"], "algorithms: recipe w8a8-smoothquant is static INT8"),
     ):
         assert cli.main(["autotune", "embedded", "--samples", "1", *options]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_algorithms_are_those_that_are_asked_for():
+    algorithms = ["gptq", "auto_round"]
+    for recipe in (None, load_recipe("w4a8-awq-g128")):
+        space = tuning_arguments(recipe, algorithms)["quantization_config"]
+        assert space.algorithms == ("gptq", "auto_round")
+        own = ("gptq", "rtn") if recipe is None else ("awq", "rtn")
+        assert tuning_arguments(recipe)["quantization_config"].algorithms == own
+    tuned = replace(load_recipe("w4a8-awq-g128"), settings=AutoRound(weight_dtype=WoqWeightDtype.INT4))
+    assert tuning_arguments(tuned)["quantization_config"].algorithms == ("auto_round", "rtn")
+    with pytest.raises(ValueError, match="algorithms: recipe w8a8-static is static INT8, which has none"):
+        tuning_arguments(load_recipe("w8a8-static"), algorithms)
 
 
 def test_modules_that_a_recipe_skips_stay_in_float():

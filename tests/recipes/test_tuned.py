@@ -13,7 +13,7 @@ from ipex_quant.recipes.tuned import name_patterns, tuned_recipe
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("algorithm", ["gptq", "rtn"])
+@pytest.mark.parametrize("algorithm", ["gptq", "awq", "auto_round", "rtn"])
 def test_a_written_recipe_makes_the_tuned_model_again(tied, algorithm, tmp_path):
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -27,7 +27,7 @@ def test_a_written_recipe_makes_the_tuned_model_again(tied, algorithm, tmp_path)
     assert re.match(
         r"Found by autotune: .* MB in memory, .* tokens a second; loss .*, allowed any\.", recipe.description
     )
-    again = apply_recipe(recipe, model, batches if algorithm == "gptq" else (), torch.float32)
+    again = apply_recipe(recipe, model, () if algorithm == "rtn" else batches, torch.float32)
     state, expected = again.state_dict(), found.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in expected)

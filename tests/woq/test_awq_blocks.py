@@ -11,6 +11,8 @@ from ipex_quant.numerics.affine import dequantize, quantize
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
 from ipex_quant.woq.awq import AwqOptions, InputSample, clipped
 from ipex_quant.woq.awq_blocks import AwqResult, awq_blocks
+from ipex_quant.woq.gptq import GptqOptions, HessianAccumulator, quantize_weight
+from ipex_quant.woq.gptq_blocks import quantize_blocks
 from ipex_quant.woq.rtn import rtn
 
 SCHEME = WeightScheme(WoqWeightDtype.INT4, True, 16)
@@ -134,6 +136,70 @@ def test_weights_are_the_scaled_and_clipped_ones_quantized(batches):
         torch.testing.assert_close(found.scales, expected.scales * second.factor.unsqueeze(1))
 
 
+def test_gptq_rounds_the_scaled_weights(batches):
+    """The first share group: its inputs are those of the float model, so that there is nothing to correct."""
+    model = build("Llama", {})
+    model.model.layers[0].input_layernorm.weight.data[:2] *= 20
+    options = AwqOptions(alpha_steps=4, gptq=GptqOptions(scale_dtype=torch.float16))
+    result = awq_blocks(model, batches, SCHEME, options)
+    first, second = result.scalings[:2]
+    assert first.scale is not None
+    assert second.absorber == first.members[2]
+    seen = HessianAccumulator(32)
+    with torch.no_grad():
+        for batch in batches:
+            seen.add(model.model.layers[0].input_layernorm(model.model.embed_tokens(batch["input_ids"])) / first.scale)
+        for name, factor in zip(first.members, (1.0, 1.0, second.factor.unsqueeze(1)), strict=True):
+            scaled = model.get_submodule(name).weight * first.scale
+            expected = quantize_weight(scaled, seen.hessian, SCHEME, options.gptq)
+            found = result.weights[name]
+            assert (found.codes == expected.codes).float().mean() > 0.99
+            torch.testing.assert_close(found.scales, expected.scales * factor, rtol=1e-3, atol=0)
+            assert torch.equal(found.scales, found.scales.half().float())
+
+
+def test_awq_with_gptq_has_less_error_than_awq(batches):
+    model = build("Llama", {})
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[:2] *= 20
+        inputs = torch.cat([batch["input_ids"] for batch in batches])
+        exact = model(inputs).logits
+        found = [
+            awq_blocks(model, batches, SCHEME),
+            awq_blocks(model, batches, SCHEME, AwqOptions(gptq=GptqOptions(correction=0.0))),
+            awq_blocks(model, batches, SCHEME, AwqOptions(gptq=GptqOptions())),
+        ]
+        errors = [float((quantized(copy.deepcopy(model), each)(inputs).logits - exact).norm()) for each in found]
+        assert errors[2] < errors[1] < 0.9 * errors[0]
+        for result in found:
+            assert any(scaling.scale is not None for scaling in result.scalings)
+
+
+def test_without_scales_awq_with_gptq_is_gptq(batches):
+    model = build("Llama", {})
+    found = awq_blocks(model, batches, SCHEME, AwqOptions(alpha_steps=0, gptq=GptqOptions()))
+    assert found.parameters == {}
+    for name, expected in quantize_blocks(model, batches, SCHEME).items():
+        assert torch.equal(found.weights[name].codes, expected.codes)
+        assert torch.equal(found.weights[name].scales, expected.scales)
+
+
+def test_a_scale_that_float16_cannot_hold_is_not_absorbed(batches):
+    model = build("Llama", {"attention_bias": True})
+    v = model.model.layers[0].self_attn.v_proj
+    with torch.no_grad():  # a channel of large values by its bias, with the smallest scales that float16 has
+        v.bias[0] = 30.0
+        v.weight[0] = v.weight[0].sign() * 3e-7
+    result = awq_blocks(model, batches, SCHEME, AwqOptions(gptq=GptqOptions(scale_dtype=torch.float16)))
+    second = result.scalings[1]
+    assert second.members == ("model.layers.0.self_attn.o_proj",)
+    assert second.scale is None
+    assert second.search.alpha > 0
+    scales = result.weights["model.layers.0.self_attn.v_proj"].scales
+    assert torch.equal(scales, scales.half().float())
+
+
 def test_scales_shared_by_repeated_heads_are_equal(batches):
     result = awq_blocks(build("Llama", {}), batches, SCHEME, FEW)
     scale = next(s.scale for s in result.scalings if s.members[0].endswith("o_proj") and s.scale is not None)
@@ -216,7 +282,9 @@ def test_channels_without_activations(batches):
             layer.fc1.bias[5:9] = -1  # the ReLU gives 0
             layer.self_attn.v_proj.weight[:] = 0
             layer.self_attn.v_proj.bias[:] = 0
-    result = awq_blocks(model, batches, SCHEME, FEW)
+    told = r"AWQ: calibration leaves 82 input channels of 4 layers at zero \(.*\.out_proj: 32 of 32, .*\.fc2: 6 of 64,"
+    with pytest.warns(UserWarning, match=told):
+        result = awq_blocks(model, batches, SCHEME, FEW)
     for scaling in result.scalings:
         if scaling.members[0].endswith("fc2") and scaling.scale is not None:
             assert torch.equal(scaling.scale[5:9], torch.ones(4))

@@ -9,8 +9,12 @@ from transformers.pytorch_utils import Conv1D
 from ipex_quant.nn.linears import weight_matrix
 from ipex_quant.numerics.affine import dequantize
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
+from ipex_quant.woq.auto_round import AutoRoundOptions
+from ipex_quant.woq.auto_round_blocks import auto_round_blocks
+from ipex_quant.woq.awq_blocks import awq_blocks
 from ipex_quant.woq.gptq import GptqOptions, HessianAccumulator, quantize_weight
 from ipex_quant.woq.gptq_blocks import quantize_blocks
+from ipex_quant.woq.layer_walk import first_names
 from ipex_quant.woq.rtn import rtn
 
 SCHEME = WeightScheme(WoqWeightDtype.INT4, False, 16)
@@ -188,6 +192,29 @@ def test_linears_that_no_sample_reaches_are_rounded_to_nearest(batches):
     for name, qw in found.items():
         linear = model.get_submodule(name)
         assert _same_weight(qw, rtn(linear.weight, SCHEME)) == ("experts.2." in name)
+
+
+@pytest.mark.parametrize("algorithm", [quantize_blocks, awq_blocks, auto_round_blocks])
+def test_channels_that_calibration_leaves_at_zero_are_told_once(algorithm, batches):
+    model = _model()
+    with torch.no_grad():
+        model.layers[0].up.bias[:3] = -100  # ReLU gives 0
+        model.layers[2].up.bias[5] = -100
+    options = {auto_round_blocks: AutoRoundOptions(steps=1)}.get(algorithm)
+    with pytest.warns(UserWarning, match="at zero") as warned:
+        found = algorithm(model, batches, SCHEME, options)
+    (message,) = [str(each.message) for each in warned if "at zero" in str(each.message)]
+    assert "leaves 4 input channels of 2 layers at zero (layers.0.down: 3 of 48, layers.2.down: 1 of 48)" in message
+    down = (found.weights if algorithm is awq_blocks else found)["layers.0.down"]
+    if algorithm is quantize_blocks:
+        changes = (dequantize(down) - model.layers[0].down.weight)[:, :3]
+        clipped = 1.25 * down.scales[:, :1]  # a quarter of the range, and the rounding
+        assert (changes.abs() <= clipped).all()
+
+
+def test_long_lists_of_names_are_cut():
+    assert first_names(["a", "b"]) == "a, b"
+    assert first_names([str(i) for i in range(11)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
 
 
 def test_an_expert_that_only_a_later_batch_reaches_is_calibrated():
