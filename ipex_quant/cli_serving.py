@@ -39,11 +39,12 @@ def add_commands(add: Add) -> None:
     """Add the commands by `add`, which takes a name, a function and a line of help."""
     sub = add("serve", _serve, "Serve a model by OpenAI's protocol. Further options are those of the engine.")
     sub.add_argument(
-        "directory",
+        "directories",
         type=Path,
+        nargs="+",
         metavar="DIR",
         help="result of `ipex-quant quantize`, a checkpoint that another tool quantized, a GGUF file, or a float "
-        "model; or its id in the hub",
+        "model; or its id in the hub. Several are served by transformers, each loaded when the first request names it",
     )
     sub.add_argument(
         "--engine",
@@ -58,33 +59,42 @@ def add_commands(add: Add) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from .checkpoints import find_gguf, find_quantization_config
+    from .checkpoints import find_gguf
     from .llm.loading import model_directory
 
-    path, gguf = options.directory, find_gguf(options.directory)
-    if gguf is None:
-        model_directory(path)
-    engine = options.engine
+    models = {path: find_gguf(path) for path in options.directories}
+    for path, gguf in models.items():
+        if gguf is None:
+            model_directory(path)
+    engine, plain = options.engine, not any(models.values())
     if engine == "auto":
-        engine = "vllm" if _installed("vllm") and gguf is None else "transformers"
+        engine = "vllm" if _installed("vllm") and plain and len(models) == 1 else "transformers"
     rest = [*options.rest, *["--trust-remote-code"] * options.trust_remote_code]
     if engine == "vllm":
-        return _serve_by_vllm(path if gguf is None else gguf, rest)
+        if len(models) > 1:
+            raise ValueError("--engine vllm: it serves one model; start a server for each, or leave the option out")
+        ((path, gguf),) = models.items()
+        return _serve_by_vllm(gguf or path, rest)
     _check_installed(NEEDED, "transformers' server")
-    if gguf is None and find_quantization_config(path) is None:
-        logger.warning(
-            "%s is a float model: transformers serves it as it is; `ipex-quant quantize` makes it fast", path
-        )
-        reason: str | None = "it is a float model"
-    else:
-        reason = _reason_against_batching(path, gguf, options.trust_remote_code)
+    reasons = [_reason_to_wait(path, gguf, options.trust_remote_code) for path, gguf in models.items()]
+    reason = next(filter(None, reasons), None)
     if reason is None and BATCHING not in rest and NO_BATCHING not in rest:
         rest.append(BATCHING)
     why = f" since {reason}" if reason else ""
     sampled = "requests in batches, all sampled as the first one asks"  # transformers has one sampler for all of them
     batching = sampled if BATCHING in rest else f"one request after the other{why}"
-    name = str(path) if gguf is None else f"{gguf.parent}:{gguf.name}"
-    return _serve_by_transformers(name, rest, batching)
+    names = [str(path) if gguf is None else f"{gguf.parent}:{gguf.name}" for path, gguf in models.items()]
+    return _serve_by_transformers(names, rest, batching)
+
+
+def _reason_to_wait(path: Path, gguf: Path | None, trust_remote_code: bool) -> str | None:
+    """Why transformers serves one request to a model after the other; None if it batches them."""
+    from .checkpoints import find_quantization_config
+
+    if gguf is not None or find_quantization_config(path) is not None:
+        return _reason_against_batching(path, gguf, trust_remote_code)
+    logger.warning("%s is a float model: transformers serves it as it is; `ipex-quant quantize` makes it fast", path)
+    return "it is a float model"
 
 
 def _serve_by_vllm(path: Path, rest: Sequence[str]) -> int:
@@ -94,16 +104,19 @@ def _serve_by_vllm(path: Path, rest: Sequence[str]) -> int:
     os.execv(sys.executable, [sys.executable, "-m", "ipex_quant.integrations.vllm.serve", str(path), *rest])
 
 
-def _serve_by_transformers(name: str, rest: Sequence[str], batching: str) -> int:
+def _serve_by_transformers(names: Sequence[str], rest: Sequence[str], batching: str) -> int:
     import transformers
     from transformers.cli.serve import Serve
 
     from . import llm
 
     llm.register_with_transformers()
-    print(f"ipex-quant serve: transformers {transformers.__version__} serves {name}, {batching}", flush=True)
+    print(
+        f"ipex-quant serve: transformers {transformers.__version__} serves {', '.join(names)}, {batching}", flush=True
+    )
+    one = names if len(names) == 1 else []  # a server without a name loads what requests name
     try:
-        return _run(Serve, "serve", [name, *rest])
+        return _run(Serve, "serve", [*one, *rest])
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
         raise

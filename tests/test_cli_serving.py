@@ -15,6 +15,7 @@ import transformers
 
 import ipex_quant as ipex
 from ipex_quant import cli, cli_serving, data
+from ipex_quant.quantization import WoqWeightDtype
 
 GGUF = Path(__file__).parent / "llm" / "data" / "gguf_q5_0" / "model.gguf"
 PROMPT = "Return the"
@@ -100,6 +101,21 @@ def test_what_is_missing_is_named_with_its_extra(quantized_dir, monkeypatch, cap
     assert message in capsys.readouterr().err
 
 
+def test_several_models_are_served_by_transformers(quantized_dir, monkeypatch, capsys):
+    install(monkeypatch, *cli_serving.NEEDED, "vllm")
+    found = commands_of(monkeypatch)
+    assert cli.main(["serve", str(quantized_dir), str(GGUF), "--port", "1234"]) == 0
+    assert found == [["serve", "--port", "1234", "--continuous-batching"]]
+    assert f"serves {quantized_dir}, {GGUF.parent}:model.gguf" in capsys.readouterr().out
+    assert cli.main(["serve", str(quantized_dir), str(data.embedded_model_dir())]) == 0
+    assert found[1:] == [["serve"]]  # one is a float model
+    ipex.llm.unregister_from_transformers()
+    assert cli.main(["serve", str(quantized_dir), str(quantized_dir.parent / "other"), "--engine", "vllm"]) == 2
+    (quantized_dir.parent / "same").symlink_to(quantized_dir)
+    assert cli.main(["serve", str(quantized_dir), str(quantized_dir.parent / "same"), "--engine", "vllm"]) == 2
+    assert "--engine vllm: it serves one model" in capsys.readouterr().err
+
+
 def test_a_directory_without_a_model_is_bad_input(tmp_path, capsys):
     assert cli.main(["serve", str(tmp_path)]) == 2
     assert "expected a directory with a config.json" in capsys.readouterr().err
@@ -143,7 +159,7 @@ def test_encoders_with_decoders_are_not_batched():
 class Server:
     """A process of `ipex-quant serve` on a port of its own."""
 
-    def __init__(self, directory, log):
+    def __init__(self, directories, log):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             self.port = free.getsockname()[1]
@@ -152,7 +168,7 @@ class Server:
         options = ["--port", f"{self.port}", "--engine", "transformers", "--cb-num-blocks", "8"]
         self.log = log
         with log.open("w") as output:
-            command = [sys.executable, "-c", code, "serve", str(directory), *options]
+            command = [sys.executable, "-c", code, "serve", *map(str, directories), *options]
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         end = time.monotonic() + 120
         while "Uvicorn running" not in log.read_text():
@@ -182,13 +198,16 @@ class Server:
         connection.close()
         return [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
 
+    def stop(self):
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(60)
+
 
 @pytest.fixture(scope="module")
 def server(quantized_dir, tmp_path_factory):
-    server = Server(quantized_dir, tmp_path_factory.mktemp("server") / "log.txt")
+    server = Server([quantized_dir], tmp_path_factory.mktemp("server") / "log.txt")
     yield server
-    server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(60) == 130  # though the thread that batches requests is there
+    assert server.stop() == 130  # though the thread that batches requests is there
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +271,27 @@ def test_hundreds_of_requests_get_their_own_answers(server, expected):
     assert alone[PROMPT] == expected
     with ThreadPoolExecutor(len(prompts)) as pool:
         assert list(pool.map(server.text, prompts)) == [alone[prompt] for prompt in prompts]
+
+
+@needs_server
+def test_two_models_in_one_server_answer_side_by_side(quantized_dir, expected, tmp_path):
+    other = tmp_path / "other"
+    mapping = ipex.quantization.get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT2, group_size=64)
+    model = ipex.llm.from_pretrained(data.embedded_model_dir(), torch.float32, mapping)
+    tokenizer = ipex.llm.load_tokenizer(quantized_dir)
+    ipex.llm.save(model, other, tokenizer)
+    ids = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=TOKENS, do_sample=False)[0]
+    texts = {quantized_dir: expected, other: tokenizer.decode(ids[-TOKENS:], skip_special_tokens=True)}
+    assert len(set(texts.values())) == 2
+    server = Server(texts, tmp_path / "log.txt")
+    try:
+        asked = [*texts] * 8
+        with ThreadPoolExecutor(len(asked)) as pool:
+            answers = list(pool.map(lambda path: server.post(prompt=PROMPT, model=str(path)), asked))
+        assert [status for status, _ in answers] == [200] * len(asked)
+        assert [answer["choices"][0]["text"] for _, answer in answers] == [texts[path] for path in asked]
+    finally:
+        assert server.stop() == 130
 
 
 @needs_server
