@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from frontier_candidates import OURS, PRODUCERS, Candidate, candidates
 from frontier_measure import Reference, measure
-from frontier_models import BUILD, EMBEDDED, NAMES, Model, clear, prepare
+from frontier_models import BUILD, NAMES, Model, clear, prepare
 from frontier_report import print_comparison, print_table
 from machine import ROOT, describe
 from produce import Task
@@ -32,9 +32,6 @@ from rounds import write_json
 from tqdm import tqdm
 
 from ipex_quant import data
-
-LENGTHS = {EMBEDDED: 256}
-LENGTH = 512
 
 
 def produce(candidate: Candidate, model: Model, out: Path, threads: int, limit: float) -> float:
@@ -127,7 +124,7 @@ def selected(options: argparse.Namespace) -> list[Candidate]:
 def measured(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The records of all selected candidates on a model."""
     calibration, text, source = texts(options)
-    model = prepare(name, options.packages, calibration, text, LENGTHS.get(name, LENGTH))
+    model = prepare(name, options.packages, calibration, text)
     records = Records(model, options.tokens)
     found, reference = [], None
     for candidate in tqdm(selected(options), desc=name):

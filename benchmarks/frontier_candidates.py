@@ -60,7 +60,7 @@ IN_INT8 = {"head_dtype": "int8", "embedding_dtype": "int8"}
 
 PEER_SIZES = (
     *((2, 32, False), (3, 64, False), (4, 128, False), (4, 128, True), (4, 64, False), (4, 32, False)),
-    (8, 128, True),
+    *((8, 128, True), (8, 64, True)),
 )
 """Bits, groups and symmetry for those peers that take them."""
 
@@ -111,8 +111,9 @@ def _auto_round() -> list[Candidate]:
     for bits, group, sym in PEER_SIZES:
         settings = {"bits": bits, "group_size": group, "sym": sym, "iters": 200, "batch_size": 8}
         found.append(Candidate("auto-round", _title("200 steps", bits, group, sym), settings, False))
-    settings = {"bits": 4, "group_size": 64, "sym": False, "iters": 50, "batch_size": 4}
-    found.append(Candidate("auto-round", _title("50 steps of 4", 4, 64, False), settings, False))
+    for bits, group in ((2, 32), (3, 64), (4, 64), (4, 32)):
+        settings = {"bits": bits, "group_size": group, "sym": False, "iters": 50, "batch_size": 4}
+        found.append(Candidate("auto-round", _title("50 steps of 4", bits, group, False), settings, False))
     settings = {"bits": 4, "group_size": 128, "sym": True, "iters": 0}
     return [*found, Candidate("auto-round", _title("RTN", 4, 128, True), settings, False)]
 
@@ -136,23 +137,25 @@ def _gptqmodel() -> list[Candidate]:
 
 def _nncf() -> list[Candidate]:
     found = []
-    for mode, extra, title in (
-        ("INT4_ASYM", {}, "RTN, 4 bits g128"),
-        ("INT4_ASYM", {"scale_estimation": True}, "scale estimation, 4 bits g128"),
-        ("INT4_ASYM", {"awq": True, "scale_estimation": True}, "AWQ and scale estimation, 4 bits g128"),
-        ("INT4_ASYM", {"gptq": True}, "GPTQ, 4 bits g128"),
-        ("INT8_ASYM", {}, "RTN, 8 bits per channel"),
-    ):
-        settings = {"mode": mode, "group_size": -1 if mode == "INT8_ASYM" else 128, **extra}
-        found.append(Candidate("NNCF", title, settings, False))
-    return found
+    for group in (128, 64):
+        for extra, title in (
+            ({}, "RTN"),
+            ({"scale_estimation": True}, "scale estimation"),
+            ({"awq": True, "scale_estimation": True}, "AWQ and scale estimation"),
+            ({"gptq": True}, "GPTQ"),
+        ):
+            settings = {"mode": "INT4_ASYM", "group_size": group, **extra}
+            found.append(Candidate("NNCF", _title(title, 4, group, False), settings, False))
+    settings = {"mode": "INT8_ASYM", "group_size": -1}
+    return [*found, Candidate("NNCF", _title("RTN", 8, -1, False), settings, False)]
 
 
 def _neural_compressor() -> list[Candidate]:
     found = []
-    for algorithm, sym in (("rtn", False), ("gptq", False), ("gptq", True), ("awq", False)):
-        settings = {"algorithm": algorithm, "bits": 4, "group_size": 128, "sym": sym}
-        found.append(Candidate("neural-compressor", _title(algorithm.upper(), 4, 128, sym), settings, False))
+    for group in (128, 64):
+        for algorithm, sym in (("rtn", False), ("gptq", False), ("gptq", True), ("awq", False)):
+            settings = {"algorithm": algorithm, "bits": 4, "group_size": group, "sym": sym}
+            found.append(Candidate("neural-compressor", _title(algorithm.upper(), 4, group, sym), settings, False))
     return found
 
 

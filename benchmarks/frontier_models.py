@@ -14,6 +14,7 @@ import torch
 from gguf_files import model_file
 from machine import ROOT
 from rounds import write_json
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ipex_quant import data, llm
@@ -29,7 +30,12 @@ FILES = {"SmolLM2-135M": "SmolLM2-135M Q4_1", "Gemma-3-270M": "Gemma-3-270M Q4_K
 """Names in gguf_files.py of the files that the models come from."""
 
 NAMES = (EMBEDDED, *FILES)
-SAMPLES = 64
+WINDOWS = {EMBEDDED: (64, 256)}
+"""Calibration windows and tokens of each, where they are not `OF_REAL_MODELS`."""
+
+OF_REAL_MODELS = (16, 512)
+NEIGHBOURS = 16
+"""Weights of a row that share a scale in all types of the files."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,10 @@ class Model:
         return AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32).eval()
 
 
-def prepare(name: str, packages: Path | None, calibration: str, text: str, tokens_per_window: int) -> Model:
+def prepare(name: str, packages: Path | None, calibration: str, text: str) -> Model:
     """Write what is missing of a model's files in `build/frontier`, and return them."""
-    model = Model(name, BUILD / name, tokens_per_window, text)
+    samples, length = WINDOWS.get(name, OF_REAL_MODELS)
+    model = Model(name, BUILD / name, length, text)
     model.folder.mkdir(parents=True, exist_ok=True)
     if not model.directory.is_dir():
         with new_directory(model.directory, "float model") as out:
@@ -79,7 +86,7 @@ def prepare(name: str, packages: Path | None, calibration: str, text: str, token
     if not model.gguf.is_file():
         _write_gguf(model)
     tokenizer = model.tokenizer()
-    windows = _windows(tokenizer, calibration, tokens_per_window)
+    windows = _windows(tokenizer, calibration, samples, length)
     write_json(model.windows, windows)
     model.calibration.write_text("".join(map(tokenizer.decode, windows)), encoding="utf-8")
     return model
@@ -97,9 +104,30 @@ def _write_float(name: str, packages: Path | None, out: Path) -> None:
         vars(config).pop("quantization_config", None)
         model = type(dequantized)(config)
         model.load_state_dict(dequantized.state_dict())
+        scatter(model)
         tokenizer = llm.load_tokenizer(file)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+@torch.no_grad()
+def scatter(model: nn.Module) -> None:
+    """Move the weights of linear layers and embeddings, which lie on the grid of a quantized file, off that grid.
+
+    Each goes to a random place at most half a step away: to where an unquantized weight may have been, of which the
+    file has the nearest grid point. A producer whose grid is the file's would have no error otherwise.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for weight in dict.fromkeys(m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)):
+        places = torch.rand(weight.shape, generator=generator) - 0.5
+        weight.add_((places.view(-1, NEIGHBOURS) * grid_steps(weight)).view_as(weight))
+
+
+def grid_steps(weight: torch.Tensor) -> torch.Tensor:
+    """The smallest distance of two different weights among each `NEIGHBOURS`, a column; 0 where all are equal."""
+    gaps = weight.reshape(-1, NEIGHBOURS).sort(dim=1).values.diff(dim=1)
+    rounding = 1e-4 * gaps.amax(dim=1, keepdim=True)
+    return gaps.where(gaps > rounding, torch.inf).amin(dim=1, keepdim=True).nan_to_num(posinf=0.0)
 
 
 def _write_gguf(model: Model) -> None:
@@ -113,13 +141,13 @@ def _write_gguf(model: Model) -> None:
     write_model(model.gguf, loaded.config, parts, model.tokenizer())
 
 
-def _windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> list[list[int]]:
-    """`SAMPLES` windows of `length` tokens, spread over all of the text."""
+def _windows(tokenizer: PreTrainedTokenizerBase, text: str, samples: int, length: int) -> list[list[int]]:
+    """At most `samples` windows of `length` tokens, spread over all of the text."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     available = len(ids) // length
     if not available:
         raise ValueError(f"--calibration: expected at least {length} tokens, got {len(ids)}; give a longer text")
-    count = min(SAMPLES, available)
+    count = min(samples, available)
     starts = [length * (index * available // count) for index in range(count)]
     return [ids[start : start + length] for start in starts]
 

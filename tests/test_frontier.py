@@ -116,3 +116,40 @@ def test_the_frontier_is_what_nothing_smaller_beats(measure):
         {"name": n, "size": s, "kl": k} for n, s, k in (("a", 2, 5.0), ("b", 3, 6.0), ("c", 3, 4.0), ("d", 9, 1.0))
     ]
     assert [record["name"] for record in frontier_report.frontier(records, "size")] == ["a", "c", "d"]
+
+
+@pytest.fixture
+def models(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import frontier_models
+
+    return frontier_models
+
+
+def test_scattered_weights_keep_no_grid_and_would_be_rounded_to_it(models):
+    generator = torch.Generator().manual_seed(3)
+    tied = model(tied=True)
+    steps = {}
+    with torch.no_grad():
+        for name, weight in tied.named_parameters():
+            if weight.dim() == 2:
+                step = torch.rand(weight.numel() // 16, 1, generator=generator) + 0.5
+                codes = torch.randint(16, (weight.numel() // 16, 16), generator=generator)
+                codes[:, :2] = torch.tensor([7, 8])
+                weight.copy_((codes * step - 3.3).view_as(weight))
+                steps[name] = step, codes
+    norms = {name: each.clone() for name, each in tied.named_parameters() if each.dim() == 1}
+    models.scatter(tied)
+    for name, weight in tied.named_parameters():
+        if name in norms:
+            assert torch.equal(weight, norms[name])
+            continue
+        step, codes = steps[name]
+        off = (weight.detach().view(-1, 16) + 3.3) / step - codes
+        assert off.abs().max() <= 0.5 + 1e-5
+        assert off.std() == pytest.approx(12**-0.5, abs=0.01)
+
+
+def test_equal_neighbours_have_no_grid(models):
+    weight = torch.cat([torch.full((16,), 0.7), torch.arange(16) * 0.25])
+    assert models.grid_steps(weight.view(2, 16)).tolist() == [[0.0], [0.25]]
