@@ -55,7 +55,7 @@ def test_bytes_are_those_of_what_is_stored(measure, tmp_path):
     sizes = measure.directory_sizes(tmp_path / "saved", reference, ours=True)
     assert sizes.tables_in_float
     assert sizes.bytes == {
-        measure.LINEARS: LINEARS // 2 + (4 + 1) * LINEARS // 64,
+        measure.LINEARS: LINEARS // 2 + (2 + 1) * LINEARS // 64,
         measure.TABLES: 2 * 2 * VOCABULARY * HIDDEN,
         measure.REST: 2 * NORMS,
     }
