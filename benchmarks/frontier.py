@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from frontier_candidates import OURS, PRODUCERS, Candidate, candidates
+from frontier_html import page
 from frontier_measure import Reference, measure
 from frontier_models import BUILD, NAMES, Model, clear, prepare
 from frontier_report import print_comparison, print_table
@@ -32,6 +33,7 @@ from rounds import write_json
 from tqdm import tqdm
 
 from ipex_quant import data
+from ipex_quant.writing import write_whole
 
 
 def produce(candidate: Candidate, model: Model, out: Path, threads: int, limit: float) -> float:
@@ -174,17 +176,22 @@ def main() -> None:
     parser.add_argument("--no-run", action="store_true", help="show only what was measured before")
     parser.add_argument("--keep", action="store_true", help="keep the quantized models, in build/frontier")
     parser.add_argument("--json", type=Path, help="where to write the records")
+    parser.add_argument("--html", type=Path, help="where to write a page of all that --json holds")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     machine = describe(options.threads)
+    shown: list[dict[str, Any]] = []
     for name in options.models:
         records = measured(name, options)
         if not records:
             continue
         print_table(records)
         print_comparison(records, OURS)
+        shown += records
         if options.json is not None:
             write_json(options.json, {"machine": machine, "frontier": merged(options.json, records)})
+    if options.html is not None:
+        write_whole(options.html, page(shown if options.json is None else merged(options.json, shown)))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Two plots as SVG text, by matplotlib: metric against size of all trials, and the error of every layer."""
+"""Plots as SVG text, by matplotlib: metric against size of trials, the error of every layer, and a frontier."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 POINT, FRONT, BEST, INK = "#5b7fb5", "#c8752d", "#2e8b57", "#3b4654"
+PRODUCERS = ("#1f6fb4", "#d1672b", "#3a9d5d", "#8a5fb0", "#b03a48", "#7a7a7a", "#b5a03a", "#3b4654")
 _SIZE = (8.6, 3.4)
 _MANY_BARS = 40
 """Number of bars from which their names would overlap, so that they are left out."""
@@ -47,6 +48,28 @@ def scatter_plot(
         axes.annotate(str(index), point, xytext=(5, 5), textcoords="offset points")
     axes.legend(loc="best", frameon=False)
     return _svg(figure, "Metric against size of all trials")
+
+
+def frontier_plot(
+    title: str, points: Mapping[str, Sequence[tuple[float, float]]], fronts: Mapping[str, Sequence[tuple[float, float]]]
+) -> str:
+    """A plot, as SVG, of points (bits a weight, KL divergence) of several producers, by name, in a color each.
+
+    A line joins each producer's `fronts`, thick for the first one. Divergences are on a logarithmic scale; of 0 there
+    is no point. `title` begins with a word of its own, so that a page may hold several.
+    """
+    figure, axes = _new("bits a weight", "KL divergence from float, nats")
+    axes.set_yscale("log")
+    for number, name in enumerate(points):
+        style: dict[str, Any] = {"color": PRODUCERS[number % len(PRODUCERS)]}
+        shown, front = ([point for point in each[name] if point[1] > 0] for each in (points, fronts))
+        if not shown:
+            continue
+        axes.scatter(*zip(*shown, strict=True), s=12, alpha=0.5, **style)
+        width = 1.0 if number else 2.2
+        axes.plot(*zip(*front, strict=True), label=name, marker="o", markersize=4, linewidth=width, **style)
+    axes.legend(loc="best", frameon=False, fontsize="small")
+    return _svg(figure, title)
 
 
 def bar_plot(bars: Sequence[tuple[str, float]]) -> str:

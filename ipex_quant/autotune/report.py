@@ -16,6 +16,8 @@ from ..writing import check_writable, write_whole
 from .plots import bar_plot, check_matplotlib, scatter_plot
 from .trials import Trial, read_record
 
+_HERE = Path(__file__).parent
+
 _WRITERS = {".html": "to_html", ".json": "to_json_text", ".svg": "to_svg"}
 """Methods that make the content of a file, by its suffix."""
 
@@ -110,12 +112,8 @@ class Report:
             bars = bar_plot([(name, layer["error"]) for name, layer in self.sensitivity.items()])
         except ImportError as error:
             warnings.warn(f"report: it has no plots: {error}", stacklevel=4)
-        page = Environment(autoescape=True, trim_blocks=True)
-        page.filters |= {"number": _number, "note": _layer_note}
-        template = page.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-        return template.render(
-            {**vars(self), "summary": self._summary(), "head": _COLUMNS, "scatter": scatter, "bars": bars}
-        )
+        values = {**vars(self), "summary": self._summary(), "head": _COLUMNS, "scatter": scatter, "bars": bars}
+        return html_page(_HERE / "report.html", values)
 
     def write(self, path: str | os.PathLike) -> None:
         """Write the report to `path`: HTML, JSON, or SVG (the plot alone); ValueError for another suffix."""
@@ -129,6 +127,14 @@ class Report:
             return f"{text} The search has not ended."
         met = "which meets the criterion" if best.met else "which does not meet the criterion"
         return f"{text} Result: {best.label}, {best.metric:.5g}, a loss of {best.loss:.3g}, {met}."
+
+
+def html_page(template: Path, values: Mapping[str, Any]) -> str:
+    """A page of `values` by the jinja template in the file `template`, which gets the reports' `style` too."""
+    page = Environment(autoescape=True, trim_blocks=True)
+    page.filters |= {"number": _number, "note": _layer_note}
+    style = (_HERE / "report.css").read_text(encoding="utf-8")
+    return page.from_string(template.read_text(encoding="utf-8")).render({**values, "style": style})
 
 
 def checked_report_path(path: str | os.PathLike) -> Path:
