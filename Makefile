@@ -155,6 +155,7 @@ bench: build  ## measure the linear kernels against limits and peers, and what c
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/levels.py --json benchmarks/results/levels-$(MACHINE).json
 
 bench-peers: build $(addprefix $(PEERS)/,llamacpp/.stamp ikllamacpp/.stamp openvino/.stamp chart/.stamp)  ## compare generation with llama.cpp, ik_llama.cpp and OpenVINO
 	$(BIN)/python benchmarks/peers.py --json benchmarks/results/peers-$(MACHINE).json $(PEERS_ARGS)

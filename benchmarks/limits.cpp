@@ -1,5 +1,5 @@
-// Limits of this machine that the benchmarks divide by: memory read bandwidth and 8-bit integer multiply-accumulate
-// rate, on the number of threads that the measured kernels use.
+// Limits of this machine that the benchmarks divide by: memory read bandwidth and the multiply-accumulate rates of the
+// instruction set that this is compiled for, on the number of threads that the measured kernels use.
 #include <immintrin.h>
 #include <sys/mman.h>
 
@@ -40,18 +40,28 @@ void read_part(int part, int parts, void* context) {
 }
 
 constexpr int64_t kRounds = 500000;
+constexpr int kChains = 12;  // hide a latency of 4 at 2 a cycle
+
+// kRounds rounds of one instruction in kChains chains, which stay in registers.
+#define IPEX_QUANT_CHAINS(vector, zero, instruction, constraint)              \
+  vector acc[kChains], a = zero, b = zero;                                    \
+  _Pragma("GCC unroll 12") for (int j = 0; j < kChains; ++j) acc[j] = zero;   \
+  for (int64_t i = 0; i < kRounds; ++i)                                       \
+    _Pragma("GCC unroll 12") for (int j = 0; j < kChains; ++j) asm volatile(  \
+        instruction : "+" constraint(acc[j]) : constraint(a), constraint(b)); \
+  _Pragma("GCC unroll 12") for (int j = 0; j < kChains; ++j) asm volatile("" : : constraint(acc[j]));
 
 #if defined(__AVX512VNNI__)
-constexpr double kOpsPerRound = 12.0 * 128;  // 12 chains hide a latency of 4 at 2 a cycle
-void multiply(int, int, void*) {
-  __m512i acc[12] = {}, a = _mm512_set1_epi8(1), b = _mm512_set1_epi8(2);
-  for (int64_t i = 0; i < kRounds; ++i)
-#pragma GCC unroll 12
-    for (int j = 0; j < 12; ++j) asm volatile("vpdpbusd %2, %1, %0" : "+v"(acc[j]) : "v"(a), "v"(b));
-#pragma GCC unroll 12
-  for (int j = 1; j < 12; ++j) acc[0] = _mm512_add_epi32(acc[0], acc[j]);
-  sink = uint64_t(_mm_cvtsi128_si32(_mm512_castsi512_si128(acc[0])));
-}
+constexpr double kOpsPerRound = kChains * 128;
+void multiply(int, int, void*) { IPEX_QUANT_CHAINS(__m512i, _mm512_setzero_si512(), "vpdpbusd %2, %1, %0", "v") }
+constexpr double kFloatOpsPerRound = kChains * 32;
+void multiply_floats(int, int, void*) { IPEX_QUANT_CHAINS(__m512, _mm512_setzero_ps(), "vfmadd231ps %2, %1, %0", "v") }
+#else
+constexpr double kFloatOpsPerRound = kChains * 16;
+void multiply_floats(int, int, void*) { IPEX_QUANT_CHAINS(__m256, _mm256_setzero_ps(), "vfmadd231ps %2, %1, %0", "x") }
+#if defined(__AVXVNNI__)
+constexpr double kOpsPerRound = kChains * 64;
+void multiply(int, int, void*) { IPEX_QUANT_CHAINS(__m256i, _mm256_setzero_si256(), "%{vex%} vpdpbusd %2, %1, %0", "x") }
 #else
 // Without VNNI the products of bytes are exact only as words, sixteen in an instruction. Those of 4-bit codes may be
 // added up before they are widened, and reach 1.6 times this rate: five multiplying instructions for 128 products, not
@@ -71,6 +81,19 @@ void multiply(int, int, void*) {
   sink = uint64_t(_mm256_extract_epi64(acc[0], 0));
 }
 #endif
+#endif
+
+#if defined(__AVX512BF16__)
+constexpr double kBf16OpsPerRound = kChains * 64;
+void multiply_bf16(int, int, void*) { IPEX_QUANT_CHAINS(__m512, _mm512_setzero_ps(), "vdpbf16ps %2, %1, %0", "v") }
+#else  // which is widened to floats
+constexpr double kBf16OpsPerRound = kFloatOpsPerRound;
+void multiply_bf16(int part, int parts, void* context) { multiply_floats(part, parts, context); }
+#endif
+
+double rate(int threads, double operations, void (*work)(int, int, void*)) {
+  return threads * kRounds * operations / seconds_of(threads, work, nullptr);
+}
 
 }  // namespace
 
@@ -89,7 +112,7 @@ extern "C" double read_bandwidth(const uint8_t* data, int64_t bytes, int threads
   return double(bytes) / seconds_of(threads, read_part, &memory);
 }
 
-// 8-bit operations per second; a multiply-accumulate counts as two.
-extern "C" double int8_rate(int threads) {
-  return threads * kRounds * kOpsPerRound / seconds_of(threads, multiply, nullptr);
-}
+// Operations per second, of which a multiply-accumulate is two: on bytes, float32 and bfloat16.
+extern "C" double int8_rate(int threads) { return rate(threads, kOpsPerRound, multiply); }
+extern "C" double float_rate(int threads) { return rate(threads, kFloatOpsPerRound, multiply_floats); }
+extern "C" double bf16_rate(int threads) { return rate(threads, kBf16OpsPerRound, multiply_bf16); }

@@ -16,13 +16,30 @@ from ipex_quant import ops
 ROOT = Path(__file__).resolve().parent.parent
 READ_BYTES = 512 << 20
 
+_AVX2 = ("-mavx2", "-mfma")
+_VNNI = (*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")))
+_BF16 = (*_VNNI, "-mavx512bf16")
+_FLAGS = {
+    "generic": _AVX2,
+    "avx2": _AVX2,
+    "avx2_vnni": (*_AVX2, "-mavxvnni"),
+    "avx512_vnni": _VNNI,
+    "avx512_bf16": _BF16,
+    "amx": _BF16,
+}
+"""What the limits are compiled with, by instruction set level."""
+
 
 class Limits:
-    """Memory read bandwidth and INT8 multiply-accumulate rate of this machine on `threads` threads."""
+    """Memory read bandwidth and multiply-accumulate rates of this machine on `threads` threads, by vectors.
+
+    Rates are those of the instruction set level in use.
+    """
 
     def __init__(self, threads: int) -> None:
-        self._library = ctypes.CDLL(str(_build()))
-        self._library.read_bandwidth.restype = self._library.int8_rate.restype = ctypes.c_double
+        self._library = ctypes.CDLL(str(_build(ops.isa_name())))
+        for name in ("read_bandwidth", "int8_rate", "float_rate", "bf16_rate"):
+            getattr(self._library, name).restype = ctypes.c_double
         self._library.read_bandwidth.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
         self._library.allocate.restype = ctypes.c_void_p
         self._library.allocate.argtypes = [ctypes.c_int64]
@@ -33,6 +50,15 @@ class Limits:
         """Bytes per second of reading half a gigabyte, and operations per second (a multiply-accumulate is two)."""
         bandwidth = self._library.read_bandwidth(self._buffer, READ_BYTES, self.threads)
         return bandwidth, self._library.int8_rate(self.threads)
+
+    def rates(self) -> dict[str, float]:
+        """Operations per second on bytes, bfloat16 and float32."""
+        library = self._library
+        return {
+            "INT8": library.int8_rate(self.threads),
+            "bfloat16": library.bf16_rate(self.threads),
+            "float32": library.float_rate(self.threads),
+        }
 
     def bandwidths(self) -> tuple[float, float]:
         """Bytes per second of reading half a gigabyte: in large pages, and in a tensor's pages."""
@@ -73,11 +99,11 @@ def _cpu_name() -> str:
     )
 
 
-def _build() -> Path:
+def _build(level: str) -> Path:
     source = ROOT / "benchmarks" / "limits.cpp"
-    library = ROOT / "build" / "benchmarks" / "liblimits.so"
+    library = ROOT / "build" / "benchmarks" / f"liblimits_{level}.so"
     if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
         library.parent.mkdir(parents=True, exist_ok=True)
-        flags = ["-O3", "-march=native", "-shared", "-fPIC", "-pthread", "-w"]
+        flags = ["-O3", *_FLAGS[level], "-shared", "-fPIC", "-pthread", "-w"]
         subprocess.run([os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(library)], check=True)
     return library

@@ -1,6 +1,6 @@
 """Write a table of measured speeds in docs/benchmarks.md from a result of the script of that name in benchmarks/.
 
-python tools/measured_table.py {linear,int8,generate,peers,checkpoints,frontier,serving} benchmarks/results/FILE.json
+python tools/measured_table.py BENCHMARK benchmarks/results/FILE.json
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
-FRONTIER, SERVING = "frontier", "serving"
+FRONTIER, LEVELS, SERVING = "frontier", "levels", "serving"
 OURS = {"linear": "four", "int8": "three"}
 """Number of the first lines that are kernels of this package, by benchmark."""
 SHAPE = (14336, 4096)
@@ -51,7 +51,7 @@ GENERATION = {
 def main() -> None:
     """Replace the text between the two marks in the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmark", choices=[*OURS, *GENERATION, FRONTIER, SERVING])
+    parser.add_argument("benchmark", choices=[*OURS, *GENERATION, FRONTIER, LEVELS, SERVING])
     parser.add_argument("result", type=Path)
     parser.add_argument(
         "--shapes", nargs="+", help="of generate, peers and checkpoints: those to show; all, if not given"
@@ -68,6 +68,8 @@ def main() -> None:
         from frontier_report import markdown
 
         table = markdown(result["frontier"])
+    elif options.benchmark == LEVELS:
+        table = levels_section(result)
     elif options.benchmark == SERVING:
         table = serving_section(result)
     else:
@@ -128,6 +130,32 @@ def generation_section(result: dict, columns: dict[str, str | tuple[str, str]]) 
             ),
         ]
     return "\n".join(lines).rstrip()
+
+
+def levels_section(result: dict) -> str:
+    """Markdown: a line for each kernel, a column for each instruction set level."""
+    machine, records = result["machine"], result["levels"]
+    levels = list(dict.fromkeys(r["level"] for r in records))
+    cells = {(r["phase"], r["kernel"], r["level"]): r for r in records}
+    kernels = dict.fromkeys((r["phase"], r["kernel"]) for r in records)
+    lines = [
+        f"Shares of limits, on {machine['threads']} threads of {machine['cpu']}: of the read bandwidth in decoding, in "
+        "prefill of the rate of the level's own multiplications, on what stands behind the number.",
+        "",
+        "| kernel | " + " | ".join(f"`{level}`" for level in levels) + " |",
+        "|---" + "|--:" * len(levels) + "|",
+        *(
+            f"| {phase}: {kernel} | " + " | ".join(_share(cells.get((phase, kernel, each))) for each in levels) + " |"
+            for phase, kernel in sorted(kernels)
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _share(record: dict | None) -> str:
+    if record is None:
+        return ""
+    return f"{record['share']:.2f}" + (f" {record['bound']}" if record["phase"] == "prefill" else "")
 
 
 def serving_section(result: dict) -> str:

@@ -41,6 +41,23 @@ def test_the_section_of_the_page_is_replaced(result, tmp_path):
     assert text.count("| 1 (90%) | 4 | 8 | 128 | 512 (80%) |") == 2
 
 
+def test_every_level_has_a_column(tmp_path):
+    records = [
+        {"level": level, "kernel": "INT4", "phase": phase, "bound": bound, "share": share}
+        for level, share in (("avx2", 0.5), ("avx512_vnni", 0.75))
+        for phase, bound in (("prefill", "INT8"), ("decode", "read bandwidth"))
+        if (level, phase) != ("avx2", "prefill")
+    ]
+    result = {"machine": {"threads": 2, "cpu": "A Fast One"}, "levels": records}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- measured: levels -->\n<!-- end -->\n")
+    assert run(tmp_path / "result.json", page, "levels").returncode == 0
+    lines = page.read_text().splitlines()[3:-1]
+    assert lines[0] == "| kernel | `avx2` | `avx512_vnni` |"
+    assert lines[2:] == ["| decode: INT4 | 0.50 | 0.75 |", "| prefill: INT4 |  | 0.75 INT8 |"]
+
+
 def test_the_frontier_of_every_producer_is_shown(tmp_path):
     common = {"model": "tiny", "tables_in_float": True, "tokens": 9, "texts": "a text", "reference_perplexity": 12.5}
     measures = {"kl_99th_percentile": 0.5, "top1_agreement": 0.75, "perplexity": 13.0, "bytes_per_weight": 1}
