@@ -205,16 +205,33 @@ class AutoRound(WeightOnly, Calibrated):
 
 
 @dataclass(frozen=True)
-class Dynamic(Settings):
-    """Per-channel INT8 weights; activations are quantized dynamically, per token."""
+class EightBits(Settings):
+    """Per-channel INT8 weights, and activations in INT8.
+
+    Layers whose name matches a regular expression in `weight_only` keep their activations in 16 bits and compute in
+    BF16: those whose inputs have outliers that nothing takes out.
+    """
+
+    weight_only: tuple[Regex, ...] = ()
+
+    def exceptions(self) -> dict[str, Any]:
+        mapping = get_weight_only_quant_qconfig_mapping(
+            weight_qscheme=WoqWeightQScheme.SYMMETRIC, lowp_mode=WoqLowpMode.BF16
+        )
+        return dict.fromkeys(self.weight_only, mapping.global_qconfig)
+
+
+@dataclass(frozen=True)
+class Dynamic(EightBits):
+    """`EightBits` with activations quantized dynamically, per token."""
 
     def qconfig(self) -> Any:
         return quantization.default_dynamic_qconfig
 
 
 @dataclass(frozen=True)
-class Static(Calibrated):
-    """Per-channel INT8 weights; activations are quantized statically, with ranges found by one of `OBSERVERS`."""
+class Static(EightBits, Calibrated):
+    """`EightBits` with activations quantized statically, with ranges found by one of `OBSERVERS`."""
 
     observer: str = "histogram"
 
@@ -227,8 +244,8 @@ class Static(Calibrated):
 
 
 @dataclass(frozen=True)
-class SmoothQuant(Calibrated):
-    """Static INT8 with SmoothQuant: by `alpha`, or for layers whose name matches, by the first match in `alphas`.
+class SmoothQuant(EightBits, Calibrated):
+    """Static `EightBits` with SmoothQuant: by `alpha`, or for layers whose name matches, by the first match in `alphas`.
 
     With `share_weight_observers`, layers that read the same tensor share one smoothing factor.
     """
@@ -241,7 +258,7 @@ class SmoothQuant(Calibrated):
         return self._with(self.alpha)
 
     def exceptions(self) -> dict[str, Any]:
-        return {pattern: self._with(alpha) for pattern, alpha in self.alphas.items()}
+        return super().exceptions() | {pattern: self._with(alpha) for pattern, alpha in self.alphas.items()}
 
     def _with(self, alpha: float) -> Any:
         mapping = get_smooth_quant_qconfig_mapping(alpha, share_weight_observers=self.share_weight_observers)

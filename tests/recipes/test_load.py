@@ -18,7 +18,7 @@ from ipex_quant.numerics.scheme import WeightScheme
 from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, WoqWeightQScheme
 from ipex_quant.recipes import load
 from ipex_quant.recipes.apply import apply_recipe
-from ipex_quant.recipes.recipe import AutoRound, Awq, Dynamic, Gptq, Recipe, Static, WeightOnly
+from ipex_quant.recipes.recipe import AutoRound, Awq, Dynamic, Gptq, Recipe, SmoothQuant, Static, WeightOnly
 
 SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {
@@ -53,6 +53,10 @@ RECIPES = {
         "auto_round", AutoRound(weight_dtype=WoqWeightDtype.INT4, group_size=32, samples=2, sequence_length=16, steps=4)
     ),
     "dynamic": Recipe("dynamic", Dynamic()),
+    "dynamic_weight_only": Recipe("dynamic_weight_only", Dynamic(weight_only=(r".*\.down_proj",))),
+    "smoothquant_weight_only": Recipe(
+        "smoothquant_weight_only", SmoothQuant(samples=2, sequence_length=16, weight_only=(r".*\.down_proj",))
+    ),
     "static": Recipe("static", Static(samples=2, sequence_length=16)),
 }
 BATCHES = [{"input_ids": torch.randint(128, (1, 16), generator=torch.Generator().manual_seed(i))} for i in range(2)]

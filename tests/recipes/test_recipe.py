@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from ipex_quant.conversion.qconfig import QuantizationKind, kind_of
 from ipex_quant.conversion.rules import choose_qconfigs
 from ipex_quant.numerics.scheme import WeightScheme
 from ipex_quant.observers import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
@@ -128,6 +129,18 @@ def test_awq_with_gptq(written):
         load_recipe(written("algorithm: awq\nweight_dtype: nf4\ngptq: true\n"))
 
 
+@pytest.mark.parametrize("algorithm", ["dynamic", "static", "smoothquant"])
+def test_layers_that_keep_their_activations(algorithm, written):
+    recipe = load_recipe(written(f"algorithm: {algorithm}\nweight_only: ['.*down']\nskip: ['other']\n"))
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("up", "down", "other")})
+    chosen, reasons = choose_qconfigs(recipe.qconfig_mapping(model), model)
+    assert kind_of(chosen["up"]) is not QuantizationKind.WEIGHT_ONLY
+    assert (str(chosen["down"].scheme), chosen["down"].lowp_mode) == ("int8 sym per-channel", WoqLowpMode.BF16)
+    assert reasons.keys() == {"other"}
+    with pytest.raises(ValueError, match="weight_only: '\\*' is no regular expression"):
+        load_recipe(written(f"algorithm: {algorithm}\nweight_only: ['*']\n"))
+
+
 def test_skip_and_the_first_alpha_that_matches_count(written):
     recipe = load_recipe(
         written("algorithm: smoothquant\nalpha: 0.25\nalphas: {'block.a': 1, 'block': 0.75}\nskip: ['.*skipped']\n")
@@ -204,7 +217,7 @@ def test_schemes_are_written(tmp_path):
         ),
         ("{algorithm: gptq, damp: 1}", "recipe mine: unknown key 'damp', gptq takes act_order"),
         ("samples: 3", "recipe mine: unknown key 'samples', rtn takes"),
-        ("{algorithm: dynamic, alpha: 1}", "recipe mine: unknown key 'alpha', dynamic takes algorithm, desc.*, skip$"),
+        ("{algorithm: dynamic, alpha: 1}", "recipe mine: unknown key 'alpha', dynamic takes algorithm, desc.*, weight_only$"),
         ("{schemes: {a: int4}}", "recipe mine: schemes: expected a scheme as 'int4 asym g64' .*, got 'int4'"),
         ("{schemes: {a: int9 sym g32}}", "recipe mine: schemes: expected a scheme"),
         ("{schemes: {a: nf4 asym g32}}", "recipe mine: schemes: symmetric: NF4 weights have no zero points"),
