@@ -355,6 +355,7 @@ def recipe_yaml(recipe: Recipe) -> str:
     default: dict[str, Any] = vars(ALGORITHMS[algorithm]())
     content |= {key: written(value) for key, value in vars(recipe.settings).items() if value != default[key]}
     content |= {"skip": written(recipe.skip)} if recipe.skip else {}
+    content |= {"rotate": True} if recipe.rotate else {}
     return yaml.safe_dump(content, sort_keys=False, width=100, allow_unicode=True)
 
 

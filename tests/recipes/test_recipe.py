@@ -201,11 +201,14 @@ def test_a_recipe_is_written_as_it_is_read(name, tmp_path):
     assert load_recipe(tmp_path / f"{name}.yaml") == recipe
 
 
-def test_schemes_are_written(tmp_path):
+def test_schemes_and_rotations_are_written(tmp_path):
     scheme = WeightScheme(WoqWeightDtype.INT8, True, -1)
-    recipe = Recipe("own", Gptq(schemes={r"a\.(0|1)$": scheme}, samples=3), "Mine: a & b.", (r"c\.d$",))
-    (tmp_path / "own.yaml").write_text(recipe_yaml(recipe))
-    assert load_recipe(tmp_path / "own.yaml") == recipe
+    for recipe in (
+        Recipe("own", Gptq(schemes={r"a\.(0|1)$": scheme}, samples=3), "Mine: a & b.", (r"c\.d$",)),
+        Recipe("own", Dynamic(weight_only=(r".*down",)), "Turned.", rotate=True),
+    ):
+        (tmp_path / "own.yaml").write_text(recipe_yaml(recipe))
+        assert load_recipe(tmp_path / "own.yaml") == recipe
 
 
 @pytest.mark.parametrize(
@@ -217,7 +220,10 @@ def test_schemes_are_written(tmp_path):
         ),
         ("{algorithm: gptq, damp: 1}", "recipe mine: unknown key 'damp', gptq takes act_order"),
         ("samples: 3", "recipe mine: unknown key 'samples', rtn takes"),
-        ("{algorithm: dynamic, alpha: 1}", "recipe mine: unknown key 'alpha', dynamic takes algorithm, desc.*, weight_only$"),
+        (
+            "{algorithm: dynamic, alpha: 1}",
+            "recipe mine: unknown key 'alpha', dynamic takes algorithm, desc.*, weight_only$",
+        ),
         ("{schemes: {a: int4}}", "recipe mine: schemes: expected a scheme as 'int4 asym g64' .*, got 'int4'"),
         ("{schemes: {a: int9 sym g32}}", "recipe mine: schemes: expected a scheme"),
         ("{schemes: {a: nf4 asym g32}}", "recipe mine: schemes: symmetric: NF4 weights have no zero points"),
