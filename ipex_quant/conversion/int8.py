@@ -19,9 +19,11 @@ from ..numerics.int8 import StaticActivation, quantize_per_channel, same_activat
 from ..numerics.quantized_weight import QuantizedWeight
 from ..observers import has_data
 from ..smoothquant.folding import fold_into_norm
+from ..woq.layer_walk import silent_channels
 from .errors import naming
 from .observed import LayerParameters, Observed, ObservedGroup, ObservedLayer
 from .parameters import group_parameters, observed_scales
+from .qconfig import QuantizationKind
 from .rules import BY_SUMMARY, NEVER_REACHED
 
 Replacements = dict[str, Callable[[nn.Module], nn.Module]]
@@ -30,17 +32,23 @@ Replacements = dict[str, Callable[[nn.Module], nn.Module]]
 def int8_replacements(model: nn.Module, observations: Observed) -> tuple[Replacements, dict[str, str]]:
     """For each observed layer, by name, a function that makes its INT8 module, or the reason why it stays in float.
 
-    The functions fold smoothing factors into norms of `model` where possible. Warns about layers without data.
+    The functions fold smoothing factors into norms of `model` where possible. Warns about layers without data, and
+    input channels that are smoothed and were always 0.
     """
     replacements: Replacements = {}
     reasons: dict[str, str] = {}
     unreached: list[str] = []
+    silent: dict[str, tuple[int, int]] = {}
     for group in observations.groups:
         wanted = [layer for layer in group.layers if layer.quantized]
         reasons |= {layer.name: BY_SUMMARY for layer in group.layers if not layer.quantized}
         if group.observer is not None and not has_data(group.observer):
             unreached += [layer.name for layer in wanted if layer.parameters is None]
             wanted = [layer for layer in wanted if layer.parameters is not None]
+        elif wanted and group.kind is QuantizationKind.SMOOTH_QUANT:
+            channels = group.observer.ic_obs
+            zeros = (channels.min_val == 0) & (channels.max_val == 0)
+            silent |= {group.name: (int(zeros.sum()), zeros.numel())} if zeros.any() else {}
         for part in _fused_parts(model, group, wanted):
             if is_linear(model.get_submodule(part.names[0])):
                 replacements |= {name: partial(part.successor, model, name) for name in part.names}
@@ -54,6 +62,8 @@ def int8_replacements(model: nn.Module, observations: Observed) -> tuple[Replace
             + (", ..." if len(unreached) > 8 else ""),
             stacklevel=4,
         )
+    if silent:
+        warnings.warn(f"SmoothQuant: {silent_channels(silent, 'their factors are bounded')}", stacklevel=5)
     return replacements, reasons
 
 

@@ -245,7 +245,7 @@ class Static(EightBits, Calibrated):
 
 @dataclass(frozen=True)
 class SmoothQuant(EightBits, Calibrated):
-    """Static `EightBits` with SmoothQuant: by `alpha`, or for layers whose name matches, by the first match in `alphas`.
+    """Static `EightBits` with SmoothQuant: by `alpha`, or for layers whose name matches, the first match in `alphas`.
 
     With `share_weight_observers`, layers that read the same tensor share one smoothing factor.
     """

@@ -86,14 +86,19 @@ def walk_blocks(
             f"{title}: no calibration sample reached {first_names(missed)}; rounded to nearest instead", stacklevel=4
         )
     if walk.silent:
-        count = sum(channels for channels, _ in walk.silent.values())
-        told = [f"{name}: {channels} of {all_of_them}" for name, (channels, all_of_them) in walk.silent.items()]
-        warnings.warn(
-            f"{title}: calibration leaves {count} input channels of {len(told)} layers at zero ({first_names(told)}); "
-            "their weights are rounded to nearest. Calibrate on more text, or text of more kinds",
-            stacklevel=4,
-        )
+        effect = "their weights are rounded to nearest"
+        warnings.warn(f"{title}: {silent_channels(walk.silent, effect)}", stacklevel=4)
     return quantized
+
+
+def silent_channels(layers: Mapping[str, tuple[int, int]], effect: str) -> str:
+    """What a warning says of `layers`, by name with the number of input channels that are always 0, and of all."""
+    told = [f"{name}: {channels} of {all_of_them}" for name, (channels, all_of_them) in layers.items()]
+    count = sum(channels for channels, _ in layers.values())
+    return (
+        f"calibration leaves {count} input channels of {len(told)} layers at zero ({first_names(told)}): {effect}. "
+        "Calibrate on more text, or text of more kinds"
+    )
 
 
 def first_names(names: Sequence[str], most: int = 8) -> str:

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -46,6 +48,27 @@ def found(model):
     result = int8_replacements(model, observations)
     observations.detach(model)
     return result
+
+
+@pytest.mark.filterwarnings("ignore:calibration never reached")
+def test_channels_that_calibration_leaves_at_zero_are_told(x):
+    torch.manual_seed(0)
+    net = Net().eval()
+    with torch.no_grad():
+        net.norm.weight[2:4] = 0.0
+        net.norm.bias[2:4] = 0.0
+    for mapping, told in (
+        (get_smooth_quant_qconfig_mapping(), True),
+        (quantization.default_static_qconfig_mapping, False),  # one range for all channels
+    ):
+        model = calibrate(prepare(net, mapping, x), [x])
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            found(model)
+        messages = [str(each.message) for each in warned if "at zero" in str(each.message)]
+        expected = "SmoothQuant: calibration leaves 2 input channels of 1 layers at zero (q: 2 of 8): their factors are"
+        assert len(messages) == told
+        assert all(message.startswith(expected) for message in messages)
 
 
 @pytest.mark.filterwarnings("ignore:calibration never reached")
