@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from frontier_candidates import OURS, PRODUCERS, Candidate, candidates
 from frontier_html import page
-from frontier_measure import Reference, measure
-from frontier_models import BUILD, NAMES, Model, clear, prepare
+from frontier_measure import Predictor, measure
+from frontier_models import BUILD, NAMES, Model, clear, first_tokens, prepare
 from frontier_report import print_comparison, print_table
 from machine import ROOT, describe
 from produce import Task
@@ -98,7 +98,7 @@ class Records:
 
 
 def run(
-    candidate: Candidate, model: Model, reference: Reference, records: Records, options: argparse.Namespace
+    candidate: Candidate, model: Model, reference: Predictor, records: Records, options: argparse.Namespace
 ) -> dict[str, Any]:
     """The record of a candidate, which has an "error" if it failed."""
     path = records.path(candidate)
@@ -134,7 +134,7 @@ def measured(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         if record is None and options.no_run:
             continue
         if record is None or ("error" in record and options.retry):
-            reference = reference or Reference(model.load())
+            reference = reference or Predictor(model.load(), first_tokens(model.tokenizer()))
             record = run(candidate, model, reference, records, options)
             tqdm.write(" ".join(f"{key}={value}" for key, value in record.items()))
         found.append(record | {"texts": source})

@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from frontier_models import Model
+from frontier_models import Model, first_tokens
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -134,18 +134,24 @@ def told_sizes(file: Path) -> Sizes:
     return Sizes(sizes, in_float)
 
 
-class Reference(nn.Module):
-    """A float model that computes its last hidden states once for each window, and keeps them."""
+class Predictor(nn.Module):
+    """Logits of a model in float, whose last hidden states are computed once for each window, and kept.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    The model sees `first` before each window.
+    """
+
+    def __init__(self, model: PreTrainedModel, first: Sequence[int] = ()) -> None:
         super().__init__()
         self.model = model
+        self.first = torch.tensor([first], dtype=torch.int64)
         self.hidden: dict[bytes, torch.Tensor] = {}
 
     def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
         key = input_ids.numpy().tobytes()
         if key not in self.hidden:
-            self.hidden[key] = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+            whole = torch.cat((self.first, input_ids), dim=1)
+            states = self.model.get_decoder()(input_ids=whole, use_cache=False).last_hidden_state
+            self.hidden[key] = states[:, self.first.shape[1] :]
         return SimpleNamespace(logits=self.model.get_output_embeddings()(self.hidden[key]))
 
 
@@ -159,11 +165,13 @@ def load_result(path: Path) -> PreTrainedModel:
     return model
 
 
-def measure(model: Model, reference: Reference, path: Path, tokens: int, ours: bool) -> dict[str, Any]:
+def measure(model: Model, reference: Predictor, path: Path, tokens: int, ours: bool) -> dict[str, Any]:
     """The entries of a record for what a producer wrote to `path`."""
     counts = weight_counts(reference.model)
     sizes = told_sizes(path / SIZES) if (path / SIZES).is_file() else directory_sizes(path, reference.model, ours)
-    result = evaluation.compare(reference, load_result(path), model.tokenizer(), model.text, model.length, tokens)
+    tokenizer = model.tokenizer()
+    quantized = Predictor(load_result(path), first_tokens(tokenizer))
+    result = evaluation.compare(reference, quantized, tokenizer, model.text, model.length, tokens)
     return sizes.record(counts) | {
         "kl": float(f"{result.kl_divergence:.4g}"),
         "kl_99th_percentile": float(f"{result.kl_99th_percentile:.4g}"),

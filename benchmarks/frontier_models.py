@@ -88,7 +88,8 @@ def prepare(name: str, packages: Path | None, calibration: str, text: str) -> Mo
     tokenizer = model.tokenizer()
     windows = _windows(tokenizer, calibration, samples, length)
     write_json(model.windows, windows)
-    model.calibration.write_text("".join(map(tokenizer.decode, windows)), encoding="utf-8")
+    texts = tokenizer.batch_decode(windows, skip_special_tokens=True)
+    model.calibration.write_text("".join(texts), encoding="utf-8")
     return model
 
 
@@ -142,14 +143,21 @@ def _write_gguf(model: Model) -> None:
 
 
 def _windows(tokenizer: PreTrainedTokenizerBase, text: str, samples: int, length: int) -> list[list[int]]:
-    """At most `samples` windows of `length` tokens, spread over all of the text."""
+    """At most `samples` windows of `length` tokens, spread over all of the text, each after what a text begins with."""
+    prefix = first_tokens(tokenizer)
+    length -= len(prefix)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     available = len(ids) // length
     if not available:
         raise ValueError(f"--calibration: expected at least {length} tokens, got {len(ids)}; give a longer text")
     count = min(samples, available)
     starts = [length * (index * available // count) for index in range(count)]
-    return [ids[start : start + length] for start in starts]
+    return [prefix + ids[start : start + length] for start in starts]
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every text; models that were trained with it need it (Gemma)."""
+    return tokenizer("")["input_ids"]
 
 
 def clear(path: Path) -> None:

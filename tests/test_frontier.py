@@ -99,7 +99,7 @@ def test_bytes_that_a_producer_tells_are_by_tensor(measure, tmp_path):
 def test_the_reference_computes_each_window_once_and_as_the_model(measure):
     plain, calls = model(), []
     plain.get_decoder().register_forward_hook(lambda *arguments: calls.append(1))
-    reference = measure.Reference(plain)
+    reference = measure.Predictor(plain)
     windows = [torch.arange(5)[None], torch.arange(5, 9)[None]]
     with torch.inference_mode():
         expected = [plain(input_ids=window).logits for window in windows]
@@ -107,6 +107,13 @@ def test_the_reference_computes_each_window_once_and_as_the_model(measure):
         for window, logits in zip(windows * 2, expected * 2, strict=True):
             assert torch.equal(reference(input_ids=window).logits, logits)
     assert len(calls) == 2
+
+
+def test_a_model_sees_the_first_tokens_before_each_window(measure):
+    plain, window = model(), torch.arange(5)[None]
+    with torch.inference_mode():
+        expected = plain(input_ids=torch.tensor([[7, 9, 0, 1, 2, 3, 4]])).logits[:, 2:]
+        assert torch.allclose(measure.Predictor(plain, [7, 9])(input_ids=window).logits, expected, atol=1e-6)
 
 
 def test_the_frontier_is_what_nothing_smaller_beats(measure):
