@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from frontier_measure import Reference
+from frontier_measure import Predictor
 from machine import ROOT, describe
 from real_models import MODEL as SMOLLM2
 from real_models import float_directory
@@ -91,7 +91,7 @@ def recipe_of(title: str, settings: dict[str, Any], samples: int, length: int) -
 
 
 def measure(
-    recipe: Recipe, model: PreTrainedModel, reference: Reference, options: argparse.Namespace
+    recipe: Recipe, model: PreTrainedModel, reference: Predictor, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Quantize `model`, and compare it with `reference`."""
     tokenizer = AutoTokenizer.from_pretrained(options.directory)
@@ -130,7 +130,7 @@ def main() -> None:
     options.directory = float_directory(options.model_dir) if options.model == SMOLLM2 else data.embedded_model_dir()
     said = {"model": options.model, "tokens": options.tokens, "samples": options.samples}
     machine = describe(options.threads, **said, dtype=str(options.dtype))
-    reference = Reference(load(options.model, options.directory))
+    reference = Predictor(load(options.model, options.directory))
     found: dict[str, Any] = {}
     for title, settings in tqdm(SETS[options.set].items(), options.model):
         if options.only and not any(each in title for each in options.only):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accuracy import EMBEDDED, LENGTHS, load
-from frontier_measure import Reference
+from frontier_measure import Predictor
 from machine import ROOT, describe
 from real_models import MODEL as SMOLLM2
 from real_models import float_directory
@@ -48,7 +48,7 @@ def main() -> None:
     machine = describe(options.threads, model=options.model, tokens=options.tokens)
     text = data.held_out_text() if options.text is None else options.text.read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    reference = Reference(load(options.model, directory))
+    reference = Predictor(load(options.model, directory))
     model = llm.optimize(load(options.model, directory), dtype=torch.float32, kv_cache_dtype=torch.int8, inplace=True)
     found = {}
 
