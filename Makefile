@@ -35,6 +35,7 @@ SANITIZE := $(CURDIR)/build/sanitize
 PEERS := build/peers
 FRONTIER_PEERS := llamacpp auto-round llm-compressor gptqmodel nncf neural-compressor
 LLAMA_CPP := llama-cpp-python==0.3.36
+IK_LLAMA_CPP := ik-llama-cpp-python==0.1.5
 FRONTIER := build/frontier
 REAL_MODELS := build/real-models
 DOCS := build/docs
@@ -227,6 +228,20 @@ $(PEERS)/%/.stamp: benchmarks/requirements/%.txt
 	    fi && \
 	    $(PEERS)/$*/bin/python -m pip uninstall --yes torchvision && \
 	    touch $@; } > $(PEERS)/$*.log 2>&1
+
+# The sources for its package lack what other parts than the library are built with.
+$(PEERS)/ikllamacpp/.stamp: benchmarks/requirements/ikllamacpp.txt
+	mkdir -p $(PEERS)/ikllamacpp/source
+	-{ $(PYTHON) -m venv $(PEERS)/ikllamacpp && \
+	    $(PEERS)/ikllamacpp/bin/python -m pip install -r $< && \
+	    $(PEERS)/ikllamacpp/bin/python -m pip download --no-deps --no-binary ik-llama-cpp-python \
+	        --dest $(PEERS)/ikllamacpp $(IK_LLAMA_CPP) && \
+	    tar -xzf $(PEERS)/ikllamacpp/ik_llama_cpp_python-*.tar.gz -C $(PEERS)/ikllamacpp/source --strip-components 1 && \
+	    cmake -S $(PEERS)/ikllamacpp/source/vendor/ik_llama.cpp -B $(PEERS)/ikllamacpp/build \
+	        -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=ON \
+	        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF && \
+	    cmake --build $(PEERS)/ikllamacpp/build -j $(JOBS) --target llama && \
+	    touch $@; } > $(PEERS)/ikllamacpp.log 2>&1
 
 wheel: $(ENV_STAMP)  ## build a wheel into dist/
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

@@ -1,22 +1,27 @@
 """ik_llama.cpp as an engine of the benchmarks (see engines.py), through ik-llama-cpp-python, in its own environment.
 
-Its wheel is compiled for AVX2. Weights are interleaved while they are loaded, which its own tools do on demand. Flash
-attention is left off where the CPU has no AVX-VNNI: the package does so, since it may fail there.
+Its wheel is compiled for AVX2; the Makefile compiles its sources for the CPU at hand. Weights are interleaved while
+they are loaded, which its own tools do on demand. Flash attention is left off where the CPU has no VNNI: the package
+does so, since it may fail there.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from engines import Shape, prompt_ids, serve
-from ik_llama_cpp import _ctypes_api as api
-from ik_llama_cpp._internals import make_batch_range
-from ik_llama_cpp.llama import _cpu_has_avx_vnni
-from random_gguf import prepare
+LIBRARY = Path(sys.prefix) / "build" / "src" / "libllama.so"
+os.environ["IK_LLAMA_CPP_LIB_PATH"] = str(LIBRARY)  # read when the package is imported
+
+import numpy as np  # noqa: E402
+from engines import Shape, prompt_ids, serve  # noqa: E402
+from ik_llama_cpp import _ctypes_api as api  # noqa: E402
+from ik_llama_cpp._internals import make_batch_range  # noqa: E402
+from random_gguf import prepare  # noqa: E402
 
 CONTEXT = 2048
 
@@ -33,7 +38,7 @@ class Engine:
         options = api.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = CONTEXT, 512, 512
         options.n_threads = options.n_threads_batch = threads
-        options.flash_attn = _cpu_has_avx_vnni()
+        options.flash_attn = not {"avx_vnni", "avx512_vnni"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
         self.context = api.llama_init_from_model(self.model, options)
         self.vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
         self.seconds = time.perf_counter() - start
