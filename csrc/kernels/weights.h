@@ -262,8 +262,10 @@ struct FloatCodes {
   vf value(vi line, vf zero) const {
     if constexpr (has_table(Dtype)) {
       return lookup(table, srl_i<4 * J>(line));
-    } else if constexpr (Dtype == kInt4) {
+    } else if constexpr (Dtype == kInt4 && kLanes == 16) {  // where a table is one instruction
       return sub_f(lookup(table, srl_i<4 * J>(line)), zero);
+    } else if constexpr (Dtype == kInt4) {
+      return sub_f(cvt_f(and_i(srl_i<4 * J>(line), set1_i(15))), zero);
     } else {
       const vi byte = and_i(srl_i<8 * J>(line), set1_i(0xFF));
       if constexpr (Dtype == kFp8)
