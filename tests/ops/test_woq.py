@@ -319,7 +319,7 @@ def test_compile_without_graph_break() -> None:
 
 
 def test_names_for_explain() -> None:
-    assert ops.isa_name() in ops.supported_isas()
+    assert ops.isa_name() in ops.supported_isas(emulated=True)
     names = {
         ops.kernel_name(WeightScheme(*kind), mode, dtype)
         for kind, mode, dtype in itertools.product(KINDS, WoqLowpMode, (torch.float32, torch.bfloat16, torch.float16))
