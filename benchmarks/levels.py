@@ -1,9 +1,9 @@
 """What share of its own limits every kernel reaches at each instruction set level that this CPU has.
 
-A level runs in a process of its own, with IPEX_QUANT_ISA set. What reads a weight or a cache once is divided by the
-read bandwidth, what multiplies many rows by the rate of that level's own instructions for what it computes in; both
-are measured right before and after the kernel (the higher counts). Figures are medians over rounds. Decoding reads
-operands that together exceed the CPU's caches.
+A level runs in a process of its own, with IPEX_QUANT_ISA set. What reads weights or caches once is divided by the
+bandwidth of reading the same memory and doing nothing with it, what multiplies many rows by the rate of that level's
+own instructions for what it computes in; both are measured right before and after the kernel (the higher counts).
+Figures are medians over rounds. Decoding reads operands that together exceed the CPU's caches.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,17 @@ LINEARS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A call to time: it reads `nbytes` from memory and does `operations`, of which `bound` is the limit."""
+    """A call to time. `bound` is what limits it, `work` the bytes or operations of a call that count there.
+
+    `run` takes one sample, the seconds of a call; `memory` is what calls read in turn.
+    """
 
     name: str
     phase: str
     bound: str
     work: float
     run: Callable[[], float]
-    """One sample: seconds of a call."""
+    memory: Sequence[torch.Tensor] = ()
 
 
 def linear_cases() -> list[Case]:
@@ -82,7 +86,8 @@ def linear_cases() -> list[Case]:
                     "decode" if rows == 1 else "prefill",
                     BANDWIDTH if rows == 1 else peak,
                     rotation.nbytes if rows == 1 else operations,
-                    lambda rotation=rotation, x=x, calls=calls: rotation.seconds(x, calls),
+                    partial(rotation.seconds, x, calls),
+                    [packed.data for packed in rotation.operands],
                 )
             )
     return found
@@ -94,7 +99,8 @@ def float_case() -> Case:
     rotation = Rotation(kernel, torch.randn(*SHAPE) * 0.02)
     x = torch.randn(1, SHAPE[1]).bfloat16()
     calls = call_count(rotation, x)
-    return Case("linear, bfloat16", "decode", BANDWIDTH, rotation.nbytes, lambda: rotation.seconds(x, calls))
+    run = partial(rotation.seconds, x, calls)
+    return Case("linear, bfloat16", "decode", BANDWIDTH, rotation.nbytes, run, rotation.operands)
 
 
 def attention_cases() -> list[Case]:
@@ -116,7 +122,8 @@ def attention_cases() -> list[Case]:
                         phase,
                         BANDWIDTH if phase == "decode" else peak,
                         kernel.nbytes(caches[0]) if phase == "decode" else 4 * query_heads * 128 * pairs,
-                        lambda kernel=kernel, query=query, caches=caches: attention.seconds(kernel, query, caches),
+                        partial(attention.seconds, kernel, query, caches),
+                        [each for cache in caches for each in (cache.codes if integers else (cache.key, cache.value))],
                     )
                 )
     return found
@@ -124,11 +131,9 @@ def attention_cases() -> list[Case]:
 
 def share(case: Case, limits: Limits, rounds: int) -> float:
     """The median share of the limit; the first round warms up."""
-    # caches are tensors in small pages, weights are packed into large ones
-    tensor = case.name.startswith("attention")
 
     def limit() -> float:
-        return limits.bandwidths()[tensor] if case.bound == BANDWIDTH else limits.rates()[case.bound]
+        return limits.bandwidth_of(case.memory) if case.bound == BANDWIDTH else limits.rates()[case.bound]
 
     shares, before = [], limit()
     for _ in range(rounds + 1):

@@ -21,20 +21,24 @@ double seconds_of(int threads, void (*work)(int, int, void*), void* context) {
 }
 
 struct Memory {
-  const uint8_t* data;
-  int64_t bytes;
+  const uint8_t* const* data;
+  const int64_t* bytes;
+  int count;
 };
 
 volatile uint64_t sink;
 
 void read_part(int part, int parts, void* context) {
   const Memory& memory = *static_cast<Memory*>(context);
-  const int64_t share = memory.bytes / parts / 512 * 512;
-  const uint8_t* p = memory.data + part * share;
   __m256i sums[4] = {};
-  for (int64_t i = 0; i < share; i += 512)
-    for (int j = 0; j < 16; ++j)
-      sums[j % 4] = _mm256_xor_si256(sums[j % 4], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i + 32 * j)));
+  for (int piece = 0; piece < memory.count; ++piece) {
+    const int64_t share = memory.bytes[piece] / parts / 512 * 512;
+    const uint8_t* p = memory.data[piece] + part * share;
+    for (int64_t i = 0; i < share; i += 512)
+      for (int j = 0; j < 16; ++j)
+        sums[j % 4] =
+            _mm256_xor_si256(sums[j % 4], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i + 32 * j)));
+  }
   for (int j = 1; j < 4; ++j) sums[0] = _mm256_xor_si256(sums[0], sums[j]);
   sink = uint64_t(_mm256_extract_epi64(sums[0], 0));
 }
@@ -61,7 +65,9 @@ constexpr double kFloatOpsPerRound = kChains * 16;
 void multiply_floats(int, int, void*) { IPEX_QUANT_CHAINS(__m256, _mm256_setzero_ps(), "vfmadd231ps %2, %1, %0", "x") }
 #if defined(__AVXVNNI__)
 constexpr double kOpsPerRound = kChains * 64;
-void multiply(int, int, void*) { IPEX_QUANT_CHAINS(__m256i, _mm256_setzero_si256(), "%{vex%} vpdpbusd %2, %1, %0", "x") }
+void multiply(int, int, void*) {
+  IPEX_QUANT_CHAINS(__m256i, _mm256_setzero_si256(), "%{vex%} vpdpbusd %2, %1, %0", "x")
+}
 #else
 // Without VNNI the products of bytes are exact only as words, sixteen in an instruction. Those of 4-bit codes may be
 // added up before they are widened, and reach 1.6 times this rate: five multiplying instructions for 128 products, not
@@ -106,10 +112,17 @@ extern "C" uint8_t* allocate(int64_t bytes) {
   return static_cast<uint8_t*>(data);
 }
 
+// Bytes per second of one pass over `count` pieces of memory, each of them by all threads.
+extern "C" double read_bandwidths(const uint8_t* const* data, const int64_t* bytes, int count, int threads) {
+  Memory memory{data, bytes, count};
+  double total = 0;
+  for (int i = 0; i < count; ++i) total += double(bytes[i]);
+  return total / seconds_of(threads, read_part, &memory);
+}
+
 // Bytes per second of one pass over `data`.
 extern "C" double read_bandwidth(const uint8_t* data, int64_t bytes, int threads) {
-  Memory memory{data, bytes};
-  return double(bytes) / seconds_of(threads, read_part, &memory);
+  return read_bandwidths(&data, &bytes, 1, threads);
 }
 
 // Operations per second, of which a multiply-accumulate is two: on bytes, float32 and bfloat16.

@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class Limits:
 
     def __init__(self, threads: int) -> None:
         self._library = ctypes.CDLL(str(_build(ops.isa_name())))
-        for name in ("read_bandwidth", "int8_rate", "float_rate", "bf16_rate"):
+        for name in ("read_bandwidth", "read_bandwidths", "int8_rate", "float_rate", "bf16_rate"):
             getattr(self._library, name).restype = ctypes.c_double
         self._library.read_bandwidth.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
         self._library.allocate.restype = ctypes.c_void_p
@@ -50,6 +51,12 @@ class Limits:
         """Bytes per second of reading half a gigabyte, and operations per second (a multiply-accumulate is two)."""
         bandwidth = self._library.read_bandwidth(self._buffer, READ_BYTES, self.threads)
         return bandwidth, self._library.int8_rate(self.threads)
+
+    def bandwidth_of(self, tensors: Sequence[torch.Tensor]) -> float:
+        """Bytes per second of reading these very tensors: how fast memory is depends on where it is."""
+        data = (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+        sizes = (ctypes.c_int64 * len(tensors))(*(tensor.nbytes for tensor in tensors))
+        return self._library.read_bandwidths(data, sizes, len(tensors), self.threads)
 
     def rates(self) -> dict[str, float]:
         """Operations per second on bytes, bfloat16 and float32."""
