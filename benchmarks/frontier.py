@@ -25,7 +25,7 @@ import torch
 from frontier_candidates import OURS, PRODUCERS, Candidate, candidates
 from frontier_html import page
 from frontier_measure import Predictor, measure
-from frontier_models import BUILD, NAMES, Model, clear, first_tokens, prepare
+from frontier_models import BUILD, NAMES, Model, clear, prepare
 from frontier_report import print_comparison, print_table
 from machine import ROOT, describe
 from produce import Task
@@ -134,7 +134,7 @@ def measured(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         if record is None and options.no_run:
             continue
         if record is None or ("error" in record and options.retry):
-            reference = reference or Predictor(model.load(), first_tokens(model.tokenizer()))
+            reference = reference or Predictor(model.load())
             record = run(candidate, model, reference, records, options)
             tqdm.write(" ".join(f"{key}={value}" for key, value in record.items()))
         found.append(record | {"texts": source})

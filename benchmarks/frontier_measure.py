@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from frontier_models import Model, first_tokens
+from frontier_models import Model
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -135,23 +135,17 @@ def told_sizes(file: Path) -> Sizes:
 
 
 class Predictor(nn.Module):
-    """Logits of a model in float, whose last hidden states are computed once for each window, and kept.
+    """Logits of a model in float, whose last hidden states are computed once for each window, and kept."""
 
-    The model sees `first` before each window.
-    """
-
-    def __init__(self, model: PreTrainedModel, first: Sequence[int] = ()) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.first = torch.tensor([first], dtype=torch.int64)
         self.hidden: dict[bytes, torch.Tensor] = {}
 
     def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
         key = input_ids.numpy().tobytes()
         if key not in self.hidden:
-            whole = torch.cat((self.first, input_ids), dim=1)
-            states = self.model.get_decoder()(input_ids=whole, use_cache=False).last_hidden_state
-            self.hidden[key] = states[:, self.first.shape[1] :]
+            self.hidden[key] = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
         return SimpleNamespace(logits=self.model.get_output_embeddings()(self.hidden[key]))
 
 
@@ -170,7 +164,7 @@ def measure(model: Model, reference: Predictor, path: Path, tokens: int, ours: b
     counts = weight_counts(reference.model)
     sizes = told_sizes(path / SIZES) if (path / SIZES).is_file() else directory_sizes(path, reference.model, ours)
     tokenizer = model.tokenizer()
-    quantized = Predictor(load_result(path), first_tokens(tokenizer))
+    quantized = Predictor(load_result(path))
     result = evaluation.compare(reference, quantized, tokenizer, model.text, model.length, tokens)
     return sizes.record(counts) | {
         "kl": float(f"{result.kl_divergence:.4g}"),

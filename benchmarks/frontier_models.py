@@ -17,7 +17,7 @@ from rounds import write_json
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ipex_quant import data, llm
+from ipex_quant import data, evaluation, llm
 from ipex_quant.llm.dequantize import dequantize_model
 from ipex_quant.llm.saved.export_parts import ExportParts
 from ipex_quant.llm.saved.gguf_export import write_model
@@ -144,7 +144,7 @@ def _write_gguf(model: Model) -> None:
 
 def _windows(tokenizer: PreTrainedTokenizerBase, text: str, samples: int, length: int) -> list[list[int]]:
     """At most `samples` windows of `length` tokens, spread over all of the text, each after what a text begins with."""
-    prefix = first_tokens(tokenizer)
+    prefix = evaluation.first_tokens(tokenizer)
     length -= len(prefix)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     available = len(ids) // length
@@ -153,11 +153,6 @@ def _windows(tokenizer: PreTrainedTokenizerBase, text: str, samples: int, length
     count = min(samples, available)
     starts = [length * (index * available // count) for index in range(count)]
     return [prefix + ids[start : start + length] for start in starts]
-
-
-def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before every text; models that were trained with it need it (Gemma)."""
-    return tokenizer("")["input_ids"]
 
 
 def clear(path: Path) -> None:

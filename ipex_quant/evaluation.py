@@ -55,6 +55,13 @@ def token_windows(
     return [ids[:, start : start + sequence_length + 1] for start in range(0, ids.shape[1] - 1, sequence_length)]
 
 
+def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that `tokenizer` puts before every text; models that were trained with them need them (Gemma)."""
+    whole, plain = (tokenizer("1", add_special_tokens=special)["input_ids"] for special in (True, False))
+    starts = (i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain)
+    return whole[: next(starts, 0)]
+
+
 def perplexity(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -64,14 +71,14 @@ def perplexity(
 ) -> float:
     """Exponential of the mean negative log-likelihood of the tokens of `text`, in windows of `sequence_length` tokens.
 
-    At most `max_tokens` tokens are predicted. Raises ValueError when `text` has less than two tokens, and for logits
-    that are not finite.
+    Each window comes after the `first_tokens` of the tokenizer. At most `max_tokens` tokens are predicted. Raises
+    ValueError when `text` has less than two tokens, and for logits that are not finite.
     """
-    loss, tokens = 0.0, 0
+    loss, tokens, first = 0.0, 0, first_tokens(tokenizer)
     with evaluating(model), torch.inference_mode():
         for window in token_windows(tokenizer, text, sequence_length, max_tokens):
             targets = window[0, 1:]
-            for rows, (log_probs,) in _log_probs({"model": model}, window):
+            for rows, (log_probs,) in _log_probs({"model": model}, first, window):
                 loss += _negative_log_likelihood(log_probs, targets[rows])
             tokens += len(targets)
     return _perplexity("model", loss, tokens)
@@ -87,16 +94,16 @@ def compare(
 ) -> Comparison:
     """Run both models over the same windows of `text` and compare their distributions of the next token.
 
-    Both models must have the same vocabulary. Raises ValueError when they do not, when `text` has less than two tokens,
-    and for logits or measures that are not finite.
+    Each window comes after the `first_tokens` of the tokenizer. Both models must have the same vocabulary. Raises
+    ValueError when they do not, when `text` has less than two tokens, and for logits or measures that are not finite.
     """
     reference_loss = loss = 0.0
-    same = 0
+    same, first = 0, first_tokens(tokenizer)
     divergences = []
     with evaluating(reference, model), torch.inference_mode():
         for window in token_windows(tokenizer, text, sequence_length, max_tokens):
             targets = window[0, 1:]
-            for rows, (expected, actual) in _log_probs({"reference": reference, "model": model}, window):
+            for rows, (expected, actual) in _log_probs({"reference": reference, "model": model}, first, window):
                 if expected.shape != actual.shape:
                     raise ValueError(
                         f"model: expected the reference's vocabulary of {expected.shape[-1]} tokens, "
@@ -231,12 +238,15 @@ class _TokenClock(BaseStreamer):
         pass
 
 
-def _log_probs(models: dict[str, nn.Module], window: torch.Tensor) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+def _log_probs(
+    models: dict[str, nn.Module], first: list[int], window: torch.Tensor
+) -> Iterator[tuple[slice, list[torch.Tensor]]]:
     """Yield slices of a window's targets with the models' float32 log-probabilities ``[rows, vocabulary]`` for them.
 
-    Raises ValueError, with the model's name, where they are NaN.
+    Models see `first` before the window. Raises ValueError, with the model's name, where they are NaN.
     """
-    logits = {name: model(input_ids=window[:, :-1]).logits[0] for name, model in models.items()}
+    ids = torch.cat((torch.tensor([first], dtype=window.dtype), window[:, :-1]), dim=1)
+    logits = {name: model(input_ids=ids).logits[0, len(first) :] for name, model in models.items()}
     for start in range(0, window.shape[1] - 1, ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         found = [torch.log_softmax(each[rows].float(), dim=-1) for each in logits.values()]

@@ -13,11 +13,16 @@ VOCABULARY = 11
 
 
 class DigitTokenizer:
-    """Maps "3 1 4" to [3, 1, 4]."""
+    """Maps "3 1 4" to [3, 1, 4], between special tokens where these are asked for."""
 
-    def __call__(self, text, return_tensors="pt", **options):
-        ids = torch.tensor([[int(word) for word in text.split()]], dtype=torch.int64)
-        return {"input_ids": ids}
+    def __init__(self, first=(), last=()):
+        self.first, self.last = list(first), list(last)
+
+    def __call__(self, text, return_tensors=None, add_special_tokens=True, **options):
+        ids = [int(word) for word in text.split()]
+        if add_special_tokens:
+            ids = [*self.first, *ids, *self.last]
+        return {"input_ids": torch.tensor([ids], dtype=torch.int64) if return_tensors else ids}
 
 
 class BigramModel(nn.Module):
@@ -62,6 +67,26 @@ def test_perplexity_predicts_every_token_once(tokenizer, sequence_length, length
     assert evaluation.perplexity(model, tokenizer, text, sequence_length) == pytest.approx(expected, rel=1e-5)
     assert sum(model.lengths) == length - 1
     assert max(model.lengths) <= sequence_length
+
+
+@pytest.mark.parametrize("last", [(), (10,)])
+@pytest.mark.parametrize("first", [(), (9,), (9, 8)])
+def test_first_tokens_are_those_before_a_text(first, last):
+    assert evaluation.first_tokens(DigitTokenizer(first, last)) == list(first)
+
+
+def test_models_see_the_first_tokens_before_each_window():
+    torch.manual_seed(0)
+    options = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**options, num_attention_heads=2, num_key_value_heads=2)).eval()
+    ids = torch.tensor([3, 1, 4, 1, 5])
+    with torch.inference_mode():
+        logits = [model(input_ids=torch.tensor([[9, *part]])).logits[0, 1:] for part in ([3, 1, 4], [1])]
+    loss = nn.functional.cross_entropy(torch.cat(logits), ids[1:])
+    tokenizer, text = DigitTokenizer([9]), "3 1 4 1 5"
+    assert evaluation.perplexity(model, tokenizer, text, 3) == pytest.approx(loss.exp().item(), rel=1e-5)
+    result = evaluation.compare(model, model, tokenizer, text, 3)
+    assert (result.perplexity, result.tokens) == (pytest.approx(loss.exp().item(), rel=1e-5), 4)
 
 
 def test_uniform_model_has_the_perplexity_of_its_vocabulary(tokenizer):

@@ -109,13 +109,6 @@ def test_the_reference_computes_each_window_once_and_as_the_model(measure):
     assert len(calls) == 2
 
 
-def test_a_model_sees_the_first_tokens_before_each_window(measure):
-    plain, window = model(), torch.arange(5)[None]
-    with torch.inference_mode():
-        expected = plain(input_ids=torch.tensor([[7, 9, 0, 1, 2, 3, 4]])).logits[:, 2:]
-        assert torch.allclose(measure.Predictor(plain, [7, 9])(input_ids=window).logits, expected, atol=1e-6)
-
-
 def test_the_frontier_is_what_nothing_smaller_beats(measure):
     import frontier_report
 
