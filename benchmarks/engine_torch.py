@@ -36,7 +36,7 @@ def qconfig(weights: str) -> Any:
         return quantization.default_dynamic_qconfig_mapping
     dtype = quantization.WoqWeightDtype[weights.upper()]
     return quantization.get_weight_only_quant_qconfig_mapping(
-        weight_dtype=dtype, group_size=128, lowp_mode=quantization.WoqLowpMode.INT8
+        weight_dtype=dtype, group_size=128, lowp_mode=quantization.WoqLowpMode.INT8, scale_dtype=torch.float16
     )
 
 

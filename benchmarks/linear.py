@@ -30,9 +30,11 @@ GROUP = 128
 
 def ours(name: str, dtype: WoqWeightDtype, group_size: int, lowp_mode: WoqLowpMode) -> Kernel:
     scheme = WeightScheme(dtype, True, group_size)
-    return Kernel(
-        name, lambda w: ops.pack_weight(ops.quantize_weight(w, scheme)), ours_call(lowp_mode), lambda p: p.nbytes
-    )
+
+    def prepare(weight: torch.Tensor) -> ops.PackedWeight:
+        return ops.pack_weight(ops.quantize_weight(weight, scheme, torch.float16))
+
+    return Kernel(name, prepare, ours_call(lowp_mode), lambda p: p.nbytes)
 
 
 def ours_call(lowp_mode: WoqLowpMode) -> Callable[[torch.Tensor, ops.PackedWeight], torch.Tensor]:
