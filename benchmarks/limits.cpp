@@ -43,7 +43,7 @@ void read_part(int part, int parts, void* context) {
   sink = uint64_t(_mm256_extract_epi64(sums[0], 0));
 }
 
-constexpr int64_t kRounds = 500000;
+constexpr int64_t kRounds = 4000000;  // some ten milliseconds, in which threads find their processors
 constexpr int kChains = 12;  // hide a latency of 4 at 2 a cycle
 
 // kRounds rounds of one instruction in kChains chains, which stay in registers.
