@@ -133,7 +133,7 @@ def share(case: Case, limits: Limits, rounds: int) -> float:
     """The median share of the limit; the first round warms up."""
 
     def limit() -> float:
-        return limits.bandwidth_of(case.memory) if case.bound == BANDWIDTH else limits.rates()[case.bound]
+        return limits.bandwidth_of(case.memory) if case.bound == BANDWIDTH else limits.rate(case.bound)
 
     shares, before = [], limit()
     for _ in range(rounds + 1):

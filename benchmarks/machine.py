@@ -58,14 +58,12 @@ class Limits:
         sizes = (ctypes.c_int64 * len(tensors))(*(tensor.nbytes for tensor in tensors))
         return self._library.read_bandwidths(data, sizes, len(tensors), self.threads)
 
-    def rates(self) -> dict[str, float]:
-        """Operations per second on bytes, bfloat16 and float32."""
+    def rate(self, dtype: str) -> float:
+        """Operations per second on "INT8" (bytes), "bfloat16" or "float32"."""
         library = self._library
-        return {
-            "INT8": library.int8_rate(self.threads),
-            "bfloat16": library.bf16_rate(self.threads),
-            "float32": library.float_rate(self.threads),
-        }
+        return {"INT8": library.int8_rate, "bfloat16": library.bf16_rate, "float32": library.float_rate}[dtype](
+            self.threads
+        )
 
     def bandwidths(self) -> tuple[float, float]:
         """Bytes per second of reading half a gigabyte: in large pages, and in a tensor's pages."""
