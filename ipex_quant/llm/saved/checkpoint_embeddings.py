@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
 
 from torch import nn
 
@@ -16,29 +18,32 @@ from ...numerics.scheme import QConfigWoq
 
 @dataclass
 class SharedWeight:
-    """The quantized weight of the embedding `name`, which is read once, for it and its output layer."""
+    """The quantized weight of the embedding `name`, which is read once, for it and its output layer.
+
+    Layers are made in several threads at a time, so that either may come first.
+    """
 
     checkpoint: Checkpoint | WeightsInMemory
     name: str
     qconfig: QConfigWoq | None = None
-    _owned: bool = field(default=False, init=False)
     _table: WeightOnlyQuantizedLinear | None = field(default=None, init=False)
+    _lock: Lock = field(default_factory=Lock, init=False)
 
-    def embedding(self, module: nn.Module) -> QuantizedEmbedding:
-        """The quantized successor of the embedding `module`."""
-        table = self._read(module)
+    def embedding(self, module: nn.Module, owns: bool) -> QuantizedEmbedding:
+        """The quantized successor of the embedding `module`; a state dict has the weight where it `owns` it."""
         if not isinstance(module, nn.Embedding):
             raise TypeError(f"{self.name}: expected an embedding, got a {type(module).__name__}")
-        new = QuantizedEmbedding(table, module.padding_idx, row_factor(module))
-        if self._owned:
-            new.share(table)
-        self._owned = True
-        return new.to(module.weight.dtype)
+        with self._lock:
+            table = self._read(module)
+            new = QuantizedEmbedding(table, module.padding_idx, row_factor(module))
+            if not owns:
+                new.share(table)
+            return new.to(module.weight.dtype)
 
     def linear(self, module: nn.Module) -> WeightOnlyQuantizedLinear:
         """The quantized successor of the output layer `module`."""
-        self._owned = True
-        return self._read(module).to(module.weight.dtype)
+        with self._lock:
+            return self._read(module).to(module.weight.dtype)
 
     def _read(self, module: nn.Module) -> WeightOnlyQuantizedLinear:
         if self._table is None:
@@ -72,12 +77,14 @@ def embeddings_from_checkpoint(
             continue
         heads = [each for each in followers[name] if each in chosen]
         shared = SharedWeight(checkpoint, name, chosen[heads[0]] if heads else None)
-        for each in (*heads, name, *(other for other in followers[name] if other not in heads)):  # heads own the weight
+        others = [other for other in followers[name] if other not in heads]
+        for each in (*heads, name, *others):
             embedding = model.get_submodule(each)
             reason = embedding_obstacle(embedding, read_weights=False) if is_embedding(embedding) else None
             if reason:
                 raise ValueError(f"low_precision_checkpoint: {each} is quantized in it, and cannot be here: {reason}")
-            replacements[each] = shared.linear if each in heads else shared.embedding
+            as_embedding = partial(shared.embedding, owns=each == name and not heads)  # which an output layer would own
+            replacements[each] = shared.linear if each in heads else as_embedding
     return replacements
 
 

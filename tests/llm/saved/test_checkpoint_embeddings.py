@@ -1,10 +1,15 @@
 """Embeddings that a checkpoint holds quantized."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
 
 import ipex_quant as ipex
+from ipex_quant.checkpoints import WeightsInMemory
+from ipex_quant.llm.saved.checkpoint_embeddings import embeddings_from_checkpoint
 from ipex_quant.nn import QuantizedEmbedding
 from ipex_quant.numerics import affine
 from ipex_quant.numerics.scheme import WeightScheme, WoqLowpMode, WoqWeightDtype
@@ -34,6 +39,27 @@ def test_a_tied_output_layer_shares_the_weight(make_model, logits, tmp_path):
     again = ipex.llm.from_pretrained(tmp_path)
     assert torch.equal(logits(again), logits(loaded))
     assert again.model.embed_tokens.table is again.lm_head
+
+
+class SlowWeights(WeightsInMemory):
+    """Weights that take long enough to read for two threads to ask for one."""
+
+    def quantized_weight(self, *args):
+        time.sleep(0.05)
+        return super().quantized_weight(*args)
+
+
+@pytest.mark.parametrize("first", ["model.embed_tokens", "lm_head"])
+def test_a_weight_is_read_once_though_its_layers_are_made_at_a_time(make_model, first):
+    model = make_model("llama_tied")
+    weights = SlowWeights(weights_of(model, "model.embed_tokens"))
+    qconfig = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4).global_qconfig
+    makers = embeddings_from_checkpoint(model, weights, {"lm_head": qconfig}, {"model.embed_tokens"})
+    names = sorted(makers, key=lambda name: name != first)
+    with ThreadPoolExecutor(2) as workers:
+        made = dict(zip(names, workers.map(lambda name: makers[name](model.get_submodule(name)), names), strict=True))
+    assert made["model.embed_tokens"].table is made["lm_head"]
+    assert made["model.embed_tokens"].tied
 
 
 def test_one_alone_leaves_the_output_layer(make_model, logits):
