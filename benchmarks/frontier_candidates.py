@@ -77,6 +77,11 @@ def _ours() -> list[Candidate]:
     for algorithm, title, sym in (("gptq", "GPTQ", True), ("auto_round", "AutoRound", True), ("awq", "AWQ", False)):
         settings = {"algorithm": algorithm, **_integers(4, 128, sym), **IN_FLOAT}
         found.append(Candidate(OURS, _title(title, 4, 128, sym), settings, algorithm == "gptq"))
+    for group in (32, 64, 128):
+        for algorithm, title in (("gptq", "GPTQ"), ("auto_round", "AutoRound")):
+            table = {"weight_dtype": "iq4", "group_size": group, "lowp_mode": "none"}
+            settings = {"algorithm": algorithm, **table, **IN_FLOAT}
+            found.append(Candidate(OURS, f"{title}, IQ4 g{group}", settings, algorithm == "gptq"))
     settings = {"algorithm": "awq", "gptq": True, **_integers(4, 64), **IN_FLOAT}
     found.append(Candidate(OURS, _title("AWQ with GPTQ", 4, 64, False), settings, False))
     for algorithm, title, bits, group in (("rtn", "RTN", 8, -1), ("gptq", "GPTQ", 8, -1), ("gptq", "GPTQ", 4, 64)):

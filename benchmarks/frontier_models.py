@@ -33,7 +33,7 @@ NAMES = (EMBEDDED, *FILES)
 WINDOWS = {EMBEDDED: (64, 256)}
 """Calibration windows and tokens of each, where they are not `OF_REAL_MODELS`."""
 
-OF_REAL_MODELS = (16, 512)
+OF_REAL_MODELS = (64, 512)
 NEIGHBOURS = 16
 """Weights of a row that share a scale in all types of the files."""
 

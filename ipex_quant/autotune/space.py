@@ -20,7 +20,7 @@ SLOW_ALGORITHMS = ("auto_round",)
 """Algorithms that a search tries only where they are named: they take many times as long."""
 
 INTEGERS = tuple(sorted((dtype for dtype in WoqWeightDtype if dtype.has_integers), key=lambda dtype: dtype.bits))
-"""The dtypes that GPTQ writes, smallest first."""
+"""The dtypes of integers, smallest first."""
 
 
 @dataclass(frozen=True)

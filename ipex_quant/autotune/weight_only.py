@@ -330,7 +330,7 @@ def find_weights(
     found = FoundWeights()
     if candidate.algorithm != "rtn":
         inputs = [batch.by_name(model) for batch in batches]
-        suited = {name: scheme for name, scheme in schemes.items() if scheme.dtype.has_integers}
+        suited = {name: scheme for name, scheme in schemes.items() if not scheme.dtype.is_float}
         narrow = all(fits_half(matrix_of(model.get_submodule(name)), scheme) for name, scheme in suited.items())
         scale_dtype = torch.float16 if narrow else torch.float32
         if candidate.algorithm == "awq":

@@ -49,7 +49,7 @@ def auto_round(
     """
     walked = with_split_attentions(model)
     chosen = choose_weight_only(quantization_config, walked, "AutoRound")
-    schemes = {name: qconfig.scheme for name, qconfig in chosen.items() if qconfig.scheme.dtype.has_integers}
+    schemes = {name: qconfig.scheme for name, qconfig in chosen.items() if not qconfig.scheme.dtype.is_float}
     batches = calibration_batches(model, dataloader, Samples(nsamples, pad_max_length, use_max_length))
     kept = None if work_dir is None else Path(work_dir)
     weights = auto_round_blocks(walked, batches, schemes.get, options, kept)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import torch
 
-from .codebooks import CODEBOOKS, FP8_MAX
+from .codebooks import CODEBOOKS, FP8_MAX, nearest_codes
 from .nibbles import pack_nibbles, unpack_nibbles
 from .quantized_weight import QuantizedWeight
 from .scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
@@ -206,17 +206,9 @@ def _check_parameters(
 def _round(scaled: torch.Tensor, dtype: WoqWeightDtype, zero_points: torch.Tensor | None) -> torch.Tensor:
     """Round ``w / scale`` ``[N, groups, size]`` to codes, one per element; may overwrite `scaled`."""
     if dtype in CODEBOOKS:
-        levels = CODEBOOKS[dtype]
-        if dtype != WoqWeightDtype.FP4:
-            return _nearest(scaled, levels)
-        return _nearest(scaled.abs(), levels[:8]) | scaled.signbit().to(torch.uint8) << 3
+        return nearest_codes(scaled, dtype).to(torch.uint8)
     if dtype == WoqWeightDtype.FP8:
         return scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     codes = scaled.round_()
     codes += code_offset(dtype) if zero_points is None else zero_points.unsqueeze(-1)
     return codes.clamp_(*code_range(dtype)).to(torch.int8 if dtype == WoqWeightDtype.INT8 else torch.uint8)
-
-
-def _nearest(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest of increasing `levels`, uint8."""
-    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)

@@ -35,3 +35,21 @@ CODEBOOKS = {
     WoqWeightDtype.IQ4: IQ4_VALUES.float(),
 }
 """Float32 values of the codes of each dtype that has a table."""
+
+
+def _middles(levels: torch.Tensor) -> torch.Tensor:
+    return (levels[1:] + levels[:-1]) / 2
+
+
+_BOUNDARIES = {
+    dtype: _middles(levels[:8] if dtype == WoqWeightDtype.FP4 else levels) for dtype, levels in CODEBOOKS.items()
+}
+"""Between neighbouring levels, or magnitudes of FP4."""
+
+
+def nearest_codes(values: torch.Tensor, dtype: WoqWeightDtype) -> torch.Tensor:
+    """Codes, int32, of the entries of the table of `dtype` that are nearest to float `values`, ties to lower ones."""
+    values = values.contiguous()  # bucketize warns of others
+    if dtype != WoqWeightDtype.FP4:
+        return torch.bucketize(values, _BOUNDARIES[dtype], out_int32=True)
+    return torch.bucketize(values.abs(), _BOUNDARIES[dtype], out_int32=True) | values.signbit().int() << 3

@@ -39,6 +39,11 @@ class WoqWeightDtype(IntEnum):
         return self.name.startswith("INT")
 
     @property
+    def is_float(self) -> bool:
+        """Whether codes are floating-point numbers themselves, neither integers nor places in a table."""
+        return self.name.startswith("FP8")
+
+    @property
     def bits(self) -> int:
         """Bits of a code in a packed weight."""
         return int(self.name[-1])

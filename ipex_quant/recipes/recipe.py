@@ -130,6 +130,11 @@ class WeightOnly(Settings):
         return get_weight_only_quant_qconfig_mapping(**settings, scale_dtype=torch.float16).global_qconfig
 
 
+def _check_calibrated(dtype: WoqWeightDtype, algorithm: str) -> None:
+    if dtype.is_float:
+        raise ValueError(f"weight_dtype: {algorithm} finds integers and codes of tables, got {dtype.name.lower()}")
+
+
 @dataclass(frozen=True)
 class Gptq(WeightOnly, Calibrated):
     """`WeightOnly` with GPTQ for the weights in transformer blocks; the other fields are those of `GptqOptions`."""
@@ -144,8 +149,7 @@ class Gptq(WeightOnly, Calibrated):
     correction: Fraction = GptqOptions.correction
 
     def __post_init__(self) -> None:
-        if not self.weight_dtype.has_integers:
-            raise ValueError(f"weight_dtype: gptq writes integers, got {self.weight_dtype.name.lower()}")
+        _check_calibrated(self.weight_dtype, "gptq")
         self.options()
 
     def options(self) -> GptqOptions:
@@ -169,8 +173,8 @@ class Awq(WeightOnly, Calibrated):
     gptq: bool = False
 
     def __post_init__(self) -> None:
-        if self.gptq and not self.weight_dtype.has_integers:
-            raise ValueError(f"gptq: it writes integers, got {self.weight_dtype.name.lower()}")
+        if self.gptq:
+            _check_calibrated(self.weight_dtype, "gptq")
         self.options()
 
     def options(self) -> AwqOptions:
@@ -193,8 +197,7 @@ class AutoRound(WeightOnly, Calibrated):
     seed: int = AutoRoundOptions.seed
 
     def __post_init__(self) -> None:
-        if not self.weight_dtype.has_integers:
-            raise ValueError(f"weight_dtype: auto_round tunes integers, got {self.weight_dtype.name.lower()}")
+        _check_calibrated(self.weight_dtype, "auto_round")
         self.options()
 
     def options(self) -> AutoRoundOptions:

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 _ALGORITHMS = {"gptq": Gptq, "awq": Awq, "auto_round": AutoRound}
 
 EVERY_SCHEME = WeightOnlySpace(
-    weight_dtypes=INTEGERS,
+    weight_dtypes=(*INTEGERS, WoqWeightDtype.IQ4),
     group_sizes=(128, 64, 32),
     qschemes=(WoqWeightQScheme.UNDEFINED,),
     algorithms=("gptq", "rtn"),
     lowp_modes=(WoqLowpMode.INT8,),
     act_quant_mode=WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM,
 )
-"""What is tuned without a recipe: integers of 2 to 8 bits, with zero points where there are less than 8."""
+"""What is tuned without a recipe: integers of 2 to 8 bits, with zero points where there are less than 8, and IQ4."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 Source: Cheng, Zhang, Shen, Cai, He, Lv, Liu, "Optimize Weight Rounding via Signed Gradient Descent for the Quantization
 of LLMs", arXiv 2309.05516. A quantized weight is ``s * (clamp(round(w / s + v) + zp) - zp)``, with an offset v in
 -0.5..0.5 of each weight, and scale and zero point of the range of its group, whose upper and lower end are multiplied
-by the factors alpha and beta in 0..1. Gradients pass through rounding unchanged.
+by the factors alpha and beta in 0..1. Gradients pass through rounding unchanged. Of a table, whose levels are not
+evenly spaced, an offset counts in distances of the two levels that ``w / s`` lies between.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import NamedTuple
 import torch
 
 from ..numerics.affine import code_offset, code_range, find_scales, in_groups, plain_codes
+from ..numerics.codebooks import CODEBOOKS, nearest_codes
 from ..numerics.quantized_weight import QuantizedWeight, code_dtype
 from ..numerics.scheme import WeightScheme
+from .clip_search import check_grid
 from .rtn import rtn
 
 _LEAST_CLIP, _MOST_CLIP = 0.1, 1.0
@@ -61,13 +64,17 @@ class AutoRoundOptions:
 
 
 class _Rounded(NamedTuple):
-    """A weight rounded by the current parameters; the last three are ``[N, groups, size]``, the others per group."""
+    """A weight rounded by the current parameters; the first two are per group, the others ``[N, groups, size]``.
+
+    `levels` are what the weights become before they are multiplied by the scales.
+    """
 
     scales: torch.Tensor
     zero_points: torch.Tensor
     scaled: torch.Tensor
-    unclamped: torch.Tensor
+    inside: torch.Tensor
     codes: torch.Tensor
+    levels: torch.Tensor
 
 
 class TunedWeight:
@@ -76,7 +83,7 @@ class TunedWeight:
     `offsets` ``[N, groups, size]`` are added before rounding; `high_clip` and `low_clip` ``[N, groups]`` multiply the
     ends of the ranges. A symmetric scheme has `high_clip` alone, which multiplies both. All are float32. At first
     `weight` is rounded to nearest on the grid of `start`, whose `g_idx` must be None, or without it on that of its own
-    ranges. Raises TypeError and ValueError as `rtn` does, and ValueError for a scheme without integers.
+    ranges. Raises TypeError and ValueError as `rtn` and `check_grid` do.
     """
 
     def __init__(
@@ -86,21 +93,22 @@ class TunedWeight:
         scale_dtype: torch.dtype = torch.float32,
         start: QuantizedWeight | None = None,
     ) -> None:
-        if not scheme.dtype.has_integers:
-            raise ValueError(f"dtype: AutoRound tunes integers, got {scheme.dtype.name}")
+        check_grid(scheme.dtype)
         nearest = rtn(weight, scheme, scale_dtype)  # also checks the weight
         scales, zero_points = (
             (nearest.scales, nearest.zero_points) if start is None else (start.scales, start.zero_points)
         )
         self.scheme, self.scale_dtype, self.shape = scheme, scale_dtype, (weight.shape[0], weight.shape[1])
         self._weight = in_groups(weight.detach().float(), scheme)
-        self._lowest, self._highest = code_range(scheme.dtype)
+        self._table = CODEBOOKS[scheme.dtype].unique() if scheme.dtype in CODEBOOKS else None
+        self._lowest, self._highest = code_range(scheme.dtype) if self._table is None else (0, len(self._table) - 1)
         self._steps = float(self._highest - self._lowest)
+        self._signs = scales.sign()
         self.offsets = torch.zeros_like(self._weight)
         self.high_clip = torch.ones_like(scales)
         if zero_points is None:
             self._steps = float((1 << (scheme.dtype.bits - 1)) - 1)
-            self._low, self._high, self.low_clip = scales, scales * self._steps, None
+            self._low, self._high, self.low_clip = scales, scales.abs() * self._steps, None
         else:
             self._low, self._high = (scales * (end - zero_points) for end in (self._lowest, self._highest))
             self.low_clip = torch.ones_like(scales)
@@ -112,15 +120,16 @@ class TunedWeight:
 
     def values(self) -> torch.Tensor:
         """The dequantized weight, float32 ``[N, K]``."""
-        scales, zeros, _, _, codes = self._rounded()
-        return self._flat(codes.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1)))
+        rounded = self._rounded()
+        return self._flat(rounded.levels.mul_(rounded.scales.unsqueeze(-1)))
 
     def quantized_weight(self) -> QuantizedWeight:
         """The quantized weight."""
-        scales, zeros, _, _, codes = self._rounded()
-        codes = plain_codes(self._flat(codes).to(code_dtype(self.scheme.dtype)), self.scheme.dtype)
-        zero_points = None if self.scheme.symmetric else zeros.to(torch.int16)
-        return QuantizedWeight(codes, scales, zero_points, None, self.scheme, self.shape)
+        rounded, dtype = self._rounded(), self.scheme.dtype
+        codes = rounded.codes if self._table is None else nearest_codes(rounded.levels, dtype)
+        codes = plain_codes(self._flat(codes).to(code_dtype(dtype)), dtype)
+        zero_points = None if self.scheme.symmetric else rounded.zero_points.to(torch.int16)
+        return QuantizedWeight(codes, rounded.scales, zero_points, None, self.scheme, self.shape)
 
     def step(self, gradient: torch.Tensor, rate: float, clip_rate: float) -> None:
         """Move offsets by `rate` and factors by `clip_rate` against the signs of their gradients.
@@ -128,13 +137,14 @@ class TunedWeight:
         `gradient`, float ``[N, K]``, is that of `values`.
         """
         gradients = in_groups(gradient.float(), self.scheme)
-        scales, zeros, scaled, unclamped, codes = self._rounded()
-        inside = unclamped == codes
-        # d value / d scale: code - zero - scaled where nothing is clipped, code - zero where it is
-        by_scale = codes.sub_(zeros.unsqueeze(-1)).sub_(scaled.mul_(inside)).mul_(gradients).sum(-1)
+        rounded = self._rounded()
+        scales, inside = rounded.scales, rounded.inside
+        # d value / d scale: level - scaled where nothing is clipped, level where it is
+        by_scale = rounded.levels.sub_(rounded.scaled.mul_(inside)).mul_(gradients).sum(-1)
         passed = gradients * inside
         if self.low_clip is None:
-            _move(self.high_clip, by_scale, clip_rate)
+            _move(self.high_clip, by_scale * self._signs, clip_rate)
+            passed *= self._signs.unsqueeze(-1)
         else:
             # scale = (high - low) / steps; zero = -low / scale, on which only clipped values depend, by -scale
             by_zero = (passed.sum(-1) - gradients.sum(-1)).mul_(scales)
@@ -147,15 +157,18 @@ class TunedWeight:
     def _rounded(self) -> _Rounded:
         high = self._high * self.high_clip
         if self.low_clip is None:
-            scales = self._stored(find_scales(high, self._steps))
-            zeros = torch.full_like(scales, code_offset(self.scheme.dtype))
+            scales = self._stored(find_scales(high, self._steps)) * self._signs
+            zeros = torch.full_like(scales, code_offset(self.scheme.dtype) if self._table is None else 0)
         else:
             low = self._low * self.low_clip
             scales = self._stored(find_scales(high - low, self._steps))
             zeros = torch.round(low / scales).neg_().add_(self._lowest).clamp_(self._lowest, self._highest)
         scaled = self._weight * (1.0 / scales).unsqueeze(-1)
-        unclamped = (scaled + self.offsets).round_().add_(zeros.unsqueeze(-1))
-        return _Rounded(scales, zeros, scaled, unclamped, unclamped.clamp(self._lowest, self._highest))
+        places = scaled if self._table is None else _places(scaled, self._table)
+        unclamped = (places + self.offsets).round_().add_(zeros.unsqueeze(-1))
+        codes = unclamped.clamp(self._lowest, self._highest)
+        levels = codes - zeros.unsqueeze(-1) if self._table is None else self._table[codes.int()]
+        return _Rounded(scales, zeros, scaled, unclamped == codes, codes, levels)
 
     def _stored(self, scales: torch.Tensor) -> torch.Tensor:
         """`scales` as `scale_dtype` holds them; its smallest number in place of 0."""
@@ -164,6 +177,12 @@ class TunedWeight:
 
     def _flat(self, groups: torch.Tensor) -> torch.Tensor:
         return groups.flatten(1)[:, : self.shape[1]]
+
+
+def _places(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Where `values` lie among increasing `levels`: at i on level i, and linearly between and beyond them."""
+    below = torch.bucketize(values.contiguous(), levels[1:-1], out_int32=True)
+    return (values - levels[below]).div_(levels.diff()[below]).add_(below)
 
 
 def _move(clip: torch.Tensor, gradient: torch.Tensor, rate: float) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..numerics.affine import code_offset, code_range, in_groups, quantize
+from ..numerics.codebooks import CODEBOOKS, nearest_codes
 from ..numerics.quantized_weight import QuantizedWeight
-from ..numerics.scheme import WeightScheme
+from ..numerics.scheme import WeightScheme, WoqWeightDtype
 from .rtn import round_scales
 
 _NORM = 3
@@ -35,35 +36,59 @@ def search_scales(
     """Scales and zero points, ``[N, groups]``, with which rounding changes `weight`, float ``[N, K]``, least.
 
     Tries `fractions` of every group's range, 1 first, whose ends shrink alike, so that zero points are those of the
-    range; values outside are clipped. The error of an input feature counts by its `importance` ``[K]``, not negative.
-    Raises as `numerics.affine.quantize` and `round_scales` do, ValueError for a `scheme` without integers too.
+    range; values outside are clipped. Where there is more than one, a table that is not symmetric is tried upside down
+    too, with negative scales. The error of an input feature counts by its `importance` ``[K]``, not negative. Raises as
+    `numerics.affine.quantize`, `round_scales` and `check_grid` do.
 
     Source: the search of neural-compressor's and AutoGPTQ's ``mse`` option, without its grid over zero points.
     """
-    if not scheme.dtype.has_integers:
-        raise ValueError(f"dtype: only integers have a range to clip, got {scheme.dtype.name}")
+    check_grid(scheme.dtype)
     nearest = quantize(weight, scheme)
-    whole = round_scales(nearest.scales, scale_dtype)
-    candidates = [whole]
-    for fraction in fractions[1:].tolist():
-        scales = (nearest.scales * fraction).to(scale_dtype).float()
-        candidates.append(torch.where(scales > 0, scales, whole))
+    candidates = _candidates(nearest.scales, fractions, scale_dtype)
+    if len(fractions) > 1 and _has_two_sides(scheme.dtype):
+        upside_down = quantize(-weight, scheme).scales
+        candidates += [-each for each in _candidates(upside_down, fractions, scale_dtype)]
     importances = in_groups(importance.float().unsqueeze(0), scheme)
-    scales = whole.clone()
+    scales = candidates[0].clone()
     for first in range(0, len(weight), _ROWS):
         rows = slice(first, first + _ROWS)
         groups = in_groups(weight[rows].detach().float(), scheme)
         zero = code_offset(scheme.dtype) if nearest.zero_points is None else nearest.zero_points[rows].unsqueeze(-1)
-        lowest, highest = (bound - zero for bound in code_range(scheme.dtype))
         least = torch.full(groups.shape[:2], torch.inf, dtype=torch.float32)
         for candidate in candidates:
             own = candidate[rows].unsqueeze(-1)
-            errors = torch.clamp((groups / own).round_(), lowest, highest).mul_(own).sub_(groups)
+            errors = _rounded(groups / own, scheme.dtype, zero).mul_(own).sub_(groups)
             total = (errors.square() * errors.abs_()).mul_(importances).sum(-1)
             better = total < least
             least = torch.where(better, total, least)
             scales[rows] = torch.where(better, candidate[rows], scales[rows])
     return scales, nearest.zero_points
+
+
+def check_grid(dtype: WoqWeightDtype) -> None:
+    """Raise ValueError for a dtype whose codes are floats, which have no steps to move between."""
+    if dtype.is_float:
+        raise ValueError(f"dtype: expected integers or a table of values, got {dtype.name}; round to nearest")
+
+
+def _has_two_sides(dtype: WoqWeightDtype) -> bool:
+    """Whether `dtype` has a table with other magnitudes below zero than above it."""
+    return dtype in CODEBOOKS and not torch.equal(CODEBOOKS[dtype].sort().values, CODEBOOKS[dtype].neg().sort().values)
+
+
+def _candidates(scales: torch.Tensor, fractions: torch.Tensor, scale_dtype: torch.dtype) -> list[torch.Tensor]:
+    """`fractions` of `scales`, 1 first, as `scale_dtype` holds them; the whole where it holds none."""
+    whole = round_scales(scales, scale_dtype)
+    smaller = [(scales * fraction).to(scale_dtype).float() for fraction in fractions[1:].tolist()]
+    return [whole, *(torch.where(each > 0, each, whole) for each in smaller)]
+
+
+def _rounded(scaled: torch.Tensor, dtype: WoqWeightDtype, zero: torch.Tensor | int) -> torch.Tensor:
+    """What `scaled` weights, a new tensor, become on the grid of `dtype`, before they are multiplied by the scale."""
+    if dtype in CODEBOOKS:
+        return CODEBOOKS[dtype][nearest_codes(scaled, dtype)]
+    lowest, highest = (bound - zero for bound in code_range(dtype))
+    return torch.clamp(scaled.round_(), lowest, highest)
 
 
 def rtn_searched(

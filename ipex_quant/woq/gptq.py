@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..numerics.affine import code_offset, code_range, plain_codes, quantize
+from ..numerics.codebooks import CODEBOOKS, nearest_codes
 from ..numerics.quantized_weight import QuantizedWeight, code_dtype
 from ..numerics.scheme import PER_CHANNEL, WeightScheme
-from .clip_search import clip_fractions, search_scales
+from .clip_search import check_grid, clip_fractions, search_scales
 from .scale_refit import refit_scales
 
 MAX_DAMPING = 10.0
@@ -109,13 +110,13 @@ def quantize_weight(
     options: GptqOptions | None = None,
     shift: torch.Tensor | None = None,
 ) -> QuantizedWeight:
-    """Quantize `weight` ``[N, K]`` to integers so that ``x @ weight.T`` changes least for the inputs of `hessian`.
+    """Quantize `weight` ``[N, K]`` so that ``x @ weight.T`` changes least for the inputs of `hessian`.
 
-    `hessian` is the mean of ``x x^T``, ``[K, K]``, up to a factor. With `shift`, the mean of ``(y - x) x^T`` up to the
-    same factor, the quantized weight's outputs for x come closest to those of `weight` for y, the inputs in the float
-    model. Features whose input is always zero are rounded to nearest. Raises TypeError for a weight that is no float,
-    ValueError for other shapes or dtypes, NaN or Inf, and RuntimeError for a Hessian that cannot be inverted; warns
-    when that takes more damping than asked for.
+    `scheme` has integers or a table of values, as NF4. `hessian` is the mean of ``x x^T``, ``[K, K]``, up to a factor.
+    With `shift`, the mean of ``(y - x) x^T`` up to the same factor, the quantized weight's outputs for x come closest
+    to those of `weight` for y, the inputs in the float model. Features whose input is always zero are rounded to
+    nearest. Raises TypeError for a weight that is no float, ValueError for other shapes or dtypes, NaN or Inf, and
+    RuntimeError for a Hessian that cannot be inverted; warns when that takes more damping than asked for.
 
     Source of `shift`: Li, Yin, Lee, Xiao, Panda, "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric
     Calibration", arXiv 2504.02692. Here it moves the weight to the least-squares solution before it is rounded.
@@ -132,8 +133,7 @@ def quantize_compensated(
 ) -> tuple[QuantizedWeight, torch.Tensor]:
     """The result of `quantize_weight`, and what was rounded to it: the weight that compensates, float32 ``[N, K]``."""
     options = options or GptqOptions()
-    if not scheme.dtype.has_integers:
-        raise ValueError(f"dtype: GPTQ quantizes to integers, got {scheme.dtype.name}")
+    check_grid(scheme.dtype)
     quantize(weight, scheme)  # checks the weight
     in_features = weight.shape[1]
     for name, matrix in (("hessian", hessian), ("shift", hessian if shift is None else shift)):
@@ -211,13 +211,18 @@ class _Grid:
         zero = code_offset(self.scheme.dtype)
         self.zero = zero if self.zero_points is None else self.zero_points[:, group].float()
         self.inverse = 1.0 / self.scale
-        self.range = code_range(self.scheme.dtype)
 
     def snap(self, column: torch.Tensor) -> torch.Tensor:
         """Round `column` ``[N]`` to the grid of the current group, and append its codes."""
-        codes = (column * self.inverse).round_().add_(self.zero).clamp_(*self.range)
+        dtype = self.scheme.dtype
+        if dtype in CODEBOOKS:
+            codes = nearest_codes(column * self.inverse, dtype)
+            values = CODEBOOKS[dtype][codes]
+        else:
+            codes = (column * self.inverse).round_().add_(self.zero).clamp_(*code_range(dtype))
+            values = codes - self.zero
         self.codes.append(codes.to(torch.int16))
-        return (codes - self.zero) * self.scale
+        return values * self.scale
 
     def quantized_weight(self, features: torch.Tensor) -> QuantizedWeight:
         """The quantized weight, its codes in input feature order; `features` is the order of quantization."""

@@ -21,7 +21,7 @@ def refit_scales(
 
     The error of a row is ``d H d^T`` with `hessian` H ``[K, K]`` and d the difference from `weight`, float ``[N, K]``:
     a quadratic function of the row's scales, so that they solve linear equations. A row where rounding leaves no gain,
-    or a scale would not be positive, keeps its scales.
+    or a scale would change its sign, keeps its scales.
     """
     groups = feature_groups(quantized)
     count = quantized.scales.shape[1]
@@ -47,6 +47,6 @@ def refit_scales(
         change = after - before
         # The error is now less by 2 wanted . change - change A change.
         gain = 2 * (wanted * change).sum(1) - (change.unsqueeze(1) @ products @ change.unsqueeze(2)).flatten()
-        better = (gain > 0) & (after > 0).all(1) & torch.isfinite(after).all(1)
+        better = (gain > 0) & (after * before > 0).all(1) & torch.isfinite(after).all(1)
         scales[rows] = torch.where(better.unsqueeze(1), after, before)
     return scales

@@ -49,13 +49,13 @@ def test_the_result_has_the_tuned_weights(model, samples, tmp_path):
     assert torch.isfinite(optimized(input_ids=samples[0]).logits).all()
 
 
-def test_what_is_no_integer_is_rounded_to_nearest_with_a_warning(model, samples):
+def test_floats_are_rounded_to_nearest_with_a_warning(model, samples):
     mapping = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4, group_size=16)
-    nf4 = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.NF4, group_size=16)
-    mapping.set_module_name("model.layers.1.mlp.down_proj", nf4.global_qconfig)
+    fp8 = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.FP8, group_size=16)
+    mapping.set_module_name("model.layers.1.mlp.down_proj", fp8.global_qconfig)
     with pytest.warns(UserWarning, match=r"auto_round: these linear layers are rounded to nearest: .*mlp.down_proj"):
         quantized = auto_round(model, samples, mapping, OPTIONS)
-    assert quantized.model.layers[1].mlp.down_proj.scheme.dtype == WoqWeightDtype.NF4
+    assert quantized.model.layers[1].mlp.down_proj.scheme.dtype == WoqWeightDtype.FP8
 
 
 def test_bad_input(model, samples):

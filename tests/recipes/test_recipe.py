@@ -125,8 +125,8 @@ def test_awq_with_gptq(written):
     settings = load_recipe(written("algorithm: awq\nweight_dtype: int4\ngptq: true\n")).settings
     assert settings.options() == AwqOptions(gptq=GptqOptions(scale_dtype=torch.float16), scale_dtype=torch.float16)
     assert settings.options().gptq == Gptq(weight_dtype=WoqWeightDtype.INT4).options()
-    with pytest.raises(ValueError, match="recipe mine: gptq: it writes integers, got nf4"):
-        load_recipe(written("algorithm: awq\nweight_dtype: nf4\ngptq: true\n"))
+    with pytest.raises(ValueError, match="recipe mine: weight_dtype: gptq finds integers and codes of tables, got fp8"):
+        load_recipe(written("algorithm: awq\nweight_dtype: fp8\ngptq: true\n"))
 
 
 @pytest.mark.parametrize("algorithm", ["dynamic", "static", "smoothquant"])
@@ -241,7 +241,10 @@ def test_schemes_and_rotations_are_written(tmp_path):
             "'qat'",
         ),
         ("algorithm: [rtn]", "recipe mine: algorithm: expected one of"),
-        ("{algorithm: gptq, weight_dtype: nf4}", "recipe mine: weight_dtype: gptq writes integers"),
+        (
+            "{algorithm: gptq, weight_dtype: fp8}",
+            "recipe mine: weight_dtype: gptq finds integers and codes of tables, got fp8",
+        ),
         ("{weight_dtype: nf4, weight_qscheme: asymmetric}", "recipe mine: .*symmetric"),
         ("{algorithm: gptq, samples: 0}", "recipe mine: samples: expected at least 1, got 0"),
         ("{algorithm: awq, lowest_clip: 2}", "recipe mine: lowest_clip: expected a fraction of the range"),

@@ -83,9 +83,23 @@ def test_bad_fractions(steps, lowest, message):
         clip_fractions(steps, lowest)
 
 
-def test_a_table_of_values_is_refused(weight):
-    with pytest.raises(ValueError, match="only integers have a range to clip, got NF4"):
-        search_scales(weight, WeightScheme(WoqWeightDtype.NF4), torch.ones(75), clip_fractions(1, 0.5))
+def test_floats_are_refused(weight):
+    with pytest.raises(ValueError, match="expected integers or a table of values, got FP8; round to nearest"):
+        search_scales(weight, WeightScheme(WoqWeightDtype.FP8), torch.ones(75), clip_fractions(1, 0.5))
+
+
+@pytest.mark.parametrize("dtype", [WoqWeightDtype.NF4, WoqWeightDtype.FP4, WoqWeightDtype.IQ4])
+def test_no_fraction_of_a_table_on_either_side_has_less_error(dtype, weight):
+    scheme = WeightScheme(dtype, True, 32)
+    importance = torch.rand(75, generator=torch.Generator().manual_seed(2))
+    fractions = clip_fractions(6, 0.7)
+    scales, zero_points = search_scales(weight, scheme, importance, fractions)
+    assert zero_points is None
+    found = _error(weight, scheme, importance, scales, None)
+    tried = [sign * rtn(sign * weight, scheme).scales * f for sign in (1, -1) for f in fractions]
+    errors = torch.stack([_error(weight, scheme, importance, each, None) for each in tried])
+    torch.testing.assert_close(found, errors.amin(0))
+    assert (scales < 0).any() == (dtype != WoqWeightDtype.FP4)
 
 
 def test_rounding_with_searched_scales_keeps_what_counts():

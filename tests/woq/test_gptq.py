@@ -4,12 +4,15 @@ import itertools
 import pytest
 import torch
 
+from ipex_quant import ops
 from ipex_quant.numerics.affine import code_values, dequantize
 from ipex_quant.numerics.scheme import WeightScheme, WoqWeightDtype
 from ipex_quant.woq.gptq import GptqOptions, HessianAccumulator, quantize_weight
 from ipex_quant.woq.rtn import rtn
 
 INT4, INT8 = WoqWeightDtype.INT4, WoqWeightDtype.INT8
+TABLES = (WoqWeightDtype.NF4, WoqWeightDtype.FP4, WoqWeightDtype.IQ4)
+GRIDS = [*itertools.product((INT4, INT8), (True, False)), *((dtype, True) for dtype in TABLES)]
 PAPER = GptqOptions(act_order=False, static_groups=False, clip_steps=0, refit=False)
 
 
@@ -41,8 +44,7 @@ ALL_OPTIONS = list(itertools.product((False, True), (False, True), (32, 128)))
 
 
 @pytest.mark.parametrize("group_size", [-1, 16, 64])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("dtype", [INT4, INT8])
+@pytest.mark.parametrize(("dtype", "symmetric"), GRIDS)
 def test_beats_round_to_nearest_with_all_options(dtype, symmetric, group_size, weight, inputs, hessian):
     scheme = WeightScheme(dtype, symmetric, group_size)
     nearest = _output_error(inputs, weight, rtn(weight, scheme))
@@ -53,8 +55,7 @@ def test_beats_round_to_nearest_with_all_options(dtype, symmetric, group_size, w
 
 
 @pytest.mark.parametrize(("in_features", "group_size"), [(96, -1), (96, 32), (81, 16), (33, 64)])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("dtype", [INT4, INT8])
+@pytest.mark.parametrize(("dtype", "symmetric"), GRIDS)
 def test_diagonal_hessian_is_round_to_nearest(dtype, symmetric, in_features, group_size):
     weight, scheme = torch.randn(8, in_features), WeightScheme(dtype, symmetric, group_size)
     hessian = torch.diag(torch.rand(in_features) + 0.1)
@@ -66,6 +67,21 @@ def test_diagonal_hessian_is_round_to_nearest(dtype, symmetric, in_features, gro
         assert torch.equal(qw.scales, nearest.scales)
         assert symmetric or torch.equal(qw.zero_points, nearest.zero_points)
         assert qw.g_idx is None
+
+
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("dtype", TABLES)
+def test_a_table_may_stand_upside_down(dtype, refit, weight, inputs, hessian):
+    scheme, options = WeightScheme(dtype, True, 32), GptqOptions(refit=refit, scale_dtype=torch.float16)
+    turned = quantize_weight(weight, hessian, scheme, options)
+    negative = turned.scales < 0
+    assert negative.any() == (dtype != WoqWeightDtype.FP4)
+    assert torch.equal(turned.scales.half().float(), turned.scales)
+    mirrored = quantize_weight(-weight, hessian, scheme, options)
+    assert torch.equal(mirrored.scales, -turned.scales) or dtype == WoqWeightDtype.FP4
+    values = dequantize(turned)
+    computed = ops.woq_linear(inputs, ops.pack_weight(turned).data, len(weight))
+    torch.testing.assert_close(computed, inputs @ values.t(), rtol=1e-4, atol=1e-4)
 
 
 def _obq(weight, hessian, percdamp, scales, zero_points):
@@ -214,7 +230,7 @@ def test_the_hessian_is_not_changed(hessian, weight):
         ),
         (torch.ones(4), torch.eye(4), WeightScheme(INT4), ValueError, "weight: expected shape"),
         (torch.ones(2, 4, dtype=torch.int32), torch.eye(4), WeightScheme(INT4), TypeError, "weight: expected dtype"),
-        (torch.ones(2, 4), torch.eye(4), WeightScheme(WoqWeightDtype.NF4), ValueError, "to integers, got NF4"),
+        (torch.ones(2, 4), torch.eye(4), WeightScheme(WoqWeightDtype.FP8), ValueError, "or a table of values, got FP8"),
     ],
 )
 def test_bad_input(weight, hessian, scheme, error, message):
