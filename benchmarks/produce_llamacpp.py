@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -17,8 +18,9 @@ TOOLS = Path(sys.prefix) / "build" / "bin"
 
 
 def importance(job: Task) -> Path:
-    """The importance matrix of a model, which is computed once."""
-    path = Path(job.shared) / "imatrix.gguf"
+    """The importance matrix of a model, which is computed once for a calibration text."""
+    text = Path(job.calibration).read_bytes()
+    path = Path(job.shared) / f"imatrix-{hashlib.sha256(text).hexdigest()[:8]}.gguf"
     if not path.is_file():
         temporary = path.with_suffix(".tmp")
         options = ["-c", job.length, "-b", job.length, "-t", job.threads, "--no-ppl", "--output-format", "gguf"]
