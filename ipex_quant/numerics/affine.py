@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import torch
 
-from .codebooks import CODEBOOKS, FP8_MAX, nearest_codes
+from .codebooks import CODEBOOKS, FP8_MAX, code_levels, nearest_codes
 from .nibbles import pack_nibbles, unpack_nibbles
 from .quantized_weight import QuantizedWeight
 from .scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
@@ -119,7 +119,7 @@ def code_values(qw: QuantizedWeight) -> torch.Tensor:
     """Values of the codes before zero point and scale, float32 ``[N, K]``: -8..7 for symmetric INT4, levels for NF4."""
     codes, dtype = stored_codes(qw), qw.scheme.dtype
     if dtype in CODEBOOKS:
-        return CODEBOOKS[dtype][codes.int()]
+        return code_levels(codes, CODEBOOKS[dtype])
     values = codes.to(torch.float32)
     return values.sub_(code_offset(dtype)) if dtype.has_integers and qw.scheme.symmetric else values
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .intervals import Intervals
 from .scheme import WoqWeightDtype
 
 NF4_LEVELS = torch.tensor(
@@ -37,19 +38,23 @@ CODEBOOKS = {
 """Float32 values of the codes of each dtype that has a table."""
 
 
-def _middles(levels: torch.Tensor) -> torch.Tensor:
-    return (levels[1:] + levels[:-1]) / 2
+def _intervals(levels: torch.Tensor) -> Intervals:
+    return Intervals((levels[1:] + levels[:-1]) / 2)
 
 
-_BOUNDARIES = {
-    dtype: _middles(levels[:8] if dtype == WoqWeightDtype.FP4 else levels) for dtype, levels in CODEBOOKS.items()
+_NEAREST = {
+    dtype: _intervals(levels[:8] if dtype == WoqWeightDtype.FP4 else levels) for dtype, levels in CODEBOOKS.items()
 }
-"""Between neighbouring levels, or magnitudes of FP4."""
+"""The values that round to each level, or magnitude of FP4."""
 
 
 def nearest_codes(values: torch.Tensor, dtype: WoqWeightDtype) -> torch.Tensor:
     """Codes, int32, of the entries of the table of `dtype` that are nearest to float `values`, ties to lower ones."""
-    values = values.contiguous()  # bucketize warns of others
     if dtype != WoqWeightDtype.FP4:
-        return torch.bucketize(values, _BOUNDARIES[dtype], out_int32=True)
-    return torch.bucketize(values.abs(), _BOUNDARIES[dtype], out_int32=True) | values.signbit().int() << 3
+        return _NEAREST[dtype].index(values)
+    return _NEAREST[dtype].index(values.abs()) | values.signbit().int() << 3
+
+
+def code_levels(codes: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """The entries of the table `levels` that `codes`, of any integer dtype and shape, stand for."""
+    return levels.index_select(0, codes.reshape(-1).int()).view(codes.shape)  # a fourth of the time of levels[codes]

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 
 from ..numerics.affine import code_offset, code_range, find_scales, in_groups, plain_codes
-from ..numerics.codebooks import CODEBOOKS, nearest_codes
+from ..numerics.codebooks import CODEBOOKS, code_levels, nearest_codes
+from ..numerics.intervals import Intervals
 from ..numerics.quantized_weight import QuantizedWeight, code_dtype
 from ..numerics.scheme import WeightScheme
 from .clip_search import check_grid
@@ -101,6 +102,8 @@ class TunedWeight:
         self.scheme, self.scale_dtype, self.shape = scheme, scale_dtype, (weight.shape[0], weight.shape[1])
         self._weight = in_groups(weight.detach().float(), scheme)
         self._table = CODEBOOKS[scheme.dtype].unique() if scheme.dtype in CODEBOOKS else None
+        if self._table is not None:
+            self._between = Intervals(self._table[1:-1])
         self._lowest, self._highest = code_range(scheme.dtype) if self._table is None else (0, len(self._table) - 1)
         self._steps = float(self._highest - self._lowest)
         self._signs = scales.sign()
@@ -164,11 +167,17 @@ class TunedWeight:
             scales = self._stored(find_scales(high - low, self._steps))
             zeros = torch.round(low / scales).neg_().add_(self._lowest).clamp_(self._lowest, self._highest)
         scaled = self._weight * (1.0 / scales).unsqueeze(-1)
-        places = scaled if self._table is None else _places(scaled, self._table)
+        places = scaled if self._table is None else self._places(scaled)
         unclamped = (places + self.offsets).round_().add_(zeros.unsqueeze(-1))
         codes = unclamped.clamp(self._lowest, self._highest)
-        levels = codes - zeros.unsqueeze(-1) if self._table is None else self._table[codes.int()]
+        levels = codes - zeros.unsqueeze(-1) if self._table is None else code_levels(codes, self._table)
         return _Rounded(scales, zeros, scaled, unclamped == codes, codes, levels)
+
+    def _places(self, values: torch.Tensor) -> torch.Tensor:
+        """Where `values` lie among the levels of the table: at i on level i, and linearly between and beyond them."""
+        below = self._between.index(values)
+        gaps = code_levels(below, self._table.diff())
+        return (values - code_levels(below, self._table)).div_(gaps).add_(below)
 
     def _stored(self, scales: torch.Tensor) -> torch.Tensor:
         """`scales` as `scale_dtype` holds them; its smallest number in place of 0."""
@@ -177,12 +186,6 @@ class TunedWeight:
 
     def _flat(self, groups: torch.Tensor) -> torch.Tensor:
         return groups.flatten(1)[:, : self.shape[1]]
-
-
-def _places(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """Where `values` lie among increasing `levels`: at i on level i, and linearly between and beyond them."""
-    below = torch.bucketize(values.contiguous(), levels[1:-1], out_int32=True)
-    return (values - levels[below]).div_(levels.diff()[below]).add_(below)
 
 
 def _move(clip: torch.Tensor, gradient: torch.Tensor, rate: float) -> None:

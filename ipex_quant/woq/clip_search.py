@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..numerics.affine import code_offset, code_range, in_groups, quantize
-from ..numerics.codebooks import CODEBOOKS, nearest_codes
+from ..numerics.codebooks import CODEBOOKS, code_levels, nearest_codes
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import WeightScheme, WoqWeightDtype
 from .rtn import round_scales
@@ -86,7 +86,7 @@ def _candidates(scales: torch.Tensor, fractions: torch.Tensor, scale_dtype: torc
 def _rounded(scaled: torch.Tensor, dtype: WoqWeightDtype, zero: torch.Tensor | int) -> torch.Tensor:
     """What `scaled` weights, a new tensor, become on the grid of `dtype`, before they are multiplied by the scale."""
     if dtype in CODEBOOKS:
-        return CODEBOOKS[dtype][nearest_codes(scaled, dtype)]
+        return code_levels(nearest_codes(scaled, dtype), CODEBOOKS[dtype])
     lowest, highest = (bound - zero for bound in code_range(dtype))
     return torch.clamp(scaled.round_(), lowest, highest)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..numerics.affine import code_offset, code_range, plain_codes, quantize
-from ..numerics.codebooks import CODEBOOKS, nearest_codes
+from ..numerics.codebooks import CODEBOOKS, code_levels, nearest_codes
 from ..numerics.quantized_weight import QuantizedWeight, code_dtype
 from ..numerics.scheme import PER_CHANNEL, WeightScheme
 from .clip_search import check_grid, clip_fractions, search_scales
@@ -217,7 +217,7 @@ class _Grid:
         dtype = self.scheme.dtype
         if dtype in CODEBOOKS:
             codes = nearest_codes(column * self.inverse, dtype)
-            values = CODEBOOKS[dtype][codes]
+            values = code_levels(codes, CODEBOOKS[dtype])
         else:
             codes = (column * self.inverse).round_().add_(self.zero).clamp_(*code_range(dtype))
             values = codes - self.zero
