@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,11 +167,13 @@ def _reason_against_batching(path: Path, gguf: Path | None, trust_remote_code: b
 
 
 def _reason_of(kind: Any, config: PreTrainedConfig) -> str | None:
+    from .llm.cache.naming import cache_name
+
     text = config.get_text_config(decoder=True)
     types = set(getattr(text, "layer_types", None) or ())
     if not types <= LAYERS:
         return f"the paged cache has no layers of {', '.join(sorted(types - LAYERS))}"
-    takes_caches = hasattr(kind, "init_continuous_batching") and "past_key_values" in signature(kind.forward).parameters
+    takes_caches = hasattr(kind, "init_continuous_batching") and cache_name(kind.forward) is not None
     if config.is_encoder_decoder or not takes_caches:
         return f"a {kind.__name__} has no continuous batching"
     if not kind._can_set_attn_implementation() or getattr(text, "alibi", False):

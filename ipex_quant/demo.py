@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from . import data, demo_encoders, evaluation, llm
 from .demo_encoders import Check
+from .llm.cache.naming import CACHE
 from .nn import QuantizedModule
 from .nn.linears import is_linear
 from .recipes.apply import apply_recipe, calibration_data
@@ -154,7 +155,7 @@ def window(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 def cache_bytes(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     """Bytes of the KV cache of a window, with the spare slots that the cache has allocated."""
     with torch.inference_mode():
-        layers = model(input_ids=window(tokenizer), use_cache=True).past_key_values.layers
+        layers = model(input_ids=window(tokenizer), use_cache=True)[CACHE].layers
     return sum(getattr(layer, "nbytes", None) or layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 

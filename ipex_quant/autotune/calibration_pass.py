@@ -28,7 +28,7 @@ SAMPLE_ROWS = 128
 
 SAMPLE_IMAGES = 4
 
-_CACHE_ARGUMENTS = ("past_key_value", "past_key_values", "use_cache", "layer_past")
+_CACHE_ARGUMENTS = ("past_key_value", "past_key_values", "cache", "use_cache", "layer_past")
 
 
 class RecordingObserver(SmoothQuantActivationObserver):

@@ -10,6 +10,7 @@ from statistics import median
 import torch
 from torch import nn
 
+from ..llm.cache.naming import CACHE
 from ..nn import QuantizedModule
 from ..nn.linears import is_linear, weight_matrix
 
@@ -60,7 +61,7 @@ def decode_step_ms(model: nn.Module) -> float | None:
         output = model(input_ids=ids, use_cache=True)
         for _ in range(_STEPS):
             start = time.perf_counter()
-            output = model(input_ids=ids[:, -1:], past_key_values=output.past_key_values, use_cache=True)
+            output = model(input_ids=ids[:, -1:], use_cache=True, **{CACHE: output[CACHE]})
             times.append(time.perf_counter() - start)
     except Exception as error:  # tuning goes on without a time
         logger.debug("no decode step was timed: %r", error)

@@ -56,14 +56,15 @@ class FastBert(FusedForward):
         inputs_embeds: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool | None = None,
+        past_key_values: Any = None,
         **options: Any,
     ) -> Any:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
         inputs = Inputs(input_ids, token_type_ids, position_ids, inputs_embeds)
-        others = (encoder_hidden_states, encoder_attention_mask, past_key_values)
+        others = (encoder_hidden_states, encoder_attention_mask, past_key_values if cache is None else cache)
         with self._own_dropout():
             if any(each is not None for each in others) or self._needs_stock(inputs, options):
                 forward = type(self.model).forward

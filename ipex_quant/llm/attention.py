@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.utils.import_utils import is_tracing
 
 from ..nn.deferred import DeferredTensor, values_of
+from .cache.naming import cache_name
 from .cache.paged import PagedTensor
 from .cache.storage import Storage, attend
 
@@ -51,7 +51,7 @@ def _covers(model: PreTrainedModel) -> bool:
     # sinks, which it has not, or because it is a decoder whose attention modules lack `is_causal`.
     if not model._supports_flash_attn or any(hasattr(module, "sinks") for module in model.modules()):
         return False
-    is_decoder = "past_key_values" in inspect.signature(model.forward).parameters
+    is_decoder = cache_name(model.forward) is not None
     return not is_decoder or any(getattr(module, "is_causal", False) for module in model.modules())
 
 

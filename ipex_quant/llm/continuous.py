@@ -33,6 +33,7 @@ from transformers.generation.continuous_batching.utils import (
     get_device_and_memory_breakdown,
 )
 
+from .cache.naming import CACHE
 from .cache.paged import BlockStep, PagedCache, Step, WindowStep, unknown_release
 
 _BASES: tuple[type[Exception], ...] = (ValueError,)
@@ -207,7 +208,7 @@ def paged_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in arguments.items()
         if name in _OF_THE_MODEL or name not in PagedAttentionArgs.__annotations__
     }
-    return kept | {"past_key_values": PagedCache(layers)}
+    return kept | {CACHE: PagedCache(layers)}
 
 
 def _step(allocator: CacheAllocator, arguments: Mapping[str, Any]) -> Step:

@@ -6,7 +6,6 @@ the first, is what scripts for IPEX call, calibrate with and trace. Calls withou
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..errors import ArgumentTypeError
+from .cache.naming import CACHE, CACHE_NAMES, cache_name, given_cache
 from .cache.past import Past, TupleCache, check_tuples, fill, is_past, stored_tokens, traced_cache
 from .generation import CacheHook, takes_caches
 
@@ -42,15 +42,16 @@ def takes_tuples(model: nn.Module) -> bool:
     """
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or not model.can_generate():
         return False
-    return "past_key_values" in inspect.signature(model.forward).parameters and takes_caches(model)
+    return cache_name(model.forward) is not None and takes_caches(model)
 
 
 def _read_tuples(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """The arguments of a call by IPEX's convention as transformers takes them; None for any other call."""
-    past = next((value for value in (kwargs.get("past_key_values"), *args) if is_past(value)), None)
+    past = next((value for value in (given_cache(kwargs), *args) if is_past(value)), None)
     if past is None:
         return None
-    kwargs = {**by_name(args), **kwargs, "past_key_values": _cache(model, past)}
+    others = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+    kwargs = {**by_name(args), **others, CACHE: _cache(model, past)}
     if torch.jit.is_tracing() or getattr(model.config, "torchscript", False):
         kwargs.setdefault("return_dict", False)
     return (), kwargs
@@ -94,11 +95,11 @@ def _cache(model: PreTrainedModel, past: Any) -> TupleCache:
 
 def _give_tuples(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """The `output` of a call that `_read_tuples` changed, with the cache as tuples; None for any other call."""
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     if not isinstance(cache, TupleCache):
         return None
     past = cache.tuples() if torch.jit.is_tracing() else Past.of(cache)
     if isinstance(output, tuple):
         return tuple(past if isinstance(each, Cache) else each for each in output)
-    output.past_key_values = past
+    output[CACHE] = past
     return output

@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 
 from .attention import NAME, is_attention, is_native
 from .cache.layers import NativeLayer, SlidingLayer
+from .cache.naming import CACHE, CACHE_NAMES, cache_name, given_cache
 from .cache.paged import unknown_release
 from .search import hf_beam_sample, hf_beam_search, hf_greedy_search, hf_sample
 
@@ -62,7 +63,7 @@ def use_native_cache(model: PreTrainedModel, kv_cache_dtype: torch.dtype | None 
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     NativeLayer(kv_cache_dtype)  # checks it
     takes = takes_caches(model)
-    if kv_cache_dtype is not None and "past_key_values" not in inspect.signature(model.forward).parameters:
+    if kv_cache_dtype is not None and cache_name(model.forward) is None:
         warnings.warn(f"kv_cache_dtype: a {type(model).__name__} has no cache of keys and values", stacklevel=2)
     elif kv_cache_dtype is not None and not takes:
         warnings.warn(f"kv_cache_dtype: the code of {type(model).__name__} keeps caches of its own", stacklevel=2)
@@ -96,10 +97,10 @@ def takes_caches(model: nn.Module) -> bool:
 
 
 def _uses_caches(cls: type) -> bool:
-    functions = [value for value in vars(cls).values() if inspect.isfunction(value)]
+    functions = [inspect.unwrap(value) for value in vars(cls).values() if inspect.isfunction(value)]
     names = {name for function in functions for name in (*function.__code__.co_names, *function.__code__.co_varnames)}
     if cls.__module__.startswith("transformers."):
-        return cls.__module__.startswith("transformers.models.") and bool(names & {"past_key_values", "cache_params"})
+        return cls.__module__.startswith("transformers.models.") and bool(names & {*CACHE_NAMES, "cache_params"})
     return bool(names & _CACHE_NAMES) or {"update", "layer_idx"} <= names
 
 
@@ -139,19 +140,21 @@ class CacheHook:
         self.dtype = dtype
         names = list(inspect.signature(model.forward).parameters)
         makes_caches = model.can_generate() and model._supports_default_dynamic_cache()
-        self._position = names.index("past_key_values") if makes_caches and "past_key_values" in names else -1
+        name = cache_name(model.forward)
+        self._position = names.index(name) if makes_caches and name is not None else -1
 
     def __call__(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if "cache" in kwargs and model.config.get_text_config(decoder=True)._attn_implementation == NAME:
+        if "read_index" in kwargs and model.config.get_text_config(decoder=True)._attn_implementation == NAME:
             from .continuous import paged_arguments
 
             return args, paged_arguments(kwargs)
         if torch.is_grad_enabled() and any(_differentiable(model, args, kwargs)):
             return args, kwargs
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         makes_cache = cache is None and len(args) <= self._position and _uses_cache(model, kwargs)
         if makes_cache and not _is_packed(kwargs):
-            cache = kwargs["past_key_values"] = _dynamic_cache(model)
+            cache = _dynamic_cache(model)
+            kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES} | {CACHE: cache}
         self.make_native(cache, model)
         return args, kwargs
 
@@ -172,7 +175,7 @@ class CacheHook:
             kind = "an offloaded" if cache.offloading else "a static"
             warnings.warn(
                 f"kv_cache_dtype: {kind} cache keeps keys and values in the model's dtype, not in "
-                f"{str(dtype).removeprefix('torch.')}; leave out cache_implementation and past_key_values, or set "
+                f"{str(dtype).removeprefix('torch.')}; leave out cache_implementation and the cache, or set "
                 "kv_cache_dtype to None",
                 stacklevel=2,
             )
@@ -247,7 +250,7 @@ def _prefill(
     """`GenerationMixin._prefill`, run once for each prompt, although the inputs repeat it for each beam or sequence."""
     prefill = functools.partial(type(model)._prefill, model)
     copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-    cache = model_kwargs.get("past_key_values")
+    cache = given_cache(model_kwargs)
     if copies == 1 or not isinstance(cache, Cache) or model_kwargs.get("mm_encoder_outputs") is not None:
         return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
     hook = next(hook for hook in model._forward_pre_hooks.values() if isinstance(hook, CacheHook))
@@ -257,7 +260,7 @@ def _prefill(
     prompts = {name: _every(value, copies, name) for name, value in model_kwargs.items()}
     outputs = prefill(input_ids[::copies], generation_config, prompts, *args, **kwargs)
     # It may be a new cache: Phi-3 drops the old one when it changes to its long factors.
-    made = getattr(outputs, "past_key_values", None)
+    made = getattr(outputs, CACHE, None)
     (cache if made is None else made).batch_repeat_interleave(copies)
     return type(outputs)(**{name: _repeated(value, copies) for name, value in outputs.items()})
 

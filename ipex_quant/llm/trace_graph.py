@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..errors import ArgumentError, ArgumentTypeError
 from ..nn.deferred import values_of
 from ..nn.fused_forward import FusedForward
+from .cache.naming import CACHE
 from .cache.past import empty_tuple, layer_tuple
 from .convention import accept_tuples, takes_tuples
 from .generation import use_native_cache
@@ -94,7 +95,7 @@ def empty_past(model: PreTrainedModel) -> tuple[tuple[torch.Tensor, ...], ...]:
 
 def output_of(model: PreTrainedModel, logits: torch.Tensor, past: Any) -> Any:
     """Logits and past as `model` returns them."""
-    output = CausalLMOutputWithPast(logits=logits, past_key_values=past)
+    output = CausalLMOutputWithPast(logits=logits, **{CACHE: past})
     as_dict = model.config.return_dict and not getattr(model.config, "torchscript", False)
     return output if as_dict else output.to_tuple()
 
@@ -146,22 +147,24 @@ class GraphForward(FusedForward):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        cache: DynamicCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
         **others: Any,
     ) -> Any:
         """Logits ``[B, L, vocabulary]`` and the cache; ValueError for an argument that the graph does not take."""
         tokens = inputs_embeds if input_ids is None else input_ids
         given = [name for name, value in others.items() if value is not None and value is not False]
         unknown = [name for name in given if name not in _WITHOUT_EFFECT]
-        if tokens is None or unknown or not isinstance(past_key_values, (DynamicCache, type(None))):
-            found = type(past_key_values).__name__
+        cache = past_key_values if cache is None else cache
+        if tokens is None or unknown or not isinstance(cache, (DynamicCache, type(None))):
+            found = type(cache).__name__
             raise ArgumentError(
-                "a model with a trace_graph takes input_ids, attention_mask, position_ids and past_key_values (tuples "
+                "a model with a trace_graph takes input_ids, attention_mask, position_ids and a cache (tuples "
                 f"or a DynamicCache, got {found})" + (f", not {', '.join(unknown)}" if unknown else "")
             )
-        layers = [] if past_key_values is None else past_key_values.layers
-        stored = past_key_values.get_seq_length() if layers else 0
+        layers = [] if cache is None else cache.layers
+        stored = cache.get_seq_length() if layers else 0
         batch, length = tokens.shape[:2]
         if attention_mask is None:
             attention_mask = torch.ones(batch, stored + length, dtype=torch.long)
@@ -170,10 +173,10 @@ class GraphForward(FusedForward):
         graph = self.graph if stored else self.first_graph
         tensors = [tokens, attention_mask, position_ids]
         result = graph(*_arranged(graph, tensors, self._tuples(layers, stored)))
-        if past_key_values is not None:
-            past_key_values.layers = [_filled(keys, values) for _, keys, values, _ in result[1]]
+        if cache is not None:
+            cache.layers = [_filled(keys, values) for _, keys, values, _ in result[1]]
         logits = _last(result[0], others.get("logits_to_keep"))
-        output = CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        output = CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
         return output if others.get("return_dict", self.model.config.return_dict) else output.to_tuple()
 
     def _tuples(self, layers: list[CacheLayerMixin], stored: int) -> tuple[tuple[torch.Tensor, ...], ...]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from ..cache.naming import CACHE_NAMES, given_cache
 from .families import Family
 
-_USED = ("attention_mask", "position_embeddings", "position_ids", "past_key_values", "layer_past")
+_USED = ("attention_mask", "position_embeddings", "position_ids", *CACHE_NAMES, "layer_past")
 _WITHOUT_EFFECT = ("use_cache", "output_hidden_states", "return_dict", "cache_position")
 
 
@@ -67,7 +68,7 @@ class CallReader:
             if name not in self.known and value is not None and value is not False:
                 return None
         get = given.get
-        mask, caches = get("attention_mask"), get("past_key_values")
+        mask, caches = get("attention_mask"), given_cache(given)
         if mask is not None and self.inverts_mask:
             mask = ~mask
         if caches is None:

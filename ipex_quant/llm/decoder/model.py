@@ -12,6 +12,7 @@ from transformers.utils import output_capturing
 
 from ...nn.fused_forward import FusedForward, restore_forwards
 from ...ops.decoder import MAX_TOKENS
+from ..cache.naming import CACHE
 from ..cache.paged import PagedCache
 from .call import LayerCall
 from .layer import FusedLayer
@@ -70,26 +71,28 @@ class FusedModel(FusedForward):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Any = None,
         **others: Any,
     ) -> Any:
         hidden = None
-        paged = isinstance(past_key_values, PagedCache)  # whose engine asks for no other cache
+        cache = past_key_values if cache is None else cache
+        paged = isinstance(cache, PagedCache)  # whose engine asks for no other cache
         one_input = (input_ids is None) != (inputs_embeds is None)
-        if one_input and past_key_values is not None and self._suits(True if paged else use_cache, others):
-            hidden = self._all_layers(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+        if one_input and cache is not None and self._suits(True if paged else use_cache, others):
+            hidden = self._all_layers(input_ids, inputs_embeds, attention_mask, position_ids, cache)
         if hidden is not None:
-            return BaseModelOutputWithPast(last_hidden_state=self.model.norm(hidden), past_key_values=past_key_values)
+            return BaseModelOutputWithPast(last_hidden_state=self.model.norm(hidden), **{CACHE: cache})
         return type(self.model).forward(
             self.model,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE: cache},
             **others,
         )
 
@@ -112,7 +115,7 @@ class FusedModel(FusedForward):
         inputs_embeds: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        past_key_values: Any,
+        cache: Any,
     ) -> torch.Tensor | None:
         """Hidden states after the last layer; None, with nothing computed, if the layers must be called one by one."""
         model = self.model
@@ -120,7 +123,7 @@ class FusedModel(FusedForward):
         step = self._find_step() if batch * length <= MAX_TOKENS else None
         if step is None:
             return None
-        past, mask = past_key_values.get_seq_length(), None
+        past, mask = cache.get_seq_length(), None
         if attention_mask is not None:
             if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
                 return None
@@ -134,7 +137,7 @@ class FusedModel(FusedForward):
         x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if any(parameters["weight"].dtype != x.dtype for parameters in step.find_tensors().norms):
             return None
-        return step(x, LayerCall(mask, past_key_values, self.angles(x, past, length, position_ids)))
+        return step(x, LayerCall(mask, cache, self.angles(x, past, length, position_ids)))
 
     def _find_step(self) -> LayerStep | None:
         """The step that computes all layers; None if a layer is not fused, was changed or has a hook."""
