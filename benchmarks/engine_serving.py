@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 from ipex_quant import llm, quantization
+from ipex_quant.llm.cache.naming import CACHE
 
 PAGE = 64
 CHUNK = 512
@@ -50,7 +51,7 @@ class Engine(TorchEngine):
             for _ in range(new_tokens + 1):
                 token = output.logits[:, -1:].argmax(-1)
                 start = time.perf_counter()
-                output = self.model(token, past_key_values=output.past_key_values, use_cache=True)
+                output = self.model(token, **{CACHE: output[CACHE]}, use_cache=True)
                 steps.append(time.perf_counter() - start)
         return {"seconds": sorted(steps[1:])[new_tokens // 2]}
 

@@ -8,6 +8,7 @@ from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_fun
 
 from ipex_quant.llm.attention import WindowMask, attention_forward, attention_mask, use_native_attention
 from ipex_quant.llm.cache.layers import NativeLayer
+from ipex_quant.llm.cache.naming import CACHE
 from ipex_quant.nn.deferred import DeferredTensor
 
 
@@ -257,5 +258,5 @@ def test_tokens_after_a_prompt_whose_tokens_see_each_other():
     results = []
     for each in (model, stock):
         first = each(tokens[:, :5])
-        results.append((first.logits, each(tokens[:, 5:], past_key_values=first.past_key_values).logits))
+        results.append((first.logits, each(tokens[:, 5:], **{CACHE: first[CACHE]}).logits))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ipex_quant as ipex
+from ipex_quant.llm.cache.naming import CACHE
 from ipex_quant.llm.cache.past import Past
 from ipex_quant.quantization import (
     WoqWeightDtype,
@@ -105,8 +106,8 @@ class TestCalls:
 
     def test_other_calls_are_as_before(self, model):
         output = model(IDS, attention_mask=torch.ones(1, 9))
-        assert not isinstance(output.past_key_values, tuple)
-        assert output.past_key_values.get_seq_length() == 9
+        assert not isinstance(output[CACHE], tuple)
+        assert output[CACHE].get_seq_length() == 9
 
 
 def test_calibration_by_position():

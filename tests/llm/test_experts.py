@@ -8,6 +8,7 @@ import transformers
 
 import ipex_quant as ipex
 from ipex_quant import ops
+from ipex_quant.llm.cache.naming import CACHE
 from ipex_quant.nn import Int8Linear, WeightOnlyQuantizedExpertLinears, WeightOnlyQuantizedExperts
 from ipex_quant.numerics import affine
 from ipex_quant.numerics.scheme import WoqActQuantMode, WoqLowpMode, WoqWeightDtype
@@ -129,10 +130,10 @@ class TestModels:
         caches = [None, None]
         for step in (ids[:, :17], ids[:, 17:18], ids[:, 18:]):
             outputs = [
-                each(step, past_key_values=cache, use_cache=True)
+                each(step, **{CACHE: cache}, use_cache=True)
                 for each, cache in zip((quantized, reference), caches, strict=True)
             ]
-            caches = [output.past_key_values for output in outputs]
+            caches = [output[CACHE] for output in outputs]
             torch.testing.assert_close(outputs[0].logits, outputs[1].logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(quantized(ids).logits, model(ids).logits, atol=1e-2)
 

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import ipex_quant as ipex
 from ipex_quant.llm.attention import use_native_attention
 from ipex_quant.llm.cache.layers import NativeLayer, SlidingLayer
+from ipex_quant.llm.cache.naming import CACHE
 from ipex_quant.llm.decoder.layer import FusedLayer
 from ipex_quant.llm.generation import CacheHook, use_native_cache
 from ipex_quant.nn.fused_forward import fused_forward
@@ -172,7 +173,7 @@ def test_continued_chat(pair, beams):
             continue
         more = torch.full((2, 4), 7)
         tokens = torch.cat([first.sequences, more], dim=1)
-        second = generate(x, {"input_ids": tokens}, past_key_values=first.past_key_values)
+        second = generate(x, {"input_ids": tokens}, **{CACHE: first[CACHE]})
         outputs.append(second)
         assert second.shape[1] > tokens.shape[1]
     assert torch.equal(*outputs)
@@ -187,7 +188,7 @@ def native_layers(cache):
 
 def cache_of(model, inputs, **options):
     caches = []
-    handle = model.register_forward_hook(lambda module, args, out: caches.append(out.past_key_values))
+    handle = model.register_forward_hook(lambda module, args, out: caches.append(out[CACHE]))
     generate(model, inputs, **options)
     handle.remove()
     return caches[-1]
@@ -254,7 +255,7 @@ def test_what_was_encoded_is_seen_through_no_window():
         tokens = prompt(model, 1, 12)["input_ids"]
         first = model(tokens, decoder_input_ids=tokens[:, :1])
         encoded = BaseModelOutput(first.encoder_last_hidden_state)
-        past = {"encoder_outputs": encoded, "past_key_values": first.past_key_values}
+        past = {"encoder_outputs": encoded, CACHE: first[CACHE]}
         return model(decoder_input_ids=tokens[:, 1:2], **past).logits
 
     torch.testing.assert_close(logits(other), logits(model), rtol=1e-4, atol=1e-5)
@@ -287,8 +288,8 @@ def test_hidden_states_and_scores_come_for_every_sequence(llama_pair):
 def logits_of(model, tokens, steps=8):
     """Logits of a prefill and of decoding steps."""
     cache = DynamicCache(config=model.config)
-    out = [model(tokens[:, :-steps], past_key_values=cache).logits[:, -1]]
-    out += [model(column, past_key_values=cache).logits[:, -1] for column in tokens[:, -steps:].split(1, dim=1)]
+    out = [model(tokens[:, :-steps], **{CACHE: cache}).logits[:, -1]]
+    out += [model(column, **{CACHE: cache}).logits[:, -1] for column in tokens[:, -steps:].split(1, dim=1)]
     return torch.stack(out, 1)
 
 
@@ -321,12 +322,12 @@ def test_nan_in_one_sequence_stays_there(dtype):
     model = native(build("llama"), dtype)
     cache = DynamicCache(config=model.config)
     embedded = model.model.embed_tokens(prompt(model)["input_ids"])
-    clean = model(inputs_embeds=embedded, past_key_values=DynamicCache(config=model.config)).logits
+    clean = model(inputs_embeds=embedded, **{CACHE: DynamicCache(config=model.config)}).logits
     embedded[0, 3] = torch.nan
-    out = model(inputs_embeds=embedded, past_key_values=cache).logits
+    out = model(inputs_embeds=embedded, **{CACHE: cache}).logits
     assert out[0, 3:].isnan().all()
     assert torch.equal(out[1], clean[1])
-    step = model(torch.tensor([[5], [6]]), past_key_values=cache).logits
+    step = model(torch.tensor([[5], [6]]), **{CACHE: cache}).logits
     assert step[0].isnan().all()
     assert step[1].isfinite().all()
 
@@ -336,11 +337,11 @@ def test_forward_makes_native_caches_itself(llama_pair):
     tokens = prompt(model)["input_ids"]
     want, got = model(tokens), other(tokens)
     torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
-    assert len(native_layers(got.past_key_values)) == 2
-    assert other(tokens, use_cache=False).past_key_values is None
+    assert len(native_layers(got[CACHE])) == 2
+    assert getattr(other(tokens, use_cache=False), CACHE) is None
     with torch.enable_grad():
         out = other(tokens)
-        assert not native_layers(out.past_key_values)
+        assert not native_layers(out[CACHE])
         assert out.logits.requires_grad
 
 
@@ -366,8 +367,8 @@ def test_gradients_reach_a_soft_prompt(llama_pair, hidden):
 def test_caches_that_hold_something_stay_as_they_are(llama_pair):
     model, other = llama_pair
     tokens = prompt(model)["input_ids"]
-    cache = model(tokens).past_key_values
-    assert not native_layers(other(tokens[:, :1], past_key_values=cache).past_key_values)
+    cache = model(tokens)[CACHE]
+    assert not native_layers(other(tokens[:, :1], **{CACHE: cache})[CACHE])
 
 
 @pytest.mark.parametrize("implementation", ["static", "dynamic"])
@@ -468,9 +469,9 @@ def test_copies_of_a_prefilled_cache(name):
     tokens = prompt(model, length=20)["input_ids"]
     outputs = []
     for x in (model, other):
-        cache = x(tokens[:, :15], past_key_values=DynamicCache(config=x.config)).past_key_values
+        cache = x(tokens[:, :15], **{CACHE: DynamicCache(config=x.config)})[CACHE]
         for _ in range(2):
-            outputs.append(generate(x, {"input_ids": tokens}, past_key_values=copy.deepcopy(cache)))
+            outputs.append(generate(x, {"input_ids": tokens}, **{CACHE: copy.deepcopy(cache)}))
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
@@ -506,11 +507,11 @@ def test_compiles_without_a_graph_break(name, dtype, beams):
     outputs = []
     for forward in (model, torch.compile(model, backend="eager", fullgraph=True)):
         cache = DynamicCache(config=model.config)
-        out = [forward(tokens, past_key_values=cache).logits[:, -1].repeat_interleave(beams, 0)]
+        out = [forward(tokens, **{CACHE: cache}).logits[:, -1].repeat_interleave(beams, 0)]
         cache.batch_repeat_interleave(beams)
         for token in range(3):
             cache.reorder_cache(torch.arange(2 * beams).flip(0))
-            out.append(forward(torch.full((2 * beams, 1), 5 + token), past_key_values=cache).logits[:, -1])
+            out.append(forward(torch.full((2 * beams, 1), 5 + token), **{CACHE: cache}).logits[:, -1])
         outputs.append(torch.stack(out))
     torch.testing.assert_close(*outputs)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import ipex_quant as ipex
 from ipex_quant.llm.cache.layers import NativeLayer
+from ipex_quant.llm.cache.naming import CACHE
 from ipex_quant.llm.decoder.layer import FusedLayer
 from ipex_quant.llm.native import native_stack, parts_of
 from ipex_quant.nn import Int8Linear
@@ -37,7 +38,7 @@ def generated(model, **options):
 
 def cache_of(model):
     with torch.inference_mode():
-        return model(TOKENS).past_key_values
+        return model(TOKENS)[CACHE]
 
 
 def test_without_quantization_the_model_is_native_and_says_the_same(llama):
@@ -175,7 +176,7 @@ def test_calls_with_gradients_run_stock_code(llama):
     model(TOKENS).logits.sum().backward()
     llama(TOKENS).logits.sum().backward()
     torch.testing.assert_close(model.lm_head.weight.grad, llama.lm_head.weight.grad, rtol=1e-4, atol=1e-4)
-    assert not any(isinstance(layer, NativeLayer) for layer in model(TOKENS).past_key_values.layers)
+    assert not any(isinstance(layer, NativeLayer) for layer in model(TOKENS)[CACHE].layers)
 
 
 def test_explain_tells_what_is_native(llama, capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ipex_quant as ipex
+from ipex_quant.llm.cache.naming import CACHE
 from ipex_quant.quantization import WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
 from .conftest import build
@@ -67,7 +68,7 @@ def test_forward_with_a_graph(pair, loaded):
     torch.testing.assert_close(loaded(IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
     output = loaded(IDS[:, :5], torch.ones(1, 5), empty_past())
     torch.testing.assert_close(
-        loaded(IDS[:, 5:], past_key_values=output.past_key_values, logits_to_keep=1).logits,
+        loaded(IDS[:, 5:], **{CACHE: output[CACHE]}, logits_to_keep=1).logits,
         expected[:, -1:],
         rtol=1e-4,
         atol=1e-4,

@@ -22,8 +22,11 @@ def test_nothing_given_is_nothing():
     assert not values(read("LlamaDecoderLayer", use_cache=True, attention_mask=None))
 
 
-@pytest.mark.parametrize(("layer", "keyword"), [("LlamaDecoderLayer", "past_key_values"), ("BloomBlock", "layer_past")])
-def test_caches_have_two_keywords(layer, keyword):
+@pytest.mark.parametrize(
+    ("layer", "keyword"),
+    [("LlamaDecoderLayer", "past_key_values"), ("LlamaDecoderLayer", "cache"), ("BloomBlock", "layer_past")],
+)
+def test_caches_have_three_keywords(layer, keyword):
     cache = DynamicCache()
     assert values(read(layer, **{keyword: cache})) == {"cache": cache, "caches": cache}
 

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 import ipex_quant as ipex
 from ipex_quant.llm.attention import register
 from ipex_quant.llm.cache.layers import NativeLayer, SlidingLayer
+from ipex_quant.llm.cache.naming import CACHE
 from ipex_quant.llm.decoder.families import FAMILIES
 from ipex_quant.llm.decoder.layer import FusedLayer, fuse_decoder
 from ipex_quant.nn import QuantizedModule
@@ -206,7 +207,7 @@ def steps(model, padding, cache=None):
     cache, logits, start = cache or DynamicCache(config=model.config), [], 0
     for end in (7, 9, 10):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:end]
-        options = {"attention_mask": mask[:, :end], "past_key_values": cache, "use_cache": True}
+        options = {"attention_mask": mask[:, :end], CACHE: cache, "use_cache": True}
         if padding:
             options["position_ids"] = positions
         logits.append(model(tokens[:, start:end], **options).logits)
@@ -362,7 +363,7 @@ def test_tokens_of_an_image_see_each_other(cached):
     stock = build("git")
     tokens = torch.randint(3, 96, (2, 5), generator=torch.Generator().manual_seed(1))
     image = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    options = {"past_key_values": native_cache(stock.config), "use_cache": True} if cached else {"use_cache": False}
+    options = {CACHE: native_cache(stock.config), "use_cache": True} if cached else {"use_cache": False}
 
     actual = fused(stock)(tokens, pixel_values=image, **options).logits
 
@@ -378,8 +379,8 @@ def test_a_mask_may_show_later_tokens(name):
     visible[..., 2:5, 2:5] = True
 
     def logits(model, cache, mask):
-        model(tokens[:, :2], past_key_values=cache)
-        return model(tokens[:, 2:], attention_mask=mask, past_key_values=cache).logits
+        model(tokens[:, :2], **{CACHE: cache})
+        return model(tokens[:, 2:], attention_mask=mask, **{CACHE: cache}).logits
 
     actual = logits(fused(stock), native_cache(stock.config), visible[:, :, 2:])
 

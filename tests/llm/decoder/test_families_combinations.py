@@ -11,6 +11,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import ipex_quant as ipex
 from ipex_quant.checkpoints import gptq_tensors
+from ipex_quant.llm.cache.naming import CACHE
 from ipex_quant.llm.native import use_native_stack
 from ipex_quant.nn import Int8Linear, QuantizedModule
 from ipex_quant.nn.fused_forward import FusedForward, fused_forward, restore_forwards
@@ -175,7 +176,7 @@ def test_a_bfloat16_stack_multiplies_in_int8_and_caches_in_int8(name):
     cache = DynamicCache()
     caches = EncoderDecoderCache(cache, DynamicCache()) if name == "t5" else cache
 
-    result = lean(**given, past_key_values=caches, use_cache=True).logits
+    result = lean(**given, **{CACHE: caches}, use_cache=True).logits
 
     assert cache.layers[0]._buffers[0].dtype == torch.int8
     assert relative_error(result.flatten(), expected[: result.numel()]) < 0.15
@@ -192,7 +193,7 @@ def test_nan_stays_in_its_sequence(name):
     def steps():
         cache = DynamicCache()
         parts = (embeddings[:, :8], embeddings[:, 8:])
-        return torch.cat([model(inputs_embeds=part, past_key_values=cache).logits for part in parts], dim=1)
+        return torch.cat([model(inputs_embeds=part, **{CACHE: cache}).logits for part in parts], dim=1)
 
     expected = steps()
     embeddings[1, 3] = torch.nan

@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 
 import ipex_quant as ipex
+from ipex_quant.llm.cache.naming import CACHE
 from ipex_quant.quantization import WoqLowpMode, WoqWeightDtype, get_weight_only_quant_qconfig_mapping
 
 from .test_families import build
@@ -48,8 +49,8 @@ def native_calls(graph):
 def last_logits(model, tokens):
     """Of a step with one token after a prompt."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=tokens[:, :-1], past_key_values=cache)
-    return model(input_ids=tokens[:, -1:], past_key_values=cache).logits
+    model(input_ids=tokens[:, :-1], **{CACHE: cache})
+    return model(input_ids=tokens[:, -1:], **{CACHE: cache}).logits
 
 
 @pytest.mark.parametrize("dtype", [None, torch.int8])
@@ -90,7 +91,7 @@ def test_a_cache_becomes_native_within_the_graph():
         cache = DynamicCache(config=compiled.config)
         ends = [7, *range(8, 13)]
         steps = zip([0, *ends], ends, strict=False)
-        return torch.cat([model(input_ids=tokens[:, a:b], past_key_values=cache).logits for a, b in steps], dim=1)
+        return torch.cat([model(input_ids=tokens[:, a:b], **{CACHE: cache}).logits for a, b in steps], dim=1)
 
     torch.testing.assert_close(logits(compiled), logits(model), rtol=0, atol=1e-5)
     assert counter.frame_count == 2

@@ -8,6 +8,7 @@ import transformers
 from transformers import DynamicCache, EncoderDecoderCache
 
 import ipex_quant as ipex
+from ipex_quant.llm.cache.naming import CACHE
 from ipex_quant.llm.decoder.families import FAMILIES
 from ipex_quant.llm.decoder.layer import FusedLayer, fuse_decoder
 from ipex_quant.quantization import WoqWeightDtype, get_weight_only_quant_qconfig_mapping
@@ -87,7 +88,7 @@ def steps(model, name):
             model(
                 encoder_outputs=encoded,
                 decoder_input_ids=tokens[:, start:end],
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
                 **options,
             ).logits

@@ -10,6 +10,7 @@ import transformers
 
 import ipex_quant as ipex
 from ipex_quant.llm.cache.layers import NativeLayer
+from ipex_quant.llm.cache.naming import CACHE
 from ipex_quant.llm.decoder.attention import alibi_slopes
 from ipex_quant.llm.decoder.families import Rope
 from ipex_quant.llm.decoder.model import Angles, FusedModel
@@ -137,8 +138,8 @@ def test_given_positions_count(calls):
     tokens = torch.randint(3, 96, (1, 7), generator=torch.Generator().manual_seed(1))
     results = []
     for each in (model, one_by_one(model)):
-        cache = each(tokens[:, :6], use_cache=True).past_key_values
-        results.append(each(tokens[:, 6:], past_key_values=cache, position_ids=torch.tensor([[9]])).logits)
+        cache = each(tokens[:, :6], use_cache=True)[CACHE]
+        results.append(each(tokens[:, 6:], **{CACHE: cache}, position_ids=torch.tensor([[9]])).logits)
     assert 2 in calls
     assert torch.equal(*results)
 
@@ -216,15 +217,15 @@ def test_the_base_model_alone(calls):
     whole = model(tokens).last_hidden_state
     cache = transformers.DynamicCache(config=model.config)
     cache.layers = [NativeLayer() for _ in cache.layers]
-    model(tokens[:, :6], past_key_values=cache)
+    model(tokens[:, :6], **{CACHE: cache})
     calls.clear()
-    second = model(inputs_embeds=model.embed_tokens(tokens[:, 6:]), past_key_values=cache)
+    second = model(inputs_embeds=model.embed_tokens(tokens[:, 6:]), **{CACHE: cache})
     assert calls == [2]
-    assert second.past_key_values is cache
+    assert second[CACHE] is cache
     torch.testing.assert_close(second.last_hidden_state, whole[:, 6:], rtol=0.05, atol=0.05)
     with pytest.raises(ValueError, match="input_ids"):
-        model(past_key_values=cache)
-    assert isinstance(model(tokens[:, :1], past_key_values=cache, return_dict=False), tuple)
+        model(**{CACHE: cache})
+    assert isinstance(model(tokens[:, :1], **{CACHE: cache}, return_dict=False), tuple)
 
 
 def test_copies_and_pickles_work(calls):
@@ -256,8 +257,8 @@ def test_first_calls_at_once():
     tokens = torch.randint(3, 96, (1, 7), generator=torch.Generator().manual_seed(1))
 
     def logits(model):
-        cache = model(tokens[:, :6], use_cache=True).past_key_values
-        return model(tokens[:, 6:], past_key_values=cache).logits
+        cache = model(tokens[:, :6], use_cache=True)[CACHE]
+        return model(tokens[:, 6:], **{CACHE: cache}).logits
 
     def two_calls_of_a_fresh_model():
         fresh = copy.deepcopy(model)
