@@ -140,21 +140,23 @@ class CacheHook:
         self.dtype = dtype
         names = list(inspect.signature(model.forward).parameters)
         makes_caches = model.can_generate() and model._supports_default_dynamic_cache()
-        name = cache_name(model.forward)
-        self._position = names.index(name) if makes_caches and name is not None else -1
+        self._name = cache_name(model.forward)
+        self._position = names.index(self._name) if makes_caches and self._name is not None else -1
 
     def __call__(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if "read_index" in kwargs and model.config.get_text_config(decoder=True)._attn_implementation == NAME:
             from .continuous import paged_arguments
 
             return args, paged_arguments(kwargs)
+        if CACHE in kwargs and self._name not in (None, CACHE):  # `generate` names it so for code that does not
+            kwargs = {self._name if name == CACHE else name: value for name, value in kwargs.items()}
         if torch.is_grad_enabled() and any(_differentiable(model, args, kwargs)):
             return args, kwargs
         cache = given_cache(kwargs)
         makes_cache = cache is None and len(args) <= self._position and _uses_cache(model, kwargs)
         if makes_cache and not _is_packed(kwargs):
             cache = _dynamic_cache(model)
-            kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES} | {CACHE: cache}
+            kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES} | {self._name: cache}
         self.make_native(cache, model)
         return args, kwargs
 
@@ -255,7 +257,7 @@ def _prefill(
         return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
     hook = next(hook for hook in model._forward_pre_hooks.values() if isinstance(hook, CacheHook))
     hook.make_native(cache, model, shared=True)
-    if cache.get_seq_length() or not all(isinstance(layer, NativeLayer) for layer in _layers(cache)):
+    if not all(isinstance(layer, NativeLayer) for layer in _layers(cache)) or cache.get_seq_length():
         return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
     prompts = {name: _every(value, copies, name) for name, value in model_kwargs.items()}
     outputs = prefill(input_ids[::copies], generation_config, prompts, *args, **kwargs)

@@ -213,8 +213,8 @@ def test_any_model_gives_the_same_logits(any_model, logits):
 def test_modules_with_an_attention_of_their_own_are_named(llama):
     assert use_native_attention(llama) == []
     assert llama.config._attn_implementation == "ipex_quant"
-    config = transformers.GPTJConfig(n_embd=32, n_layer=1, n_head=2, rotary_dim=4, vocab_size=32)
-    assert use_native_attention(transformers.GPTJForCausalLM(config)) == ["transformer.h.0.attn"]
+    config = transformers.MptConfig(d_model=32, n_layers=1, n_heads=2, vocab_size=32)
+    assert use_native_attention(transformers.MptForCausalLM(config)) == ["transformer.blocks.0.attn"]
     sinks = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size": 32, "head_dim": 8}
     config = transformers.GptOssConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=32, **sinks

@@ -318,6 +318,11 @@ def _given_twice(call: LayerCall, module: nn.Module, dtype: torch.dtype) -> Tabl
     return cos[..., ::2], sin[..., ::2]
 
 
+def _given_sines(call: LayerCall, module: nn.Module, dtype: torch.dtype) -> Tables:
+    sin, cos = call.position_embeddings
+    return cos, sin
+
+
 def _looked_up(call: LayerCall, module: nn.Module, dtype: torch.dtype) -> Tables:
     table = F.embedding(call.position_ids, module.embed_positions)
     sin, cos = table.to(dtype).chunk(2, dim=-1)
@@ -329,5 +334,6 @@ _ROPES = {
     Rope.HALF: _given,
     Rope.INTERLEAVED: _given_halves,
     Rope.TWICE: _given_twice,
+    Rope.SINES: _given_sines,
     Rope.TABLE: _looked_up,
 }

@@ -29,6 +29,10 @@ class Layout(Enum):
     """One layer: four parts, each with a quarter of the Q heads, then of V, then of K."""
 
 
+ABSENT = object()
+"""An attribute that layers of a family do not have."""
+
+
 class Rope(Enum):
     """How positions rotate queries and keys."""
 
@@ -41,6 +45,9 @@ class Rope(Enum):
 
     TWICE = auto()
     """As INTERLEAVED, with every value of the cosines and sines repeated next to itself."""
+
+    SINES = auto()
+    """As INTERLEAVED; the model gives sines, then cosines, ``[.., R / 2]``."""
 
     TABLE = auto()
     """As INTERLEAVED, with sines and cosines ``[positions, R]`` in the buffer `embed_positions` of the attention."""
@@ -125,7 +132,7 @@ class Family:
     - `keywords` are further arguments that the layer may get, beside those that layers of all families may get.
     - `returns` names the attributes of `LayerCall` that the layer returns after the hidden states.
     - `clamps_float16`: the layer clamps float16; the stock layer runs for it.
-    - `requires` maps attributes of the layer to required values; layers with other values stay stock.
+    - `requires` maps attributes of the layer to required values, or `ABSENT`; layers with other values stay stock.
     """
 
     attention: Attention = Attention()
@@ -190,12 +197,19 @@ _NEOX = Family(
     requires={"use_parallel_residual": False},
 )
 _GPTJ = Family(
-    Attention("attn", output="out_proj", rope=Rope.TABLE),
+    Attention("attn", output="out_proj", rope=Rope.SINES),
     Mlp("mlp", ("fc_in",), "fc_out", "act", gated=False),
     norms=("ln_1",),
     residual=Residual.PARALLEL,
-    returns=("attention_weights",),
+    requires={"attn.embed_positions": ABSENT},
 )
+_GPTJ_TABLE = replace(  # transformers before 5.24
+    _GPTJ,
+    attention=replace(_GPTJ.attention, rope=Rope.TABLE),
+    returns=("attention_weights",),
+    requires={},
+)
+_CODEGEN = Attention("attn", ("qkv_proj",), "out_proj", Layout.QUARTERS, Rope.SINES)
 _OPT = Family(
     Attention(output="out_proj", rope=Rope.NONE),
     Mlp("", ("fc1",), "fc2", "activation_fn", gated=False),
@@ -371,12 +385,10 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
         _NEOX,
         replace(_NEOX, residual=Residual.PARALLEL, requires={"use_parallel_residual": True}),
     ),
-    "GPTJBlock": (_GPTJ,),
+    "GPTJBlock": (_GPTJ, _GPTJ_TABLE),
     "CodeGenBlock": (
-        replace(
-            _GPTJ,
-            attention=Attention("attn", ("qkv_proj",), "out_proj", Layout.QUARTERS, Rope.TABLE),
-        ),
+        replace(_GPTJ, attention=_CODEGEN),
+        replace(_GPTJ_TABLE, attention=replace(_CODEGEN, rope=Rope.TABLE)),
     ),
     "OPTDecoderLayer": (
         _OPT,
