@@ -77,9 +77,7 @@ def linear_cases() -> list[Case]:
             x = kernel.stage(torch.randn(rows, SHAPE[1]).bfloat16())
             calls = call_count(rotation, x)
             operations = 2 * rows * SHAPE[0] * SHAPE[1]
-            # without products of bfloat16, and of float8 everywhere, the sums are of float32
-            single = not ops.multiplies_bfloat16() or kernel.name.startswith("FP8")
-            peak = "INT8" if mode == _INT else "float32" if single else "bfloat16"
+            peak = "INT8" if mode == _INT else "bfloat16" if ops.multiplies_bfloat16() else "float32"
             found.append(
                 Case(
                     f"linear, {kernel.name}",

@@ -14,6 +14,7 @@
 //   first
 //                     two words are 0 and 2, then 1 and 3: words_of_s8 and, for 16 bytes, store_words_u8 order them so
 //   Lut16, ByteLut16  16-entry tables indexed by the low four bits of a lane / of every byte
+//   e4m3_pairs        pairs of bf16 from float8 bytes that are no NaN: bytes 0 and 2 of every lane, if Odd 1 and 3
 //   transpose         kLanes vectors of int32: rows become columns
 //   reduce_lanes      lane i is the sum of vector i of kLanes
 //   *_quads           runs of four lanes: transpose_quads makes rows columns within those of four vectors, spread_quads
@@ -54,6 +55,10 @@ template <int Rows, int Columns, class F>
 IPEX_QUANT_INLINE inline void unroll2(F&& f) {
   unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { unroll<Columns>([&](auto v) IPEX_QUANT_INLINE { f(m, v); }); });
 }
+
+// The bf16 of 0 to 7 times 2^-9, which are 0 and the subnormal numbers of e4m3. Above them the exponent is 120 higher.
+constexpr uint16_t kE4m3Subnormals[8] = {0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60};
+constexpr uint16_t kE4m3Bias = 120 << 7;
 
 }  // namespace IPEX_QUANT_ISA_NS
 }  // namespace ipex_quant

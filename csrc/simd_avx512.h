@@ -81,6 +81,29 @@ inline ByteLut16 make_byte_lut16(const uint8_t* table) {
 }
 inline vi lookup(const ByteLut16& table, vi index) { return _mm512_shuffle_epi8(table, index); }
 
+// What to add to exponent and mantissa where they stand in bf16: by the low five bits of a word, if it is subnormal.
+struct E4m3Words {
+  uint16_t more[32] = {};
+  constexpr E4m3Words() {
+    for (int i = 0; i < 8; ++i) more[i] = uint16_t(kE4m3Subnormals[i] - (i << 4));
+  }
+};
+struct E4m3Lut {
+  vi more;
+};
+inline E4m3Lut make_e4m3_lut() {
+  static constexpr E4m3Words words;
+  return {load_i(words.more)};
+}
+template <bool Odd>
+inline vi e4m3_pairs(const E4m3Lut& lut, vi bytes) {
+  const vi upper = Odd ? bytes : _mm512_slli_epi16(bytes, 8), lower = Odd ? _mm512_srli_epi16(bytes, 8) : bytes;
+  const __mmask32 subnormal = _mm512_testn_epi16_mask(upper, _mm512_set1_epi16(0x7800));
+  const vi more = _mm512_mask_permutexvar_epi16(_mm512_set1_epi16(kE4m3Bias), subnormal, lower, lut.more);
+  const vi placed = _mm512_and_si512(_mm512_srai_epi16(upper, 4), _mm512_set1_epi16(int16_t(0x87F0)));
+  return _mm512_add_epi16(placed, more);
+}
+
 inline void transpose_quads(vi (&x)[4]) {
   const vi a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
   const vi c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);

@@ -173,6 +173,17 @@ inline vi lookup(const ByteLut16& table, vi index) {
   return load_i(bytes);
 }
 
+struct E4m3Lut {};
+inline E4m3Lut make_e4m3_lut() { return {}; }
+template <bool Odd>
+inline vi e4m3_pairs(const E4m3Lut&, vi bytes) {
+  const auto bf16 = [](uint32_t byte) {
+    const uint32_t magnitude = byte & 0x7F;
+    return (byte & 0x80) << 8 | (magnitude < 8 ? kE4m3Subnormals[magnitude] : (magnitude << 4) + kE4m3Bias);
+  };
+  IPEX_QUANT_EACH(vi, bf16(bytes.v[i] >> 8 * Odd) | bf16(bytes.v[i] >> (16 + 8 * Odd)) << 16);
+}
+
 inline void transpose(vi (&x)[kLanes]) {
   for (int i = 0; i < kLanes; ++i)
     for (int j = 0; j < i; ++j) {

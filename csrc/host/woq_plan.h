@@ -51,7 +51,7 @@ inline WoqPlan make_plan(const WoqGeometry& g, const WoqCall& call) {
   } else {
     if (call.lowp_mode == kLowpFp16) s.rounding = kFloat16;
     if (call.lowp_mode == kLowpBf16) s.rounding = kBFloat16;
-    const bool bf16 = s.rounding == kBFloat16 && call.bf16_dot && g.dtype != kFp8;
+    const bool bf16 = s.rounding == kBFloat16 && call.bf16_dot;
     s.compute = bf16 ? Compute::kBf16 : Compute::kFloat;
     s.max_fold = kFloatFold;
   }

@@ -15,12 +15,10 @@ void gemm_tile(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end, u
   if (args.staged->compute != Compute::kBf16) return kGenericTable.gemm_tile(args, tile, begin, end, scratch);
   for_dtype(args.geometry->dtype, [&](auto dtype) {
     constexpr int kDtype = decltype(dtype)::value;
-    if constexpr (kDtype != kFp8) {
-      if (args.staged->streamed)
-        decode_tile<kDtype>(args, tile);
-      else
-        prefill_floats<kDtype, true>(args, tile, begin, end, scratch);
-    }
+    if (args.staged->streamed)
+      decode_tile<kDtype>(args, tile);
+    else
+      prefill_floats<kDtype, true>(args, tile, begin, end, scratch);
   });
 }
 

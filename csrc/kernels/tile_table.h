@@ -16,11 +16,9 @@ inline void gemm_tile(const GemmArgs& args, int64_t tile, int64_t begin, int64_t
   for_dtype(args.geometry->dtype, [&](auto dtype) {
     constexpr int kDtype = decltype(dtype)::value;
     if constexpr (kDtype != kFp8) {
-      if (s.compute == Compute::kByte)
-        prefill_bytes<kDtype>(args, tile, begin, end, scratch);
-      else
-        prefill_floats<kDtype, true>(args, tile, begin, end, scratch);
+      if (s.compute == Compute::kByte) return prefill_bytes<kDtype>(args, tile, begin, end, scratch);
     }
+    prefill_floats<kDtype, true>(args, tile, begin, end, scratch);
   });
 }
 

@@ -249,6 +249,7 @@ struct FloatCodes {
   static constexpr int kOrder[8] = {
       0, is_four_bit(Dtype) ? 4 : 1, is_four_bit(Dtype) ? 1 : 2, is_four_bit(Dtype) ? 5 : 3, 2, 6, 3, 7};
   Lut16 table;
+  E4m3Lut float8 = make_e4m3_lut();
 
   // Compute mode BF16 rounds the NF4 levels, at every ISA level.
   explicit FloatCodes(FloatType rounding) {
@@ -266,12 +267,11 @@ struct FloatCodes {
       return sub_f(lookup(table, srl_i<4 * J>(line)), zero);
     } else if constexpr (Dtype == kInt4) {
       return sub_f(cvt_f(and_i(srl_i<4 * J>(line), set1_i(15))), zero);
+    } else if constexpr (Dtype == kFp8) {
+      const vi pair = e4m3_pairs<J % 2 == 1>(float8, line);
+      return as_f(J < 2 ? sll_i<16>(pair) : and_i(pair, set1_i(int32_t(0xFFFF0000))));
     } else {
-      const vi byte = and_i(srl_i<8 * J>(line), set1_i(0xFF));
-      if constexpr (Dtype == kFp8)
-        return e4m3_to_f(byte);
-      else
-        return sub_f(cvt_f(byte), zero);
+      return sub_f(cvt_f(and_i(srl_i<8 * J>(line), set1_i(0xFF))), zero);
     }
   }
 };

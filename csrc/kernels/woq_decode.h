@@ -133,14 +133,16 @@ IPEX_QUANT_INLINE inline void decode_float(const DecodeFold& f) {
       vi lines[kVectors];
       prefetch_lines<kVectors * kVectorBytes / kLineBytes>(f.pass, line);
       unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE { lines[v] = load_i(line + v * kVectorBytes); });
-      unroll<Codes::kPerLine>([&](auto j) IPEX_QUANT_INLINE {
-        vf a[Rows];
-        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { a[m] = set1_f(x[m * stride + Codes::kOrder[j]]); });
-        unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
-          const vf w = codes.template value<decltype(j)::value>(lines[v], zero[v]);
-          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { acc[m][v] = fma_f(a[m], w, acc[m][v]); });
+      const auto add = [&](auto j, auto v) IPEX_QUANT_INLINE {
+        const vf w = codes.template value<decltype(j)::value>(lines[v], zero[v]);
+        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
+          acc[m][v] = fma_f(set1_f(x[m * stride + Codes::kOrder[j]]), w, acc[m][v]);
         });
-      });
+      };
+      if constexpr (Dtype == kFp8)  // whose values of a line have most of their making in common
+        unroll2<kVectors, Codes::kPerLine>([&](auto v, auto j) IPEX_QUANT_INLINE { add(j, v); });
+      else
+        unroll2<Codes::kPerLine, kVectors>(add);
     }
     unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
       const vf scale = f.head.scale(column + v * kLanes);
@@ -163,8 +165,9 @@ constexpr int bf16_lines(int dtype) {
 template <int Dtype>
 struct Bf16Codes {
   static constexpr int kOffset = Dtype == kInt4 || Dtype == kNarrowBytes ? 128 : Dtype == kInt8 ? 256 : 0;
-  static constexpr int kTerms = Dtype == kNarrowBytes ? 2 : 4;  // of a line
+  static constexpr int kTerms = Dtype == kNarrowBytes || Dtype == kFp8 ? 2 : 4;  // of a line
   vi table;
+  E4m3Lut float8 = make_e4m3_lut();
 
   Bf16Codes() {
     uint16_t levels[32];  // the index of a table lookup has five bits: entry 16 + i repeats entry i
@@ -187,6 +190,8 @@ struct Bf16Codes {
       return and_or_i(srl_i<4 * J>(line), set1_i(0x000F000F), base);
     } else if constexpr (Dtype == kNarrowBytes) {
       return and_or_i(srl_i<8 * J>(line), set1_i(0x007F007F), base);
+    } else if constexpr (Dtype == kFp8) {
+      return e4m3_pairs<J == 1>(float8, line);
     } else {  // seven bits of mantissa: the top bit of a byte is a term of its own
       return and_or_i(srl_i<8 * (J / 2)>(line), set1_i(J % 2 ? 0x00800080 : 0x007F007F), base);
     }
@@ -229,7 +234,7 @@ IPEX_QUANT_INLINE inline void decode_bf16(const DecodeFold& f) {
     unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
       vf total = acc[m][v][0];
       if constexpr (kChains == 2) total = add_f(total, acc[m][v][1]);
-      if constexpr (Dtype != kNf4)
+      if constexpr (Codes::kOffset != 0)
         total = sub_f(total, mul_f(offset, set1_f(s.float_sums[s.at(f.fold, f.pass.row + m)])));
       float* out = f.pass.acc + m * kTileN + v * kLanes;
       store_f(out, fma_f(total, scale, load_f(out)));
@@ -289,14 +294,14 @@ inline void decode_folds(const DecodePass& pass, FoldCursor cursor) {
 
 template <int Dtype, int Rows>
 inline void decode_pass(const DecodePass& pass, const FoldCursor& cursor) {
+  if constexpr (kOnlyBf16) return decode_folds<Dtype, Rows, DecodeKernel::kBf16>(pass, cursor);
+  const Staged& s = *pass.args.staged;
   if constexpr (Dtype != kFp8) {
-    if constexpr (kOnlyBf16) return decode_folds<Dtype, Rows, DecodeKernel::kBf16>(pass, cursor);
-    const Staged& s = *pass.args.staged;
     if (s.compute == Compute::kByte)
       return s.symmetric ? decode_folds<Dtype, Rows, DecodeKernel::kSymmetricBytes>(pass, cursor)
                          : decode_folds<Dtype, Rows, DecodeKernel::kBytes>(pass, cursor);
-    if (s.compute == Compute::kBf16) return decode_folds<Dtype, Rows, DecodeKernel::kBf16>(pass, cursor);
   }
+  if (s.compute == Compute::kBf16) return decode_folds<Dtype, Rows, DecodeKernel::kBf16>(pass, cursor);
   decode_folds<Dtype, Rows, DecodeKernel::kFloat>(pass, cursor);
 }
 

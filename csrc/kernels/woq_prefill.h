@@ -354,10 +354,10 @@ template <int Dtype>
 inline void prefill_tile(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch) {
   if constexpr (Dtype != kFp8) {
     if (args.staged->compute == Compute::kByte) return prefill_bytes<Dtype>(args, tile, begin, end, scratch);
-#if defined(IPEX_QUANT_BF16_DOT)
-    if (args.staged->compute == Compute::kBf16) return prefill_floats<Dtype, true>(args, tile, begin, end, scratch);
-#endif
   }
+#if defined(IPEX_QUANT_BF16_DOT)
+  if (args.staged->compute == Compute::kBf16) return prefill_floats<Dtype, true>(args, tile, begin, end, scratch);
+#endif
   prefill_floats<Dtype, false>(args, tile, begin, end, scratch);
 }
 

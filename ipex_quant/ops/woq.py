@@ -219,8 +219,7 @@ def kernel_name(scheme: WeightScheme, lowp_mode: WoqLowpMode, dtype: torch.dtype
     if lowp_mode == WoqLowpMode.INT8:
         return "fp32 fma, int8 activations" if scheme.dtype == WoqWeightDtype.FP8 else "int8 dot"
     compute = {WoqLowpMode.FP16: torch.float16, WoqLowpMode.BF16: torch.bfloat16}.get(lowp_mode, dtype)
-    bf16_dot = compute == torch.bfloat16 and multiplies_bfloat16() and scheme.dtype != WoqWeightDtype.FP8
-    return "bf16 dot" if bf16_dot else "fp32 fma"
+    return "bf16 dot" if compute == torch.bfloat16 and multiplies_bfloat16() else "fp32 fma"
 
 
 @register_fake("woq_linear")

@@ -168,7 +168,27 @@ print(digest.hexdigest())
 """
 
 
-@pytest.mark.parametrize("code", [FLOAT_LINEARS, HALVES, INTEGERS], ids=["float_linears", "halves", "integers"])
+# Every number of e4m3 at each of the four bytes of a lane, by itself: in decode, and in prefill.
+FLOAT8 = """
+import hashlib, torch
+from ipex_quant import ops
+from ipex_quant.numerics.quantized_weight import QuantizedWeight
+from ipex_quant.numerics.scheme import WeightScheme, WoqLowpMode, WoqWeightDtype
+numbers = torch.arange(256).to(torch.uint8)[torch.arange(256) % 128 != 127].view(torch.float8_e4m3fn)
+codes = numbers[:, None].repeat(1, 8)
+scheme = WeightScheme(WoqWeightDtype.FP8)
+packed = ops.pack_weight(QuantizedWeight(codes, torch.ones(len(codes), 1), None, None, scheme, codes.shape))
+for dtype in (torch.float32, torch.bfloat16):
+    for rows in (*torch.eye(8, dtype=dtype).split(1), *torch.eye(8, dtype=dtype).repeat(5, 1).split((5, 35))):
+        y = ops.woq_linear(rows, packed.data, len(codes), None, None, WoqLowpMode.NONE)
+        assert torch.equal(y.float(), numbers.float().expand(len(rows), -1)), (dtype, rows)
+print(hashlib.sha256(y.view(torch.uint8).numpy()).hexdigest())
+"""
+
+
+@pytest.mark.parametrize(
+    "code", [FLOAT_LINEARS, HALVES, INTEGERS, FLOAT8], ids=["float_linears", "halves", "integers", "float8"]
+)
 def test_the_same_bits_at_every_level(code: str) -> None:
     digests = {run_python("-c", code, level=level, check=True, capture_output=True).stdout for level in RUN}
     assert len(digests) == 1
