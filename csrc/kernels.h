@@ -15,7 +15,8 @@ enum ActQuantMode : int32_t { kActNone = -1, kPerTensor = 0, kPerIcBlock = 1, kP
 constexpr int32_t kSymmetricActOffset = 4;  // the symmetric modes follow the four asymmetric ones
 enum PostOp : int32_t { kNone, kRelu, kGelu, kNewGelu, kSilu, kAdd, kAddAdd, kMul, kRelu2, kPostOpCount };
 
-// What the multiply-accumulate of a call runs in. kInt8 x FP8 weights computes in float on quantized activations.
+// What the multiply-accumulate of a call runs in. INT8 compute of weights that do not fit bytes is of floats, on
+// quantized activations.
 enum class Compute : int32_t { kFloat, kBf16, kByte };
 
 // Up to here weights are streamed, above they are unpacked, or meet the rows, part by part.
@@ -31,7 +32,7 @@ constexpr int64_t kMostWordRows = 4;  // that are two bytes wide with them
 constexpr int64_t kFloatFold = 256;   // short float sums keep fp32 error near that of one rounding
 
 // The dtype whose code lines the kernels for floats read; others are widened to 8-bit codes first.
-constexpr int32_t float_lines(int32_t dtype) { return dtype <= kFp8 ? dtype : kInt8; }
+constexpr int32_t float_lines(int32_t dtype) { return dtype <= kFp8 || dtype == kBnbFp4 ? dtype : kInt8; }
 
 // Activations as the kernels read them: rows of `padded_k` elements in group order, zero in the padding.
 // A *fold* is a run of k after which the partial sum is scaled into fp32; it never crosses a group.

@@ -33,7 +33,7 @@ inline int64_t streamed_rows(Compute compute, int32_t dtype) {
   if (compute == Compute::kFloat) return kernels().float_decode_rows;
   if (kernels().tiles && code_bits(dtype) < 8 && dtype != kIq4) return kMinTileRows - 1;
   if (code_bits(dtype) == 8 || dtype == kIq4) return kDecodeRows;
-  return dtype == kInt4 || dtype == kNf4 ? kStepRows : 2 * kDecodeRows;
+  return dtype == kInt4 || dtype == kNf4 || dtype == kBnbFp4 ? kStepRows : 2 * kDecodeRows;
 }
 
 inline WoqPlan make_plan(const WoqGeometry& g, const WoqCall& call) {
@@ -45,7 +45,7 @@ inline WoqPlan make_plan(const WoqGeometry& g, const WoqCall& call) {
   if (s.quantize) {
     s.symmetric = call.act_quant_mode >= kSymmetricActOffset;
     plan.range_scope = call.act_quant_mode % kSymmetricActOffset;
-    s.compute = g.dtype == kFp8 ? Compute::kFloat : Compute::kByte;
+    s.compute = fits_bytes(g.dtype) ? Compute::kByte : Compute::kFloat;
     const bool blocks = plan.range_scope == kPerIcBlock || plan.range_scope == kPerBatchIcBlock;
     s.max_fold = blocks && call.group_size < 0 ? kActBlock : kMaxByteFold;
   } else {

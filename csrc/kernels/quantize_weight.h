@@ -23,6 +23,8 @@ inline GroupEnds group_ends(int32_t dtype) {
       return {448.0f, 448.0f};
     case kFp4:
       return {12.0f, 12.0f};
+    case kBnbFp4:
+      return {192.0f, 192.0f};
     case kIq4:
       return {127.0f, 113.0f};
     default:
@@ -46,10 +48,19 @@ inline vi nf4_codes(vf x) {
 inline vi iq4_codes(vf x) {
   return level_codes(x, 16, [](int i) { return float(kIq4Bytes[i]); });
 }
-inline vi fp4_codes(vf x) {
+// Of a table whose upper half has the values of the lower one with a minus.
+template <class Level>
+inline vi signed_codes(vf x, Level level) {
   const vi sign = and_i(srl_i<28>(as_i(x)), set1_i(8));
   const vf magnitude = as_f(and_i(as_i(x), set1_i(0x7FFFFFFF)));
-  return or_i(sign, level_codes(magnitude, 8, [](int i) { return float(kFp4Bytes[i]); }));
+  return or_i(sign, level_codes(magnitude, 8, level));
+}
+inline vi fp4_codes(vf x) {
+  return signed_codes(x, [](int i) { return float(kFp4Bytes[i]); });
+}
+inline vi bnb_fp4_codes(vf x) {
+  static constexpr uint8_t kOrder[16] = {0, 1, 6, 7, 4, 5, 2, 3, 8, 9, 14, 15, 12, 13, 10, 11};  // by magnitude
+  return lookup(make_byte_lut16(kOrder), signed_codes(x, [](int i) { return float(kBnbFp4Levels[kOrder[i]]); }));
 }
 
 inline vi e4m3_codes(vf x) {
@@ -68,6 +79,7 @@ inline vi weight_codes(int32_t dtype, vf x, int32_t zero) {
   if (dtype == kFp8) return e4m3_codes(x);
   if (dtype == kFp4) return fp4_codes(x);
   if (dtype == kIq4) return iq4_codes(x);
+  if (dtype == kBnbFp4) return bnb_fp4_codes(x);
   const vi code = add_i(round_i(x), set1_i(zero));
   if (dtype == kInt8) return max_i(min_i(code, set1_i(127)), set1_i(-128));
   return max_i(min_i(code, set1_i((1 << code_bits(dtype)) - 1)), zero_i());

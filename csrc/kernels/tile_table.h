@@ -15,7 +15,7 @@ inline void gemm_tile(const GemmArgs& args, int64_t tile, int64_t begin, int64_t
   scratch += -reinterpret_cast<uintptr_t>(scratch) & (kTmmBytes - 1);
   for_dtype(args.geometry->dtype, [&](auto dtype) {
     constexpr int kDtype = decltype(dtype)::value;
-    if constexpr (kDtype != kFp8) {
+    if constexpr (fits_bytes(kDtype)) {
       if (s.compute == Compute::kByte) return prefill_bytes<kDtype>(args, tile, begin, end, scratch);
     }
     prefill_floats<kDtype, true>(args, tile, begin, end, scratch);

@@ -9,11 +9,13 @@ namespace ipex_quant {
 namespace IPEX_QUANT_ISA_NS {
 
 constexpr bool is_four_bit(int dtype) { return code_bits(dtype) == 4; }
+constexpr bool has_float_table(int dtype) { return dtype == kNf4 || dtype == kBnbFp4; }
 // Codes are unsigned in the packed weight, those of a table once it has been looked up; this is the zero point of a
 // symmetric one.
 constexpr int32_t symmetric_zero(int dtype) {
   switch (dtype) {
     case kFp8:
+    case kBnbFp4:
       return 0;
     case kFp4:
       return 12;
@@ -70,9 +72,16 @@ constexpr int8_t kNf4Bytes[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20,
 constexpr int8_t kFp4Bytes[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 // Of GGUF's IQ4_NL.
 constexpr int8_t kIq4Bytes[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-constexpr bool has_table(int dtype) { return dtype == kNf4 || dtype == kFp4 || dtype == kIq4; }
+// Of bitsandbytes, times 192: every value has two significant bits.
+constexpr int16_t kBnbFp4Levels[16] = {0, 1, 128, 192, 64, 96, 32, 48, 0, -1, -128, -192, -64, -96, -32, -48};
+constexpr bool has_table(int dtype) { return has_float_table(dtype) || dtype == kFp4 || dtype == kIq4; }
 constexpr const int8_t* byte_table(int dtype) {
   return dtype == kNf4 ? kNf4Bytes : dtype == kFp4 ? kFp4Bytes : kIq4Bytes;
+}
+// What a code of a table stands for in float compute.
+inline float table_level(int dtype, int code, bool bf16) {
+  if (dtype == kNf4) return nf4_level(code, bf16);
+  return dtype == kBnbFp4 ? kBnbFp4Levels[code] : byte_table(dtype)[code];
 }
 
 // e4m3 without NaN, which no packed weight holds: rebias the exponent from 7 to 127; a subnormal is built in the binade
@@ -254,8 +263,7 @@ struct FloatCodes {
   // Compute mode BF16 rounds the NF4 levels, at every ISA level.
   explicit FloatCodes(FloatType rounding) {
     float levels[16];
-    for (int i = 0; i < 16; ++i)
-      levels[i] = Dtype == kNf4 ? nf4_level(i, rounding == kBFloat16) : has_table(Dtype) ? byte_table(Dtype)[i] : i;
+    for (int i = 0; i < 16; ++i) levels[i] = has_table(Dtype) ? table_level(Dtype, i, rounding == kBFloat16) : float(i);
     table = make_lut16(levels);
   }
 

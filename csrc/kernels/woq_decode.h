@@ -166,13 +166,14 @@ template <int Dtype>
 struct Bf16Codes {
   static constexpr int kOffset = Dtype == kInt4 || Dtype == kNarrowBytes ? 128 : Dtype == kInt8 ? 256 : 0;
   static constexpr int kTerms = Dtype == kNarrowBytes || Dtype == kFp8 ? 2 : 4;  // of a line
-  vi table;
+  vi table = zero_i();
   E4m3Lut float8 = make_e4m3_lut();
 
   Bf16Codes() {
+    if constexpr (!has_float_table(Dtype)) return;
     uint16_t levels[32];  // the index of a table lookup has five bits: entry 16 + i repeats entry i
     for (int i = 0; i < 32; ++i) {
-      const float level = nf4_level(i % 16, true);
+      const float level = table_level(Dtype, i % 16, true);
       std::memcpy(&levels[i], reinterpret_cast<const uint8_t*>(&level) + 2, 2);
     }
     table = make_bf16_lut32(levels);
@@ -184,7 +185,7 @@ struct Bf16Codes {
   template <int J>
   vi term(vi line) const {
     const vi base = set1_i(0x43004300);  // 128.0 twice
-    if constexpr (Dtype == kNf4) {
+    if constexpr (has_float_table(Dtype)) {
       return lookup_bf16(table, srl_i<4 * J>(line));
     } else if constexpr (Dtype == kInt4) {
       return and_or_i(srl_i<4 * J>(line), set1_i(0x000F000F), base);
@@ -211,7 +212,7 @@ IPEX_QUANT_INLINE inline void decode_bf16(const DecodeFold& f) {
   });
   const uint8_t* line = f.codes;
   const uint8_t* x = static_cast<const uint8_t*>(f.pass.args.staged->data) + f.pass.row * stride + 2 * f.start;
-  constexpr int64_t kStep = Dtype == kInt4 || Dtype == kNf4 ? 8 : 4;  // k of one line
+  constexpr int64_t kStep = Dtype == kInt4 || has_float_table(Dtype) ? 8 : 4;  // k of one line
   for (int64_t k = 0; k < f.length; k += kStep, line += 256, x += 2 * kStep) {
     vi lines[kVectors];
     prefetch_lines<kVectors * kVectorBytes / kLineBytes>(f.pass, line);
@@ -296,7 +297,7 @@ template <int Dtype, int Rows>
 inline void decode_pass(const DecodePass& pass, const FoldCursor& cursor) {
   if constexpr (kOnlyBf16) return decode_folds<Dtype, Rows, DecodeKernel::kBf16>(pass, cursor);
   const Staged& s = *pass.args.staged;
-  if constexpr (Dtype != kFp8) {
+  if constexpr (fits_bytes(Dtype)) {
     if (s.compute == Compute::kByte)
       return s.symmetric ? decode_folds<Dtype, Rows, DecodeKernel::kSymmetricBytes>(pass, cursor)
                          : decode_folds<Dtype, Rows, DecodeKernel::kBytes>(pass, cursor);

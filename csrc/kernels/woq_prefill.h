@@ -352,7 +352,7 @@ inline void prefill_floats(const GemmArgs& args, int64_t tile, int64_t begin, in
 
 template <int Dtype>
 inline void prefill_tile(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end, uint8_t* scratch) {
-  if constexpr (Dtype != kFp8) {
+  if constexpr (fits_bytes(Dtype)) {
     if (args.staged->compute == Compute::kByte) return prefill_bytes<Dtype>(args, tile, begin, end, scratch);
   }
 #if defined(IPEX_QUANT_BF16_DOT)

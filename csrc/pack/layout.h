@@ -38,7 +38,8 @@ enum WeightDtype : int32_t {
   kInt6 = 8,
   kFp4 = 9,  // E2M1, doubled
   kIq4 = 10,
-  kLastDtype = kIq4
+  kBnbFp4 = 11,  // of bitsandbytes, times 192
+  kLastDtype = kBnbFp4
 };
 enum Offsets : int32_t { kSymmetric = 0, kZeroPoints = 1, kMinimums = 2 };
 enum ScaleType : int32_t { kFloatScale = 0, kHalfScale = 1, kPowerScale = 2, kByteScale = 3, kFp8Scale = 4 };
@@ -69,6 +70,8 @@ constexpr int64_t line_k(int32_t dtype) { return code_bits(dtype) % 4 ? 16 : 8; 
 constexpr int64_t line_set_bytes(int32_t dtype) { return line_k(dtype) * kTileN * code_bits(dtype) / 8; }
 // Highest zero point: GPTQ files write one above the largest code.
 constexpr int32_t max_zero(int32_t dtype) { return dtype == kInt8 ? 127 : 1 << code_bits(dtype); }
+// Whether the values of codes fit int8, so that INT8 compute multiplies them as they are.
+constexpr bool fits_bytes(int32_t dtype) { return dtype != kFp8 && dtype != kBnbFp4; }
 // Codes whose products with u8 activations, less their zero point, fit int16 in pairs: narrow ones.
 constexpr bool is_narrow(int32_t dtype) { return (is_integer(dtype) && dtype != kInt8) || dtype == kFp4; }
 

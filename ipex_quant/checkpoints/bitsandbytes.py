@@ -3,7 +3,7 @@
 4 bits: `weight` uint8 ``[N * K / 2, 1]`` holds the codes in rows, the first of two in the high bits; `absmax` has a
 factor of each `blocksize` codes, and `quant_map` the 16 values. With double quantization `absmax` is uint8, and the
 factor ``nested_quant_map[absmax] * nested_absmax[block] + nested_offset``. `quant_state` is a JSON text with the sizes.
-The values of NF4 are those here; those of FP4 are exact in float8 times 1/192.
+The values of NF4 are those here, those of FP4 times 192.
 
 INT8: `weight` int8 ``[N, K]`` and `SCB` ``[N]``, ``w = weight * SCB / 127``. Its activations are not quantized here.
 Source: bitsandbytes' ``QuantState.from_dict`` and ``Linear8bitLt``.
@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
-from ..numerics.codebooks import NF4_LEVELS
-from ..numerics.nibbles import unpack_nibbles
+from ..numerics.codebooks import BNB_FP4_VALUES, NF4_LEVELS
 from ..numerics.quantized_weight import QuantizedWeight
 from ..numerics.scheme import FLOAT_DTYPES, PER_CHANNEL, WeightScheme, WoqWeightDtype
 from ..reading import parse_json, shown
 from .format import CheckpointFormat
-from .tensors import check, check_rank, fp8_weight, require, shape_or_stored
+from .tensors import check, check_rank, require, shape_or_stored
 
 _STATES = {kind: f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")}
 _WEIGHT, _ABSMAX, _MAP = "weight", "weight.absmax", "weight.quant_map"
@@ -30,7 +29,13 @@ _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 _SCB, _LAYOUT = "SCB", "weight_format"
 
 FP4_STEPS = 192.0
-"""All values of bitsandbytes' FP4 are multiples of 1/192, and have at most 2 significant bits."""
+"""All values of bitsandbytes' FP4 are multiples of 1/192."""
+
+_TABLES = {
+    "nf4": (WoqWeightDtype.NF4, NF4_LEVELS, 1.0),
+    "fp4": (WoqWeightDtype.BNB_FP4, BNB_FP4_VALUES / FP4_STEPS, FP4_STEPS),
+}
+"""By kind the dtype here, the values that codes stand for, and what those of the dtype are multiplied by."""
 
 
 class BitsAndBytesFormat(CheckpointFormat):
@@ -86,15 +91,10 @@ def _read_4bit(tensors: Mapping[str, torch.Tensor], shape: tuple[int | None, int
     check(_MAP, levels, (torch.float32,), (16,))
     scales = _factors(tensors, absmax, state, rows * columns // size).view(rows, columns // size)
     codes = (packed >> 4 | packed << 4).view(rows, columns // 2)
-    if kind == "nf4":
-        if not torch.allclose(levels, NF4_LEVELS, rtol=0, atol=1e-6):
-            raise ValueError(f"{_MAP}: expected the levels of NF4, got {levels.tolist()}")
-        return QuantizedWeight(codes, scales, None, None, WeightScheme(WoqWeightDtype.NF4, True, size), (rows, columns))
-    exact = (levels * FP4_STEPS).to(torch.float8_e4m3fn)
-    if not torch.allclose(exact.float() / FP4_STEPS, levels, rtol=0, atol=1e-6):
-        raise ValueError(f"{_MAP}: expected the values of FP4, got {levels.tolist()}")
-    values = exact.view(torch.uint8)[unpack_nibbles(codes, columns).int()].view(torch.float8_e4m3fn)
-    return fp8_weight(values, scales / FP4_STEPS, size)
+    dtype, values, steps = _TABLES[kind]
+    if not torch.allclose(levels, values, rtol=0, atol=1e-6):
+        raise ValueError(f"{_MAP}: expected the values of {kind.upper()}, got {levels.tolist()}")
+    return QuantizedWeight(codes, scales / steps, None, None, WeightScheme(dtype, True, size), (rows, columns))
 
 
 def _factors(

@@ -12,6 +12,7 @@ INTb      no          ``(mx - mn) / (2^b - 1)``    ``-round(mn/s)``       ``roun
 NF4       yes         ``max|w|``                   none                   nearest level, ties to the lower one
 FP4       yes         ``max|w| / 12``              none                   nearest magnitude, ties to the lower one
 IQ4       yes         ``max(-mn / 127, mx / 113)`` none                   nearest level, ties to the lower one
+BNB_FP4   yes         ``max|w| / 192``             none                   nearest magnitude, ties to the lower one
 FP8       yes         ``max|w| / 448``             none                   ``w * inv`` rounded to e4m3
 ========  ==========  ===========================  =====================  ===================================
 

@@ -30,10 +30,16 @@ IQ4_VALUES = torch.tensor(
 )
 """The 16 values of GGUF's IQ4_NL and IQ4_XS, int8, ascending."""
 
+BNB_FP4_VALUES = torch.tensor(
+    [0, 1, 128, 192, 64, 96, 32, 48, 0, -1, -128, -192, -64, -96, -32, -48], dtype=torch.int16, device="cpu"
+)
+"""The values of bitsandbytes' FP4 times 192, which makes them integers, int16, by code."""
+
 CODEBOOKS = {
     WoqWeightDtype.NF4: NF4_LEVELS,
     WoqWeightDtype.FP4: E2M1_DOUBLED.float(),
     WoqWeightDtype.IQ4: IQ4_VALUES.float(),
+    WoqWeightDtype.BNB_FP4: BNB_FP4_VALUES.float(),
 }
 """Float32 values of the codes of each dtype that has a table."""
 
@@ -42,17 +48,22 @@ def _intervals(levels: torch.Tensor) -> Intervals:
     return Intervals((levels[1:] + levels[:-1]) / 2)
 
 
+_MAGNITUDES = {dtype: CODEBOOKS[dtype][:8].sort() for dtype in (WoqWeightDtype.FP4, WoqWeightDtype.BNB_FP4)}
+"""Of tables whose upper half is the lower one with a minus: the magnitudes, ascending, and their codes."""
+
 _NEAREST = {
-    dtype: _intervals(levels[:8] if dtype == WoqWeightDtype.FP4 else levels) for dtype, levels in CODEBOOKS.items()
+    dtype: _intervals(_MAGNITUDES[dtype].values if dtype in _MAGNITUDES else levels)
+    for dtype, levels in CODEBOOKS.items()
 }
-"""The values that round to each level, or magnitude of FP4."""
+"""The values that round to each level or magnitude."""
 
 
 def nearest_codes(values: torch.Tensor, dtype: WoqWeightDtype) -> torch.Tensor:
     """Codes, int32, of the entries of the table of `dtype` that are nearest to float `values`, ties to lower ones."""
-    if dtype != WoqWeightDtype.FP4:
+    if dtype not in _MAGNITUDES:
         return _NEAREST[dtype].index(values)
-    return _NEAREST[dtype].index(values.abs()) | values.signbit().int() << 3
+    codes = code_levels(_NEAREST[dtype].index(values.abs()), _MAGNITUDES[dtype].indices.int())
+    return codes | values.signbit().int() << 3
 
 
 def code_levels(codes: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:

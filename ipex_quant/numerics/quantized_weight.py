@@ -55,7 +55,7 @@ class QuantizedWeight:
 
     - `codes`: up to 4 bits uint8 ``[N, ceil(K / 2)]``, even k in the low nibble and, with an odd K, 0 in the last high
       one; else ``[N, K]``, int8 (INT8), float8_e4m3fn (FP8) or uint8. Integers below 8 bits are unsigned, a symmetric
-      one stands for ``code - 2 ** (bits - 1)``; codes of NF4, FP4 and IQ4 are indices of the values in `codebooks`.
+      one stands for ``code - 2 ** (bits - 1)``; others are indices of the values in `codebooks`.
     - `scales`: float32 ``[N, groups]``.
     - `zero_points`: int16 ``[N, groups]`` within `zero_point_range`, or None when the scheme has none.
     - `g_idx`: int32 ``[K]``, the group of every input feature (act-order), or None when feature k is in group

@@ -19,7 +19,7 @@ class WoqWeightDtype(IntEnum):
     """Storage type of a quantized weight: integers, or codes of a table of values.
 
     NF4 is QLoRA's NormalFloat, FP8 float8 e4m3, FP4 E2M1 (OCP Microscaling Formats 1.0), IQ4 the table of GGUF's IQ4_NL
-    and IQ4_XS. IPEX has the first four.
+    and IQ4_XS, BNB_FP4 that of bitsandbytes' FP4. IPEX has the first four.
     """
 
     INT8 = 1
@@ -32,6 +32,7 @@ class WoqWeightDtype(IntEnum):
     INT6 = 8
     FP4 = 9
     IQ4 = 10
+    BNB_FP4 = 11
 
     @property
     def has_integers(self) -> bool:
@@ -42,6 +43,11 @@ class WoqWeightDtype(IntEnum):
     def is_float(self) -> bool:
         """Whether codes are floating-point numbers themselves, neither integers nor places in a table."""
         return self.name.startswith("FP8")
+
+    @property
+    def fits_int8(self) -> bool:
+        """Whether the values of codes are of int8, which INT8 compute multiplies; else it restores the activations."""
+        return not self.is_float and self != WoqWeightDtype.BNB_FP4
 
     @property
     def bits(self) -> int:

@@ -157,7 +157,7 @@ def _byte_matmul(x: torch.Tensor, qw: QuantizedWeight, mode: WoqActQuantMode) ->
     order = group_order(qw)
     group = qw.shape[1] if qw.scheme.group_size == PER_CHANNEL else qw.scheme.group_size
     act = quantize_activation(x[:, order], ACT_BLOCK if qw.scheme.group_size == PER_CHANNEL else group, mode)
-    if qw.scheme.dtype == WoqWeightDtype.FP8:
+    if not qw.scheme.dtype.fits_int8:
         blocks = torch.arange(x.shape[1]) // act.block
         restored = (act.codes - act.zero_points[:, blocks]) * act.scales[:, blocks]
         return (restored.double() @ affine.dequantize(qw)[:, order].double().T).float()

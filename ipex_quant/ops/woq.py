@@ -217,7 +217,7 @@ def _(data, perm, out_features, in_features, dtype):
 def kernel_name(scheme: WeightScheme, lowp_mode: WoqLowpMode, dtype: torch.dtype) -> str:
     """Arithmetic that `woq_linear` uses for this weight and compute mode when the activations have `dtype`."""
     if lowp_mode == WoqLowpMode.INT8:
-        return "fp32 fma, int8 activations" if scheme.dtype == WoqWeightDtype.FP8 else "int8 dot"
+        return "int8 dot" if scheme.dtype.fits_int8 else "fp32 fma, int8 activations"
     compute = {WoqLowpMode.FP16: torch.float16, WoqLowpMode.BF16: torch.bfloat16}.get(lowp_mode, dtype)
     return "bf16 dot" if compute == torch.bfloat16 and multiplies_bfloat16() else "fp32 fma"
 

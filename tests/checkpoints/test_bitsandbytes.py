@@ -39,7 +39,9 @@ def module(kind, rows=6, columns=128, size=64, nested=False):
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_four_bits(kind, nested):
     tensors, weight = module(kind, nested=nested)
-    torch.testing.assert_close(dequantize(FORM.read("m", tensors, (6, 128))), weight, rtol=1e-6, atol=1e-7)
+    qw = FORM.read("m", tensors, (6, 128))
+    assert qw.scheme.dtype.bits == 4
+    torch.testing.assert_close(dequantize(qw), weight, rtol=1e-6, atol=1e-7)
 
 
 def test_eight_bits():
@@ -69,7 +71,7 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
         ({STATE: packed_state(shape=[6, 128], blocksize=96)}, "blocks of 96 codes go across rows of 128"),
         ({STATE: packed_state(shape=[6, 128], blocksize=32)}, r"weight.absmax: expected shape \[24\]"),
         ({"weight": torch.zeros(10, 1, dtype=torch.uint8)}, r"weight: expected shape \[384\], got \[10\]"),
-        ({"weight.quant_map": torch.linspace(-1, 1, 16)}, "weight.quant_map: expected the levels of NF4"),
+        ({"weight.quant_map": torch.linspace(-1, 1, 16)}, "weight.quant_map: expected the values of NF4"),
         ({"weight.absmax": torch.full((12,), torch.nan)}, "scales: expected finite values"),
     ],
 )

@@ -73,7 +73,7 @@ ROWS = (
     ),
     ("`compressed-tensors`", "`float-quantized`, `mxfp8-quantized`", "FP8", "`float-quantized`", ""),
     ("`compressed-tensors`", "`nvfp4-pack-quantized`, `mxfp4-pack-quantized`", "FP4", "yes", "ct_nvfp4a16"),
-    ("`bitsandbytes`", "NF4, FP4, with double quantization; INT8", "NF4, FP8, INT8", "", "bnb_fp4"),
+    ("`bitsandbytes`", "NF4, FP4, with double quantization; INT8", "NF4, BNB_FP4, INT8", "", "bnb_fp4"),
     ("`fp8`", "DeepSeek's blocks, stacked experts; GPTQModel's rows", "FP8", "", ""),
     ("`mxfp4`", "gpt-oss's experts", "FP4", "", ""),
     ("`torchao`", "INT8, INT4, float8 weight-only, dynamic INT8", "INT8, INT4, FP8", "", ""),

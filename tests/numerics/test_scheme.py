@@ -7,7 +7,7 @@ from ipex_quant.numerics.scheme import WeightScheme, WoqActQuantMode, WoqLowpMod
 
 def test_enumerations_keep_ipex_values() -> None:
     assert [d.name for d in WoqWeightDtype][:4] == ["INT8", "INT4", "NF4", "FP8"]
-    assert [d.value for d in WoqWeightDtype] == list(range(1, 11))
+    assert [d.value for d in WoqWeightDtype] == list(range(1, 12))
     assert [m.name for m in WoqLowpMode] == ["NONE", "FP16", "BF16", "INT8"]
     assert [m.value for m in WoqActQuantMode] == [-1, 0, 1, 2, 3, 4, 5, 6, 7]
     assert WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM == 7
@@ -46,12 +46,21 @@ def test_unknown_dtype_lists_the_choices() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bits", "is_integer"),
-    [("INT8", 8, True), ("INT3", 3, True), ("NF4", 4, False), ("FP8", 8, False), ("FP4", 4, False), ("IQ4", 4, False)],
+    ("dtype", "bits", "is_integer", "fits_int8"),
+    [
+        ("INT8", 8, True, True),
+        ("INT3", 3, True, True),
+        ("NF4", 4, False, True),
+        ("FP8", 8, False, False),
+        ("FP4", 4, False, True),
+        ("IQ4", 4, False, True),
+        ("BNB_FP4", 4, False, False),
+    ],
 )
-def test_bits_and_kind_of_a_dtype(dtype: str, bits: int, is_integer: bool) -> None:
+def test_bits_and_kind_of_a_dtype(dtype: str, bits: int, is_integer: bool, fits_int8: bool) -> None:
     assert WoqWeightDtype[dtype].bits == bits
     assert WoqWeightDtype[dtype].has_integers is is_integer
+    assert WoqWeightDtype[dtype].fits_int8 is fits_int8
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def draw_values(shape: tuple[int, ...], values: str, generator: torch.Generator)
 
 def long_cases(first: int) -> Iterator[Case]:
     """Sums of more products than fit 32 bits, which must be folded in between; small weights of large values."""
-    kinds = [kind for kind in KINDS if kind[0] != WoqWeightDtype.FP8]
+    kinds = [kind for kind in KINDS if kind[0].fits_int8]
     for index, ((dtype, symmetric), mode) in enumerate(itertools.product(kinds, LONG_MODES), first):
         case = Case(index, WeightScheme(dtype, symmetric, (-1, 2**16)[index % 2]), WoqLowpMode.INT8, mode)
         case.features = (3, 66001)

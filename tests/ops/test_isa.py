@@ -65,7 +65,7 @@ def results(directory: Path) -> dict[str, Results]:
 def is_integer(name: str) -> bool:
     """Whether the sums of this case are of integers, and so have one right result on every machine."""
     scheme, lowp_mode, *_ = name.split("|")
-    return lowp_mode == "INT8" and not scheme.startswith("fp8")
+    return lowp_mode == "INT8" and not scheme.startswith(("fp8", "bnb_fp4"))
 
 
 def post_op_of(name: str) -> str:

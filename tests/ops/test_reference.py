@@ -137,8 +137,9 @@ def test_int8_mode_rounds_nf4_levels_to_bytes() -> None:
     torch.testing.assert_close(result, 127 * weight.T)
 
 
-def test_int8_mode_keeps_fp8_weights_exact() -> None:
-    qw = affine.quantize(torch.randn(3, 20), WeightScheme(WoqWeightDtype.FP8, group_size=8))
+@pytest.mark.parametrize("dtype", [WoqWeightDtype.FP8, WoqWeightDtype.BNB_FP4])
+def test_int8_mode_keeps_weights_exact_that_do_not_fit_int8(dtype: WoqWeightDtype) -> None:
+    qw = affine.quantize(torch.randn(3, 20), WeightScheme(dtype, group_size=8))
     x = torch.tensor(127.0) * torch.eye(20)
     result = reference.woq_linear(x, qw, None, WoqLowpMode.INT8, WoqActQuantMode.PER_BATCH_SYM)
     torch.testing.assert_close(result, 127 * affine.dequantize(qw).T, rtol=1e-7, atol=0)

@@ -19,7 +19,7 @@ from ipex_quant.ops import PostOp, reference
 
 from .weights import KINDS, draw, make, shuffle_features
 
-INTEGER_KINDS = [kind for kind in KINDS if kind[0] != WoqWeightDtype.FP8]
+INTEGER_KINDS = [kind for kind in KINDS if kind[0].fits_int8]
 ROW_MODES = [mode for mode in WoqActQuantMode if "BATCH" in mode.name]
 W4A8 = (WoqLowpMode.INT8, WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM)
 NONE = (WoqLowpMode.NONE, WoqActQuantMode.NONE)

@@ -50,7 +50,8 @@ def dress(qw: QuantizedWeight, scheme: WeightScheme) -> QuantizedWeight:
 
 def stored_schemes(group_size: int, super_group_size: int) -> list[WeightScheme]:
     """Schemes with minimums, super scales, or both."""
-    kinds = [(dtype, symmetric) for dtype, symmetric in KINDS if dtype not in (WoqWeightDtype.NF4, WoqWeightDtype.FP8)]
+    plain = (WoqWeightDtype.NF4, WoqWeightDtype.FP8, WoqWeightDtype.BNB_FP4)
+    kinds = [(dtype, symmetric) for dtype, symmetric in KINDS if dtype not in plain]
     return [
         WeightScheme(dtype, symmetric, group_size, minimums, supers)
         for dtype, symmetric in kinds

@@ -331,6 +331,7 @@ SMOOTHED = Int8Input(StaticActivation(0.1, 128, torch.ones(COLUMNS)))
     ("form", "weight", "options", "message"),
     [
         ("gptq", NF4, {}, "its weight is NF4, the format holds INT2, INT3, INT4 and INT8"),
+        ("compressed-tensors", make_weight(WoqWeightDtype.BNB_FP4, True), {}, "its weight is BNB_FP4"),
         ("gptq", fp4_weight(32), {}, "its weight is FP4, the format holds INT2, INT3, INT4 and INT8"),
         ("gptq", make_weight(WoqWeightDtype.INT6), {}, "its weight is INT6"),
         ("gptq", RAISED, {}, "its groups have float minimums"),
