@@ -15,6 +15,9 @@
 //                     two words are 0 and 2, then 1 and 3: words_of_s8 and, for 16 bytes, store_words_u8 order them so
 //   Lut16, ByteLut16  16-entry tables indexed by the low four bits of a lane / of every byte
 //   e4m3_pairs        pairs of bf16 from float8 bytes that are no NaN: bytes 0 and 2 of every lane, if Odd 1 and 3
+//   e4m3_halves       with kHalfPairs, in place of e4m3_pairs: floats of these, times 2^-8, side by side, of the first
+//                     half of the lanes and of the second; alternate gives their factors of four, 0 and 2, if Odd 1
+//                     and 3, to all lanes; sum_pairs adds what lies side by side, one lane each again
 //   transpose         kLanes vectors of int32: rows become columns
 //   reduce_lanes      lane i is the sum of vector i of kLanes
 //   *_quads           runs of four lanes: transpose_quads makes rows columns within those of four vectors, spread_quads
@@ -92,6 +95,21 @@ template <int Count>
 inline void dots(vi& acc, const U8<true> (&u8)[Count], const S8<true> (&s8)[Count]) {
   unroll<Count>([&](auto i) IPEX_QUANT_INLINE { dot<true>(acc, u8[i], s8[i]); });
 }
+#endif
+
+#if defined(IPEX_QUANT_HALF_PAIRS)
+constexpr bool kHalfPairs = true;
+struct E4m3Lut {};  // for branches that are never compiled
+inline E4m3Lut make_e4m3_lut() { return {}; }
+template <bool Odd>
+vi e4m3_pairs(const E4m3Lut& lut, vi bytes);
+#else
+constexpr bool kHalfPairs = false;
+template <bool Odd>
+void e4m3_halves(vi bytes, vf& first, vf& second);
+template <bool Odd>
+vf alternate(const float* four);
+vf sum_pairs(vf first, vf second);
 #endif
 
 inline vf zero_f() { return set1_f(0.0f); }

@@ -119,36 +119,24 @@ inline ByteLut16 make_byte_lut16(const uint8_t* table) {
 }
 inline vi lookup(const ByteLut16& table, vi index) { return _mm256_shuffle_epi8(table, index); }
 
-// The two bytes of bf16 apart: the upper one by the upper nibble, less what makes a subnormal of what would be one more
-// binade; the lower one has three bits of mantissa and the last one of the exponent.
-struct E4m3Bytes {
-  uint8_t high[16] = {}, less_high[16] = {}, less_low[16] = {};
-  constexpr E4m3Bytes() {
-    for (int i = 0; i < 16; ++i) high[i] = uint8_t((i & 8) << 4 | ((kE4m3Bias >> 8) + (i & 7)));
-    for (int i = 0; i < 8; ++i) {
-      less_high[i] = uint8_t((kE4m3Bias >> 8) - (kE4m3Subnormals[i] >> 8));
-      less_low[i] = uint8_t((i << 4) - (kE4m3Subnormals[i] & 0xFF));
-    }
-  }
-};
-struct E4m3Lut {
-  ByteLut16 high, less_high, less_low;
-};
-inline E4m3Lut make_e4m3_lut() {
-  static constexpr E4m3Bytes bytes;
-  return {make_byte_lut16(bytes.high), make_byte_lut16(bytes.less_high), make_byte_lut16(bytes.less_low)};
+// As half precision a number of e4m3 has its bits one place lower, and a bias that is eight higher; both have
+// subnormals.
+#define IPEX_QUANT_HALF_PAIRS 1
+template <bool Odd>
+inline void e4m3_halves(vi bytes, vf& first, vf& second) {
+  const vi placed = _mm256_srai_epi16(Odd ? bytes : _mm256_slli_epi16(bytes, 8), 1);
+  const vi halves = _mm256_and_si256(placed, _mm256_set1_epi16(int16_t(0xBF80)));
+  first = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+  second = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
 }
 template <bool Odd>
-inline vi e4m3_pairs(const E4m3Lut& lut, vi bytes) {
-  const auto in_bytes = [](int x) { return _mm256_set1_epi8(char(x)); };
-  const vi upper = _mm256_and_si256(_mm256_srli_epi32(bytes, 4), in_bytes(0x0F));
-  const vi lower = _mm256_and_si256(_mm256_slli_epi32(bytes, 4), in_bytes(0xF0));
-  const vi subnormal = _mm256_min_epu8(_mm256_and_si256(bytes, in_bytes(0x7F)), in_bytes(8));  // 8: it is not
-  const vi high = _mm256_sub_epi8(lookup(lut.high, upper), lookup(lut.less_high, subnormal));
-  const vi low = _mm256_sub_epi8(lower, lookup(lut.less_low, subnormal));
-  const vi first = _mm256_set1_epi16(0x00FF);
-  if constexpr (Odd) return _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(first, high));
-  return _mm256_or_si256(_mm256_and_si256(low, first), _mm256_slli_epi16(high, 8));
+inline vf alternate(const float* four) {
+  const vf x = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(four));
+  return _mm256_permute_ps(x, Odd ? 0xDD : 0x88);
+}
+inline vf sum_pairs(vf first, vf second) {
+  const __m256d sums = _mm256_castps_pd(_mm256_hadd_ps(first, second));
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(sums, 0xD8));
 }
 
 inline void transpose_quads(vi (&x)[4]) {

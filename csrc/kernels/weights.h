@@ -275,6 +275,8 @@ struct FloatCodes {
       return sub_f(lookup(table, srl_i<4 * J>(line)), zero);
     } else if constexpr (Dtype == kInt4) {
       return sub_f(cvt_f(and_i(srl_i<4 * J>(line), set1_i(15))), zero);
+    } else if constexpr (Dtype == kFp8 && kHalfPairs) {
+      return e4m3_to_f(and_i(srl_i<8 * J>(line), set1_i(0xFF)));
     } else if constexpr (Dtype == kFp8) {
       const vi pair = e4m3_pairs<J % 2 == 1>(float8, line);
       return as_f(J < 2 ? sll_i<16>(pair) : and_i(pair, set1_i(int32_t(0xFFFF0000))));

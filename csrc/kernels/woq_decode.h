@@ -133,16 +133,14 @@ IPEX_QUANT_INLINE inline void decode_float(const DecodeFold& f) {
       vi lines[kVectors];
       prefetch_lines<kVectors * kVectorBytes / kLineBytes>(f.pass, line);
       unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE { lines[v] = load_i(line + v * kVectorBytes); });
-      const auto add = [&](auto j, auto v) IPEX_QUANT_INLINE {
-        const vf w = codes.template value<decltype(j)::value>(lines[v], zero[v]);
-        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE {
-          acc[m][v] = fma_f(set1_f(x[m * stride + Codes::kOrder[j]]), w, acc[m][v]);
+      unroll<Codes::kPerLine>([&](auto j) IPEX_QUANT_INLINE {
+        vf a[Rows];
+        unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { a[m] = set1_f(x[m * stride + Codes::kOrder[j]]); });
+        unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
+          const vf w = codes.template value<decltype(j)::value>(lines[v], zero[v]);
+          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { acc[m][v] = fma_f(a[m], w, acc[m][v]); });
         });
-      };
-      if constexpr (Dtype == kFp8)  // whose values of a line have most of their making in common
-        unroll2<kVectors, Codes::kPerLine>([&](auto v, auto j) IPEX_QUANT_INLINE { add(j, v); });
-      else
-        unroll2<Codes::kPerLine, kVectors>(add);
+      });
     }
     unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
       const vf scale = f.head.scale(column + v * kLanes);
@@ -152,6 +150,50 @@ IPEX_QUANT_INLINE inline void decode_float(const DecodeFold& f) {
       });
     });
   }
+}
+
+// FP8 with kHalfPairs: two sums of a column lie side by side. Runs of k that are short enough for the lines to be met
+// nearly in their order, as the hardware's prefetching expects.
+template <int Rows>
+IPEX_QUANT_INLINE inline void decode_halves(const DecodeFold& f) {
+  constexpr int kVectors = Rows == 1 ? 4 : Rows == 2 ? 2 : 1, kAll = int(kTileN / kLanes);
+  constexpr int64_t kRun = 32;
+  const int64_t stride = f.pass.args.geometry->padded_k;
+  vf sums[Rows][kAll][2];
+  for (int m = 0; m < Rows; ++m)
+    for (int v = 0; v < kAll; ++v) sums[m][v][0] = sums[m][v][1] = zero_f();
+  for (int64_t begin = 0; begin < f.length; begin += kRun) {
+    const int64_t end = begin + kRun < f.length ? begin + kRun : f.length;
+    for (int first = 0; first < kAll; first += kVectors) {
+      vf acc[Rows][kVectors][2];
+      unroll2<Rows, kVectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
+        acc[m][v][0] = sums[m][first + v][0], acc[m][v][1] = sums[m][first + v][1];
+      });
+      const uint8_t* line = f.codes + begin * kTileN + first * kVectorBytes;
+      const float* x = static_cast<const float*>(f.pass.args.staged->data) + f.pass.row * stride + f.start + begin;
+      for (int64_t k = begin; k < end; k += 4, line += 4 * kLineBytes, x += 4) {
+        prefetch_lines<(kVectors + 1) / 2>(f.pass, line);
+        unroll<2>([&](auto odd) IPEX_QUANT_INLINE {
+          vf a[Rows];
+          unroll<Rows>([&](auto m) IPEX_QUANT_INLINE { a[m] = alternate<odd.value == 1>(x + m * stride); });
+          unroll<kVectors>([&](auto v) IPEX_QUANT_INLINE {
+            vf w[2];
+            e4m3_halves<odd.value == 1>(load_i(line + v * kVectorBytes), w[0], w[1]);
+            unroll2<Rows, 2>([&](auto m, auto h) IPEX_QUANT_INLINE { acc[m][v][h] = fma_f(a[m], w[h], acc[m][v][h]); });
+          });
+        });
+      }
+      unroll2<Rows, kVectors>([&](auto m, auto v) IPEX_QUANT_INLINE {
+        sums[m][first + v][0] = acc[m][v][0], sums[m][first + v][1] = acc[m][v][1];
+      });
+    }
+  }
+  for (int m = 0; m < Rows; ++m)
+    for (int v = 0; v < kAll; ++v) {
+      const vf total = mul_f(sum_pairs(sums[m][v][0], sums[m][v][1]), set1_f(0x1p8f));
+      float* out = f.pass.acc + m * kTileN + v * kLanes;
+      store_f(out, fma_f(total, f.head.scale(v * kLanes), load_f(out)));
+    }
 }
 
 #if defined(IPEX_QUANT_BF16_DOT)
@@ -262,7 +304,12 @@ inline void add_minimums(const DecodePass& pass, const FoldCursor& at) {
 
 template <int Dtype, int Rows, DecodeKernel Kernel>
 inline void decode_fold(const DecodeFold& fold) {
-  if constexpr (Kernel == DecodeKernel::kFloat) decode_float<Dtype, Rows>(fold);
+  if constexpr (Kernel == DecodeKernel::kFloat) {
+    if constexpr (Dtype == kFp8 && kHalfPairs)
+      decode_halves<Rows>(fold);
+    else
+      decode_float<Dtype, Rows>(fold);
+  }
   if constexpr (Kernel == DecodeKernel::kBytes) decode_bytes<Dtype, Rows, false>(fold);
   if constexpr (Kernel == DecodeKernel::kSymmetricBytes) decode_bytes<Dtype, Rows, true>(fold);
 #if defined(IPEX_QUANT_BF16_DOT)
@@ -331,7 +378,8 @@ inline void decode_tile(const GemmArgs& args, int64_t tile) {
     // Lines of less than 8 bits are met out of their order, or too slowly for the hardware to run far enough ahead;
     // those of one pass are met faster than it runs.
     const bool single = one_pass(int(s.rows), s.symmetric) && s.compute == Compute::kByte;
-    const int64_t ahead = single ? 2048 : code_bits(Dtype) < 8 ? 4096 : 0;
+    const bool slow = code_bits(Dtype) < 8 || (Dtype == kFp8 && kHalfPairs);
+    const int64_t ahead = single ? 2048 : slow ? 4096 : 0;
     decode_rows<Dtype>({args, 0, acc, s.folds, ahead}, cursor, s.rows);
   } else {
     const int64_t passes = (s.rows + most - 1) / most;
