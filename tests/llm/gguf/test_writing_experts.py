@@ -74,14 +74,15 @@ def test_experts_in_mxfp4(make_tiny, gguf_of, write_gguf, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:(gptq|GPTQ)")
-def test_what_gptq_quantizes_here(make_tiny, tmp_path):
+@pytest.mark.parametrize(("dtype", "kind"), [(WoqWeightDtype.INT4, "Q4_0"), (WoqWeightDtype.IQ4, "IQ4_NL")])
+def test_what_gptq_quantizes_here(dtype, kind, make_tiny, tmp_path):
     make_tiny("qwen3moe").save_pretrained(tmp_path / "float")
-    kind = {"weight_dtype": WoqWeightDtype.INT4, "weight_qscheme": WoqWeightQScheme.SYMMETRIC}
-    settings = Gptq(**kind, group_size=32, samples=2, sequence_length=16)
+    scheme = {"weight_dtype": dtype, "weight_qscheme": WoqWeightQScheme.SYMMETRIC, "group_size": 32}
+    settings = Gptq(**scheme, samples=2, sequence_length=16)
     batches = [{"input_ids": IDS + number} for number in range(2)]
     model, _ = quantized(Recipe("q4", settings, skip=("lm_head",)), tmp_path / "float", torch.float32, batches)
     written = export(model, tmp_path)
-    assert {tensor.kind for name, tensor in written.tensors.items() if "exps" in name} == {"Q4_0"}
+    assert {tensor.kind for name, tensor in written.tensors.items() if "exps" in name} == {kind}
     again = ipex.llm.from_pretrained(written.path, torch.float32)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
