@@ -44,8 +44,11 @@ LINEARS = {
     "INT4 g32": (WoqWeightDtype.INT4, 32, _INT),
     "INT2 g64": (WoqWeightDtype.INT2, 64, _INT),
     "INT8": (WoqWeightDtype.INT8, -1, _INT),
+    "IQ4 g64": (WoqWeightDtype.IQ4, 64, _INT),
     "NF4 g128": (WoqWeightDtype.NF4, 128, _INT),
     "INT4 g128, bfloat16 compute": (WoqWeightDtype.INT4, 128, _BF16),
+    "NF4 g64, bfloat16 compute": (WoqWeightDtype.NF4, 64, _BF16),
+    "BNB_FP4 g64, bfloat16 compute": (WoqWeightDtype.BNB_FP4, 64, _BF16),
     "FP8 g128, bfloat16 compute": (WoqWeightDtype.FP8, 128, _BF16),
 }
 

@@ -24,6 +24,7 @@ POSITIONS = {
     "HALF": "rotary, halves",
     "INTERLEAVED": "rotary, interleaved",
     "TWICE": "rotary, interleaved",
+    "SINES": "rotary, interleaved",
     "TABLE": "rotary, interleaved",
 }
 RESIDUALS = {

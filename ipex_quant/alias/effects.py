@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.ao.nn.quantized.dynamic import Linear
 
 from ..frontend.optimization import optimize
@@ -43,9 +44,23 @@ def _compile_backend() -> Iterator[None]:
     registry._COMPILER_FNS.pop("ipex", None)
 
 
+def _with_cache_name(func: Any = None, *_: Any, **kwargs: Any) -> dict[str, Any]:
+    """`kwargs` of `torch.jit.trace`, with the cache in its example named as `func`, a model, names it."""
+    example = kwargs.get("example_kwarg_inputs")
+    if example is None or not isinstance(func, nn.Module):
+        return kwargs
+    from ..llm.cache.naming import cache_name, with_cache_name  # takes as long as transformers
+
+    return kwargs | {"example_kwarg_inputs": with_cache_name(example, cache_name(func.forward))}
+
+
 @contextmanager
 def _uncached_tracing() -> Iterator[None]:
-    """`torch.jit.trace` under autocast: its cache of cast weights would put tensors with gradients into the graph."""
+    """`torch.jit.trace` for scripts of IPEX.
+
+    Under autocast, its cache of cast weights would put tensors with gradients into the graph. Examples by name say
+    `past_key_values`, which later releases of transformers name otherwise.
+    """
     jit: Any = torch.jit
     trace = jit.trace
 
@@ -54,7 +69,7 @@ def _uncached_tracing() -> Iterator[None]:
         enabled = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
-            return trace(*args, **kwargs)
+            return trace(*args, **_with_cache_name(*args, **kwargs))
         finally:
             torch.set_autocast_cache_enabled(enabled)
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..errors import ArgumentTypeError
-from .cache.naming import CACHE, CACHE_NAMES, cache_name, given_cache
+from .cache.naming import CACHE, cache_name, given_cache, with_cache_name
 from .cache.past import Past, TupleCache, check_tuples, fill, is_past, stored_tokens, traced_cache
 from .generation import CacheHook, takes_caches
 
@@ -50,8 +50,7 @@ def _read_tuples(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) ->
     past = next((value for value in (given_cache(kwargs), *args) if is_past(value)), None)
     if past is None:
         return None
-    others = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
-    kwargs = {**by_name(args), **others, CACHE: _cache(model, past)}
+    kwargs = {**by_name(args), **with_cache_name(kwargs, CACHE), CACHE: _cache(model, past)}
     if torch.jit.is_tracing() or getattr(model.config, "torchscript", False):
         kwargs.setdefault("return_dict", False)
     return (), kwargs

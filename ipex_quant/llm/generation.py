@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 
 from .attention import NAME, is_attention, is_native
 from .cache.layers import NativeLayer, SlidingLayer
-from .cache.naming import CACHE, CACHE_NAMES, cache_name, given_cache
+from .cache.naming import CACHE, CACHE_NAMES, cache_name, given_cache, with_cache_name
 from .cache.paged import unknown_release
 from .search import hf_beam_sample, hf_beam_search, hf_greedy_search, hf_sample
 
@@ -148,15 +148,14 @@ class CacheHook:
             from .continuous import paged_arguments
 
             return args, paged_arguments(kwargs)
-        if CACHE in kwargs and self._name not in (None, CACHE):  # `generate` names it so for code that does not
-            kwargs = {self._name if name == CACHE else name: value for name, value in kwargs.items()}
+        kwargs = with_cache_name(kwargs, self._name)  # `generate` has one name for the code of all models
         if torch.is_grad_enabled() and any(_differentiable(model, args, kwargs)):
             return args, kwargs
         cache = given_cache(kwargs)
         makes_cache = cache is None and len(args) <= self._position and _uses_cache(model, kwargs)
         if makes_cache and not _is_packed(kwargs):
             cache = _dynamic_cache(model)
-            kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES} | {self._name: cache}
+            kwargs = {**kwargs, self._name: cache}
         self.make_native(cache, model)
         return args, kwargs
 

@@ -27,3 +27,11 @@ def cache_name(forward: Callable[..., Any]) -> str | None:
 def given_cache(arguments: Mapping[str, Any]) -> Any:
     """The cache among the keyword `arguments` of a call, or None."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def with_cache_name(arguments: dict[str, Any], name: str | None) -> dict[str, Any]:
+    """The keyword `arguments` of a call with the cache under `name`, by which the callee takes it, if it does."""
+    if name is None or all(each not in arguments for each in CACHE_NAMES if each != name):
+        return arguments
+    others = {key: value for key, value in arguments.items() if key not in CACHE_NAMES}
+    return others | {name: given_cache(arguments)}
