@@ -33,6 +33,12 @@ from .towers import count_calls, find_towers, holder, merged_order, pattern
 SchemeOf = Callable[[str], WeightScheme | None]
 """The scheme of a module by its name, None to leave it in float."""
 
+Inputs = dict[str, list[torch.Tensor]]
+"""The inputs of linear layers, by name, of all their calls for one batch."""
+
+_KEPT_BYTES = 1 << 28
+"""Bytes of inputs in the float model that are kept, so that a block need not run again for each of its stages."""
+
 
 class BlockQuantizer(Protocol):
     """The interface of an algorithm for `walk_blocks`."""
@@ -151,6 +157,8 @@ class Walk:
         self._outputs: Recording = {}
         self._float_outputs: Recording = {}  # if `record_float` is called
         self._float_now: dict[int, list[object]] = {}  # of the block that is changing
+        self._linears_now: set[str] = set()  # of that block, which `record_float` has seen
+        self._inputs_now: dict[int, Inputs] = {}  # of those in the float model, of the first batches
         self._in_float = False
         self._batch = 0
         self._played: Counter[nn.Module] = Counter()
@@ -197,10 +205,65 @@ class Walk:
     def record_float(self, index: int) -> dict[int, list[object]]:
         """Outputs of block `index` in the float model, by batch, which `advance` records for later ones.
 
-        To be called for every block in turn, or for none.
+        To be called for every block in turn, or for none. Keeps the inputs of linear layers, of as many batches as
+        `_KEPT_BYTES` hold, for `float_inputs`.
         """
-        self._float_now = {batch: self.run_float(index, batch) for batch in self.reached(index)}
+        linears = {name: module for name, module in self.blocks[index].named_modules() if is_linear(module)}
+        self._linears_now, self._inputs_now, self._float_now = set(linears), {}, {}
+        room = _KEPT_BYTES
+        for batch in self.reached(index):
+            if room <= 0:
+                self._float_now[batch] = self.run_float(index, batch)
+                continue
+            self._float_now[batch], inputs = self._run_seen(index, batch, linears, stop=False)
+            different = {id(tensor): tensor.nbytes for tensors in inputs.values() for tensor in tensors}
+            room -= sum(different.values())
+            if room >= 0:
+                self._inputs_now[batch] = inputs
         return self._float_now
+
+    def float_inputs(self, index: int, batch_index: int, names: Sequence[str], stop: bool) -> Inputs:
+        """Inputs of the linear layers `names` of block `index` in the float model, of those that see all positions.
+
+        A linear layer that sees some of them, as an expert does, may see others in the quantized model. With `stop`,
+        the first call is the last that is needed.
+        """
+        if batch_index in self._inputs_now and self._linears_now.issuperset(names):
+            kept = self._inputs_now[batch_index]
+            return {name: list(kept[name]) for name in names if name in kept}
+        linears = {name: self.blocks[index].get_submodule(name) for name in names}
+        return self._run_seen(index, batch_index, linears, stop)[1]
+
+    def _run_seen(
+        self, index: int, batch_index: int, linears: Mapping[str, nn.Module], stop: bool
+    ) -> tuple[list[object], Inputs]:
+        """`run_float`, and copies of the inputs of `linears` on the way; it ends at the first if `stop`."""
+        inputs: Inputs = {}
+        positions: set[int] = set()
+        copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the originals, so that no two get the same id
+
+        def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            width = leaves[0].shape[-1:] if leaves else None  # of hidden states: its own, and those it attends to
+            positions.update(leaf.shape[:-1].numel() for leaf in leaves if leaf.shape[-1:] == width)
+
+        def see(name: str, tensor: torch.Tensor) -> None:
+            inputs.setdefault(name, []).append(copies.setdefault(id(tensor), (tensor, tensor.clone()))[1])
+            if stop:
+                raise _Stop  # nothing else in this block is needed
+
+        handle = self.blocks[index].register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            with input_hooks(linears, see):
+                outputs = self.run_float(index, batch_index)
+        finally:
+            handle.remove()
+        complete = {
+            name: tensors
+            for name, tensors in inputs.items()
+            if all(tensor.shape[:-1].numel() in positions for tensor in tensors)
+        }
+        return outputs, complete
 
     def run_float(self, index: int, batch_index: int) -> list[object]:
         """As `run`, with the weights and inputs that block `index` has in the float model."""
@@ -246,6 +309,7 @@ class Walk:
         if self._float_now:
             self._float_outputs[tower] = {**self._float_outputs.get(tower, {}), **self._float_now}
             self._float_now = {}
+        self._inputs_now = {}
         outputs = self._outputs.setdefault(tower, {})
         for batch in self.reached(index):  # one at a time: those of the block before are needed no more
             outputs[batch] = self.run(index, batch)
@@ -506,41 +570,9 @@ def _see_inputs(
 
     for batch_index in walk.reached(index):
         masks = walk.masks(index, batch_index)
-        floats = _float_inputs(walk, index, batch_index, stage) if in_pairs else {}
+        floats = walk.float_inputs(index, batch_index, list(firsts), stage.once) if in_pairs else {}
         with input_hooks(firsts, add):
             walk.run(index, batch_index)
-
-
-def _float_inputs(walk: Walk, index: int, batch_index: int, stage: Stage) -> dict[str, list[torch.Tensor]]:
-    """Inputs of the first linears of a stage in the float model, of those that see all positions.
-
-    A linear that sees some of them, as an expert does, may see others in the quantized model.
-    """
-    block = walk.blocks[index]
-    inputs: dict[str, list[torch.Tensor]] = {}
-    positions: set[int] = set()
-
-    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        width = leaves[0].shape[-1:] if leaves else None  # of hidden states: its own, and those it attends to
-        positions.update(leaf.shape[:-1].numel() for leaf in leaves if leaf.shape[-1:] == width)
-
-    def see(name: str, tensor: torch.Tensor) -> None:
-        inputs.setdefault(name, []).append(tensor)
-        if stage.once:
-            raise _Stop  # nothing else in this block is needed
-
-    handle = block.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        with input_hooks({members[0]: block.get_submodule(members[0]) for members in stage.groups}, see):
-            walk.run_float(index, batch_index)
-    finally:
-        handle.remove()
-    return {
-        name: tensors
-        for name, tensors in inputs.items()
-        if all(tensor.shape[:-1].numel() in positions for tensor in tensors)
-    }
 
 
 @contextmanager

@@ -270,6 +270,21 @@ def test_corrected_layers_are_closer_to_the_float_model(batches):
     assert errors[1] < 0.97 * errors[0]
 
 
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_inputs_that_are_kept_save_runs_and_change_nothing(kind, batches, monkeypatch):
+    model, runs = _tiny(kind), []
+    model.register_forward_pre_hook(lambda *_: runs.append(len(runs)))
+    found, counts = [], []
+    for room in (0, 60_000, 1 << 28):  # none, the inputs of some batches, and of all
+        monkeypatch.setattr("ipex_quant.woq.layer_walk._KEPT_BYTES", room)
+        runs.clear()
+        found.append(quantize_blocks(model, batches, SCHEME))
+        counts.append(len(runs))
+    assert counts[0] > counts[1] > counts[2]
+    for other in found[1:]:
+        assert all(torch.equal(dequantize(other[name]), dequantize(weight)) for name, weight in found[0].items())
+
+
 def _tiny(kind: str) -> nn.Module:
     torch.manual_seed(0)
     if kind == "llama":
