@@ -144,7 +144,9 @@ class CacheHook:
         self._position = names.index(self._name) if makes_caches and self._name is not None else -1
 
     def __call__(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if "read_index" in kwargs and model.config.get_text_config(decoder=True)._attn_implementation == NAME:
+        if "read_index" in kwargs:  # a step of continuous batching, whose cache is no model's
+            if model.config.get_text_config(decoder=True)._attn_implementation != NAME:
+                return args, kwargs
             from .continuous import paged_arguments
 
             return args, paged_arguments(kwargs)
