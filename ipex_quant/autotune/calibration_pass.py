@@ -17,6 +17,7 @@ from ..conversion.example import Example
 from ..conversion.observed import ObservedGroup, observed
 from ..conversion.prepare import prepare
 from ..conversion.qconfig import get_smooth_quant_qconfig_mapping
+from ..llm.cache.naming import CACHE_NAMES
 from ..nn.linears import is_linear
 from ..nn.modes import evaluating
 from ..numerics.reservoir import Reservoir
@@ -28,7 +29,7 @@ SAMPLE_ROWS = 128
 
 SAMPLE_IMAGES = 4
 
-_CACHE_ARGUMENTS = ("past_key_value", "past_key_values", "cache", "use_cache", "layer_past")
+_CACHE_ARGUMENTS = ("past_key_value", *CACHE_NAMES, "use_cache", "layer_past")
 
 
 class RecordingObserver(SmoothQuantActivationObserver):

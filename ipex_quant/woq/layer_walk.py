@@ -303,13 +303,13 @@ class Walk:
 
     def advance(self, index: int) -> None:
         """Record the outputs of block `index`, and replay them in later runs; does nothing for the last block."""
+        self._inputs_now = {}
         if index + 1 == len(self.blocks):
             return
         tower = self._towers[index]
         if self._float_now:
             self._float_outputs[tower] = {**self._float_outputs.get(tower, {}), **self._float_now}
             self._float_now = {}
-        self._inputs_now = {}
         outputs = self._outputs.setdefault(tower, {})
         for batch in self.reached(index):  # one at a time: those of the block before are needed no more
             outputs[batch] = self.run(index, batch)
